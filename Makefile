@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# The tests run in two processes; more threads than cores make them slower, not faster.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test fast lint clean
+
+help:
+	@echo "make demo   train on real digits, adapt to two tasks, swap, merge, draw a picture (under two minutes)"
+	@echo "make test   lint, check types, run all tests"
+	@echo "make fast   the tests that take seconds"
+
+demo: $(VENV)/.examples
+	$(BIN)/python examples/digits.py
+
+test: lint
+	$(BIN)/pytest -n 2 --dist worksteal
+
+fast: $(VENV)/.dev
+	$(BIN)/pytest -n 2 -m "not slow and not distributed"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache examples/output
+
+$(VENV)/.examples: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[examples]'
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[dev]'
+	touch $@

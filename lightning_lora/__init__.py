@@ -1,0 +1,43 @@
+"""LoRA for any LightningModule, and for any PyTorch module."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning_lora.checkpoint_file import load_adapter
+from lightning_lora.config import LoRAConfig
+from lightning_lora.layers import LoRALayer
+from lightning_lora.optimizers import parameter_groups
+from lightning_lora.report import AttachReport
+from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
+from lightning_lora.surgery import attach, detach, disabled, lora_layers, merge, merged
+
+if TYPE_CHECKING:
+    from lightning_lora.callback import LoRACallback
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachReport",
+    "LoRACallback",
+    "LoRAConfig",
+    "LoRALayer",
+    "adapter_state_dict",
+    "attach",
+    "detach",
+    "disabled",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "lora_layers",
+    "merge",
+    "merged",
+    "parameter_groups",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "LoRACallback":  # everything else works without importing Lightning, which takes seconds
+        from lightning_lora.callback import LoRACallback
+
+        return LoRACallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,70 @@
+"""The note that attaching leaves on a module: what was done, so that it can be saved, checked and undone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_lora.config import LoRAConfig
+from lightning_lora.report import AttachReport
+from lightning_lora.targets import clean_name
+
+_ATTACHMENT = "_lora_attachment"
+_MERGES = "_lora_merges"
+
+
+@dataclass
+class Attachment:
+    """What ``attach`` did to the module that holds this note.
+
+    Attributes:
+        config: What was asked for.
+        seed: The seed that the starts derive from.
+        report: What was found.
+        saved_modules: Names of the modules trained in full.
+        required_grad: Parameter name -> whether it required a gradient before.
+        base_buffers: Running statistics of frozen norms as they were, where the config lets them move.
+    """
+
+    config: LoRAConfig
+    seed: int
+    report: AttachReport
+    saved_modules: tuple[str, ...]
+    required_grad: dict[str, bool] = field(default_factory=dict)
+    base_buffers: dict[str, Tensor] = field(default_factory=dict)
+
+
+def get_attachment(module: nn.Module) -> Attachment | None:
+    """Return the note on exactly this module."""
+    return vars(module).get(_ATTACHMENT)
+
+
+def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:
+    """Leave, replace or remove the note."""
+    if attachment is None:
+        vars(module).pop(_ATTACHMENT, None)
+    else:
+        vars(module)[_ATTACHMENT] = attachment
+
+
+def attachments(module: nn.Module) -> Iterator[tuple[str, nn.Module, Attachment]]:
+    """Yield every note in a model: the name of the module that holds it, the module, the note."""
+    for name, submodule in module.named_modules():
+        if (attachment := get_attachment(submodule)) is not None:
+            yield clean_name(name), submodule, attachment
+
+
+def merges(module: nn.Module) -> dict[str, int]:
+    """Return how many adapters were merged for good into each layer of a model: name -> count."""
+    return {
+        clean_name(name): count
+        for name, submodule in module.named_modules()
+        if (count := vars(submodule).get(_MERGES, 0))
+    }
+
+
+def count_merge(layer: nn.Module) -> None:
+    """Note that an adapter was merged into this layer for good."""
+    vars(layer)[_MERGES] = vars(layer).get(_MERGES, 0) + 1

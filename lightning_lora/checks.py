@@ -1,0 +1,88 @@
+"""What would make a run finish green without having trained: each check returns the sentence to say, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_lora.attachment import attachments
+from lightning_lora.optimizers import homeless_parameters
+from lightning_lora.state import adapter_tensors
+from lightning_lora.surgery import lora_layers
+from lightning_lora.targets import clean_name, listed
+
+
+def replaced_layers(module: nn.Module) -> str | None:
+    """Adapted layers that were thrown away after attaching, as plugins and model surgery do."""
+    there = set(lora_layers(module))
+    lost = [
+        full
+        for root, _, attachment in attachments(module)
+        for layer in attachment.report.layers
+        if (full := f"{root}.{layer.name}" if root else layer.name) not in there
+    ]
+    if not lost:
+        return None
+    return (
+        f"{listed(lost)} were replaced after LoRA was attached, with their adapters. Replace layers before that: in "
+        "__init__ or configure_model."
+    )
+
+
+def undeclared_training(module: nn.Module) -> str | None:
+    """Parameters that would train and not be saved."""
+    declared = adapter_tensors(module)
+    stray = [clean_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    stray = [name for name in stray if name not in declared]
+    if not stray:
+        return None
+    return (
+        f"{listed(stray)} would train but not be saved: they belong to no adapter. Name their modules in "
+        "modules_to_save, or leave them frozen."
+    )
+
+
+def unheld_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> str | None:
+    """Trainable parameters that no optimizer would move."""
+    homeless = homeless_parameters(module, optimizers)
+    if not homeless:
+        return None
+    return (
+        f"{listed(homeless)} are held by no optimizer, so they would not train. Return one from configure_optimizers."
+    )
+
+
+def unreached_adapters(module: nn.Module, optimizer: Optimizer) -> tuple[str | None, bool]:
+    """Adapters of this optimizer that the backward pass did not reach, and whether that is all of them."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    adapters = {
+        name: layer.lora
+        for name, layer in lora_layers(module).items()
+        if any(id(factor) in held for factor in layer.lora.parameters())
+    }
+    silent = [name for name, adapter in adapters.items() if not _has_gradient(adapter)]
+    if not silent:
+        return None, False
+    message = (
+        f"No gradient reached the adapters of {listed(silent)} in the first step. Are these layers used in the loss? "
+        "Reentrant activation checkpointing over frozen inputs also cuts gradients: set use_reentrant=False."
+    )
+    return message, len(silent) == len(adapters)
+
+
+def untrained_adapters(module: nn.Module) -> str | None:
+    """A model whose adapters are all at their start: it computes what the bare base does."""
+    layers = lora_layers(module).values()
+    if not layers or any(bool(torch.any(layer.lora.zero_factor() != 0)) for layer in layers):
+        return None
+    return (
+        "Every LoRA adapter is still at its start, so this evaluates the bare base model. Pass the checkpoint of a "
+        "trained adapter as ckpt_path."
+    )
+
+
+def _has_gradient(adapter: nn.Module) -> bool:
+    return any(p.grad is not None and bool(torch.any(p.grad != 0)) for p in adapter.parameters())

@@ -1,0 +1,57 @@
+"""What frozen means: no gradients for base parameters, and no moving statistics in frozen norms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_lora.attachment import Attachment, attachments, set_attachment
+from lightning_lora.layers import FrozenNorm, LoRALayer, has_running_statistics, swap_in, swap_out
+from lightning_lora.targets import clean_name, is_below
+
+
+def freeze_parameters(module: nn.Module, attachment: Attachment) -> None:
+    """Leave gradients to the adapters and to the modules trained in full, and note what required one before."""
+    adapters = {id(layer.lora) for layer in module.modules() if isinstance(layer, LoRALayer)}
+    for path, part in module.named_modules():
+        if id(part) in adapters:
+            continue
+        trained = is_below(clean_name(path), attachment.saved_modules)
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                name = clean_name(f"{path}.{key}" if path else key)
+                attachment.required_grad.setdefault(name, parameter.requires_grad)
+                parameter.requires_grad_(trained and parameter.is_floating_point())
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Fix the running statistics of frozen norms where the config says so; safe to repeat."""
+    for _, owner, attachment in attachments(module):
+        for name, norm in _frozen_norms(owner, attachment):
+            if attachment.config.frozen_norm == "eval":
+                if not isinstance(norm, FrozenNorm):
+                    swap_in(norm, FrozenNorm)
+                    norm.train(norm.training)
+            else:
+                for key, buffer in norm.named_buffers(recurse=False):
+                    attachment.base_buffers.setdefault(f"{name}.{key}" if name else key, buffer.detach().clone())
+
+
+def thaw(module: nn.Module) -> None:
+    """Undo freezing, and forget that the module was adapted."""
+    for norm in [part for part in module.modules() if isinstance(part, FrozenNorm)]:
+        mode = norm.asked_mode
+        swap_out(norm)
+        del norm.asked_mode
+        norm.train(mode)
+    for _, owner, attachment in list(attachments(module)):
+        for name, parameter in owner.named_parameters():
+            parameter.requires_grad_(attachment.required_grad.get(clean_name(name), parameter.requires_grad))
+        set_attachment(owner, None)
+
+
+def _frozen_norms(owner: nn.Module, attachment: Attachment) -> Iterator[tuple[str, nn.Module]]:
+    for name, part in owner.named_modules():
+        if has_running_statistics(part) and not is_below(clean_name(name), attachment.saved_modules):
+            yield clean_name(name), part

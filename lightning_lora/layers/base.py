@@ -1,0 +1,179 @@
+"""The adapted layer and its adapter: what every kind of layer has in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.initializers import INITIALIZERS, seeded
+from lightning_lora.layers.swap import Swapped
+
+Mode = Literal["active", "disabled", "merged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """All that decides one adapter, resolved for its layer.
+
+    Args:
+        rank: Rank of the update.
+        scaling: Factor of ``B @ A``, resolved once; nothing recomputes it later.
+        dropout: Probability of dropping an element of the adapter's input while training.
+        init: Name of the start of the random factor.
+        dtype: Precision of the factors.
+        seed: Seed of the layer's start.
+    """
+
+    rank: int
+    scaling: float
+    dropout: float
+    init: str
+    dtype: torch.dtype
+    seed: int
+
+
+class Adapter(nn.Module, ABC):
+    """The factors of one layer's update ``scaling * B @ A``, as the layer's child module ``lora``.
+
+    A child of its own lets FSDP give the trainable factors units apart from the frozen weight. Subclasses say how one
+    kind of layer uses the factors.
+
+    Shapes: ``A`` is ``(rank, in)`` and ``B`` is ``(out, rank)``, with ``(out, in)`` from ``matrix_shape``.
+    """
+
+    is_linear: ClassVar[bool] = False  # chosen by target_modules="all-linear"
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(self, module: nn.Module, spec: AdapterSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        shape, device = self.matrix_shape(module), base_weight(module).device
+        if device.type == "meta":
+            A, B = torch.empty(spec.rank, shape[1], device=device), torch.empty(shape[0], spec.rank, device=device)
+        else:
+            A, B = self.start(*shape)
+        self.A = nn.Parameter(A.to(device, spec.dtype))
+        self.B = nn.Parameter(B.to(device, spec.dtype))
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return whether this is the adapter for such a module."""
+
+    @classmethod
+    @abstractmethod
+    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+        """Return ``(out, in)`` of the module's weight, read as a matrix."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:  # noqa: ARG003 - most kinds have none
+        """Return why such a module cannot be adapted after all, or None."""
+        return None
+
+    @abstractmethod
+    @override
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return the layer's ``output`` for ``inputs`` plus the adapter's update of it."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """Return the update of the base weight, in its shape; float32, or float64 if the factors are."""
+
+    def zero_factor(self) -> nn.Parameter:
+        """Return the factor that starts at zero, so that the model starts unchanged."""
+        return self.B
+
+    def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``B`` as they start, on the CPU: the same for the same spec, on any device and rank."""
+        A = INITIALIZERS[self.spec.init](self.spec.rank, in_features, seeded(self.spec.seed))
+        return A, torch.zeros(out_features, self.spec.rank)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Go back to the start; called after a module on the meta device has been given memory."""
+        A, B = self.start(self.B.shape[0], self.A.shape[1])
+        self.A.copy_(A)
+        self.B.copy_(B)
+
+    def matrix_delta(self) -> Tensor:
+        """Return ``scaling * B @ A``, ``(out, in)``, summed in float32 or better."""
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return self.spec.scaling * (self.B.to(dtype) @ self.A.to(dtype))
+
+    def factors_as(self, dtype: torch.dtype, device_type: str) -> tuple[Tensor, Tensor]:
+        """Return the factors in the layer's compute dtype; under autocast the operators cast by themselves."""
+        if self.A.dtype == dtype or torch.is_autocast_enabled(device_type):
+            return self.A, self.B
+        return self.A.to(dtype), self.B.to(dtype)
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Follow the module to another device, but keep the factors' precision; only float64 is followed."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or moved.dtype == torch.float64:
+                return moved
+            return tensor.to(device=moved.device, dtype=self.spec.dtype)
+
+        return cast(Adapter, super()._apply(keep_precision, recurse))  # type: ignore[no-untyped-call]
+
+    @override
+    def extra_repr(self) -> str:
+        return f"rank={self.spec.rank}, scaling={self.spec.scaling:g}, dropout={self.spec.dropout:g}"
+
+
+class LoRALayer(Swapped):
+    """A layer that carries a LoRA update; ``isinstance(module, LoRALayer)`` is how anything finds adapted layers.
+
+    Attributes:
+        lora: The adapter, with the factors ``lora.A`` and ``lora.B``.
+        lora_mode: ``"active"`` adds the update in ``forward``, ``"disabled"`` leaves it out, ``"merged"`` means that
+            the weight holds it for now (inside ``merged()``).
+    """
+
+    class_prefix = "LoRA"
+    lora: Adapter
+    lora_mode: Mode
+
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(*args, **kwargs)
+        if self.lora_mode != "active":
+            return output
+        inputs = args[0] if args else next(iter(kwargs.values()))
+        return cast(Tensor, self.lora(inputs, output))
+
+    @property
+    def rank(self) -> int:
+        """Rank of the update."""
+        return self.lora.spec.rank
+
+    @property
+    def scaling(self) -> float:
+        """Factor of ``B @ A``."""
+        return self.lora.spec.scaling
+
+    def delta_weight(self) -> Tensor:
+        """Return the update this layer adds to its base weight, in the weight's shape.
+
+        Returns:
+            Tensor of the weight's shape, float32, or float64 if the factors are.
+
+        Source:
+            Hu et al. 2021, arXiv:2106.09685, eq. 3.
+        """
+        with torch.no_grad():
+            return self.lora.delta_weight()
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """Return the weight that an adapter of ``module`` updates."""
+    return cast(Tensor, module.weight)

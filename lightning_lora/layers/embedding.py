@@ -1,0 +1,64 @@
+"""Embeddings: the columns of ``A`` belong to the tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.initializers import seeded
+from lightning_lora.layers.base import Adapter, AdapterSpec
+
+
+class EmbeddingAdapter(Adapter):
+    """``y += scaling * A[:, token] @ B.T`` beside an ``nn.Embedding`` of ``(tokens, features)``.
+
+    ``A`` is ``(rank, tokens)`` and starts at zero, ``B`` is ``(features, rank)`` and starts standard normal, as in
+    loralib and PEFT: a token that never occurs keeps its vector. Token numbers are not dropped, so ``dropout`` has no
+    meaning here, as there.
+    """
+
+    @classmethod
+    @override
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
+
+    @classmethod
+    @override
+    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Embedding)
+        return module.embedding_dim, module.num_embeddings
+
+    @classmethod
+    @override
+    def obstacle(cls, module: nn.Module) -> str | None:
+        assert isinstance(module, nn.Embedding)
+        if module.max_norm is not None:
+            return f"max_norm={module.max_norm} rescales the frozen weight in place; set it to None"
+        return None
+
+    def __init__(self, module: nn.Embedding, spec: AdapterSpec) -> None:
+        super().__init__(module, spec)
+        self.padding_idx = module.padding_idx
+        self.scale_grad_by_freq = module.scale_grad_by_freq
+
+    @override
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+        A, B = self.factors_as(output.dtype, output.device.type)
+        # The padding token gets no gradient, so its column of A stays zero.
+        hidden = F.embedding(inputs, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return output + F.linear(hidden * self.spec.scaling, B).to(output.dtype)  # (..., rank) -> (..., features)
+
+    @override
+    def delta_weight(self) -> Tensor:
+        return self.matrix_delta().T
+
+    @override
+    def zero_factor(self) -> nn.Parameter:
+        return self.A
+
+    @override
+    def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        B = torch.empty(out_features, self.spec.rank).normal_(generator=seeded(self.spec.seed))
+        return torch.zeros(self.spec.rank, in_features), B

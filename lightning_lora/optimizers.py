@@ -1,0 +1,223 @@
+"""Make optimizers hold exactly the trainable parameters, and build the groups of LoRA+."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lora.layers import LoRALayer
+from lightning_lora.targets import clean_name, listed
+
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
+_RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group
+
+
+def parameter_groups(
+    module: nn.Module, lr: float, *, lr_ratio: float = 1.0, weight_decay: float = 0.0
+) -> list[dict[str, Any]]:
+    """Return the optimizer groups of an adapted module: its trainable parameters, LoRA+ if asked for.
+
+    Args:
+        module: An adapted module.
+        lr: Learning rate of every parameter but ``B``.
+        lr_ratio: Learning rate of ``B`` over that of ``A``; LoRA+ recommends about 16.
+        weight_decay: Weight decay of all groups.
+
+    Returns:
+        One group, or two if ``lr_ratio`` is not 1, named ``"lora"`` and ``"lora_B"``.
+
+    Raises:
+        ValueError: Nothing is trainable, or a number makes no sense.
+
+    Source:
+        Hayou et al. 2024, "LoRA+", arXiv:2402.12354.
+    """
+    _check_ratio(lr_ratio)
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(module).__name__} has no trainable parameters; call attach first.")
+    fast = _fast_parameters(module) if lr_ratio != 1.0 else set()
+    groups = [
+        {"name": "lora", "lr": lr, "params": [p for p in trainable if id(p) not in fast]},
+        {"name": "lora_B", "lr": lr * lr_ratio, "params": [p for p in trainable if id(p) in fast]},
+    ]
+    return [group | {"weight_decay": weight_decay} for group in groups if group["params"]]
+
+
+def repair_optimizers(
+    module: nn.Module, optimizers: Sequence[Optimizer], schedulers: Iterable[Any] = (), *, lr_ratio: float = 1.0
+) -> None:
+    """Edit optimizers in place so that they hold exactly the trainable parameters of a module.
+
+    Trainable parameters that no optimizer holds (it may have been built before the adapters were) join the group that
+    held the frozen weight of their layer, or the only group. Frozen ones leave. Existing groups keep their number and
+    place, so schedulers keep working; LoRA+ groups are appended, and the schedulers extended.
+
+    Args:
+        module: The adapted module.
+        optimizers: All its optimizers.
+        schedulers: The learning rate schedulers bound to them.
+        lr_ratio: Learning rate of ``B`` over that of ``A``; 1 leaves the groups alone.
+
+    Raises:
+        ValueError: A trainable parameter has no place, or no optimizer is left with one.
+    """
+    _check_ratio(lr_ratio)
+    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+    _adopt_homeless(module, optimizers, names)
+    for optimizer in optimizers:
+        _drop_frozen(optimizer)
+        _sort_groups(optimizer, names)
+    if not any(group["params"] for optimizer in optimizers for group in optimizer.param_groups):
+        raise ValueError("No optimizer holds a trainable parameter; is everything frozen?")
+    if lr_ratio != 1.0:
+        fast = _fast_parameters(module)
+        for optimizer in optimizers:
+            _split_fast(optimizer, fast, lr_ratio, list(schedulers))
+
+
+def unpack_configured(configured: Any) -> tuple[list[Optimizer], list[Any]]:
+    """Return the optimizers and schedulers in whatever form ``LightningModule.configure_optimizers`` returned them."""
+    if configured is None:
+        return [], []
+    if isinstance(configured, dict):
+        configured = [configured]
+    if not isinstance(configured, (list, tuple)):
+        return [configured], []
+    if len(configured) == 2 and isinstance(configured[0], list):
+        optimizers, schedulers = configured
+        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+    elif all(isinstance(entry, dict) for entry in configured):
+        optimizers = [entry["optimizer"] for entry in configured]
+        schedulers = [entry["lr_scheduler"] for entry in configured if "lr_scheduler" in entry]
+    else:
+        optimizers, schedulers = list(configured), []
+    return optimizers, [entry["scheduler"] if isinstance(entry, dict) else entry for entry in schedulers]
+
+
+def optimizer_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str]]]:
+    """Return the parameter names that optimizers hold: one list an optimizer, in it one a group."""
+    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+    return [
+        [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+
+
+def homeless_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
+    """Return the trainable parameters that no optimizer holds."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [clean_name(name) for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+
+
+def _check_ratio(lr_ratio: float) -> None:
+    if not lr_ratio > 0:
+        raise ValueError(f"lr_ratio must be positive, got {lr_ratio!r}.")
+
+
+def _fast_parameters(module: nn.Module) -> set[int]:
+    """Return the factors that LoRA+ speeds up: ``B`` of every layer that starts with ``B = 0``."""
+    layers = [part for part in module.modules() if isinstance(part, LoRALayer)]
+    return {id(layer.lora.B) for layer in layers if layer.lora.zero_factor() is layer.lora.B}
+
+
+def _adopt_homeless(module: nn.Module, optimizers: Sequence[Optimizer], names: dict[int, str]) -> None:
+    places = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    place_of = {id(p): index for index, (_, group) in enumerate(places) for p in group["params"]}
+    homeless = []
+    for part in module.modules():
+        siblings = [*part.parameters(recurse=False)]
+        if isinstance(part, LoRALayer):
+            siblings += part.lora.parameters()
+        for parameter in siblings:
+            if not parameter.requires_grad or id(parameter) in place_of:
+                continue
+            index = _home(part, siblings, place_of, len(places))
+            if index is None:
+                homeless.append(names[id(parameter)])
+                continue
+            _adopt(*places[index], parameter, names[id(parameter)])
+            place_of[id(parameter)] = index
+    if homeless:
+        raise ValueError(
+            f"No optimizer holds the trainable {listed(homeless)}, and it is unclear which of the {len(places)} "
+            "parameter groups they belong to. Add them in configure_optimizers."
+        )
+
+
+def _home(part: nn.Module, siblings: list[nn.Parameter], place_of: dict[int, int], places: int) -> int | None:
+    weight = part._parameters.get("weight")
+    if weight is not None and id(weight) in place_of:
+        return place_of[id(weight)]
+    found = {place_of[id(sibling)] for sibling in siblings if id(sibling) in place_of}
+    if len(found) == 1:
+        return found.pop()
+    return 0 if places == 1 else None
+
+
+def _adopt(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
+    group["params"].append(parameter)
+    if "param_names" in group:
+        group["param_names"].append(name)
+    if optimizer.state:  # Adagrad and others create their state when they are built
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        twin = type(optimizer)([{**options, "params": [parameter]}], **optimizer.defaults)
+        if parameter in twin.state:
+            optimizer.state[parameter] = twin.state[parameter]
+
+
+def _drop_frozen(optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        _keep(group, [index for index, p in enumerate(group["params"]) if p.requires_grad])
+    for parameter in [p for p in optimizer.state if not p.requires_grad]:
+        del optimizer.state[parameter]
+
+
+def _sort_groups(optimizer: Optimizer, names: dict[int, str]) -> None:
+    """Put each group into the model's order, so that positions in a saved state do not depend on how it was built."""
+    order = {identity: index for index, identity in enumerate(names)}
+    for group in optimizer.param_groups:
+        params = group["params"]
+        _keep(group, sorted(range(len(params)), key=lambda i: order.get(id(params[i]), len(order))))
+
+
+def _keep(group: dict[str, Any], indices: list[int]) -> None:
+    for key in ("params", "param_names"):
+        if key in group:
+            group[key] = [group[key][index] for index in indices]
+
+
+def _split_fast(optimizer: Optimizer, fast: set[int], ratio: float, schedulers: list[Any]) -> None:
+    count = len(optimizer.param_groups)
+    sources: list[int] = []
+    for index, group in enumerate(list(optimizer.param_groups)):
+        is_fast = [id(p) in fast for p in group["params"]]
+        if not any(is_fast):
+            continue
+        twin = {key: copy.copy(value) for key, value in group.items() if key not in ("params", "param_names")}
+        twin |= {key: group[key] * ratio for key in _RATES if isinstance(group.get(key), (int, float, Tensor))}
+        twin |= {key: list(group[key]) for key in ("params", "param_names") if key in group}
+        twin["name"] = f"{group['name']}.lora_B" if "name" in group else f"lora_B{'' if not sources else len(sources)}"
+        _keep(group, [i for i, flag in enumerate(is_fast) if not flag])
+        _keep(twin, [i for i, flag in enumerate(is_fast) if flag])
+        optimizer.param_groups.append(twin)
+        sources.append(index)
+    for scheduler in schedulers:
+        _extend_scheduler(scheduler, optimizer, count, sources, ratio)
+
+
+def _extend_scheduler(scheduler: Any, optimizer: Optimizer, count: int, sources: list[int], ratio: float) -> None:
+    """Give a scheduler entries for the appended groups, copied from the groups they came from."""
+    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+        _extend_scheduler(inner, optimizer, count, sources, ratio)
+    if getattr(scheduler, "optimizer", None) is not optimizer:
+        return
+    for key, values in vars(scheduler).items():
+        if not isinstance(values, list) or len(values) != count or key in ("_schedulers", "_milestones"):
+            continue
+        factor = ratio if key in _RATE_LISTS else None
+        values += [copy.copy(values[i]) if factor is None else values[i] * factor for i in sources]

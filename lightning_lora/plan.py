@@ -1,0 +1,233 @@
+"""From a config and a model to the exact list of changes; everything that can go wrong goes wrong here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from lightning_lora.config import ALL_LINEAR, LoRAConfig
+from lightning_lora.initializers import layer_seed
+from lightning_lora.layers import SUPPORTED, Adapter, AdapterSpec, LoRALayer, adapter_type, base_weight
+from lightning_lora.targets import (
+    first_match,
+    is_below,
+    is_glob,
+    listed,
+    matches_pattern,
+    module_names,
+    near_names,
+    output_embeddings,
+    selected,
+    tied_names,
+    unmatched,
+)
+
+# Parents that read their children's weights instead of calling them, so that an adapted child would do nothing.
+_WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),
+}
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer to adapt: where it is, which entry of the config chose it, and its adapter."""
+
+    name: str
+    module: nn.Module
+    pattern: str
+    adapter: type[Adapter]
+    spec: AdapterSpec
+
+
+@dataclass
+class Plan:
+    """All that attaching will do: the layers, the modules trained in full, and what was left out and why."""
+
+    layers: list[PlannedLayer] = field(default_factory=list)
+    saved: dict[str, nn.Module] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def make_plan(module: nn.Module, config: LoRAConfig, seed: int) -> Plan:
+    """Resolve a config against a model without changing it.
+
+    Raises:
+        ValueError: Entries match nothing or name layers that cannot be adapted; one error lists them all.
+    """
+    return _Planner(module, config, seed).plan()
+
+
+class _Planner:
+    def __init__(self, module: nn.Module, config: LoRAConfig, seed: int) -> None:
+        self.module, self.config, self.seed = module, config, seed
+        own = {id(part) for layer in module.modules() if isinstance(layer, LoRALayer) for part in layer.lora.modules()}
+        self.modules = {n: found for n, found in module_names(module).items() if id(found[0]) not in own}
+        self.automatic = config.target_modules == ALL_LINEAR
+        self.tied = tied_names(module)
+        self.heads = {id(head) for head in output_embeddings(module)}
+        self.weight_readers = {
+            id(getattr(parent, child)): type(parent).__name__
+            for parent, _ in self.modules.values()
+            for kind, children in _WEIGHT_READERS.items()
+            if isinstance(parent, kind)
+            for child in children
+        }
+        self.problems: list[str] = []
+
+    def plan(self) -> Plan:
+        plan = Plan()
+        for name, (submodule, names) in self.modules.items():
+            if selected(self.config.modules_to_save, names):
+                plan.saved[name] = submodule
+        self._check_saved(plan.saved)
+        saved = set(plan.saved)
+        excluded = {n for n, (_, names) in self.modules.items() if selected(self.config.exclude_modules, names)}
+        for name, (submodule, names) in self.modules.items():
+            pattern = self._choosing_pattern(submodule, names)
+            if pattern is None:
+                continue
+            if is_below(name, saved):
+                plan.left_out[name] = "in modules_to_save"
+            elif is_below(name, excluded):
+                plan.left_out[name] = "in exclude_modules"
+            else:
+                self._add(plan, name, submodule, pattern)
+        self._explain_misses(plan)
+        if self.problems:
+            raise ValueError(self._message())
+        return plan
+
+    def _choosing_pattern(self, submodule: nn.Module, names: tuple[str, ...]) -> str | None:
+        adapter = adapter_type(submodule)
+        if self.automatic:
+            return ALL_LINEAR if adapter is not None and adapter.is_linear else None
+        pattern = selected(self.config.target_modules, names)
+        # Globs and regular expressions sweep over containers and activations; only a name insists on its module.
+        insists = pattern is not None and not self._sweeps(pattern)
+        return pattern if adapter is not None or insists else None
+
+    def _sweeps(self, pattern: str) -> bool:
+        return isinstance(self.config.target_modules, str) or is_glob(pattern)
+
+    def _add(self, plan: Plan, name: str, submodule: nn.Module, pattern: str) -> None:
+        adapter = adapter_type(submodule)
+        if adapter is None:
+            self.problems.append(f"target_modules={pattern!r}: {self._unsupported(name, submodule)}")
+            return
+        rank = first_match(self.config.rank_pattern, name, self.config.rank)
+        reason = self._obstacle(name, submodule, adapter, rank)
+        if reason is None:
+            plan.layers.append(self._planned(name, submodule, pattern, adapter, rank))
+            out_features, in_features = adapter.matrix_shape(submodule)
+            if rank * (out_features + in_features) >= out_features * in_features:
+                plan.warnings.append(
+                    f"{name}: an adapter of rank {rank} is not smaller than the ({out_features}, {in_features}) weight "
+                    "it adapts. Lower its rank with rank_pattern, or train it in full with modules_to_save."
+                )
+        elif self.automatic:
+            plan.left_out[name] = reason
+        else:
+            self.problems.append(f"target_modules={pattern!r}: {name!r} cannot be adapted: {reason}.")
+
+    def _planned(
+        self, name: str, submodule: nn.Module, pattern: str, adapter: type[Adapter], rank: int
+    ) -> PlannedLayer:
+        weight = base_weight(submodule)
+        # A float32 adapter would quietly lower the precision of a float64 layer.
+        dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, self.config.adapter_dtype)
+        spec = AdapterSpec(
+            rank=rank,
+            scaling=self.config.scaling(rank, first_match(self.config.alpha_pattern, name, self.config.alpha)),
+            dropout=self.config.dropout,
+            init=self.config.init,
+            dtype=dtype,
+            seed=layer_seed(self.seed, name, weight.shape),
+        )
+        return PlannedLayer(name, submodule, pattern, adapter, spec)
+
+    def _obstacle(self, name: str, submodule: nn.Module, adapter: type[Adapter], rank: int) -> str | None:
+        """Return why this layer cannot be adapted, or None."""
+        if reason := adapter.obstacle(submodule):
+            return reason
+        if "forward" in vars(submodule):
+            return "its forward was replaced on the instance, so an adapter would never run"
+        if reader := self.weight_readers.get(id(submodule)):
+            return f"its parent, a {reader}, reads the weight without calling the layer, so an adapter would never run"
+        if others := self.tied.get(f"{name}.weight"):
+            return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it"
+        if self.automatic and id(submodule) in self.heads:
+            return "output embedding of a transformers model"
+        limit = min(adapter.matrix_shape(submodule))
+        if rank > limit:
+            return f"rank {rank} is above {limit}, the highest rank of its weight; give it less with rank_pattern"
+        return None
+
+    def _unsupported(self, name: str, submodule: nn.Module) -> str:
+        kind = type(submodule).__name__
+        if any(True for _ in submodule.children()):
+            return f"{name!r} is a {kind} that contains layers; name them, for example {f'{name}.*'!r}."
+        return f"{name!r} is a {kind}; adapters exist for {SUPPORTED}. modules_to_save trains a module in full."
+
+    def _check_saved(self, saved: dict[str, nn.Module]) -> None:
+        for name, submodule in saved.items():
+            if not any(True for _ in submodule.parameters()):
+                self.problems.append(f"modules_to_save: {name!r} is a {type(submodule).__name__} without parameters.")
+            for key, _ in submodule.named_parameters():
+                outside = [other for other in self.tied.get(f"{name}.{key}", ()) if not is_below(other, saved)]
+                if outside:
+                    self.problems.append(
+                        f"modules_to_save: '{name}.{key}' is tied to {outside}, which would change with it. "
+                        "Name the modules on both sides, or untie them."
+                    )
+
+    def _explain_misses(self, plan: Plan) -> None:
+        everything = [names for _, names in self.modules.values()]
+        reached = [layer.name for layer in plan.layers]
+        self._explain_missed_targets(plan, everything)
+        for option in ("exclude_modules", "modules_to_save"):
+            for entry in unmatched(getattr(self.config, option), everything):
+                self._miss(option, entry, everything)
+        for option in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self.config, option):
+                if not any(matches_pattern(key, name) for name in [*reached, *plan.left_out]):
+                    self._miss(option, key, [(name,) for name in reached])
+        if not (plan.layers or self.problems):
+            reasons = listed([f"{name}: {reason}" for name, reason in plan.left_out.items()])
+            self.problems.append(f"target_modules={self.config.target_modules!r} left out every layer ({reasons}).")
+
+    def _explain_missed_targets(self, plan: Plan, everything: list[tuple[str, ...]]) -> None:
+        if self.automatic:
+            if not (plan.layers or plan.left_out):
+                self.problems.append(f"target_modules={ALL_LINEAR!r}: {self._root()} has no linear layer.")
+            return
+        adaptable = [names for submodule, names in self.modules.values() if adapter_type(submodule)]
+        unknown = unmatched(self.config.target_modules, everything)
+        for entry in unmatched(self.config.target_modules, adaptable):
+            if entry in unknown:
+                self._miss("target_modules", entry, everything)
+            elif self._sweeps(entry):
+                self.problems.append(
+                    f"target_modules={entry!r} matched no layer of a kind that has an adapter: {SUPPORTED}."
+                )
+
+    def _miss(self, option: str, entry: str, pool: list[tuple[str, ...]]) -> None:
+        near = near_names(entry, (name for names in pool for name in names))
+        hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
+        if option == "target_modules" and self.config.target_modules == entry:
+            hint += " A string is one regular expression over full names; put a name into a list."
+        what = "adapted layer" if option.endswith("pattern") else "module"
+        self.problems.append(f"{option}={entry!r} matched no {what} of {self._root()}.{hint}")
+
+    def _root(self) -> str:
+        return type(self.module).__name__
+
+    def _message(self) -> str:
+        lines = "\n".join(f"  - {problem}" for problem in self.problems)
+        return (
+            f"LoRA cannot be attached to {self._root()}; nothing was changed:\n{lines}\n"
+            "lightning_lora.targets.candidates(model) lists all names."
+        )

@@ -1,0 +1,89 @@
+"""What attaching did, as a value and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from typing_extensions import override
+
+from lightning_lora.targets import listed
+
+_LEFT_OUT_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class AdaptedLayer:
+    """One adapted layer: its name, the entry of the config that chose it, and its adapter."""
+
+    name: str
+    pattern: str
+    rank: int
+    scaling: float
+    parameters: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What was adapted, what trains in full and what was left out; ``print(report)`` shows a table.
+
+    Attributes:
+        layers: The adapted layers.
+        saved: Modules of ``modules_to_save`` -> their parameters.
+        left_out: Layers that the targets cover but that carry no adapter -> the reason.
+        base_parameters: Parameters of the model without adapters.
+    """
+
+    layers: Sequence[AdaptedLayer]
+    saved: Mapping[str, int]
+    left_out: Mapping[str, str]
+    base_parameters: int
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Number of adapter parameters."""
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of parameters that train: adapters and the modules trained in full."""
+        return self.adapter_parameters + sum(self.saved.values())
+
+    @override
+    def __str__(self) -> str:
+        header = ("pattern", "layers", "rank", "scaling", "parameters", "share", "dtype")
+        groups: dict[tuple[str, int, float, str], list[AdaptedLayer]] = {}
+        for layer in self.layers:
+            groups.setdefault((layer.pattern, layer.rank, layer.scaling, layer.dtype), []).append(layer)
+        rows = [
+            self._row(pattern, len(group), str(rank), f"{scaling:g}", sum(a.parameters for a in group), dtype)
+            for (pattern, rank, scaling, dtype), group in groups.items()
+        ]
+        rows += [self._row(f"{name} (in full)", 1, "-", "-", count, "-") for name, count in self.saved.items()]
+        rows.append(self._row("trainable", len(self.layers) + len(self.saved), "", "", self.trainable_parameters, ""))
+        lines = [f"LoRA: {len(self.layers)} layers adapted, {self.base_parameters:,} base parameters frozen"]
+        return "\n".join(lines + _table([header, *rows]) + self._left_out_lines())
+
+    def _row(self, pattern: str, layers: int, rank: str, scaling: str, parameters: int, dtype: str) -> tuple[str, ...]:
+        share = f"{100 * parameters / max(1, self.base_parameters):.2f} %"
+        return (pattern, str(layers), rank, scaling, f"{parameters:,}", share, dtype)
+
+    def _left_out_lines(self) -> list[str]:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left_out.items():
+            reasons.setdefault(reason, []).append(name)
+        return [f"left out: {listed(names, _LEFT_OUT_SHOWN)} ({reason})" for reason, names in reasons.items()]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        first, *numbers = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join([first, *numbers]).rstrip())
+    rule = "  ".join("-" * width for width in widths)
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]

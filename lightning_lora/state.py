@@ -1,0 +1,176 @@
+"""Adapter state in memory: which tensors belong to an adapter, taking them out and putting them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.attachment import attachments, merges
+from lightning_lora.layers import LoRALayer
+from lightning_lora.surgery import lora_layers
+from lightning_lora.targets import clean_name, is_below, listed, near_names
+
+FORMAT_VERSION = 1
+
+
+def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the live tensors of everything that was trained: name -> the model's own tensor.
+
+    These are the factors, the parameters and buffers of ``modules_to_save``, and the running statistics that the config
+    lets move. The names follow from the config alone, never from what happened in training.
+    """
+    found: dict[str, Tensor] = {}
+    roots = [(name, attachment) for name, _, attachment in attachments(module)]
+    saved = [_join(root, name) for root, attachment in roots for name in attachment.saved_modules]
+    moving = {_join(root, name) for root, attachment in roots for name in attachment.base_buffers}
+    persistent = _persistent_buffers(module)
+    layers = {id(layer.lora) for layer in module.modules() if isinstance(layer, LoRALayer)}
+    for path, part in module.named_modules():
+        own = id(part) in layers
+        for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+            name = clean_name(_join(path, key))
+            trained = own or is_below(name, saved) or name in moving
+            if trained and (isinstance(tensor, nn.Parameter) or name in persistent):
+                found[name] = tensor
+    return found
+
+
+def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of everything that was trained: name -> tensor.
+
+    Unlike ``nn.Module.state_dict`` it holds copies, so that it stays as it is when training goes on.
+
+    Raises:
+        ValueError: The module has no adapters.
+    """
+    tensors = adapter_tensors(module)
+    if not tensors:
+        raise ValueError(f"{type(module).__name__} has no adapters; call attach first.")
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy an adapter's state into an adapted module: swaps the task on one base.
+
+    Raises:
+        ValueError: Names or shapes do not fit, or the module has no adapters; one error lists all. Nothing was changed.
+        RuntimeError: Another adapter was merged into this module for good.
+    """
+    tensors = adapter_tensors(module)
+    check_not_merged(module, {})
+    if problems := mismatches(tensors, state):
+        raise ValueError(mismatch_message(type(module).__name__, problems))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
+
+
+def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Iterable[str] = ()) -> list[str]:
+    """Return what keeps a state from being loaded: missing, unknown and wrongly shaped entries.
+
+    Args:
+        tensors: What must be loaded.
+        state: What there is.
+        known: Names that the state may hold besides.
+    """
+    if not tensors:
+        return ["the module has no adapters; call attach with the adapter's config first"]
+    missing = [name for name in tensors if name not in state]
+    unknown = [name for name in state if name not in tensors and name not in set(known)]
+    shapes = [
+        f"{name}: file {tuple(state[name].shape)}, model {tuple(tensor.shape)}"
+        for name, tensor in tensors.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    problems = []
+    if missing:
+        problems.append(f"missing from the state: {listed(missing)}")
+    if unknown:
+        near = near_names(unknown[0], tensors)
+        problems.append(f"unknown to the model: {listed(unknown)}" + (f" (closest: {near[0]!r})" if near else ""))
+    if shapes:
+        problems.append(f"other shapes: {listed(shapes)}")
+    return problems
+
+
+def mismatch_message(what: str, problems: Iterable[str]) -> str:
+    """Return the one error for a state that does not fit."""
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    return (
+        f"The adapter state does not fit this {what}; nothing was changed:\n{lines}\nAttach with the adapter's config."
+    )
+
+
+def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> None:
+    """Refuse to load an adapter over one that is already in the weights.
+
+    Args:
+        module: The module to load into.
+        merged_before: The merges that the adapter was trained on top of.
+
+    Raises:
+        RuntimeError: The module's merges are others.
+    """
+    found = merges(module)
+    if found == dict(merged_before):
+        return
+    if found:
+        raise RuntimeError(
+            f"An adapter is already merged into {listed(list(found))} of this {type(module).__name__}; loading one now "
+            "would apply it on top. Load it into a fresh base model."
+        )
+    raise RuntimeError(
+        f"This adapter was trained on a base with another adapter merged into {listed(list(merged_before))}, and this "
+        f"{type(module).__name__} has none. Load the merged weights as the base first, or train without merging."
+    )
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """Return the plain record that travels with a saved adapter: what it needs to be understood and loaded."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "adapters": [
+            {"root": name, "config": attachment.config.to_dict(), "seed": attachment.seed}
+            for name, _, attachment in attachments(module)
+        ],
+        "layers": {name: {"rank": layer.rank, "scaling": layer.scaling} for name, layer in lora_layers(module).items()},
+        "merges": merges(module),
+    }
+
+
+def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
+    """Return how a saved adapter's record contradicts the adapters of a module."""
+    if record.get("format_version", 0) > FORMAT_VERSION:
+        return [f"format version {record['format_version']}; this lightning_lora reads up to {FORMAT_VERSION}"]
+    mine, theirs = describe(module)["layers"], record.get("layers", {})
+    problems = []
+    if other := sorted(mine.keys() ^ theirs.keys()):
+        problems.append(
+            f"target_modules: {len(theirs)} layers adapted in the checkpoint, {len(mine)} here; "
+            f"only on one side: {listed(other)}"
+        )
+    for key in ("rank", "scaling"):
+        differing = [
+            f"{name}: checkpoint {theirs[name][key]:g}, here {layer[key]:g}"
+            for name, layer in mine.items()
+            if name in theirs and theirs[name][key] != layer[key]
+        ]
+        if differing:
+            problems.append(f"{'alpha or use_rslora (scaling)' if key == 'scaling' else key}: {listed(differing)}")
+    return problems
+
+
+def _persistent_buffers(module: nn.Module) -> set[str]:
+    return {
+        clean_name(_join(path, key))
+        for path, part in module.named_modules()
+        for key in part._buffers
+        if key not in part._non_persistent_buffers_set
+    }
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

@@ -1,0 +1,129 @@
+"""Which names of a model a config speaks of; pure: it looks at a model and changes nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+# What torch.compile, FSDP and activation checkpointing put into the names of the modules they wrap.
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def clean_name(name: str) -> str:
+    """Return a module, parameter or buffer name without the parts that wrappers add."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def is_glob(entry: str) -> bool:
+    """Return whether a list entry sweeps over names instead of giving one."""
+    return any(character in entry for character in "*?[")
+
+
+def matches(entry: str, name: str) -> bool:
+    """Return whether a list entry names a module: its full name, the end of it, or a glob over either."""
+    if not is_glob(entry):
+        return name == entry or name.endswith(f".{entry}")
+    return fnmatchcase(name, entry) or fnmatchcase(name, f"*.{entry}")
+
+
+def matches_pattern(key: str, name: str) -> bool:
+    """Return whether a key of ``rank_pattern`` or ``alpha_pattern`` names a layer.
+
+    A key is an entry as in ``matches``, or a regular expression over the name or the end of it, as in PEFT.
+    """
+    if matches(key, name):
+        return True
+    try:
+        return re.match(rf"(.*\.)?({key})$", name) is not None
+    except re.error:  # a glob such as "*.fc1"
+        return False
+
+
+def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
+    """Return the value of the first pattern that names the layer."""
+    return next((value for key, value in patterns.items() if matches_pattern(key, name)), default)
+
+
+def module_names(module: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
+    """Return every submodule once, by its first name, with all its names."""
+    found: dict[int, tuple[nn.Module, list[str]]] = {}
+    for name, submodule in module.named_modules(remove_duplicate=False):
+        found.setdefault(id(submodule), (submodule, []))[1].append(clean_name(name))
+    return {names[0]: (submodule, tuple(names)) for submodule, names in found.values()}
+
+
+def is_below(name: str, roots: Iterable[str]) -> bool:
+    """Return whether a name is one of the roots or lies below one."""
+    return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def selected(entries: str | Sequence[str], names: Sequence[str]) -> str | None:
+    """Return the entry that selects a module known by these names, or None; a string is one regular expression."""
+    if isinstance(entries, str):
+        return entries if any(re.fullmatch(entries, name) for name in names) else None
+    return next((entry for entry in entries if any(matches(entry, name) for name in names)), None)
+
+
+def unmatched(entries: str | Sequence[str], all_names: Iterable[Sequence[str]]) -> list[str]:
+    """Return the entries that select none of the modules."""
+    listed = [(entries, entries)] if isinstance(entries, str) else [(entry, (entry,)) for entry in entries]
+    pool = list(all_names)
+    return [entry for entry, query in listed if not any(selected(query, names) for names in pool)]
+
+
+def near_names(entry: str, names: Iterable[str], limit: int = 4) -> list[str]:
+    """Return names that a misspelt entry may have meant, whole or by their last part."""
+    names = [name for name in names if name]
+    if "." in entry:
+        return difflib.get_close_matches(entry, names, limit, 0.5)
+    tails = sorted({name.rpartition(".")[2] for name in names})
+    return difflib.get_close_matches(entry, [tail for tail in tails if not tail.isdigit()], limit, 0.5)
+
+
+def listed(names: Sequence[str], limit: int = 6) -> str:
+    """Return the first names and how many more there are, for messages."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def candidates(module: nn.Module) -> dict[str, str]:
+    """Return all module names that a config may use, with the class of each."""
+    return {name: type(submodule).__name__ for name, (submodule, _) in module_names(module).items() if name}
+
+
+def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return parameters that share memory with another module's parameter: name -> the other names.
+
+    A module that is reached by two paths is one module: its parameters are not tied by that.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, submodule in module.named_modules():
+        for key, parameter in submodule._parameters.items():
+            if parameter is not None:
+                owners.setdefault(_memory(parameter), []).append(f"{name}.{key}" if name else key)
+    groups = [[clean_name(name) for name in group] for group in owners.values() if len(group) > 1]
+    return {name: tuple(other for other in group if other != name) for group in groups for name in group}
+
+
+def _memory(parameter: Tensor) -> int:
+    try:
+        return parameter.data_ptr() or id(parameter)  # tensors without memory, as on the meta device, have address 0
+    except RuntimeError:  # tensor subclasses without one
+        return id(parameter)
+
+
+def output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the output embeddings that transformers models inside ``module`` declare."""
+    for submodule in module.modules():
+        getter = getattr(submodule, "get_output_embeddings", None)
+        if callable(getter) and isinstance(head := getter(), nn.Module):
+            yield head
