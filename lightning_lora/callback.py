@@ -28,6 +28,7 @@ from lightning_lora.attachment import get_attachment, merges
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
+from lightning_lora.option_types import PositiveFloat
 from lightning_lora.state import adapter_tensors
 from lightning_lora.strategies import install_adapter_checkpoints, trains_in_copies
 from lightning_lora.surgery import attach, lora_layers, merge
@@ -61,12 +62,12 @@ class LoRACallback(Callback):
         8
     """
 
-    def __init__(self, *, merge_on_teardown: bool = False, lr_ratio: float = 1.0, **lora: Any) -> None:
+    def __init__(self, *, merge_on_teardown: bool = False, lr_ratio: PositiveFloat = 1.0, **lora: Any) -> None:
         self.config = LoRAConfig(**lora)
         if not lr_ratio > 0:
             raise ValueError(f"LoRACallback.lr_ratio must be positive, got {lr_ratio!r}.")
         self.merge_on_teardown = merge_on_teardown
-        self.lr_ratio = lr_ratio
+        self.lr_ratio = float(lr_ratio)
         self._wrapped: list[tuple[LightningModule, str]] = []
         self._load_hook: Any = None
         self._announced: object = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
@@ -19,23 +21,26 @@ from lightning_lora.surgery import attach, detach
 RECORD_KEY = "lightning_lora"
 
 # What torch.load raises for files that are truncated, empty or something else altogether.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    EOFError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    KeyError,
-    UnicodeDecodeError,
-    ValueError,
-)
+_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, LookupError, ValueError, OSError)
 
 
-def unreadable_message(path: object, error: BaseException) -> str:
-    """Return the one error for a file that cannot be read as a checkpoint."""
-    return (
-        f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or something else. Nothing was "
-        f"changed. The reader said: {type(error).__name__}: {error}"
-    )
+@contextmanager
+def reading(path: object) -> Iterator[None]:
+    """Turn whatever a reader raises for a file that is no checkpoint into one clear error.
+
+    Raises:
+        ValueError: The file cannot be read.
+        FileNotFoundError: There is none.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError):
+        raise
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or something else. Nothing "
+            f"was changed. The reader said: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_is_checkpoint(checkpoint: object, path: object) -> None:
@@ -62,10 +67,8 @@ def load_adapter(module: nn.Module, path: str | PathLike[str]) -> AttachReport:
         ValueError: The file is no such checkpoint, or does not fit the module. Nothing was changed.
         RuntimeError: Another adapter was merged into this module for good.
     """
-    try:
+    with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        raise ValueError(unreadable_message(path, error)) from error
     check_is_checkpoint(checkpoint, path)
     record = checkpoint.get(RECORD_KEY)
     if record is None:

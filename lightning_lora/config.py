@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
+
+from lightning_lora.option_types import PositiveFloat, PositiveInt, Probability
 
 ALL_LINEAR = "all-linear"
 
@@ -50,14 +52,14 @@ class LoRAConfig:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, eq. 3.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    dropout: Probability = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[str, PositiveInt] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, PositiveFloat] = field(default_factory=dict)
     use_rslora: bool = False
     init: Init = "kaiming"
     adapter_dtype: AdapterDtype = "float32"
@@ -69,6 +71,9 @@ class LoRAConfig:
         _check_number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRAConfig.dropout must be in [0, 1), got {self.dropout!r}.")
+        # Plain numbers, since jsonargparse hands over types of its own and checkpoints must hold none.
+        for name, kind in (("rank", int), ("alpha", float), ("dropout", float)):
+            self._set(name, kind(getattr(self, name)))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             self._set(name, value if isinstance(value, str) else _names(name, value))
@@ -79,8 +84,8 @@ class LoRAConfig:
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"LoRAConfig.modules_to_save must be a list of names, got {self.modules_to_save!r}.")
         self._set("modules_to_save", _names("modules_to_save", self.modules_to_save))
-        self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank))
-        self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha))
+        self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank, int))
+        self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha, float))
         _check_choice("init", self.init, get_args(Init))
         _check_choice("adapter_dtype", self.adapter_dtype, get_args(AdapterDtype))
         _check_choice("frozen_norm", self.frozen_norm, get_args(FrozenNorm))
@@ -141,9 +146,9 @@ def _names(name: str, values: object) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _pattern(name: str, values: Mapping[str, Any], check: Any) -> dict[str, Any]:
+def _pattern(name: str, values: object, check: Callable[[str, object], None], kind: type) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise TypeError(f"LoRAConfig.{name} must map names to numbers, got {values!r}.")
     for key, value in values.items():
         check(f"{name}[{key!r}]", value)
-    return dict(values)
+    return {str(key): kind(value) for key, value in values.items()}

@@ -188,7 +188,7 @@ def _sort_groups(optimizer: Optimizer, names: dict[int, str]) -> None:
 def _keep(group: dict[str, Any], indices: list[int]) -> None:
     for key in ("params", "param_names"):
         if key in group:
-            group[key] = [group[key][index] for index in indices]
+            group[key][:] = [group[key][index] for index in indices]  # in place: LBFGS keeps the list itself
 
 
 def _split_fast(optimizer: Optimizer, fast: set[int], ratio: float, schedulers: list[Any]) -> None:

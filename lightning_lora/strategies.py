@@ -12,7 +12,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_lora.checkpoint_file import RECORD_KEY, UNREADABLE, check_is_checkpoint, unreadable_message
+from lightning_lora.checkpoint_file import RECORD_KEY, check_is_checkpoint, reading
 from lightning_lora.optimizers import optimizer_names
 from lightning_lora.state import (
     adapter_tensors,
@@ -78,10 +78,8 @@ class AdapterCheckpoints:
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the file; one clear error if it is no checkpoint."""
-        try:
+        with reading(checkpoint_path):
             checkpoint = self.own["load_checkpoint"](checkpoint_path, weights_only=weights_only)
-        except UNREADABLE as error:
-            raise ValueError(unreadable_message(checkpoint_path, error)) from error
         check_is_checkpoint(checkpoint, checkpoint_path)
         return cast(dict[str, Any], checkpoint)
 

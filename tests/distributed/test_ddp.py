@@ -1,0 +1,81 @@
+"""Two real processes under DDP equal one process on the joined batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import ddp_job
+from tests.test_strategies import assert_same_bits, read
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+ADAPTER = {f"net.{layer}.lora.{factor}" for layer in (0, 2, 4) for factor in "AB"}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes reports of a whole run, half a run and its resumption."""
+    directory = tmp_path_factory.mktemp("ddp")
+    command = [sys.executable, str(Path(ddp_job.__file__)), str(directory)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The same training in this process alone, on the joined batches."""
+    return ddp_job.fit(tmp_path_factory.mktemp("single"), "whole", 2, devices=1)
+
+
+def test_ranks_start_and_end_with_the_same_bits(ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank["whole"] for rank in ranks)
+    assert_same_bits(first["start"], second["start"])
+    assert_same_bits(first["state"], second["state"])
+    assert first["losses"] != second["losses"]  # they did see different data
+
+
+def test_the_start_does_not_depend_on_the_number_of_processes(
+    ranks: list[dict[str, Any]], single: dict[str, Any]
+) -> None:
+    assert_same_bits(ranks[0]["whole"]["start"], single["start"])
+
+
+def test_two_processes_equal_one_on_the_joined_batch(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+    both = ranks[0]["whole"]["state"]
+    assert any(both[name].any() for name in both if name.endswith("lora.B"))
+    for name, value in single["state"].items():
+        torch.testing.assert_close(both[name], value, rtol=0, atol=1e-10)
+
+
+def test_only_adapters_travel_between_processes(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[0]["whole"]["bucket_bytes"] == ranks[0]["whole"]["adapter_bytes"] > 0
+
+
+def test_the_file_holds_the_adapter_alone(ranks: list[dict[str, Any]]) -> None:
+    assert set(read(ranks[0]["whole"]["last"])["state_dict"]) == ADAPTER
+
+
+def test_resuming_equals_never_having_stopped_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert rank["half"]["losses"] + rank["resumed"]["losses"] == rank["whole"]["losses"]
+        assert len(rank["whole"]["losses"]) == 4
+        assert_same_bits(rank["resumed"]["state"], rank["whole"]["state"])
+    whole, resumed = read(ranks[0]["whole"]["last"]), read(ranks[0]["resumed"]["last"])
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert_same_bits(resumed[key], whole[key])
+
+
+def test_a_checkpoint_of_two_processes_resumes_in_one(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    resumed = ddp_job.fit(tmp_path, "resumed", 2, ranks[0]["half"]["last"], devices=1)
+    for name, value in ranks[0]["whole"]["state"].items():
+        torch.testing.assert_close(resumed["state"][name], value, rtol=0, atol=1e-10)

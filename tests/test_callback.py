@@ -1,0 +1,571 @@
+"""The callback under one device: what a user's run does from attaching to teardown."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from lightning_lora import LoRACallback, LoRAConfig, LoRALayer, attach, detach, lora_layers, merge
+from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, snapshot, trainer
+
+LAYERS = ["net.0", "net.2", "net.4"]
+
+
+def adapters_moved(module: nn.Module) -> list[str]:
+    return [name for name, layer in lora_layers(module).items() if layer.lora.B.any()]
+
+
+class Held(Callback):
+    """Notes which parameters the optimizers hold when training begins."""
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        names = {id(p): name for name, p in pl_module.named_parameters()}
+        self.names = [[names[id(p)] for g in o.param_groups for p in g["params"]] for o in trainer.optimizers]
+
+
+# --- attaching at the right moment
+
+
+@pytest.mark.parametrize("kind", [Toy, BuiltInSetup, BuiltInConfigureModel])
+def test_layers_are_adapted_and_trained_wherever_the_module_builds_them(kind: type[Toy]) -> None:
+    module, held = kind(), Held()
+    trainer(LoRACallback(rank=4), held).fit(module, loader())
+    assert adapters_moved(module) == LAYERS
+    assert held.names == [[f"{layer}.lora.{factor}" for layer in LAYERS for factor in "AB"]]
+
+
+@pytest.mark.parametrize("kind", [Toy, BuiltInSetup, BuiltInConfigureModel])
+def test_only_adapters_train(kind: type[Toy]) -> None:
+    module, base = kind(), network()
+    trainer(LoRACallback(rank=4), max_steps=20, max_epochs=-1).fit(module, loader())
+    detach(module)
+    assert digest(module.net) == digest(base)
+
+
+def test_a_setup_that_loads_base_weights_still_works() -> None:
+    class Loads(Toy):
+        def setup(self, stage: str) -> None:
+            self.net.load_state_dict(snapshot(network()))
+
+    module = Loads()
+    trainer(LoRACallback(rank=4)).fit(module, loader())
+    assert adapters_moved(module) == LAYERS
+
+
+def test_a_pattern_that_matches_nothing_stops_the_run_before_it_starts() -> None:
+    module = BuiltInConfigureModel()
+    with pytest.raises(ValueError, match=r"'net\.9' matched no module"):
+        trainer(LoRACallback(rank=4, target_modules=["net.0", "net.9"])).fit(module, loader())
+    assert not module.losses
+    assert not lora_layers(module)
+
+
+def test_the_start_is_that_of_the_seed_everything_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_factor() -> Tensor:
+        module = Toy()
+        trainer(LoRACallback(rank=4), max_steps=0).fit(module, loader())
+        return lora_layers(module)["net.0"].lora.A.detach().clone()
+
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    unseeded = first_factor()
+    assert torch.equal(unseeded, first_factor())  # no seed is seed 0, not another start every time
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    seed_everything(3, verbose=False)
+    seeded = first_factor()
+    assert not torch.equal(seeded, unseeded)
+    reference = network()
+    attach(nn.ModuleDict({"net": reference}), LoRAConfig(rank=4), seed=3)
+    assert torch.equal(seeded, lora_layers(reference)["0"].lora.A)
+
+
+def test_the_table_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    module, callback = Toy(), LoRACallback(rank=4)
+    with caplog.at_level("INFO"):
+        trainer(callback).fit(module, loader())
+        trainer(callback).fit(module, loader())
+    assert sum("layers adapted" in record.getMessage() for record in caplog.records) == 1
+
+
+# --- one callback, many runs
+
+
+def test_one_callback_serves_many_stages_trainers_and_modules() -> None:
+    callback, first, second = LoRACallback(rank=4), Toy(), BuiltInConfigureModel()
+    with pytest.warns(UserWarning, match="bare base model"):
+        trainer(callback, limit_val_batches=1).validate(first, loader(), verbose=False)
+    trainer(callback).fit(first, loader())
+    before = snapshot(first)
+    trainer(callback).test(first, loader(), verbose=False)
+    assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
+    trainer(callback).fit(first, loader())
+    assert adapters_moved(first) == LAYERS
+    assert any(not torch.equal(value, before[name]) for name, value in first.state_dict().items())
+    trainer(callback).fit(second, loader())
+    assert adapters_moved(second) == LAYERS
+    assert not any(
+        isinstance(part, LoRALayer) for layer in lora_layers(second).values() for part in layer.lora.modules()
+    )
+
+
+def test_nothing_stays_wrapped_after_a_stage() -> None:
+    module = BuiltInConfigureModel()
+    own = set(vars(module))
+    trainer(LoRACallback(rank=4)).fit(module, loader())
+    assert not {name for name in set(vars(module)) - own if callable(vars(module)[name])}
+    assert not module._load_state_dict_post_hooks
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    x = torch.randn(3, FEATURES)
+    assert torch.equal(copied.net(x), module.net(x))
+
+
+class Fails(BuiltInConfigureModel):
+    fails = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if batch_idx == 1 and self.fails:
+            raise RuntimeError("boom")
+        return super().training_step(batch, batch_idx)
+
+
+def test_nothing_stays_wrapped_after_an_exception_and_the_module_can_be_fitted_again() -> None:
+    module, callback = Fails(), LoRACallback(rank=4, merge_on_teardown=True)
+    base = snapshot(network())
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(callback, max_steps=4).fit(module, loader())
+    assert not module._load_state_dict_post_hooks
+    assert "configure_model" not in vars(module)
+    assert all(torch.equal(module.net.state_dict()[name], value) for name, value in base.items())  # not merged
+    pickle.dumps(module)
+    module.fails = False
+    trainer(LoRACallback(rank=4)).fit(module, loader())
+    assert adapters_moved(module) == LAYERS
+
+
+def test_a_method_that_stood_on_the_instance_is_put_back() -> None:
+    module = Toy()
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
+    own = module.configure_optimizers
+    trainer(LoRACallback(rank=4)).fit(module, loader())
+    assert module.configure_optimizers is own
+    assert adapters_moved(module) == LAYERS
+
+
+# --- no silent no-op
+
+
+def test_an_optimizer_built_in_init_is_given_the_adapters() -> None:
+    class Early(Toy):
+        def build(self) -> None:
+            super().build()
+            self.optimizer = torch.optim.Adam(self.parameters(), lr=1e-2)
+
+        def configure_optimizers(self) -> Any:
+            return self.optimizer
+
+    module, held = Early(), Held()
+    trainer(LoRACallback(rank=4), held).fit(module, loader())
+    assert held.names == [[f"{layer}.lora.{factor}" for layer in LAYERS for factor in "AB"]]
+    assert adapters_moved(module) == LAYERS
+
+
+def test_a_module_without_an_optimizer_is_refused() -> None:
+    class Idle(Toy):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    with (
+        pytest.warns(UserWarning, match="no optimizer"),
+        pytest.raises(MisconfigurationException, match="held by no optim"),
+    ):
+        trainer(LoRACallback(rank=4)).fit(Idle(), loader())
+
+
+def test_an_adapter_without_a_gradient_is_named() -> None:
+    class Skips(Toy):
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            x, y = batch
+            return ((self.net[4](self.net[0](x)) - y) ** 2).mean()
+
+    with pytest.warns(UserWarning, match=r"No gradient reached the adapters of net\.2 in"):
+        trainer(LoRACallback(rank=4)).fit(Skips(), loader())
+
+
+def test_a_run_in_which_no_adapter_gets_a_gradient_is_stopped() -> None:
+    class Frozen(Toy):
+        def build(self) -> None:
+            super().build()
+            self.head = nn.Linear(FEATURES, FEATURES)
+
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            x, y = batch
+            with torch.no_grad():
+                features = self.net(x)
+            return ((self.head(features) - y) ** 2).mean()
+
+    callback = LoRACallback(rank=4, target_modules=["net.*"], modules_to_save=["head"])
+    with pytest.raises(MisconfigurationException, match=r"No gradient reached the adapters of net\.0, net\.2, net\.4"):
+        trainer(callback).fit(Frozen(), loader())
+
+
+def test_a_reentrant_checkpoint_over_frozen_inputs_is_not_silent() -> None:
+    class Reentrant(Toy):
+        def build(self) -> None:
+            super().build()
+            self.head = nn.Linear(FEATURES, FEATURES)
+
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            x, y = batch
+            features = torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=True)
+            return ((self.head(features) - y) ** 2).mean()
+
+    callback = LoRACallback(rank=4, target_modules=["net.*"], modules_to_save=["head"])
+    with (
+        pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
+        pytest.raises(MisconfigurationException, match="use_reentrant=False"),
+    ):
+        trainer(callback).fit(Reentrant(), loader())
+
+
+def test_layers_that_are_replaced_after_attaching_are_missed() -> None:
+    class Replaces(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            pl_module.net[2] = nn.Linear(16, 16)
+
+    with pytest.raises(MisconfigurationException, match=r"net\.2 were replaced after LoRA was attached"):
+        trainer(LoRACallback(rank=4), Replaces()).fit(Toy(), loader())
+
+
+def test_parameters_that_would_train_but_not_be_saved_are_refused() -> None:
+    class Unfreezes(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            pl_module.net[2].bias.requires_grad_(True)
+
+    with pytest.raises(MisconfigurationException, match=r"net\.2\.bias would train but not be saved"):
+        trainer(LoRACallback(rank=4), Unfreezes()).fit(Toy(), loader())
+
+
+def test_evaluating_untrained_adapters_is_said_aloud() -> None:
+    for stage in ("validate", "test", "predict"):
+        with pytest.warns(UserWarning, match="still at its start"):
+            getattr(trainer(LoRACallback(rank=4), limit_val_batches=1), stage)(Toy(), loader())
+
+
+# --- heads, norms, precision
+
+
+def test_modules_to_save_train_in_full() -> None:
+    module, held = Toy(), Held()
+    base = network()
+    trainer(LoRACallback(rank=4, modules_to_save=["net.4"]), held).fit(module, loader())
+    assert held.names[0][-2:] == ["net.4.weight", "net.4.bias"]
+    assert not torch.equal(module.net[4].weight, base[4].weight)
+    assert torch.equal(module.net[2].weight, base[2].weight)
+
+
+class Normed(Toy):
+    def build(self) -> None:
+        self.net = nn.Sequential(*network()[:1], nn.BatchNorm1d(16), *network()[1:])
+
+
+def test_norms_of_the_frozen_base_keep_their_statistics() -> None:
+    module = Normed()
+    before = digest(module.net[1])
+    run = trainer(LoRACallback(rank=4), max_steps=8, limit_val_batches=1, val_check_interval=2)
+    run.fit(module, loader(), loader())
+    assert digest(module.net[1]) == before
+
+
+def test_tracked_norms_move() -> None:
+    module = Normed()
+    before = digest(module.net[1])
+    trainer(LoRACallback(rank=4, frozen_norm="track"), max_steps=4).fit(module, loader())
+    after = digest(module.net[1])
+    assert {name for name in after if after[name] != before[name]} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+def test_factors_stay_float32_and_all_move_at_a_small_learning_rate(precision: str) -> None:
+    class Slow(Toy):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-5, weight_decay=0.0)
+
+        def on_train_start(self) -> None:
+            for layer in lora_layers(self).values():
+                nn.init.normal_(layer.lora.B)  # both factors get gradients from the first step on
+            self.before = snapshot(self)
+
+    module = Slow()
+    trainer(LoRACallback(rank=4), precision=precision, max_steps=20, max_epochs=-1).fit(module, loader())
+    moved = total = 0
+    for layer in lora_layers(module).values():
+        for name, factor in layer.lora.named_parameters():
+            assert factor.dtype == torch.float32
+            full = f"{next(n for n, m in module.named_modules() if m is layer)}.lora.{name}"
+            moved += int((factor != module.before[full]).sum())
+            total += factor.numel()
+    assert moved > 0.95 * total
+
+
+def test_double_precision_reaches_the_factors() -> None:
+    module = Toy()
+    trainer(LoRACallback(rank=4), precision="64-true").fit(module, loader())
+    assert {p.dtype for layer in lora_layers(module).values() for p in layer.lora.parameters()} == {torch.float64}
+
+
+# --- merging
+
+
+def test_merging_on_teardown_leaves_an_ordinary_model_that_computes_the_same() -> None:
+    class Remembers(Callback):
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            self.output = pl_module.net.eval()(x)
+
+    x = torch.randn(5, FEATURES)
+    module, remembers = Toy(), Remembers()
+    callback = LoRACallback(rank=4, merge_on_teardown=True)
+    run = trainer(callback, remembers, max_steps=8, max_epochs=-1)
+    run.fit(module, loader())
+    assert not lora_layers(module)
+    assert type(module.net[0]) is nn.Linear
+    torch.testing.assert_close(module.net(x), remembers.output)
+    assert all(p.requires_grad for p in module.parameters())
+    before = snapshot(module)
+    run.test(module, loader(), verbose=False)  # evaluates the merged weights, with no adapters on top
+    assert not lora_layers(module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_checkpoint_is_not_applied_on_top_of_merged_weights(tmp_path: Any) -> None:
+    module = Toy()
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
+    run = trainer(
+        LoRACallback(rank=4, merge_on_teardown=True), checkpoint, max_epochs=3, max_steps=-1, limit_val_batches=1
+    )
+    run.fit(module, loader(), loader())
+    before = snapshot(module)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="already merged"):
+            run.test(module, loader(), ckpt_path="best", verbose=False)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    run.test(module, loader(), verbose=False)  # the refused checkpoint does not haunt the next stage
+
+
+def test_the_best_checkpoint_evaluates_as_it_did_when_it_was_saved(tmp_path: Any) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
+    run = trainer(LoRACallback(rank=4), checkpoint, max_epochs=3, max_steps=-1, limit_val_batches=1.0)
+    run.fit(Toy(), loader(), loader())
+    fresh = trainer(LoRACallback(rank=4), limit_val_batches=1.0)
+    for _ in range(2):
+        [metrics] = fresh.validate(Toy(), loader(), ckpt_path=checkpoint.best_model_path, verbose=False)
+        assert metrics["val_loss"] == pytest.approx(float(checkpoint.best_model_score), rel=1e-6)
+
+
+def test_a_merged_model_can_be_adapted_again_and_its_checkpoints_know_it(tmp_path: Any) -> None:
+    module = Toy()
+    trainer(LoRACallback(rank=4, merge_on_teardown=True)).fit(module, loader())
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(LoRACallback(rank=4), checkpoint).fit(module, loader())
+    trainer(LoRACallback(rank=4)).test(module, loader(), ckpt_path=checkpoint.last_model_path, verbose=False)
+    with pytest.raises(RuntimeError, match="trained on a base with another adapter merged"):
+        trainer(LoRACallback(rank=4)).test(Toy(), loader(), ckpt_path=checkpoint.last_model_path, verbose=False)
+
+
+# --- other callbacks
+
+
+@pytest.mark.parametrize("other", [WeightAveraging, EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-2)])
+def test_an_averaging_callback_before_it_is_refused(other: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="List LoRACallback first"):
+        trainer(other(), LoRACallback(rank=4)).fit(Toy(), loader())
+
+
+def test_finetuning_callbacks_and_a_second_one_of_its_kind_are_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="BackboneFinetuning changes which parameters train"):
+        trainer(LoRACallback(rank=4), BackboneFinetuning()).fit(Toy(), loader())
+    with pytest.raises(MisconfigurationException, match="Two LoRACallbacks"):
+        trainer(LoRACallback(rank=4), _Other(rank=2)).fit(Toy(), loader())
+
+
+class _Other(LoRACallback):
+    @property
+    def state_key(self) -> str:
+        return "other"
+
+
+@pytest.mark.parametrize("kind", [Toy, BuiltInConfigureModel])
+def test_averaging_keeps_the_base_and_resumes(kind: type[Toy], tmp_path: Any) -> None:
+    def run(epochs: int, ckpt_path: str | None = None) -> tuple[Toy, ModelCheckpoint, Any]:
+        module, checkpoint = kind(), ModelCheckpoint(tmp_path / str(epochs), save_last=True)
+        fitter = trainer(
+            LoRACallback(rank=4), EMAWeightAveraging(decay=0.5), checkpoint, max_epochs=epochs, max_steps=-1
+        )
+        fitter.fit(module, loader(), ckpt_path=ckpt_path)
+        return module, checkpoint, fitter
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*configure_model.*")
+        whole, *_ = run(3)
+        _, checkpoint, _ = run(2)
+        saved = torch.load(checkpoint.last_model_path, weights_only=True)
+        resumed, _, _ = run(3, checkpoint.last_model_path)
+    names = {f"{layer}.lora.{factor}" for layer in LAYERS for factor in "AB"}
+    assert set(saved["state_dict"]) == set(saved["current_model_state"]) == names
+    assert resumed.losses == whole.losses[8:]
+    detach(resumed)
+    assert digest(resumed.net) == digest(network())
+
+
+def test_averaging_works_for_a_module_with_a_setup_of_its_own() -> None:
+    class Prepares(Toy):
+        def setup(self, stage: str) -> None:
+            self.prepared = True
+
+    module = Prepares()
+    trainer(LoRACallback(rank=4), EMAWeightAveraging(decay=0.5)).fit(module, loader())
+    assert adapters_moved(module) == LAYERS
+
+
+def test_stochastic_weight_averaging_after_it_averages_the_adapter() -> None:
+    module = Toy()
+    swa = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    trainer(LoRACallback(rank=4), swa, max_epochs=4, max_steps=-1).fit(module, loader())
+    assert adapters_moved(module) == LAYERS
+    detach(module)
+    assert digest(module.net) == digest(network())
+
+
+@pytest.mark.parametrize("frozen_norm", ["eval", "track"])
+def test_the_learning_rate_finder_leaves_no_trace(frozen_norm: str, tmp_path: Any) -> None:
+    class Finds(Normed):
+        lr = 1e-2
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    class Compares(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.before = snapshot(pl_module)
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.fit_loop.epoch_loop.max_steps != 6:  # not the finder's own training
+                self.after = snapshot(pl_module)
+
+    module, compares = Finds(), Compares()
+    finder = LearningRateFinder(num_training_steps=6, min_lr=1e-5, early_stop_threshold=None)
+    trainer(LoRACallback(rank=4, frozen_norm=frozen_norm), compares, finder, max_steps=2, root=tmp_path).fit(
+        module, loader(64)
+    )
+    assert all(torch.equal(compares.after[name], value) for name, value in compares.before.items())
+    assert adapters_moved(module)
+
+
+def test_the_learning_rate_finder_with_lr_ratio_is_said_to_lose_it(tmp_path: Any) -> None:
+    class Finds(Toy):
+        lr = 1e-2
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+    finder = LearningRateFinder(num_training_steps=6, early_stop_threshold=None)
+    with pytest.warns(UserWarning, match="lr_ratio=16.0 has no effect"):
+        trainer(LoRACallback(rank=4, lr_ratio=16.0), finder, root=tmp_path).fit(Finds(), loader(64))
+
+
+# --- several optimizers
+
+
+class Duel(LightningModule):
+    """Two optimizers, stepped by hand, each for its own half, as in a GAN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.left, self.right = network(), network()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        for half, optimizer in zip((self.left, self.right), self.optimizers(), strict=True):
+            self.toggle_optimizer(optimizer)
+            loss = ((half(batch[0]) - batch[1]) ** 2).mean()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(half.parameters(), lr=1e-2) for half in (self.left, self.right)]
+
+
+def test_each_of_several_optimizers_keeps_its_own_adapters() -> None:
+    module, held = Duel(), Held()
+    trainer(LoRACallback(rank=4), held, max_steps=4).fit(module, loader())
+    left, right = held.names
+    assert all(name.startswith("left.") for name in left)
+    assert all(name.startswith("right.") for name in right)
+    assert len(left) == len(right) == 6
+    assert len(adapters_moved(module)) == 6
+    detach(module)
+    assert digest(module.left) == digest(module.right) == digest(network())
+
+
+def test_an_optimizer_left_empty_is_reported_and_harmless() -> None:
+    module = Duel()
+    callback = LoRACallback(rank=4, target_modules=["left.0"])
+    module.training_step = lambda batch, batch_idx: _step_left(module, batch)
+    with pytest.warns(UserWarning, match=r"optimizer 1 \(Adam\) holds no trainable parameter"):
+        trainer(callback).fit(module, loader())
+    assert adapters_moved(module) == ["left.0"]
+
+
+def _step_left(module: Duel, batch: list[Tensor]) -> None:
+    optimizer, idle = module.optimizers()
+    optimizer.zero_grad()
+    module.manual_backward(((module.left(batch[0]) - batch[1]) ** 2).mean())
+    optimizer.step()
+    idle.step()
+
+
+def test_schedulers_of_the_module_drive_lora_plus() -> None:
+    class Scheduled(Toy):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+            return [optimizer], [{"scheduler": CosineAnnealingLR(optimizer, 8), "interval": "step"}]
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            self.rates = [group["lr"] for group in self.optimizers().param_groups]
+            self.ratios = [*getattr(self, "ratios", []), self.rates[1] / self.rates[0]]
+
+    module = Scheduled()
+    trainer(LoRACallback(rank=4, lr_ratio=16.0), max_steps=6, max_epochs=-1).fit(module, loader())
+    assert module.rates[0] < 1e-2
+    assert module.ratios == pytest.approx([16.0] * 6)
+
+
+def test_merging_by_hand_after_a_fit() -> None:
+    module = Toy()
+    trainer(LoRACallback(rank=4), max_steps=8, max_epochs=-1).fit(module, loader())
+    x = torch.randn(3, FEATURES)
+    expected = module.net(x)
+    merge(module)
+    torch.testing.assert_close(module.net(x), expected)

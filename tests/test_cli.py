@@ -1,0 +1,175 @@
+"""LightningCLI: flags, YAML, help and bad values, as a user types them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningCLI
+from torch import nn
+
+from lightning_lora import LoRACallback, LoRAConfig, detach, lora_layers
+from tests import cli_app
+from tests.toys import digest, network
+
+ROOT = Path(__file__).parent.parent
+RUN = [
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.max_steps=4",
+]
+CALLBACK = ["--trainer.callbacks+=lightning_lora.LoRACallback", "--trainer.callbacks.rank=4"]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*LightningCLI's args parameter.*", "ignore:.*will be overridden by.*", "ignore:`Trainer.fit` stopped.*"
+)
+
+
+@dataclass
+class Outcome:
+    """What a command did: exit code, output, errors, and the LightningCLI object if it came so far."""
+
+    code: int
+    output: str
+    errors: str
+    cli: LightningCLI | None
+
+    @property
+    def model(self) -> nn.Module:
+        assert self.cli is not None, self.errors
+        return self.cli.model
+
+    @property
+    def callback(self) -> LoRACallback:
+        assert self.cli is not None, self.errors
+        callbacks: list[Callback] = self.cli.trainer.callbacks
+        return next(callback for callback in callbacks if isinstance(callback, LoRACallback))
+
+    @property
+    def moved(self) -> list[str]:
+        return [name for name, layer in lora_layers(self.model).items() if layer.lora.B.any()]
+
+    @property
+    def held(self) -> list[list[int]]:
+        assert self.cli is not None
+        return [[len(group["params"]) for group in o.param_groups] for o in self.cli.trainer.optimizers]
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the script in this process as the command line would."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning uses an older name
+
+    def run(*args: str, forced: bool = False) -> Outcome:
+        monkeypatch.setenv("FORCED", "1" if forced else "")
+        cli = None
+        try:
+            cli, code = cli_app.main(list(args)), 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        return Outcome(code, *capsys.readouterr(), cli)
+
+    return run
+
+
+def test_flags_train_the_adapters_with_an_optimizer_and_a_scheduler_from_the_command_line(run: Run) -> None:
+    flags = [*CALLBACK, "--trainer.callbacks.target_modules=[net.0,net.2]", "--trainer.callbacks.lr_ratio=4"]
+    rates = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--lr_scheduler=CosineAnnealingLR"]
+    outcome = run("fit", *RUN, *flags, *rates, "--lr_scheduler.T_max=5")
+    assert outcome.moved == ["net.0", "net.2"]
+    assert outcome.held == [[2, 2]]  # A and B of two layers, although LightningCLI built it without any
+    assert [type(c.scheduler).__name__ for c in outcome.cli.trainer.lr_scheduler_configs] == ["CosineAnnealingLR"]
+    assert outcome.callback.config == LoRAConfig(rank=4, target_modules=["net.0", "net.2"])
+    detach(outcome.model)
+    assert digest(outcome.model.net) == digest(network())
+
+
+def test_a_yaml_file_says_it_all_and_evaluation_needs_no_more_options_than_the_file(run: Run, tmp_path: Path) -> None:
+    options = {"rank": 2, "alpha": 8.0, "dropout": 0.1, "rank_pattern": {"net.2": 4}, "modules_to_save": ["net.4"]}
+    callbacks = [
+        {"class_path": "lightning_lora.LoRACallback", "init_args": options},
+        {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "save_last": True}},
+    ]
+    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, "logger": False, "callbacks": callbacks}
+    optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer, "optimizer": optimizer}))
+    fit = run("fit", "--config=config.yaml")
+    assert fit.moved == ["net.0", "net.2"]
+    assert fit.callback.config == LoRAConfig(**options)
+    loss = float(fit.cli.trainer.callback_metrics["val_loss"])
+    validated = run("validate", "--config=config.yaml", f"--ckpt_path={tmp_path / 'last.ckpt'}")
+    assert validated.moved == ["net.0", "net.2"]
+    assert float(validated.cli.trainer.callback_metrics["val_loss"]) == pytest.approx(loss)
+
+
+def test_options_can_live_at_the_top_level(run: Run) -> None:
+    flags = ["--lora.rank=3", "--lora.alpha=6", "--lora.target_modules", "net\\.[02]", "--lora.init", "orthogonal"]
+    outcome = run("fit", *RUN, *flags, forced=True)
+    assert outcome.moved == ["net.0", "net.2"]
+    assert outcome.callback.config == LoRAConfig(rank=3, alpha=6.0, target_modules=r"net\.[02]", init="orthogonal")
+    assert type(outcome.callback.config.rank) is int  # not jsonargparse's type, which no checkpoint could hold
+
+
+def test_the_printed_config_is_read_back(run: Run, tmp_path: Path) -> None:
+    flags = [*CALLBACK, "--trainer.callbacks.rank_pattern={net.0: 2}", "--trainer.callbacks.target_modules=[net.*]"]
+    first = run("fit", *flags, "--print_config")
+    (tmp_path / "printed.yaml").write_text(first.output)
+    second = run("fit", "--config=printed.yaml", "--print_config")
+    assert first.code == second.code == 0
+    assert yaml.safe_load(second.output) == yaml.safe_load(first.output)
+    [callback] = yaml.safe_load(first.output)["trainer"]["callbacks"]
+    assert callback["init_args"]["rank_pattern"] == {"net.0": 2}
+
+
+def test_help_explains_every_option(run: Run) -> None:
+    text = " ".join(run("fit", "--help", forced=True).output.split())
+    for option in [*LoRAConfig.__dataclass_fields__, "merge_on_teardown", "lr_ratio"]:
+        assert f"--lora.{option}" in text
+    for explanation in ("Rank ``r`` of the update", "Numerator of the scaling", "Fold the adapters into the weights"):
+        assert explanation in text
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--lora.rank=abc", ["lora.rank", "abc"]),
+        ("--lora.rank=0", ["lora.rank", "0"]),
+        ("--lora.alpha=-1", ["lora.alpha", "-1"]),
+        ("--lora.init=pisa", ["lora.init", "pisa", "orthogonal"]),
+        ("--lora.dropout=1.5", ["lora.dropout", "1.5"]),
+        ("--lora.rank_pattern={net.0: 0}", ["lora.rank_pattern", "0"]),
+        ("--lora.lr_ratio=0", ["lora.lr_ratio", "0"]),
+        ("--lora.rnak=4", ["rnak"]),
+    ],
+)
+def test_a_bad_value_is_a_usage_error_that_names_it(flag: str, words: list[str], run: Run) -> None:
+    outcome = run("fit", flag, forced=True)
+    assert outcome.code == 2
+    [error] = [line for line in outcome.errors.splitlines() if line.startswith("error: ")]
+    for word in words:
+        assert word in outcome.errors[outcome.errors.index(error) :]
+
+
+@pytest.mark.slow
+def test_it_works_from_a_real_shell(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.cli_app", "fit", *RUN, *CALLBACK]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert "LoRA: 3 layers adapted, 552 base parameters frozen" in process.stderr
