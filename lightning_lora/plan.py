@@ -9,7 +9,15 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.initializers import layer_seed
-from lightning_lora.layers import SUPPORTED, Adapter, AdapterSpec, LoRALayer, adapter_type, base_weight
+from lightning_lora.layers import (
+    SUPPORTED,
+    Adapter,
+    AdapterSpec,
+    LoRALayer,
+    adapter_type,
+    base_weight,
+    has_running_statistics,
+)
 from lightning_lora.targets import (
     first_match,
     is_below,
@@ -40,16 +48,28 @@ class PlannedLayer:
     pattern: str
     adapter: type[Adapter]
     spec: AdapterSpec
+    parameters: int
 
 
 @dataclass
 class Plan:
-    """All that attaching will do: the layers, the modules trained in full, and what was left out and why."""
+    """All that attaching will do.
+
+    Attributes:
+        layers: The layers to adapt.
+        saved: The modules trained in full.
+        left_out: Layers that the targets cover but that get no adapter, and why.
+        wasteful: Adapters that are as large as the weights they adapt.
+        base_parameters: Parameters of the model without adapters.
+        norms: Frozen normalisation layers that have running statistics.
+    """
 
     layers: list[PlannedLayer] = field(default_factory=list)
     saved: dict[str, nn.Module] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+    wasteful: list[str] = field(default_factory=list)
+    base_parameters: int = 0
+    norms: int = 0
 
 
 def make_plan(module: nn.Module, config: LoRAConfig, seed: int) -> Plan:
@@ -79,7 +99,7 @@ class _Planner:
         self.problems: list[str] = []
 
     def plan(self) -> Plan:
-        plan = Plan()
+        plan = Plan(base_parameters=self._count_parameters())
         for name, (submodule, names) in self.modules.items():
             if selected(self.config.modules_to_save, names):
                 plan.saved[name] = submodule
@@ -96,10 +116,16 @@ class _Planner:
                 plan.left_out[name] = "in exclude_modules"
             else:
                 self._add(plan, name, submodule, pattern)
+        norms = [name for name, (part, _) in self.modules.items() if has_running_statistics(part)]
+        plan.norms = sum(1 for name in norms if not is_below(name, saved))
         self._explain_misses(plan)
         if self.problems:
             raise ValueError(self._message())
         return plan
+
+    def _count_parameters(self) -> int:
+        unique = {p for part, _ in self.modules.values() for p in part._parameters.values()}  # a set goes by identity
+        return sum(p.numel() for p in unique if p is not None and not isinstance(p, nn.UninitializedParameter))
 
     def _choosing_pattern(self, submodule: nn.Module, names: tuple[str, ...]) -> str | None:
         adapter = adapter_type(submodule)
@@ -124,10 +150,7 @@ class _Planner:
             plan.layers.append(self._planned(name, submodule, pattern, adapter, rank))
             out_features, in_features = adapter.matrix_shape(submodule)
             if rank * (out_features + in_features) >= out_features * in_features:
-                plan.warnings.append(
-                    f"{name}: an adapter of rank {rank} is not smaller than the ({out_features}, {in_features}) weight "
-                    "it adapts. Lower its rank with rank_pattern, or train it in full with modules_to_save."
-                )
+                plan.wasteful.append(f"{name} (rank {rank}, weight {out_features} x {in_features})")
         elif self.automatic:
             plan.left_out[name] = reason
         else:
@@ -147,7 +170,7 @@ class _Planner:
             dtype=dtype,
             seed=layer_seed(self.seed, name, weight.shape),
         )
-        return PlannedLayer(name, submodule, pattern, adapter, spec)
+        return PlannedLayer(name, submodule, pattern, adapter, spec, rank * sum(adapter.matrix_shape(submodule)))
 
     def _obstacle(self, name: str, submodule: nn.Module, adapter: type[Adapter], rank: int) -> str | None:
         """Return why this layer cannot be adapted, or None."""

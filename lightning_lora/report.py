@@ -33,12 +33,16 @@ class AttachReport:
         saved: Modules of ``modules_to_save`` -> their parameters.
         left_out: Layers that the targets cover but that carry no adapter -> the reason.
         base_parameters: Parameters of the model without adapters.
+        norms: Frozen normalisation layers that have running statistics.
+        frozen_norm: What those do while training, as in ``LoRAConfig``.
     """
 
     layers: Sequence[AdaptedLayer]
     saved: Mapping[str, int]
     left_out: Mapping[str, str]
     base_parameters: int
+    norms: int = 0
+    frozen_norm: str = "eval"
 
     @property
     def adapter_parameters(self) -> int:
@@ -63,11 +67,17 @@ class AttachReport:
         rows += [self._row(f"{name} (in full)", 1, "-", "-", count, "-") for name, count in self.saved.items()]
         rows.append(self._row("trainable", len(self.layers) + len(self.saved), "", "", self.trainable_parameters, ""))
         lines = [f"LoRA: {len(self.layers)} layers adapted, {self.base_parameters:,} base parameters frozen"]
-        return "\n".join(lines + _table([header, *rows]) + self._left_out_lines())
+        return "\n".join(lines + _table([header, *rows]) + self._left_out_lines() + self._norm_lines())
 
     def _row(self, pattern: str, layers: int, rank: str, scaling: str, parameters: int, dtype: str) -> tuple[str, ...]:
         share = f"{100 * parameters / max(1, self.base_parameters):.2f} %"
         return (pattern, str(layers), rank, scaling, f"{parameters:,}", share, dtype)
+
+    def _norm_lines(self) -> list[str]:
+        if not self.norms:
+            return []
+        what = "kept fixed, in eval mode" if self.frozen_norm == "eval" else "moving, saved with the adapter"
+        return [f"running statistics of {self.norms} frozen norms: {what} (frozen_norm={self.frozen_norm!r})"]
 
     def _left_out_lines(self) -> list[str]:
         reasons: dict[str, list[str]] = {}

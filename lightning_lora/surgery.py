@@ -16,7 +16,7 @@ from lightning_lora.freezing import freeze_norms, freeze_parameters, thaw
 from lightning_lora.layers import Adapter, LoRALayer, Mode, base_weight, swap_in, swap_out
 from lightning_lora.plan import Plan, PlannedLayer, make_plan
 from lightning_lora.report import AdaptedLayer, AttachReport
-from lightning_lora.targets import clean_name
+from lightning_lora.targets import clean_name, listed
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
@@ -55,8 +55,12 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         attachment = _noted(module, plan, config, seed)
         freeze_parameters(module, attachment)
         freeze_norms(module)
-    for message in plan.warnings:
-        warnings.warn(message, stacklevel=2)
+    if plan.wasteful:
+        warnings.warn(
+            f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
+            "with rank_pattern, or train the layers in full with modules_to_save.",
+            stacklevel=2,
+        )
     return attachment.report
 
 
@@ -158,7 +162,8 @@ def _refuse_other_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> 
             f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). "
             "Call detach(module) first, or use the same config."
         )
-    if own is None and (layers := lora_layers(module)):
+    if own is None and any(isinstance(part, LoRALayer) for part in module.modules()):
+        layers = lora_layers(module)
         raise ValueError(
             f"{len(layers)} layers of {type(module).__name__} already carry adapters, such as {next(iter(layers))!r}, "
             "attached to another module. Call detach on that module first."
@@ -179,14 +184,14 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def _swap_in_adapter(module: nn.Module, adapter: Adapter) -> None:
     swap_in(module, LoRALayer)
-    assert isinstance(module, LoRALayer)
-    module.lora_mode = "active"
-    adapter.training = module.training
+    if not module.training:
+        adapter.training = False
     module.lora = adapter
 
 
 def _swap_out_adapter(layer: LoRALayer) -> None:
-    del layer.lora, layer.lora_mode
+    del layer.lora
+    vars(layer).pop("lora_mode", None)
     swap_out(layer)
 
 
@@ -197,17 +202,18 @@ def _noted(module: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> Atta
             pattern=planned.pattern,
             rank=planned.spec.rank,
             scaling=planned.spec.scaling,
-            parameters=sum(factor.numel() for factor in planned.module.lora.parameters()),
+            parameters=planned.parameters,
             dtype=str(planned.spec.dtype).removeprefix("torch."),
         )
         for planned in plan.layers
-        if isinstance(planned.module, LoRALayer)
     ]
     report = AttachReport(
         layers=layers,
         saved={name: sum(p.numel() for p in part.parameters()) for name, part in plan.saved.items()},
         left_out=plan.left_out,
-        base_parameters=sum(p.numel() for p in module.parameters()) - sum(layer.parameters for layer in layers),
+        base_parameters=plan.base_parameters,
+        norms=plan.norms,
+        frozen_norm=config.frozen_norm,
     )
     old = get_attachment(module)
     attachment = Attachment(

@@ -141,7 +141,7 @@ class LoRALayer(Swapped):
 
     class_prefix = "LoRA"
     lora: Adapter
-    lora_mode: Mode
+    lora_mode: Mode = "active"
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -27,12 +27,12 @@ _classes: dict[tuple[type, type], type[Swapped]] = {}
 
 def swap_in(module: nn.Module, mixin: type[Swapped]) -> None:
     """Give ``module`` the mixin's behaviour on top of its own class."""
-    module.__class__ = _swapped_class(mixin, type(module))
+    # Past nn.Module.__setattr__, which would look for a parameter, a module and a buffer of that name.
+    object.__setattr__(module, "__class__", _swapped_class(mixin, type(module)))
 
 
 def swap_out(module: Swapped) -> None:
     """Give ``module`` its own class back."""
-    # nn.Module.__setattr__ would take the class for an attribute of the instance.
     object.__setattr__(module, "__class__", module.base_class)
 
 

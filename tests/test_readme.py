@@ -1,0 +1,144 @@
+"""The code in the README runs, in order, as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch.cli  # noqa: F401 - before Trainer is replaced for a test
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lightning_lora import LoRACallback
+from lightning_lora.checkpoint_file import RECORD_KEY
+from tests.toys import FEATURES, Toy, loader
+
+pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*", "ignore:.*args parameter.*")
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", README, flags=re.M)}
+
+
+class LitModel(Toy):
+    """A model with the names that the README uses."""
+
+    def build(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.ModuleDict(self.block()) for _ in range(2))
+            self.head = nn.Linear(FEATURES, FEATURES)
+
+    @staticmethod
+    def block() -> dict[str, nn.Module]:
+        projections: dict[str, nn.Module] = {name: nn.Linear(FEATURES, FEATURES) for name in ("q_proj", "v_proj")}
+        return projections | {"mlp": nn.ModuleDict({"fc1": nn.Linear(FEATURES, FEATURES)})}
+
+    def net(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block["q_proj"](x)) * block["v_proj"](x) + block["mlp"]["fc1"](x)
+        return self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+def code(title: str, language: str = "python") -> str:
+    return "\n".join(re.findall(rf"```{language}\n(.*?)```", SECTIONS[title], flags=re.S))
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a reader has before the first line: a module, its data, quiet defaults, an adapter's file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "enable_model_summary": False}
+
+    class QuietTrainer(Trainer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**(quiet | {"devices": 1} | {k: v for k, v in options.items() if k != "devices"}))
+
+    monkeypatch.setattr("lightning.pytorch.Trainer", QuietTrainer)
+    found = {
+        "Trainer": QuietTrainer,
+        "LitModel": LitModel,
+        "LoRACallback": LoRACallback,
+        "model": LitModel(),
+        "x": torch.randn(2, FEATURES),
+        "train_loader": loader(),
+        "test_loader": loader(),
+        "trainer": QuietTrainer(max_epochs=1, callbacks=[LoRACallback(rank=2)]),
+    }
+    source = LitModel()
+    found["trainer"].fit(source, loader())
+    found["trainer"].save_checkpoint("adapter.ckpt")
+    return found
+
+
+def test_the_shortest_use(names: dict[str, Any]) -> None:
+    exec(code("# lightning-lora" if "# lightning-lora" in SECTIONS else next(iter(SECTIONS))), names)
+    assert len(names["model"].losses) == 3 * 4
+    names["trainer"].save_checkpoint("first.ckpt")
+    assert RECORD_KEY in torch.load("first.ckpt", weights_only=True)
+
+
+def test_choosing(names: dict[str, Any]) -> None:
+    exec(code("Choose what is adapted"), names)
+    names["Trainer"](max_epochs=1, callbacks=[names["callback"]]).fit(names["model"], loader())
+    adapted = {name for name, module in names["model"].named_modules() if type(module).__name__ == "LoRALinear"}
+    assert adapted == {"blocks.1.q_proj", "blocks.1.v_proj", "blocks.1.mlp.fc1"}
+
+
+@pytest.mark.filterwarnings("ignore:.*no last checkpoint available.*")
+def test_resuming_evaluating_and_swapping(names: dict[str, Any]) -> None:
+    names["trainer"] = names["Trainer"](max_epochs=1, callbacks=[LoRACallback(rank=2)])
+    exec(code("Resume, evaluate, swap"), names)
+    assert not torch.equal(names["base_prediction"], names["model"](names["x"]))
+    assert torch.equal(names["base_prediction"], LitModel()(names["x"]))
+
+
+def test_merging(names: dict[str, Any]) -> None:
+    from lightning_lora import load_adapter
+
+    model = names["model"]
+    load_adapter(model, "adapter.ckpt")
+    expected = model(names["x"])
+    exec(code("Merge"), names)
+    torch.testing.assert_close(names["fast_prediction"], expected)
+    torch.testing.assert_close(model(names["x"]), expected)
+    assert all(type(module).__name__ != "LoRALinear" for module in model.modules())
+
+
+def test_the_command_line(names: dict[str, Any]) -> None:
+    [callback] = yaml.safe_load(code("From the command line", "yaml"))["trainer"]["callbacks"]
+    assert callback["class_path"] == "lightning_lora.LoRACallback"
+    assert LoRACallback(**callback["init_args"]).config.rank == 8
+    exec(code("From the command line"), names)
+    cli = names["CLI"](LitModel, run=False, args=["--lora.rank", "8"], trainer_class=Trainer)
+    assert any(isinstance(c, LoRACallback) and c.config.rank == 8 for c in cli.trainer.callbacks)
+
+
+def test_several_devices(names: dict[str, Any]) -> None:
+    exec(code("Several GPUs"), names)
+    assert type(names["trainer"].strategy).__name__ == "DDPStrategy"
+
+
+def test_without_a_trainer(names: dict[str, Any]) -> None:
+    exec(code("Without a Trainer"), names)
+    assert [group["lr"] for group in names["optimizer"].param_groups] == pytest.approx([1e-3, 16e-3])
+    assert "LoRA: 7 layers adapted" in str(names["report"])
+
+
+def test_every_python_block_is_covered() -> None:
+    tested = re.findall(r'code\("([^"]+)"\)', Path(__file__).read_text())
+    with_code = [title for title, part in SECTIONS.items() if "```python" in part]
+    assert set(with_code[1:]) <= set(tested)
+
+
+def test_links_lead_somewhere() -> None:
+    root = Path(__file__).parent.parent
+    missing = [link for link in re.findall(r"\]\(([\w./-]+)\)", README) if not (root / link).exists()]
+    assert not missing
