@@ -13,9 +13,11 @@ from lightning_lora.targets import clean_name, is_below
 
 def freeze_parameters(module: nn.Module, attachment: Attachment) -> None:
     """Leave gradients to the adapters and to the modules trained in full, and note what required one before."""
-    adapters = {id(layer.lora) for layer in module.modules() if isinstance(layer, LoRALayer)}
+    adapters = set()
     for path, part in module.named_modules():
-        if id(part) in adapters:
+        if isinstance(part, LoRALayer):
+            adapters.add(id(part.lora))
+        elif id(part) in adapters:
             continue
         trained = is_below(clean_name(path), attachment.saved_modules)
         for key, parameter in part._parameters.items():

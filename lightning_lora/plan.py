@@ -107,7 +107,8 @@ class _Planner:
         saved = set(plan.saved)
         excluded = {n for n, (_, names) in self.modules.items() if selected(self.config.exclude_modules, names)}
         for name, (submodule, names) in self.modules.items():
-            pattern = self._choosing_pattern(submodule, names)
+            adapter = adapter_type(submodule)
+            pattern = self._choosing_pattern(adapter, names)
             if pattern is None:
                 continue
             if is_below(name, saved):
@@ -115,7 +116,7 @@ class _Planner:
             elif is_below(name, excluded):
                 plan.left_out[name] = "in exclude_modules"
             else:
-                self._add(plan, name, submodule, pattern)
+                self._add(plan, name, submodule, pattern, adapter)
         norms = [name for name, (part, _) in self.modules.items() if has_running_statistics(part)]
         plan.norms = sum(1 for name in norms if not is_below(name, saved))
         self._explain_misses(plan)
@@ -127,8 +128,7 @@ class _Planner:
         unique = {p for part, _ in self.modules.values() for p in part._parameters.values()}  # a set goes by identity
         return sum(p.numel() for p in unique if p is not None and not isinstance(p, nn.UninitializedParameter))
 
-    def _choosing_pattern(self, submodule: nn.Module, names: tuple[str, ...]) -> str | None:
-        adapter = adapter_type(submodule)
+    def _choosing_pattern(self, adapter: type[Adapter] | None, names: tuple[str, ...]) -> str | None:
         if self.automatic:
             return ALL_LINEAR if adapter is not None and adapter.is_linear else None
         pattern = selected(self.config.target_modules, names)
@@ -139,8 +139,7 @@ class _Planner:
     def _sweeps(self, pattern: str) -> bool:
         return isinstance(self.config.target_modules, str) or is_glob(pattern)
 
-    def _add(self, plan: Plan, name: str, submodule: nn.Module, pattern: str) -> None:
-        adapter = adapter_type(submodule)
+    def _add(self, plan: Plan, name: str, submodule: nn.Module, pattern: str, adapter: type[Adapter] | None) -> None:
         if adapter is None:
             self.problems.append(f"target_modules={pattern!r}: {self._unsupported(name, submodule)}")
             return

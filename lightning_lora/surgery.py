@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.attachment import Attachment, attachments, count_merge, get_attachment, set_attachment
 from lightning_lora.config import LoRAConfig
@@ -41,12 +43,14 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     Raises:
         ValueError: The config and the model do not fit, or the module is already adapted with another config. Nothing
             was changed.
+        RuntimeError: The module is already wrapped for several processes. Nothing was changed.
 
     Source:
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 4.1.
     """
     config = LoRAConfig() if config is None else config
     _refuse_other_adapters(module, config, seed)
+    _refuse_wrapped(module)
     with _no_garbage_collection():
         plan = make_plan(module, config, seed)
         adapters = [(layer.module, layer.adapter(layer.module, layer.spec)) for layer in plan.layers if _is_new(layer)]
@@ -168,6 +172,19 @@ def _refuse_other_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> 
             f"{len(layers)} layers of {type(module).__name__} already carry adapters, such as {next(iter(layers))!r}, "
             "attached to another module. Call detach on that module first."
         )
+
+
+def _refuse_wrapped(module: nn.Module) -> None:
+    kinds: list[type] = [DistributedDataParallel]
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):  # importing it for a look would take a second
+        kinds += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
+    wrappers = tuple(kinds)
+    for part in module.modules():
+        if isinstance(part, wrappers):
+            raise RuntimeError(
+                f"{type(module).__name__} is already wrapped for several processes (by {type(part).__name__}). Adapters "
+                "attached now would not be synchronised between them. Call attach first and wrap afterwards."
+            )
 
 
 @contextmanager

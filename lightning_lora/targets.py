@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -50,7 +50,7 @@ def matches_pattern(key: str, name: str) -> bool:
 
 def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
     """Return the value of the first pattern that names the layer."""
-    return next((value for key, value in patterns.items() if matches_pattern(key, name)), default)
+    return next((patterns[key] for key in patterns if matches_pattern(key, name)), default) if patterns else default
 
 
 def module_names(module: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
@@ -61,13 +61,15 @@ def module_names(module: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...
     return {names[0]: (submodule, tuple(names)) for submodule, names in found.values()}
 
 
-def is_below(name: str, roots: Iterable[str]) -> bool:
+def is_below(name: str, roots: Collection[str]) -> bool:
     """Return whether a name is one of the roots or lies below one."""
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
+    return bool(roots) and any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
 def selected(entries: str | Sequence[str], names: Sequence[str]) -> str | None:
     """Return the entry that selects a module known by these names, or None; a string is one regular expression."""
+    if not entries:
+        return None
     if isinstance(entries, str):
         return entries if any(re.fullmatch(entries, name) for name in names) else None
     return next((entry for entry in entries if any(matches(entry, name) for name in names)), None)

@@ -59,8 +59,8 @@ class Adapter(nn.Module, ABC):
             A, B = torch.empty(spec.rank, shape[1], device=device), torch.empty(shape[0], spec.rank, device=device)
         else:
             A, B = self.start(*shape)
-        self.A = nn.Parameter(A.to(device, spec.dtype))
-        self.B = nn.Parameter(B.to(device, spec.dtype))
+        self.register_parameter("A", nn.Parameter(A.to(device, spec.dtype)))
+        self.register_parameter("B", nn.Parameter(B.to(device, spec.dtype)))
 
     @classmethod
     @abstractmethod
