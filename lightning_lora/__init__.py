@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.checkpoint_file import load_adapter
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.optimizers import parameter_groups
 from lightning_lora.report import AttachReport
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
-from lightning_lora.surgery import attach, detach, disabled, lora_layers, merge, merged
+from lightning_lora.surgery import attach, detach, merge
+from lightning_lora.switching import disabled, merged
 
 if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback

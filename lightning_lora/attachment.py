@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.report import AttachReport
-from lightning_lora.targets import clean_name
+from lightning_lora.targets import clean_name, module_names
 
 _ATTACHMENT = "_lora_attachment"
 _MERGES = "_lora_merges"
@@ -54,6 +54,12 @@ def attachments(module: nn.Module) -> Iterator[tuple[str, nn.Module, Attachment]
     for name, submodule in module.named_modules():
         if (attachment := get_attachment(submodule)) is not None:
             yield clean_name(name), submodule, attachment
+
+
+def fully_trained(owner: nn.Module, attachment: Attachment) -> set[int]:
+    """Return the identities of the modules that train in full, by any of their names."""
+    modules = module_names(owner)
+    return {id(part) for name in attachment.saved_modules for part in modules[name][0].modules()}
 
 
 def merges(module: nn.Module) -> dict[str, int]:

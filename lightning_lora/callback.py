@@ -27,11 +27,12 @@ from lightning_lora import checks, load_guard
 from lightning_lora.attachment import get_attachment, merges
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import freeze_norms
+from lightning_lora.layers import lora_layers
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.option_types import PositiveFloat
 from lightning_lora.state import adapter_tensors
 from lightning_lora.strategies import install_adapter_checkpoints, trains_in_copies
-from lightning_lora.surgery import attach, lora_layers, merge
+from lightning_lora.surgery import attach, merge
 from lightning_lora.targets import clean_name
 
 _AVERAGING = (WeightAveraging, StochasticWeightAveraging)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import nn
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.report import AttachReport
-from lightning_lora.state import check_not_merged, load_adapter_state_dict, record_problems
+from lightning_lora.state import FORMAT_VERSION, check_not_merged, copy_adapter_state, record_problems
 from lightning_lora.surgery import attach, detach
+from lightning_lora.targets import module_names
 
 RECORD_KEY = "lightning_lora"
 
@@ -73,21 +74,49 @@ def load_adapter(module: nn.Module, path: str | PathLike[str]) -> AttachReport:
     record = checkpoint.get(RECORD_KEY)
     if record is None:
         raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")
+    check_record(record, path)
     check_not_merged(module, record["merges"])
     return _attach_and_load(module, record, checkpoint["state_dict"])
 
 
+def check_record(record: Any, path: object) -> None:
+    """Refuse a record that this version cannot read.
+
+    Raises:
+        ValueError: It is of a newer format, or incomplete.
+    """
+    if isinstance(record, dict) and record.get("format_version", 0) > FORMAT_VERSION:
+        raise ValueError(
+            f"{str(path)!r} has format version {record['format_version']}; this lightning_lora reads up to "
+            f"{FORMAT_VERSION}. Update it."
+        )
+    if not isinstance(record, dict) or not {"adapters", "layers", "merges"} <= record.keys():
+        raise ValueError(f"The record of the adapter in {str(path)!r} is incomplete; the file was changed or damaged.")
+
+
 def _attach_and_load(module: nn.Module, record: dict[str, Any], state: dict[str, torch.Tensor]) -> AttachReport:
-    [entry] = record["adapters"]
-    target = module.get_submodule(entry["root"])
-    was_attached = get_attachment(target) is not None
-    report = attach(target, LoRAConfig.from_dict(entry["config"]), seed=entry["seed"])
-    try:
+    """Attach what the record says, or nothing at all."""
+    with ExitStack() as undo:
+        reports = [_attach_entry(module, entry, undo) for entry in record["adapters"]]
         if problems := record_problems(module, record):
             raise ValueError("The checkpoint does not fit this model:\n" + "\n".join(f"  - {p}" for p in problems))
-        load_adapter_state_dict(module, state)
-    except ValueError:
-        if not was_attached:
-            detach(target)
-        raise
+        copy_adapter_state(module, state, known=module.state_dict())
+        undo.pop_all()
+    return reports[0]
+
+
+def _attach_entry(module: nn.Module, entry: dict[str, Any], undo: ExitStack) -> AttachReport:
+    modules = module_names(module)
+    if entry["root"] not in modules:
+        raise ValueError(
+            f"The adapter was attached to {entry['root']!r}, which {type(module).__name__} does not have. Load it "
+            "into a module of the trained kind."
+        )
+    target = modules[entry["root"]][0]
+    before = get_attachment(target)
+    report = attach(
+        target, LoRAConfig.from_dict(entry["config"]), seed=entry["seed"] if before is None else before.seed
+    )
+    if before is None:
+        undo.callback(detach, target)
     return report

@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.attachment import attachments
+from lightning_lora.layers import lora_layers
 from lightning_lora.optimizers import homeless_parameters
 from lightning_lora.state import adapter_tensors
-from lightning_lora.surgery import lora_layers
 from lightning_lora.targets import clean_name, listed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -76,7 +77,7 @@ class LoRAConfig:
             self._set(name, kind(getattr(self, name)))
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            self._set(name, value if isinstance(value, str) else _names(name, value))
+            self._set(name, _regular_expression(name, value) if isinstance(value, str) else _names(name, value))
         if not self.target_modules:
             raise ValueError(
                 f"LoRAConfig.target_modules={self.target_modules!r} names nothing. Use {ALL_LINEAR!r} or names."
@@ -86,6 +87,8 @@ class LoRAConfig:
         self._set("modules_to_save", _names("modules_to_save", self.modules_to_save))
         self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank, int))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha, float))
+        if not isinstance(self.use_rslora, bool):
+            raise TypeError(f"LoRAConfig.use_rslora must be True or False, got {self.use_rslora!r}.")
         _check_choice("init", self.init, get_args(Init))
         _check_choice("adapter_dtype", self.adapter_dtype, get_args(AdapterDtype))
         _check_choice("frozen_norm", self.frozen_norm, get_args(FrozenNorm))
@@ -136,6 +139,17 @@ def _check_alpha(name: str, value: object) -> None:
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"LoRAConfig.{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
+
+
+def _regular_expression(name: str, value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"LoRAConfig.{name}={value!r} is no regular expression ({error}). A string is one; put names and globs "
+            "into a list."
+        ) from error
+    return value
 
 
 def _names(name: str, values: object) -> tuple[str, ...]:

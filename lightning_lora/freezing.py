@@ -6,25 +6,24 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_lora.attachment import Attachment, attachments, set_attachment
+from lightning_lora.attachment import Attachment, attachments, fully_trained, set_attachment
 from lightning_lora.layers import FrozenNorm, LoRALayer, has_running_statistics, swap_in, swap_out
-from lightning_lora.targets import clean_name, is_below
+from lightning_lora.targets import clean_name, join
 
 
 def freeze_parameters(module: nn.Module, attachment: Attachment) -> None:
     """Leave gradients to the adapters and to the modules trained in full, and note what required one before."""
-    adapters = set()
+    adapters, trained = set(), fully_trained(module, attachment)
     for path, part in module.named_modules():
         if isinstance(part, LoRALayer):
             adapters.add(id(part.lora))
         elif id(part) in adapters:
             continue
-        trained = is_below(clean_name(path), attachment.saved_modules)
         for key, parameter in part._parameters.items():
             if parameter is not None:
-                name = clean_name(f"{path}.{key}" if path else key)
+                name = clean_name(join(path, key))
                 attachment.required_grad.setdefault(name, parameter.requires_grad)
-                parameter.requires_grad_(trained and parameter.is_floating_point())
+                parameter.requires_grad_(id(part) in trained and parameter.is_floating_point())
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -37,7 +36,7 @@ def freeze_norms(module: nn.Module) -> None:
                     norm.train(norm.training)
             else:
                 for key, buffer in norm.named_buffers(recurse=False):
-                    attachment.base_buffers.setdefault(f"{name}.{key}" if name else key, buffer.detach().clone())
+                    attachment.base_buffers.setdefault(join(name, key), buffer.detach().clone())
 
 
 def thaw(module: nn.Module) -> None:
@@ -54,6 +53,7 @@ def thaw(module: nn.Module) -> None:
 
 
 def _frozen_norms(owner: nn.Module, attachment: Attachment) -> Iterator[tuple[str, nn.Module]]:
+    trained = fully_trained(owner, attachment)
     for name, part in owner.named_modules():
-        if has_running_statistics(part) and not is_below(clean_name(name), attachment.saved_modules):
+        if has_running_statistics(part) and id(part) not in trained:
             yield clean_name(name), part

@@ -18,24 +18,39 @@ def kaiming(rank: int, columns: int, generator: torch.Generator) -> Tensor:
     It equals ``kaiming_uniform_(a=sqrt(5))``, so each feature ``a @ x`` has a third of x's mean square.
     """
     bound = columns**-0.5
-    return torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+    return _empty(rank, columns).uniform_(-bound, bound, generator=generator)
 
 
 def gaussian(rank: int, columns: int, generator: torch.Generator) -> Tensor:
     """Return ``(rank, columns)`` normal with standard deviation ``1/rank``, as PEFT's ``"gaussian"``."""
-    return torch.empty(rank, columns).normal_(0.0, 1.0 / rank, generator=generator)
+    return _empty(rank, columns).normal_(0.0, 1.0 / rank, generator=generator)
 
 
 def orthogonal(rank: int, columns: int, generator: torch.Generator) -> Tensor:
     """Return ``(rank, columns)`` orthogonal rows with the mean square of ``kaiming``: norm ``1/sqrt(3)``."""
-    tall = torch.empty(columns, rank).normal_(generator=generator)
+    tall = _empty(columns, rank).normal_(generator=generator)
     directions, triangle = torch.linalg.qr(tall)
     signs = triangle.diagonal().sign()  # makes the factorisation, and so the start, unique
     rows: Tensor = (directions * signs).T
     return rows / math.sqrt(3.0)
 
 
-_generator = torch.Generator()  # shared: making one costs more than seeding one
+def _empty(rows: int, columns: int) -> Tensor:
+    # Whatever the default device and dtype: Lightning calls configure_model under the strategy's and the precision's.
+    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+
+
+def zeros(rows: int, columns: int) -> Tensor:
+    """Return the start of the factor that keeps the model unchanged."""
+    return torch.zeros(rows, columns, dtype=torch.float32, device="cpu")
+
+
+def standard_normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return independent standard normal entries."""
+    return _empty(rows, columns).normal_(generator=generator)
+
+
+_generator = torch.Generator(device="cpu")  # shared: making one costs more than seeding one
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -17,11 +17,13 @@ from lightning_lora.layers import (
     adapter_type,
     base_weight,
     has_running_statistics,
+    taken_names,
 )
 from lightning_lora.targets import (
     first_match,
     is_below,
     is_glob,
+    join,
     listed,
     matches_pattern,
     module_names,
@@ -99,11 +101,13 @@ class _Planner:
         self.problems: list[str] = []
 
     def plan(self) -> Plan:
+        self._refuse_shapeless()
         plan = Plan(base_parameters=self._count_parameters())
         for name, (submodule, names) in self.modules.items():
-            if selected(self.config.modules_to_save, names):
-                plan.saved[name] = submodule
-        self._check_saved(plan.saved)
+            entry = selected(self.config.modules_to_save, names)
+            if entry is not None and not is_below(name, plan.saved):
+                self._save(plan, name, submodule, entry)
+        self._check_ties_of_saved(plan.saved)
         saved = set(plan.saved)
         excluded = {n for n, (_, names) in self.modules.items() if selected(self.config.exclude_modules, names)}
         for name, (submodule, names) in self.modules.items():
@@ -111,12 +115,12 @@ class _Planner:
             pattern = self._choosing_pattern(adapter, names)
             if pattern is None:
                 continue
-            if is_below(name, saved):
+            if any(is_below(alias, saved) for alias in names):
                 plan.left_out[name] = "in modules_to_save"
-            elif is_below(name, excluded):
+            elif any(is_below(alias, excluded) for alias in names):
                 plan.left_out[name] = "in exclude_modules"
             else:
-                self._add(plan, name, submodule, pattern, adapter)
+                self._add(plan, names, submodule, pattern, adapter)
         norms = [name for name, (part, _) in self.modules.items() if has_running_statistics(part)]
         plan.norms = sum(1 for name in norms if not is_below(name, saved))
         self._explain_misses(plan)
@@ -126,7 +130,18 @@ class _Planner:
 
     def _count_parameters(self) -> int:
         unique = {p for part, _ in self.modules.values() for p in part._parameters.values()}  # a set goes by identity
-        return sum(p.numel() for p in unique if p is not None and not isinstance(p, nn.UninitializedParameter))
+        return sum(p.numel() for p in unique if p is not None)
+
+    def _refuse_shapeless(self) -> None:
+        shapeless = [
+            name
+            for name, (part, _) in self.modules.items()
+            if any(isinstance(p, nn.UninitializedParameter) for p in part._parameters.values())
+        ]
+        if shapeless:
+            raise ValueError(
+                f"The weights of {listed(shapeless)} have no shape yet; run one batch through the {self._root()} first."
+            )
 
     def _choosing_pattern(self, adapter: type[Adapter] | None, names: tuple[str, ...]) -> str | None:
         if self.automatic:
@@ -139,14 +154,22 @@ class _Planner:
     def _sweeps(self, pattern: str) -> bool:
         return isinstance(self.config.target_modules, str) or is_glob(pattern)
 
-    def _add(self, plan: Plan, name: str, submodule: nn.Module, pattern: str, adapter: type[Adapter] | None) -> None:
+    def _add(
+        self,
+        plan: Plan,
+        names: tuple[str, ...],
+        submodule: nn.Module,
+        pattern: str,
+        adapter: type[Adapter] | None,
+    ) -> None:
+        name = names[0]
         if adapter is None:
             self.problems.append(f"target_modules={pattern!r}: {self._unsupported(name, submodule)}")
             return
-        rank = first_match(self.config.rank_pattern, name, self.config.rank)
+        rank = first_match(self.config.rank_pattern, names, self.config.rank)
         reason = self._obstacle(name, submodule, adapter, rank)
         if reason is None:
-            plan.layers.append(self._planned(name, submodule, pattern, adapter, rank))
+            plan.layers.append(self._planned(names, submodule, pattern, adapter, rank))
             out_features, in_features = adapter.matrix_shape(submodule)
             if rank * (out_features + in_features) >= out_features * in_features:
                 plan.wasteful.append(f"{name} (rank {rank}, weight {out_features} x {in_features})")
@@ -156,14 +179,15 @@ class _Planner:
             self.problems.append(f"target_modules={pattern!r}: {name!r} cannot be adapted: {reason}.")
 
     def _planned(
-        self, name: str, submodule: nn.Module, pattern: str, adapter: type[Adapter], rank: int
+        self, names: tuple[str, ...], submodule: nn.Module, pattern: str, adapter: type[Adapter], rank: int
     ) -> PlannedLayer:
+        name = names[0]
         weight = base_weight(submodule)
         # A float32 adapter would quietly lower the precision of a float64 layer.
         dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, self.config.adapter_dtype)
         spec = AdapterSpec(
             rank=rank,
-            scaling=self.config.scaling(rank, first_match(self.config.alpha_pattern, name, self.config.alpha)),
+            scaling=self.config.scaling(rank, first_match(self.config.alpha_pattern, names, self.config.alpha)),
             dropout=self.config.dropout,
             init=self.config.init,
             dtype=dtype,
@@ -175,11 +199,13 @@ class _Planner:
         """Return why this layer cannot be adapted, or None."""
         if reason := adapter.obstacle(submodule):
             return reason
+        if not isinstance(submodule, LoRALayer) and (taken := taken_names(submodule)):
+            return f"it has attributes of its own named {sorted(taken)}, which an adapted layer needs"
         if "forward" in vars(submodule):
             return "its forward was replaced on the instance, so an adapter would never run"
         if reader := self.weight_readers.get(id(submodule)):
             return f"its parent, a {reader}, reads the weight without calling the layer, so an adapter would never run"
-        if others := self.tied.get(f"{name}.weight"):
+        if others := self.tied.get(join(name, "weight")):
             return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it"
         if self.automatic and id(submodule) in self.heads:
             return "output embedding of a transformers model"
@@ -194,32 +220,45 @@ class _Planner:
             return f"{name!r} is a {kind} that contains layers; name them, for example {f'{name}.*'!r}."
         return f"{name!r} is a {kind}; adapters exist for {SUPPORTED}. modules_to_save trains a module in full."
 
-    def _check_saved(self, saved: dict[str, nn.Module]) -> None:
+    def _save(self, plan: Plan, name: str, submodule: nn.Module, entry: str) -> None:
+        if any(True for _ in submodule.parameters()):
+            plan.saved[name] = submodule
+        elif not is_glob(entry):
+            self.problems.append(f"modules_to_save: {name!r} is a {type(submodule).__name__} without parameters.")
+
+    def _check_ties_of_saved(self, saved: dict[str, nn.Module]) -> None:
         for name, submodule in saved.items():
-            if not any(True for _ in submodule.parameters()):
-                self.problems.append(f"modules_to_save: {name!r} is a {type(submodule).__name__} without parameters.")
             for key, _ in submodule.named_parameters():
-                outside = [other for other in self.tied.get(f"{name}.{key}", ()) if not is_below(other, saved)]
-                if outside:
+                full = join(name, key)
+                if outside := [other for other in self.tied.get(full, ()) if not is_below(other, saved)]:
                     self.problems.append(
-                        f"modules_to_save: '{name}.{key}' is tied to {outside}, which would change with it. "
-                        "Name the modules on both sides, or untie them."
+                        f"modules_to_save: {full!r} is tied to {outside}, which would change with it. Name the "
+                        "modules on both sides, or untie them."
                     )
 
     def _explain_misses(self, plan: Plan) -> None:
         everything = [names for _, names in self.modules.values()]
         reached = [layer.name for layer in plan.layers]
+        covered = [name for first in [*reached, *plan.left_out] for name in self.modules[first][1]]
         self._explain_missed_targets(plan, everything)
         for option in ("exclude_modules", "modules_to_save"):
             for entry in unmatched(getattr(self.config, option), everything):
                 self._miss(option, entry, everything)
+        self._explain_empty_saves(plan)
         for option in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self.config, option):
-                if not any(matches_pattern(key, name) for name in [*reached, *plan.left_out]):
+                if not any(matches_pattern(key, name) for name in covered):
                     self._miss(option, key, [(name,) for name in reached])
         if not (plan.layers or self.problems):
             reasons = listed([f"{name}: {reason}" for name, reason in plan.left_out.items()])
             self.problems.append(f"target_modules={self.config.target_modules!r} left out every layer ({reasons}).")
+
+    def _explain_empty_saves(self, plan: Plan) -> None:
+        """A glob may sweep over what has no parameters, but it must reach something that has."""
+        for entry in filter(is_glob, self.config.modules_to_save):
+            found = [name for name, (_, names) in self.modules.items() if selected((entry,), names)]
+            if found and not any(is_below(name, plan.saved) for name in found):
+                self.problems.append(f"modules_to_save={entry!r} matched no module with parameters: {listed(found)}.")
 
     def _explain_missed_targets(self, plan: Plan, everything: list[tuple[str, ...]]) -> None:
         if self.automatic:

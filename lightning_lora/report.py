@@ -66,7 +66,8 @@ class AttachReport:
         ]
         rows += [self._row(f"{name} (in full)", 1, "-", "-", count, "-") for name, count in self.saved.items()]
         rows.append(self._row("trainable", len(self.layers) + len(self.saved), "", "", self.trainable_parameters, ""))
-        lines = [f"LoRA: {len(self.layers)} layers adapted, {self.base_parameters:,} base parameters frozen"]
+        frozen = self.base_parameters - sum(self.saved.values())
+        lines = [f"LoRA: {len(self.layers)} layers adapted, {frozen:,} base parameters frozen"]
         return "\n".join(lines + _table([header, *rows]) + self._left_out_lines() + self._norm_lines())
 
     def _row(self, pattern: str, layers: int, rank: str, scaling: str, parameters: int, dtype: str) -> tuple[str, ...]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.attachment import attachments, merges
-from lightning_lora.layers import LoRALayer
-from lightning_lora.surgery import lora_layers
-from lightning_lora.targets import clean_name, is_below, listed, near_names
+from lightning_lora.attachment import attachments, fully_trained, merges
+from lightning_lora.layers import lora_layers
+from lightning_lora.targets import clean_name, join, listed, near_names
 
 FORMAT_VERSION = 1
 
@@ -23,17 +22,15 @@ def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
     lets move. The names follow from the config alone, never from what happened in training.
     """
     found: dict[str, Tensor] = {}
-    roots = [(name, attachment) for name, _, attachment in attachments(module)]
-    saved = [_join(root, name) for root, attachment in roots for name in attachment.saved_modules]
-    moving = {_join(root, name) for root, attachment in roots for name in attachment.base_buffers}
+    roots = list(attachments(module))
+    whole = {identity for _, owner, attachment in roots for identity in fully_trained(owner, attachment)}
+    moving = {join(root, name) for root, _, attachment in roots for name in attachment.base_buffers}
     persistent = _persistent_buffers(module)
-    layers = {id(layer.lora) for layer in module.modules() if isinstance(layer, LoRALayer)}
+    whole |= {id(part) for layer in lora_layers(module).values() for part in layer.lora.modules()}
     for path, part in module.named_modules():
-        own = id(part) in layers
         for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
-            name = clean_name(_join(path, key))
-            trained = own or is_below(name, saved) or name in moving
-            if trained and (isinstance(tensor, nn.Parameter) or name in persistent):
+            name = clean_name(join(path, key))
+            if (id(part) in whole or name in moving) and (isinstance(tensor, nn.Parameter) or name in persistent):
                 found[name] = tensor
     return found
 
@@ -57,18 +54,30 @@ def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> N
 
     Raises:
         ValueError: Names or shapes do not fit, or the module has no adapters; one error lists all. Nothing was changed.
-        RuntimeError: Another adapter was merged into this module for good.
+        RuntimeError: Another adapter was merged into this module, for good or inside ``merged``. Nothing was changed.
     """
-    tensors = adapter_tensors(module)
     check_not_merged(module, {})
-    if problems := mismatches(tensors, state):
+    copy_adapter_state(module, state)
+
+
+def copy_adapter_state(module: nn.Module, state: Mapping[str, Tensor], known: Collection[str] = ()) -> None:
+    """Do what ``load_adapter_state_dict`` does, on whatever base; ``known`` names may be in the state besides.
+
+    Raises:
+        ValueError: Names or shapes do not fit. Nothing was changed.
+        RuntimeError: The adapters are folded into the weights, inside ``merged``.
+    """
+    if folded := [name for name, layer in lora_layers(module).items() if layer.lora_mode == "merged"]:
+        raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
+    tensors = adapter_tensors(module)
+    if problems := mismatches(tensors, state, known):
         raise ValueError(mismatch_message(type(module).__name__, problems))
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(state[name])
 
 
-def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Iterable[str] = ()) -> list[str]:
+def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Collection[str] = ()) -> list[str]:
     """Return what keeps a state from being loaded: missing, unknown and wrongly shaped entries.
 
     Args:
@@ -79,7 +88,7 @@ def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known
     if not tensors:
         return ["the module has no adapters; call attach with the adapter's config first"]
     missing = [name for name in tensors if name not in state]
-    unknown = [name for name in state if name not in tensors and name not in set(known)]
+    unknown = [name for name in state if name not in tensors and name not in known]
     shapes = [
         f"{name}: file {tuple(state[name].shape)}, model {tuple(tensor.shape)}"
         for name, tensor in tensors.items()
@@ -165,12 +174,8 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
 
 def _persistent_buffers(module: nn.Module) -> set[str]:
     return {
-        clean_name(_join(path, key))
+        clean_name(join(path, key))
         for path, part in module.named_modules()
         for key in part._buffers
         if key not in part._non_persistent_buffers_set
     }
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key

@@ -13,6 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_lora.checkpoint_file import RECORD_KEY, check_is_checkpoint, reading
+from lightning_lora.layers import lora_layers
 from lightning_lora.optimizers import optimizer_names
 from lightning_lora.state import (
     adapter_tensors,
@@ -22,7 +23,6 @@ from lightning_lora.state import (
     mismatches,
     record_problems,
 )
-from lightning_lora.surgery import lora_layers
 from lightning_lora.targets import clean_name
 
 _INSTALLED = "_lora_checkpoints"

@@ -1,29 +1,24 @@
-"""Attach, detach, merge, switch: the only code that changes a model."""
+"""Attach, detach, merge: the code that changes what a model is made of."""
 
 from __future__ import annotations
 
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.attachment import Attachment, attachments, count_merge, get_attachment, set_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import freeze_norms, freeze_parameters, thaw
-from lightning_lora.layers import Adapter, LoRALayer, Mode, base_weight, swap_in, swap_out
+from lightning_lora.layers import Adapter, FrozenNorm, LoRALayer, WeightLoRALayer, lora_layers, swap_in, swap_out
 from lightning_lora.plan import Plan, PlannedLayer, make_plan
 from lightning_lora.report import AdaptedLayer, AttachReport
-from lightning_lora.targets import clean_name, listed
-
-
-def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
-    """Return the adapted layers of a model by name; by type, so a user's ``lora_head`` is none."""
-    return {clean_name(name): part for name, part in module.named_modules() if isinstance(part, LoRALayer)}
+from lightning_lora.switching import check_mergeable, fold, set_mode
+from lightning_lora.targets import listed
 
 
 def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0) -> AttachReport:
@@ -53,18 +48,13 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     _refuse_wrapped(module)
     with _no_garbage_collection():
         plan = make_plan(module, config, seed)
+        _warn_of_waste(plan)
         adapters = [(layer.module, layer.adapter(layer.module, layer.spec)) for layer in plan.layers if _is_new(layer)]
         for part, adapter in adapters:
             _swap_in_adapter(part, adapter)
         attachment = _noted(module, plan, config, seed)
         freeze_parameters(module, attachment)
         freeze_norms(module)
-    if plan.wasteful:
-        warnings.warn(
-            f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
-            "with rank_pattern, or train the layers in full with modules_to_save.",
-            stacklevel=2,
-        )
     return attachment.report
 
 
@@ -78,7 +68,7 @@ def detach(module: nn.Module) -> None:
     """
     _refuse_part(module)
     for layer in lora_layers(module).values():
-        _set_mode(layer, "disabled")
+        set_mode(layer, "disabled")
         _swap_out_adapter(layer)
     for _, owner, attachment in attachments(module):
         buffers = dict(owner.named_buffers())
@@ -101,56 +91,22 @@ def merge(module: nn.Module) -> None:
     layers = lora_layers(module)
     if not layers:
         raise ValueError(f"merge: {type(module).__name__} has no adapters.")
-    _check_mergeable(layers)
+    check_mergeable(layers)
     for layer in layers.values():
-        _set_mode(layer, "active")
+        set_mode(layer, "active")
         fold(layer)
         _swap_out_adapter(layer)
         count_merge(layer)
     thaw(module)
 
 
-@contextmanager
-def merged(module: nn.Module) -> Iterator[None]:
-    """Compute with the adapters folded into the weights, and restore the exact weights afterwards.
-
-    Needs a copy of the adapted weights meanwhile. Disabled adapters stay disabled.
-    """
-    layers = lora_layers(module)
-    _check_mergeable(layers)
-    with _modes(layers, lambda mode: "merged" if mode == "active" else mode):
-        yield
-
-
-@contextmanager
-def disabled(module: nn.Module) -> Iterator[None]:
-    """Compute with the bare base model, bit for bit, and switch the adapters back on afterwards.
-
-    Modules trained in full are not affected.
-    """
-    base_buffers = [
-        (buffers[name], value)
-        for _, owner, attachment in attachments(module)
-        for buffers in [dict(owner.named_buffers())]
-        for name, value in attachment.base_buffers.items()
-    ]
-    tracked = [buffer.clone() for buffer, _ in base_buffers]
-    with _modes(lora_layers(module), lambda _: "disabled"):
-        try:
-            for buffer, value in base_buffers:
-                buffer.copy_(value)
-            yield
-        finally:
-            for (buffer, _), value in zip(base_buffers, tracked, strict=True):
-                buffer.copy_(value)
-
-
-@torch.no_grad()
-def fold(layer: LoRALayer) -> None:
-    """Add the update to the weight: a float32 (or float64) sum and one rounding, at the end."""
-    weight, delta = base_weight(layer), layer.delta_weight()
-    dtype = torch.promote_types(weight.dtype, delta.dtype)
-    weight.copy_(weight.to(dtype) + delta.to(dtype))
+def _warn_of_waste(plan: Plan) -> None:
+    if plan.wasteful:
+        warnings.warn(
+            f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
+            "with rank_pattern, or train the layers in full with modules_to_save.",
+            stacklevel=4,
+        )
 
 
 def _is_new(layer: PlannedLayer) -> bool:
@@ -182,8 +138,8 @@ def _refuse_wrapped(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, wrappers):
             raise RuntimeError(
-                f"{type(module).__name__} is already wrapped for several processes (by {type(part).__name__}). Adapters "
-                "attached now would not be synchronised between them. Call attach first and wrap afterwards."
+                f"{type(module).__name__} is already wrapped for several processes (by {type(part).__name__}). "
+                "Adapters attached now would not be synchronised between them. Call attach first and wrap afterwards."
             )
 
 
@@ -200,7 +156,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _swap_in_adapter(module: nn.Module, adapter: Adapter) -> None:
-    swap_in(module, LoRALayer)
+    swap_in(module, WeightLoRALayer if adapter.needs_weight(module) else LoRALayer)
     if not module.training:
         adapter.training = False
     module.lora = adapter
@@ -241,48 +197,10 @@ def _noted(module: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> Atta
 
 
 def _refuse_part(module: nn.Module) -> None:
-    covered = {id(layer) for _, owner, _ in attachments(module) for layer in lora_layers(owner).values()}
-    for name, layer in lora_layers(module).items():
-        if id(layer) not in covered:
+    covered = {id(part) for _, owner, _ in attachments(module) for part in owner.modules()}
+    for part in module.modules():
+        if isinstance(part, (LoRALayer, FrozenNorm)) and id(part) not in covered:
             raise ValueError(
-                f"The adapter of {name!r} was attached to a parent of this {type(module).__name__}; "
-                "call this on the module that was given to attach."
+                f"This {type(module).__name__} holds a {type(part).__name__} that was attached to a parent of it; call "
+                "this on the module that was given to attach."
             )
-
-
-def _check_mergeable(layers: dict[str, LoRALayer]) -> None:
-    for name, layer in layers.items():
-        if "weight" not in layer._parameters:
-            raise RuntimeError(
-                f"The weight of {name!r} is computed from other parameters, so nothing can be merged into it. "
-                "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
-            )
-        if not all(bool(torch.isfinite(factor).all()) for factor in layer.lora.parameters()):
-            raise ValueError(f"The adapter of {name!r} holds NaN or infinity; merging it would destroy the weight.")
-
-
-@torch.no_grad()
-def _set_mode(layer: LoRALayer, mode: Mode) -> None:
-    if layer.lora_mode == mode:
-        return
-    if layer.lora_mode == "merged":
-        # The kept copy, not a subtraction: W + dW - dW is not W in floating point.
-        base_weight(layer).copy_(vars(layer).pop("lora_original"))
-    if mode == "merged":
-        vars(layer)["lora_original"] = base_weight(layer).detach().clone()
-        fold(layer)
-    layer.lora_mode = mode
-
-
-@contextmanager
-def _modes(layers: dict[str, LoRALayer], choose: Callable[[Mode], Mode]) -> Iterator[None]:
-    """Switch layers and put back what was found, however the block ends; nests."""
-    before = [(layer, layer.lora_mode) for layer in layers.values()]
-    try:
-        for layer, mode in before:
-            _set_mode(layer, choose(mode))
-        yield
-    finally:
-        for layer, mode in before:
-            if isinstance(layer, LoRALayer):  # not merged for good or detached meanwhile
-                _set_mode(layer, mode)

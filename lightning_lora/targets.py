@@ -13,14 +13,17 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 # What torch.compile, FSDP and activation checkpointing put into the names of the modules they wrap.
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def clean_name(name: str) -> str:
     """Return a module, parameter or buffer name without the parts that wrappers add."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def join(path: str, key: str) -> str:
+    """Return the dotted name of what ``key`` is in the module at ``path``; the root's path is empty."""
+    return f"{path}.{key}" if path else key
 
 
 def is_glob(entry: str) -> bool:
@@ -48,9 +51,11 @@ def matches_pattern(key: str, name: str) -> bool:
         return False
 
 
-def first_match(patterns: Mapping[str, T], name: str, default: T) -> T:
-    """Return the value of the first pattern that names the layer."""
-    return next((patterns[key] for key in patterns if matches_pattern(key, name)), default) if patterns else default
+def first_match(patterns: Mapping[str, T], names: Sequence[str], default: T) -> T:
+    """Return the value of the first pattern that names a layer known by these names."""
+    if not patterns:
+        return default
+    return next((patterns[key] for key in patterns if any(matches_pattern(key, name) for name in names)), default)
 
 
 def module_names(module: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...]]]:
@@ -111,7 +116,7 @@ def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
     for name, submodule in module.named_modules():
         for key, parameter in submodule._parameters.items():
             if parameter is not None:
-                owners.setdefault(_memory(parameter), []).append(f"{name}.{key}" if name else key)
+                owners.setdefault(_memory(parameter), []).append(join(name, key))
     groups = [[clean_name(name) for name in group] for group in owners.values() if len(group) > 1]
     return {name: tuple(other for other in group if other != name) for group in groups for name in group}
 
@@ -119,7 +124,7 @@ def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
 def _memory(parameter: Tensor) -> int:
     try:
         return parameter.data_ptr() or id(parameter)  # tensors without memory, as on the meta device, have address 0
-    except RuntimeError:  # tensor subclasses without one
+    except (RuntimeError, ValueError):  # tensor subclasses without one, and parameters without a shape yet
         return id(parameter)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import nn
 
 from lightning_lora.layers.base import Adapter, AdapterSpec, LoRALayer, Mode, base_weight
@@ -9,6 +11,8 @@ from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.layers.norm import FrozenNorm, has_running_statistics
 from lightning_lora.layers.swap import Swapped, swap_in, swap_out
+from lightning_lora.layers.weight import WeightLoRALayer
+from lightning_lora.targets import clean_name
 
 ADAPTERS: tuple[type[Adapter], ...] = (LinearAdapter, Conv1DAdapter, EmbeddingAdapter)
 SUPPORTED = "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding"
@@ -19,6 +23,25 @@ def adapter_type(module: nn.Module) -> type[Adapter] | None:
     return next((adapter for adapter in ADAPTERS if adapter.accepts(module)), None)
 
 
+_NEEDED = {"lora", "lora_mode", "lora_original", "rank", "scaling", "delta_weight"}
+
+
+def taken_names(module: nn.Module) -> set[str]:
+    """Return the names of an adapted layer's own attributes that this module already uses for something else."""
+    held = vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    return (_NEEDED & held) | _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
+
+
+@functools.cache
+def _taken_by_class(kind: type) -> frozenset[str]:
+    return frozenset(name for name in _NEEDED if hasattr(kind, name))
+
+
+def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
+    """Return the adapted layers of a model by name; by type, so a user's ``lora_head`` is none."""
+    return {clean_name(name): part for name, part in module.named_modules() if isinstance(part, LoRALayer)}
+
+
 __all__ = [
     "SUPPORTED",
     "Adapter",
@@ -27,9 +50,12 @@ __all__ = [
     "LoRALayer",
     "Mode",
     "Swapped",
+    "WeightLoRALayer",
     "adapter_type",
     "base_weight",
     "has_running_statistics",
+    "lora_layers",
     "swap_in",
     "swap_out",
+    "taken_names",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.initializers import INITIALIZERS, seeded
+from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.swap import Swapped
 
 Mode = Literal["active", "disabled", "merged"]
@@ -77,6 +77,11 @@ class Adapter(nn.Module, ABC):
         """Return why such a module cannot be adapted after all, or None."""
         return None
 
+    @classmethod
+    def needs_weight(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds do not
+        """Return whether the update must be read from such a module's weight, not added to its output."""
+        return False
+
     @abstractmethod
     @override
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
@@ -93,7 +98,7 @@ class Adapter(nn.Module, ABC):
     def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
         """Return ``A`` and ``B`` as they start, on the CPU: the same for the same spec, on any device and rank."""
         A = INITIALIZERS[self.spec.init](self.spec.rank, in_features, seeded(self.spec.seed))
-        return A, torch.zeros(out_features, self.spec.rank)
+        return A, zeros(out_features, self.spec.rank)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -175,5 +180,6 @@ class LoRALayer(Swapped):
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """Return the weight that an adapter of ``module`` updates."""
-    return cast(Tensor, module.weight)
+    """Return the weight that an adapter of ``module`` updates, without the update."""
+    weight = module._parameters.get("weight")
+    return cast(Tensor, module.weight) if weight is None else weight

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.initializers import seeded
+from lightning_lora.initializers import seeded, standard_normal, zeros
 from lightning_lora.layers.base import Adapter, AdapterSpec
 
 
@@ -38,6 +37,12 @@ class EmbeddingAdapter(Adapter):
             return f"max_norm={module.max_norm} rescales the frozen weight in place; set it to None"
         return None
 
+    @classmethod
+    @override
+    def needs_weight(cls, module: nn.Module) -> bool:
+        # Some models' embeddings scale their vectors, so the output is not the weight's row.
+        return type(module).forward is not nn.Embedding.forward
+
     def __init__(self, module: nn.Embedding, spec: AdapterSpec) -> None:
         super().__init__(module, spec)
         self.padding_idx = module.padding_idx
@@ -60,5 +65,4 @@ class EmbeddingAdapter(Adapter):
 
     @override
     def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        B = torch.empty(out_features, self.spec.rank).normal_(generator=seeded(self.spec.seed))
-        return torch.zeros(self.spec.rank, in_features), B
+        return zeros(self.spec.rank, in_features), standard_normal(out_features, self.spec.rank, seeded(self.spec.seed))

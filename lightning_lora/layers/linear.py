@@ -25,13 +25,6 @@ class LinearAdapter(Adapter):
         assert isinstance(module, nn.Linear)
         return module.out_features, module.in_features
 
-    @classmethod
-    @override
-    def obstacle(cls, module: nn.Module) -> str | None:
-        if nn.parameter.is_lazy(base_weight(module)):
-            return "its weight has no shape yet; run one batch through the model first"
-        return None
-
     @override
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
         if self.spec.dropout:
@@ -62,11 +55,6 @@ class Conv1DAdapter(LinearAdapter):
     def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
         in_features, out_features = base_weight(module).shape
         return out_features, in_features
-
-    @classmethod
-    @override
-    def obstacle(cls, module: nn.Module) -> str | None:
-        return None
 
     @override
     def delta_weight(self) -> Tensor:

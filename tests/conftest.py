@@ -1,0 +1,47 @@
+"""Fixtures that every test may use: seeded randomness and a tiny model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+
+class TinyModel(nn.Module):
+    """Tokens to class scores; its names are those of many real models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 16)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({"q_proj": nn.Linear(16, 16), "act": nn.GELU(), "v_proj": nn.Linear(16, 16, bias=False)})
+            for _ in range(2)
+        )
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block["v_proj"](block["act"](block["q_proj"](x)))
+        return self.head(self.norm(x))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture
+def tiny() -> nn.Module:
+    return TinyModel()
+
+
+@pytest.fixture
+def tokens(rng: torch.Generator) -> Tensor:
+    return torch.randint(20, (3, 6), generator=rng)

@@ -1,0 +1,228 @@
+"""The cases that every law of an adapted layer is tested on, and the dense float64 truth beside each.
+
+Letters: ``W`` is the base weight as stored, ``D`` the update ``scaling * B @ A`` as ``(out, in)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, LoRALayer, attach
+
+IN, OUT, TOKENS, PADDING = 24, 20, 40, 3
+RANK, ALPHA = 4, 6.0
+SCALING = ALPHA / RANK
+
+
+class CountingLinear(nn.Linear):
+    """A user's Linear: another class, with a forward of its own."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.calls = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.matmul(input, self.weight.T) + self.bias
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding with a forward of its own, as Bart's and Gemma's in transformers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 3.0 * super().forward(input)
+
+
+class Holder(nn.Module):
+    """The layer under test in a model, beside another layer that stays as it is."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.neighbour = nn.Linear(IN, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def _conv1d() -> nn.Module:
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(OUT, IN)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of layer: how to build it, and the function it computes from its input and any weight."""
+
+    build: Callable[[], nn.Module]
+    function: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    takes_tokens: bool = False
+    stores_transposed: bool = False
+
+
+def _linear(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+    return F.linear(x, W, None if layer.bias is None else layer.bias.to(W.dtype))
+
+
+def _conv(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+    return x @ W + layer.bias.to(W.dtype)
+
+
+def _embedding(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+    return F.embedding(x, W, layer.padding_idx)
+
+
+def _scaled_embedding(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+    return 3.0 * _embedding(layer, x, W)
+
+
+KINDS: Mapping[str, Kind] = {
+    "linear": Kind(lambda: nn.Linear(IN, OUT), _linear),
+    "linear without bias": Kind(lambda: nn.Linear(IN, OUT, bias=False), _linear),
+    "own forward": Kind(lambda: CountingLinear(IN, OUT), _linear),
+    "conv1d": Kind(_conv1d, _conv, stores_transposed=True),
+    "embedding": Kind(lambda: nn.Embedding(TOKENS, OUT), _embedding, True, True),
+    "padded embedding": Kind(lambda: nn.Embedding(TOKENS, OUT, padding_idx=PADDING), _embedding, True, True),
+    "scaled embedding": Kind(lambda: ScaledEmbedding(TOKENS, OUT), _scaled_embedding, True, True),
+}
+
+# Largest error over largest value. bfloat16 keeps 8 bits, and some five results are rounded on the way.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 5 * 2.0**-9}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of layer in one precision."""
+
+    kind: str
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{self.kind}-{str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.dtype]
+
+    @property
+    def config(self) -> LoRAConfig:
+        return LoRAConfig(rank=RANK, alpha=ALPHA, target_modules=["layer"])
+
+    @property
+    def spec(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def random_factor_is_b(self) -> bool:
+        return self.spec.takes_tokens
+
+    def base(self) -> Holder:
+        return Holder(self.spec.build()).to(self.dtype)
+
+    def attached(self) -> Holder:
+        model = self.base()
+        attach(model, self.config)
+        return model
+
+    def trained(self, rng: torch.Generator) -> Holder:
+        """Return an adapted model whose adapter has an effect."""
+        model = self.attached()
+        train(model.layer, rng)
+        return model
+
+    def inputs(self, rng: torch.Generator) -> Tensor:
+        if self.spec.takes_tokens:
+            return torch.cat([torch.tensor([PADDING]), torch.randint(TOKENS, (29,), generator=rng)]).view(5, 6)
+        return torch.randn(5, 6, IN, generator=rng).to(self.dtype)
+
+    def stored(self, D: Tensor) -> Tensor:
+        """Return an ``(out, in)`` matrix in the layout in which the layer stores its weight."""
+        return D.T if self.spec.stores_transposed else D
+
+    def dense(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """Return the float64 output of the base layer with the weight ``W + scaling * B @ A``."""
+        W = stored_weight(layer).double() + self.stored(SCALING * B.double() @ A.double())
+        return self.spec.function(layer, x if self.spec.takes_tokens else x.double(), W)
+
+
+CASES = [Case(kind, dtype) for kind in KINDS for dtype in TOLERANCE]
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """Return the weight as the state dict has it: the base's, even where ``weight`` reads as base plus update."""
+    return layer.state_dict()["weight"]
+
+
+@torch.no_grad()
+def train(layer: nn.Module, rng: torch.Generator) -> None:
+    """Give the factors of an adapted layer values as if it had been trained; the padding token never trains."""
+    assert isinstance(layer, LoRALayer)
+    for factor in (layer.lora.A, layer.lora.B):
+        factor.copy_(0.3 * torch.randn(factor.shape, generator=rng))
+    if getattr(layer, "padding_idx", None) is not None:
+        layer.lora.A[:, layer.padding_idx] = 0.0
+
+
+def train_all(model: nn.Module, rng: torch.Generator) -> None:
+    """Do so for every adapted layer of a model."""
+    for part in model.modules():
+        if isinstance(part, LoRALayer):
+            train(part, rng)
+
+
+def error(found: Tensor, truth: Tensor) -> float:
+    """Return the largest error over the largest true value."""
+    return ((found.double() - truth.double()).abs().max() / truth.double().abs().max()).item()
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """Return everything that can be seen of a model: classes, tensors by identity and by value, flags, attributes."""
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, LoRALayer)}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {
+        "classes": {name: type(part) for name, part in model.named_modules(remove_duplicate=False)},
+        "attributes": {
+            # Whether an adapted layer has its switch as an attribute of its own is its affair.
+            name: sorted(vars(part).keys() - ({"lora_mode"} if name in layers else set()))
+            for name, part in model.named_modules()
+        },
+        "switches": {name: layer.lora_mode for name, layer in layers.items()},
+        "modes": {name: part.training for name, part in model.named_modules()},
+        "keys": list(model.state_dict()),
+        "identities": {name: id(tensor) for name, tensor in tensors},
+        "flags": {name: tensor.requires_grad for name, tensor in tensors},
+        "bits": {name: tensor.detach().clone() for name, tensor in tensors},
+    }
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """Check that a model is what it was, bit for bit."""
+    after = snapshot(model)
+    for key in before.keys() - {"bits"}:
+        assert after[key] == before[key], key
+    assert_same_bits(after["bits"], before["bits"])
+
+
+def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that two collections hold the same names and the same bits."""
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@contextmanager
+def raises_and_changes_nothing(model: nn.Module, kind: type[Exception], match: str | None = None) -> Iterator[Any]:
+    """Check that a block raises and that the model is what it was before."""
+    before = snapshot(model)
+    with pytest.raises(kind, match=match) as caught:
+        yield caught
+    assert_unchanged(model, before)

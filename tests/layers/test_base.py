@@ -1,0 +1,180 @@
+"""What every adapter has in common: precision, dropout, switches, and what it says of itself."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, attach, disabled, merged
+from tests.contract import assert_same_bits, error, train
+
+
+def adapted(layer: nn.Module, **options: object) -> nn.Module:
+    """Return a layer with an adapter of rank 2 and scaling 1.5."""
+    attach(layer, LoRAConfig(**{"rank": 2, "alpha": 3.0, **options}))
+    return layer
+
+
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_factors_have_their_own_precision_and_the_output_has_the_bases(adapter_dtype: str, base_dtype, rng):
+    layer = adapted(nn.Linear(24, 20).to(base_dtype), adapter_dtype=adapter_dtype)
+    kept = torch.float64 if base_dtype == torch.float64 else getattr(torch, adapter_dtype)
+    assert {factor.dtype for factor in layer.lora.parameters()} == {kept}
+    train(layer, rng)
+    x = torch.randn(5, 24, generator=rng).to(base_dtype)
+    output = layer(x)
+    output.sum().backward()
+    assert output.dtype == base_dtype
+    assert layer.lora.A.grad.dtype == kept
+    A, B = layer.lora.A.double(), layer.lora.B.double()
+    truth = nn.functional.linear(x.double(), layer.weight.double() + 1.5 * B @ A, layer.bias.double())
+    coarsest = max(torch.finfo(dtype).eps for dtype in (base_dtype, layer.lora.A.dtype))
+    assert error(output, truth) <= 8 * coarsest
+
+
+def test_an_update_too_small_for_bfloat16_is_kept_in_the_factors():
+    layer = adapted(nn.Linear(24, 20).bfloat16())
+    before = layer.lora.A.detach().clone()
+    with torch.no_grad():
+        layer.lora.A.mul_(1 + 2.0**-12)
+    assert (before != layer.lora.A).all()
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(24, 20), nn.Embedding(24, 20)], ids=["linear", "embedding"])
+def test_autocast_decides_the_precision_of_the_arithmetic(layer: nn.Module, rng):
+    attach(layer, LoRAConfig(rank=2, alpha=3.0, target_modules=".*"))
+    train(layer, rng)
+    tokens = isinstance(layer, nn.Embedding)
+    x = torch.arange(24) if tokens else torch.randn(5, 24, generator=rng)
+    exact = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+        output.float().square().sum().backward()
+        with merged(layer):
+            merged_output = layer(x)
+    assert output.dtype == (torch.float32 if tokens else torch.bfloat16)
+    assert merged_output.dtype == output.dtype
+    assert error(output, exact) < 0.03
+    assert {factor.grad.dtype for factor in layer.lora.parameters()} == {torch.float32}
+
+
+# --- dropout: with W = 0 and A = B = I the output is the scaled input of the adapter
+
+
+def visible_dropout(p: float) -> nn.Linear:
+    layer = nn.Linear(64, 64)
+    with pytest.warns(UserWarning, match="not smaller"):
+        attach(layer, LoRAConfig(rank=64, alpha=128.0, dropout=p))
+    with torch.no_grad():
+        for tensor in (layer.weight, layer.bias):
+            tensor.zero_()
+        layer.lora.A.copy_(torch.eye(64))
+        layer.lora.B.copy_(torch.eye(64))
+    return layer
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_elements_of_the_adapters_input_and_scales_up_the_rest(p: float):
+    layer = visible_dropout(p)
+    output = layer.train()(torch.ones(2000, 64))
+    kept = output != 0
+    assert torch.allclose(output[kept], torch.tensor(2.0 / (1 - p)))
+    deviation = math.sqrt(p * (1 - p) / output.numel())
+    assert abs(kept.double().mean().item() - (1 - p)) < 5 * deviation
+    assert kept.double().mean(0).min() > 0  # of every element, not of whole rows
+
+
+def test_dropout_is_off_in_eval_mode():
+    assert (visible_dropout(0.9).eval()(torch.ones(3, 64)) == 2.0).all()
+
+
+def test_dropout_leaves_the_base_alone(rng):
+    layer, x = nn.Linear(24, 20), torch.randn(5, 24, generator=rng)
+    before = layer(x)
+    adapted(layer, dropout=0.9)
+    assert torch.equal(layer.train()(x), before)
+    train(layer, rng)
+    with disabled(layer):
+        assert torch.equal(layer(x), before)
+    with merged(layer):
+        assert torch.equal(layer(x), layer(x))
+
+
+def test_the_mean_over_dropout_is_the_output_without(rng):
+    layer, x = adapted(nn.Linear(24, 20), dropout=0.5), torch.randn(24, generator=rng)
+    train(layer, rng)
+    exact = layer.eval()(x)
+    samples = layer.train()(x.expand(20_000, 24)).double()
+    assert ((samples.mean(0) - exact).abs() < 5 * samples.std(0) / math.sqrt(len(samples))).all()
+
+
+def test_dropout_draws_anew_each_time_and_only_when_it_has_a_probability(rng):
+    x = torch.randn(5, 24, generator=rng)
+    layer = adapted(nn.Linear(24, 20), dropout=0.5)
+    train(layer, rng)
+    assert not torch.equal(layer(x), layer(x))
+    plain, before = adapted(nn.Linear(24, 20)), torch.get_rng_state()
+    plain(x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- calls and switches
+
+
+def test_the_input_may_be_a_keyword_argument(rng):
+    layer, x = adapted(nn.Linear(24, 20)), torch.randn(5, 24, generator=rng)
+    train(layer, rng)
+    assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 3, 4, 24), (0, 24)])
+def test_any_number_of_leading_dimensions_will_do(shape: tuple[int, ...], rng):
+    layer, x = adapted(nn.Linear(24, 20)), torch.randn(shape, generator=rng)
+    train(layer, rng)
+    W = layer.weight + 1.5 * layer.lora.B @ layer.lora.A
+    assert torch.allclose(layer(x), x @ W.T + layer.bias, atol=1e-5)
+
+
+def test_reset_goes_back_to_the_start(rng):
+    layer = adapted(nn.Linear(24, 20))
+    start = {name: factor.clone() for name, factor in layer.lora.state_dict().items()}
+    train(layer, rng)
+    layer.lora.reset_parameters()
+    assert_same_bits(layer.lora.state_dict(), start)
+    assert all(factor.requires_grad for factor in layer.lora.parameters())
+
+
+def test_a_layer_says_its_rank_scaling_and_dropout():
+    layer = adapted(nn.Linear(24, 20), dropout=0.25)
+    assert (layer.rank, layer.scaling) == (2, 1.5)
+    assert "LoRALinear" in repr(layer)
+    assert "rank=2, scaling=1.5, dropout=0.25" in repr(layer)
+
+
+def test_functional_calls_and_per_sample_gradients_work(rng):
+    layer, x = adapted(nn.Linear(24, 20)), torch.randn(5, 24, generator=rng)
+    train(layer, rng)
+    factors = {f"lora.{name}": p.detach() for name, p in layer.lora.named_parameters()}
+
+    def loss(values: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, values, row).square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(factors, x)
+    layer(x).square().sum().backward()
+    assert torch.allclose(per_sample["lora.A"].sum(0), layer.lora.A.grad, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(per_sample["lora.B"].sum(0), layer.lora.B.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_agree_with_finite_differences(rng):
+    layer, x = adapted(nn.Linear(6, 5).double()), torch.randn(3, 6, generator=rng, dtype=torch.float64)
+    train(layer, rng)
+
+    def output(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"lora.A": A, "lora.B": B}, x)
+
+    factors = tuple(factor.detach().clone().requires_grad_() for factor in (layer.lora.A, layer.lora.B))
+    assert torch.autograd.gradcheck(output, factors)

@@ -1,0 +1,143 @@
+"""The house: imports go strictly downward, only its upper rooms know Lightning, and none knows transformers or PEFT."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_lora
+
+PACKAGE = Path(lightning_lora.__file__).parent
+
+# A room may import rooms of a lower level only. A new room gets its place here first.
+_BOTTOM_UP = [
+    {"option_types", "targets", "initializers", "layers.swap"},
+    {"config", "report", "layers.base", "layers.norm"},
+    {"layers.linear", "layers.embedding", "layers.weight"},
+    {"layers"},
+    {"attachment", "plan", "optimizers"},
+    {"freezing"},
+    {"switching"},
+    {"surgery"},
+    {"state"},
+    {"checks", "checkpoint_file"},
+    {"load_guard", "strategies"},
+    {"callback"},
+    {""},
+]
+LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in together}
+KNOWS_LIGHTNING = {"load_guard", "strategies", "callback"}
+
+
+def rooms() -> dict[str, Path]:
+    """Return every module of the package by its name below the package; the package itself is ``""``."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(part for part in parts if part != "__init__")] = path
+    return found
+
+
+ROOMS = rooms()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yield the full name of everything that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name} imports relatively"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Return the rooms that a file imports."""
+    found = set()
+    for name in imports(path):
+        if name.split(".")[0] == PACKAGE.name:
+            inside = name.removeprefix(PACKAGE.name).removeprefix(".")
+            found.add(inside if inside in ROOMS else inside.rpartition(".")[0])
+    return found
+
+
+def outside(path: Path) -> set[str]:
+    """Return the top names of the packages that a file imports."""
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_every_room_has_a_level_and_every_level_a_room():
+    assert LEVELS.keys() == ROOMS.keys()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_strictly_downward(room: str):
+    upward = {other for other in imported_rooms(ROOMS[room]) if LEVELS[other] >= LEVELS[room]}
+    assert upward == set()
+
+
+def test_imports_are_found():
+    assert imported_rooms(ROOMS["surgery"]) >= {"plan", "freezing", "layers", "attachment"}
+    assert imported_rooms(ROOMS["layers"]) >= {"layers.base", "layers.embedding", "layers.linear", "layers.norm"}
+    assert "torch" in outside(ROOMS["surgery"])
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_only_the_upper_rooms_import_lightning(room: str):
+    frameworks = {"lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics"}
+    if room not in KNOWS_LIGHTNING:
+        assert not outside(ROOMS[room]) & frameworks
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_room_imports_peft_or_transformers(room: str):
+    assert not outside(ROOMS[room]) & {"peft", "transformers", "accelerate", "bitsandbytes"}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_rooms_private_names_stay_in_it(room: str):
+    own = [name for name in imports(ROOMS[room]) if name.split(".")[0] == PACKAGE.name]
+    assert not [name for name in own if name.rpartition(".")[2].startswith("_")]
+
+
+def test_there_is_no_drawer_for_everything():
+    drawers = {"utils", "util", "helpers", "common", "misc"}
+    assert not [room for room in ROOMS if drawers & set(room.split("."))]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_file_has_outgrown_its_room(room: str):
+    assert len(ROOMS[room].read_text().splitlines()) <= 320
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"surgery", "layers.swap"}))
+def test_only_surgery_changes_a_class_of_a_module(room: str):
+    assigned = [
+        target.attr
+        for node in ast.walk(ast.parse(ROOMS[room].read_text()))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Attribute)
+    ]
+    assert "__class__" not in assigned
+
+
+def test_importing_the_package_and_adapting_a_model_needs_no_lightning():
+    script = """
+import sys
+import torch
+import lightning_lora
+model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+lightning_lora.attach(model, lightning_lora.LoRAConfig(rank=1))
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"lightning", "pytorch_lightning", "transformers", "peft", "safetensors"}, loaded
+assert lightning_lora.LoRACallback.__name__ == "LoRACallback"
+assert "lightning" in sys.modules
+"""
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr

@@ -1,0 +1,193 @@
+"""``LoRAConfig``: every option validates itself, and a config is a value that survives plain formats."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import LoRAConfig, attach
+
+OTHER_THAN_DEFAULT: dict[str, Any] = {
+    "rank": 3,
+    "alpha": 7.5,
+    "dropout": 0.25,
+    "target_modules": ["q_proj", "blocks.*.v_proj"],
+    "exclude_modules": ["blocks.1"],
+    "modules_to_save": ["head"],
+    "rank_pattern": {"v_proj": 2},
+    "alpha_pattern": {"q_proj": 1.5},
+    "use_rslora": True,
+    "init": "orthogonal",
+    "adapter_dtype": "bfloat16",
+    "frozen_norm": "track",
+}
+
+NO_NUMBERS = ["1", None, True, [1], 1j, torch.tensor(1.0)]
+NO_NAMES = [None, 3, ["a", 3], {"a"}, {"a": 1}, b"a", [None]]
+WRONG_TYPE = {
+    "rank": [*NO_NUMBERS, 1.0, 2.5],
+    "alpha": NO_NUMBERS,
+    "dropout": NO_NUMBERS,
+    "target_modules": NO_NAMES,
+    "exclude_modules": NO_NAMES,
+    "modules_to_save": [*NO_NAMES, "head"],
+    "rank_pattern": [None, 3, "a", ["a"], {"a": "4"}, {"a": 2.0}, {"a": None}, {"a": True}],
+    "alpha_pattern": [None, 3, "a", ["a"], {"a": "4"}, {"a": None}, {"a": True}],
+    "use_rslora": ["false", "no", 1, 0, None],
+}
+WRONG_VALUE = {
+    "rank": [0, -1],
+    "alpha": [0, 0.0, -1.0, math.inf, -math.inf, math.nan],
+    "dropout": [-0.1, 1.0, 1.5, math.nan, math.inf],
+    "target_modules": ["", [], (), ["a", ""], "(", "*", "a[", "q_proj)"],
+    "exclude_modules": [[""], ["a", ""], "(", "*"],
+    "modules_to_save": [[""]],
+    "rank_pattern": [{"a": 0}, {"a": -3}],
+    "alpha_pattern": [{"a": 0}, {"a": math.nan}, {"a": math.inf}, {"a": -1.0}],
+    "init": ["", "pissa", "Kaiming", 3, None, True],
+    "adapter_dtype": ["", "fp32", "torch.float32", "int8", torch.float32, None],
+    "frozen_norm": ["", "frozen", True, None],
+}
+
+
+def _pairs(table: dict[str, list[Any]]) -> Any:
+    cases = [pytest.param(option, value, id=f"{option}={value!r}") for option in table for value in table[option]]
+    return pytest.mark.parametrize(("option", "value"), cases)
+
+
+def _shown(value: Any) -> str:
+    """Return the part of a value that the message must show."""
+    if isinstance(value, dict):
+        [(key, inner)] = value.items()
+        return repr(inner if isinstance(key, str) else key)
+    return "()" if value == [] else repr(value)
+
+
+@_pairs(WRONG_TYPE)
+def test_a_value_of_the_wrong_type_is_a_type_error_that_names_option_and_value(option: str, value: Any):
+    with pytest.raises(TypeError, match=f"LoRAConfig.{option}.*{re.escape(_shown(value))}"):
+        LoRAConfig(**{option: value})
+
+
+@_pairs(WRONG_VALUE)
+def test_a_value_without_meaning_is_a_value_error_that_names_option_and_value(option: str, value: Any):
+    with pytest.raises(ValueError, match=f"LoRAConfig.{option}.*{re.escape(_shown(value))}"):
+        LoRAConfig(**{option: value})
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_wrong_number_in_a_pattern_is_named_with_its_key(option: str):
+    with pytest.raises(ValueError, match=rf"LoRAConfig.{option}\['q_proj'\].*-2"):
+        LoRAConfig(**{option: {"v_proj": 2, "q_proj": -2}})
+
+
+@pytest.mark.parametrize("option", ["init", "adapter_dtype", "frozen_norm"])
+def test_an_unknown_choice_is_answered_with_the_choices(option: str):
+    with pytest.raises(ValueError, match=f"'{getattr(LoRAConfig(), option)}'"):
+        LoRAConfig(**{option: "unknown"})
+
+
+def test_an_unknown_option_is_a_type_error():
+    with pytest.raises(TypeError, match="rang"):
+        LoRAConfig(rang=4)
+
+
+def test_options_are_keywords_only():
+    with pytest.raises(TypeError):
+        LoRAConfig(8)
+
+
+def test_the_examples_above_cover_every_option_and_differ_from_the_defaults():
+    names = {option.name for option in dataclasses.fields(LoRAConfig)}
+    assert OTHER_THAN_DEFAULT.keys() == names
+    assert WRONG_TYPE.keys() | WRONG_VALUE.keys() == names
+    plain = LoRAConfig().to_dict()
+    assert all(plain[name] != value for name, value in OTHER_THAN_DEFAULT.items())
+
+
+@pytest.mark.parametrize("options", [{}, OTHER_THAN_DEFAULT, {"target_modules": r".*_proj", "exclude_modules": "a|b"}])
+def test_a_config_survives_a_dict_and_json(options: dict[str, Any]):
+    config = LoRAConfig(**options)
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert plain == config.to_dict()
+    assert plain.keys() == {option.name for option in dataclasses.fields(LoRAConfig)}
+    assert plain | options == plain
+    assert LoRAConfig.from_dict(plain) == config
+
+
+def test_a_config_from_a_part_of_the_options_has_the_defaults_for_the_rest():
+    assert LoRAConfig.from_dict({"rank": 2}) == LoRAConfig(rank=2)
+
+
+def test_from_dict_names_every_key_that_is_no_option():
+    with pytest.raises(ValueError, match=r"\['dora', 'ranks'\]"):
+        LoRAConfig.from_dict({"rank": 2, "ranks": 3, "dora": True})
+
+
+def test_from_dict_validates():
+    with pytest.raises(ValueError, match=r"LoRAConfig.rank"):
+        LoRAConfig.from_dict({"rank": 0})
+
+
+def test_a_config_cannot_be_changed():
+    config = LoRAConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.rank = 4
+
+
+def test_a_changed_copy_validates_too():
+    assert dataclasses.replace(LoRAConfig(), rank=4).rank == 4
+    with pytest.raises(ValueError, match="rank"):
+        dataclasses.replace(LoRAConfig(), rank=0)
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_a_config_keeps_its_own_copy_of_a_list(option: str):
+    names = ["head"]
+    config = LoRAConfig(**{option: names})
+    names.append("embed")
+    assert getattr(config, option) == ("head",)
+
+
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_a_config_keeps_its_own_copy_of_a_dict(option: str):
+    pattern = {"head": 2}
+    config = LoRAConfig(**{option: pattern})
+    pattern["embed"] = 0
+    assert getattr(config, option) == {"head": 2}
+    config.to_dict()[option]["embed"] = 0
+    assert getattr(config, option) == {"head": 2}
+
+
+def test_numbers_of_other_types_become_plain_ones():
+    class Count(int):  # as jsonargparse's and numpy's
+        pass
+
+    class Share(float):
+        pass
+
+    config = LoRAConfig(rank=Count(4), alpha=Share(2), dropout=Share(0.5), rank_pattern={"a": Count(3)})
+    assert [type(value) for value in (config.rank, config.alpha, config.dropout)] == [int, float, float]
+    assert type(config.rank_pattern["a"]) is int
+
+
+def test_lists_and_tuples_make_equal_configs():
+    assert LoRAConfig(target_modules=["a"]) == LoRAConfig(target_modules=("a",))
+
+
+@pytest.mark.parametrize(
+    ("use_rslora", "expected"), [(False, 12.0 / 9), (True, 12.0 / math.sqrt(9))], ids=["alpha/r", "rslora"]
+)
+def test_the_scaling_is_alpha_over_rank_or_its_root(use_rslora: bool, expected: float):
+    assert LoRAConfig(use_rslora=use_rslora).scaling(9, 12.0) == pytest.approx(expected, rel=1e-15)
+
+
+def test_the_defaults_attach(tiny):
+    report = attach(tiny, LoRAConfig(rank=2))
+    assert {layer.scaling for layer in report.layers} == {LoRAConfig().alpha / 2}

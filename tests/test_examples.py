@@ -1,0 +1,143 @@
+"""The examples as a user runs them: processes of their own, judged by what they print and write."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("jsonargparse")
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+class Run(NamedTuple):
+    folder: Path
+    printed: str
+    results: dict[str, Any]
+
+    def row(self, method: str) -> dict[str, Any]:
+        [row] = [row for row in self.results["table"] if row["method"] == method]
+        return row
+
+
+def execute(script: str, *arguments: str, folder: Path) -> str:
+    """Run an example and return all it printed; relative paths in its options fall into the folder."""
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("digits")
+    printed = execute("digits.py", "--fast", "--output", str(folder), folder=folder)
+    return Run(folder, printed, json.loads((folder / "digits.json").read_text()))
+
+
+def test_the_frozen_base_knows_the_old_domain_only(digits):
+    base = digits.row("frozen base")
+    assert base["old"] > 0.9
+    assert base["new"] < 0.3
+
+
+def test_lora_learns_the_new_domain_about_as_well_as_full_fine_tuning(digits):
+    lora, full = digits.row("LoRA, switched on"), digits.row("full fine-tuning")
+    assert lora["new"] > digits.row("frozen base")["new"] + 0.4
+    assert lora["new"] > full["new"] - 0.1
+
+
+def test_switching_lora_off_gives_the_accuracy_of_the_base(digits):
+    off, base = digits.row("LoRA, switched off"), digits.row("frozen base")
+    assert (off["old"], off["new"]) == (base["old"], base["new"])
+    assert digits.row("full fine-tuning")["old"] < base["old"] - 0.2  # so there was something to keep
+
+
+def test_lora_trains_and_stores_a_small_part_of_the_model(digits):
+    lora, full = digits.row("LoRA, switched on"), digits.row("full fine-tuning")
+    assert 0 < lora["trainable"] < full["trainable"] / 10
+    assert lora["bytes"] == (digits.folder / "lora_shifted" / "last.ckpt").stat().st_size
+    assert lora["bytes"] < full["bytes"] / 5
+
+
+def test_each_adapter_masters_its_own_task_on_the_one_base(digits):
+    swaps = digits.results["swaps"]
+    assert swaps["shifted"]["shifted"] == digits.row("LoRA, switched on")["new"]
+    assert swaps["shifted"]["shifted"] > swaps["parity"]["shifted"] + 0.4
+    assert swaps["parity"]["parity"] > 0.8
+    assert swaps["parity"]["parity"] > swaps["shifted"]["parity"] + 0.4
+
+
+def test_swapping_and_detaching_change_no_bit(digits):
+    assert digits.results["swap_is_exact"] is True
+    assert digits.results["detach_is_exact"] is True
+    assert digits.printed.count("bit for bit: yes") == 2
+
+
+def test_the_merged_model_answers_as_the_adapted_one_without_adapters(digits):
+    merged = digits.results["merged"]
+    assert merged["lora_layers"] == 0
+    assert merged["largest_difference"] < 1e-3
+    assert merged["accuracy"] == pytest.approx(digits.row("LoRA, switched on")["new"], abs=0.005)
+
+
+def test_the_table_shows_the_measured_numbers(digits):
+    lora = digits.row("LoRA, switched on")
+    [line] = [line for line in digits.printed.splitlines() if line.startswith("LoRA, switched on")]
+    shown = line.removeprefix("LoRA, switched on").split()
+    numbers = [f"{lora['old']:.1%}", f"{lora['new']:.1%}", f"{lora['trainable']:,}", f"{lora['bytes']:,}"]
+    assert shown == [*numbers, f"{lora['step_ms']:.1f}", "ms"]
+
+
+def test_the_output_has_progress_bars_and_no_warnings(digits):
+    assert "150/150" in digits.printed
+    assert not re.findall(r".*\.py:\d+: .*", digits.printed)  # how Lightning and Python print warnings
+
+
+def test_the_picture_is_a_png_of_a_size_to_look_at(digits):
+    head = (digits.folder / "digits.png").read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", head[16:])
+    assert width > 1200
+    assert height > 900
+
+
+def cli(command: str, *arguments: str, folder: Path) -> str:
+    return execute("digits_cli.py", command, "--config", str(EXAMPLES / "digits.yaml"), *arguments, folder=folder)
+
+
+def test_the_yaml_file_trains_an_adapter_that_a_second_run_tests(digits, tmp_path):
+    base = f"--model.base={digits.folder / 'base'}"
+    printed = cli("fit", base, "--data.steps=150", folder=tmp_path)
+    assert re.search(r"all-linear +14 +4 ", printed)  # 14 layers of rank 4
+    assert not re.findall(r".*\.py:\d+: .*", printed)
+    printed = cli("test", base, "--ckpt_path=examples/output/cli/last.ckpt", folder=tmp_path)
+    accuracy = float(re.search(r"test_acc\D+(\d\.\d+)", printed)[1])
+    assert accuracy > digits.row("frozen base")["new"] + 0.4
+
+
+def test_flags_change_the_options_of_the_yaml_file(digits, tmp_path):
+    base = f"--model.base={digits.folder / 'base'}"
+    flags = ("--data.steps=2", "--trainer.callbacks.rank=2", "--trainer.callbacks.target_modules=[q,v]")
+    printed = cli("fit", base, *flags, folder=tmp_path)
+    assert re.search(r"q +2 +2 ", printed)  # two layers of rank 2
+    assert re.search(r"v +2 +2 ", printed)
+
+
+def test_the_cli_trains_the_base_where_there_is_none(tmp_path):
+    printed = cli("fit", "--model.base=new/base", "--data.steps=2", folder=tmp_path)
+    assert "base: 1000 labelled images" in printed
+    assert (tmp_path / "new" / "base" / "last.ckpt").is_file()

@@ -1,0 +1,84 @@
+"""What attaching says it did, as numbers that add up and as a table."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+from lightning_lora import LoRAConfig, adapter_state_dict, attach, lora_layers
+
+
+def test_the_report_counts_what_is_there(tiny):
+    base = sum(p.numel() for p in tiny.parameters())
+    report = attach(tiny, LoRAConfig(rank=2, target_modules=["embed", "v_proj"], modules_to_save=["head"]))
+    adapters = sum(p.numel() for layer in lora_layers(tiny).values() for p in layer.lora.parameters())
+    assert report.base_parameters == base
+    assert report.adapter_parameters == adapters
+    assert report.trainable_parameters == sum(p.numel() for p in tiny.parameters() if p.requires_grad)
+    assert report.trainable_parameters == sum(tensor.numel() for tensor in adapter_state_dict(tiny).values())
+    assert report.saved == {"head": 16 * 8 + 8}
+    assert {layer.name: layer.parameters for layer in report.layers} == {
+        name: layer.lora.A.numel() + layer.lora.B.numel() for name, layer in lora_layers(tiny).items()
+    }
+
+
+def test_attaching_again_reports_the_same(tiny):
+    config = LoRAConfig(rank=2, modules_to_save=["head"], exclude_modules=["blocks.1"])
+    assert attach(tiny, config) == attach(tiny, config)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "head"], r".*_proj|head"])
+def test_each_layer_names_the_entry_that_chose_it_and_its_precision(targets, tiny):
+    tiny.head.double()
+    report = attach(tiny, LoRAConfig(rank=2, target_modules=targets, adapter_dtype="bfloat16"))
+    layers = {layer.name: layer for layer in report.layers}
+    entry = {"blocks.0.q_proj": "q_proj", "head": "head"}
+    for name, expected in entry.items():
+        assert layers[name].pattern == (expected if isinstance(targets, list) else targets)
+    assert (layers["blocks.0.q_proj"].dtype, layers["head"].dtype) == ("bfloat16", "float64")
+
+
+def test_the_table_shows_rows_totals_and_what_was_left_out(tiny):
+    config = LoRAConfig(
+        rank=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}, exclude_modules=["0.q_proj"]
+    )
+    text = str(attach(tiny, config))
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines()}
+    base = sum(p.numel() for name, p in tiny.named_parameters() if "lora" not in name)
+    assert rows["q_proj"] == ["1", "2", "16", "64", f"{100 * 64 / base:.2f}", "%", "float32"]
+    assert rows["v_proj"] == ["2", "4", "8", "256", f"{100 * 256 / base:.2f}", "%", "float32"]
+    assert rows["trainable"] == ["3", "320", f"{100 * 320 / base:.2f}", "%"]
+    assert "left out: blocks.0.q_proj (in exclude_modules)" in text
+    assert "3 layers adapted" in text
+
+
+def test_the_table_is_aligned(tiny):
+    lines = str(attach(tiny, LoRAConfig(rank=2, modules_to_save=["embed"]))).splitlines()
+    ends = {line.index(" %") for line in lines if " %" in line}
+    assert len(ends) == 1
+
+
+def test_the_table_says_how_many_parameters_are_frozen(tiny):
+    report = attach(tiny, LoRAConfig(rank=2, modules_to_save=["head"]))
+    frozen = sum(p.numel() for p in tiny.parameters() if not p.requires_grad)
+    assert f"{frozen:,} base parameters frozen" in str(report)
+
+
+@pytest.mark.parametrize(("frozen_norm", "says"), [("eval", "kept fixed"), ("track", "saved with the adapter")])
+def test_the_table_says_what_frozen_norms_do(frozen_norm: str, says: str):
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.BatchNorm1d(16), nn.LayerNorm(16))
+    report = attach(model, LoRAConfig(rank=2, frozen_norm=frozen_norm, modules_to_save=["2"]))
+    assert report.norms == 1
+    assert says in str(report)
+    assert f"frozen_norm={frozen_norm!r}" in str(report)
+
+
+def test_a_model_without_norms_has_no_line_about_them(tiny):
+    assert "frozen_norm" not in str(attach(tiny, LoRAConfig(rank=2)))
+
+
+def test_many_layers_left_out_for_one_reason_are_shortened():
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(12)])
+    text = str(attach(model, LoRAConfig(rank=2, exclude_modules=["[3-9]", "10", "11"])))
+    [line] = [line for line in text.splitlines() if line.startswith("left out")]
+    assert line == "left out: 3, 4, 5, 6 and 5 more (in exclude_modules)"

@@ -1,0 +1,425 @@
+"""Adapter state: which tensors it holds, that it loads all or nothing, and reading it back from a ``.ckpt``."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics import MeanMetric
+
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    detach,
+    load_adapter,
+    load_adapter_state_dict,
+    lora_layers,
+    merge,
+)
+from lightning_lora.checkpoint_file import RECORD_KEY
+from lightning_lora.state import describe
+from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
+
+CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj"], modules_to_save=["head"])
+KEYS = [
+    "embed.lora.A",
+    "embed.lora.B",
+    "blocks.0.q_proj.lora.A",
+    "blocks.0.q_proj.lora.B",
+    "blocks.1.q_proj.lora.A",
+    "blocks.1.q_proj.lora.B",
+    "head.weight",
+    "head.bias",
+]
+
+
+def trained_from(model: nn.Module, rng: torch.Generator) -> nn.Module:
+    """Return an adapted copy of a base model, trained."""
+    twin = copy.deepcopy(model)
+    attach(twin, CONFIG)
+    train_all(twin, rng)
+    with torch.no_grad():
+        twin.head.weight.normal_(generator=rng)
+    return twin
+
+
+# --- in memory
+
+
+def test_the_state_is_exactly_what_trains(tiny, rng):
+    model = trained_from(tiny, rng)
+    state = adapter_state_dict(model)
+    assert list(state) == KEYS
+    assert set(state) == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert_same_bits(state, {name: dict(model.named_parameters())[name] for name in KEYS})
+
+
+def test_the_state_holds_copies_without_gradients(tiny, rng):
+    model = trained_from(tiny, rng)
+    state = adapter_state_dict(model)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    assert_same_bits(state, before)
+    assert not any(tensor.requires_grad or isinstance(tensor, nn.Parameter) for tensor in state.values())
+
+
+def test_the_state_of_a_part_has_the_names_of_the_part(tiny, rng):
+    model = trained_from(tiny, rng)
+    assert list(adapter_state_dict(model.blocks[0])) == ["q_proj.lora.A", "q_proj.lora.B"]
+
+
+def test_the_state_holds_persistent_buffers_of_modules_to_save_only(tiny):
+    for part in (tiny.head, tiny.norm):
+        part.register_buffer("kept", torch.ones(2))
+        part.register_buffer("scratch", torch.ones(2), persistent=False)
+    attach(tiny, CONFIG)
+    assert list(adapter_state_dict(tiny)) == [*KEYS, "head.kept"]
+
+
+def test_a_user_module_called_like_an_adapter_is_not_in_the_state(tiny):
+    tiny.lora = nn.Linear(4, 4)
+    attach(tiny, CONFIG)
+    assert list(adapter_state_dict(tiny)) == KEYS
+
+
+def test_loading_makes_another_copy_of_the_base_the_trained_model(tiny, tokens, rng):
+    trained = trained_from(tiny, rng)
+    attach(tiny, CONFIG)
+    identities = snapshot(tiny)["identities"]
+    load_adapter_state_dict(tiny, adapter_state_dict(trained))
+    assert torch.equal(tiny(tokens), trained(tokens))
+    assert snapshot(tiny)["identities"] == identities  # optimizers hold these tensors
+
+
+def test_tasks_are_swapped_on_one_base(tiny, tokens, rng):
+    one, two = trained_from(tiny, rng), trained_from(tiny, rng)
+    states, outputs = [adapter_state_dict(m) for m in (one, two)], [m(tokens) for m in (one, two)]
+    attach(tiny, CONFIG)
+    for index in (0, 1, 0):
+        load_adapter_state_dict(tiny, states[index])
+        assert torch.equal(tiny(tokens), outputs[index])
+
+
+def test_loading_converts_precision_to_the_models(tiny, rng):
+    state = adapter_state_dict(trained_from(tiny, rng))
+    attach(tiny, CONFIG)
+    load_adapter_state_dict(tiny, {name: tensor.double() for name, tensor in state.items()})
+    assert_same_bits(adapter_state_dict(tiny), state)
+
+
+def test_all_that_does_not_fit_is_in_one_error_and_nothing_is_changed(tiny, rng):
+    model = trained_from(tiny, rng)
+    state = {name: tensor + 1 for name, tensor in adapter_state_dict(model).items()}
+    del state["embed.lora.A"], state["head.bias"]
+    state["blocks.0.q_porj.lora.A"] = state["blocks.0.q_proj.lora.A"]
+    state["blocks.1.q_proj.lora.A"] = torch.zeros(3, 16)
+    state["head.weight"] = torch.zeros(8, 17)
+    with raises_and_changes_nothing(model, ValueError, "nothing was changed") as caught:
+        load_adapter_state_dict(model, state)
+    message = str(caught.value)
+    assert "missing from the state: embed.lora.A, head.bias" in message
+    assert "unknown to the model: blocks.0.q_porj.lora.A (closest: 'blocks.0.q_proj.lora.A')" in message
+    assert "blocks.1.q_proj.lora.A: file (3, 16), model (2, 16)" in message
+    assert "head.weight: file (8, 17), model (8, 16)" in message
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_each_single_missing_tensor_is_named(name: str, tiny, rng):
+    model = trained_from(tiny, rng)
+    state = adapter_state_dict(model)
+    del state[name]
+    with raises_and_changes_nothing(model, ValueError, name):
+        load_adapter_state_dict(model, state)
+
+
+def test_a_tensor_of_the_base_is_unknown(tiny, rng):
+    model = trained_from(tiny, rng)
+    state = adapter_state_dict(model) | {"embed.weight": torch.zeros(20, 16)}
+    with raises_and_changes_nothing(model, ValueError, "unknown to the model: embed.weight"):
+        load_adapter_state_dict(model, state)
+
+
+@pytest.mark.parametrize("verb", [adapter_state_dict, lambda model: load_adapter_state_dict(model, {})])
+def test_a_model_without_adapters_has_no_state_and_takes_none(verb, tiny):
+    with raises_and_changes_nothing(tiny, ValueError, "has no adapters; call attach"):
+        verb(tiny)
+
+
+# --- from a file
+
+
+def checkpoint(model: nn.Module, **changes: Any) -> dict[str, Any]:
+    """Return what a LoRACallback run writes, as far as an adapter needs it."""
+    return {"state_dict": adapter_state_dict(model), RECORD_KEY: describe(model), "epoch": 1, **changes}
+
+
+def saved(content: object, folder: Path) -> Path:
+    path = folder / "adapter.ckpt"
+    torch.save(content, path)
+    return path
+
+
+def test_a_file_alone_makes_the_base_the_trained_model(tiny, tokens, rng, tmp_path):
+    trained = trained_from(tiny, rng)
+    report = load_adapter(tiny, saved(checkpoint(trained), tmp_path))
+    assert torch.equal(tiny(tokens), trained(tokens))
+    assert [layer.name for layer in report.layers] == list(lora_layers(trained))
+    assert {name for name, p in tiny.named_parameters() if p.requires_grad} == set(KEYS)
+    detach(tiny)
+
+
+def test_a_path_may_be_a_string(tiny, tokens, rng, tmp_path):
+    trained = trained_from(tiny, rng)
+    load_adapter(tiny, str(saved(checkpoint(trained), tmp_path)))
+    assert torch.equal(tiny(tokens), trained(tokens))
+
+
+def test_a_file_loads_into_a_model_that_carries_such_an_adapter_already(tiny, tokens, rng, tmp_path):
+    trained, other = trained_from(tiny, rng), trained_from(tiny, rng)
+    path = saved(checkpoint(trained), tmp_path)
+    load_adapter(other, path)
+    load_adapter(other, path)
+    assert torch.equal(other(tokens), trained(tokens))
+
+
+def test_a_file_of_an_adapter_on_a_part_loads_into_that_part(tiny, tokens, rng, tmp_path):
+    trained = copy.deepcopy(tiny)
+    attach(trained.blocks, LoRAConfig(rank=2), seed=3)
+    train_all(trained, rng)
+    load_adapter(tiny, saved(checkpoint(trained), tmp_path))
+    assert torch.equal(tiny(tokens), trained(tokens))
+
+
+def test_a_file_with_adapters_on_two_parts_loads_or_is_refused_in_words(tiny, tokens, rng, tmp_path):
+    trained = copy.deepcopy(tiny)
+    attach(trained.blocks[0], LoRAConfig(rank=2))
+    attach(trained.blocks[1], LoRAConfig(rank=1))
+    train_all(trained, rng)
+    path, before = saved(checkpoint(trained), tmp_path), snapshot(tiny)
+    try:
+        load_adapter(tiny, path)
+    except ValueError as error:
+        refusal = str(error)
+    else:
+        assert torch.equal(tiny(tokens), trained(tokens))
+        return
+    assert "unpack" not in refusal
+    assert_unchanged(tiny, before)
+
+
+def test_states_of_metrics_in_the_file_are_no_obstacle(tiny, tokens, rng, tmp_path):
+    tiny.metric = MeanMetric()
+    tiny.metric.persistent(True)
+    trained = trained_from(tiny, rng)
+    content = checkpoint(trained)  # the callback keeps the states of metrics in the file
+    content["state_dict"] |= {f"metric.{name}": value for name, value in trained.metric.state_dict().items()}
+    assert set(content["state_dict"]) > set(KEYS)
+    load_adapter(tiny, saved(content, tmp_path))
+    assert torch.equal(tiny(tokens), trained(tokens))
+
+
+def test_a_model_with_another_adapter_refuses_the_file_and_keeps_its_own(tiny, rng, tmp_path):
+    path = saved(checkpoint(trained_from(tiny, rng)), tmp_path)
+    attach(tiny, LoRAConfig(rank=3, target_modules=["q_proj"]))
+    with raises_and_changes_nothing(tiny, ValueError, "rank: 3 -> 2"):
+        load_adapter(tiny, path)
+
+
+def other_rank(content: dict[str, Any]) -> None:
+    content[RECORD_KEY]["adapters"][0]["config"]["rank"] = 3
+
+
+def other_alpha(content: dict[str, Any]) -> None:
+    content[RECORD_KEY]["adapters"][0]["config"]["alpha"] = 6.0
+
+
+def other_targets(content: dict[str, Any]) -> None:
+    content[RECORD_KEY]["adapters"][0]["config"]["target_modules"] = ["q_proj", "v_proj"]
+
+
+def unknown_targets(content: dict[str, Any]) -> None:
+    content[RECORD_KEY]["adapters"][0]["config"]["target_modules"] = ["q_porj"]
+
+
+def unknown_option(content: dict[str, Any]) -> None:
+    content[RECORD_KEY]["adapters"][0]["config"]["use_dora"] = True
+
+
+def other_root(content: dict[str, Any]) -> None:
+    content[RECORD_KEY]["adapters"][0]["root"] = "network"
+
+
+def newer_format(content: dict[str, Any]) -> None:
+    content[RECORD_KEY]["format_version"] = 99
+
+
+def newer_format_of_another_shape(content: dict[str, Any]) -> None:
+    content[RECORD_KEY] = {"format_version": 99, "files": []}
+
+
+def incomplete_record(content: dict[str, Any]) -> None:
+    content[RECORD_KEY] = {"format_version": 1}
+
+
+def tensor_missing(content: dict[str, Any]) -> None:
+    del content["state_dict"]["head.bias"]
+
+
+def tensor_unknown(content: dict[str, Any]) -> None:
+    content["state_dict"]["tail.lora.A"] = torch.zeros(2, 2)
+
+
+def tensor_of_another_shape(content: dict[str, Any]) -> None:
+    content["state_dict"]["head.bias"] = torch.zeros(9)
+
+
+def record_missing(content: dict[str, Any]) -> None:
+    del content[RECORD_KEY]
+
+
+def state_missing(content: dict[str, Any]) -> None:
+    del content["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_rank, "rank: .*checkpoint 2, here 3"),
+        (other_alpha, "scaling.*checkpoint 1.5, here 3"),
+        (other_targets, "only on one side: .*embed"),
+        (unknown_targets, "q_porj"),
+        (unknown_option, "use_dora"),
+        (other_root, "network"),
+        (newer_format, "99"),
+        (newer_format_of_another_shape, "99"),
+        (incomplete_record, "adapter.ckpt"),
+        (tensor_missing, "missing from the state: head.bias"),
+        (tensor_unknown, "unknown to the model: tail.lora.A"),
+        (tensor_of_another_shape, r"head.bias: file \(9,\), model \(8,\)"),
+        (record_missing, "holds no adapter"),
+        (state_missing, "no 'state_dict'"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_and_nothing_is_changed(damage, message: str, tiny, rng, tmp_path):
+    content = checkpoint(trained_from(tiny, rng))
+    damage(content)
+    path = saved(content, tmp_path)
+    with raises_and_changes_nothing(tiny, ValueError, message):
+        load_adapter(tiny, path)
+    attach(tiny, CONFIG)
+    with raises_and_changes_nothing(tiny, ValueError):
+        load_adapter(tiny, path)
+
+
+def test_a_file_for_another_model_is_refused_and_nothing_is_changed(tiny, rng, tmp_path):
+    path = saved(checkpoint(trained_from(tiny, rng)), tmp_path)
+    wider = type(tiny)()
+    wider.embed, wider.blocks[0]["q_proj"] = nn.Embedding(30, 16), nn.Linear(16, 24)
+    with raises_and_changes_nothing(wider, ValueError, r"embed.lora.A: file \(2, 20\), model \(2, 30\)"):
+        load_adapter(wider, path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_refused_by_name(share: float, tiny, rng, tmp_path):
+    path = saved(checkpoint(trained_from(tiny, rng)), tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with raises_and_changes_nothing(tiny, ValueError, "adapter.ckpt' cannot be read as a Lightning checkpoint"):
+        load_adapter(tiny, path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"rank: 4\n", b"PK\x03\x04 but no archive", b"\x80\x02N.", b"\x00" * 64, "größer".encode("latin-1")]
+)
+def test_a_file_that_is_something_else_is_refused_by_name(content: bytes, tiny, tmp_path):
+    path = tmp_path / "adapter.ckpt"
+    path.write_bytes(content)
+    with raises_and_changes_nothing(tiny, ValueError, "adapter.ckpt"):
+        load_adapter(tiny, path)
+
+
+@pytest.mark.parametrize("content", [None, [1, 2], {"weight": torch.zeros(2)}, {"state_dict": [1]}, torch.zeros(2)])
+def test_a_torch_file_that_is_no_checkpoint_is_refused_by_name(content: object, tiny, tmp_path):
+    with raises_and_changes_nothing(tiny, ValueError, "adapter.ckpt' is no Lightning checkpoint"):
+        load_adapter(tiny, saved(content, tmp_path))
+
+
+def test_a_file_that_would_run_code_is_refused_unrun(tiny, rng, tmp_path):
+    class Payload:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (Path.mkdir, (tmp_path / "run",))  # type: ignore[return-value]
+
+    path = saved(checkpoint(trained_from(tiny, rng), extra=Payload()), tmp_path)
+    with raises_and_changes_nothing(tiny, ValueError, "cannot be read"):
+        load_adapter(tiny, path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_file_is_a_file_not_found_error(tiny, tmp_path):
+    with raises_and_changes_nothing(tiny, FileNotFoundError, "nowhere"):
+        load_adapter(tiny, tmp_path / "nowhere.ckpt")
+
+
+def test_a_folder_is_refused_by_name(tiny, tmp_path):
+    with pytest.raises((ValueError, OSError), match=tmp_path.name):
+        load_adapter(tiny, tmp_path)
+
+
+# --- files and merged models
+
+
+def test_a_merged_model_refuses_a_file(tiny, rng, tmp_path):
+    trained = trained_from(tiny, rng)
+    path = saved(checkpoint(trained), tmp_path)
+    merge(trained)
+    with raises_and_changes_nothing(trained, RuntimeError, "already merged into embed, blocks.0.q_proj"):
+        load_adapter(trained, path)
+
+
+def trained_again(model: nn.Module, rng: torch.Generator) -> nn.Module:
+    """Return the merged model with a second adapter on top."""
+    again = trained_from(model, rng)
+    merge(again)
+    attach(again, CONFIG)
+    train_all(again, rng)
+    return again
+
+
+def test_a_file_of_an_adapter_on_a_merged_base_is_refused_by_a_model_that_was_not_merged(tiny, rng, tmp_path):
+    path = saved(checkpoint(trained_again(tiny, rng)), tmp_path)
+    with raises_and_changes_nothing(tiny, RuntimeError, "another adapter merged"):
+        load_adapter(tiny, path)
+
+
+def test_a_file_of_an_adapter_on_a_merged_base_loads_into_that_base(tiny, tokens, rng, tmp_path):
+    again = trained_again(tiny, rng)
+    path, output = saved(checkpoint(again), tmp_path), again(tokens)
+    for fresh in (True, False):
+        base = copy.deepcopy(again)
+        if fresh:
+            detach(base)
+        load_adapter(base, path)
+        assert torch.equal(base(tokens), output)
+
+
+# --- the record
+
+
+def test_the_record_is_plain_and_says_what_a_reader_needs(tiny, rng, tmp_path):
+    model = trained_from(tiny, rng)
+    record = describe(model)
+    assert torch.load(saved(record, tmp_path), weights_only=True) == record
+    [adapter] = record["adapters"]
+    assert LoRAConfig.from_dict(adapter["config"]) == CONFIG
+    assert (adapter["root"], adapter["seed"]) == ("", 0)
+    assert record["layers"] == {name: {"rank": 2, "scaling": 1.5} for name in lora_layers(model)}
+    assert record["merges"] == {}
+    merge(model)
+    assert describe(model)["merges"] == {"embed": 1, "blocks.0.q_proj": 1, "blocks.1.q_proj": 1}

@@ -1,0 +1,519 @@
+"""Attach, detach, merge, and the two switches that put back what they found."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    detach,
+    disabled,
+    load_adapter_state_dict,
+    lora_layers,
+    merge,
+    merged,
+)
+from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
+
+CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj", "head"])
+
+
+@pytest.fixture
+def trained(tiny, rng) -> nn.Module:
+    """The tiny model with adapters that have an effect, in eval mode."""
+    attach(tiny, CONFIG)
+    train_all(tiny, rng)
+    return tiny.eval()
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model without its adapters."""
+    twin = copy.deepcopy(model)
+    detach(twin)
+    return twin
+
+
+# --- attach
+
+
+def test_attaching_again_changes_nothing(trained):
+    before = snapshot(trained)
+    attach(trained, CONFIG)
+    assert_unchanged(trained, before)
+
+
+def test_the_default_config_adapts_all_linear_layers():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    attach(model)
+    assert {layer.rank for layer in lora_layers(model).values()} == {LoRAConfig().rank}
+    assert len(lora_layers(model)) == 2
+
+
+def test_attaching_again_adapts_what_is_new(trained, rng):
+    state = adapter_state_dict(trained)
+    trained.blocks.append(nn.ModuleDict({"q_proj": nn.Linear(16, 16), "act": nn.GELU(), "v_proj": nn.Linear(16, 16)}))
+    report = attach(trained, CONFIG)
+    assert "blocks.2.q_proj" in lora_layers(trained)
+    assert "blocks.2.q_proj" in [layer.name for layer in report.layers]
+    assert not trained.blocks[2]["v_proj"].weight.requires_grad
+    found = adapter_state_dict(trained)
+    assert_same_bits({name: found[name] for name in state}, state)
+    detach(trained)
+    assert trained.blocks[2]["v_proj"].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"rank": 3}, "rank: 2 -> 3"),
+        ({"alpha": 1.0}, "alpha: 3.0 -> 1.0"),
+        ({"target_modules": ("head",)}, "target_modules"),
+        ({"frozen_norm": "track"}, "frozen_norm: 'eval' -> 'track'"),
+    ],
+)
+def test_attaching_with_another_config_is_refused_with_the_difference(other, message: str, trained):
+    options = CONFIG.to_dict() | other
+    with raises_and_changes_nothing(trained, ValueError, f"{message}.*[Dd]etach"):
+        attach(trained, LoRAConfig(**options))
+
+
+def test_attaching_with_another_seed_is_refused(trained):
+    with raises_and_changes_nothing(trained, ValueError, "seed: 0 -> 1"):
+        attach(trained, CONFIG, seed=1)
+
+
+@pytest.mark.parametrize("first", ["part", "whole"])
+def test_a_part_and_the_whole_cannot_both_carry_adapters(first: str, tiny):
+    config = LoRAConfig(rank=2)
+    order = [tiny.blocks, tiny] if first == "part" else [tiny, tiny.blocks]
+    attach(order[0], config)
+    with raises_and_changes_nothing(tiny, ValueError, "already carry adapters.*[Dd]etach"):
+        attach(order[1], config)
+
+
+def test_two_parts_can_carry_adapters_of_their_own(tiny, tokens, rng):
+    before, output = snapshot(tiny), tiny(tokens)
+    attach(tiny.blocks[0], LoRAConfig(rank=2))
+    attach(tiny.blocks[1], LoRAConfig(rank=3), seed=4)
+    assert {name: layer.rank for name, layer in lora_layers(tiny).items()} == {
+        "blocks.0.q_proj": 2,
+        "blocks.0.v_proj": 2,
+        "blocks.1.q_proj": 3,
+        "blocks.1.v_proj": 3,
+    }
+    train_all(tiny, rng)
+    with disabled(tiny):
+        assert torch.equal(tiny(tokens), output)
+    assert not torch.equal(tiny(tokens), output)
+    detach(tiny)
+    assert_unchanged(tiny, before)
+
+
+def test_only_adapters_and_modules_to_save_require_gradients(tiny):
+    tiny.norm.weight.requires_grad_(False)
+    attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=["norm", "head"]))
+    assert {name for name, p in tiny.named_parameters() if p.requires_grad} == {
+        "blocks.0.q_proj.lora.A",
+        "blocks.0.q_proj.lora.B",
+        "blocks.1.q_proj.lora.A",
+        "blocks.1.q_proj.lora.B",
+        "norm.weight",
+        "norm.bias",
+        "head.weight",
+        "head.bias",
+    }
+
+
+def test_training_in_full_and_adapters_leave_the_rest_of_the_model_alone(tiny, tokens):
+    attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=["head"]))
+    before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
+    optimizer = torch.optim.AdamW(tiny.parameters(), lr=0.01, weight_decay=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        tiny(tokens).square().mean().backward()
+        optimizer.step()
+    moved = {name for name, p in tiny.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == set(adapter_state_dict(tiny))
+
+
+def test_hooks_and_flags_of_the_layer_go_on_working(tiny, tokens):
+    seen = []
+    tiny.head.register_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__))
+    attach(tiny, CONFIG)
+    tiny(tokens)
+    detach(tiny)
+    tiny(tokens)
+    assert seen == ["LoRALinear", "Linear"]
+
+
+def test_attaching_to_a_model_in_eval_mode_gives_adapters_in_eval_mode(tiny):
+    attach(tiny.eval(), CONFIG)
+    assert not any(part.training for part in tiny.modules())
+
+
+def test_lora_layers_finds_adapters_by_type(trained):
+    trained.lora_head = nn.Linear(4, 4)
+    trained.lora_head.lora_A = nn.Linear(4, 4)
+    assert list(lora_layers(trained)) == ["embed", "blocks.0.q_proj", "blocks.1.q_proj", "head"]
+    assert lora_layers(nn.Linear(4, 4)) == {}
+
+
+# --- detach
+
+
+@pytest.mark.parametrize("frozen_norm", ["eval", "track"])
+def test_detach_restores_classes_keys_flags_attributes_and_bits(frozen_norm: str, rng):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8, bias=False))
+    model[0].weight.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    before = snapshot(model)
+    attach(model, LoRAConfig(rank=2, frozen_norm=frozen_norm))
+    train_all(model, rng)
+    for _ in range(3):
+        model(torch.randn(4, 8, generator=rng)).sum().backward()
+    detach(model)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("frozen_norm", ["eval", "track"])
+def test_detach_restores_the_first_state_however_often_was_attached(frozen_norm: str, rng):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    model[0].bias.requires_grad_(False)
+    before, config = snapshot(model), LoRAConfig(rank=2, frozen_norm=frozen_norm)
+    for _ in range(3):
+        attach(model, config)
+        model(torch.randn(4, 8, generator=rng))
+    detach(model)
+    assert_unchanged(model, before)
+
+
+def test_detach_keeps_what_modules_to_save_learned_and_restores_their_flags(tiny):
+    tiny.head.weight.requires_grad_(False)
+    attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=["head"]))
+    with torch.no_grad():
+        tiny.head.weight.fill_(0.5)
+    detach(tiny)
+    assert (tiny.head.weight == 0.5).all()
+    assert not tiny.head.weight.requires_grad
+    assert tiny.head.bias.requires_grad
+
+
+def test_detach_and_attach_starts_anew(tiny):
+    attach(tiny, CONFIG)
+    start = adapter_state_dict(tiny)
+    with torch.no_grad():
+        tiny.head.lora.A.zero_()
+    detach(tiny)
+    attach(tiny, CONFIG)
+    assert_same_bits(adapter_state_dict(tiny), start)
+
+
+def test_detaching_twice_is_harmless(tiny):
+    before = snapshot(tiny)
+    attach(tiny, CONFIG)
+    detach(tiny)
+    detach(tiny)
+    assert_unchanged(tiny, before)
+
+
+@pytest.mark.parametrize("verb", [detach, merge])
+def test_a_part_of_what_was_attached_cannot_be_detached_or_merged(verb: Callable[[nn.Module], None], trained):
+    with raises_and_changes_nothing(trained, ValueError, "attached to a parent"):
+        verb(trained.blocks)
+    with raises_and_changes_nothing(trained, ValueError, "attached to a parent"):
+        verb(trained.head)
+
+
+def test_a_part_that_is_only_frozen_cannot_be_detached_either():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.BatchNorm1d(8)))
+    attach(model, LoRAConfig(rank=2))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="attached to a parent"):
+        detach(model[1])
+    assert_unchanged(model, before)
+
+
+def test_a_parent_of_what_was_attached_can_be_detached(tiny):
+    before = snapshot(tiny)
+    attach(tiny.blocks, LoRAConfig(rank=2))
+    detach(tiny)
+    assert_unchanged(tiny, before)
+
+
+# --- merge
+
+
+def test_a_merged_model_computes_the_same_and_is_an_ordinary_model(trained, tokens):
+    output, base = trained(tokens), base_of(trained)
+    merge(trained)
+    assert torch.allclose(trained(tokens), output, atol=1e-5)
+    assert not torch.allclose(trained(tokens), base(tokens), atol=1e-2)
+    assert {name: type(part) for name, part in trained.named_modules()} == {
+        name: type(part) for name, part in base.named_modules()
+    }
+    assert list(trained.state_dict()) == list(base.state_dict())
+    assert all(p.requires_grad for p in trained.parameters())
+
+
+def test_merging_changes_the_adapted_weights_and_nothing_else(trained):
+    base, names = base_of(trained), list(lora_layers(trained))
+    merge(trained)
+    changed = [n for n, tensor in trained.state_dict().items() if not torch.equal(tensor, base.state_dict()[n])]
+    assert changed == [f"{name}.weight" for name in names]
+
+
+def test_merging_twice_raises(trained):
+    merge(trained)
+    with raises_and_changes_nothing(trained, ValueError, "TinyModel has no adapters"):
+        merge(trained)
+
+
+def test_merging_a_model_without_adapters_raises(tiny):
+    with raises_and_changes_nothing(tiny, ValueError, "TinyModel has no adapters"):
+        merge(tiny)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize("how", ["merge", "merged"])
+def test_a_broken_adapter_is_refused_by_name_before_any_weight_changes(value: float, factor: str, how: str, trained):
+    with torch.no_grad():
+        getattr(trained.head.lora, factor)[0, 0] = value  # the last layer: the others would be merged before it
+    del value
+    before = {name: p.detach().clone() for name, p in trained.named_parameters() if "lora" not in name}
+    with pytest.raises(ValueError, match="'head' holds NaN or infinity"):
+        merge(trained) if how == "merge" else merged(trained).__enter__()
+    assert_same_bits({n: p for n, p in trained.named_parameters() if "lora" not in n}, before)
+    assert len(lora_layers(trained)) == 4
+
+
+def test_an_update_that_the_weights_precision_cannot_hold_is_refused_before_any_weight_changes():
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).half()
+    attach(model, LoRAConfig(rank=1, alpha=1.0))
+    with torch.no_grad():
+        model[0].lora.B.fill_(1.0)
+        model[1].lora.B.fill_(1e4)
+        model[1].lora.A.fill_(1e4)  # 1e8 is finite in float32 and infinite in float16
+    with raises_and_changes_nothing(model, ValueError, "'1'"):
+        merge(model)
+
+
+def test_a_weight_that_is_computed_from_others_is_refused_before_any_weight_changes():
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    parametrize.register_parametrization(model[1], "weight", Doubled())
+    attach(model, LoRAConfig(rank=2))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"'1'.*parametrization"):
+        merge(model)
+    assert_same_bits(dict(model.named_parameters()), before)
+    assert len(lora_layers(model)) == 2
+
+
+class QuantizedLinear(nn.Linear):
+    """A user's eight-bit layer: codes and one step."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.step = self.weight.abs().max().item() / 127
+        self.weight = nn.Parameter((self.weight / self.step).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.step, self.bias)
+
+
+@pytest.mark.parametrize("how", ["merge", "merged"])
+def test_a_quantized_weight_can_be_adapted_and_is_refused_when_merging(how: str, rng):
+    model, x = nn.Sequential(nn.Linear(8, 8), QuantizedLinear(8, 8)), torch.randn(3, 8, generator=rng)
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, rng)
+    before, output = snapshot(model), model(x)
+    with pytest.raises(RuntimeError, match="'1'"):
+        merge(model) if how == "merge" else merged(model).__enter__()
+    assert_unchanged(model, before)
+    assert torch.equal(model(x), output)
+
+
+def test_merging_ignores_dropout_and_mode(tiny, rng):
+    attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], dropout=0.5))
+    train_all(tiny, rng)
+    results = []
+    for training in (True, False, True):
+        twin = copy.deepcopy(tiny).train(training)
+        merge(twin)
+        results.append(twin.state_dict())
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+def test_a_merged_model_can_be_adapted_anew(trained, tokens, rng):
+    merge(trained)
+    output = trained(tokens)
+    attach(trained, CONFIG, seed=1)
+    assert torch.equal(trained(tokens), output)
+    train_all(trained, rng)
+    assert not torch.equal(trained(tokens), output)
+    with disabled(trained):
+        assert torch.equal(trained(tokens), output)
+
+
+def test_a_merged_model_refuses_an_adapter(trained):
+    state = adapter_state_dict(trained)
+    merge(trained)
+    with raises_and_changes_nothing(trained, RuntimeError, "already merged into embed, blocks.0.q_proj"):
+        load_adapter_state_dict(trained, state)
+    attach(trained, CONFIG)
+    with raises_and_changes_nothing(trained, RuntimeError, "already merged"):
+        load_adapter_state_dict(trained, state)
+
+
+def test_the_mark_of_a_merge_survives_a_copy(trained):
+    state = adapter_state_dict(trained)
+    merge(trained)
+    with pytest.raises(RuntimeError, match="already merged"):
+        load_adapter_state_dict(copy.deepcopy(trained), state)
+
+
+# --- switches
+
+
+def test_merged_computes_the_same_with_the_weights_that_merge_leaves(trained, tokens):
+    output, twin = trained(tokens), copy.deepcopy(trained)
+    merge(twin)
+    with merged(trained):
+        assert_same_bits({n: trained.state_dict()[n] for n in twin.state_dict()}, twin.state_dict())
+        assert torch.equal(trained(tokens), twin(tokens))
+    assert torch.equal(trained(tokens), output)
+
+
+def test_disabled_computes_the_base_bit_for_bit(trained, tokens):
+    base = base_of(trained)
+    with disabled(trained):
+        assert torch.equal(trained(tokens), base(tokens))
+    assert not torch.equal(trained(tokens), base(tokens))
+
+
+SWITCHES = {"merged": merged, "disabled": disabled}
+NESTINGS = [names for depth in (1, 2, 3) for names in itertools.product(SWITCHES, repeat=depth)]
+
+
+class StopHereError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("nesting", NESTINGS, ids=" in ".join)
+@pytest.mark.parametrize("fails", [False, True])
+def test_switches_nest_and_each_puts_back_what_it_found(nesting: tuple[str, ...], fails: bool, trained, tokens):
+    expected = {"active": trained(tokens)}
+    for name, switch in SWITCHES.items():
+        with switch(trained):
+            expected[name] = trained(tokens)
+    before = snapshot(trained)
+
+    def descend(state: str, rest: tuple[str, ...]) -> None:
+        assert torch.equal(trained(tokens), expected[state])
+        if not rest:
+            if fails:
+                raise StopHereError
+            return
+        inside = snapshot(trained)
+        try:
+            with SWITCHES[rest[0]](trained):
+                # What is disabled stays so inside merged(); everything else does as it is told.
+                descend("disabled" if "disabled" in (state, rest[0]) else "merged", rest[1:])
+        finally:
+            assert_unchanged(trained, inside)
+        assert torch.equal(trained(tokens), expected[state])
+
+    if fails:
+        with pytest.raises(StopHereError):
+            descend("active", nesting)
+    else:
+        descend("active", nesting)
+    assert_unchanged(trained, before)
+    assert torch.equal(trained(tokens), expected["active"])
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_a_switch_for_a_part_leaves_the_rest_of_the_model_alone(switch, trained):
+    with switch(trained.blocks):
+        modes = {name: layer.lora_mode for name, layer in lora_layers(trained).items()}
+    name = switch.__name__
+    assert modes == {"embed": "active", "blocks.0.q_proj": name, "blocks.1.q_proj": name, "head": "active"}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_detaching_inside_a_switch_gives_the_base_back(switch, tiny):
+    before = snapshot(tiny)
+    attach(tiny, CONFIG)
+    with switch(tiny):
+        detach(tiny)
+    assert_unchanged(tiny, before)
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_merging_inside_a_switch_merges_once(switch, trained):
+    twin = copy.deepcopy(trained)
+    merge(twin)
+    with switch(trained):
+        merge(trained)
+    assert_same_bits(trained.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_a_copy_made_inside_a_switch_is_a_working_model(switch, trained):
+    base = base_of(trained)
+    with switch(trained):
+        twin = copy.deepcopy(trained)
+    detach(twin)
+    assert_same_bits(twin.state_dict(), base.state_dict())
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_switches_work_in_inference_mode(switch, trained, tokens):
+    before = snapshot(trained)
+    with torch.inference_mode(), switch(trained):
+        trained(tokens)
+    assert_unchanged(trained, before)
+    trained(tokens).sum().backward()
+
+
+def test_an_adapter_cannot_be_loaded_while_another_is_merged_for_a_while(trained):
+    state = {name: tensor + 1 for name, tensor in adapter_state_dict(trained).items()}
+    with merged(trained), raises_and_changes_nothing(trained, RuntimeError, "merged"):
+        load_adapter_state_dict(trained, state)
+
+
+def test_disabled_also_restores_statistics_that_were_allowed_to_move(rng):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    base, x = copy.deepcopy(model).eval(), torch.randn(4, 8, generator=rng)
+    attach(model, LoRAConfig(rank=2, frozen_norm="track"))
+    train_all(model, rng)
+    model.train()(torch.randn(4, 8, generator=rng) + 3)
+    moved = snapshot(model.eval())
+    assert not torch.equal(model[1].running_mean, base[1].running_mean)
+    with disabled(model):
+        assert torch.equal(model(x), base(x))
+    assert_unchanged(model, moved)
+
+
+def test_detaching_while_disabled_restores_statistics_that_were_allowed_to_move(rng):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    before = snapshot(model)
+    attach(model, LoRAConfig(rank=2, frozen_norm="track"))
+    model.train()(torch.randn(4, 8, generator=rng))
+    with disabled(model):
+        detach(model)
+    assert_unchanged(model, before)
