@@ -127,6 +127,7 @@ def test_only_surgery_changes_a_class_of_a_module(room: str):
     assert "__class__" not in assigned
 
 
+@pytest.mark.slow
 def test_importing_the_package_and_adapting_a_model_needs_no_lightning():
     script = """
 import sys
