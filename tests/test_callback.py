@@ -293,6 +293,18 @@ def test_norms_of_the_frozen_base_keep_their_statistics() -> None:
     assert digest(module.net[1]) == before
 
 
+def test_norms_that_sync_batchnorm_makes_anew_keep_their_statistics_too() -> None:
+    class Synchronises(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            pl_module.net = nn.SyncBatchNorm.convert_sync_batchnorm(pl_module.net)  # as the strategy does later
+
+    module = Normed()
+    before = digest(module.net[1])
+    trainer(LoRACallback(rank=4), Synchronises(), max_steps=4).fit(module, loader())
+    assert isinstance(module.net[1], nn.SyncBatchNorm)
+    assert digest(module.net[1]) == before
+
+
 def test_tracked_norms_move() -> None:
     module = Normed()
     before = digest(module.net[1])

@@ -302,13 +302,14 @@ def test_a_layer_without_a_shape_yet_is_left_out_or_refused_with_the_way_out(tar
 
 
 @pytest.mark.parametrize("attribute", ["lora", "lora_mode", "rank", "scaling"])
-def test_a_layer_with_attributes_of_the_adapters_names_works_or_is_refused(attribute: str, rng):
+@pytest.mark.parametrize("holder", ["layer", "class"])
+def test_a_layer_with_attributes_of_the_adapters_names_works_or_is_refused(attribute: str, holder: str, rng):
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * getattr(self, attribute)
 
     layer = Own(8, 8)
-    setattr(layer, attribute, 0.5)
+    setattr(layer if holder == "layer" else Own, attribute, 0.5)
     model, x = nn.Sequential(layer), torch.ones(1, 8)
     before, output = snapshot(model), model(x)
     try:
