@@ -298,6 +298,9 @@ def test_norms_that_sync_batchnorm_makes_anew_keep_their_statistics_too() -> Non
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             pl_module.net = nn.SyncBatchNorm.convert_sync_batchnorm(pl_module.net)  # as the strategy does later
 
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.train()
+
     module = Normed()
     before = digest(module.net[1])
     trainer(LoRACallback(rank=4), Synchronises(), max_steps=4).fit(module, loader())
