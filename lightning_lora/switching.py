@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import Attachment, attachments, get_attachment
-from lightning_lora.layers import LoRALayer, Mode, base_weight, lora_layers
+from lightning_lora.layers import LinearAdapter, LoRALayer, Mode, base_weight, lora_layers
 
 
 @contextmanager
@@ -75,11 +75,43 @@ def check_mergeable(layers: dict[str, LoRALayer]) -> None:
             )
         if not all(bool(torch.isfinite(factor).all()) for factor in layer.lora.parameters()):
             raise ValueError(f"The adapter of {name!r} holds NaN or infinity; merging it would destroy the weight.")
+        if isinstance(layer.lora, LinearAdapter) and _has_own_forward(layer) and not _computes_the_same_merged(layer):
+            raise RuntimeError(
+                f"The forward of {name!r} ({layer.base_class.__name__}) does more than apply the weight, so with "
+                "the update inside the layer would compute something else. Keep the adapter beside it."
+            )
         if _overflows(layer, weight):
             raise ValueError(
                 f"The update of {name!r} is too large for its weight's precision ({weight.dtype}); merging it would "
                 "leave infinities. Convert the model to a wider one first."
             )
+
+
+def _has_own_forward(layer: LoRALayer) -> bool:
+    return isinstance(layer, nn.Linear) and layer.base_class.forward is not nn.Linear.forward
+
+
+@torch.no_grad()
+def _computes_the_same_merged(layer: LoRALayer) -> bool:
+    """Try a layer whose forward is not ours to know, on one row: does merging leave what the adapter adds?"""
+    weight, mode, training = base_weight(layer), layer.lora_mode, layer.training
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, weight.shape[-1], generator=generator).to(weight)
+    outputs: dict[Mode, Tensor] = {}
+    modes: tuple[Mode, ...] = ("disabled", "active", "merged")
+    try:
+        layer.eval()  # dropout would differ from call to call
+        for each in modes:
+            set_mode(layer, each)
+            outputs[each] = layer(row).double()
+    except (TypeError, ValueError, RuntimeError):
+        return False  # its forward wants something else than one row, so nothing is known
+    finally:
+        set_mode(layer, mode)
+        layer.train(training)
+    update = (outputs["active"] - outputs["disabled"]).norm()
+    rounding = 16 * torch.finfo(weight.dtype).eps * outputs["active"].norm()
+    return bool((outputs["merged"] - outputs["active"]).norm() <= 0.01 * update + rounding)
 
 
 @torch.no_grad()

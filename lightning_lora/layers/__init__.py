@@ -47,6 +47,7 @@ __all__ = [
     "Adapter",
     "AdapterSpec",
     "FrozenNorm",
+    "LinearAdapter",
     "LoRALayer",
     "Mode",
     "Swapped",
