@@ -58,6 +58,8 @@ def attachments(module: nn.Module) -> Iterator[tuple[str, nn.Module, Attachment]
 
 def fully_trained(owner: nn.Module, attachment: Attachment) -> set[int]:
     """Return the identities of the modules that train in full, by any of their names."""
+    if not attachment.saved_modules:
+        return set()
     modules = module_names(owner)
     return {id(part) for name in attachment.saved_modules for part in modules[name][0].modules()}
 

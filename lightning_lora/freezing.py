@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
 from lightning_lora.attachment import Attachment, attachments, fully_trained, set_attachment
-from lightning_lora.layers import FrozenNorm, LoRALayer, has_running_statistics, swap_in, swap_out
+from lightning_lora.layers import FrozenNorm, has_running_statistics, swap_in, swap_out
 from lightning_lora.targets import clean_name, join
 
 
-def freeze_parameters(module: nn.Module, attachment: Attachment) -> None:
-    """Leave gradients to the adapters and to the modules trained in full, and note what required one before."""
-    adapters, trained = set(), fully_trained(module, attachment)
-    for path, part in module.named_modules():
-        if isinstance(part, LoRALayer):
-            adapters.add(id(part.lora))
-        elif id(part) in adapters:
-            continue
+def freeze_parameters(modules: Mapping[str, nn.Module], attachment: Attachment) -> None:
+    """Leave gradients to the adapters and to the modules trained in full, and note what required one before.
+
+    Args:
+        modules: Every module of the base, without the adapters, by name.
+        attachment: The note to write to.
+    """
+    trained = {id(part) for name in attachment.saved_modules for part in modules[name].modules()}
+    for path, part in modules.items():
+        trains = id(part) in trained
         for key, parameter in part._parameters.items():
             if parameter is not None:
-                name = clean_name(join(path, key))
-                attachment.required_grad.setdefault(name, parameter.requires_grad)
-                parameter.requires_grad_(id(part) in trained and parameter.is_floating_point())
+                attachment.required_grad.setdefault(join(path, key), parameter.requires_grad)
+                parameter.requires_grad_(trains and parameter.is_floating_point())
 
 
 def freeze_norms(module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -41,8 +42,7 @@ _WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class PlannedLayer:
+class PlannedLayer(NamedTuple):
     """One layer to adapt: where it is, which entry of the config chose it, and its adapter."""
 
     name: str
@@ -62,6 +62,7 @@ class Plan:
         saved: The modules trained in full.
         left_out: Layers that the targets cover but that get no adapter, and why.
         wasteful: Adapters that are as large as the weights they adapt.
+        modules: Every module of the base, by its first name.
         base_parameters: Parameters of the model without adapters.
         norms: Frozen normalisation layers that have running statistics.
     """
@@ -70,6 +71,7 @@ class Plan:
     saved: dict[str, nn.Module] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     wasteful: list[str] = field(default_factory=list)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
     base_parameters: int = 0
     norms: int = 0
 
@@ -86,8 +88,9 @@ def make_plan(module: nn.Module, config: LoRAConfig, seed: int) -> Plan:
 class _Planner:
     def __init__(self, module: nn.Module, config: LoRAConfig, seed: int) -> None:
         self.module, self.config, self.seed = module, config, seed
-        own = {id(part) for layer in module.modules() if isinstance(layer, LoRALayer) for part in layer.lora.modules()}
-        self.modules = {n: found for n, found in module_names(module).items() if id(found[0]) not in own}
+        found = module_names(module)
+        own = {id(part) for layer, _ in found.values() if isinstance(layer, LoRALayer) for part in layer.lora.modules()}
+        self.modules = {name: entry for name, entry in found.items() if id(entry[0]) not in own} if own else found
         self.automatic = config.target_modules == ALL_LINEAR
         self.tied = tied_names(module)
         self.heads = {id(head) for head in output_embeddings(module)}
@@ -102,7 +105,8 @@ class _Planner:
 
     def plan(self) -> Plan:
         self._refuse_shapeless()
-        plan = Plan(base_parameters=self._count_parameters())
+        modules = {name: part for name, (part, _) in self.modules.items()}
+        plan = Plan(modules=modules, base_parameters=self._count_parameters())
         for name, (submodule, names) in self.modules.items():
             entry = selected(self.config.modules_to_save, names)
             if entry is not None and not is_below(name, plan.saved):
@@ -197,12 +201,8 @@ class _Planner:
 
     def _obstacle(self, name: str, submodule: nn.Module, adapter: type[Adapter], rank: int) -> str | None:
         """Return why this layer cannot be adapted, or None."""
-        if reason := adapter.obstacle(submodule):
+        if reason := adapter.obstacle(submodule) or self._obstacle_of_instance(submodule):
             return reason
-        if not isinstance(submodule, LoRALayer) and (taken := taken_names(submodule)):
-            return f"it has attributes of its own named {sorted(taken)}, which an adapted layer needs"
-        if "forward" in vars(submodule):
-            return "its forward was replaced on the instance, so an adapter would never run"
         if reader := self.weight_readers.get(id(submodule)):
             return f"its parent, a {reader}, reads the weight without calling the layer, so an adapter would never run"
         if others := self.tied.get(join(name, "weight")):
@@ -212,6 +212,16 @@ class _Planner:
         limit = min(adapter.matrix_shape(submodule))
         if rank > limit:
             return f"rank {rank} is above {limit}, the highest rank of its weight; give it less with rank_pattern"
+        if self.config.dropout and adapter.drops_input and adapter.needs_weight(submodule):
+            kind = type(submodule).__name__
+            return f"a {kind} has a forward of its own, so its weight must carry the update; that needs dropout=0"
+        return None
+
+    def _obstacle_of_instance(self, submodule: nn.Module) -> str | None:
+        if "forward" in vars(submodule):
+            return "its forward was replaced on the instance, so an adapter would never run"
+        if not isinstance(submodule, LoRALayer) and (taken := taken_names(submodule)):
+            return f"it has attributes of its own named {sorted(taken)}, which an adapted layer needs"
         return None
 
     def _unsupported(self, name: str, submodule: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from typing_extensions import override
 
@@ -12,8 +13,7 @@ from lightning_lora.targets import listed
 _LEFT_OUT_SHOWN = 4
 
 
-@dataclass(frozen=True)
-class AdaptedLayer:
+class AdaptedLayer(NamedTuple):
     """One adapted layer: its name, the entry of the config that chose it, and its adapter."""
 
     name: str

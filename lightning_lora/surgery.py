@@ -45,16 +45,17 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     """
     config = LoRAConfig() if config is None else config
     _refuse_other_adapters(module, config, seed)
-    _refuse_wrapped(module)
     with _no_garbage_collection():
         plan = make_plan(module, config, seed)
+        _refuse_wrapped(module, plan)
         _warn_of_waste(plan)
         adapters = [(layer.module, layer.adapter(layer.module, layer.spec)) for layer in plan.layers if _is_new(layer)]
         for part, adapter in adapters:
             _swap_in_adapter(part, adapter)
         attachment = _noted(module, plan, config, seed)
-        freeze_parameters(module, attachment)
-        freeze_norms(module)
+        freeze_parameters(plan.modules, attachment)
+        if plan.norms:
+            freeze_norms(module)
     return attachment.report
 
 
@@ -122,20 +123,19 @@ def _refuse_other_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> 
             f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). "
             "Call detach(module) first, or use the same config."
         )
-    if own is None and any(isinstance(part, LoRALayer) for part in module.modules()):
-        layers = lora_layers(module)
+    if own is None and (layers := lora_layers(module)):
         raise ValueError(
             f"{len(layers)} layers of {type(module).__name__} already carry adapters, such as {next(iter(layers))!r}, "
             "attached to another module. Call detach on that module first."
         )
 
 
-def _refuse_wrapped(module: nn.Module) -> None:
+def _refuse_wrapped(module: nn.Module, plan: Plan) -> None:
     kinds: list[type] = [DistributedDataParallel]
     if fsdp := sys.modules.get("torch.distributed.fsdp"):  # importing it for a look would take a second
         kinds += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
     wrappers = tuple(kinds)
-    for part in module.modules():
+    for part in plan.modules.values():
         if isinstance(part, wrappers):
             raise RuntimeError(
                 f"{type(module).__name__} is already wrapped for several processes (by {type(part).__name__}). "
@@ -159,7 +159,7 @@ def _swap_in_adapter(module: nn.Module, adapter: Adapter) -> None:
     swap_in(module, WeightLoRALayer if adapter.needs_weight(module) else LoRALayer)
     if not module.training:
         adapter.training = False
-    module.lora = adapter
+    module._modules["lora"] = adapter
 
 
 def _swap_out_adapter(layer: LoRALayer) -> None:

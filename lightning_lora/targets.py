@@ -13,11 +13,13 @@ from torch import Tensor, nn
 T = TypeVar("T")
 
 # What torch.compile, FSDP and activation checkpointing put into the names of the modules they wrap.
-_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def clean_name(name: str) -> str:
     """Return a module, parameter or buffer name without the parts that wrappers add."""
+    if not any(wrapper in name for wrapper in _WRAPPERS):
+        return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
@@ -131,6 +133,8 @@ def _memory(parameter: Tensor) -> int:
 def output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the output embeddings that transformers models inside ``module`` declare."""
     for submodule in module.modules():
-        getter = getattr(submodule, "get_output_embeddings", None)
-        if callable(getter) and isinstance(head := getter(), nn.Module):
+        if not hasattr(type(submodule), "get_output_embeddings"):  # on the class: far cheaper than on a module
+            continue
+        head = submodule.get_output_embeddings()  # type: ignore[operator]
+        if isinstance(head, nn.Module):
             yield head

@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_lora.__file__).parent
 _BOTTOM_UP = [
     {"option_types", "targets", "initializers", "layers.swap"},
     {"config", "report", "layers.base", "layers.norm"},
-    {"layers.linear", "layers.embedding", "layers.weight"},
+    {"layers.linear", "layers.embedding", "layers.conv", "layers.weight"},
     {"layers"},
     {"attachment", "plan", "optimizers"},
     {"freezing"},

@@ -7,6 +7,7 @@ import functools
 from torch import nn
 
 from lightning_lora.layers.base import Adapter, AdapterSpec, LoRALayer, Mode, base_weight
+from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
 from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.layers.norm import FrozenNorm, has_running_statistics
@@ -14,8 +15,16 @@ from lightning_lora.layers.swap import Swapped, swap_in, swap_out
 from lightning_lora.layers.weight import WeightLoRALayer
 from lightning_lora.targets import clean_name
 
-ADAPTERS: tuple[type[Adapter], ...] = (LinearAdapter, Conv1DAdapter, EmbeddingAdapter)
-SUPPORTED = "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding"
+ADAPTERS: tuple[type[Adapter], ...] = (
+    LinearAdapter,
+    Conv1DAdapter,
+    EmbeddingAdapter,
+    ConvAdapter,
+    ConvTransposeAdapter,
+)
+SUPPORTED = (
+    "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d"
+)
 
 
 def adapter_type(module: nn.Module) -> type[Adapter] | None:
@@ -28,8 +37,11 @@ _NEEDED = {"lora", "lora_mode", "lora_original", "rank", "scaling", "delta_weigh
 
 def taken_names(module: nn.Module) -> set[str]:
     """Return the names of an adapted layer's own attributes that this module already uses for something else."""
-    held = vars(module).keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    return (_NEEDED & held) | _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
+    taken = set(_taken_by_class(type(module)))  # type: ignore[arg-type] # for mypy, Module's own hash
+    for place in (vars(module), module._parameters, module._buffers, module._modules):
+        if not place.keys().isdisjoint(_NEEDED):
+            taken |= place.keys() & _NEEDED
+    return taken
 
 
 @functools.cache

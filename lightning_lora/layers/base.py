@@ -48,19 +48,22 @@ class Adapter(nn.Module, ABC):
     """
 
     is_linear: ClassVar[bool] = False  # chosen by target_modules="all-linear"
+    drops_input: ClassVar[bool] = True  # `dropout` applies to this kind
     A: nn.Parameter
     B: nn.Parameter
+    spec: AdapterSpec
 
     def __init__(self, module: nn.Module, spec: AdapterSpec) -> None:
         super().__init__()
-        self.spec = spec
+        vars(self)["spec"] = spec
         shape, device = self.matrix_shape(module), base_weight(module).device
         if device.type == "meta":
             A, B = torch.empty(spec.rank, shape[1], device=device), torch.empty(shape[0], spec.rank, device=device)
         else:
             A, B = self.start(*shape)
-        self.register_parameter("A", nn.Parameter(A.to(device, spec.dtype)))
-        self.register_parameter("B", nn.Parameter(B.to(device, spec.dtype)))
+        # Straight into the tables: nn.Module.__setattr__ asks what is known here, for a third of attaching's time.
+        self._parameters["A"] = nn.Parameter(A.to(device, spec.dtype))
+        self._parameters["B"] = nn.Parameter(B.to(device, spec.dtype))
 
     @classmethod
     @abstractmethod

@@ -18,6 +18,8 @@ class EmbeddingAdapter(Adapter):
     meaning here, as there.
     """
 
+    drops_input = False
+
     @classmethod
     @override
     def accepts(cls, module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, attach, merge
 from lightning_lora.layers import adapter_type
+from lightning_lora.layers.conv import ConvAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from tests.contract import IN, OUT, CountingLinear, train
 
@@ -66,7 +67,7 @@ def test_a_subclass_that_scales_its_output_merges_to_what_it_computed_or_refuses
     [
         (nn.Linear(4, 4), LinearAdapter),
         (CountingLinear(4, 4), LinearAdapter),
-        (nn.Conv1d(4, 4, 1), None),
+        (nn.Conv1d(4, 4, 1), ConvAdapter),
         (nn.Bilinear(4, 4, 4), None),
         (nn.LayerNorm(4), None),
         (nn.Identity(), None),
@@ -102,4 +103,4 @@ def test_something_else_that_is_called_conv1d_is_not_taken_for_one():
     class Conv1D(nn.Conv1d):
         pass
 
-    assert adapter_type(Conv1D(4, 4, 1)) is None
+    assert adapter_type(Conv1D(4, 4, 1)) is ConvAdapter

@@ -1,0 +1,148 @@
+"""Convolutions of one to three dimensions, transposed ones too: the update is a low-rank update of the kernel.
+
+Letters: ``g`` groups, ``r`` rank, ``K`` kernel sizes. A kernel is read as a matrix by flattening all but its first
+dimension, so the update of a grouped kernel is a grouped kernel, and merges. Source: the factorisation of the kernel is
+that of loralib and PEFT for one group; for several, ``A`` is shared by the groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from typing_extensions import override
+
+from lightning_lora.layers.base import Adapter, AdapterSpec, base_weight
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: F.conv_transpose1d,
+    2: F.conv_transpose2d,
+    3: F.conv_transpose3d,
+}
+
+
+class ConvAdapter(Adapter):
+    """``y += scaling * B @ conv(dropout(x), A)``: a convolution to ``r`` channels a group, then a 1x1 one.
+
+    ``A`` is ``(r, in/g * prod(K))`` and ``B`` is ``(out, r)``.
+    """
+
+    @classmethod
+    @override
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
+
+    @classmethod
+    @override
+    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+        return _flattened(base_weight(module))
+
+    @classmethod
+    @override
+    def needs_weight(cls, module: nn.Module) -> bool:
+        return _has_own_forward(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+    def __init__(self, module: _ConvNd, spec: AdapterSpec) -> None:
+        super().__init__(module, spec)
+        self.kernel = tuple(base_weight(module).shape)
+        self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
+        self.padding, self.padding_mode = module.padding, module.padding_mode
+        self.padding_by_side = tuple(cast(Any, module)._reversed_padding_repeated_twice)
+
+    @override
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+        if self.spec.dropout:
+            inputs = F.dropout(inputs, self.spec.dropout, self.training)
+        A, B = self.factors_as(inputs.dtype, inputs.device.type)
+        padding: Any = self.padding
+        if self.padding_mode != "zeros":  # as the base does it
+            inputs, padding = F.pad(inputs, self.padding_by_side, mode=self.padding_mode), 0
+        dimensions = len(self.kernel) - 2
+        convolve = _CONVOLVE[dimensions]
+        down = A.view(-1, *self.kernel[1:]).repeat(self.groups, *[1] * (dimensions + 1))  # (g * r, in/g, *K)
+        up = B.view(*B.shape, *[1] * dimensions)  # (out, r, 1...)
+        hidden = convolve(inputs, down, None, self.stride, padding, self.dilation, self.groups) * self.spec.scaling
+        return output + convolve(hidden, up, groups=self.groups).to(output.dtype)
+
+    @override
+    def delta_weight(self) -> Tensor:
+        return self.matrix_delta().view(self.kernel)
+
+
+class ConvTransposeAdapter(Adapter):
+    """``y += scaling * conv_transpose(B.T @ dropout(x), A)``: a 1x1 convolution to ``r`` channels a group first.
+
+    The kernel is ``(in, out/g, *K)``, so ``B`` is ``(in, r)`` and ``A`` is ``(r, out/g * prod(K))``.
+    """
+
+    @classmethod
+    @override
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, _ConvTransposeNd)
+
+    @classmethod
+    @override
+    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+        return _flattened(base_weight(module))
+
+    @classmethod
+    @override
+    def needs_weight(cls, module: nn.Module) -> bool:
+        return _has_own_forward(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+
+    def __init__(self, module: _ConvTransposeNd, spec: AdapterSpec) -> None:
+        super().__init__(module, spec)
+        self.kernel = tuple(base_weight(module).shape)
+        self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
+        self.padding = cast(tuple[int, ...], module.padding)
+
+    @override
+    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+        if self.spec.dropout:
+            inputs = F.dropout(inputs, self.spec.dropout, self.training)
+        A, B = self.factors_as(inputs.dtype, inputs.device.type)
+        dimensions = len(self.kernel) - 2
+        # (in, r) -> (g * r, in/g, 1...): each group's inputs to its own r channels
+        down = B.view(self.groups, -1, B.shape[1]).transpose(1, 2).reshape(-1, self.kernel[0] // self.groups)
+        hidden = _CONVOLVE[dimensions](inputs, down.view(*down.shape, *[1] * dimensions), groups=self.groups)
+        up = A.view(-1, *self.kernel[1:]).repeat(self.groups, *[1] * (dimensions + 1))  # (g * r, out/g, *K)
+        update = _CONVOLVE_TRANSPOSED[dimensions](
+            hidden * self.spec.scaling,
+            up,
+            None,
+            self.stride,
+            self.padding,
+            self._output_padding(inputs, output),
+            self.groups,
+            self.dilation,
+        )
+        return output + update.to(output.dtype)
+
+    @override
+    def delta_weight(self) -> Tensor:
+        return self.matrix_delta().view(self.kernel)
+
+    def _output_padding(self, inputs: Tensor, output: Tensor) -> list[int]:
+        """Return the padding that made this output: the layer's own, or what a call's ``output_size`` asked for."""
+        dimensions = len(self.kernel) - 2
+        sizes = zip(inputs.shape[-dimensions:], output.shape[-dimensions:], self.kernel[2:], strict=True)
+        options = zip(self.stride, self.padding, self.dilation, strict=True)
+        return [
+            out - ((into - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for (into, out, kernel), (stride, padding, dilation) in zip(sizes, options, strict=True)
+        ]
+
+
+def _has_own_forward(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Return whether a subclass pads, standardises its kernel or does whatever else in a forward of its own."""
+    methods = [name for name in ("forward", "_conv_forward") if hasattr(kinds[0], name)]
+    return not any(all(getattr(type(module), m) is getattr(kind, m) for m in methods) for kind in kinds)
+
+
+def _flattened(kernel: Tensor) -> tuple[int, int]:
+    return kernel.shape[0], math.prod(kernel.shape[1:])
