@@ -65,6 +65,7 @@ class Kind:
     function: Callable[[nn.Module, Tensor, Tensor], Tensor]
     takes_tokens: bool = False
     stores_transposed: bool = False
+    image: tuple[int, ...] = ()  # the shape of one input, where it is no vector
 
 
 def _linear(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
@@ -83,6 +84,45 @@ def _scaled_embedding(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
     return 3.0 * _embedding(layer, x, W)
 
 
+def _convolution(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+    """A convolution through nothing but padding, windows and a matrix product, group by group."""
+    bias, kernel = layer.bias.to(W.dtype), W.shape[2:]
+    mode = {"zeros": "constant"}.get(layer.padding_mode, layer.padding_mode)
+    for axis, (size, step) in enumerate(zip(kernel, layer.dilation, strict=True)):
+        total = step * (size - 1)
+        before = total // 2 if layer.padding == "same" else 0 if layer.padding == "valid" else layer.padding[axis]
+        after = total - before if layer.padding == "same" else before
+        moved = x.movedim(axis + 2, -1)
+        padded = F.pad(moved.reshape(1, -1, moved.shape[-1]), (before, after), mode=mode)
+        x = padded.view(*moved.shape[:-1], -1).movedim(-1, axis + 2)
+        x = x.unfold(axis + 2, total + 1, layer.stride[axis])[..., ::step]
+    places, windows = "xyz"[: len(kernel)], "uvw"[: len(kernel)]
+    groups = [
+        torch.einsum(f"nc{places}{windows},oc{windows}->no{places}", a, b)
+        for a, b in zip(x.chunk(layer.groups, 1), W.chunk(layer.groups, 0), strict=True)
+    ]
+    return torch.cat(groups, 1) + bias.view(-1, *[1] * len(kernel))
+
+
+def _transposed_convolution(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
+    """The gradient of a convolution, which is what a transposed one is by definition."""
+    dimensions = W.ndim - 2
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
+    sizes = zip(
+        x.shape[2:], layer.stride, layer.padding, layer.dilation, W.shape[2:], layer.output_padding, strict=True
+    )
+    shape = [(n - 1) * s - 2 * p + d * (k - 1) + 1 + extra for n, s, p, d, k, extra in sizes]
+    point = torch.zeros(x.shape[0], W.shape[1] * layer.groups, *shape, dtype=W.dtype, requires_grad=True)
+    forward = convolve(point, W, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    [output] = torch.autograd.grad(forward, point, x, create_graph=True)
+    return output + layer.bias.to(W.dtype).view(-1, *[1] * dimensions)
+
+
+def _conv_kind(kind: type[nn.Module], image: tuple[int, ...], *arguments: Any, **options: Any) -> Kind:
+    function = _transposed_convolution if "Transpose" in kind.__name__ else _convolution
+    return Kind(lambda: kind(8, 12, *arguments, **options), function, image=image)
+
+
 KINDS: Mapping[str, Kind] = {
     "linear": Kind(lambda: nn.Linear(IN, OUT), _linear),
     "linear without bias": Kind(lambda: nn.Linear(IN, OUT, bias=False), _linear),
@@ -91,6 +131,12 @@ KINDS: Mapping[str, Kind] = {
     "embedding": Kind(lambda: nn.Embedding(TOKENS, OUT), _embedding, True, True),
     "padded embedding": Kind(lambda: nn.Embedding(TOKENS, OUT, padding_idx=PADDING), _embedding, True, True),
     "scaled embedding": Kind(lambda: ScaledEmbedding(TOKENS, OUT), _scaled_embedding, True, True),
+    "convolution 1d": _conv_kind(nn.Conv1d, (8, 11), 3, stride=2, padding=1, dilation=2),
+    "convolution 2d": _conv_kind(nn.Conv2d, (8, 7, 6), (3, 2), padding="same", groups=2, padding_mode="reflect"),
+    "convolution 3d": _conv_kind(nn.Conv3d, (8, 4, 5, 6), (1, 1, 3), padding=(0, 0, 1)),
+    "transposed convolution 1d": _conv_kind(nn.ConvTranspose1d, (8, 5), 4, stride=3, padding=1, output_padding=2),
+    "transposed convolution 2d": _conv_kind(nn.ConvTranspose2d, (8, 4, 3), (2, 3), stride=2, groups=2, dilation=2),
+    "transposed convolution 3d": _conv_kind(nn.ConvTranspose3d, (8, 2, 3, 2), 2, groups=4),
 }
 
 # Largest error over largest value. bfloat16 keeps 8 bits, and some five results are rounded on the way.
@@ -138,17 +184,19 @@ class Case:
         return model
 
     def inputs(self, rng: torch.Generator) -> Tensor:
+        if self.spec.image:
+            return torch.randn(3, *self.spec.image, generator=rng).to(self.dtype)
         if self.spec.takes_tokens:
             return torch.cat([torch.tensor([PADDING]), torch.randint(TOKENS, (29,), generator=rng)]).view(5, 6)
         return torch.randn(5, 6, IN, generator=rng).to(self.dtype)
 
-    def stored(self, D: Tensor) -> Tensor:
+    def stored(self, layer: nn.Module, D: Tensor) -> Tensor:
         """Return an ``(out, in)`` matrix in the layout in which the layer stores its weight."""
-        return D.T if self.spec.stores_transposed else D
+        return (D.T if self.spec.stores_transposed else D).reshape(stored_weight(layer).shape)
 
     def dense(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return the float64 output of the base layer with the weight ``W + scaling * B @ A``."""
-        W = stored_weight(layer).double() + self.stored(SCALING * B.double() @ A.double())
+        W = stored_weight(layer).double() + self.stored(layer, SCALING * B.double() @ A.double())
         return self.spec.function(layer, x if self.spec.takes_tokens else x.double(), W)
 
 

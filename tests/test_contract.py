@@ -242,7 +242,7 @@ def test_merging_and_disabling_for_a_while_restore_every_bit(case: Case, rng):
 def test_a_merged_weight_is_the_float64_sum_rounded_once(case: Case, rng):
     model = case.trained(rng)
     layer, W = model.layer, stored_weight(model.layer).clone()
-    D = case.stored(1.5 * layer.lora.B.detach().double() @ layer.lora.A.detach().double())
+    D = case.stored(layer, 1.5 * layer.lora.B.detach().double() @ layer.lora.A.detach().double())
     merge(model)
     truth = W.double() + D
     # The sum is made in float32 (float64 for float64) and then rounded to the weight's own precision.
@@ -257,7 +257,7 @@ def test_a_merged_weight_is_the_float64_sum_rounded_once(case: Case, rng):
 @each_case
 def test_delta_weight_is_the_scaled_product_in_the_layout_of_the_weight(case: Case, rng):
     layer = case.trained(rng).layer
-    D = case.stored(1.5 * layer.lora.B.detach().double() @ layer.lora.A.detach().double())
+    D = case.stored(layer, 1.5 * layer.lora.B.detach().double() @ layer.lora.A.detach().double())
     found = layer.delta_weight()
     assert found.shape == layer.weight.shape
     assert found.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
