@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.attachment import attachments
-from lightning_lora.layers import lora_layers
+from lightning_lora.layers import all_adapters, lora_layers
 from lightning_lora.optimizers import homeless_parameters
 from lightning_lora.state import adapter_tensors
 from lightning_lora.targets import clean_name, listed
@@ -59,9 +59,9 @@ def unreached_adapters(module: nn.Module, optimizer: Optimizer) -> tuple[str | N
     """Adapters of this optimizer that the backward pass did not reach, and whether that is all of them."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     adapters = {
-        name: layer.lora
-        for name, layer in lora_layers(module).items()
-        if any(id(factor) in held for factor in layer.lora.parameters())
+        name: adapter
+        for name, adapter in all_adapters(module).items()
+        if any(id(factor) in held for factor in adapter.parameters())
     }
     silent = [name for name, adapter in adapters.items() if not _has_gradient(adapter)]
     if not silent:
@@ -75,8 +75,8 @@ def unreached_adapters(module: nn.Module, optimizer: Optimizer) -> tuple[str | N
 
 def untrained_adapters(module: nn.Module) -> str | None:
     """A model whose adapters are all at their start: it computes what the bare base does."""
-    layers = lora_layers(module).values()
-    if not layers or any(bool(torch.any(layer.lora.zero_factor() != 0)) for layer in layers):
+    adapters = all_adapters(module).values()
+    if not adapters or any(bool(torch.any(adapter.zero_factor() != 0)) for adapter in adapters):
         return None
     return (
         "Every LoRA adapter is still at its start, so this evaluates the bare base model. Pass the checkpoint of a "

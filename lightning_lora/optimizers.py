@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.layers import LoRALayer
+from lightning_lora.layers import LoRALayer, all_adapters
 from lightning_lora.targets import clean_name, listed
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
@@ -121,8 +121,7 @@ def _check_ratio(lr_ratio: float) -> None:
 
 def _fast_parameters(module: nn.Module) -> set[int]:
     """Return the factors that LoRA+ speeds up: ``B`` of every layer that starts with ``B = 0``."""
-    layers = [part for part in module.modules() if isinstance(part, LoRALayer)]
-    return {id(layer.lora.B) for layer in layers if layer.lora.zero_factor() is layer.lora.B}
+    return {id(a.B) for a in all_adapters(module).values() if a.zero_factor() is a.B}
 
 
 def _adopt_homeless(module: nn.Module, optimizers: Sequence[Optimizer], names: dict[int, str]) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.initializers import layer_seed
@@ -15,27 +16,27 @@ from lightning_lora.layers import (
     Adapter,
     AdapterSpec,
     LoRALayer,
+    ParameterAdapter,
     adapter_type,
-    base_weight,
+    base_parameter,
     has_running_statistics,
     taken_names,
 )
+from lightning_lora.misses import missed_entries
 from lightning_lora.targets import (
     first_match,
     is_below,
     is_glob,
     join,
     listed,
-    matches_pattern,
     module_names,
-    near_names,
     output_embeddings,
     selected,
+    sweeps,
     tied_names,
-    unmatched,
 )
 
-# Parents that read their children's weights instead of calling them, so that an adapted child would do nothing.
+# Parents that read their children's weights, always or in evaluation, so that the weight must carry the update.
 _WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
     nn.TransformerEncoderLayer: ("linear1", "linear2"),
@@ -43,14 +44,29 @@ _WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class PlannedLayer(NamedTuple):
-    """One layer to adapt: where it is, which entry of the config chose it, and its adapter."""
+    """One adapter to be: its layer, the entry of the config that chose it, the parameter it updates.
+
+    Attributes:
+        name: The layer's name.
+        module: The layer.
+        pattern: The entry that chose it.
+        adapter: The kind of adapter.
+        spec: All that decides the adapter.
+        parameter: The parameter that it updates.
+        in_weight: Whether the update must be read from the weight, not added to the output.
+        label: The adapter's name: the layer's, with the parameter's where a layer has several.
+        size: Number of the adapter's parameters.
+    """
 
     name: str
     module: nn.Module
     pattern: str
     adapter: type[Adapter]
     spec: AdapterSpec
-    parameters: int
+    parameter: str
+    in_weight: bool
+    label: str
+    size: int
 
 
 @dataclass
@@ -116,7 +132,7 @@ class _Planner:
         excluded = {n for n, (_, names) in self.modules.items() if selected(self.config.exclude_modules, names)}
         for name, (submodule, names) in self.modules.items():
             adapter = adapter_type(submodule)
-            pattern = self._choosing_pattern(adapter, names)
+            pattern = self._choosing_pattern(adapter, submodule, names)
             if pattern is None:
                 continue
             if any(is_below(alias, saved) for alias in names):
@@ -147,16 +163,15 @@ class _Planner:
                 f"The weights of {listed(shapeless)} have no shape yet; run one batch through the {self._root()} first."
             )
 
-    def _choosing_pattern(self, adapter: type[Adapter] | None, names: tuple[str, ...]) -> str | None:
+    def _choosing_pattern(
+        self, adapter: type[Adapter] | None, submodule: nn.Module, names: tuple[str, ...]
+    ) -> str | None:
         if self.automatic:
-            return ALL_LINEAR if adapter is not None and adapter.is_linear else None
+            return ALL_LINEAR if adapter is not None and adapter.in_all_linear(submodule) else None
         pattern = selected(self.config.target_modules, names)
         # Globs and regular expressions sweep over containers and activations; only a name insists on its module.
-        insists = pattern is not None and not self._sweeps(pattern)
+        insists = pattern is not None and not sweeps(self.config.target_modules, pattern)
         return pattern if adapter is not None or insists else None
-
-    def _sweeps(self, pattern: str) -> bool:
-        return isinstance(self.config.target_modules, str) or is_glob(pattern)
 
     def _add(
         self,
@@ -170,49 +185,77 @@ class _Planner:
         if adapter is None:
             self.problems.append(f"target_modules={pattern!r}: {self._unsupported(name, submodule)}")
             return
-        rank = first_match(self.config.rank_pattern, names, self.config.rank)
-        reason = self._obstacle(name, submodule, adapter, rank)
-        if reason is None:
-            plan.layers.append(self._planned(names, submodule, pattern, adapter, rank))
-            out_features, in_features = adapter.matrix_shape(submodule)
-            if rank * (out_features + in_features) >= out_features * in_features:
-                plan.wasteful.append(f"{name} (rank {rank}, weight {out_features} x {in_features})")
-        elif self.automatic:
-            plan.left_out[name] = reason
-        else:
-            self.problems.append(f"target_modules={pattern!r}: {name!r} cannot be adapted: {reason}.")
+        for parameter in adapter.parameters_of(submodule):
+            self._add_parameter(plan, names, submodule, pattern, adapter, parameter)
+        if isinstance(submodule, nn.MultiheadAttention) and not self.automatic:
+            projection = tuple(join(alias, "out_proj") for alias in names)
+            if not self._chosen_itself(projection):
+                self._add(plan, projection, submodule.out_proj, pattern, adapter_type(submodule.out_proj))
 
-    def _planned(
-        self, names: tuple[str, ...], submodule: nn.Module, pattern: str, adapter: type[Adapter], rank: int
-    ) -> PlannedLayer:
+    def _chosen_itself(self, names: tuple[str, ...]) -> bool:
+        return selected(self.config.target_modules, names) is not None
+
+    def _add_parameter(
+        self,
+        plan: Plan,
+        names: tuple[str, ...],
+        submodule: nn.Module,
+        pattern: str,
+        adapter: type[Adapter],
+        parameter: str,
+    ) -> None:
         name = names[0]
-        weight = base_weight(submodule)
+        label = join(name, parameter) if issubclass(adapter, ParameterAdapter) else name
+        known_as = names if label == name else (*names, *(join(alias, parameter) for alias in names))
+        shape = adapter.matrix_shape(submodule, parameter)
+        rank = first_match(self.config.rank_pattern, known_as, self.config.rank)
+        reason = self._obstacle(join(name, parameter), submodule, adapter, rank, shape)
+        if reason is None:
+            in_weight = adapter.needs_weight(submodule) or id(submodule) in self.weight_readers
+            spec = self._spec(base_parameter(submodule, parameter), known_as, label, rank)
+            count = rank * sum(shape)
+            plan.layers.append(
+                PlannedLayer(name, submodule, pattern, adapter, spec, parameter, in_weight, label, count)
+            )
+            if count >= math.prod(shape):
+                plan.wasteful.append(f"{label} (rank {rank}, weight {shape[0]} x {shape[1]})")
+        elif self.automatic:
+            plan.left_out[label] = reason
+        else:
+            self.problems.append(f"target_modules={pattern!r}: {label!r} cannot be adapted: {reason}.")
+
+    def _spec(self, weight: Tensor, known_as: tuple[str, ...], label: str, rank: int) -> AdapterSpec:
         # A float32 adapter would quietly lower the precision of a float64 layer.
         dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, self.config.adapter_dtype)
-        spec = AdapterSpec(
+        return AdapterSpec(
             rank=rank,
-            scaling=self.config.scaling(rank, first_match(self.config.alpha_pattern, names, self.config.alpha)),
+            scaling=self.config.scaling(rank, first_match(self.config.alpha_pattern, known_as, self.config.alpha)),
             dropout=self.config.dropout,
             init=self.config.init,
             dtype=dtype,
-            seed=layer_seed(self.seed, name, weight.shape),
+            seed=layer_seed(self.seed, label, weight.shape),
         )
-        return PlannedLayer(name, submodule, pattern, adapter, spec, rank * sum(adapter.matrix_shape(submodule)))
 
-    def _obstacle(self, name: str, submodule: nn.Module, adapter: type[Adapter], rank: int) -> str | None:
+    def _obstacle(
+        self, weight_name: str, submodule: nn.Module, adapter: type[Adapter], rank: int, shape: tuple[int, int]
+    ) -> str | None:
         """Return why this layer cannot be adapted, or None."""
         if reason := adapter.obstacle(submodule) or self._obstacle_of_instance(submodule):
             return reason
-        if reader := self.weight_readers.get(id(submodule)):
-            return f"its parent, a {reader}, reads the weight without calling the layer, so an adapter would never run"
-        if others := self.tied.get(join(name, "weight")):
+        if others := self.tied.get(weight_name):
             return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it"
         if self.automatic and id(submodule) in self.heads:
             return "output embedding of a transformers model"
-        limit = min(adapter.matrix_shape(submodule))
-        if rank > limit:
-            return f"rank {rank} is above {limit}, the highest rank of its weight; give it less with rank_pattern"
-        if self.config.dropout and adapter.drops_input and adapter.needs_weight(submodule):
+        if rank > min(shape):
+            return f"rank {rank} is above {min(shape)}, the highest rank of its weight; give it less with rank_pattern"
+        if self.config.dropout and adapter.drops_input:
+            return self._obstacle_of_dropout(submodule, adapter)
+        return None
+
+    def _obstacle_of_dropout(self, submodule: nn.Module, adapter: type[Adapter]) -> str | None:
+        if reader := self.weight_readers.get(id(submodule)):
+            return f"its parent, a {reader}, reads the weight, which must carry the update; that needs dropout=0"
+        if adapter.needs_weight(submodule):
             kind = type(submodule).__name__
             return f"a {kind} has a forward of its own, so its weight must carry the update; that needs dropout=0"
         return None
@@ -247,51 +290,16 @@ class _Planner:
                     )
 
     def _explain_misses(self, plan: Plan) -> None:
-        everything = [names for _, names in self.modules.values()]
-        reached = [layer.name for layer in plan.layers]
-        covered = [name for first in [*reached, *plan.left_out] for name in self.modules[first][1]]
-        self._explain_missed_targets(plan, everything)
-        for option in ("exclude_modules", "modules_to_save"):
-            for entry in unmatched(getattr(self.config, option), everything):
-                self._miss(option, entry, everything)
-        self._explain_empty_saves(plan)
-        for option in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self.config, option):
-                if not any(matches_pattern(key, name) for name in covered):
-                    self._miss(option, key, [(name,) for name in reached])
+        reached = [layer.label for layer in plan.layers]
+        covered = [*reached, *plan.left_out]
+        first_names = {layer.name for layer in plan.layers} | (plan.left_out.keys() & self.modules.keys())
+        covered += [alias for name in first_names for alias in self.modules[name][1]]
+        self.problems += missed_entries(
+            self.config, self._root(), self.modules, reached=reached, covered=covered, saved=plan.saved
+        )
         if not (plan.layers or self.problems):
             reasons = listed([f"{name}: {reason}" for name, reason in plan.left_out.items()])
             self.problems.append(f"target_modules={self.config.target_modules!r} left out every layer ({reasons}).")
-
-    def _explain_empty_saves(self, plan: Plan) -> None:
-        """A glob may sweep over what has no parameters, but it must reach something that has."""
-        for entry in filter(is_glob, self.config.modules_to_save):
-            found = [name for name, (_, names) in self.modules.items() if selected((entry,), names)]
-            if found and not any(is_below(name, plan.saved) for name in found):
-                self.problems.append(f"modules_to_save={entry!r} matched no module with parameters: {listed(found)}.")
-
-    def _explain_missed_targets(self, plan: Plan, everything: list[tuple[str, ...]]) -> None:
-        if self.automatic:
-            if not (plan.layers or plan.left_out):
-                self.problems.append(f"target_modules={ALL_LINEAR!r}: {self._root()} has no linear layer.")
-            return
-        adaptable = [names for submodule, names in self.modules.values() if adapter_type(submodule)]
-        unknown = unmatched(self.config.target_modules, everything)
-        for entry in unmatched(self.config.target_modules, adaptable):
-            if entry in unknown:
-                self._miss("target_modules", entry, everything)
-            elif self._sweeps(entry):
-                self.problems.append(
-                    f"target_modules={entry!r} matched no layer of a kind that has an adapter: {SUPPORTED}."
-                )
-
-    def _miss(self, option: str, entry: str, pool: list[tuple[str, ...]]) -> None:
-        near = near_names(entry, (name for names in pool for name in names))
-        hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
-        if option == "target_modules" and self.config.target_modules == entry:
-            hint += " A string is one regular expression over full names; put a name into a list."
-        what = "adapted layer" if option.endswith("pattern") else "module"
-        self.problems.append(f"{option}={entry!r} matched no {what} of {self._root()}.{hint}")
 
     def _root(self) -> str:
         return type(self.module).__name__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import attachments, fully_trained, merges
-from lightning_lora.layers import lora_layers
+from lightning_lora.layers import all_adapters, lora_layers
 from lightning_lora.targets import clean_name, join, listed, near_names
 
 FORMAT_VERSION = 1
@@ -145,7 +145,10 @@ def describe(module: nn.Module) -> dict[str, Any]:
             {"root": name, "config": attachment.config.to_dict(), "seed": attachment.seed}
             for name, _, attachment in attachments(module)
         ],
-        "layers": {name: {"rank": layer.rank, "scaling": layer.scaling} for name, layer in lora_layers(module).items()},
+        "layers": {
+            name: {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling}
+            for name, adapter in all_adapters(module).items()
+        },
         "merges": merges(module),
     }
 

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -14,7 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 from lightning_lora.attachment import Attachment, attachments, count_merge, get_attachment, set_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import freeze_norms, freeze_parameters, thaw
-from lightning_lora.layers import Adapter, FrozenNorm, LoRALayer, WeightLoRALayer, lora_layers, swap_in, swap_out
+from lightning_lora.layers import (
+    Adapter,
+    AdapterGroup,
+    FrozenNorm,
+    LoRALayer,
+    ParameterAdapter,
+    lora_layers,
+    swap_in,
+    swap_out,
+    swapped_as,
+)
 from lightning_lora.plan import Plan, PlannedLayer, make_plan
 from lightning_lora.report import AdaptedLayer, AttachReport
 from lightning_lora.switching import check_mergeable, fold, set_mode
@@ -49,9 +60,11 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         plan = make_plan(module, config, seed)
         _refuse_wrapped(module, plan)
         _warn_of_waste(plan)
-        adapters = [(layer.module, layer.adapter(layer.module, layer.spec)) for layer in plan.layers if _is_new(layer)]
-        for part, adapter in adapters:
-            _swap_in_adapter(part, adapter)
+        made = [
+            (layer, layer.adapter(layer.module, layer.spec, layer.parameter)) for layer in plan.layers if _is_new(layer)
+        ]
+        for part, parameters in _by_layer(made).items():
+            _swap_in_adapters(part, parameters)
         attachment = _noted(module, plan, config, seed)
         freeze_parameters(plan.modules, attachment)
         if plan.norms:
@@ -155,11 +168,21 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _swap_in_adapter(module: nn.Module, adapter: Adapter) -> None:
-    swap_in(module, WeightLoRALayer if adapter.needs_weight(module) else LoRALayer)
+def _by_layer(made: list[tuple[PlannedLayer, Adapter]]) -> dict[nn.Module, list[tuple[PlannedLayer, Adapter]]]:
+    layers: dict[nn.Module, list[tuple[PlannedLayer, Adapter]]] = {}
+    for planned, adapter in made:
+        layers.setdefault(planned.module, []).append((planned, adapter))
+    return layers
+
+
+def _swap_in_adapters(module: nn.Module, made: list[tuple[PlannedLayer, Adapter]]) -> None:
+    first, lora = made[0][0], cast(nn.Module, made[0][1])
+    if isinstance(lora, ParameterAdapter):
+        lora = AdapterGroup({planned.parameter: adapter for planned, adapter in made})
+    swap_in(module, **swapped_as(module, tuple(planned.parameter for planned, _ in made), in_weight=first.in_weight))
     if not module.training:
-        adapter.training = False
-    module._modules["lora"] = adapter
+        lora.eval()
+    module._modules["lora"] = lora
 
 
 def _swap_out_adapter(layer: LoRALayer) -> None:
@@ -171,11 +194,11 @@ def _swap_out_adapter(layer: LoRALayer) -> None:
 def _noted(module: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> Attachment:
     layers = [
         AdaptedLayer(
-            name=planned.name,
+            name=planned.label,
             pattern=planned.pattern,
             rank=planned.spec.rank,
             scaling=planned.spec.scaling,
-            parameters=planned.parameters,
+            parameters=planned.size,
             dtype=str(planned.spec.dtype).removeprefix("torch."),
         )
         for planned in plan.layers

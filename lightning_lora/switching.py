@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import Attachment, attachments, get_attachment
-from lightning_lora.layers import LinearAdapter, LoRALayer, Mode, base_weight, lora_layers
+from lightning_lora.layers import Adapter, LoRALayer, Mode, WeightLoRALayer, base_parameter, base_weight, lora_layers
 
 
 @contextmanager
@@ -45,50 +45,59 @@ def set_mode(layer: LoRALayer, mode: Mode) -> None:
         return
     if layer.lora_mode == "merged":
         # The kept copy, not a subtraction: W + dW - dW is not W in floating point.
-        base_weight(layer).copy_(vars(layer).pop("lora_original"))
+        for name, original in vars(layer).pop("lora_original").items():
+            base_parameter(layer, name).copy_(original)
     if mode == "merged":
-        vars(layer)["lora_original"] = base_weight(layer).detach().clone()
+        originals = {name: base_parameter(layer, name).detach().clone() for name in layer.adapters()}
+        vars(layer)["lora_original"] = originals
         fold(layer)
     layer.lora_mode = mode
 
 
 @torch.no_grad()
 def fold(layer: LoRALayer) -> None:
-    """Add the update to the weight: a float32 (or float64) sum and one rounding, at the end."""
-    weight = base_weight(layer)
-    weight.copy_(_folded(layer).to(weight.dtype))
+    """Add the updates to the weights: a float32 (or float64) sum and one rounding, at the end."""
+    for name, adapter in layer.adapters().items():
+        weight = base_parameter(layer, name)
+        weight.copy_(_folded(weight, adapter).to(weight.dtype))
 
 
 def check_mergeable(layers: dict[str, LoRALayer]) -> None:
     """Refuse what would destroy a weight, before any weight is touched."""
     for name, layer in layers.items():
-        if "weight" not in layer._parameters:
-            raise RuntimeError(
-                f"The weight of {name!r} is computed from other parameters, so nothing can be merged into it. "
-                "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
-            )
-        weight = base_weight(layer)
-        if not weight.is_floating_point():
-            raise RuntimeError(
-                f"The weight of {name!r} is quantized ({weight.dtype}), so nothing can be merged into it. Keep the "
-                "adapter beside it, or merge into the model before it was quantized."
-            )
-        if not all(bool(torch.isfinite(factor).all()) for factor in layer.lora.parameters()):
-            raise ValueError(f"The adapter of {name!r} holds NaN or infinity; merging it would destroy the weight.")
-        if isinstance(layer.lora, LinearAdapter) and _has_own_forward(layer) and not _computes_the_same_merged(layer):
+        for parameter, adapter in layer.adapters().items():
+            _check_parameter(name, layer, parameter, adapter)
+        if _has_own_forward(layer) and not _computes_the_same_merged(layer):
             raise RuntimeError(
                 f"The forward of {name!r} ({layer.base_class.__name__}) does more than apply the weight, so with "
                 "the update inside the layer would compute something else. Keep the adapter beside it."
             )
-        if _overflows(layer, weight):
-            raise ValueError(
-                f"The update of {name!r} is too large for its weight's precision ({weight.dtype}); merging it would "
-                "leave infinities. Convert the model to a wider one first."
-            )
+
+
+def _check_parameter(name: str, layer: LoRALayer, parameter: str, adapter: Adapter) -> None:
+    if parameter not in layer._parameters:
+        raise RuntimeError(
+            f"The weight of {name!r} is computed from other parameters, so nothing can be merged into it. "
+            "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
+        )
+    weight = base_parameter(layer, parameter)
+    if not weight.is_floating_point():
+        raise RuntimeError(
+            f"The weight of {name!r} is quantized ({weight.dtype}), so nothing can be merged into it. Keep the "
+            "adapter beside it, or merge into the model before it was quantized."
+        )
+    if not all(bool(torch.isfinite(factor).all()) for factor in adapter.parameters()):
+        raise ValueError(f"The adapter of {name!r} holds NaN or infinity; merging it would destroy the weight.")
+    if _overflows(weight, adapter):
+        raise ValueError(
+            f"The update of {name!r} is too large for its weight's precision ({weight.dtype}); merging it would "
+            "leave infinities. Convert the model to a wider one first."
+        )
 
 
 def _has_own_forward(layer: LoRALayer) -> bool:
-    return isinstance(layer, nn.Linear) and layer.base_class.forward is not nn.Linear.forward
+    adds_to_output = isinstance(layer, nn.Linear) and not isinstance(layer, WeightLoRALayer)
+    return adds_to_output and layer.base_class.forward is not nn.Linear.forward
 
 
 @torch.no_grad()
@@ -115,21 +124,21 @@ def _computes_the_same_merged(layer: LoRALayer) -> bool:
 
 
 @torch.no_grad()
-def _folded(layer: LoRALayer) -> Tensor:
-    weight, delta = base_weight(layer), layer.delta_weight()
+def _folded(weight: Tensor, adapter: Adapter) -> Tensor:
+    delta = adapter.delta_weight()
     dtype = torch.promote_types(weight.dtype, delta.dtype)
     return weight.to(dtype) + delta.to(dtype)
 
 
 @torch.no_grad()
-def _overflows(layer: LoRALayer, weight: Tensor) -> bool:
-    adapter, limit = layer.lora, torch.finfo(weight.dtype).max
+def _overflows(weight: Tensor, adapter: Adapter) -> bool:
+    limit = torch.finfo(weight.dtype).max
     if weight.is_meta or not adapter.A.numel():
         return False
     largest = [float(tensor.abs().max()) for tensor in (adapter.A, adapter.B, weight)]
-    if abs(layer.scaling) * layer.rank * largest[0] * largest[1] + largest[2] < limit:
+    if abs(adapter.spec.scaling) * adapter.spec.rank * largest[0] * largest[1] + largest[2] < limit:
         return False  # whatever the signs; spares forming the update
-    return not bool((_folded(layer).abs() <= limit).all())
+    return not bool((_folded(weight, adapter).abs() <= limit).all())
 
 
 @contextmanager

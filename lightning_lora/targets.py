@@ -33,6 +33,11 @@ def is_glob(entry: str) -> bool:
     return any(character in entry for character in "*?[")
 
 
+def sweeps(entries: str | Sequence[str], entry: str) -> bool:
+    """Return whether an entry sweeps over modules of all kinds, containers too, instead of insisting on one."""
+    return isinstance(entries, str) or is_glob(entry)
+
+
 def matches(entry: str, name: str) -> bool:
     """Return whether a list entry names a module: its full name, the end of it, or a glob over either."""
     if not is_glob(entry):

@@ -213,9 +213,10 @@ def stored_weight(layer: nn.Module) -> Tensor:
 def train(layer: nn.Module, rng: torch.Generator) -> None:
     """Give the factors of an adapted layer values as if it had been trained; the padding token never trains."""
     assert isinstance(layer, LoRALayer)
-    for factor in (layer.lora.A, layer.lora.B):
-        factor.copy_(0.3 * torch.randn(factor.shape, generator=rng))
-    if getattr(layer, "padding_idx", None) is not None:
+    for adapter in layer.adapters().values():
+        for factor in (adapter.A, adapter.B):
+            factor.copy_(0.3 * torch.randn(factor.shape, generator=rng))
+    if getattr(layer.lora, "padding_idx", None) is not None:
         layer.lora.A[:, layer.padding_idx] = 0.0
 
 

@@ -260,7 +260,7 @@ def test_a_container_is_refused_with_how_to_name_its_layers(tiny):
         report(tiny, target_modules=["blocks.0"])
 
 
-@pytest.mark.parametrize("part", [nn.GELU(), nn.LayerNorm(4), nn.ReLU(), nn.Dropout(), nn.Bilinear(4, 4, 4)])
+@pytest.mark.parametrize("part", [nn.GELU(), nn.LayerNorm(4), nn.ReLU(), nn.Dropout(), nn.BatchNorm1d(4)])
 def test_a_kind_without_adapter_is_refused_with_the_kinds_that_have_one(part: nn.Module, tiny):
     tiny.part = part
     kind = type(part).__name__
@@ -426,31 +426,36 @@ class Attention(nn.Module):
         return self.out(self.decoder(self.encoder(x), x))
 
 
-def test_all_linear_leaves_out_layers_whose_parent_never_calls_them(rng):
+def test_all_linear_adapts_attention_and_layers_whose_weights_their_parent_reads(rng):
     model, x = Attention(), torch.randn(2, 3, 16, generator=rng)
     found = report(model)
-    assert list(lora_layers(model)) == ["decoder.linear1", "decoder.linear2", "out"]
-    assert set(found.left_out) == {
-        "attention.out_proj",
-        "encoder.self_attn.out_proj",
-        "encoder.linear1",
-        "encoder.linear2",
-        "decoder.self_attn.out_proj",
-        "decoder.multihead_attn.out_proj",
+    assert {layer.name for layer in found.layers} == {
+        *(f"{a}.{w}" for a in ("attention", "encoder.self_attn") for w in ("in_proj_weight", "out_proj")),
+        *(f"decoder.{a}.{w}" for a in ("self_attn", "multihead_attn") for w in ("in_proj_weight", "out_proj")),
+        *(f"{part}.linear{i}" for part in ("encoder", "decoder") for i in (1, 2)),
+        "out",
     }
-    assert "TransformerEncoderLayer" in found.left_out["encoder.linear1"]
-    assert "MultiheadAttention" in found.left_out["attention.out_proj"]
+    assert not found.left_out
+    base = model.eval()(x)
     train_all(model, rng)
     trained = model.train()(x)
     with torch.inference_mode():
         assert torch.allclose(model.eval()(x), trained, atol=1e-5)
+        assert not torch.allclose(model(x), base, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["attention.out_proj", "encoder.linear1", "encoder.linear2", "linear1"])
-def test_a_layer_whose_parent_never_calls_it_is_refused_when_named(name: str):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("attention.out_proj", "its parent, a MultiheadAttention, reads the weight"),
+        ("encoder.linear1", "its parent, a TransformerEncoderLayer, reads the weight"),
+        ("attention", "a MultiheadAttention has a forward of its own"),
+    ],
+)
+def test_dropout_is_refused_where_the_weight_must_carry_the_update(name: str, reason: str):
     model = Attention()
-    with raises_and_changes_nothing(model, ValueError, "reads the weight without calling the layer"):
-        report(model, target_modules=["out", name])
+    with raises_and_changes_nothing(model, ValueError, f"{reason}.*dropout=0"):
+        report(model, target_modules=["out", name], dropout=0.1)
 
 
 # --- transformers

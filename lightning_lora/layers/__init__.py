@@ -6,14 +6,14 @@ import functools
 
 from torch import nn
 
-from lightning_lora.layers.base import Adapter, AdapterSpec, LoRALayer, Mode, base_weight
+from lightning_lora.layers.base import Adapter, AdapterSpec, LoRALayer, Mode, base_parameter, base_weight
 from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
 from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.layers.norm import FrozenNorm, has_running_statistics
 from lightning_lora.layers.swap import Swapped, swap_in, swap_out
-from lightning_lora.layers.weight import WeightLoRALayer
-from lightning_lora.targets import clean_name
+from lightning_lora.layers.weight import AdapterGroup, ParameterAdapter, WeightLoRALayer, swapped_as
+from lightning_lora.targets import clean_name, join
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     LinearAdapter,
@@ -21,9 +21,11 @@ ADAPTERS: tuple[type[Adapter], ...] = (
     EmbeddingAdapter,
     ConvAdapter,
     ConvTransposeAdapter,
+    ParameterAdapter,
 )
 SUPPORTED = (
-    "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d"
+    "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.EmbeddingBag, nn.Conv1d/2d/3d, "
+    "nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, nn.LSTM/GRU/RNN and their cells, nn.Bilinear"
 )
 
 
@@ -54,21 +56,35 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     return {clean_name(name): part for name, part in module.named_modules() if isinstance(part, LoRALayer)}
 
 
+def all_adapters(module: nn.Module) -> dict[str, Adapter]:
+    """Return every adapter by the name of its layer, with the parameter's name where the layer has several."""
+    return {
+        join(name, key) if isinstance(layer.lora, AdapterGroup) else name: adapter
+        for name, layer in lora_layers(module).items()
+        for key, adapter in layer.adapters().items()
+    }
+
+
 __all__ = [
     "SUPPORTED",
     "Adapter",
+    "AdapterGroup",
     "AdapterSpec",
     "FrozenNorm",
     "LinearAdapter",
     "LoRALayer",
     "Mode",
+    "ParameterAdapter",
     "Swapped",
     "WeightLoRALayer",
     "adapter_type",
+    "all_adapters",
+    "base_parameter",
     "base_weight",
     "has_running_statistics",
     "lora_layers",
     "swap_in",
     "swap_out",
+    "swapped_as",
     "taken_names",
 ]

@@ -47,16 +47,15 @@ class Adapter(nn.Module, ABC):
     Shapes: ``A`` is ``(rank, in)`` and ``B`` is ``(out, rank)``, with ``(out, in)`` from ``matrix_shape``.
     """
 
-    is_linear: ClassVar[bool] = False  # chosen by target_modules="all-linear"
     drops_input: ClassVar[bool] = True  # `dropout` applies to this kind
     A: nn.Parameter
     B: nn.Parameter
     spec: AdapterSpec
 
-    def __init__(self, module: nn.Module, spec: AdapterSpec) -> None:
+    def __init__(self, module: nn.Module, spec: AdapterSpec, parameter: str = "weight") -> None:
         super().__init__()
         vars(self)["spec"] = spec
-        shape, device = self.matrix_shape(module), base_weight(module).device
+        shape, device = self.matrix_shape(module, parameter), base_parameter(module, parameter).device
         if device.type == "meta":
             A, B = torch.empty(spec.rank, shape[1], device=device), torch.empty(shape[0], spec.rank, device=device)
         else:
@@ -72,8 +71,18 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     @abstractmethod
-    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         """Return ``(out, in)`` of the module's weight, read as a matrix."""
+
+    @classmethod
+    def in_all_linear(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds are not
+        """Return whether ``target_modules="all-linear"`` means such a module."""
+        return False
+
+    @classmethod
+    def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:  # noqa: ARG003 - most kinds have one
+        """Return the parameters that naming such a module adapts."""
+        return ("weight",)
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:  # noqa: ARG003 - most kinds have none
@@ -148,7 +157,7 @@ class LoRALayer(Swapped):
     """
 
     class_prefix = "LoRA"
-    lora: Adapter
+    lora: Any  # an Adapter, or for layers of several parameters an AdapterGroup
     lora_mode: Mode = "active"
 
     @override
@@ -159,18 +168,25 @@ class LoRALayer(Swapped):
         inputs = args[0] if args else next(iter(kwargs.values()))
         return cast(Tensor, self.lora(inputs, output))
 
+    def adapters(self) -> dict[str, Adapter]:
+        """Return the adapters of this layer by the parameter that each updates."""
+        return {"weight": self.lora}
+
     @property
     def rank(self) -> int:
-        """Rank of the update."""
-        return self.lora.spec.rank
+        """Rank of the update, of a layer with one."""
+        return cast(Adapter, self.lora).spec.rank
 
     @property
     def scaling(self) -> float:
-        """Factor of ``B @ A``."""
-        return self.lora.spec.scaling
+        """Factor of ``B @ A``, of a layer with one update."""
+        return cast(Adapter, self.lora).spec.scaling
 
-    def delta_weight(self) -> Tensor:
-        """Return the update this layer adds to its base weight, in the weight's shape.
+    def delta_weight(self, parameter: str = "weight") -> Tensor:
+        """Return the update this layer adds to a base weight, in the weight's shape.
+
+        Args:
+            parameter: Which weight, of a layer with several.
 
         Returns:
             Tensor of the weight's shape, float32, or float64 if the factors are.
@@ -179,10 +195,15 @@ class LoRALayer(Swapped):
             Hu et al. 2021, arXiv:2106.09685, eq. 3.
         """
         with torch.no_grad():
-            return self.lora.delta_weight()
+            return self.adapters()[parameter].delta_weight()
+
+
+def base_parameter(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter that an adapter of ``module`` updates, without the update."""
+    parameter = module._parameters.get(name)
+    return cast(Tensor, getattr(module, name)) if parameter is None else parameter
 
 
 def base_weight(module: nn.Module) -> Tensor:
-    """Return the weight that an adapter of ``module`` updates, without the update."""
-    weight = module._parameters.get("weight")
-    return cast(Tensor, module.weight) if weight is None else weight
+    """Return the weight of ``module`` without the update."""
+    return base_parameter(module, "weight")

@@ -39,7 +39,7 @@ class ConvAdapter(Adapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         return _flattened(base_weight(module))
 
     @classmethod
@@ -47,8 +47,8 @@ class ConvAdapter(Adapter):
     def needs_weight(cls, module: nn.Module) -> bool:
         return _has_own_forward(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
-    def __init__(self, module: _ConvNd, spec: AdapterSpec) -> None:
-        super().__init__(module, spec)
+    def __init__(self, module: _ConvNd, spec: AdapterSpec, parameter: str = "weight") -> None:
+        super().__init__(module, spec, parameter)
         self.kernel = tuple(base_weight(module).shape)
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.padding, self.padding_mode = module.padding, module.padding_mode
@@ -87,7 +87,7 @@ class ConvTransposeAdapter(Adapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         return _flattened(base_weight(module))
 
     @classmethod
@@ -95,8 +95,8 @@ class ConvTransposeAdapter(Adapter):
     def needs_weight(cls, module: nn.Module) -> bool:
         return _has_own_forward(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
-    def __init__(self, module: _ConvTransposeNd, spec: AdapterSpec) -> None:
-        super().__init__(module, spec)
+    def __init__(self, module: _ConvTransposeNd, spec: AdapterSpec, parameter: str = "weight") -> None:
+        super().__init__(module, spec, parameter)
         self.kernel = tuple(base_weight(module).shape)
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.padding = cast(tuple[int, ...], module.padding)

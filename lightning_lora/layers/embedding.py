@@ -27,7 +27,7 @@ class EmbeddingAdapter(Adapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         assert isinstance(module, nn.Embedding)
         return module.embedding_dim, module.num_embeddings
 
@@ -45,8 +45,8 @@ class EmbeddingAdapter(Adapter):
         # Some models' embeddings scale their vectors, so the output is not the weight's row.
         return type(module).forward is not nn.Embedding.forward
 
-    def __init__(self, module: nn.Embedding, spec: AdapterSpec) -> None:
-        super().__init__(module, spec)
+    def __init__(self, module: nn.Embedding, spec: AdapterSpec, parameter: str = "weight") -> None:
+        super().__init__(module, spec, parameter)
         self.padding_idx = module.padding_idx
         self.scale_grad_by_freq = module.scale_grad_by_freq
 

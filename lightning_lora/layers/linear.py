@@ -12,7 +12,10 @@ from lightning_lora.layers.base import Adapter, base_weight
 class LinearAdapter(Adapter):
     """``y += scaling * dropout(x) @ A.T @ B.T`` beside any ``nn.Linear``."""
 
-    is_linear = True
+    @classmethod
+    @override
+    def in_all_linear(cls, module: nn.Module) -> bool:
+        return True
 
     @classmethod
     @override
@@ -21,7 +24,7 @@ class LinearAdapter(Adapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         assert isinstance(module, nn.Linear)
         return module.out_features, module.in_features
 
@@ -52,7 +55,7 @@ class Conv1DAdapter(LinearAdapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module) -> tuple[int, int]:
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         in_features, out_features = base_weight(module).shape
         return out_features, in_features
 

@@ -80,12 +80,6 @@ def test_dropout_does_not_drop_tokens(rng):
     assert torch.equal(layer.train()(x), layer.eval()(x))
 
 
-def test_a_bag_of_embeddings_is_refused_with_the_kinds_that_can_be_adapted():
-    model = nn.ModuleDict({"bag": nn.EmbeddingBag(V, D)})
-    with raises_and_changes_nothing(model, ValueError, "'bag' is a EmbeddingBag; .*nn.Embedding"):
-        attach(model, LoRAConfig(rank=4, target_modules=["bag"]))
-
-
 class Scaled(nn.Embedding):
     """As Bart's, Gemma's and others' in transformers."""
 

@@ -68,7 +68,6 @@ def test_a_subclass_that_scales_its_output_merges_to_what_it_computed_or_refuses
         (nn.Linear(4, 4), LinearAdapter),
         (CountingLinear(4, 4), LinearAdapter),
         (nn.Conv1d(4, 4, 1), ConvAdapter),
-        (nn.Bilinear(4, 4, 4), None),
         (nn.LayerNorm(4), None),
         (nn.Identity(), None),
     ],

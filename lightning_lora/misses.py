@@ -1,0 +1,73 @@
+"""Why an entry of a config reached nothing: each miss in one sentence, with near names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from torch import nn
+
+from lightning_lora.config import ALL_LINEAR, LoRAConfig
+from lightning_lora.layers import SUPPORTED, adapter_type
+from lightning_lora.targets import is_below, is_glob, listed, matches_pattern, near_names, selected, sweeps, unmatched
+
+Modules = Mapping[str, tuple[nn.Module, tuple[str, ...]]]  # first name -> module, all its names
+
+
+def missed_entries(
+    config: LoRAConfig,
+    root: str,
+    modules: Modules,
+    *,
+    reached: Sequence[str],
+    covered: Collection[str],
+    saved: Collection[str],
+) -> Iterator[str]:
+    """Yield what is to be said of every entry that did nothing.
+
+    Args:
+        config: The request.
+        root: What to call the model.
+        modules: Its modules.
+        reached: Names of the adapters that will be.
+        covered: All names of the layers that the targets cover, adapted or left out.
+        saved: Names of the modules to be trained in full.
+    """
+    everything = [names for _, names in modules.values()]
+    yield from _missed_targets(config, root, modules, everything, covered)
+    for option in ("exclude_modules", "modules_to_save"):
+        for entry in unmatched(getattr(config, option), everything):
+            yield _miss(config, root, option, entry, everything)
+    for entry in filter(is_glob, config.modules_to_save):
+        # A glob may sweep over what has no parameters, but it must reach something that has.
+        found = [name for name, (_, names) in modules.items() if selected((entry,), names)]
+        if found and not any(is_below(name, saved) for name in found):
+            yield f"modules_to_save={entry!r} matched no module with parameters: {listed(found)}."
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option):
+            if not any(matches_pattern(key, name) for name in covered):
+                yield _miss(config, root, option, key, [(name,) for name in reached])
+
+
+def _missed_targets(
+    config: LoRAConfig, root: str, modules: Modules, everything: list[tuple[str, ...]], covered: Collection[str]
+) -> Iterator[str]:
+    if config.target_modules == ALL_LINEAR:
+        if not covered:
+            yield f"target_modules={ALL_LINEAR!r}: {root} has no linear layer."
+        return
+    adaptable = [names for submodule, names in modules.values() if adapter_type(submodule)]
+    unknown = unmatched(config.target_modules, everything)
+    for entry in unmatched(config.target_modules, adaptable):
+        if entry in unknown:
+            yield _miss(config, root, "target_modules", entry, everything)
+        elif sweeps(config.target_modules, entry):
+            yield f"target_modules={entry!r} matched no layer of a kind that has an adapter: {SUPPORTED}."
+
+
+def _miss(config: LoRAConfig, root: str, option: str, entry: str, pool: list[tuple[str, ...]]) -> str:
+    near = near_names(entry, (name for names in pool for name in names))
+    hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
+    if option == "target_modules" and config.target_modules == entry:
+        hint += " A string is one regular expression over full names; put a name into a list."
+    what = "adapted layer" if option.endswith("pattern") else "module"
+    return f"{option}={entry!r} matched no {what} of {root}.{hint}"
