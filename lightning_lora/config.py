@@ -33,6 +33,8 @@ class LoRAConfig:
         target_modules: Layers to adapt: ``"all-linear"``, a list of names, or one regular expression that must match
             the full name (as in PEFT).
         exclude_modules: Layers left out, with everything below them: a list of names or one regular expression.
+        target_parameters: Parameters of two or more dimensions to adapt wherever they are: names, ends of names, globs.
+            One of three is a stack of experts, ``(experts, out, in)``, and every expert gets factors of its own.
         modules_to_save: Modules trained in full and saved with the adapter, such as a new head.
         rank_pattern: Ranks of single layers, ``{name or regular expression: rank}``; the first match wins.
         alpha_pattern: Alphas of single layers, in the same way.
@@ -58,6 +60,7 @@ class LoRAConfig:
     dropout: Probability = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] = ()
+    target_parameters: Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
     rank_pattern: Mapping[str, PositiveInt] = field(default_factory=dict)
     alpha_pattern: Mapping[str, PositiveFloat] = field(default_factory=dict)
@@ -78,13 +81,14 @@ class LoRAConfig:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             self._set(name, _regular_expression(name, value) if isinstance(value, str) else _names(name, value))
-        if not self.target_modules:
+        for name in ("target_parameters", "modules_to_save"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"LoRAConfig.{name} must be a list of names, got {getattr(self, name)!r}.")
+            self._set(name, _names(name, getattr(self, name)))
+        if not (self.target_modules or self.target_parameters):
             raise ValueError(
                 f"LoRAConfig.target_modules={self.target_modules!r} names nothing. Use {ALL_LINEAR!r} or names."
             )
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"LoRAConfig.modules_to_save must be a list of names, got {self.modules_to_save!r}.")
-        self._set("modules_to_save", _names("modules_to_save", self.modules_to_save))
         self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank, int))
         self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha, float))
         if not isinstance(self.use_rslora, bool):

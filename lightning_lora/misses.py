@@ -8,7 +8,17 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers import SUPPORTED, adapter_type
-from lightning_lora.targets import is_below, is_glob, listed, matches_pattern, near_names, selected, sweeps, unmatched
+from lightning_lora.targets import (
+    is_below,
+    is_glob,
+    join,
+    listed,
+    matches_pattern,
+    near_names,
+    selected,
+    sweeps,
+    unmatched,
+)
 
 Modules = Mapping[str, tuple[nn.Module, tuple[str, ...]]]  # first name -> module, all its names
 
@@ -37,22 +47,29 @@ def missed_entries(
     for option in ("exclude_modules", "modules_to_save"):
         for entry in unmatched(getattr(config, option), everything):
             yield _miss(config, root, option, entry, everything)
-    for entry in filter(is_glob, config.modules_to_save):
-        # A glob may sweep over what has no parameters, but it must reach something that has.
-        found = [name for name, (_, names) in modules.items() if selected((entry,), names)]
-        if found and not any(is_below(name, saved) for name in found):
-            yield f"modules_to_save={entry!r} matched no module with parameters: {listed(found)}."
+    parameters = [[join(n, key) for n in names] for part, names in modules.values() for key in part._parameters]
+    for entry in unmatched(config.target_parameters, parameters):
+        yield _miss(config, root, "target_parameters", entry, parameters)
+    yield from _empty_saves(config, modules, saved)
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):
             if not any(matches_pattern(key, name) for name in covered):
                 yield _miss(config, root, option, key, [(name,) for name in reached])
 
 
+def _empty_saves(config: LoRAConfig, modules: Modules, saved: Collection[str]) -> Iterator[str]:
+    """A glob may sweep over what has no parameters, but it must reach something that has."""
+    for entry in filter(is_glob, config.modules_to_save):
+        found = [name for name, (_, names) in modules.items() if selected((entry,), names)]
+        if found and not any(is_below(name, saved) for name in found):
+            yield f"modules_to_save={entry!r} matched no module with parameters: {listed(found)}."
+
+
 def _missed_targets(
     config: LoRAConfig, root: str, modules: Modules, everything: list[tuple[str, ...]], covered: Collection[str]
 ) -> Iterator[str]:
     if config.target_modules == ALL_LINEAR:
-        if not covered:
+        if not (covered or config.target_parameters):
             yield f"target_modules={ALL_LINEAR!r}: {root} has no linear layer."
         return
     adaptable = [names for submodule, names in modules.values() if adapter_type(submodule)]
@@ -64,10 +81,10 @@ def _missed_targets(
             yield f"target_modules={entry!r} matched no layer of a kind that has an adapter: {SUPPORTED}."
 
 
-def _miss(config: LoRAConfig, root: str, option: str, entry: str, pool: list[tuple[str, ...]]) -> str:
+def _miss(config: LoRAConfig, root: str, option: str, entry: str, pool: Sequence[Sequence[str]]) -> str:
     near = near_names(entry, (name for names in pool for name in names))
     hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
     if option == "target_modules" and config.target_modules == entry:
         hint += " A string is one regular expression over full names; put a name into a list."
-    what = "adapted layer" if option.endswith("pattern") else "module"
-    return f"{option}={entry!r} matched no {what} of {root}.{hint}"
+    what = {"rank_pattern": "adapted layer", "alpha_pattern": "adapted layer", "target_parameters": "parameter"}
+    return f"{option}={entry!r} matched no {what.get(option, 'module')} of {root}.{hint}"

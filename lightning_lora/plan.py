@@ -20,9 +20,10 @@ from lightning_lora.layers import (
     adapter_type,
     base_parameter,
     has_running_statistics,
-    taken_names,
+    parameter_adapter,
 )
 from lightning_lora.misses import missed_entries
+from lightning_lora.obstacles import Obstacles
 from lightning_lora.targets import (
     first_match,
     is_below,
@@ -30,17 +31,9 @@ from lightning_lora.targets import (
     join,
     listed,
     module_names,
-    output_embeddings,
     selected,
     sweeps,
-    tied_names,
 )
-
-# Parents that read their children's weights, always or in evaluation, so that the weight must carry the update.
-_WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
-}
 
 
 class PlannedLayer(NamedTuple):
@@ -108,15 +101,7 @@ class _Planner:
         own = {id(part) for layer, _ in found.values() if isinstance(layer, LoRALayer) for part in layer.lora.modules()}
         self.modules = {name: entry for name, entry in found.items() if id(entry[0]) not in own} if own else found
         self.automatic = config.target_modules == ALL_LINEAR
-        self.tied = tied_names(module)
-        self.heads = {id(head) for head in output_embeddings(module)}
-        self.weight_readers = {
-            id(getattr(parent, child)): type(parent).__name__
-            for parent, _ in self.modules.values()
-            for kind, children in _WEIGHT_READERS.items()
-            if isinstance(parent, kind)
-            for child in children
-        }
+        self.obstacles = Obstacles(module, config, (part for part, _ in self.modules.values()))
         self.problems: list[str] = []
 
     def plan(self) -> Plan:
@@ -141,6 +126,7 @@ class _Planner:
                 plan.left_out[name] = "in exclude_modules"
             else:
                 self._add(plan, names, submodule, pattern, adapter)
+        self._add_target_parameters(plan)
         norms = [name for name, (part, _) in self.modules.items() if has_running_statistics(part)]
         plan.norms = sum(1 for name in norms if not is_below(name, saved))
         self._explain_misses(plan)
@@ -189,11 +175,27 @@ class _Planner:
             self._add_parameter(plan, names, submodule, pattern, adapter, parameter)
         if isinstance(submodule, nn.MultiheadAttention) and not self.automatic:
             projection = tuple(join(alias, "out_proj") for alias in names)
-            if not self._chosen_itself(projection):
+            left_alone = selected(self.config.exclude_modules, projection)
+            if not (left_alone or selected(self.config.target_modules, projection)):
                 self._add(plan, projection, submodule.out_proj, pattern, adapter_type(submodule.out_proj))
 
-    def _chosen_itself(self, names: tuple[str, ...]) -> bool:
-        return selected(self.config.target_modules, names) is not None
+    def _add_target_parameters(self, plan: Plan) -> None:
+        """Plan the parameters that are named by themselves."""
+        adapted = {layer.name for layer in plan.layers}
+        for name, (submodule, names) in self.modules.items():
+            for key, parameter in submodule._parameters.items():
+                entry = selected(self.config.target_parameters, [join(alias, key) for alias in names])
+                if entry is None or parameter is None or (parameter.ndim < 2 and is_glob(entry)):
+                    continue
+                option, full = f"target_parameters={entry!r}", join(name, key)
+                if parameter.ndim < 2:
+                    self.problems.append(f"{option}: {full!r} has {parameter.ndim} dimension; LoRA needs two or more.")
+                elif not name:
+                    self.problems.append(f"{option}: {full!r} belongs to the model itself; move it into a module.")
+                elif name in adapted:
+                    self.problems.append(f"{option}: target_modules adapts {name!r} already; exclude it there.")
+                else:
+                    self._add_parameter(plan, names, submodule, option, parameter_adapter(submodule, key), key)
 
     def _add_parameter(
         self,
@@ -209,20 +211,19 @@ class _Planner:
         known_as = names if label == name else (*names, *(join(alias, parameter) for alias in names))
         shape = adapter.matrix_shape(submodule, parameter)
         rank = first_match(self.config.rank_pattern, known_as, self.config.rank)
-        reason = self._obstacle(join(name, parameter), submodule, adapter, rank, shape)
+        reason = self.obstacles.of(join(name, parameter), submodule, adapter, rank, shape)
         if reason is None:
-            in_weight = adapter.needs_weight(submodule) or id(submodule) in self.weight_readers
+            in_weight = adapter.needs_weight(submodule) or self.obstacles.is_read_by_parent(submodule)
             spec = self._spec(base_parameter(submodule, parameter), known_as, label, rank)
-            count = rank * sum(shape)
-            plan.layers.append(
-                PlannedLayer(name, submodule, pattern, adapter, spec, parameter, in_weight, label, count)
-            )
-            if count >= math.prod(shape):
+            size = adapter.stack(submodule, parameter) * rank * sum(shape)
+            plan.layers.append(PlannedLayer(name, submodule, pattern, adapter, spec, parameter, in_weight, label, size))
+            if rank * sum(shape) >= math.prod(shape):
                 plan.wasteful.append(f"{label} (rank {rank}, weight {shape[0]} x {shape[1]})")
-        elif self.automatic:
+        elif pattern == ALL_LINEAR:
             plan.left_out[label] = reason
         else:
-            self.problems.append(f"target_modules={pattern!r}: {label!r} cannot be adapted: {reason}.")
+            option = pattern if pattern.startswith("target_parameters=") else f"target_modules={pattern!r}"
+            self.problems.append(f"{option}: {label!r} cannot be adapted: {reason}.")
 
     def _spec(self, weight: Tensor, known_as: tuple[str, ...], label: str, rank: int) -> AdapterSpec:
         # A float32 adapter would quietly lower the precision of a float64 layer.
@@ -235,37 +236,6 @@ class _Planner:
             dtype=dtype,
             seed=layer_seed(self.seed, label, weight.shape),
         )
-
-    def _obstacle(
-        self, weight_name: str, submodule: nn.Module, adapter: type[Adapter], rank: int, shape: tuple[int, int]
-    ) -> str | None:
-        """Return why this layer cannot be adapted, or None."""
-        if reason := adapter.obstacle(submodule) or self._obstacle_of_instance(submodule):
-            return reason
-        if others := self.tied.get(weight_name):
-            return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it"
-        if self.automatic and id(submodule) in self.heads:
-            return "output embedding of a transformers model"
-        if rank > min(shape):
-            return f"rank {rank} is above {min(shape)}, the highest rank of its weight; give it less with rank_pattern"
-        if self.config.dropout and adapter.drops_input:
-            return self._obstacle_of_dropout(submodule, adapter)
-        return None
-
-    def _obstacle_of_dropout(self, submodule: nn.Module, adapter: type[Adapter]) -> str | None:
-        if reader := self.weight_readers.get(id(submodule)):
-            return f"its parent, a {reader}, reads the weight, which must carry the update; that needs dropout=0"
-        if adapter.needs_weight(submodule):
-            kind = type(submodule).__name__
-            return f"a {kind} has a forward of its own, so its weight must carry the update; that needs dropout=0"
-        return None
-
-    def _obstacle_of_instance(self, submodule: nn.Module) -> str | None:
-        if "forward" in vars(submodule):
-            return "its forward was replaced on the instance, so an adapter would never run"
-        if not isinstance(submodule, LoRALayer) and (taken := taken_names(submodule)):
-            return f"it has attributes of its own named {sorted(taken)}, which an adapted layer needs"
-        return None
 
     def _unsupported(self, name: str, submodule: nn.Module) -> str:
         kind = type(submodule).__name__
@@ -283,7 +253,7 @@ class _Planner:
         for name, submodule in saved.items():
             for key, _ in submodule.named_parameters():
                 full = join(name, key)
-                if outside := [other for other in self.tied.get(full, ()) if not is_below(other, saved)]:
+                if outside := [other for other in self.obstacles.tied.get(full, ()) if not is_below(other, saved)]:
                     self.problems.append(
                         f"modules_to_save: {full!r} is tied to {outside}, which would change with it. Name the "
                         "modules on both sides, or untie them."

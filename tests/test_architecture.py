@@ -20,7 +20,7 @@ _BOTTOM_UP = [
     {"config", "report", "layers.base", "layers.norm"},
     {"layers.linear", "layers.embedding", "layers.conv", "layers.weight"},
     {"layers"},
-    {"attachment", "misses", "optimizers"},
+    {"attachment", "misses", "obstacles", "optimizers"},
     {"plan"},
     {"freezing"},
     {"switching"},

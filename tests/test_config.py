@@ -20,6 +20,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "target_modules": ["q_proj", "blocks.*.v_proj"],
     "exclude_modules": ["blocks.1"],
     "modules_to_save": ["head"],
+    "target_parameters": ["experts.up"],
     "rank_pattern": {"v_proj": 2},
     "alpha_pattern": {"q_proj": 1.5},
     "use_rslora": True,
@@ -37,6 +38,7 @@ WRONG_TYPE = {
     "target_modules": NO_NAMES,
     "exclude_modules": NO_NAMES,
     "modules_to_save": [*NO_NAMES, "head"],
+    "target_parameters": [*NO_NAMES, "up"],
     "rank_pattern": [None, 3, "a", ["a"], {"a": "4"}, {"a": 2.0}, {"a": None}, {"a": True}],
     "alpha_pattern": [None, 3, "a", ["a"], {"a": "4"}, {"a": None}, {"a": True}],
     "use_rslora": ["false", "no", 1, 0, None],
@@ -48,6 +50,7 @@ WRONG_VALUE = {
     "target_modules": ["", [], (), ["a", ""], "(", "*", "a[", "q_proj)"],
     "exclude_modules": [[""], ["a", ""], "(", "*"],
     "modules_to_save": [[""]],
+    "target_parameters": [[""]],
     "rank_pattern": [{"a": 0}, {"a": -3}],
     "alpha_pattern": [{"a": 0}, {"a": math.nan}, {"a": math.inf}, {"a": -1.0}],
     "init": ["", "pissa", "Kaiming", 3, None, True],
@@ -147,7 +150,7 @@ def test_a_changed_copy_validates_too():
         dataclasses.replace(LoRAConfig(), rank=0)
 
 
-@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "modules_to_save"])
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "modules_to_save", "target_parameters"])
 def test_a_config_keeps_its_own_copy_of_a_list(option: str):
     names = ["head"]
     config = LoRAConfig(**{option: names})

@@ -12,7 +12,7 @@ from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.layers.norm import FrozenNorm, has_running_statistics
 from lightning_lora.layers.swap import Swapped, swap_in, swap_out
-from lightning_lora.layers.weight import AdapterGroup, ParameterAdapter, WeightLoRALayer, swapped_as
+from lightning_lora.layers.weight import AdapterGroup, ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
 from lightning_lora.targets import clean_name, join
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -83,6 +83,7 @@ __all__ = [
     "base_weight",
     "has_running_statistics",
     "lora_layers",
+    "parameter_adapter",
     "swap_in",
     "swap_out",
     "swapped_as",

@@ -55,14 +55,15 @@ class Adapter(nn.Module, ABC):
     def __init__(self, module: nn.Module, spec: AdapterSpec, parameter: str = "weight") -> None:
         super().__init__()
         vars(self)["spec"] = spec
+        self.prepare(module, parameter)
         shape, device = self.matrix_shape(module, parameter), base_parameter(module, parameter).device
-        if device.type == "meta":
-            A, B = torch.empty(spec.rank, shape[1], device=device), torch.empty(shape[0], spec.rank, device=device)
-        else:
-            A, B = self.start(*shape)
+        A, B = self.start(*shape)
         # Straight into the tables: nn.Module.__setattr__ asks what is known here, for a third of attaching's time.
         self._parameters["A"] = nn.Parameter(A.to(device, spec.dtype))
         self._parameters["B"] = nn.Parameter(B.to(device, spec.dtype))
+
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        """Keep what the update needs to know of the module besides the factors."""
 
     @classmethod
     @abstractmethod
@@ -73,6 +74,11 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         """Return ``(out, in)`` of the module's weight, read as a matrix."""
+
+    @classmethod
+    def stack(cls, module: nn.Module, parameter: str) -> int:  # noqa: ARG003 - most kinds hold one
+        """Return how many matrices the parameter is a stack of; each has factors of its own."""
+        return 1
 
     @classmethod
     def in_all_linear(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds are not
@@ -115,7 +121,7 @@ class Adapter(nn.Module, ABC):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Go back to the start; called after a module on the meta device has been given memory."""
-        A, B = self.start(self.B.shape[0], self.A.shape[1])
+        A, B = self.start(self.B.shape[-2], self.A.shape[-1])
         self.A.copy_(A)
         self.B.copy_(B)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import override
 
-from lightning_lora.layers.base import Adapter, AdapterSpec, base_weight
+from lightning_lora.layers.base import Adapter, base_weight
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -47,8 +47,9 @@ class ConvAdapter(Adapter):
     def needs_weight(cls, module: nn.Module) -> bool:
         return _has_own_forward(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
-    def __init__(self, module: _ConvNd, spec: AdapterSpec, parameter: str = "weight") -> None:
-        super().__init__(module, spec, parameter)
+    @override
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        assert isinstance(module, _ConvNd)
         self.kernel = tuple(base_weight(module).shape)
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.padding, self.padding_mode = module.padding, module.padding_mode
@@ -95,8 +96,9 @@ class ConvTransposeAdapter(Adapter):
     def needs_weight(cls, module: nn.Module) -> bool:
         return _has_own_forward(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
-    def __init__(self, module: _ConvTransposeNd, spec: AdapterSpec, parameter: str = "weight") -> None:
-        super().__init__(module, spec, parameter)
+    @override
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        assert isinstance(module, _ConvTransposeNd)
         self.kernel = tuple(base_weight(module).shape)
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.padding = cast(tuple[int, ...], module.padding)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.initializers import seeded, standard_normal, zeros
-from lightning_lora.layers.base import Adapter, AdapterSpec
+from lightning_lora.layers.base import Adapter
 
 
 class EmbeddingAdapter(Adapter):
@@ -45,8 +45,9 @@ class EmbeddingAdapter(Adapter):
         # Some models' embeddings scale their vectors, so the output is not the weight's row.
         return type(module).forward is not nn.Embedding.forward
 
-    def __init__(self, module: nn.Embedding, spec: AdapterSpec, parameter: str = "weight") -> None:
-        super().__init__(module, spec, parameter)
+    @override
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        assert isinstance(module, nn.Embedding)
         self.padding_idx = module.padding_idx
         self.scale_grad_by_freq = module.scale_grad_by_freq
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import Adapter, AdapterSpec, LoRALayer, base_parameter
+from lightning_lora.initializers import INITIALIZERS, seeded, zeros
+from lightning_lora.layers.base import Adapter, LoRALayer, base_parameter
 
 # What naming a module of these kinds adapts; attention's output projection is a layer of its own.
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -60,8 +61,8 @@ class ParameterAdapter(Adapter):
     def needs_weight(cls, module: nn.Module) -> bool:
         return True
 
-    def __init__(self, module: nn.Module, spec: AdapterSpec, parameter: str = "weight") -> None:
-        super().__init__(module, spec, parameter)
+    @override
+    def prepare(self, module: nn.Module, parameter: str) -> None:
         self.parameter_shape = base_parameter(module, parameter).shape
 
     @override
@@ -71,6 +72,55 @@ class ParameterAdapter(Adapter):
     @override
     def delta_weight(self) -> Tensor:
         return self.matrix_delta().view(self.parameter_shape)
+
+
+class ExpertsAdapter(ParameterAdapter):
+    """``W[e] + scaling * B[e] @ A[e]`` for every expert ``e`` of a stack ``(experts, out, in)``.
+
+    ``A`` is ``(experts, rank, in)`` and ``B`` is ``(experts, out, rank)``. A module whose ``is_transposed`` is true
+    stores ``(experts, in, out)``, as some in transformers do.
+    """
+
+    @classmethod
+    @override
+    def accepts(cls, module: nn.Module) -> bool:
+        return False  # a stack is named by its parameter, never by its module
+
+    @classmethod
+    @override
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
+        _, out_features, in_features = base_parameter(module, parameter).shape
+        return (in_features, out_features) if _is_transposed(module) else (out_features, in_features)
+
+    @classmethod
+    @override
+    def stack(cls, module: nn.Module, parameter: str) -> int:
+        return base_parameter(module, parameter).shape[0]
+
+    @override
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        super().prepare(module, parameter)
+        self.is_transposed = _is_transposed(module)
+
+    @override
+    def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        experts, rank, generator = self.parameter_shape[0], self.spec.rank, seeded(self.spec.seed)
+        A = torch.stack([INITIALIZERS[self.spec.init](rank, in_features, generator) for _ in range(experts)])
+        return A, zeros(experts * out_features, rank).view(experts, out_features, rank)
+
+    @override
+    def delta_weight(self) -> Tensor:
+        delta = self.matrix_delta()
+        return delta.transpose(1, 2) if self.is_transposed else delta
+
+
+def parameter_adapter(module: nn.Module, parameter: str) -> type[ParameterAdapter]:
+    """Return the adapter for a parameter named by itself."""
+    return ExpertsAdapter if base_parameter(module, parameter).ndim == 3 else ParameterAdapter
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_transposed", False))
 
 
 class AdapterGroup(nn.ModuleDict):

@@ -275,3 +275,90 @@ def test_dropout_is_refused_by_name():
     model = nn.ModuleDict({"layer": nn.LSTM(8, 6)})
     with raises_and_changes_nothing(model, ValueError, "a LSTM has a forward of its own.*dropout=0"):
         attach(model, LoRAConfig(rank=2, dropout=0.1, target_modules=["layer"]))
+
+
+# --- parameters named by themselves
+
+
+class Experts(nn.Module):
+    """A mixture of experts with stacked weights, in either layout."""
+
+    def __init__(self, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.up = nn.Parameter(torch.randn(3, 6, 8).double())
+        self.down = nn.Parameter(torch.randn(3, 8, 6).double())
+        self.scale = nn.Parameter(torch.ones(3).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (w.transpose(1, 2) if self.is_transposed else w for w in (self.up, self.down))
+        if self.is_transposed:
+            up, down = down, up
+        hidden = torch.tanh(torch.einsum("bi,eoi->beo", x, up)) * self.scale[:, None]
+        return torch.einsum("bei,eoi->bo", hidden, down)
+
+
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_every_expert_of_a_stack_has_factors_of_its_own(is_transposed: bool, rng):
+    model = nn.ModuleDict({"experts": Experts(is_transposed)})
+    base = copy.deepcopy(model)
+    config = LoRAConfig(rank=2, alpha=3.0, target_modules=[], target_parameters=["experts.up", "*.down"])
+    report = attach(model, config)
+    layer = model["experts"]
+    assert report.adapter_parameters == sum(p.numel() for p in layer.lora.parameters()) == 2 * 3 * 2 * (6 + 8)
+    into, out = (6, 8) if is_transposed else (8, 6)
+    assert layer.lora["up"].A.shape == (3, 2, into)
+    assert layer.lora["up"].B.shape == (3, out, 2)
+    assert not torch.equal(layer.lora["up"].A[0], layer.lora["up"].A[1])
+    x = torch.randn(4, 8, generator=rng, dtype=torch.float64)
+    assert torch.equal(layer(x), base["experts"](x))
+    train_all(model, rng)
+    output = layer(x)
+    with torch.no_grad():
+        for name in ("up", "down"):
+            adapter = layer.lora[name]
+            for expert in range(3):
+                delta = 1.5 * adapter.B[expert] @ adapter.A[expert]
+                getattr(base["experts"], name)[expert] += delta.T if is_transposed else delta
+    torch.testing.assert_close(output, base["experts"](x), rtol=0, atol=1e-10)
+    merge(model)
+    torch.testing.assert_close(layer(x), output, rtol=0, atol=1e-10)
+
+
+def test_any_matrix_can_be_named_beside_target_modules(rng):
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.eye(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.mix
+
+    model = nn.Sequential(nn.Linear(8, 8), Mixer())
+    attach(model, LoRAConfig(rank=2, target_modules=["0"], target_parameters=["mix"]))
+    assert list(all_adapters(model)) == ["0", "1.mix"]
+    train_all(model, rng)
+    x = torch.randn(3, 8, generator=rng)
+    output = model(x)
+    state = adapter_state_dict(model)
+    assert set(state) == {"0.lora.A", "0.lora.B", "1.lora.mix.A", "1.lora.mix.B"}
+    merge(model)
+    torch.testing.assert_close(model(x), output, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"target_parameters": ["1.weigth"]}, r"target_parameters='1.weigth' matched no parameter.*'1.weight'"),
+        ({"target_parameters": ["0.bias"]}, r"'0.bias' has 1 dimension; LoRA needs two or more"),
+        ({"target_parameters": ["0.weight"]}, r"target_modules adapts '0' already"),
+        ({"target_parameters": ["top"]}, r"'top' belongs to the model itself"),
+        ({"target_parameters": ["1.weight"], "dropout": 0.1}, r"needs dropout=0"),
+        ({"target_parameters": ["1.weight"], "rank": 9}, r"rank 9 is above 8"),
+    ],
+)
+def test_a_parameter_that_cannot_be_adapted_is_refused_by_name(config: dict[str, Any], message: str):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model.top = nn.Parameter(torch.zeros(4, 4))
+    with raises_and_changes_nothing(model, ValueError, message):
+        attach(model, LoRAConfig(**({"rank": 2, "target_modules": ["0"]} | config)))
