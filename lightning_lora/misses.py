@@ -47,9 +47,10 @@ def missed_entries(
     for option in ("exclude_modules", "modules_to_save"):
         for entry in unmatched(getattr(config, option), everything):
             yield _miss(config, root, option, entry, everything)
-    parameters = [[join(n, key) for n in names] for part, names in modules.values() for key in part._parameters]
-    for entry in unmatched(config.target_parameters, parameters):
-        yield _miss(config, root, "target_parameters", entry, parameters)
+    if config.target_parameters:
+        parameters = [[join(n, key) for n in names] for part, names in modules.values() for key in part._parameters]
+        for entry in unmatched(config.target_parameters, parameters):
+            yield _miss(config, root, "target_parameters", entry, parameters)
     yield from _empty_saves(config, modules, saved)
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option):

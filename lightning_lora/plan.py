@@ -105,7 +105,6 @@ class _Planner:
         self.problems: list[str] = []
 
     def plan(self) -> Plan:
-        self._refuse_shapeless()
         modules = {name: part for name, (part, _) in self.modules.items()}
         plan = Plan(modules=modules, base_parameters=self._count_parameters())
         for name, (submodule, names) in self.modules.items():
@@ -136,6 +135,8 @@ class _Planner:
 
     def _count_parameters(self) -> int:
         unique = {p for part, _ in self.modules.values() for p in part._parameters.values()}  # a set goes by identity
+        if any(isinstance(p, nn.UninitializedParameter) for p in unique):
+            self._refuse_shapeless()
         return sum(p.numel() for p in unique if p is not None)
 
     def _refuse_shapeless(self) -> None:
@@ -144,10 +145,9 @@ class _Planner:
             for name, (part, _) in self.modules.items()
             if any(isinstance(p, nn.UninitializedParameter) for p in part._parameters.values())
         ]
-        if shapeless:
-            raise ValueError(
-                f"The weights of {listed(shapeless)} have no shape yet; run one batch through the {self._root()} first."
-            )
+        raise ValueError(
+            f"The weights of {listed(shapeless)} have no shape yet; run one batch through the {self._root()} first."
+        )
 
     def _choosing_pattern(
         self, adapter: type[Adapter] | None, submodule: nn.Module, names: tuple[str, ...]
@@ -181,6 +181,8 @@ class _Planner:
 
     def _add_target_parameters(self, plan: Plan) -> None:
         """Plan the parameters that are named by themselves."""
+        if not self.config.target_parameters:
+            return
         adapted = {layer.name for layer in plan.layers}
         for name, (submodule, names) in self.modules.items():
             for key, parameter in submodule._parameters.items():
