@@ -192,6 +192,9 @@ def _swap_out_adapter(layer: LoRALayer) -> None:
 
 
 def _noted(module: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> Attachment:
+    dtype_names = {
+        dtype: str(dtype).removeprefix("torch.") for dtype in {planned.spec.dtype for planned in plan.layers}
+    }
     layers = [
         AdaptedLayer(
             name=planned.label,
@@ -199,7 +202,7 @@ def _noted(module: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> Atta
             rank=planned.spec.rank,
             scaling=planned.spec.scaling,
             parameters=planned.size,
-            dtype=str(planned.spec.dtype).removeprefix("torch."),
+            dtype=dtype_names[planned.spec.dtype],
         )
         for planned in plan.layers
     ]
