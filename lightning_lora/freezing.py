@@ -24,7 +24,9 @@ def freeze_parameters(modules: Mapping[str, nn.Module], attachment: Attachment) 
         for key, parameter in part._parameters.items():
             if parameter is not None:
                 attachment.required_grad.setdefault(join(path, key), parameter.requires_grad)
-                parameter.requires_grad_(trains and parameter.is_floating_point())
+                wanted = trains and parameter.is_floating_point()
+                if parameter.requires_grad != wanted:
+                    parameter.requires_grad_(wanted)
 
 
 def freeze_norms(module: nn.Module) -> None:

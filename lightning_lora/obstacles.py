@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from torch import nn
 
@@ -24,14 +24,16 @@ class Obstacles:
         tied: Parameters that share memory with others -> the others.
     """
 
-    def __init__(self, module: nn.Module, config: LoRAConfig, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, module: nn.Module, config: LoRAConfig, modules: Collection[nn.Module]) -> None:
         self.config = config
         self.tied = tied_names(module)
         self._automatic = config.target_modules == ALL_LINEAR
-        self._heads = {id(head) for head in output_embeddings(module)}
+        self._heads = {id(head) for head in output_embeddings(modules)}
+        readers = tuple(_WEIGHT_READERS)
         self._readers = {
             id(getattr(parent, child)): type(parent).__name__
             for parent in modules
+            if isinstance(parent, readers)
             for kind, children in _WEIGHT_READERS.items()
             if isinstance(parent, kind)
             for child in children

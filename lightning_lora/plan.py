@@ -22,7 +22,7 @@ from lightning_lora.layers import (
     has_running_statistics,
     parameter_adapter,
 )
-from lightning_lora.misses import missed_entries
+from lightning_lora.misses import Modules, missed_entries
 from lightning_lora.obstacles import Obstacles
 from lightning_lora.targets import (
     first_match,
@@ -30,7 +30,6 @@ from lightning_lora.targets import (
     is_glob,
     join,
     listed,
-    module_names,
     selected,
     sweeps,
 )
@@ -85,23 +84,28 @@ class Plan:
     norms: int = 0
 
 
-def make_plan(module: nn.Module, config: LoRAConfig, seed: int) -> Plan:
+def make_plan(module: nn.Module, modules: Modules, config: LoRAConfig, seed: int) -> Plan:
     """Resolve a config against a model without changing it.
+
+    Args:
+        module: The model.
+        modules: What ``module_names`` says of it.
+        config: The request.
+        seed: The seed of the starts.
 
     Raises:
         ValueError: Entries match nothing or name layers that cannot be adapted; one error lists them all.
     """
-    return _Planner(module, config, seed).plan()
+    return _Planner(module, modules, config, seed).plan()
 
 
 class _Planner:
-    def __init__(self, module: nn.Module, config: LoRAConfig, seed: int) -> None:
+    def __init__(self, module: nn.Module, found: Modules, config: LoRAConfig, seed: int) -> None:
         self.module, self.config, self.seed = module, config, seed
-        found = module_names(module)
         own = {id(part) for layer, _ in found.values() if isinstance(layer, LoRALayer) for part in layer.lora.modules()}
         self.modules = {name: entry for name, entry in found.items() if id(entry[0]) not in own} if own else found
         self.automatic = config.target_modules == ALL_LINEAR
-        self.obstacles = Obstacles(module, config, (part for part, _ in self.modules.values()))
+        self.obstacles = Obstacles(module, config, [part for part, _ in self.modules.values()])
         self.problems: list[str] = []
 
     def plan(self) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -29,7 +29,7 @@ from lightning_lora.layers import (
 from lightning_lora.plan import Plan, PlannedLayer, make_plan
 from lightning_lora.report import AdaptedLayer, AttachReport
 from lightning_lora.switching import check_mergeable, fold, set_mode
-from lightning_lora.targets import listed
+from lightning_lora.targets import listed, module_names
 
 
 def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0) -> AttachReport:
@@ -55,9 +55,10 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 4.1.
     """
     config = LoRAConfig() if config is None else config
-    _refuse_other_adapters(module, config, seed)
     with _no_garbage_collection():
-        plan = make_plan(module, config, seed)
+        modules = module_names(module)
+        _refuse_other_adapters(module, (part for part, _ in modules.values()), config, seed)
+        plan = make_plan(module, modules, config, seed)
         _refuse_wrapped(module, plan)
         _warn_of_waste(plan)
         made = [
@@ -127,7 +128,7 @@ def _is_new(layer: PlannedLayer) -> bool:
     return not isinstance(layer.module, LoRALayer)
 
 
-def _refuse_other_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> None:
+def _refuse_other_adapters(module: nn.Module, parts: Iterable[nn.Module], config: LoRAConfig, seed: int) -> None:
     own = get_attachment(module)
     if own is not None and (own.config, own.seed) != (config, seed):
         before, after = own.config.to_dict() | {"seed": own.seed}, config.to_dict() | {"seed": seed}
@@ -136,7 +137,8 @@ def _refuse_other_adapters(module: nn.Module, config: LoRAConfig, seed: int) -> 
             f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). "
             "Call detach(module) first, or use the same config."
         )
-    if own is None and (layers := lora_layers(module)):
+    if own is None and any(isinstance(part, LoRALayer) for part in parts):
+        layers = lora_layers(module)
         raise ValueError(
             f"{len(layers)} layers of {type(module).__name__} already carry adapters, such as {next(iter(layers))!r}, "
             "attached to another module. Call detach on that module first."

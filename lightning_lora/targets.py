@@ -119,9 +119,13 @@ def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
 
     A module that is reached by two paths is one module: its parameters are not tied by that.
     """
+    tables = [(name, part._parameters) for name, part in module.named_modules() if part._parameters]
+    places = [_memory(parameter) for _, table in tables for parameter in table.values() if parameter is not None]
+    if len(set(places)) == len(places):
+        return {}
     owners: dict[int, list[str]] = {}
-    for name, submodule in module.named_modules():
-        for key, parameter in submodule._parameters.items():
+    for name, table in tables:
+        for key, parameter in table.items():
             if parameter is not None:
                 owners.setdefault(_memory(parameter), []).append(join(name, key))
     groups = [[clean_name(name) for name in group] for group in owners.values() if len(group) > 1]
@@ -135,11 +139,12 @@ def _memory(parameter: Tensor) -> int:
         return id(parameter)
 
 
-def output_embeddings(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the output embeddings that transformers models inside ``module`` declare."""
-    for submodule in module.modules():
-        if not hasattr(type(submodule), "get_output_embeddings"):  # on the class: far cheaper than on a module
-            continue
-        head = submodule.get_output_embeddings()  # type: ignore[operator]
-        if isinstance(head, nn.Module):
-            yield head
+def output_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Module]:
+    """Yield the output embeddings that transformers models among the modules declare."""
+    kinds = {type(part) for part in modules}  # far fewer than modules
+    declaring = tuple(kind for kind in kinds if hasattr(kind, "get_output_embeddings"))
+    for part in modules if declaring else ():
+        if isinstance(part, declaring):
+            head = part.get_output_embeddings()  # type: ignore[operator]
+            if isinstance(head, nn.Module):
+                yield head

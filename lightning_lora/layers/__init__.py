@@ -34,16 +34,14 @@ def adapter_type(module: nn.Module) -> type[Adapter] | None:
     return next((adapter for adapter in ADAPTERS if adapter.accepts(module)), None)
 
 
-_NEEDED = {"lora", "lora_mode", "lora_original", "rank", "scaling", "delta_weight"}
+_NEEDED = frozenset({"lora", "lora_mode", "lora_original", "rank", "scaling", "delta_weight"})
 
 
-def taken_names(module: nn.Module) -> set[str]:
+def taken_names(module: nn.Module) -> frozenset[str]:
     """Return the names of an adapted layer's own attributes that this module already uses for something else."""
-    taken = set(_taken_by_class(type(module)))  # type: ignore[arg-type] # for mypy, Module's own hash
-    for place in (vars(module), module._parameters, module._buffers, module._modules):
-        if not place.keys().isdisjoint(_NEEDED):
-            taken |= place.keys() & _NEEDED
-    return taken
+    by_class = _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
+    places = (vars(module), module._parameters, module._buffers, module._modules)
+    return by_class.union(*(place.keys() & _NEEDED for place in places if not place.keys().isdisjoint(_NEEDED)))
 
 
 @functools.cache

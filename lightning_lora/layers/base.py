@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +16,7 @@ from lightning_lora.layers.swap import Swapped
 Mode = Literal["active", "disabled", "merged"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterSpec:
+class AdapterSpec(NamedTuple):
     """All that decides one adapter, resolved for its layer.
 
     Args:
