@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -136,6 +137,10 @@ class Adapter(nn.Module, ABC):
         """Return ``scaling * B @ A``, ``(out, in)``, summed in float32 or better."""
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return self.spec.scaling * (self.B.to(dtype) @ self.A.to(dtype))
+
+    def dropped(self, inputs: Tensor) -> Tensor:
+        """Return the adapter's input after dropout; the frozen layer's own input is never touched."""
+        return F.dropout(inputs, self.spec.dropout, self.training) if self.spec.dropout else inputs
 
     def factors_as(self, dtype: torch.dtype, device_type: str) -> tuple[Tensor, Tensor]:
         """Return the factors in the layer's compute dtype; under autocast the operators cast by themselves."""

@@ -26,7 +26,28 @@ _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 }
 
 
-class ConvAdapter(Adapter):
+class _KernelAdapter(Adapter):
+    """What both have in common: the options of the convolution, and a kernel that is read as a matrix."""
+
+    @classmethod
+    @override
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
+        kernel = base_weight(module)
+        return kernel.shape[0], math.prod(kernel.shape[1:])
+
+    @override
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        assert isinstance(module, _ConvNd)
+        self.kernel = tuple(base_weight(module).shape)
+        self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
+        self.padding = module.padding
+
+    @override
+    def delta_weight(self) -> Tensor:
+        return self.matrix_delta().view(self.kernel)
+
+
+class ConvAdapter(_KernelAdapter):
     """``y += scaling * B @ conv(dropout(x), A)``: a convolution to ``r`` channels a group, then a 1x1 one.
 
     ``A`` is ``(r, in/g * prod(K))`` and ``B`` is ``(out, r)``.
@@ -39,26 +60,18 @@ class ConvAdapter(Adapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        return _flattened(base_weight(module))
-
-    @classmethod
-    @override
     def needs_weight(cls, module: nn.Module) -> bool:
         return _has_own_forward(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
     @override
     def prepare(self, module: nn.Module, parameter: str) -> None:
-        assert isinstance(module, _ConvNd)
-        self.kernel = tuple(base_weight(module).shape)
-        self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
-        self.padding, self.padding_mode = module.padding, module.padding_mode
+        super().prepare(module, parameter)
+        self.padding_mode = cast(_ConvNd, module).padding_mode
         self.padding_by_side = tuple(cast(Any, module)._reversed_padding_repeated_twice)
 
     @override
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
-        if self.spec.dropout:
-            inputs = F.dropout(inputs, self.spec.dropout, self.training)
+        inputs = self.dropped(inputs)
         A, B = self.factors_as(inputs.dtype, inputs.device.type)
         padding: Any = self.padding
         if self.padding_mode != "zeros":  # as the base does it
@@ -70,12 +83,8 @@ class ConvAdapter(Adapter):
         hidden = convolve(inputs, down, None, self.stride, padding, self.dilation, self.groups) * self.spec.scaling
         return output + convolve(hidden, up, groups=self.groups).to(output.dtype)
 
-    @override
-    def delta_weight(self) -> Tensor:
-        return self.matrix_delta().view(self.kernel)
 
-
-class ConvTransposeAdapter(Adapter):
+class ConvTransposeAdapter(_KernelAdapter):
     """``y += scaling * conv_transpose(B.T @ dropout(x), A)``: a 1x1 convolution to ``r`` channels a group first.
 
     The kernel is ``(in, out/g, *K)``, so ``B`` is ``(in, r)`` and ``A`` is ``(r, out/g * prod(K))``.
@@ -88,25 +97,12 @@ class ConvTransposeAdapter(Adapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        return _flattened(base_weight(module))
-
-    @classmethod
-    @override
     def needs_weight(cls, module: nn.Module) -> bool:
         return _has_own_forward(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
     @override
-    def prepare(self, module: nn.Module, parameter: str) -> None:
-        assert isinstance(module, _ConvTransposeNd)
-        self.kernel = tuple(base_weight(module).shape)
-        self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
-        self.padding = cast(tuple[int, ...], module.padding)
-
-    @override
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
-        if self.spec.dropout:
-            inputs = F.dropout(inputs, self.spec.dropout, self.training)
+        inputs = self.dropped(inputs)
         A, B = self.factors_as(inputs.dtype, inputs.device.type)
         dimensions = len(self.kernel) - 2
         # (in, r) -> (g * r, in/g, 1...): each group's inputs to its own r channels
@@ -125,15 +121,11 @@ class ConvTransposeAdapter(Adapter):
         )
         return output + update.to(output.dtype)
 
-    @override
-    def delta_weight(self) -> Tensor:
-        return self.matrix_delta().view(self.kernel)
-
     def _output_padding(self, inputs: Tensor, output: Tensor) -> list[int]:
         """Return the padding that made this output: the layer's own, or what a call's ``output_size`` asked for."""
         dimensions = len(self.kernel) - 2
         sizes = zip(inputs.shape[-dimensions:], output.shape[-dimensions:], self.kernel[2:], strict=True)
-        options = zip(self.stride, self.padding, self.dilation, strict=True)
+        options = zip(self.stride, cast(tuple[int, ...], self.padding), self.dilation, strict=True)
         return [
             out - ((into - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
             for (into, out, kernel), (stride, padding, dilation) in zip(sizes, options, strict=True)
@@ -144,7 +136,3 @@ def _has_own_forward(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> b
     """Return whether a subclass pads, standardises its kernel or does whatever else in a forward of its own."""
     methods = [name for name in ("forward", "_conv_forward") if hasattr(kinds[0], name)]
     return not any(all(getattr(type(module), m) is getattr(kind, m) for m in methods) for kind in kinds)
-
-
-def _flattened(kernel: Tensor) -> tuple[int, int]:
-    return kernel.shape[0], math.prod(kernel.shape[1:])

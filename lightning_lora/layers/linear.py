@@ -30,8 +30,7 @@ class LinearAdapter(Adapter):
 
     @override
     def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
-        if self.spec.dropout:
-            inputs = F.dropout(inputs, self.spec.dropout, self.training)
+        inputs = self.dropped(inputs)
         A, B = self.factors_as(inputs.dtype, inputs.device.type)
         hidden = F.linear(inputs, A) * self.spec.scaling  # (..., in) -> (..., rank), the cheapest place to scale
         return output + F.linear(hidden, B).to(output.dtype)  # (..., rank) -> (..., out)

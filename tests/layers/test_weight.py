@@ -255,6 +255,12 @@ def test_one_projection_of_attention_can_be_named(rng):
     assert model["layer"].out_proj.lora.B.grad.abs().max() > 0
 
 
+def test_a_projection_that_is_excluded_stays_out_when_its_module_is_named():
+    model = nn.ModuleDict({"layer": attention()})
+    attach(model, LoRAConfig(rank=2, target_modules=["layer"], exclude_modules=["out_proj"]))
+    assert list(all_adapters(model)) == ["layer.in_proj_weight"]
+
+
 def test_ranks_of_single_weights():
     model = nn.ModuleDict({"layer": nn.LSTM(8, 6)})
     attach(model, LoRAConfig(rank=2, target_modules=["layer"], rank_pattern={"weight_hh_l0": 1}))
