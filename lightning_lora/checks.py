@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.attachment import attachments
-from lightning_lora.layers import all_adapters, lora_layers
+from lightning_lora.layers import all_adapters
 from lightning_lora.optimizers import homeless_parameters
 from lightning_lora.state import adapter_tensors
 from lightning_lora.targets import clean_name, listed
@@ -17,7 +17,7 @@ from lightning_lora.targets import clean_name, listed
 
 def replaced_layers(module: nn.Module) -> str | None:
     """Adapted layers that were thrown away after attaching, as plugins and model surgery do."""
-    there = set(lora_layers(module))
+    there = set(all_adapters(module))
     lost = [
         full
         for root, _, attachment in attachments(module)
