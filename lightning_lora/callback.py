@@ -71,7 +71,6 @@ class LoRACallback(Callback):
         self.lr_ratio = float(lr_ratio)
         self._wrapped: list[tuple[LightningModule, str]] = []
         self._load_hook: Any = None
-        self._announced: object = None
         self._fit_succeeded = False
         self._checked_optimizers: set[int] = set()
 
@@ -184,9 +183,8 @@ class LoRACallback(Callback):
         before = get_attachment(pl_module)
         seed = before.seed if before is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
         report = attach(pl_module, self.config, seed=seed)
-        if self._announced is not report and before is None:
+        if before is None:
             rank_zero_info(f"{report}")
-        self._announced = report
 
     # --- wrapping methods of the module, for as long as a stage lasts
 
