@@ -146,7 +146,7 @@ class WeightLoRALayer(LoRALayer):
     @override
     def read(self, name: str) -> Tensor:
         """Return the weight that the layer computes with: the very value that merging would leave."""
-        base = base_parameter_in_place(self, name)
+        base = base_parameter(self, name)
         if self.lora_mode != "active":
             return base
         delta = self.adapters()[name].delta_weight()
@@ -177,11 +177,6 @@ class RecurrentLoRALayer(WeightLoRALayer):
         module = cast(Any, self)
         module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
         module.flatten_parameters()
-
-
-def base_parameter_in_place(layer: nn.Module, name: str) -> Tensor:
-    """Return the base parameter of a layer whose attribute of that name is computed."""
-    return cast(Tensor, layer._parameters[name])
 
 
 def swapped_as(module: nn.Module, parameters: tuple[str, ...], *, in_weight: bool) -> dict[str, Any]:
