@@ -8,6 +8,8 @@ from lightning_lora.checkpoint_file import load_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.optimizers import parameter_groups
+from lightning_lora.peft_format import save_adapter
+from lightning_lora.preflight import Preflight, preflight
 from lightning_lora.report import AttachReport
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.surgery import attach, detach, merge
@@ -23,6 +25,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "LoRALayer",
+    "Preflight",
     "adapter_state_dict",
     "attach",
     "detach",
@@ -33,6 +36,8 @@ __all__ = [
     "merge",
     "merged",
     "parameter_groups",
+    "preflight",
+    "save_adapter",
 ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
@@ -13,6 +14,7 @@ from lightning_lora.targets import clean_name, module_names
 
 _ATTACHMENT = "_lora_attachment"
 _MERGES = "_lora_merges"
+_REQUEST = "_lora_request"
 
 
 @dataclass
@@ -25,7 +27,9 @@ class Attachment:
         report: What was found.
         saved_modules: Names of the modules trained in full.
         required_grad: Parameter name -> whether it required a gradient before.
-        base_buffers: Running statistics of frozen norms as they were, where the config lets them move.
+        base_values: What of the base training changes, as it was: running statistics of frozen norms, and biases,
+            where the config lets them move.
+        untied: Weights that got a copy of their own -> what they were tied to.
     """
 
     config: LoRAConfig
@@ -33,7 +37,8 @@ class Attachment:
     report: AttachReport
     saved_modules: tuple[str, ...]
     required_grad: dict[str, bool] = field(default_factory=dict)
-    base_buffers: dict[str, Tensor] = field(default_factory=dict)
+    base_values: dict[str, Tensor] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:
@@ -49,11 +54,38 @@ def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:
         vars(module)[_ATTACHMENT] = attachment
 
 
+def request(module: nn.Module, config: LoRAConfig | None, seed: int = 0) -> None:
+    """Leave word with a module of what ``attach`` without a config is to do, or take it back."""
+    if config is None:
+        vars(module).pop(_REQUEST, None)
+    else:
+        vars(module)[_REQUEST] = (config, seed)
+
+
+def requested(module: nn.Module) -> tuple[LoRAConfig, int] | None:
+    """Return the config and the seed that were left with a module."""
+    return vars(module).get(_REQUEST)
+
+
 def attachments(module: nn.Module) -> Iterator[tuple[str, nn.Module, Attachment]]:
     """Yield every note in a model: the name of the module that holds it, the module, the note."""
     for name, submodule in module.named_modules():
         if (attachment := get_attachment(submodule)) is not None:
             yield clean_name(name), submodule, attachment
+
+
+@torch.no_grad()
+def copy_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters and buffers of these names."""
+    tensors = named_tensors(module) if values else {}
+    for name, value in values.items():
+        tensors[name].copy_(value)
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module by their names."""
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    return {clean_name(name): tensor for name, tensor in named}
 
 
 def fully_trained(owner: nn.Module, attachment: Attachment) -> set[int]:

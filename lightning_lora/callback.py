@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    LearningRateFinder,
-    ModelPruning,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora import checks, load_guard
-from lightning_lora.attachment import get_attachment, merges
+from lightning_lora.adapter_checkpoints import adapter_checkpoints
+from lightning_lora.advice import explain
+from lightning_lora.attachment import get_attachment, merges, request
+from lightning_lora.company import AVERAGING, bad_company, copies_of_the_base, foreign, has_callback
 from lightning_lora.config import LoRAConfig
+from lightning_lora.fit_export import export_fit, refused_export
 from lightning_lora.freezing import freeze_norms
-from lightning_lora.layers import lora_layers
+from lightning_lora.layers import all_adapters, lora_layers
+from lightning_lora.method_wraps import MethodWraps
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.option_types import PositiveFloat
-from lightning_lora.state import adapter_tensors
-from lightning_lora.strategies import install_adapter_checkpoints, trains_in_copies
-from lightning_lora.surgery import attach, merge
-from lightning_lora.targets import clean_name
-
-_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
+from lightning_lora.precision import convert_layers
+from lightning_lora.probe import dead_message
+from lightning_lora.state import allow_missing_base
+from lightning_lora.strategies import trains_in_copies
+from lightning_lora.surgery import attach
+from lightning_lora.warm_start import start_from
 
 load_guard.install()
 
@@ -49,6 +47,12 @@ class LoRACallback(Callback):
 
     Args:
         merge_on_teardown: Fold the adapters into the weights when a fit has succeeded, and leave an ordinary model.
+        export_dir: Where to write the adapter as a PEFT directory when a fit has succeeded: that of the best
+            checkpoint, if a ModelCheckpoint kept one, else the last state.
+        init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory that training starts from, unless it resumes
+            a checkpoint. Ranks may be higher than there, and layers may come or go; what happened is logged.
+        probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
+            and in evaluation; costs a few passes.
         lr_ratio: Learning rate of ``B`` over that of ``A`` (LoRA+, Hayou et al. 2024, who recommend about 16); 1 means
             plain LoRA.
         **lora: The options of ``LoRAConfig``.
@@ -63,35 +67,52 @@ class LoRACallback(Callback):
         8
     """
 
-    def __init__(self, *, merge_on_teardown: bool = False, lr_ratio: PositiveFloat = 1.0, **lora: Any) -> None:
+    def __init__(
+        self,
+        *,
+        merge_on_teardown: bool = False,
+        export_dir: str | None = None,
+        init_from: str | None = None,
+        probe: bool = False,
+        lr_ratio: PositiveFloat = 1.0,
+        **lora: Any,
+    ) -> None:
         self.config = LoRAConfig(**lora)
         if not lr_ratio > 0:
             raise ValueError(f"LoRACallback.lr_ratio must be positive, got {lr_ratio!r}.")
         self.merge_on_teardown = merge_on_teardown
+        self.export_dir, self.init_from = export_dir, init_from
+        self.probe = probe
         self.lr_ratio = float(lr_ratio)
-        self._wrapped: list[tuple[LightningModule, str]] = []
+        self._wraps = MethodWraps()
         self._load_hook: Any = None
+        self._reported = False
         self._fit_succeeded = False
+        self._probed = False
         self._checked_optimizers: set[int] = set()
+        self._reached: set[str] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when fit, validate, test or predict begins: attach, or arrange to attach once the layers exist."""
-        self._unwrap()
+        self._unhook()
         self._fit_succeeded = False
-        self._refuse_company(trainer)
+        self._reported = get_attachment(pl_module) is not None
+        _refuse(foreign(trainer, pl_module))
+        _refuse(bad_company(trainer, self))
+        if message := copies_of_the_base(trainer):
+            rank_zero_info(message)
         self._refuse_lost_training(trainer, pl_module, stage)
-        try:
-            install_adapter_checkpoints(trainer.strategy)
-        except NotImplementedError as error:
-            raise MisconfigurationException(str(error)) from error
+        with _as_misconfiguration():
+            self._layout = adapter_checkpoints(trainer.strategy).layout
         self._load_hook = pl_module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            _allow_missing_base
+            allow_missing_base
         )
         if stage == TrainerFn.FITTING:
-            self._wrap(pl_module, "configure_optimizers", self._repair_configured)
+            self._wraps.after(pl_module, "configure_optimizers", self._repair_configured)
         elif merges(pl_module) and not lora_layers(pl_module):
             return  # evaluating a merged model: the adapter is in its weights
+        request(pl_module, self.config, self._seed(pl_module))  # for attach(self) in configure_model
         self._attach_in_time(trainer, pl_module)
 
     @override
@@ -102,6 +123,7 @@ class LoRACallback(Callback):
             raise MisconfigurationException("LoRACallback attached nothing to this module before fit began.")
         _refuse(checks.replaced_layers(pl_module))
         _refuse(checks.undeclared_training(pl_module))
+        _warn(checks.fragile_factors(pl_module))
         unheld = checks.unheld_parameters(pl_module, trainer.optimizers)
         if pl_module.automatic_optimization:
             _refuse(unheld)
@@ -112,22 +134,47 @@ class LoRACallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when training begins."""
         self._checked_optimizers.clear()
-        if self.lr_ratio != 1.0 and _has(trainer, LearningRateFinder):
+        self._reached = None
+        self._probed = False
+        if self.lr_ratio != 1.0 and has_callback(trainer, LearningRateFinder):
             rank_zero_warn(
                 "LearningRateFinder gives every parameter group the same learning rate, so "
                 f"lr_ratio={self.lr_ratio} has no effect. Find the rate without lr_ratio first."
             )
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before each training batch: at the first one, prove that every adapter has an effect, if asked to."""
+        if self.probe and not self._probed:
+            self._probed = True
+            if not is_overridden("forward", pl_module):
+                raise MisconfigurationException(
+                    f"LoRACallback.probe=True calls {type(pl_module).__name__}.forward with the first batch, but there "
+                    "is none. Define forward, or leave probe out."
+                )
+            _refuse(dead_message(pl_module, batch))
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called after each backward pass: with manual optimization, note what the first batch reaches."""
+        if not pl_module.automatic_optimization and not self._checked_optimizers:
+            self._reached = (self._reached or set()) | checks.reached_adapters(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after each batch: judge the first one, if its optimizers were stepped past Lightning."""
+        if self._reached is not None and not self._checked_optimizers:
+            self._checked_optimizers.add(0)
+            _report(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before each optimizer step: at the first one, name the adapters that no gradient reached."""
         if id(optimizer) not in self._checked_optimizers:
             self._checked_optimizers.add(id(optimizer))
-            message, affects_all = checks.unreached_adapters(pl_module, optimizer)
-            if affects_all:
-                _refuse(message)
-            else:
-                _warn(message)
+            _report(*checks.unreached_adapters(pl_module, optimizer))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,24 +202,29 @@ class LoRACallback(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when a stage ends: merge if asked to, and take every wrap off the module."""
-        self._unwrap()
+        self._unhook()
+        request(pl_module, None)
+        if self.export_dir is not None and self._fit_succeeded:
+            self._export(trainer, pl_module)
         if self.merge_on_teardown and self._fit_succeeded:
-            merge(pl_module)
+            self._layout.merge()
             rank_zero_info("LoRA: adapters merged into the weights.")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when a stage fails: adapters stay, since checkpoints of the exception are written after this."""
-        self._unwrap()
+        explain(exception, pl_module, foreign(trainer, pl_module))
+        self._unhook()
+        request(pl_module, None)
 
     # --- attaching
 
     def _attach_in_time(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_overridden("configure_model", pl_module):
-            self._wrap(pl_module, "configure_model", self._attach_after)
-        elif is_overridden("setup", pl_module) and not _has(trainer, *_AVERAGING):
+            self._wraps.after(pl_module, "configure_model", self._attach_after)
+        elif is_overridden("setup", pl_module) and not has_callback(trainer, *AVERAGING):
             # It may build layers or load base weights. (Averaging callbacks copy the module before it runs.)
-            self._wrap(pl_module, "setup", self._attach_after)
+            self._wraps.after(pl_module, "setup", self._attach_after)
         else:
             self._attach(pl_module)
 
@@ -180,37 +232,41 @@ class LoRACallback(Callback):
         self._attach(pl_module)
 
     def _attach(self, pl_module: LightningModule) -> None:
-        before = get_attachment(pl_module)
-        seed = before.seed if before is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
-        report = attach(pl_module, self.config, seed=seed)
-        if before is None:
+        with _as_misconfiguration():
+            convert_layers(pl_module.trainer.precision_plugin, pl_module)
+            report = attach(pl_module, self.config, seed=self._seed(pl_module))
+            self._layout.attached(pl_module)
+        if not self._reported:
+            self._reported = True
             rank_zero_info(f"{report}")
+            self._start(pl_module)
 
-    # --- wrapping methods of the module, for as long as a stage lasts
+    def _start(self, pl_module: LightningModule) -> None:
+        """Start from another adapter, and refuse now what could not be exported later."""
+        trainer = pl_module.trainer
+        if self.init_from is not None and trainer.ckpt_path is None:
+            rank_zero_info(f"LoRA: started from {self.init_from}: {start_from(pl_module, self.init_from)}")
+        if self.export_dir is not None and trainer.state.fn == TrainerFn.FITTING:
+            _refuse(self._layout.refused_export() or refused_export(pl_module))
 
-    def _wrap(self, pl_module: LightningModule, name: str, afterwards: Callable[[LightningModule, Any], None]) -> None:
-        """Have ``afterwards(module, result)`` run whenever this method of the module has run."""
-        method = getattr(pl_module, name)
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None)
+            export_fit(pl_module, str(self.export_dir), checkpoint)
+            rank_zero_info(f"LoRA: adapter exported to {self.export_dir} ({checkpoint or 'last state'}).")
+        trainer.strategy.barrier()
 
-        @functools.wraps(method)  # keeps Lightning's is_overridden right
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            afterwards(pl_module, result)
-            return result
+    def _seed(self, pl_module: LightningModule) -> int:
+        before = get_attachment(pl_module)
+        return before.seed if before is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
-        setattr(pl_module, name, wrapper)
-        self._wrapped.append((pl_module, name))
-
-    def _unwrap(self) -> None:
-        for pl_module, name in reversed(self._wrapped):
-            wrapper = vars(pl_module).pop(name, None)
-            method = getattr(wrapper, "__wrapped__", None)
-            if method is not None and getattr(method, "__func__", None) is not getattr(type(pl_module), name, None):
-                setattr(pl_module, name, method)  # it stood on the instance before, as LightningCLI's do
-        self._wrapped.clear()
+    def _unhook(self) -> None:
+        self._wraps.remove()
         if self._load_hook is not None:
             self._load_hook.remove()
             self._load_hook = None
+
+    # --- optimizers
 
     def _repair_configured(self, pl_module: LightningModule, configured: Any) -> None:
         optimizers, schedulers = unpack_configured(configured)
@@ -228,23 +284,6 @@ class LoRACallback(Callback):
 
     # --- checks
 
-    def _refuse_company(self, trainer: Trainer) -> None:
-        callbacks = _callbacks(trainer)
-        for callback in callbacks[: callbacks.index(self)]:
-            if isinstance(callback, _AVERAGING):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} is listed before LoRACallback, so it would average a copy without "
-                    "adapters. List LoRACallback first."
-                )
-        for callback in callbacks:
-            if isinstance(callback, LoRACallback) and callback is not self:
-                raise MisconfigurationException("Two LoRACallbacks in one Trainer; put all targets into one.")
-            if isinstance(callback, (BaseFinetuning, ModelPruning)):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__} changes which parameters train, and so does LoRACallback. Remove one "
-                    "of them; modules_to_save trains whole modules beside the adapters."
-                )
-
     def _refuse_lost_training(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == TrainerFn.FITTING and trains_in_copies(trainer.strategy) and get_attachment(pl_module) is None:
             raise MisconfigurationException(
@@ -253,30 +292,27 @@ class LoRACallback(Callback):
             )
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
-
-
-def _has(trainer: Trainer, *kinds: type[Callback]) -> bool:
-    return any(isinstance(callback, kinds) for callback in _callbacks(trainer))
-
-
 def _refuse(message: str | None) -> None:
     if message is not None:
         raise MisconfigurationException(message)
 
 
+@contextmanager
+def _as_misconfiguration() -> Iterator[None]:
+    """Turn what a strategy cannot do into Lightning's exception for it."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def _report(message: str | None, affects_all: bool) -> None:
+    if affects_all:
+        _refuse(message)
+    else:
+        _warn(message)
+
+
 def _warn(message: str | None) -> None:
     if message is not None:
         rank_zero_warn(message)
-
-
-def _allow_missing_base(module: nn.Module, incompatible: Any) -> None:
-    """Let an adapter-only state dict load into a module or a copy of it: base keys may be absent, nothing else.
-
-    Averaging callbacks keep such copies, with ``module.`` before every name, and load them by themselves.
-    """
-    required = set(adapter_tensors(module))
-    base = {clean_name(name) for name in module.state_dict()} - required
-    missing = incompatible.missing_keys
-    missing[:] = [name for name in missing if not {clean_name(name), clean_name(name).removeprefix("module.")} & base]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pickle
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import nn
 
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import LoRAConfig
+from lightning_lora.peft_format import is_adapter_directory, load_directory
 from lightning_lora.report import AttachReport
 from lightning_lora.state import FORMAT_VERSION, check_not_merged, copy_adapter_state, record_problems
 from lightning_lora.surgery import attach, detach
@@ -22,7 +26,17 @@ from lightning_lora.targets import module_names
 RECORD_KEY = "lightning_lora"
 
 # What torch.load raises for files that are truncated, empty or something else altogether.
-_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, LookupError, ValueError, OSError)
+_UNREADABLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    LookupError,
+    ValueError,
+    OSError,
+)
 
 
 @contextmanager
@@ -34,6 +48,7 @@ def reading(path: object) -> Iterator[None]:
         FileNotFoundError: There is none.
     """
     try:
+        _check_sums(path)
         yield
     except (FileNotFoundError, PermissionError):
         raise
@@ -42,6 +57,15 @@ def reading(path: object) -> Iterator[None]:
             f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or something else. Nothing "
             f"was changed. The reader said: {type(error).__name__}: {error}"
         ) from error
+
+
+def _check_sums(path: object) -> None:
+    """Refuse a file with flipped bits: torch's reader takes tensors as they come, without looking at their sums."""
+    file = Path(str(path))
+    if file.is_file() and zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the bytes of {damaged!r} do not have the sum that they were written with")
 
 
 def check_is_checkpoint(checkpoint: object, path: object) -> None:
@@ -55,11 +79,12 @@ def check_is_checkpoint(checkpoint: object, path: object) -> None:
 
 
 def load_adapter(module: nn.Module, path: str | PathLike[str]) -> AttachReport:
-    """Attach and load the adapter that a LoRACallback run saved; the file alone says everything needed.
+    """Attach and load a saved adapter; the file alone says everything needed.
 
     Args:
         module: A base model of the trained kind with its pretrained weights, adapted in the same way or not at all.
-        path: A ``.ckpt`` written under a ``LoRACallback``.
+        path: A ``.ckpt`` written under a ``LoRACallback``, or a directory written by ``save_adapter`` or by PEFT. The
+            model that a directory's names are relative to is found in the module by those names.
 
     Returns:
         What was adapted.
@@ -68,6 +93,20 @@ def load_adapter(module: nn.Module, path: str | PathLike[str]) -> AttachReport:
         ValueError: The file is no such checkpoint, or does not fit the module. Nothing was changed.
         RuntimeError: Another adapter was merged into this module for good.
     """
+    if is_adapter_directory(path):
+        return load_directory(module, path)
+    record, state = read_checkpoint(path)
+    check_not_merged(module, record["merges"])
+    return _attach_and_load(module, record, state)
+
+
+def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the record and the state of the adapter in a ``.ckpt``.
+
+    Raises:
+        ValueError: It cannot be read, or holds no adapter.
+        FileNotFoundError: It is not there.
+    """
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     check_is_checkpoint(checkpoint, path)
@@ -75,8 +114,7 @@ def load_adapter(module: nn.Module, path: str | PathLike[str]) -> AttachReport:
     if record is None:
         raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")
     check_record(record, path)
-    check_not_merged(module, record["merges"])
-    return _attach_and_load(module, record, checkpoint["state_dict"])
+    return record, checkpoint["state_dict"]
 
 
 def check_record(record: Any, path: object) -> None:
@@ -97,7 +135,7 @@ def check_record(record: Any, path: object) -> None:
 def _attach_and_load(module: nn.Module, record: dict[str, Any], state: dict[str, torch.Tensor]) -> AttachReport:
     """Attach what the record says, or nothing at all."""
     with ExitStack() as undo:
-        reports = [_attach_entry(module, entry, undo) for entry in record["adapters"]]
+        reports = [attach_entry(module, entry, undo) for entry in record["adapters"]]
         if problems := record_problems(module, record):
             raise ValueError("The checkpoint does not fit this model:\n" + "\n".join(f"  - {p}" for p in problems))
         copy_adapter_state(module, state, known=module.state_dict())
@@ -105,7 +143,12 @@ def _attach_and_load(module: nn.Module, record: dict[str, Any], state: dict[str,
     return reports[0]
 
 
-def _attach_entry(module: nn.Module, entry: dict[str, Any], undo: ExitStack) -> AttachReport:
+def attach_entry(module: nn.Module, entry: dict[str, Any], undo: ExitStack) -> AttachReport:
+    """Attach what one entry of a record says; ``undo`` takes it back.
+
+    Raises:
+        ValueError: It does not fit the module.
+    """
     modules = module_names(module)
     if entry["root"] not in modules:
         raise ValueError(

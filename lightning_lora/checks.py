@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.attachment import attachments
-from lightning_lora.layers import all_adapters
+from lightning_lora.layers import all_adapters, base_parameter, lora_layers
 from lightning_lora.optimizers import homeless_parameters
+from lightning_lora.sharding import anywhere, local
 from lightning_lora.state import adapter_tensors
 from lightning_lora.targets import clean_name, listed
 
@@ -29,6 +30,16 @@ def replaced_layers(module: nn.Module) -> str | None:
     return (
         f"{listed(lost)} were replaced after LoRA was attached, with their adapters. Replace layers before that: in "
         "__init__ or configure_model."
+    )
+
+
+def fragile_factors(module: nn.Module) -> str | None:
+    """Factors in a precision in which Adam's divisor vanishes."""
+    if not any(attachment.config.adapter_dtype == "float16" for _, _, attachment in attachments(module)):
+        return None
+    return (
+        "adapter_dtype='float16': Adam's eps of 1e-8 is zero in float16, so its steps become NaN. Use 'float32', which "
+        "costs little, or an optimizer without such a divisor."
     )
 
 
@@ -58,25 +69,43 @@ def unheld_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> str
 def unreached_adapters(module: nn.Module, optimizer: Optimizer) -> tuple[str | None, bool]:
     """Adapters of this optimizer that the backward pass did not reach, and whether that is all of them."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    adapters = {
-        name: adapter
+    names = [
+        name
         for name, adapter in all_adapters(module).items()
         if any(id(factor) in held for factor in adapter.parameters())
-    }
-    silent = [name for name, adapter in adapters.items() if not _has_gradient(adapter)]
+    ]
+    return unreached_message(names, reached_adapters(module))
+
+
+def reached_adapters(module: nn.Module) -> set[str]:
+    """Return the names of the adapters that have a gradient, in any process; every process must call this."""
+    adapters = all_adapters(module)
+    # A process may hold a part of an adapter, or none of it, so they have to agree.
+    device = next(module.parameters()).device
+    flags = anywhere([_has_gradient(adapter) for adapter in adapters.values()], device)
+    return {name for name, is_reached in zip(adapters, flags, strict=True) if is_reached}
+
+
+def unreached_message(names: Sequence[str], reached: Collection[str]) -> tuple[str | None, bool]:
+    """Return what is to be said of those that were not reached, and whether that is all of them."""
+    silent = [name for name in names if name not in reached]
     if not silent:
         return None, False
     message = (
         f"No gradient reached the adapters of {listed(silent)} in the first step. Are these layers used in the loss? "
         "Reentrant activation checkpointing over frozen inputs also cuts gradients: set use_reentrant=False."
     )
-    return message, len(silent) == len(adapters)
+    return message, len(silent) == len(names)
 
 
 def untrained_adapters(module: nn.Module) -> str | None:
     """A model whose adapters are all at their start: it computes what the bare base does."""
-    adapters = all_adapters(module).values()
-    if not adapters or any(bool(torch.any(adapter.zero_factor() != 0)) for adapter in adapters):
+    layers = lora_layers(module).values()
+    if not layers or any(
+        adapter.has_effect(base_parameter(layer, adapter.parameter))
+        for layer in layers
+        for adapter in layer.adapters().values()
+    ):
         return None
     return (
         "Every LoRA adapter is still at its start, so this evaluates the bare base model. Pass the checkpoint of a "
@@ -85,4 +114,4 @@ def untrained_adapters(module: nn.Module) -> str | None:
 
 
 def _has_gradient(adapter: nn.Module) -> bool:
-    return any(p.grad is not None and bool(torch.any(p.grad != 0)) for p in adapter.parameters())
+    return any(p.grad is not None and bool(torch.any(local(p.grad) != 0)) for p in adapter.parameters())

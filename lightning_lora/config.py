@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from lightning_lora.option_checks import (
+    check_alpha,
+    check_choice,
+    check_number,
+    check_rank,
+    names_of,
+    numbers_by_name,
+    regular_expression,
+    slices_by_layer,
+    tokens_of,
+)
 from lightning_lora.option_types import PositiveFloat, PositiveInt, Probability
 
 ALL_LINEAR = "all-linear"
@@ -15,6 +25,7 @@ ALL_LINEAR = "all-linear"
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
 FrozenNorm = Literal["eval", "track"]
+Bias = Literal["none", "lora_only", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +46,20 @@ class LoRAConfig:
         exclude_modules: Layers left out, with everything below them: a list of names or one regular expression.
         target_parameters: Parameters of two or more dimensions to adapt wherever they are: names, ends of names, globs.
             One of three is a stack of experts, ``(experts, out, in)``, and every expert gets factors of its own.
+        target_slices: Output features of fused layers to adapt, ``{layer: {name: slices}}``, each part with factors of
+            its own: ``{"c_attn": {"q": "0:768", "v": "1536:2304"}}``. Slices are Python's, several joined by commas.
+        trainable_token_indices: Rows of an embedding that train while all others stay, for new tokens: a list for the
+            input embedding, or ``{embedding: list}``. Layers tied to it use the same rows.
         modules_to_save: Modules trained in full and saved with the adapter, such as a new head.
+        bias: Biases of the base that train and are saved with the adapter: ``"none"``, ``"lora_only"`` for those of
+            adapted layers, or ``"all"``.
         rank_pattern: Ranks of single layers, ``{name or regular expression: rank}``; the first match wins.
         alpha_pattern: Alphas of single layers, in the same way.
         use_rslora: Scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732) instead of ``alpha / rank``.
+        use_dora: Rescale each row of the updated weight to a trained norm (Liu et al. 2024, arXiv:2402.09353).
+        lora_bias: Give ``B`` a bias, which is scaled with it.
+        untie_weights: Give a layer that is named, and whose weight is tied to another's, a copy of its own instead of
+            refusing it.
         init: How ``A`` starts (``B`` is zero): ``"kaiming"`` uniform in ``+-1/sqrt(in)``, ``"gaussian"`` with standard
             deviation ``1/rank``, or ``"orthogonal"`` rows of norm ``1/sqrt(3)``. An embedding starts as in PEFT,
             whatever this says: ``A`` zero and ``B`` standard normal.
@@ -61,41 +82,57 @@ class LoRAConfig:
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] = ()
     target_parameters: Sequence[str] = ()
+    target_slices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
     modules_to_save: Sequence[str] = ()
+    bias: Bias = "none"
     rank_pattern: Mapping[str, PositiveInt] = field(default_factory=dict)
     alpha_pattern: Mapping[str, PositiveFloat] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    untie_weights: bool = False
     init: Init = "kaiming"
     adapter_dtype: AdapterDtype = "float32"
     frozen_norm: FrozenNorm = "eval"
 
     def __post_init__(self) -> None:
-        _check_rank("rank", self.rank)
-        _check_alpha("alpha", self.alpha)
-        _check_number("dropout", self.dropout)
+        check_rank("rank", self.rank)
+        check_alpha("alpha", self.alpha)
+        check_number("dropout", self.dropout)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRAConfig.dropout must be in [0, 1), got {self.dropout!r}.")
         # Plain numbers, since jsonargparse hands over types of its own and checkpoints must hold none.
         for name, kind in (("rank", int), ("alpha", float), ("dropout", float)):
             self._set(name, kind(getattr(self, name)))
+        self._check_targets()
+        self._set("rank_pattern", numbers_by_name("rank_pattern", self.rank_pattern, check_rank, int))
+        self._set("alpha_pattern", numbers_by_name("alpha_pattern", self.alpha_pattern, check_alpha, float))
+        for name in ("use_rslora", "use_dora", "lora_bias", "untie_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"LoRAConfig.{name} must be True or False, got {getattr(self, name)!r}.")
+        for name, choices in (
+            ("bias", Bias),
+            ("init", Init),
+            ("adapter_dtype", AdapterDtype),
+            ("frozen_norm", FrozenNorm),
+        ):
+            check_choice(name, getattr(self, name), get_args(choices))
+
+    def _check_targets(self) -> None:
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            self._set(name, _regular_expression(name, value) if isinstance(value, str) else _names(name, value))
+            self._set(name, regular_expression(name, value) if isinstance(value, str) else names_of(name, value))
         for name in ("target_parameters", "modules_to_save"):
             if isinstance(getattr(self, name), str):
                 raise TypeError(f"LoRAConfig.{name} must be a list of names, got {getattr(self, name)!r}.")
-            self._set(name, _names(name, getattr(self, name)))
-        if not (self.target_modules or self.target_parameters):
+            self._set(name, names_of(name, getattr(self, name)))
+        self._set("target_slices", slices_by_layer(self.target_slices))
+        self._set("trainable_token_indices", tokens_of(self.trainable_token_indices))
+        if not (self.target_modules or self.target_parameters or self.target_slices or self.trainable_token_indices):
             raise ValueError(
                 f"LoRAConfig.target_modules={self.target_modules!r} names nothing. Use {ALL_LINEAR!r} or names."
             )
-        self._set("rank_pattern", _pattern("rank_pattern", self.rank_pattern, _check_rank, int))
-        self._set("alpha_pattern", _pattern("alpha_pattern", self.alpha_pattern, _check_alpha, float))
-        if not isinstance(self.use_rslora, bool):
-            raise TypeError(f"LoRAConfig.use_rslora must be True or False, got {self.use_rslora!r}.")
-        _check_choice("init", self.init, get_args(Init))
-        _check_choice("adapter_dtype", self.adapter_dtype, get_args(AdapterDtype))
-        _check_choice("frozen_norm", self.frozen_norm, get_args(FrozenNorm))
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -106,7 +143,7 @@ class LoRAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain scalars, lists and dicts, fit for YAML, JSON and checkpoints."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: _plain(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
@@ -121,52 +158,7 @@ class LoRAConfig:
         return cls(**options)
 
 
-def _check_rank(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"LoRAConfig.{name} must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"LoRAConfig.{name} must be >= 1, got {value!r}.")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"LoRAConfig.{name} must be a number, got {value!r}.")
-
-
-def _check_alpha(name: str, value: object) -> None:
-    _check_number(name, value)
-    assert isinstance(value, (int, float))
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"LoRAConfig.{name} must be a positive number, got {value!r}: the update would vanish.")
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"LoRAConfig.{name}={value!r} is unknown; choose one of {', '.join(map(repr, choices))}.")
-
-
-def _regular_expression(name: str, value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(
-            f"LoRAConfig.{name}={value!r} is no regular expression ({error}). A string is one; put names and globs "
-            "into a list."
-        ) from error
-    return value
-
-
-def _names(name: str, values: object) -> tuple[str, ...]:
-    if not isinstance(values, Sequence) or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"LoRAConfig.{name} must be a list of names, got {values!r}.")
-    if not all(values):
-        raise ValueError(f"LoRAConfig.{name} holds an empty name: {list(values)!r}.")
-    return tuple(values)
-
-
-def _pattern(name: str, values: object, check: Callable[[str, object], None], kind: type) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"LoRAConfig.{name} must map names to numbers, got {values!r}.")
-    for key, value in values.items():
-        check(f"{name}[{key!r}]", value)
-    return {str(key): kind(value) for key, value in values.items()}
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return list(value) if isinstance(value, tuple) else value

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import nn
 
 from lightning_lora.attachment import Attachment, attachments, fully_trained, set_attachment
 from lightning_lora.layers import FrozenNorm, has_running_statistics, swap_in, swap_out
+from lightning_lora.planned import Plan
 from lightning_lora.targets import clean_name, join
 
 
-def freeze_parameters(modules: Mapping[str, nn.Module], attachment: Attachment) -> None:
-    """Leave gradients to the adapters and to the modules trained in full, and note what required one before.
-
-    Args:
-        modules: Every module of the base, without the adapters, by name.
-        attachment: The note to write to.
-    """
-    trained = {id(part) for name in attachment.saved_modules for part in modules[name].modules()}
-    for path, part in modules.items():
-        trains = id(part) in trained
-        for key, parameter in part._parameters.items():
-            if parameter is not None:
-                attachment.required_grad.setdefault(join(path, key), parameter.requires_grad)
-                wanted = trains and parameter.is_floating_point()
-                if parameter.requires_grad != wanted:
-                    parameter.requires_grad_(wanted)
+def freeze_parameters(plan: Plan, attachment: Attachment) -> None:
+    """Leave gradients to the adapters and to what trains in full, and note in the attachment what required one."""
+    for name in plan.biases:
+        attachment.base_values.setdefault(name, plan.parameters[name].detach().clone())
+    trained = {id(plan.parameters[name]) for name in plan.biases}
+    trained |= {id(parameter) for part in plan.saved.values() for parameter in part.parameters()}
+    for name, parameter in plan.parameters.items():
+        before, wanted = parameter.requires_grad, id(parameter) in trained and parameter.is_floating_point()
+        attachment.required_grad.setdefault(name, before)
+        if before != wanted:
+            parameter.requires_grad_(wanted)
 
 
 def freeze_norms(module: nn.Module) -> None:
@@ -39,7 +35,7 @@ def freeze_norms(module: nn.Module) -> None:
                     norm.train(norm.training)
             else:
                 for key, buffer in norm.named_buffers(recurse=False):
-                    attachment.base_buffers.setdefault(join(name, key), buffer.detach().clone())
+                    attachment.base_values.setdefault(join(name, key), buffer.detach().clone())
 
 
 def thaw(module: nn.Module) -> None:

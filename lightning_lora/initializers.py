@@ -35,14 +35,17 @@ def orthogonal(rank: int, columns: int, generator: torch.Generator) -> Tensor:
     return rows / math.sqrt(3.0)
 
 
+# Whatever the default device and dtype: Lightning calls configure_model under the strategy's and the precision's.
+_CPU = torch.device("cpu")
+
+
 def _empty(rows: int, columns: int) -> Tensor:
-    # Whatever the default device and dtype: Lightning calls configure_model under the strategy's and the precision's.
-    return torch.empty(rows, columns, dtype=torch.float32, device="cpu")
+    return torch.empty(rows, columns, dtype=torch.float32, device=_CPU)
 
 
 def zeros(rows: int, columns: int) -> Tensor:
     """Return the start of the factor that keeps the model unchanged."""
-    return torch.zeros(rows, columns, dtype=torch.float32, device="cpu")
+    return torch.zeros(rows, columns, dtype=torch.float32, device=_CPU)
 
 
 def standard_normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:

@@ -44,8 +44,13 @@ def missed_entries(
     """
     everything = [names for _, names in modules.values()]
     yield from _missed_targets(config, root, modules, everything, covered)
-    for option in ("exclude_modules", "modules_to_save"):
-        for entry in unmatched(getattr(config, option), everything):
+    requests = {
+        "exclude_modules": config.exclude_modules,
+        "modules_to_save": config.modules_to_save,
+        "target_slices": tuple(config.target_slices),
+    }
+    for option, entries in requests.items():
+        for entry in unmatched(entries, everything):
             yield _miss(config, root, option, entry, everything)
     if config.target_parameters:
         parameters = [[join(n, key) for n in names] for part, names in modules.values() for key in part._parameters]
@@ -70,7 +75,7 @@ def _missed_targets(
     config: LoRAConfig, root: str, modules: Modules, everything: list[tuple[str, ...]], covered: Collection[str]
 ) -> Iterator[str]:
     if config.target_modules == ALL_LINEAR:
-        if not (covered or config.target_parameters):
+        if not (covered or config.target_parameters or config.trainable_token_indices):
             yield f"target_modules={ALL_LINEAR!r}: {root} has no linear layer."
         return
     adaptable = [names for submodule, names in modules.values() if adapter_type(submodule)]

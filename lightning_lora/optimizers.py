@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_lora.layers import LoRALayer, all_adapters
+from lightning_lora.layers import LoRALayer, LowRankAdapter, all_adapters
 from lightning_lora.targets import clean_name, listed
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
@@ -108,6 +108,27 @@ def optimizer_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[
     ]
 
 
+def reordered_state(state: Mapping[str, Any], theirs: list[list[str]], ours: list[list[str]]) -> dict[str, Any]:
+    """Return a copy of an optimizer's saved state with the entries at the positions that our names have.
+
+    Args:
+        state: What ``Optimizer.state_dict`` gave.
+        theirs: The names that it belongs to, one list a group.
+        ours: The names of the optimizer it is for; the same in each group.
+    """
+    position = {name: index for index, name in enumerate(name for group in ours for name in group)}
+    saved = [name for group in theirs for name in group]
+    groups = []
+    for group, their_names, our_names in zip(state["param_groups"], theirs, ours, strict=True):
+        group = {**group, "params": [position[name] for name in our_names]}
+        if "param_names" in group:
+            labels = dict(zip(their_names, group["param_names"], strict=True))
+            group["param_names"] = [labels[name] for name in our_names]
+        groups.append(group)
+    entries = {position[saved[index]]: dict(entry) for index, entry in state["state"].items()}
+    return {**state, "state": entries, "param_groups": groups}
+
+
 def homeless_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
     """Return the trainable parameters that no optimizer holds."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -121,7 +142,8 @@ def _check_ratio(lr_ratio: float) -> None:
 
 def _fast_parameters(module: nn.Module) -> set[int]:
     """Return the factors that LoRA+ speeds up: ``B`` of every layer that starts with ``B = 0``."""
-    return {id(a.B) for a in all_adapters(module).values() if a.zero_factor() is a.B}
+    adapters = [a for a in all_adapters(module).values() if isinstance(a, LowRankAdapter)]
+    return {id(a.B) for a in adapters if a.zero_factor() is a.B}
 
 
 def _adopt_homeless(module: nn.Module, optimizers: Sequence[Optimizer], names: dict[int, str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from typing_extensions import override
@@ -31,6 +31,8 @@ class AttachReport:
     Attributes:
         layers: The adapted layers.
         saved: Modules of ``modules_to_save`` -> their parameters.
+        biases: Biases of the base that train -> their sizes.
+        untied: Weights that got a copy of their own -> what they were tied to.
         left_out: Layers that the targets cover but that carry no adapter -> the reason.
         base_parameters: Parameters of the model without adapters.
         norms: Frozen normalisation layers that have running statistics.
@@ -43,6 +45,8 @@ class AttachReport:
     base_parameters: int
     norms: int = 0
     frozen_norm: str = "eval"
+    biases: Mapping[str, int] = field(default_factory=dict)
+    untied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def adapter_parameters(self) -> int:
@@ -51,8 +55,8 @@ class AttachReport:
 
     @property
     def trainable_parameters(self) -> int:
-        """Number of parameters that train: adapters and the modules trained in full."""
-        return self.adapter_parameters + sum(self.saved.values())
+        """Number of parameters that train: adapters, biases and the modules trained in full."""
+        return self.adapter_parameters + sum(self.saved.values()) + sum(self.biases.values())
 
     @override
     def __str__(self) -> str:
@@ -65,10 +69,16 @@ class AttachReport:
             for (pattern, rank, scaling, dtype), group in groups.items()
         ]
         rows += [self._row(f"{name} (in full)", 1, "-", "-", count, "-") for name, count in self.saved.items()]
-        rows.append(self._row("trainable", len(self.layers) + len(self.saved), "", "", self.trainable_parameters, ""))
-        frozen = self.base_parameters - sum(self.saved.values())
+        if self.biases:
+            rows.append(self._row("biases", len(self.biases), "-", "-", sum(self.biases.values()), "-"))
+        count = len(self.layers) + len(self.saved) + len(self.biases)
+        rows.append(self._row("trainable", count, "", "", self.trainable_parameters, ""))
+        frozen = self.base_parameters + self.adapter_parameters - self.trainable_parameters
         lines = [f"LoRA: {len(self.layers)} layers adapted, {frozen:,} base parameters frozen"]
-        return "\n".join(lines + _table([header, *rows]) + self._left_out_lines() + self._norm_lines())
+        lines += table_lines([header, *rows]) + self._left_out_lines() + self._norm_lines()
+        return "\n".join(
+            lines + [f"untied: {name} has a copy of its own, {other} stays" for name, other in self.untied.items()]
+        )
 
     def _row(self, pattern: str, layers: int, rank: str, scaling: str, parameters: int, dtype: str) -> tuple[str, ...]:
         share = f"{100 * parameters / max(1, self.base_parameters):.2f} %"
@@ -87,7 +97,8 @@ class AttachReport:
         return [f"left out: {listed(names, _LEFT_OUT_SHOWN)} ({reason})" for reason, names in reasons.items()]
 
 
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table: a header first, and apart from the rest a last row of sums."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

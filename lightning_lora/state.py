@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import attachments, fully_trained, merges
-from lightning_lora.layers import all_adapters, lora_layers
+from lightning_lora.layers import Adapter, all_adapters, lora_layers
 from lightning_lora.targets import clean_name, join, listed, near_names
 
 FORMAT_VERSION = 1
@@ -18,13 +18,13 @@ FORMAT_VERSION = 1
 def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the live tensors of everything that was trained: name -> the model's own tensor.
 
-    These are the factors, the parameters and buffers of ``modules_to_save``, and the running statistics that the config
-    lets move. The names follow from the config alone, never from what happened in training.
+    These are the factors, the parameters and buffers of ``modules_to_save``, and the biases and running statistics that
+    the config lets move. The names follow from the config alone, never from what happened in training.
     """
     found: dict[str, Tensor] = {}
     roots = list(attachments(module))
     whole = {identity for _, owner, attachment in roots for identity in fully_trained(owner, attachment)}
-    moving = {join(root, name) for root, _, attachment in roots for name in attachment.base_buffers}
+    moving = {join(root, name) for root, _, attachment in roots for name in attachment.base_values}
     persistent = _persistent_buffers(module)
     whole |= {id(part) for layer in lora_layers(module).values() for part in layer.lora.modules()}
     for path, part in module.named_modules():
@@ -146,7 +146,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
             for name, _, attachment in attachments(module)
         ],
         "layers": {
-            name: {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling}
+            name: {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling} | _rows(adapter)
             for name, adapter in all_adapters(module).items()
         },
         "merges": merges(module),
@@ -172,7 +172,16 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
         ]
         if differing:
             problems.append(f"{'alpha or use_rslora (scaling)' if key == 'scaling' else key}: {listed(differing)}")
+    moved = [name for name, layer in mine.items() if name in theirs and theirs[name].get("rows") != layer.get("rows")]
+    if moved:
+        problems.append(f"target_slices or trainable_token_indices: other rows of {listed(moved)}")
     return problems
+
+
+def _rows(adapter: Adapter) -> dict[str, list[list[int]]]:
+    """Return which rows an adapter updates, where it is not all."""
+    rows = [[part.start, part.stop, part.step] for part in adapter.spec.rows]
+    return {"rows": rows} if rows else {}
 
 
 def _persistent_buffers(module: nn.Module) -> set[str]:
@@ -182,3 +191,14 @@ def _persistent_buffers(module: nn.Module) -> set[str]:
         for key in part._buffers
         if key not in part._non_persistent_buffers_set
     }
+
+
+def allow_missing_base(module: nn.Module, incompatible: Any) -> None:
+    """Let an adapter-only state dict load into a module or a copy of it: base keys may be absent, nothing else.
+
+    Averaging callbacks keep such copies, with ``module.`` before every name, and load them by themselves.
+    """
+    required = set(adapter_tensors(module))
+    base = {clean_name(name) for name in module.state_dict()} - required
+    missing = incompatible.missing_keys
+    missing[:] = [name for name in missing if not {clean_name(name), clean_name(name).removeprefix("module.")} & base]

@@ -2,57 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import Tensor
-from torchmetrics import Metric
-
-from lightning_lora.checkpoint_file import RECORD_KEY, check_is_checkpoint, reading
-from lightning_lora.layers import lora_layers
-from lightning_lora.optimizers import optimizer_names
-from lightning_lora.state import (
-    adapter_tensors,
-    check_not_merged,
-    describe,
-    mismatch_message,
-    mismatches,
-    record_problems,
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
 )
-from lightning_lora.targets import clean_name
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import _Policy
+from typing_extensions import override
 
-_INSTALLED = "_lora_checkpoints"
+from lightning_lora.layers import Adapter, LoRALayer, WeightLoRALayer, lora_layers
+from lightning_lora.process_slices import Key, slices_of_all, told_by_all
+from lightning_lora.sharding import laid_out_like, whole
+from lightning_lora.state import adapter_tensors
+from lightning_lora.surgery import merge
+from lightning_lora.targets import listed
 
 
-class AdapterCheckpoints:
-    """Makes a strategy whose processes each hold the whole model save and load adapters only.
-
-    It stands in for the strategy's own methods, on the instance, so that everything that saves obeys: ModelCheckpoint
-    in all its ways, an exception's checkpoint, the tuners' and ``trainer.save_checkpoint``. While the module has no
-    adapters the strategy's own methods run.
-    """
-
-    _REPLACED = (
-        "lightning_module_state_dict",
-        "save_checkpoint",
-        "load_checkpoint",
-        "load_model_state_dict",
-        "load_optimizer_state_dict",
-    )
+class Layout:
+    """How a strategy spreads what is trained over its processes: whole in each, or as ``DTensor``."""
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
-        self.own = {name: getattr(strategy, name) for name in self._REPLACED}
-
-    def install(self) -> None:
-        """Take the place of the strategy's methods."""
-        for name in self._REPLACED:
-            setattr(self.strategy, name, getattr(self, name))
-        setattr(self.strategy, _INSTALLED, self)
 
     @property
     def module(self) -> LightningModule:
@@ -60,110 +42,229 @@ class AdapterCheckpoints:
         assert self.strategy.lightning_module is not None
         return self.strategy.lightning_module
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the state to save: adapters, what trains in full, moving statistics and metric states."""
-        state: dict[str, Any] = self.own["lightning_module_state_dict"]()
-        return self._only_trained(state) if lora_layers(self.module) else state
+    def prepare(self) -> None:
+        """Adjust the strategy before it wraps the module; called when a stage is set up.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Add the record and write the file."""
-        if lora_layers(self.module):
-            # Callbacks such as WeightAveraging put whole models back in after the state dict was made.
-            for key in ("state_dict", "current_model_state"):
-                if key in checkpoint:
-                    checkpoint[key] = self._only_trained(checkpoint[key])
-            names = optimizer_names(self.module, self.strategy.optimizers)
-            checkpoint[RECORD_KEY] = describe(self.module) | {"optimizers": names}
-        self.own["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
+        Raises:
+            NotImplementedError: The strategy is set up in a way that cannot train adapters.
+        """
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file; one clear error if it is no checkpoint."""
-        with reading(checkpoint_path):
-            checkpoint = self.own["load_checkpoint"](checkpoint_path, weights_only=weights_only)
-        check_is_checkpoint(checkpoint, checkpoint_path)
-        return cast(dict[str, Any], checkpoint)
+    def attached(self, module: LightningModule) -> None:
+        """Take note of adapters that were attached, before the strategy wraps the module.
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load an adapter, strictly for its own keys; or a full checkpoint from before LoRA as the base."""
-        try:
-            self._load_model(checkpoint, strict)
-        except Exception:
-            # The Trainer keeps this dict, and would load it again in the next stage, even one without ckpt_path.
-            cast(dict[str, Any], checkpoint).clear()
-            raise
+        Raises:
+            NotImplementedError: The strategy cannot train such adapters.
+        """
 
-    def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        module, state, record = self.module, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
-        adapters = adapter_tensors(module)
-        if record is None and not any(name in state for name in _factors(module)):
-            if adapters:
-                self._load_base(cast(dict[str, Any], checkpoint), strict)
-            else:
-                self.own["load_model_state_dict"](checkpoint, strict=strict)
-            return
-        check_not_merged(module, (record or {}).get("merges", {}))
-        own = module.state_dict()
-        problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        problems += mismatches(adapters, state, known=own if strict else [*own, *state])
-        problems += _other_shapes(own, state, adapters)
-        if problems:
-            raise ValueError(mismatch_message(type(module).__name__, problems))
-        module.load_state_dict(state, strict=False)  # all was checked above
+    def gather(
+        self,
+        tensors: Mapping[Key, Tensor],
+        name_of: Callable[[Key], str],  # noqa: ARG002 - for strategies that hide shapes
+    ) -> dict[Key, Tensor]:
+        """Return the whole tensors; every process must call this.
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load optimizer states if they belong to the same parameters in the same order."""
-        record = checkpoint.get(RECORD_KEY)
-        mine = optimizer_names(self.module, self.strategy.optimizers)
-        if record is not None and checkpoint["optimizer_states"] and record["optimizers"] != mine:
-            raise ValueError(
-                "The checkpoint's optimizers hold other parameters than this run's, so their moments would end up "
-                f"at the wrong ones: {_shapes(record['optimizers'])} in the checkpoint, {_shapes(mine)} here. "
-                "Use the same configure_optimizers and lr_ratio, or start from the weights alone."
-            )
-        self.own["load_optimizer_state_dict"](checkpoint)
+        Args:
+            tensors: What this process has.
+            name_of: Gives the name of the parameter that a tensor belongs to.
+        """
+        return {key: whole(tensor.detach()) for key, tensor in tensors.items()}
 
-    def _only_trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        keep = set(adapter_tensors(self.module))
-        metrics = tuple(f"{name}." for name, part in self.module.named_modules() if isinstance(part, Metric))
-        frozen = {clean_name(name) for name, _ in self.module.named_parameters()} - keep
-        return {
-            clean: value
-            for name, value in state.items()
-            if (clean := clean_name(name)) in keep or (metrics and clean.startswith(metrics) and clean not in frozen)
-        }
+    def agree(self, values: Mapping[Key, Any]) -> dict[Key, Any]:
+        """Return the values of all processes, some of which may lack some; every process must call this."""
+        return dict(values)
 
-    def _load_base(self, checkpoint: dict[str, Any], strict: bool) -> None:
-        module, state = self.module, checkpoint["state_dict"]
-        own, adapters = module.state_dict(), _factors(module)
-        base = {name: value for name, value in own.items() if name not in adapters}
-        problems = mismatches(base, state) if strict else _other_shapes(own, state, ())
-        if problems:
-            raise ValueError(
-                f"The checkpoint holds no adapter, and as a base it does not fit {type(module).__name__}; nothing was "
-                "changed:\n" + "\n".join(f"  - {problem}" for problem in problems)
-            )
-        module.load_state_dict(state, strict=False)
-        # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
-        checkpoint.update(optimizer_states=[], lr_schedulers=[], callbacks={})
-        checkpoint.pop("loops", None)
-        rank_zero_info(
-            "LoRA: the checkpoint holds no adapter; its weights are the frozen base, and training starts anew."
+    def part(self, value: Tensor, name: str, like: Tensor) -> Tensor:  # noqa: ARG002
+        """Return this process's part of a whole tensor that belongs to the parameter of this name."""
+        return laid_out_like(value.to(like.device), like)
+
+    def refused_export(self) -> str | None:
+        """Return why a finished fit's adapter cannot be exported here, or None."""
+        if isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            return None
+        return (
+            f"export_dir: under {type(self.strategy).__name__} no process holds the whole adapter. Export its "
+            "checkpoint afterwards: load_adapter(model, checkpoint), then save_adapter(model, directory)."
         )
 
+    def merge(self) -> None:
+        """Fold the adapters into the weights for good."""
+        merge(self.module)
 
-def install_adapter_checkpoints(strategy: Strategy) -> None:
-    """Make a strategy save and load adapters only; safe to repeat.
+    def shape(self, name: str, parameter: Tensor) -> torch.Size:  # noqa: ARG002
+        """Return the shape of the whole of a parameter."""
+        return parameter.shape
+
+
+class FSDPLayout(Layout):
+    """FSDP flattens the parameters of each unit and gives every process a slice.
+
+    Adapters get units of their own: in one unit with the frozen weights, these would be given gradients and be gathered
+    at every save.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        super().__init__(strategy)
+        self._shapes: dict[str, torch.Size] = {}  # of the whole parameters, which FSDP hides
+        self._slices: dict[str, int] | None = None
+
+    @override
+    def prepare(self) -> None:
+        kwargs = self._fsdp.kwargs
+        if not kwargs.get("use_orig_params", True):
+            raise NotImplementedError(
+                "LoRACallback needs FSDPStrategy(use_orig_params=True), Lightning's default: without it the names of "
+                "the adapters' parameters are lost, and optimizers and checkpoints cannot tell them from frozen ones."
+            )
+        kwargs["auto_wrap_policy"] = _adapters_apart(kwargs.get("auto_wrap_policy"))
+
+    @override
+    def attached(self, module: LightningModule) -> None:
+        layers = lora_layers(module)
+        reasons = {
+            "that the weight itself must carry": [
+                n for n, layer in layers.items() if isinstance(layer, WeightLoRALayer)
+            ],
+            "that tied layers share": [n for n, layer in layers.items() if not layer.adapters()],
+        }
+        for what, names in reasons.items():
+            if names:
+                raise NotImplementedError(
+                    f"FSDPStrategy cannot train adapters {what}: {listed(names)}. Leave the layers out with "
+                    "exclude_modules, or use ModelParallelStrategy (FSDP2)."
+                )
+        if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
+            if self._shapes.keys() != adapter_tensors(module).keys():
+                raise NotImplementedError(
+                    f"This {type(module).__name__} was wrapped by FSDP before its adapters were attached, or by "
+                    "another Trainer's strategy. Use a fresh module, and call lightning_lora.attach(self) first in "
+                    "configure_model."
+                )
+            return
+        self._slices = None
+        self._shapes = {name: tensor.shape for name, tensor in adapter_tensors(module).items()}
+
+    @property
+    def _fsdp(self) -> FSDPStrategy:
+        assert isinstance(self.strategy, FSDPStrategy)
+        return self.strategy
+
+    @override
+    def shape(self, name: str, parameter: Tensor) -> torch.Size:
+        return self._shapes[name]
+
+    @override
+    def gather(self, tensors: Mapping[Key, Tensor], name_of: Callable[[Key], str]) -> dict[Key, Tensor]:
+        """Join the slices of the processes: consecutive ones, in the order of the ranks.
+
+        A process may have nothing of a parameter, and then its optimizer has no state for it either.
+        """
+        starts = self._starts()
+        found = {key: tensor.detach() for key, tensor in tensors.items() if name_of(key) not in starts}
+        slices = {key: tensor.detach().flatten() for key, tensor in tensors.items() if key not in found}
+        for key, parts in slices_of_all(slices, self.strategy.root_device, self._group()).items():
+            shape = self._shapes[name_of(key)]
+            # NO_SHARD leaves each process the whole.
+            found[key] = (parts[0] if len(parts[0]) == shape.numel() else torch.cat(parts)).view(shape)
+        return found
+
+    @override
+    def agree(self, values: Mapping[Key, Any]) -> dict[Key, Any]:
+        return {key: value for each in told_by_all(dict(values), self._group()) for key, value in each.items()}
+
+    @override
+    def part(self, value: Tensor, name: str, like: Tensor) -> Tensor:
+        start = self._starts().get(name)
+        if start is None:
+            return value.to(like.device)
+        return value.flatten()[start : start + like.numel()].view(like.shape).to(like.device)
+
+    @override
+    def merge(self) -> None:
+        merge(self.module, whole=self._unit_gathered)
+
+    def _starts(self) -> dict[str, int]:
+        """Return where this process's slice of each trained parameter starts; the first call needs every process."""
+        if self._slices is None:
+            tensors = adapter_tensors(self.module)
+            lengths = {name: tensor.numel() for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+            before = told_by_all(lengths, self._group())[: dist.get_rank(self._group())]
+            whole = {name for name in lengths if lengths[name] == self._shapes[name].numel()}
+            self._slices = {name: 0 if name in whole else sum(each[name] for each in before) for name in lengths}
+        return self._slices
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """Return the processes that a unit's parameters are divided among."""
+        units = self._units()
+        return units[0].process_group if units else None
+
+    def _units(self) -> list[FullyShardedDataParallel]:
+        assert self._fsdp.model is not None
+        return FullyShardedDataParallel.fsdp_modules(self._fsdp.model)
+
+    @contextmanager
+    def _unit_gathered(self, layer: LoRALayer) -> Iterator[None]:
+        """Have the whole of one layer's weight and factors for a while; what is written to them stays."""
+        units = [
+            unit
+            for unit in self._units()
+            if any(part is layer for part in _own_modules(unit)) or any(unit is part for part in layer.modules())
+        ]
+        with ExitStack() as stack:
+            for unit in units:
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True))
+            yield
+
+
+class _AdaptersApart(_Policy):
+    """The user's wrapping policy, and a unit of its own for every adapter."""
+
+    def __init__(self, inner: _Policy | None) -> None:
+        self.inner = inner
+
+    @override
+    def _run_policy(
+        self, root_module: nn.Module, ignored_modules: set[nn.Module], root_kwargs: dict[str, Any]
+    ) -> dict[nn.Module, dict[str, Any]]:
+        chosen = {} if self.inner is None else self.inner._run_policy(root_module, ignored_modules, root_kwargs)
+        adapters = [part for part in root_module.modules() if isinstance(part, Adapter) and part not in ignored_modules]
+        return chosen | {part: root_kwargs for part in adapters if part is not root_module}
+
+
+def _adapters_apart(policy: Any) -> Any:
+    """Return a wrapping policy that gives adapters units of their own, and leaves the rest to the user's."""
+    if policy is None or isinstance(policy, _Policy):
+        return policy if isinstance(policy, _AdaptersApart) else _AdaptersApart(policy)
+
+    def apart(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        return recurse or isinstance(module, Adapter) or bool(policy(module, recurse, nonwrapped_numel))
+
+    return apart
+
+
+def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules whose parameters are in this unit, not in one below it."""
+    for part in unit.children():
+        if not isinstance(part, FullyShardedDataParallel):
+            yield part
+            yield from _own_modules(part)
+
+
+def layout_of(strategy: Strategy) -> Layout:
+    """Return the layout of a strategy, and prepare the strategy for adapters.
 
     Raises:
-        NotImplementedError: The strategy is not supported.
+        NotImplementedError: The strategy is not supported, or not as it is set up.
     """
-    if hasattr(strategy, _INSTALLED):
-        return
-    if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
-        raise NotImplementedError(
-            f"LoRACallback does not support {type(strategy).__name__} yet. Use a single device or strategy='ddp'."
-        )
-    AdapterCheckpoints(strategy).install()
+    for known, kind in _SUPPORTED.items():
+        if isinstance(strategy, known):
+            layout = kind(strategy)
+            layout.prepare()
+            return layout
+    others = [kind.__name__ for kind in _SUPPORTED if kind is not SingleDeviceStrategy]
+    raise NotImplementedError(
+        f"LoRACallback does not support {type(strategy).__name__} yet. Supported are a single device and "
+        f"{', '.join(others)}."
+    )
 
 
 def trains_in_copies(strategy: Strategy) -> bool:
@@ -171,18 +272,9 @@ def trains_in_copies(strategy: Strategy) -> bool:
     return isinstance(strategy.launcher, _MultiProcessingLauncher)
 
 
-def _factors(module: LightningModule) -> set[str]:
-    return {f"{name}.lora.{key}" for name, layer in lora_layers(module).items() for key in layer.lora.state_dict()}
-
-
-def _other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any], skip: Any) -> list[str]:
-    found = [
-        f"{name}: file {tuple(value.shape)}, model {tuple(own[name].shape)}"
-        for name, value in state.items()
-        if name in own and name not in skip and isinstance(own[name], Tensor) and own[name].shape != value.shape
-    ]
-    return [f"other shapes: {', '.join(found)}"] if found else []
-
-
-def _shapes(names: list[list[list[str]]]) -> str:
-    return "; ".join(f"groups of {[len(group) for group in groups]}" for groups in names) or "none"
+_SUPPORTED: dict[type[Strategy], type[Layout]] = {
+    SingleDeviceStrategy: Layout,
+    DDPStrategy: Layout,
+    FSDPStrategy: FSDPLayout,
+    ModelParallelStrategy: Layout,
+}

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_lora.attachment import Attachment, attachments, get_attachment
-from lightning_lora.layers import Adapter, LoRALayer, Mode, WeightLoRALayer, base_parameter, base_weight, lora_layers
+from lightning_lora.attachment import Attachment, attachments, copy_values, get_attachment, named_tensors
+from lightning_lora.layers import (
+    Adapter,
+    LoRALayer,
+    LowRankAdapter,
+    Mode,
+    WeightLoRALayer,
+    base_parameter,
+    base_weight,
+    lora_layers,
+)
+from lightning_lora.sharding import copy_whole, is_sharded
 
 
 @contextmanager
@@ -34,7 +47,7 @@ def disabled(module: nn.Module) -> Iterator[None]:
 
     Modules trained in full are not affected.
     """
-    with _modes(lora_layers(module), lambda _: "disabled"), _base_statistics(module):
+    with _modes(lora_layers(module), lambda _: "disabled"), _base_values(module):
         yield
 
 
@@ -48,7 +61,7 @@ def set_mode(layer: LoRALayer, mode: Mode) -> None:
         for name, original in vars(layer).pop("lora_original").items():
             base_parameter(layer, name).copy_(original)
     if mode == "merged":
-        originals = {name: base_parameter(layer, name).detach().clone() for name in layer.adapters()}
+        originals = {name: base_parameter(layer, name).detach().clone() for name in layer.adapted_parameters()}
         vars(layer)["lora_original"] = originals
         fold(layer)
     layer.lora_mode = mode
@@ -57,16 +70,16 @@ def set_mode(layer: LoRALayer, mode: Mode) -> None:
 @torch.no_grad()
 def fold(layer: LoRALayer) -> None:
     """Add the updates to the weights: a float32 (or float64) sum and one rounding, at the end."""
-    for name, adapter in layer.adapters().items():
-        weight = base_parameter(layer, name)
-        weight.copy_(_folded(weight, adapter).to(weight.dtype))
+    for name in layer.adapted_parameters():
+        parameter = base_parameter(layer, name)
+        copy_whole(parameter, layer.combined(name).to(parameter.dtype))
 
 
 def check_mergeable(layers: dict[str, LoRALayer]) -> None:
     """Refuse what would destroy a weight, before any weight is touched."""
     for name, layer in layers.items():
-        for parameter, adapter in layer.adapters().items():
-            _check_parameter(name, layer, parameter, adapter)
+        for parameter in layer.adapted_parameters():
+            _check_parameter(name, layer, parameter)
         if _has_own_forward(layer) and not _computes_the_same_merged(layer):
             raise RuntimeError(
                 f"The forward of {name!r} ({layer.base_class.__name__}) does more than apply the weight, so with "
@@ -74,21 +87,29 @@ def check_mergeable(layers: dict[str, LoRALayer]) -> None:
             )
 
 
-def _check_parameter(name: str, layer: LoRALayer, parameter: str, adapter: Adapter) -> None:
-    if parameter not in layer._parameters:
+def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
+    if layer._parameters.get(parameter) is None:
+        if parameter == "bias":
+            raise RuntimeError(
+                f"{name!r} has no bias that could take the one of its adapter (lora_bias=True). Keep the adapter "
+                "beside it, or give the layer a bias before attaching."
+            )
         raise RuntimeError(
             f"The weight of {name!r} is computed from other parameters, so nothing can be merged into it. "
             "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
         )
     weight = base_parameter(layer, parameter)
-    if not weight.is_floating_point():
+    is_packed = bool(is_traceable_wrapper_subclass(cast(Any, weight))) and not is_sharded(weight)  # as torchao's are
+    if is_packed or not weight.is_floating_point():
+        kind = type(weight).__name__ if is_packed else weight.dtype
         raise RuntimeError(
-            f"The weight of {name!r} is quantized ({weight.dtype}), so nothing can be merged into it. Keep the "
+            f"The weight of {name!r} is quantized ({kind}), so nothing can be merged into it. Keep the "
             "adapter beside it, or merge into the model before it was quantized."
         )
-    if not all(bool(torch.isfinite(factor).all()) for factor in adapter.parameters()):
+    adapters = [adapter for adapter in layer.adapters().values() if parameter in (adapter.parameter, "bias")]
+    if not all(bool(torch.isfinite(factor).all()) for adapter in adapters for factor in adapter.parameters()):
         raise ValueError(f"The adapter of {name!r} holds NaN or infinity; merging it would destroy the weight.")
-    if _overflows(weight, adapter):
+    if _overflows(layer, parameter, adapters):
         raise ValueError(
             f"The update of {name!r} is too large for its weight's precision ({weight.dtype}); merging it would "
             "leave infinities. Convert the model to a wider one first."
@@ -124,21 +145,25 @@ def _computes_the_same_merged(layer: LoRALayer) -> bool:
 
 
 @torch.no_grad()
-def _folded(weight: Tensor, adapter: Adapter) -> Tensor:
-    delta = adapter.delta_weight()
-    dtype = torch.promote_types(weight.dtype, delta.dtype)
-    return weight.to(dtype) + delta.to(dtype)
-
-
-@torch.no_grad()
-def _overflows(weight: Tensor, adapter: Adapter) -> bool:
+def _overflows(layer: LoRALayer, parameter: str, adapters: Sequence[Adapter]) -> bool:
+    weight = base_parameter(layer, parameter)
     limit = torch.finfo(weight.dtype).max
-    if weight.is_meta or not adapter.A.numel():
+    if weight.is_meta:
         return False
-    largest = [float(tensor.abs().max()) for tensor in (adapter.A, adapter.B, weight)]
-    if abs(adapter.spec.scaling) * adapter.spec.rank * largest[0] * largest[1] + largest[2] < limit:
+    bounds = [_bound(adapter) for adapter in adapters]
+    if float(weight.abs().max()) + max(bounds, default=0.0) < limit:
         return False  # whatever the signs; spares forming the update
-    return not bool((_folded(weight, adapter).abs() <= limit).all())
+    return not bool((layer.combined(parameter).abs() <= limit).all())
+
+
+def _bound(adapter: Adapter) -> float:
+    """Return what no entry of an update can exceed."""
+    if not isinstance(adapter, LowRankAdapter) or not adapter.is_plain:
+        return math.inf
+    if not adapter.A.numel():
+        return 0.0
+    A, B = (float(factor.abs().max()) for factor in (adapter.A, adapter.B))
+    return abs(adapter.spec.scaling) * adapter.spec.rank * A * B
 
 
 @contextmanager
@@ -156,17 +181,16 @@ def _modes(layers: dict[str, LoRALayer], choose: Callable[[Mode], Mode]) -> Iter
 
 
 @contextmanager
-def _base_statistics(module: nn.Module) -> Iterator[None]:
-    """Put back the running statistics that training moved, for a while."""
-    moved: list[tuple[nn.Module, Attachment, Tensor, Tensor]] = []
+def _base_values(module: nn.Module) -> Iterator[None]:
+    """Put back the biases and running statistics that training moved, for a while."""
+    moved: list[tuple[nn.Module, Attachment, dict[str, Tensor]]] = []
     for _, owner, attachment in attachments(module):
-        buffers = dict(owner.named_buffers())
-        for name, value in attachment.base_buffers.items():
-            moved.append((owner, attachment, buffers[name], buffers[name].clone()))
-            buffers[name].copy_(value)
+        tensors = named_tensors(owner)
+        moved.append((owner, attachment, {name: tensors[name].detach().clone() for name in attachment.base_values}))
+        copy_values(owner, attachment.base_values)
     try:
         yield
     finally:
-        for owner, attachment, buffer, value in moved:
+        for owner, attachment, values in moved:
             if get_attachment(owner) is attachment:  # not detached meanwhile
-                buffer.copy_(value)
+                copy_values(owner, values)

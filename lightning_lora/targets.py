@@ -18,9 +18,10 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 def clean_name(name: str) -> str:
     """Return a module, parameter or buffer name without the parts that wrappers add."""
-    if not any(wrapper in name for wrapper in _WRAPPERS):
-        return name
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    for wrapper in _WRAPPERS:
+        if wrapper in name:
+            return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return name
 
 
 def join(path: str, key: str) -> str:
@@ -73,9 +74,24 @@ def module_names(module: nn.Module) -> dict[str, tuple[nn.Module, tuple[str, ...
     return {names[0]: (submodule, tuple(names)) for submodule, names in found.values()}
 
 
+def parameter_names(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Return the parameters of modules that were given by their names; one in two modules has two names."""
+    return {
+        join(path, key): parameter
+        for path, part in modules.items()
+        for key, parameter in part._parameters.items()
+        if parameter is not None
+    }
+
+
 def is_below(name: str, roots: Collection[str]) -> bool:
     """Return whether a name is one of the roots or lies below one."""
     return bool(roots) and any(name == root or name.startswith(f"{root}.") for root in roots)
+
+
+def any_below(names: Sequence[str], roots: Collection[str]) -> bool:
+    """Return whether one of a module's names is one of the roots or lies below one."""
+    return bool(roots) and any(is_below(name, roots) for name in names)
 
 
 def selected(entries: str | Sequence[str], names: Sequence[str]) -> str | None:
@@ -92,6 +108,42 @@ def unmatched(entries: str | Sequence[str], all_names: Iterable[Sequence[str]]) 
     listed = [(entries, entries)] if isinstance(entries, str) else [(entry, (entry,)) for entry in entries]
     pool = list(all_names)
     return [entry for entry, query in listed if not any(selected(query, names) for names in pool)]
+
+
+def parse_slices(text: object) -> list[slice]:
+    """Return the slices that a text such as ``"0:64, 192:256"`` or ``"::3"`` stands for.
+
+    Raises:
+        ValueError: It is no such text.
+    """
+    found = []
+    for part in text.split(",") if isinstance(text, str) else [""]:
+        numbers = part.strip().split(":")
+        if not 2 <= len(numbers) <= 3 or not all(re.fullmatch(r"\s*(-?\d+)?\s*", number) for number in numbers):
+            raise ValueError(f"{text!r} is no slice; write 'start:stop' or 'start:stop:step', joined by commas.")
+        found.append(slice(*(int(number) if number.strip() else None for number in numbers)))
+    if any(part.step == 0 for part in found):
+        raise ValueError(f"{text!r} has a step of 0.")
+    return found
+
+
+def rows_of_slices(text: str, count: int) -> tuple[range, ...]:
+    """Return the rows, of ``count``, that a text of slices selects.
+
+    Raises:
+        ValueError: It reaches beyond them, selects nothing, or one row twice.
+    """
+    rows = []
+    for part in parse_slices(text):
+        if any(edge is not None and not -count <= edge <= count for edge in (part.start, part.stop)):
+            raise ValueError(f"{text!r} reaches beyond its {count} output features")
+        rows.append(range(*part.indices(count)))
+    chosen = [row for part in rows for row in part]
+    if not all(rows):
+        raise ValueError(f"{text!r} selects none of its {count} output features")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"{text!r} selects an output feature twice")
+    return tuple(rows)
 
 
 def near_names(entry: str, names: Iterable[str], limit: int = 4) -> list[str]:
@@ -114,21 +166,18 @@ def candidates(module: nn.Module) -> dict[str, str]:
     return {name: type(submodule).__name__ for name, (submodule, _) in module_names(module).items() if name}
 
 
-def tied_names(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Return parameters that share memory with another module's parameter: name -> the other names.
+def tied_names(parameters: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Return those of the parameters that share memory with another one: name -> the other names.
 
     A module that is reached by two paths is one module: its parameters are not tied by that.
     """
-    tables = [(name, part._parameters) for name, part in module.named_modules() if part._parameters]
-    places = [_memory(parameter) for _, table in tables for parameter in table.values() if parameter is not None]
+    places = [_memory(parameter) for parameter in parameters.values()]
     if len(set(places)) == len(places):
         return {}
     owners: dict[int, list[str]] = {}
-    for name, table in tables:
-        for key, parameter in table.items():
-            if parameter is not None:
-                owners.setdefault(_memory(parameter), []).append(join(name, key))
-    groups = [[clean_name(name) for name in group] for group in owners.values() if len(group) > 1]
+    for name, place in zip(parameters, places, strict=True):
+        owners.setdefault(place, []).append(name)
+    groups = [group for group in owners.values() if len(group) > 1]
     return {name: tuple(other for other in group if other != name) for group in groups for name in group}
 
 
@@ -148,3 +197,19 @@ def output_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Module]:
             head = part.get_output_embeddings()  # type: ignore[operator]
             if isinstance(head, nn.Module):
                 yield head
+
+
+def input_embeddings(modules: Collection[nn.Module]) -> list[nn.Module]:
+    """Return the input embeddings that transformers models among the modules declare, else every ``nn.Embedding``.
+
+    Of models inside models, as an encoder is, the outermost speaks.
+    """
+    found: list[nn.Module] = []
+    spoken_for: set[int] = set()
+    for part in modules:
+        if id(part) not in spoken_for and hasattr(type(part), "get_input_embeddings"):
+            spoken_for |= {id(below) for below in part.modules()}
+            embedding = part.get_input_embeddings()  # type: ignore[operator]
+            if isinstance(embedding, nn.Embedding) and embedding not in found:
+                found.append(embedding)
+    return found or [part for part in modules if isinstance(part, nn.Embedding)]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_lora import ops
+
 
 class TinyModel(nn.Module):
     """Tokens to class scores; its names are those of many real models."""
@@ -30,6 +32,13 @@ class TinyModel(nn.Module):
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fast_path_for_small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of tests are too small for the fast path to be chosen; it is what users of real ones get."""
+    if "usual_paths" not in request.keywords:
+        monkeypatch.setattr(ops, "_FEW", 0)
 
 
 @pytest.fixture

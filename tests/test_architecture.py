@@ -16,23 +16,63 @@ PACKAGE = Path(lightning_lora.__file__).parent
 
 # A room may import rooms of a lower level only. A new room gets its place here first.
 _BOTTOM_UP = [
-    {"option_types", "targets", "initializers", "layers.swap"},
-    {"config", "report", "layers.base", "layers.norm"},
+    {
+        "directories",
+        "tensor_files",
+        "dropout_bits",
+        "option_types",
+        "targets",
+        "initializers",
+        "layers.swap",
+        "method_wraps",
+        "process_slices",
+        "sharding",
+        "analysis.spectrum",
+        "analysis.intruders",
+    },
+    {"base_folder", "base_names", "ops", "skeleton", "option_checks", "report", "layers.adapter", "layers.norm"}
+    | {"analysis.relation", "analysis.similarity"},
+    {"tied_heads", "config", "layers.base", "layers.low_rank"},
     {"layers.linear", "layers.embedding", "layers.conv", "layers.weight"},
+    {"layers.tokens"},
     {"layers"},
-    {"attachment", "misses", "obstacles", "optimizers"},
+    {
+        "attachment",
+        "misses",
+        "obstacles",
+        "optimizers",
+        "planned",
+        "probe",
+        "company",
+        "advice",
+        "one_file",
+        "precision",
+        "analysis.matrices",
+    },
+    {"trainables", "token_rows"},
     {"plan"},
-    {"freezing"},
+    {"freezing", "analysis.budget"},
     {"switching"},
     {"surgery"},
-    {"state"},
-    {"checks", "checkpoint_file"},
+    {"state", "peft_config", "peft_factors", "peft_names", "peft_support"},
+    {"peft_layers", "peft_numbers"},
+    {"skeleton_kinds", "checks", "peft_export", "peft_import"},
+    {"peft_collect"},
+    {"peft_format"},
+    {"checkpoint_file", "preflight"},
+    {"fit_export", "warm_start", "analysis.files"},
+    {"adapter_fit", "inspection", "analysis.adapters"},
+    {"streaming", "analysis.summary"},
+    {"cli_text", "analysis", "analysis.plots"},
     {"load_guard", "strategies"},
+    {"adapter_checkpoints"},
     {"callback"},
     {""},
+    {"cli"},
+    {"__main__"},
 ]
 LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in together}
-KNOWS_LIGHTNING = {"load_guard", "strategies", "callback"}
+KNOWS_LIGHTNING = {"load_guard", "company", "one_file", "precision", "strategies", "adapter_checkpoints", "callback"}
 
 
 def rooms() -> dict[str, Path]:
@@ -98,6 +138,11 @@ def test_only_the_upper_rooms_import_lightning(room: str):
 @pytest.mark.parametrize("room", ROOMS)
 def test_no_room_imports_peft_or_transformers(room: str):
     assert not outside(ROOMS[room]) & {"peft", "transformers", "accelerate", "bitsandbytes"}
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"peft_format", "state"}))
+def test_only_the_rooms_of_files_import_safetensors(room: str):
+    assert "safetensors" not in outside(ROOMS[room])
 
 
 @pytest.mark.parametrize("room", ROOMS)

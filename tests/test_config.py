@@ -21,6 +21,12 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "exclude_modules": ["blocks.1"],
     "modules_to_save": ["head"],
     "target_parameters": ["experts.up"],
+    "target_slices": {"c_attn": {"q": "0:768", "v": "1536:2304"}},
+    "trainable_token_indices": {"embed": [3, 7]},
+    "bias": "all",
+    "use_dora": True,
+    "lora_bias": True,
+    "untie_weights": True,
     "rank_pattern": {"v_proj": 2},
     "alpha_pattern": {"q_proj": 1.5},
     "use_rslora": True,
@@ -41,7 +47,9 @@ WRONG_TYPE = {
     "target_parameters": [*NO_NAMES, "up"],
     "rank_pattern": [None, 3, "a", ["a"], {"a": "4"}, {"a": 2.0}, {"a": None}, {"a": True}],
     "alpha_pattern": [None, 3, "a", ["a"], {"a": "4"}, {"a": None}, {"a": True}],
-    "use_rslora": ["false", "no", 1, 0, None],
+    "target_slices": [None, 3, "a", ["a"], {"a": "0:3"}, {"a": None}],
+    "trainable_token_indices": [None, 3, "a", [1.0], [True], ["1"], {"a": 3}, {"a": None}, {"a": [1.5]}],
+    **{option: ["false", "no", 1, 0, None] for option in ("use_rslora", "use_dora", "lora_bias", "untie_weights")},
 }
 WRONG_VALUE = {
     "rank": [0, -1],
@@ -51,6 +59,9 @@ WRONG_VALUE = {
     "exclude_modules": [[""], ["a", ""], "(", "*"],
     "modules_to_save": [[""]],
     "target_parameters": [[""]],
+    "target_slices": [{"a": {}}, *({"a": {"q": text}} for text in ("", "3", ":,", "a:b", "0:4:0", "0:1:2:3"))],
+    "trainable_token_indices": [[-1], [1, 1], {"a": []}, {"a": [-2]}, {"a": [3, 5, 3]}],
+    "bias": ["", "lora", True, None],
     "rank_pattern": [{"a": 0}, {"a": -3}],
     "alpha_pattern": [{"a": 0}, {"a": math.nan}, {"a": math.inf}, {"a": -1.0}],
     "init": ["", "pissa", "Kaiming", 3, None, True],
@@ -68,7 +79,7 @@ def _shown(value: Any) -> str:
     """Return the part of a value that the message must show."""
     if isinstance(value, dict):
         [(key, inner)] = value.items()
-        return repr(inner if isinstance(key, str) else key)
+        return _shown(inner) if isinstance(inner, dict) and inner else repr(inner if isinstance(key, str) else key)
     return "()" if value == [] else repr(value)
 
 

@@ -203,6 +203,7 @@ def test_a_copy_computes_the_same_and_is_independent(case: Case, copied, rng):
 
 
 @pytest.mark.slow
+@pytest.mark.usual_paths
 def test_pickled_models_work_in_a_process_that_has_made_no_adapters(tmp_path: Path, rng):
     models = [case.trained(rng) for case in CASES]
     inputs = [case.inputs(rng) for case in CASES]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_lora import load_adapter
-from tests.test_strategies import fitted
+from tests.test_adapter_checkpoints import fitted
 from tests.toys import FEATURES, Toy, loader, trainer
 
 

@@ -14,6 +14,7 @@ PUBLIC = [
     "LoRACallback",
     "LoRAConfig",
     "LoRALayer",
+    "Preflight",
     "adapter_state_dict",
     "attach",
     "detach",
@@ -24,6 +25,8 @@ PUBLIC = [
     "merge",
     "merged",
     "parameter_groups",
+    "preflight",
+    "save_adapter",
 ]
 
 

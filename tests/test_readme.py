@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_lora import LoRACallback
+from lightning_lora import LoRACallback, load_adapter, lora_layers, merge
 from lightning_lora.checkpoint_file import RECORD_KEY
+from lightning_lora.cli import main
 from tests.toys import FEATURES, Toy, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*", "ignore:.*args parameter.*")
@@ -102,8 +107,6 @@ def test_resuming_evaluating_and_swapping(names: dict[str, Any]) -> None:
 
 
 def test_merging(names: dict[str, Any]) -> None:
-    from lightning_lora import load_adapter
-
     model = names["model"]
     load_adapter(model, "adapter.ckpt")
     expected = model(names["x"])
@@ -111,6 +114,41 @@ def test_merging(names: dict[str, Any]) -> None:
     torch.testing.assert_close(names["fast_prediction"], expected)
     torch.testing.assert_close(model(names["x"]), expected)
     assert all(type(module).__name__ != "LoRALinear" for module in model.modules())
+
+
+def test_sharing(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    from lightning_lora import adapter_state_dict
+
+    load_adapter(names["model"], "adapter.ckpt")
+    exec(code("Share with PEFT and vLLM"), names)
+    assert "PEFT yes, vLLM yes" in capsys.readouterr().out
+    for directory in ("adapter", "adapter-for-vllm"):
+        fresh = LitModel()
+        load_adapter(fresh, directory)
+        assert adapter_state_dict(fresh).keys() == adapter_state_dict(names["model"]).keys()
+        torch.testing.assert_close(fresh(names["x"]), names["model"](names["x"]))
+    names["callback"].config = dataclasses.replace(names["callback"].config, rank=4)  # as the model is small
+    tuned = LitModel()
+    names["Trainer"](max_epochs=1, callbacks=[names["callback"]]).fit(tuned, loader())
+    again = LitModel()
+    load_adapter(again, "tuned")
+    torch.testing.assert_close(again(names["x"]), tuned(names["x"]))
+
+
+def test_the_command(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("base").mkdir()
+    save_file(LitModel().state_dict(), "base/model.safetensors")
+    Path("base/config.json").write_text('{"model_type": "toy"}')
+    shutil.copy("adapter.ckpt", "other.ckpt")
+    for line in code("The lightning-lora command", "bash").splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert (program, main(arguments)) == ("lightning-lora", 0)
+    assert "the adapters are equal" in capsys.readouterr().out
+    model = names["model"]
+    load_adapter(model, "adapter.ckpt")
+    merge(model)
+    written = load_file("whole/model.safetensors")
+    assert [name for name, value in model.state_dict().items() if not torch.equal(written[name], value)] == []
 
 
 def test_the_command_line(names: dict[str, Any]) -> None:
@@ -122,9 +160,22 @@ def test_the_command_line(names: dict[str, Any]) -> None:
     assert any(isinstance(c, LoRACallback) and c.config.rank == 8 for c in cli.trainer.callbacks)
 
 
+@pytest.mark.distributed
 def test_several_devices(names: dict[str, Any]) -> None:
-    exec(code("Several GPUs"), names)
+    names["LitModel"] = Toy  # whose net is a Sequential
+    whole = code("Several GPUs")
+    exec(whole[: whole.index("import lightning_lora")], names)
     assert type(names["trainer"].strategy).__name__ == "DDPStrategy"
+    try:
+        exec(whole, names)
+        strategy = names["ModelParallelStrategy"](process_group_backend="gloo")
+        trainer = names["Trainer"](max_steps=2, strategy=strategy, callbacks=[LoRACallback(rank=2)])
+        trainer.fit(names["sharded"], loader())
+        assert len(lora_layers(names["sharded"])) == 3
+        assert isinstance(names["sharded"].net, names["FSDPModule"])
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def test_without_a_trainer(names: dict[str, Any]) -> None:

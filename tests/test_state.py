@@ -249,7 +249,7 @@ def unknown_targets(content: dict[str, Any]) -> None:
 
 
 def unknown_option(content: dict[str, Any]) -> None:
-    content[RECORD_KEY]["adapters"][0]["config"]["use_dora"] = True
+    content[RECORD_KEY]["adapters"][0]["config"]["use_qlora"] = True
 
 
 def other_root(content: dict[str, Any]) -> None:
@@ -295,7 +295,7 @@ def state_missing(content: dict[str, Any]) -> None:
         (other_alpha, "scaling.*checkpoint 1.5, here 3"),
         (other_targets, "only on one side: .*embed"),
         (unknown_targets, "q_porj"),
-        (unknown_option, "use_dora"),
+        (unknown_option, "use_qlora"),
         (other_root, "network"),
         (newer_format, "99"),
         (newer_format_of_another_shape, "99"),

@@ -122,11 +122,16 @@ def test_below_means_the_root_or_its_descendants(name: str, roots: list[str], ex
     assert targets.is_below(name, roots) is expected
 
 
+def tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the ties among all parameters of a model."""
+    return targets.tied_names(targets.parameter_names(dict(model.named_modules())))
+
+
 def test_tied_parameters_are_found_by_identity_and_by_memory():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4), "d": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     model["c"].weight = nn.Parameter(model["a"].weight.detach())  # another Parameter on the same memory
-    assert targets.tied_names(model) == {
+    assert tied(model) == {
         "a.weight": ("b.weight", "c.weight"),
         "b.weight": ("a.weight", "c.weight"),
         "c.weight": ("a.weight", "b.weight"),
@@ -137,19 +142,19 @@ def test_ties_are_found_on_the_meta_device_and_only_there_where_they_are():
     with torch.device("meta"):
         model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
-    assert targets.tied_names(model) == {"a.weight": ("b.weight",), "b.weight": ("a.weight",)}
+    assert tied(model) == {"a.weight": ("b.weight",), "b.weight": ("a.weight",)}
 
 
 def test_a_module_with_two_names_is_not_tied_to_itself(tiny):
     tiny.alias = tiny.head
-    assert targets.tied_names(tiny) == {}
+    assert tied(tiny) == {}
 
 
 def test_empty_parameters_are_not_tied():
     model = nn.ModuleDict({"a": nn.Module(), "b": nn.Module()})
     for part in model.values():
         part.weight = nn.Parameter(torch.empty(0, 4))
-    assert targets.tied_names(model) == {}
+    assert tied(model) == {}
 
 
 def test_listed_says_how_many_more_there_are():

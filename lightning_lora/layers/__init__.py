@@ -6,13 +6,16 @@ import functools
 
 from torch import nn
 
-from lightning_lora.layers.base import Adapter, AdapterSpec, LoRALayer, Mode, base_parameter, base_weight
+from lightning_lora.layers.adapter import Adapter, AdapterSpec, base_parameter, base_weight
+from lightning_lora.layers.base import AdapterGroup, LoRALayer, Mode
 from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
 from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
+from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.norm import FrozenNorm, has_running_statistics
 from lightning_lora.layers.swap import Swapped, swap_in, swap_out
-from lightning_lora.layers.weight import AdapterGroup, ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
+from lightning_lora.layers.tokens import TokenAdapter, swapped_as_follower
+from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
 from lightning_lora.targets import clean_name, join
 
 ADAPTERS: tuple[type[Adapter], ...] = (
@@ -31,17 +34,22 @@ SUPPORTED = (
 
 def adapter_type(module: nn.Module) -> type[Adapter] | None:
     """Return the adapter for this kind of module, or None if the kind cannot be adapted."""
-    return next((adapter for adapter in ADAPTERS if adapter.accepts(module)), None)
+    for adapter in ADAPTERS:
+        if adapter.accepts(module):
+            return adapter
+    return None
 
 
-_NEEDED = frozenset({"lora", "lora_mode", "lora_original", "rank", "scaling", "delta_weight"})
+_NEEDED = frozenset(
+    {"lora", "lora_original"}
+    | {name for kind in (LoRALayer, WeightLoRALayer) for name in vars(kind) if not name.startswith("_")} - {"forward"}
+)
 
 
 def taken_names(module: nn.Module) -> frozenset[str]:
     """Return the names of an adapted layer's own attributes that this module already uses for something else."""
     by_class = _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
-    places = (vars(module), module._parameters, module._buffers, module._modules)
-    return by_class.union(*(place.keys() & _NEEDED for place in places if not place.keys().isdisjoint(_NEEDED)))
+    return by_class | (_NEEDED & {*vars(module), *module._parameters, *module._buffers, *module._modules})
 
 
 @functools.cache
@@ -71,9 +79,11 @@ __all__ = [
     "FrozenNorm",
     "LinearAdapter",
     "LoRALayer",
+    "LowRankAdapter",
     "Mode",
     "ParameterAdapter",
     "Swapped",
+    "TokenAdapter",
     "WeightLoRALayer",
     "adapter_type",
     "all_adapters",
@@ -85,5 +95,6 @@ __all__ = [
     "swap_in",
     "swap_out",
     "swapped_as",
+    "swapped_as_follower",
     "taken_names",
 ]

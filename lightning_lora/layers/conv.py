@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import override
 
-from lightning_lora.layers.base import Adapter, base_weight
+from lightning_lora.layers.adapter import base_weight
+from lightning_lora.layers.low_rank import LowRankAdapter
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -26,7 +27,7 @@ _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 }
 
 
-class _KernelAdapter(Adapter):
+class _KernelAdapter(LowRankAdapter):
     """What both have in common: the options of the convolution, and a kernel that is read as a matrix."""
 
     @classmethod
@@ -41,10 +42,15 @@ class _KernelAdapter(Adapter):
         self.kernel = tuple(base_weight(module).shape)
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.padding = module.padding
+        self.trailing_dimensions = len(self.kernel) - 2
 
     @override
-    def delta_weight(self) -> Tensor:
-        return self.matrix_delta().view(self.kernel)
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    @override
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.kernel)
 
 
 class ConvAdapter(_KernelAdapter):
@@ -52,6 +58,8 @@ class ConvAdapter(_KernelAdapter):
 
     ``A`` is ``(r, in/g * prod(K))`` and ``B`` is ``(out, r)``.
     """
+
+    takes_bias = True
 
     @classmethod
     @override
@@ -70,18 +78,18 @@ class ConvAdapter(_KernelAdapter):
         self.padding_by_side = tuple(cast(Any, module)._reversed_padding_repeated_twice)
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         inputs = self.dropped(inputs)
         A, B = self.factors_as(inputs.dtype, inputs.device.type)
         padding: Any = self.padding
         if self.padding_mode != "zeros":  # as the base does it
             inputs, padding = F.pad(inputs, self.padding_by_side, mode=self.padding_mode), 0
-        dimensions = len(self.kernel) - 2
+        dimensions = self.trailing_dimensions
         convolve = _CONVOLVE[dimensions]
         down = A.view(-1, *self.kernel[1:]).repeat(self.groups, *[1] * (dimensions + 1))  # (g * r, in/g, *K)
         up = B.view(*B.shape, *[1] * dimensions)  # (out, r, 1...)
         hidden = convolve(inputs, down, None, self.stride, padding, self.dilation, self.groups) * self.spec.scaling
-        return output + convolve(hidden, up, groups=self.groups).to(output.dtype)
+        return convolve(hidden, up, groups=self.groups)
 
 
 class ConvTransposeAdapter(_KernelAdapter):
@@ -89,6 +97,8 @@ class ConvTransposeAdapter(_KernelAdapter):
 
     The kernel is ``(in, out/g, *K)``, so ``B`` is ``(in, r)`` and ``A`` is ``(r, out/g * prod(K))``.
     """
+
+    has_output_rows = False
 
     @classmethod
     @override
@@ -101,15 +111,15 @@ class ConvTransposeAdapter(_KernelAdapter):
         return _has_own_forward(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         inputs = self.dropped(inputs)
         A, B = self.factors_as(inputs.dtype, inputs.device.type)
-        dimensions = len(self.kernel) - 2
+        dimensions = self.trailing_dimensions
         # (in, r) -> (g * r, in/g, 1...): each group's inputs to its own r channels
         down = B.view(self.groups, -1, B.shape[1]).transpose(1, 2).reshape(-1, self.kernel[0] // self.groups)
         hidden = _CONVOLVE[dimensions](inputs, down.view(*down.shape, *[1] * dimensions), groups=self.groups)
         up = A.view(-1, *self.kernel[1:]).repeat(self.groups, *[1] * (dimensions + 1))  # (g * r, out/g, *K)
-        update = _CONVOLVE_TRANSPOSED[dimensions](
+        return _CONVOLVE_TRANSPOSED[dimensions](
             hidden * self.spec.scaling,
             up,
             None,
@@ -119,11 +129,10 @@ class ConvTransposeAdapter(_KernelAdapter):
             self.groups,
             self.dilation,
         )
-        return output + update.to(output.dtype)
 
     def _output_padding(self, inputs: Tensor, output: Tensor) -> list[int]:
         """Return the padding that made this output: the layer's own, or what a call's ``output_size`` asked for."""
-        dimensions = len(self.kernel) - 2
+        dimensions = self.trailing_dimensions
         sizes = zip(inputs.shape[-dimensions:], output.shape[-dimensions:], self.kernel[2:], strict=True)
         options = zip(self.stride, cast(tuple[int, ...], self.padding), self.dilation, strict=True)
         return [

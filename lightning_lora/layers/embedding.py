@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.initializers import seeded, standard_normal, zeros
-from lightning_lora.layers.base import Adapter
+from lightning_lora.layers.low_rank import LowRankAdapter
 
 
-class EmbeddingAdapter(Adapter):
+class EmbeddingAdapter(LowRankAdapter):
     """``y += scaling * A[:, token] @ B.T`` beside an ``nn.Embedding`` of ``(tokens, features)``.
 
     ``A`` is ``(rank, tokens)`` and starts at zero, ``B`` is ``(features, rank)`` and starts standard normal, as in
@@ -52,15 +52,19 @@ class EmbeddingAdapter(Adapter):
         self.scale_grad_by_freq = module.scale_grad_by_freq
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
+    def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         A, B = self.factors_as(output.dtype, output.device.type)
         # The padding token gets no gradient, so its column of A stays zero.
         hidden = F.embedding(inputs, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
-        return output + F.linear(hidden * self.spec.scaling, B).to(output.dtype)  # (..., rank) -> (..., features)
+        return F.linear(hidden * self.spec.scaling, B)  # (..., rank) -> (..., features)
 
     @override
-    def delta_weight(self) -> Tensor:
-        return self.matrix_delta().T
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    @override
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T
 
     @override
     def zero_factor(self) -> nn.Parameter:

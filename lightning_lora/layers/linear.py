@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import cast
+
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.base import Adapter, base_weight
+from lightning_lora.layers.adapter import base_parameter, base_weight
+from lightning_lora.layers.low_rank import LowRankAdapter
+from lightning_lora.layers.swap import Swapped
+from lightning_lora.ops import lora_linear, lora_update
+
+_KNOWN_FORWARD = nn.Linear.forward  # as torch has it: who patches it wants his own called
 
 
-class LinearAdapter(Adapter):
+class LinearAdapter(LowRankAdapter):
     """``y += scaling * dropout(x) @ A.T @ B.T`` beside any ``nn.Linear``."""
+
+    takes_bias = True
 
     @classmethod
     @override
@@ -28,16 +36,32 @@ class LinearAdapter(Adapter):
         assert isinstance(module, nn.Linear)
         return module.out_features, module.in_features
 
+    @classmethod
     @override
-    def forward(self, inputs: Tensor, output: Tensor) -> Tensor:
-        inputs = self.dropped(inputs)
-        A, B = self.factors_as(inputs.dtype, inputs.device.type)
-        hidden = F.linear(inputs, A) * self.spec.scaling  # (..., in) -> (..., rank), the cheapest place to scale
-        return output + F.linear(hidden, B).to(output.dtype)  # (..., rank) -> (..., out)
+    def sliced_parameter(cls, module: nn.Module) -> str | None:
+        return "weight"
 
     @override
-    def delta_weight(self) -> Tensor:
-        return self.matrix_delta()
+    def computes_base(self, layer: nn.Module) -> bool:
+        return self.is_plain and cast(Swapped, layer).base_class.forward is _KNOWN_FORWARD
+
+    @override
+    def forward(self, inputs: Tensor, output: Tensor | None, layer: nn.Module) -> Tensor:
+        if output is not None:
+            return super().forward(inputs, output, layer)
+        # Read here, not at attaching: FSDP and whoever loads or moves a model puts other tensors in their places.
+        weight, bias = base_weight(layer), cast("Tensor | None", base_parameter(layer, "bias"))
+        options = {"scaling": self.spec.scaling, "dropout": self.dropout_now()}
+        return lora_linear(inputs, weight, bias, self.A, self.B, **options)
+
+    @override
+    def update(self, inputs: Tensor, output: Tensor) -> Tensor:
+        return lora_update(inputs, self.A, self.B, scaling=self.spec.scaling, dropout=self.dropout_now())
+
+    def dropout_now(self) -> float:
+        """Return the probability of dropping an element in the present mode."""
+        # Asking for the mode only where it matters spares torch.compile a graph for each.
+        return self.spec.dropout if self.spec.dropout and self.training else 0.0
 
 
 class Conv1DAdapter(LinearAdapter):
@@ -59,5 +83,9 @@ class Conv1DAdapter(LinearAdapter):
         return out_features, in_features
 
     @override
-    def delta_weight(self) -> Tensor:
-        return self.matrix_delta().T
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    @override
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.T

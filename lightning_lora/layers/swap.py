@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 from torch import nn
 from typing_extensions import override
@@ -30,6 +30,8 @@ class Swapped(nn.Module):
         """Put right what the base class keeps besides its parameters; called when it has its own class again."""
 
 
+Behaviour: TypeAlias = tuple[type[Swapped], tuple[str, ...]]  # a mixin, and the attributes that it computes
+
 _classes: dict[tuple[type, type, tuple[str, ...]], type[Swapped]] = {}
 
 
@@ -47,9 +49,17 @@ def swap_in(module: nn.Module, mixin: type[Swapped], computed: tuple[str, ...] =
 
 def swap_out(module: Swapped) -> None:
     """Give ``module`` its own class back."""
-    restored = type(module).restored
-    object.__setattr__(module, "__class__", module.base_class)
-    restored(module)
+    cls = type(module)
+    object.__setattr__(module, "__class__", _without(cls))
+    cls.restored(module)
+
+
+def _without(cls: type[Swapped]) -> type[nn.Module]:
+    """Return a swapped class without its mixin, also where ``fully_shard`` has made a class of its own on top."""
+    if "base_class" in vars(cls):
+        return cls.base_class
+    bases = tuple(_without(base) if issubclass(base, Swapped) else base for base in cls.__bases__)
+    return type(cls.__name__.replace(cls.class_prefix, "", 1), bases, dict(vars(cls)))
 
 
 def _swapped_class(mixin: type[Swapped], base: type[nn.Module], computed: tuple[str, ...]) -> type[Swapped]:

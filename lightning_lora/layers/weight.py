@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
 import torch
@@ -11,13 +11,17 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
-from lightning_lora.layers.base import Adapter, LoRALayer, base_parameter
+from lightning_lora.layers.adapter import base_parameter
+from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.low_rank import LowRankAdapter
+from lightning_lora.layers.swap import Behaviour
+from lightning_lora.sharding import is_sharded
 
 # What naming a module of these kinds adapts; attention's output projection is a layer of its own.
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-class ParameterAdapter(Adapter):
+class ParameterAdapter(LowRankAdapter):
     """``W + scaling * B @ A`` for any parameter of two or more dimensions, read as a matrix.
 
     All dimensions but the first are flattened: ``B`` is ``(W.shape[0], rank)``, ``A`` is ``(rank, the rest)``.
@@ -51,6 +55,12 @@ class ParameterAdapter(Adapter):
 
     @classmethod
     @override
+    def sliced_parameter(cls, module: nn.Module) -> str | None:
+        is_packed = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+        return "in_proj_weight" if is_packed else None
+
+    @classmethod
+    @override
     def obstacle(cls, module: nn.Module) -> str | None:
         if isinstance(module, nn.EmbeddingBag) and (module.max_norm is not None or module.sparse):
             return "with max_norm or sparse=True it needs its weight as a leaf; set them to None and False"
@@ -66,12 +76,16 @@ class ParameterAdapter(Adapter):
         self.parameter_shape = base_parameter(module, parameter).shape
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor) -> NoReturn:
+    def update(self, inputs: Tensor, output: Tensor) -> NoReturn:
         raise NotImplementedError("the layer reads its weight, which holds the update")
 
     @override
-    def delta_weight(self) -> Tensor:
-        return self.matrix_delta().view(self.parameter_shape)
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    @override
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.view(self.parameter_shape)
 
 
 class ExpertsAdapter(ParameterAdapter):
@@ -80,6 +94,8 @@ class ExpertsAdapter(ParameterAdapter):
     ``A`` is ``(experts, rank, in)`` and ``B`` is ``(experts, out, rank)``. A module whose ``is_transposed`` is true
     stores ``(experts, in, out)``, as some in transformers do.
     """
+
+    has_output_rows = False
 
     @classmethod
     @override
@@ -109,9 +125,12 @@ class ExpertsAdapter(ParameterAdapter):
         return A, zeros(experts * out_features, rank).view(experts, out_features, rank)
 
     @override
-    def delta_weight(self) -> Tensor:
-        delta = self.matrix_delta()
-        return delta.transpose(1, 2) if self.is_transposed else delta
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2) if self.is_transposed else weight
+
+    @override
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.transpose(1, 2) if self.is_transposed else matrix
 
 
 def parameter_adapter(module: nn.Module, parameter: str) -> type[ParameterAdapter]:
@@ -123,13 +142,6 @@ def _is_transposed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
-class AdapterGroup(nn.ModuleDict):
-    """The adapters of one layer's parameters, by the parameters' names."""
-
-    def __init__(self, adapters: Mapping[str, Adapter]) -> None:
-        super().__init__(dict(adapters))
-
-
 class WeightLoRALayer(LoRALayer):
     """An adapted layer whose weights read as base plus update; its own forward runs unchanged.
 
@@ -138,20 +150,12 @@ class WeightLoRALayer(LoRALayer):
     """
 
     @override
-    def adapters(self) -> dict[str, Adapter]:
-        if isinstance(self.lora, AdapterGroup):
-            return {name: cast(Adapter, adapter) for name, adapter in self.lora.items()}
-        return super().adapters()
-
-    @override
     def read(self, name: str) -> Tensor:
         """Return the weight that the layer computes with: the very value that merging would leave."""
         base = base_parameter(self, name)
-        if self.lora_mode != "active":
+        if self.lora_mode != "active" or is_sharded(base):  # fully_shard looks for its own parameter between forwards
             return base
-        delta = self.adapters()[name].delta_weight()
-        dtype = torch.promote_types(base.dtype, delta.dtype)
-        return (base.to(dtype) + delta.to(dtype)).to(base.dtype)
+        return self.combined(name).to(base.dtype)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,10 +183,11 @@ class RecurrentLoRALayer(WeightLoRALayer):
         module.flatten_parameters()
 
 
-def swapped_as(module: nn.Module, parameters: tuple[str, ...], *, in_weight: bool) -> dict[str, Any]:
-    """Return what ``swap_in`` needs to make this module an adapted layer."""
+def swapped_as(module: nn.Module, parameters: Iterable[str], *, in_weight: bool) -> Behaviour:
+    """Return what ``swap_in`` needs to make this module an adapted layer: the mixin and what it computes."""
     if not in_weight:
-        return {"mixin": LoRALayer}
+        return LoRALayer, ()
+    computed = tuple(dict.fromkeys(parameters))
     if isinstance(module, nn.RNNBase):
-        return {"mixin": RecurrentLoRALayer, "computed": (*parameters, "_flat_weights")}
-    return {"mixin": WeightLoRALayer, "computed": parameters}
+        return RecurrentLoRALayer, (*computed, "_flat_weights")
+    return WeightLoRALayer, computed

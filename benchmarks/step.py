@@ -1,0 +1,159 @@
+"""How long a training step takes: forward and backward, beside PEFT, the frozen model and our own composed path.
+
+    python benchmarks/step.py [--rounds 15] [--layers 2] [--only fp32,bf16-true]
+
+A decoder of Llama's kind with adapters on all seven projections of a block. CPU time of one thread. All variants take
+one step each in turn in one process, because the speed of shared machines changes from minute to minute; what counts is
+the median of the rounds' ratios. Without PEFT installed its column is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, attach, ops
+
+RANK, ALPHA, WARMUP = 8, 16.0, 3
+TARGETS = {"q", "k", "v", "o", "gate", "up", "down"}
+WANTED = {  # ours / PEFT at most, by precision and dropout
+    ("fp32", 0.0): 0.90,
+    ("fp32", 0.1): 0.86,
+    ("bf16-true", 0.0): 0.70,
+    ("bf16-true", 0.1): 0.65,
+    ("bf16-mixed", 0.0): 0.88,
+    ("bf16-mixed", 0.1): None,
+}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.before(x)
+        q, k, v = (part(seen).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        seen = self.between(x)
+        return x + self.down(F.silu(self.gate(seen)) * self.up(seen))
+
+
+def decoder(layers: int, width: int, hidden: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(width, hidden, 8) for _ in range(layers)))
+
+
+def ours(model: nn.Module, dropout: float) -> nn.Module:
+    attach(model, LoRAConfig(rank=RANK, alpha=ALPHA, dropout=dropout, target_modules=sorted(TARGETS)))
+    return model
+
+
+def theirs(model: nn.Module, dropout: float, *, autocast_adapter: bool = True) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=sorted(TARGETS))
+    return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter)
+
+
+def variants(base: nn.Module, dropout: float, *, has_peft: bool) -> dict[str, nn.Module]:
+    """Return what takes steps in turn; ``composed`` is ours with the fast path switched off."""
+    found = {
+        "ours": ours(copy.deepcopy(base), dropout),
+        "composed": ours(copy.deepcopy(base), dropout),
+        "frozen": copy.deepcopy(base).requires_grad_(False),
+    }
+    if has_peft:
+        found["PEFT"] = theirs(copy.deepcopy(base), dropout)
+        if next(base.parameters()).dtype == torch.bfloat16:
+            found["PEFT, bf16 adapters"] = theirs(copy.deepcopy(base), dropout, autocast_adapter=False)
+    return found
+
+
+def never(*_: object) -> bool:
+    return False
+
+
+def seconds(model: nn.Module, x: Tensor, context: Callable[[], AbstractContextManager[object]]) -> float:
+    """Return the CPU time of one step."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    started = time.process_time()
+    with context():
+        y = model(x)
+    y.float().square().mean().backward()
+    return time.process_time() - started
+
+
+def measure(precision: str, dropout: float, args: argparse.Namespace, *, has_peft: bool) -> dict[str, list[float]]:
+    """Return the times of every variant's steps, a list of rounds for each."""
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    base = decoder(args.layers, args.width, args.hidden).to(dtype)
+    # The input needs a gradient, so that every variant, the frozen one too, has the same backward pass to go.
+    x = torch.randn(args.batch, args.length, args.width).to(dtype).requires_grad_()
+    mixed = precision == "bf16-mixed"
+    context = (lambda: torch.autocast("cpu", torch.bfloat16)) if mixed else nullcontext
+    models = variants(base, dropout, has_peft=has_peft)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(WARMUP + args.rounds):
+        for name, model in models.items():
+            switch = mock.patch.object(ops, "_is_fast", never) if name == "composed" else nullcontext()
+            with switch:
+                taken = seconds(model, x, context)
+            if turn >= WARMUP:
+                times[name].append(taken)
+        gc.collect()
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> str:
+    """Return the median of the rounds' ratios with its quartiles."""
+    if below not in times:
+        return ""
+    ratios = [a / b for a, b in zip(times[above], times[below], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return f"{statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = {"rounds": 15, "layers": 2, "width": 512, "hidden": 1408, "batch": 4, "length": 256}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", default="fp32,bf16-true,bf16-mixed")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    try:
+        import peft
+
+        print(f"torch {torch.__version__}, PEFT {peft.__version__}")
+    except ImportError:
+        peft = None
+    columns = [("ours", "PEFT"), ("ours", "composed"), ("ours", "frozen"), ("ours", "PEFT, bf16 adapters")]
+    print("| precision | dropout | wanted |", *(f"{a} / {b} |" for a, b in columns), "ours, ms |")
+    print("|---" * (4 + len(columns)) + "|")
+    for (precision, dropout), wanted in WANTED.items():
+        if precision not in args.only.split(","):
+            continue
+        times = measure(precision, dropout, args, has_peft=peft is not None)
+        cells = [ratio(times, above, below) for above, below in columns]
+        milliseconds = f"{1e3 * statistics.median(times['ours']):.0f}"
+        print(f"| {precision} | {dropout} | {wanted or ''} |", *(f"{cell} |" for cell in cells), milliseconds, "|")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Look inside an adapter: what it learned, in which layers, with which rank; and what a budget buys."""
+
+from __future__ import annotations
+
+from lightning_lora.analysis.adapters import read_matrices
+from lightning_lora.analysis.budget import BudgetPlan, Choice, adapter_size, plan_budget
+from lightning_lora.analysis.intruders import Intruders, intruder_dimensions
+from lightning_lora.analysis.matrices import AdapterMatrix
+from lightning_lora.analysis.relation import Relation, own_projection, projection, random_projection, relate
+from lightning_lora.analysis.similarity import (
+    UpdateSimilarity,
+    above_baseline,
+    random_baseline,
+    subspace_similarity,
+    update_similarity,
+)
+from lightning_lora.analysis.spectrum import (
+    ThinSVD,
+    effective_rank,
+    energy_rank,
+    numerical_rank,
+    stable_rank,
+    thin_svd,
+    update_norm,
+)
+from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis, analyze
+
+__all__ = [
+    "AdapterAnalysis",
+    "AdapterMatrix",
+    "BudgetPlan",
+    "Choice",
+    "Intruders",
+    "LayerAnalysis",
+    "Relation",
+    "ThinSVD",
+    "UpdateSimilarity",
+    "above_baseline",
+    "adapter_size",
+    "analyze",
+    "effective_rank",
+    "energy_rank",
+    "intruder_dimensions",
+    "numerical_rank",
+    "own_projection",
+    "plan_budget",
+    "projection",
+    "random_baseline",
+    "random_projection",
+    "read_matrices",
+    "relate",
+    "stable_rank",
+    "subspace_similarity",
+    "thin_svd",
+    "update_norm",
+    "update_similarity",
+]

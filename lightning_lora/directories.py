@@ -1,0 +1,96 @@
+"""Writing a directory of files so that there is always a complete one: the old, or the new."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def replace_directory(directory: Path, write: Callable[[Path], None], *, marker: str, stale: tuple[str, ...]) -> None:
+    """Write files into a new directory, and put it in the place of an old one only when it is complete.
+
+    Files of the old directory that are not written anew come along. Between the two last renames a machine that dies
+    leaves the old directory under a hidden name beside its place; nothing is ever lost.
+
+    Args:
+        directory: The place; its parents are made.
+        write: Writes the files into the directory that it is given.
+        marker: The file by which an old directory is known to be one of these.
+        stale: Files of an old directory that must not come along.
+
+    Raises:
+        ValueError: There is something else in this place.
+        OSError: Something could not be written. The old directory is as it was.
+    """
+    place = Path(os.path.realpath(directory))  # a link stays, what it leads to is replaced
+    _check_place(place, marker)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.{which}") for which in ("new", "old"))
+    with _removed_on_error(new):
+        new.mkdir()
+        write(new)
+        if place.exists():
+            _bring_along(place, new, {*stale, *(path.name for path in new.iterdir())})
+        for path in [*new.iterdir(), new]:
+            _flush(path)
+        _exchange(place, new, old)
+    with suppress(OSError):  # it is done: a disk that cannot confirm the new name leaves the old or the new one
+        _flush(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_place(place: Path, marker: str) -> None:
+    if place.exists() and not place.is_dir():
+        raise ValueError(f"{str(place)!r} is a file; name a directory.")
+    if place.is_dir() and any(place.iterdir()) and not (place / marker).is_file():
+        raise ValueError(
+            f"{str(place)!r} holds other files and no {marker}; nothing was written. Name a new directory, an empty "
+            "one, or one with an adapter to replace."
+        )
+
+
+def _bring_along(old: Path, new: Path, but: set[str]) -> None:
+    for path in old.iterdir():
+        if path.name in but:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
+
+
+def _exchange(place: Path, new: Path, old: Path) -> None:
+    had_one = place.exists()
+    if had_one:
+        place.rename(old)
+    try:
+        new.rename(place)
+    except BaseException:
+        if had_one:
+            old.rename(place)
+        raise
+
+
+@contextmanager
+def _removed_on_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            shutil.rmtree(path)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written; directories too, where the system can."""
+    if path.is_symlink() or (path.is_dir() and os.name != "posix"):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

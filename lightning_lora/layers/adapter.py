@@ -1,0 +1,189 @@
+"""What an adapter is, whatever it trains: the child module ``lora`` of an adapted layer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+
+class AdapterSpec(NamedTuple):
+    """All that decides one adapter, resolved for its layer.
+
+    Args:
+        rank: Rank of the update.
+        scaling: Factor of ``B @ A``, resolved once; nothing recomputes it later.
+        dropout: Probability of dropping an element of the adapter's input while training.
+        init: Name of the start of the random factor.
+        dtype: Precision of the factors.
+        seed: Seed of the layer's start.
+        use_dora: Whether a trained magnitude rescales each row of the weight.
+        lora_bias: Whether ``B`` has a bias.
+        rows: The rows of the weight that are adapted, as ranges; none means all.
+    """
+
+    rank: int
+    scaling: float
+    dropout: float
+    init: str
+    dtype: torch.dtype
+    seed: int
+    use_dora: bool = False
+    lora_bias: bool = False
+    rows: tuple[range, ...] = ()
+
+
+_EMPTY_MODULE = vars(nn.Module())
+_TABLES = [(name, table) for name, table in _EMPTY_MODULE.items() if isinstance(table, (dict, set))]
+
+
+class Adapter(nn.Module, ABC):
+    """What one layer learns beside its frozen weight, as the layer's child module ``lora``.
+
+    A child of its own lets FSDP give the trainable factors units apart from the frozen weight. Subclasses say how one
+    kind of layer uses the factors.
+
+    Attributes:
+        spec: All that decides it.
+        parameter: Name of the layer's parameter that it updates.
+        index: Numbers of the rows that ``spec.rows`` names.
+    """
+
+    drops_input: ClassVar[bool] = True  # `dropout` applies to this kind
+    has_output_rows: ClassVar[bool] = True  # the rows of the weight, read as a matrix, are the output's features
+    takes_bias: ClassVar[bool] = False  # `lora_bias` applies to this kind
+    spec: AdapterSpec
+    parameter: str
+    index: Tensor
+
+    def __init__(self, module: nn.Module, spec: AdapterSpec, parameter: str = "weight") -> None:
+        # What nn.Module.__init__ sets, copied: it sets a dozen tables one by one, for a tenth of attaching's time.
+        own = vars(self)
+        own.update(_EMPTY_MODULE)
+        for name, table in _TABLES:
+            own[name] = table.copy()
+        own["training"], own["spec"], own["parameter"] = module.training, spec, parameter
+        if spec.rows:
+            index = row_numbers(spec.rows, base_parameter(module, parameter).device)
+            self.register_buffer("index", index, persistent=False)
+        self.prepare(module, parameter)
+        self.build(module, parameter)
+
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        """Keep what the update needs to know of the module besides the factors."""
+
+    @abstractmethod
+    def build(self, module: nn.Module, parameter: str) -> None:
+        """Make the trainable parameters, at their start."""
+
+    @abstractmethod
+    @override
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+        """Return the layer's ``output`` for ``inputs`` with what was learned."""
+
+    def computes_base(self, layer: nn.Module) -> bool:  # noqa: ARG002 - most do not
+        """Return whether ``forward`` takes None for ``output`` and computes what the layer does, too."""
+        return False
+
+    @abstractmethod
+    def combined(self, weight: Tensor) -> Tensor:
+        """Return a weight with what was learned in it, in its shape; float32, or float64 if either is."""
+
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        """Return what is added to a base weight, in its shape; float32, or float64 if the factors are."""
+        return self.combined(weight) - weight
+
+    def bias_delta(self) -> Tensor | None:
+        """Return what is added to the layer's bias, for every output feature that is adapted, or None."""
+        return None
+
+    @abstractmethod
+    def has_effect(self, weight: Tensor) -> bool:
+        """Return whether the layer computes something else than with this base weight."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Go back to the start; called after a module on the meta device has been given memory."""
+
+    # --- what planning asks of a kind
+
+    @classmethod
+    @abstractmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Return whether this is the adapter for such a module."""
+
+    @classmethod
+    @abstractmethod
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
+        """Return ``(out, in)`` of the module's weight, read as a matrix."""
+
+    @classmethod
+    def stack(cls, module: nn.Module, parameter: str) -> int:  # noqa: ARG003 - most kinds hold one
+        """Return how many matrices the parameter is a stack of; each has factors of its own."""
+        return 1
+
+    @classmethod
+    def in_all_linear(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds are not
+        """Return whether ``target_modules="all-linear"`` means such a module."""
+        return False
+
+    @classmethod
+    def parameters_of(cls, module: nn.Module) -> tuple[str, ...]:  # noqa: ARG003 - most kinds have one
+        """Return the parameters that naming such a module adapts."""
+        return ("weight",)
+
+    @classmethod
+    def sliced_parameter(cls, module: nn.Module) -> str | None:  # noqa: ARG003 - most kinds have none
+        """Return the parameter whose output features ``target_slices`` divides, or None."""
+        return None
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:  # noqa: ARG003 - most kinds have none
+        """Return why such a module cannot be adapted after all, or None."""
+        return None
+
+    @classmethod
+    def needs_weight(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds do not
+        """Return whether the update must be read from such a module's weight, not added to its output."""
+        return False
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        """Follow the module to another device, but keep the factors' precision; only float64 is followed."""
+
+        def keep_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype == tensor.dtype or moved.dtype == torch.float64:
+                return moved
+            return tensor.to(device=moved.device, dtype=self.kept_dtype(tensor))
+
+        return cast(Adapter, super()._apply(keep_precision, recurse))  # type: ignore[no-untyped-call]
+
+    def kept_dtype(self, tensor: Tensor) -> torch.dtype:
+        """Return the precision in which one of the parameters is kept."""
+        # A magnitude in bfloat16 would not start at the norm of its row, and the model not as it was.
+        return self.spec.dtype if tensor.ndim > 1 else torch.promote_types(self.spec.dtype, torch.float32)
+
+    @override
+    def extra_repr(self) -> str:
+        return f"rank={self.spec.rank}, scaling={self.spec.scaling:g}, dropout={self.spec.dropout:g}"
+
+
+def base_parameter(module: nn.Module, name: str) -> Tensor:
+    """Return a parameter that an adapter of ``module`` updates, without the update."""
+    parameter = module._parameters.get(name)
+    return cast(Tensor, getattr(module, name)) if parameter is None else parameter
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """Return the weight of ``module`` without the update."""
+    return base_parameter(module, "weight")
+
+
+def row_numbers(rows: Sequence[range], device: torch.device | str = "cpu") -> Tensor:
+    """Return the numbers that the ranges hold, one after another."""
+    return torch.cat([torch.arange(part.start, part.stop, part.step, device=device) for part in rows])

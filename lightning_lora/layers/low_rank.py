@@ -1,0 +1,173 @@
+"""The low-rank update ``scaling * B @ A``, with DoRA's magnitude, a bias or a choice of rows on top."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.initializers import INITIALIZERS, seeded, zeros
+from lightning_lora.layers.adapter import Adapter, base_parameter, row_numbers
+from lightning_lora.sharding import copy_whole, is_sharded, place_factors, whole
+
+
+class LowRankAdapter(Adapter):
+    """The factors of one layer's update ``scaling * B @ A``.
+
+    With ``use_dora`` each row of the sum is rescaled to a trained norm: ``m * (W + scaling * B @ A) / n``, where ``n``
+    is the row's own norm and gets no gradient.
+
+    Shapes: ``A`` is ``(rank, in)`` and ``B`` is ``(out, rank)``, with ``(out, in)`` from ``matrix_shape``, or fewer
+    rows where only some are adapted; ``magnitude`` and ``bias`` are ``(out,)``.
+
+    Source:
+        Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, "DoRA", arXiv:2402.09353, eq. 5 and section 4.3.
+    """
+
+    trailing_dimensions: int = 0  # of the output, after the one that holds the features
+    is_plain: bool  # nothing but the factors
+    A: nn.Parameter
+    B: nn.Parameter
+    magnitude: nn.Parameter
+    bias: nn.Parameter
+
+    @override
+    def build(self, module: nn.Module, parameter: str) -> None:
+        spec, weight = self.spec, base_parameter(module, parameter)
+        out_features, in_features = self.matrix_shape(module, parameter)
+        A, B = self.start(len(self.index) if spec.rows else out_features, in_features)
+        if spec.dtype != A.dtype or not weight.is_cpu:
+            A, B = A.to(weight.device, spec.dtype), B.to(weight.device, spec.dtype)
+        if is_sharded(weight):
+            A, B = place_factors(A, B, self.as_matrix(weight))
+        # Straight into the tables: nn.Module.__setattr__ asks what is known here, for a third of attaching's time.
+        self._parameters["A"], self._parameters["B"] = nn.Parameter(A), nn.Parameter(B)
+        vars(self)["is_plain"] = not (spec.use_dora or spec.lora_bias or spec.rows)
+        if spec.use_dora:
+            norms = self.row_norms(self._rows(self.as_matrix(weight)))
+            self._parameters["magnitude"] = nn.Parameter(norms.to(self.kept_dtype(norms)))
+        if spec.lora_bias:
+            bias = B.new_zeros(B.shape[0])
+            self._parameters["bias"] = nn.Parameter(bias.to(self.kept_dtype(bias)))
+
+    @abstractmethod
+    def update(self, inputs: Tensor, output: Tensor) -> Tensor:
+        """Return what ``scaling * B @ A`` adds to the layer's ``output`` for ``inputs``."""
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight as the layer stores it, read as ``(out, in)``."""
+        return weight
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """Return an ``(out, in)`` matrix in the layout in which the layer stores its weight."""
+        return matrix
+
+    @override
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+        update = self.update(inputs, output)
+        if self.is_plain:
+            return output + update.to(output.dtype)
+        part = output.index_select(-1, self.index) if self.spec.rows else output
+        if self.spec.use_dora:
+            part, update = self._rescaled(part, update, layer)
+        if self.spec.lora_bias:
+            update = update + self._along_features(self.spec.scaling * self.bias)
+        part = part + update.to(part.dtype)
+        return output.index_copy(-1, self.index, part) if self.spec.rows else part
+
+    def _rescaled(self, output: Tensor, update: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Return both summands with every feature rescaled by ``m / n``; the layer's bias is not."""
+        matrix = self._rows(self.as_matrix(base_parameter(layer, self.parameter)))
+        ratio = self._along_features(self.magnitude / self.row_norms(matrix))
+        bias = layer._parameters.get("bias")
+        frozen = output if bias is None else output - self._along_features(self._rows(bias)).to(output.dtype)
+        return output + (ratio - 1.0).to(output.dtype) * frozen, ratio * update
+
+    def _along_features(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * self.trailing_dimensions)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        return tensor.index_select(0, self.index) if self.spec.rows else tensor
+
+    @torch.no_grad()
+    def row_norms(self, matrix: Tensor) -> Tensor:
+        """Return the norms of the rows of ``matrix + scaling * B @ A`` without forming that sum; no gradient."""
+        A, B = self._factors_in_float()
+        squares: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=A.dtype).square()
+        # In float32: where the update cancels most of a row, bfloat16 would leave nothing but rounding.
+        crossed = ((matrix.to(A.dtype) @ A.T) * B).sum(1)
+        update = ((B @ (A @ A.T)) * B).sum(1)
+        total = squares + 2 * self.spec.scaling * crossed + self.spec.scaling**2 * update
+        return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()  # a row of zeros has no direction to rescale
+
+    @override
+    def combined(self, weight: Tensor) -> Tensor:
+        matrix = self.as_matrix(weight)
+        dtype = torch.promote_types(torch.promote_types(self.A.dtype, torch.float32), matrix.dtype)
+        matrix = matrix.to(dtype)
+        part = self._rows(matrix)
+        total = part + self.matrix_delta().to(dtype)
+        if self.spec.use_dora:
+            total = total * (whole(self.magnitude) / self.row_norms(part)).unsqueeze(1)
+        return self.as_stored(matrix.index_copy(0, self.index, total) if self.spec.rows else total)
+
+    @override
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        if self.spec.use_dora:
+            return super().delta_weight(weight)
+        delta = self.matrix_delta()
+        if self.spec.rows:
+            delta = torch.zeros_like(self.as_matrix(weight), dtype=delta.dtype).index_copy(0, self.index, delta)
+        return self.as_stored(delta)
+
+    def matrix_delta(self) -> Tensor:
+        """Return ``scaling * B @ A``, ``(out, in)``, summed in float32 or better."""
+        A, B = self._factors_in_float()
+        return self.spec.scaling * (B @ A)
+
+    @override
+    def bias_delta(self) -> Tensor | None:
+        return self.spec.scaling * whole(self.bias) if self.spec.lora_bias else None
+
+    def _factors_in_float(self) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return whole(self.A).to(dtype), whole(self.B).to(dtype)
+
+    def zero_factor(self) -> nn.Parameter:
+        """Return the factor that starts at zero, so that the model starts unchanged."""
+        return self.B
+
+    @override
+    def has_effect(self, weight: Tensor) -> bool:
+        return bool(torch.any(self.zero_factor() != 0))
+
+    def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``B`` as they start, on the CPU: the same for the same spec, on any device and rank."""
+        A = INITIALIZERS[self.spec.init](self.spec.rank, in_features, seeded(self.spec.seed))
+        return A, zeros(out_features, self.spec.rank)
+
+    @override
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.spec.use_dora:
+            raise RuntimeError("use_dora starts from the norms of the weights: attach when the weights are there.")
+        A, B = self.start(self.B.shape[-2], self.A.shape[-1])
+        copy_whole(self.A, A)
+        copy_whole(self.B, B)
+        if self.spec.lora_bias:
+            self.bias.zero_()
+        if self.spec.rows:
+            self.index.copy_(row_numbers(self.spec.rows))
+
+    def dropped(self, inputs: Tensor) -> Tensor:
+        """Return the adapter's input after dropout; the frozen layer's own input is never touched."""
+        return F.dropout(inputs, self.spec.dropout, self.training) if self.spec.dropout else inputs
+
+    def factors_as(self, dtype: torch.dtype, device_type: str) -> tuple[Tensor, Tensor]:
+        """Return the factors in the layer's compute dtype; under autocast the operators cast by themselves."""
+        if self.A.dtype == dtype or torch.is_autocast_enabled(device_type):
+            return self.A, self.B
+        return self.A.to(dtype), self.B.to(dtype)

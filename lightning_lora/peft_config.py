@@ -1,0 +1,241 @@
+"""``adapter_config.json`` of a PEFT directory: what is understood of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast, get_args
+
+from lightning_lora.config import Bias
+from lightning_lora.targets import listed
+
+# Options under which PEFT computes something else than LoRA does, or changes the base model while it loads.
+_OTHER_METHODS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "ensure_weight_tying",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+    "velora_config",
+)
+# Options that decide where and how PEFT starts: the file's own tensors say where, and they are no start.
+_WITHOUT_MEANING_HERE = (
+    *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out"),
+    *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core"),
+    *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"),
+)
+_UNDERSTOOD = (
+    *("alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save"),
+    *(
+        "peft_type",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_dora",
+        "use_rslora",
+    ),
+)
+_KNOWN = frozenset((*_OTHER_METHODS, *_WITHOUT_MEANING_HERE, *_UNDERSTOOD))
+_STARTS_THAT_LEAVE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+# A pattern that repeats groups, or repeats often, can take the regular expression engine for ever.
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+_REPEATS = re.compile(r"(?<!\\)[*+{]")
+_MOST_REPEATS, _LONGEST_PATTERN = 4, 1000
+
+Tokens = tuple[int, ...] | dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """What a PEFT directory's config says about the function that its adapter computes.
+
+    Attributes:
+        rank: ``r``, the rank of every layer without a pattern.
+        alpha: ``lora_alpha``, likewise.
+        rank_pattern: Ranks by regular expression; the first match wins.
+        alpha_pattern: Alphas in the same way.
+        use_rslora: Whether alpha is divided by the root of the rank.
+        use_dora: Whether each row has a magnitude.
+        lora_bias: Whether ``B`` has a bias.
+        bias: Which biases of the base the file holds.
+        dropout: Dropout of the adapter's input while training.
+        target_parameters: Parameters adapted by their own name.
+        modules_to_save: Ends of the names of modules that were trained in full.
+        trainable_token_indices: Tokens of the input embedding, or of embeddings by the ends of their names.
+        peft_version: The PEFT that wrote it, if it says so.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    bias: Bias = "none"
+    dropout: float = 0.0
+    target_parameters: tuple[str, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: Tokens = ()
+    peft_version: tuple[int, ...] = ()
+
+    def rank_of(self, name: str) -> int:
+        """Return the rank of a layer or parameter."""
+        return cast(int, _first_match(self.rank_pattern, name, self.rank))
+
+    def alpha_of(self, name: str) -> float:
+        """Return the alpha of a layer or parameter."""
+        return _first_match(self.alpha_pattern, name, self.alpha)
+
+    def scaling_of(self, name: str) -> float:
+        """Return the factor of ``B @ A`` of a layer or parameter."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def _first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+    return next(found, default)
+
+
+def parse_config(options: object) -> tuple[PeftConfig, list[str]]:
+    """Return a config as PEFT wrote it, and the options in it that nobody knows.
+
+    Raises:
+        ValueError: It is no config of a LoRA adapter, holds values that make no sense, or uses options that have no
+            equal here; one error lists all.
+    """
+    if not isinstance(options, dict):
+        raise ValueError(f"it holds a {type(options).__name__}, not an object of options")
+    if options.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type={options.get('peft_type')!r}; only 'LORA' adapters can be loaded")
+    reader = _Reader(options)
+    config = reader.config()
+    reader.problems += [
+        f"{name}={options[name]!r} has no equal in lightning_lora" for name in _OTHER_METHODS if options.get(name)
+    ]
+    start = options.get("init_lora_weights")
+    if not any(start is known or start == known for known in _STARTS_THAT_LEAVE_THE_BASE):
+        reader.problems.append(
+            f"init_lora_weights={start!r} changes the base model when PEFT loads the adapter; convert it to plain LoRA "
+            "first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if reader.problems:
+        raise ValueError("; ".join(reader.problems))
+    return config, sorted(str(name) for name in options.keys() - _KNOWN if options[name])
+
+
+class _Reader:
+    """Reads options one by one and collects what is wrong with them."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+        self.problems: list[str] = []
+
+    def config(self) -> PeftConfig:
+        bias = self.options.get("bias", "none")
+        if bias not in get_args(Bias):
+            self.problems.append(f"bias={bias!r} is none of {', '.join(map(repr, get_args(Bias)))}")
+        return PeftConfig(
+            rank=int(self._number("r", self.options.get("r", 8), whole=True)),
+            alpha=self._number("lora_alpha", self.options.get("lora_alpha", 8)),
+            rank_pattern={k: int(v) for k, v in self._pattern("rank_pattern", whole=True)},
+            alpha_pattern=dict(self._pattern("alpha_pattern", whole=False)),
+            use_rslora=self._flag("use_rslora"),
+            use_dora=self._flag("use_dora"),
+            lora_bias=self._flag("lora_bias"),
+            bias=bias,
+            dropout=self._number("lora_dropout", self.options.get("lora_dropout", 0.0), least=0.0, below=1.0),
+            target_parameters=self._names("target_parameters"),
+            modules_to_save=self._names("modules_to_save"),
+            trainable_token_indices=self._tokens("trainable_token_indices"),
+            peft_version=_version(self.options.get("peft_version")),
+        )
+
+    def _number(
+        self, name: str, value: object, *, whole: bool = False, least: float | None = None, below: float = math.inf
+    ) -> float:
+        kinds = (int,) if whole else (int, float)
+        if isinstance(value, kinds) and not isinstance(value, bool):
+            number = min(value, 2**63) if isinstance(value, int) else value  # beyond, it is no float either
+            if (number > 0 if least is None else number >= least) and number < min(below, 2**31):
+                return number
+        self.problems.append(f"{name}={_shown(value)} makes no sense")
+        return 1
+
+    def _flag(self, name: str) -> bool:
+        value = self.options.get(name, False)
+        if not isinstance(value, bool):
+            self.problems.append(f"{name}={_shown(value)} is neither true nor false")
+        return bool(value)
+
+    def _names(self, name: str) -> tuple[str, ...]:
+        value = self.options.get(name) or ()
+        if isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value):
+            return tuple(sorted(value))
+        if value:
+            self.problems.append(f"{name}={_shown(value)} is no list of names")
+        return ()
+
+    def _pattern(self, name: str, *, whole: bool) -> Iterator[tuple[str, float]]:
+        value = self.options.get(name) or {}
+        if not isinstance(value, dict):
+            self.problems.append(f"{name}={_shown(value)} does not map names to numbers")
+            return
+        for key, number in value.items():
+            if reason := _pattern_problem(key):
+                self.problems.append(f"{name}: {_shown(key)} {reason}")
+            else:
+                yield key, self._number(f"{name}[{key!r}]", number, whole=whole)
+
+    def _tokens(self, name: str) -> Tokens:
+        value = self.options.get(name) or ()
+        if isinstance(value, dict):
+            return {str(key): self._token_list(f"{name}[{key!r}]", tokens) for key, tokens in value.items()}
+        return self._token_list(name, value) if value else ()
+
+    def _token_list(self, name: str, tokens: object) -> tuple[int, ...]:
+        if isinstance(tokens, list) and all(type(token) is int and token >= 0 for token in tokens):
+            if len(set(tokens)) == len(tokens):
+                return tuple(tokens)
+            self.problems.append(f"{name} holds a token twice")
+        else:
+            self.problems.append(f"{name}={_shown(tokens)} is no list of token numbers")
+        return ()
+
+
+def _version(text: object) -> tuple[int, ...]:
+    numbers = re.match(r"(\d{1,6})\.(\d{1,6})(?:\.(\d{1,6}))?", text) if isinstance(text, str) else None
+    return tuple(int(number or 0) for number in numbers.groups()) if numbers else ()
+
+
+def _pattern_problem(key: str) -> str | None:
+    if len(key) > _LONGEST_PATTERN or _REPEATED_GROUP.search(key) or len(_REPEATS.findall(key)) > _MOST_REPEATS:
+        return "is too complicated a regular expression to be tried safely"
+    try:
+        re.compile(key)
+    except (re.error, OverflowError, RecursionError) as error:
+        return f"is no regular expression ({error})"
+    return None
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def unknown_options_message(names: Sequence[str]) -> str:
+    """Return the warning for options that were added to PEFT after this was written."""
+    return (
+        f"adapter_config.json has options that this version does not know, and ignores: {listed(names)}. If they "
+        "change what the adapter computes, it computes something else here."
+    )

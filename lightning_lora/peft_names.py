@@ -1,0 +1,119 @@
+"""Names in PEFT's files: which module they are relative to, and the ``base_layer`` that its wrappers put into them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from lightning_lora.layers import LoRALayer
+from lightning_lora.targets import clean_name, join, listed, module_names, near_names
+
+PREFIX = "base_model.model."
+_WRAPPER = "base_layer"
+
+
+def chosen_root(module: nn.Module, export_root: str) -> tuple[str, nn.Module]:
+    """Return the submodule of this name, with its name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    for name, (part, aliases) in module_names(module).items():
+        if export_root in aliases:
+            return name, part
+    near = near_names(export_root, (name for name, _ in module.named_modules()))
+    hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
+    raise ValueError(f"export_root={export_root!r} is no module of {type(module).__name__}.{hint}")
+
+
+def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tuple[str, nn.Module]:
+    """Return the model that PEFT would wrap, with its name: the one to which names in the files are relative.
+
+    That is the one transformers model inside, or of a LightningModule the one child that holds everything, or the
+    module itself.
+
+    Args:
+        module: The module.
+        holds_all: Whether a submodule holds everything that must be named.
+
+    Raises:
+        ValueError: Several qualify.
+    """
+    models = list(_pretrained_models(module))
+    if len(models) > 1:
+        models = [(name, model) for name, model in models if holds_all(model)]
+    if not models and _is_lightning_module(module):
+        models = [
+            (name, child)
+            for name, child in module.named_children()
+            if not isinstance(child, LoRALayer) and holds_all(child)
+        ]
+    if len(models) > 1:
+        raise ValueError(
+            f"{type(module).__name__} holds several models that may be meant: {listed([name for name, _ in models])}. "
+            "Say which with export_root."
+        )
+    return models[0] if models else ("", module)
+
+
+def _pretrained_models(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost models of transformers or diffusers; by structure, so that neither need be installed."""
+    found: list[str] = []
+    for name, part in module.named_modules():
+        kind = type(part)
+        looks = hasattr(kind, "save_pretrained") or hasattr(kind, "get_input_embeddings")
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if looks and not inside and hasattr(part, "config") and not _is_lightning_module(part):
+            found.append(name)
+            yield name, part
+
+
+def _is_lightning_module(module: nn.Module) -> bool:
+    return hasattr(type(module), "training_step") and hasattr(type(module), "configure_optimizers")
+
+
+def live_path(name: str, wrappers: Mapping[str, int]) -> str:
+    """Return what a module or tensor is called when PEFT has wrapped some of the modules above it.
+
+    Args:
+        name: Its name in the model.
+        wrappers: Name of a wrapped module -> how often PEFT wraps it.
+    """
+    parts: list[str] = []
+    path = ""
+    for part in name.split("."):
+        parts += [_WRAPPER] * wrappers.get(path, 0) if path else []
+        path = join(path, part)
+        parts.append(part)
+    return ".".join(parts)
+
+
+def without_wrappers(path: str, names: Collection[str]) -> tuple[str, int] | None:
+    """Return the module that a path in a file names, and how many wrappers are left of it, or None if there is none.
+
+    Args:
+        path: The path, with ``base_layer`` where PEFT wraps a module.
+        names: All names of the model's modules; one of them may really be called ``base_layer``.
+    """
+    name, depth = "", 0
+    for part in path.split("."):
+        if join(name, part) in names:
+            name, depth = join(name, part), 0
+        elif part == _WRAPPER and name:
+            depth += 1
+        else:
+            return None
+    return name, depth
+
+
+def parameters_named(name: str, module: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Return the module's parameters that PEFT's ``target_parameters`` names, in the order in which PEFT wraps them."""
+    full = {key: join(name, key) for key, parameter in module._parameters.items() if parameter is not None}
+    return [key for key, path in full.items() if any(path == each or path.endswith(f".{each}") for each in targets)]
+
+
+def tensors_in_full(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and persistent buffers of a module that is trained in full, by their full names."""
+    state = module.state_dict().items()
+    return {join(name, clean_name(key)): value for key, value in state if isinstance(value, Tensor)}

@@ -1,0 +1,203 @@
+"""Does every adapter change what the model computes? Proved on one batch, in training and in evaluation."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.layers import Adapter, all_adapters
+
+_MODES = ("training", "asked_mode")  # the second is that of a frozen norm
+_EFFECT = 0.5  # of an adapter that is still at its start: as large as what its layer computes
+
+
+def dead_adapters(module: nn.Module, batch: object) -> dict[str, str]:
+    """Return the adapters without effect on the module's output: name -> in which mode.
+
+    Every adapter is given a random effect. Where the gradient of the output by an adapter vanishes, and where the
+    output in evaluation is another one without gradients, as fused paths may pass an adapter by, the adapter is changed
+    once more, and has to change the output. Parameters, buffers, gradients, modes and the random state are left as they
+    were.
+
+    Args:
+        module: An adapted module.
+        batch: A tensor, the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts.
+    """
+    args, kwargs = _arguments(module, batch)
+    with _left_as_it_was(module), _RandomState() as random_state:
+        return _Probe(module, lambda: random_state.repeated(lambda: _outputs(module, args, kwargs))).dead()
+
+
+class _Probe:
+    def __init__(self, module: nn.Module, run: Callable[[], list[Tensor]]) -> None:
+        self.module, self.run, self.adapters = module, run, all_adapters(module)
+
+    def dead(self) -> dict[str, str]:
+        found: dict[str, list[str]] = {}
+        for adapter in self.adapters.values():
+            _give_effect(adapter)
+        for mode, where in ((True, "in training"), (False, "in evaluation")):
+            self.module.train(mode)
+            with torch.enable_grad():
+                outputs = self.run()
+                suspects = self._without_gradient(outputs)
+                for name in self._without_effect(suspects, outputs):
+                    found.setdefault(name, []).append(where)
+        with torch.no_grad():
+            without = self.run()
+            suspects = [] if _close(outputs, without) else [name for name in self.adapters if name not in found]
+            for name in self._without_effect(suspects, without):
+                found[name] = ["in evaluation without gradients"]
+        return {name: " and ".join(where) for name, where in found.items()}
+
+    def _without_gradient(self, outputs: list[Tensor]) -> list[str]:
+        differentiable = [output for output in outputs if output.requires_grad]
+        if not differentiable:
+            return list(self.adapters)
+        generator = torch.Generator().manual_seed(0)
+        directions = [torch.randn(output.shape, generator=generator).to(output) for output in differentiable]
+        parameters = [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
+        gradients = iter(torch.autograd.grad(differentiable, parameters, directions, allow_unused=True))
+        reached = {
+            name
+            for name, adapter in self.adapters.items()
+            for gradient in [next(gradients) for _ in adapter.parameters()]
+            if _is_nonzero(gradient)
+        }
+        return [name for name in self.adapters if name not in reached]
+
+    def _without_effect(self, suspects: list[str], outputs: list[Tensor]) -> Iterator[str]:
+        for name in suspects:
+            parameters = list(self.adapters[name].parameters())
+            kept = [parameter.detach().clone() for parameter in parameters]
+            _give_effect(self.adapters[name])
+            changed = self.run()
+            _put_back(parameters, kept)
+            if all(torch.equal(one, other) for one, other in zip(changed, outputs, strict=True)):
+                yield name
+
+
+def dead_message(module: nn.Module, batch: object) -> str | None:
+    """Return what is to be said of adapters without effect, or None if there are none."""
+    dead = dead_adapters(module, batch)
+    if not dead:
+        return None
+    lines = "\n".join(f"  - {name}: {where}" for name, where in dead.items())
+    return (
+        f"These adapters change nothing in the output of {type(module).__name__} for the probe:\n{lines}\n"
+        "Leave the layers out with exclude_modules, or see that they are called."
+    )
+
+
+def _arguments(module: nn.Module, batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return how ``forward`` is to be called with a batch."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    if isinstance(batch, Mapping):
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        accepted = {parameter.name for parameter in parameters}
+        return (), {key: value for key, value in batch.items() if takes_all or key in accepted}
+    if not isinstance(batch, (tuple, list)):
+        return (batch,), {}
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return tuple(batch), {}
+    return tuple(batch[: max(1, len(required))]), {}
+
+
+@torch.no_grad()
+def _give_effect(adapter: Adapter) -> None:
+    for parameter in adapter.parameters():
+        noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+        size = float(parameter.float().abs().mean()) or _EFFECT / adapter.spec.scaling
+        parameter.add_((size * noise).to(parameter))
+
+
+def _is_nonzero(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
+
+
+@torch.no_grad()
+def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _close(outputs: list[Tensor], others: list[Tensor]) -> bool:
+    """Return whether two passes gave the same, but for rounding."""
+    if [output.shape for output in outputs] != [other.shape for other in others]:
+        return False
+    return all(
+        bool((output - other).norm() <= max(1e-5, 8 * torch.finfo(output.dtype).eps) * other.norm())
+        for output, other in zip(outputs, others, strict=True)
+    )
+
+
+def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    found = list(_tensors(module(*args, **kwargs)))
+    if not found:
+        raise TypeError(f"probe: {type(module).__name__} returned no tensor of floating point numbers.")
+    return found
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the floating point tensors in whatever a module returned."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+        return
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif is_dataclass(value):
+        value = [getattr(value, each.name) for each in fields(value)]
+    elif not isinstance(value, (tuple, list)):
+        return
+    for each in value:
+        yield from _tensors(each)
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    modes = [(vars(part), {key: vars(part)[key] for key in _MODES if key in vars(part)}) for part in module.modules()]
+    trained = [parameter for adapter in all_adapters(module).values() for parameter in adapter.parameters()]
+    tensors = [*trained, *module.buffers()]
+    kept = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        _put_back(tensors, kept)
+        for own, mode in modes:
+            own.update(mode)
+
+
+class _RandomState:
+    """The state of the random generators: the same for every pass, and put back at the end."""
+
+    def __enter__(self) -> _RandomState:
+        self._fork = torch.random.fork_rng()
+        self._fork.__enter__()
+        self._numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
+        self._python, self._numpys = random.getstate(), self._numpy.random.get_state() if self._numpy else None
+        return self
+
+    def repeated(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        torch.manual_seed(0)
+        self._restore()
+        return run()
+
+    def __exit__(self, *error: Any) -> None:
+        self._fork.__exit__(*error)
+        self._restore()
+
+    def _restore(self) -> None:
+        random.setstate(self._python)
+        if self._numpy:
+            self._numpy.random.set_state(self._numpys)

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, attach
+from lightning_lora.analysis import adapter_size, plan_budget
+from tests.peft_kinds import Experts
+
+TABLE_5 = 18_874_368  # of the LoRA paper: "18M"
+
+
+class Block(nn.Module):
+    """The projections of one attention, and nothing else."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        for name in "qkvo":
+            setattr(self, f"{name}_proj", nn.Linear(size, size, bias=False))
+
+
+def blocks(count: int, size: int) -> nn.Module:
+    return nn.ModuleList(Block(size) for _ in range(count))
+
+
+@pytest.fixture(scope="module")
+def gpt3() -> nn.Module:
+    with torch.device("meta"):
+        return blocks(96, 12288)
+
+
+def test_table_5_of_the_paper(gpt3: nn.Module):
+    plan = plan_budget(gpt3, LoRAConfig(adapter_dtype="bfloat16"), parameters=TABLE_5)
+    found = {choice.targets: choice for choice in plan.choices}
+    assert len(found) == 15
+    for targets, rank in {
+        ("q_proj",): 8,
+        ("k_proj",): 8,
+        ("v_proj",): 8,
+        ("o_proj",): 8,
+        ("q_proj", "k_proj"): 4,
+        ("q_proj", "v_proj"): 4,
+        ("q_proj", "k_proj", "v_proj", "o_proj"): 2,
+    }.items():
+        assert (found[targets].rank, found[targets].parameters) == (rank, TABLE_5)
+        assert found[targets].file_bytes == 37_748_736
+        assert found[targets].optimizer_bytes == 8 * TABLE_5
+    assert plan.choices[0].targets == ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def test_the_inverse_gives_the_same_count(gpt3: nn.Module):
+    for targets, rank in ((["q_proj"], 8), (["q_proj", "v_proj"], 4), (["q_proj", "k_proj", "v_proj", "o_proj"], 2)):
+        choice = adapter_size(gpt3, LoRAConfig(rank=rank, target_modules=targets))
+        assert choice.parameters == TABLE_5
+        assert choice.share == pytest.approx(TABLE_5 / (96 * 4 * 12288**2))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
+@pytest.mark.parametrize("budget", ["parameters", "file_bytes", "optimizer_bytes"])
+def test_a_choice_is_what_attaching_makes_and_a_higher_rank_is_too_much(options: dict[str, bool], budget: str):
+    config = LoRAConfig(**options)
+    limit = {"parameters": 4000, "file_bytes": 16000, "optimizer_bytes": 32000}[budget]
+    for choice in plan_budget(blocks(2, 64), config, **{budget: limit}).choices:
+        for more, fits in ((0, True), (1, False)):
+            model = blocks(2, 64)
+            made = attach(model, LoRAConfig(rank=choice.rank + more, target_modules=list(choice.targets), **options))
+            assert (made.adapter_parameters <= 4000) is fits
+            if fits:
+                assert made.adapter_parameters == choice.parameters
+                assert len(made.layers) == choice.layers
+
+
+def test_experts_and_slices_are_counted_as_they_are():
+    model = nn.ModuleDict({"experts": Experts(), "qkv": nn.Linear(8, 24)})
+    config = LoRAConfig(
+        rank=2,
+        target_modules=[],
+        target_parameters=["experts.up", "experts.down"],
+        target_slices={"qkv": {"q": "0:8", "v": "16:24"}},
+    )
+    choice = adapter_size(model, config)
+    assert choice.targets == ("q", "v", "up", "down")
+    assert choice.parameters == 2 * (2 * (8 + 8) + 2 * 3 * (8 + 12))
+    plan = plan_budget(model, config, parameters=2 * 60, groups=[["up"], ["q", "v"]])
+    assert {c.targets: (c.rank, c.parameters) for c in plan.choices} == {("up",): (2, 120), ("q", "v"): (3, 96)}
+
+
+def test_the_rank_stays_within_the_smallest_layer():
+    model = nn.ModuleDict({"head": nn.Linear(64, 2), "body": nn.Linear(64, 64)})
+    plan = plan_budget(model, parameters=1280)
+    assert {c.targets: (c.rank, c.capped) for c in plan.choices} == {
+        ("head", "body"): (2, ("head",)),
+        ("body",): (10, ()),
+        ("head",): (2, ("head",)),
+    }
+    assert "rank limited by the size of: head" in str(plan)
+
+
+def test_many_groups_are_combined_in_pairs_and_all():
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abcdef"})
+    assert len(plan_budget(model, parameters=1000).choices) == 6 + 15 + 1
+
+
+def test_layers_that_only_have_numbers_go_by_their_full_names():
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))})
+    found = {choice.targets for choice in plan_budget(model, parameters=100).choices}
+    assert found == {("net.0", "net.2"), ("net.0",), ("net.2",)}
+
+
+def test_a_budget_that_buys_nothing_says_so():
+    plan = plan_budget(blocks(2, 16), parameters=10)
+    assert plan.choices == ()
+    assert "nothing fits" in str(plan)
+    assert "q_proj + k_proj" in str(plan)
+
+
+def test_the_table_and_json(gpt3: nn.Module):
+    plan = plan_budget(gpt3, parameters=TABLE_5)
+    lines = str(plan).splitlines()
+    assert lines[0] == "A budget of 18,874,368 parameters for a base of 57,982,058,496 parameters:"
+    assert " ".join(lines[3].split()) == "q_proj + k_proj + v_proj + o_proj 384 2 18,874,368 75.5 151.0 0.033%"
+    assert json.loads(json.dumps(plan.to_dict()))["choices"][0]["rank"] == 2
+
+
+def test_bad_requests_are_refused():
+    with pytest.raises(ValueError, match="exactly one"):
+        plan_budget(blocks(1, 8))
+    with pytest.raises(ValueError, match="exactly one"):
+        plan_budget(blocks(1, 8), parameters=1, file_bytes=1)
+    with pytest.raises(ValueError, match="q_porj"):
+        plan_budget(blocks(1, 8), parameters=100, groups=[["q_porj"]])

@@ -1,0 +1,47 @@
+"""The code of docs/analysis.md runs, in order, as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRAConfig, adapter_state_dict, attach
+from lightning_lora.checkpoint_file import RECORD_KEY
+from lightning_lora.state import describe
+from tests.analysis.test_budget import blocks
+from tests.contract import train_all
+
+PAGE = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+
+
+def adapted(seed: int) -> nn.Module:
+    model = blocks(2, 64)
+    attach(model, LoRAConfig(rank=4), seed=seed)
+    train_all(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    planning, *rest = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    for seed in (0, 1):
+        model = adapted(seed)
+        torch.save({"state_dict": adapter_state_dict(model), RECORD_KEY: describe(model)}, f"seed{seed}.ckpt")
+    names = {"LoRAConfig": LoRAConfig, "model": blocks(2, 64)}
+    exec(planning, names)
+    [promised] = re.findall(r"```text\n(.*?)\.\.\.", PAGE, flags=re.S)
+    said = capsys.readouterr().out
+    assert said.startswith(promised)
+    assert said.splitlines()[-1] == "4096"
+    names["model"] = adapted(0)
+    for block in rest:
+        exec(block, names)
+    said = capsys.readouterr().out
+    assert "8 updates; the suggested rank holds 99% of the squared norm" in said
+    assert len(re.findall(r"^1\.o_proj tensor", said, flags=re.M)) == 1
+    assert {path.name for path in tmp_path.glob("*.png")} == {"layers.png", "spectra.png", "phi.png"}

@@ -1,0 +1,214 @@
+"""What the processes do in ``test_every_strategy.py``: Lightning starts this script once for each.
+
+Arguments: the directory for results, the number of processes, the checkpoint of a single process, and the modes.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lightning_lora import LoRACallback, attach, lora_layers, ops
+from tests.distributed.cpu_fsdp import CPUFSDPStrategy, DoubleFSDPPrecision
+from tests.toys import Toy, loader, network, trainer
+
+LORA = {"rank": 4, "modules_to_save": ["net.4"]}
+PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
+
+
+class Wide(Toy):
+    """Sees its share of the rows of every batch, in float64; AdamW with two groups."""
+
+    def build(self) -> None:
+        self.net = network(torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        rank, world = self.share()
+        return super().training_step([part[rank::world].double() for part in batch], batch_idx)
+
+    def share(self) -> tuple[int, int]:
+        mesh = self.device_mesh
+        if mesh is None:
+            return self.global_rank, self.trainer.world_size
+        return mesh["data_parallel"].get_local_rank(), mesh["data_parallel"].size()
+
+    def configure_optimizers(self) -> Any:
+        first, second = self.net[0].parameters(), [*self.net[2].parameters(), *self.net[4].parameters()]
+        groups = [{"params": list(first), "lr": 2e-2}, {"params": second}]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Sharded(Wide):
+    """Shards itself in ``configure_model``, as users of FSDP2 and tensor parallelism do."""
+
+    def build(self) -> None: ...
+
+    def configure_model(self) -> None:
+        if hasattr(self, "net"):
+            return
+        super().build()
+        if self.device_mesh["tensor_parallel"].size() > 1:
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+        attach(self)
+        if self.device_mesh["data_parallel"].size() > 1:
+            for layer in (self.net[0], self.net[2]):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def strategy(mode: str, processes: int) -> Strategy | str:
+    if mode == "single":
+        return "auto"
+    if mode == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    if mode.startswith("fsdp1"):
+        return CPUFSDPStrategy(
+            state_dict_type="sharded" if "distributed" in mode else "full",
+            auto_wrap_policy={nn.Linear} if "policy" in mode else None,
+        )
+    return ModelParallelStrategy(
+        data_parallel_size=processes // 2 if "tp" in mode else processes,
+        tensor_parallel_size=2 if "tp" in mode else 1,
+        process_group_backend="gloo",
+        save_distributed_checkpoint="distributed" in mode,
+    )
+
+
+class Watch(Callback):
+    """Counts the bytes that travel while a checkpoint is made, and looks at gradients and at the frozen base."""
+
+    def __init__(self) -> None:
+        self.bytes_at_save: list[int] = []
+        self.frozen_gradients = 0
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        own = trainer.save_checkpoint
+
+        def save(*args: Any, **kwargs: Any) -> None:
+            with counted(functional=not isinstance(trainer.strategy, FSDPStrategy)) as count:
+                own(*args, **kwargs)
+            self.bytes_at_save.append(count[0])
+
+        trainer.save_checkpoint = save
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        frozen = [p for p in pl_module.parameters() if not p.requires_grad]
+        self.frozen_gradients += sum(p.grad is not None for p in frozen)
+
+
+@contextmanager
+def counted(*, functional: bool) -> Iterator[list[int]]:
+    """Count the bytes that each process receives by gathering tensors, by DTensor's functions or the common ones."""
+    count = [0]
+    names = ("all_gather", "all_gather_into_tensor")
+    before = {name: getattr(dist, name) for name in names}
+    gather_into = torch.ops._c10d_functional.all_gather_into_tensor
+
+    def counting(name: str) -> Any:
+        def gather(output: Any, *args: Any, **kwargs: Any) -> Any:
+            tensors = output if isinstance(output, list) else [output]
+            count[0] += sum(tensor.nbytes for tensor in tensors)
+            return before[name](output, *args, **kwargs)
+
+        return gather
+
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function is gather_into.default:
+                count[0] += result.nbytes
+            return result
+
+    for name in names:
+        setattr(dist, name, counting(name))
+    try:
+        with Mode() if functional else nullcontext():
+            yield count
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def fit(
+    directory: Path,
+    name: str,
+    mode: str,
+    processes: int,
+    epochs: int,
+    ckpt_path: str | None = None,
+    merge: bool = False,
+    nodes: int = 1,
+) -> dict[str, Any]:
+    module = Sharded() if mode.startswith(("fsdp2", "tp")) else Wide()
+    watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
+    run = trainer(
+        LoRACallback(**LORA, merge_on_teardown=merge),
+        checkpoint,
+        watch,
+        max_epochs=epochs,
+        max_steps=-1,
+        strategy=strategy(mode, processes),
+        devices=processes // nodes,
+        num_nodes=nodes,
+        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
+        use_distributed_sampler=False,
+    )
+    run.fit(module, loader(16), ckpt_path=ckpt_path)
+    results = {
+        "losses": module.losses,
+        "last": checkpoint.last_model_path,
+        "rank": module.global_rank,
+        "bytes_at_save": watch.bytes_at_save,
+        "frozen_gradients": watch.frozen_gradients,
+        "adapters": len(lora_layers(module)),
+        "kinds": sorted({type(part).__name__ for part in module.modules()}),
+    }
+    with torch.no_grad():
+        results["output"] = whole(run.strategy.model(PROBE))
+    return results
+
+
+def main() -> None:
+    ops._FEW = 0  # the fast path for these small layers, too
+    warnings.simplefilter("ignore")
+    directory, processes, single, *modes = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    results: dict[str, Any] = {}
+    for mode in modes:
+        results[mode] = {
+            "whole": fit(directory, "whole", mode, processes, 2),
+            "half": fit(directory, "half", mode, processes, 1),
+            "from single": fit(directory, "from_single", mode, processes, 2, single),
+            "merged": fit(directory, "merged", mode, processes, 2, merge=True),
+        }
+        results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
+    rank = results[modes[0]]["whole"]["rank"]
+    torch.save(results, directory / f"rank{rank}.pt")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

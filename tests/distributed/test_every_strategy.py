@@ -1,0 +1,142 @@
+"""The same laws under every strategy: two processes (four for both kinds of parallelism) equal one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import strategy_job
+from tests.test_adapter_checkpoints import assert_same_bits, read
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+TRAINED = {f"net.{layer}.lora.{factor}" for layer in (0, 2) for factor in "AB"} | {"net.4.weight", "net.4.bias"}
+TWO = ["ddp", "fsdp1", "fsdp1_policy", "fsdp1_policy_distributed", "fsdp2", "fsdp2_distributed", "tp"]
+FOUR = ["tp_fsdp2"]
+CLOSE = {"rtol": 0.0, "atol": 1e-9}
+
+each_mode = pytest.mark.parametrize("mode", [*TWO, *FOUR])
+Ranks = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("strategies")
+
+
+@pytest.fixture(scope="module")
+def single(directory: Path) -> dict[str, Any]:
+    """One process on the whole batches: all of the run, and half of it."""
+    runs = {"whole": (2, False), "half": (1, False), "merged": (2, True)}
+    return {
+        name: strategy_job.fit(directory, name, "single", 1, epochs, merge=merge)
+        for name, (epochs, merge) in runs.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(directory: Path, single: dict[str, Any]) -> dict[str, Ranks]:
+    """What each process reports, for every mode."""
+    found: dict[str, Ranks] = {}
+    for modes, processes in ((TWO, 2), (FOUR, 4)):
+        place = directory / str(processes)
+        place.mkdir()
+        command = [sys.executable, strategy_job.__file__, str(place), str(processes), single["half"]["last"], *modes]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+        ranks = [torch.load(place / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
+        found |= {mode: [rank[mode] for rank in ranks] for mode in modes}
+    return found
+
+
+def losses(ranks: Ranks, run: str) -> list[float]:
+    """Return the mean of the processes' losses: that of the whole batch, since their shares are equal."""
+    return torch.tensor([rank[run]["losses"] for rank in ranks], dtype=torch.float64).mean(0).tolist()
+
+
+@each_mode
+def test_losses_are_those_of_one_process(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
+    assert losses(runs[mode], "whole") == pytest.approx(single["whole"]["losses"], abs=1e-9)
+    assert len(set(single["whole"]["losses"])) == 4
+
+
+@each_mode
+def test_processes_see_different_rows_where_they_should(mode: str, runs: dict[str, Ranks]) -> None:
+    seen = {tuple(rank["whole"]["losses"]) for rank in runs[mode]}
+    assert len(seen) == (1 if mode == "tp" else 2)
+
+
+@each_mode
+def test_the_file_holds_what_one_process_would_have_saved(
+    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
+) -> None:
+    theirs, ours = read(runs[mode][0]["whole"]["last"]), read(single["whole"]["last"])
+    assert theirs["state_dict"].keys() == TRAINED
+    for name, tensor in ours["state_dict"].items():
+        torch.testing.assert_close(theirs["state_dict"][name], tensor, **CLOSE)
+    assert theirs["lightning_lora"] == ours["lightning_lora"]
+    [found], [expected] = theirs["optimizer_states"], ours["optimizer_states"]
+    assert found["param_groups"] == expected["param_groups"]
+    assert found["state"].keys() == expected["state"].keys()
+    for index, entry in expected["state"].items():
+        for key, value in entry.items():
+            torch.testing.assert_close(found["state"][index][key], value, **CLOSE)
+
+
+@each_mode
+def test_resuming_equals_never_having_stopped_bit_for_bit(mode: str, runs: dict[str, Ranks]) -> None:
+    for rank in runs[mode]:
+        assert rank["half"]["losses"] + rank["resumed"]["losses"] == rank["whole"]["losses"]
+    whole, resumed = (read(runs[mode][0][name]["last"]) for name in ("whole", "resumed"))
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert_same_bits(resumed[key], whole[key])
+
+
+@each_mode
+def test_a_checkpoint_of_one_process_resumes_in_several(
+    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
+) -> None:
+    assert losses(runs[mode], "from single") == pytest.approx(single["whole"]["losses"][2:], abs=1e-9)
+
+
+@each_mode
+def test_a_checkpoint_of_several_processes_resumes_in_one(
+    mode: str, runs: dict[str, Ranks], single: dict[str, Any], tmp_path: Path
+) -> None:
+    resumed = strategy_job.fit(tmp_path, "resumed", "single", 1, 2, runs[mode][0]["half"]["last"])
+    assert resumed["losses"] == pytest.approx(single["whole"]["losses"][2:], abs=1e-9)
+
+
+@each_mode
+def test_merging_leaves_no_adapter_and_the_same_outputs(
+    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
+) -> None:
+    for rank in runs[mode]:
+        assert (rank["whole"]["adapters"], rank["merged"]["adapters"]) == (2, 0)
+        assert not [kind for kind in rank["merged"]["kinds"] if "LoRA" in kind]
+        for run in ("whole", "merged"):
+            torch.testing.assert_close(rank[run]["output"], single["whole"]["output"], **CLOSE)
+
+
+@each_mode
+def test_frozen_parameters_get_no_gradients(mode: str, runs: dict[str, Ranks]) -> None:
+    assert [rank["whole"]["frozen_gradients"] for rank in runs[mode]] == [0] * len(runs[mode])
+
+
+@each_mode
+def test_saving_gathers_at_most_twice_what_was_trained(mode: str, runs: dict[str, Ranks]) -> None:
+    file = read(runs[mode][0]["whole"]["last"])
+    trained = sum(tensor.nbytes for tensor in file["state_dict"].values())
+    moments = sum(t.nbytes for entry in file["optimizer_states"][0]["state"].values() for t in entry.values())
+    for rank in runs[mode]:
+        assert len(rank["whole"]["bytes_at_save"]) == 4  # each epoch's file and last.ckpt
+        assert all(count <= 2 * (trained + moments) for count in rank["whole"]["bytes_at_save"])
+        assert (max(rank["whole"]["bytes_at_save"]) > 0) == (mode != "ddp")

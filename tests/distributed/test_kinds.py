@@ -1,0 +1,67 @@
+"""Every kind of adapted layer, sharded by FSDP2 or FSDP over two processes, trains and merges as in one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import kinds_job
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes reports of each kind."""
+    directory = tmp_path_factory.mktemp("kinds")
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", kinds_job.__file__, str(directory)]
+    jobs = [
+        subprocess.Popen(
+            command,
+            env=os.environ | common | {"RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [job.communicate(timeout=300)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], errors
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+CASES = [
+    (strategy, kind)
+    for strategy in ("fsdp2", "fsdp1")
+    for kind in kinds_job.CASES
+    if strategy == "fsdp2" or kind not in kinds_job.REFUSED_BY_FSDP1
+]
+
+
+@pytest.mark.parametrize(("strategy", "kind"), CASES)
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+def test_a_sharded_layer_trains_and_merges_as_in_one_process(
+    strategy: str, kind: str, ranks: list[dict[str, Any]]
+) -> None:
+    truth = kinds_job.train(kinds_job.CASES[kind])
+    for rank in ranks:
+        found = rank[strategy][kind]
+        assert found.keys() == (truth.keys() if strategy == "fsdp2" else {"output"})
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, truth[name], rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(truth["merged"], truth["output"], rtol=0.0, atol=1e-10)
