@@ -107,8 +107,9 @@ def _is_traced() -> bool:
 
 
 def _is_autocast(device: str) -> bool:
-    # Devices without autocast, such as meta, may not be asked.
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Devices without autocast, such as meta, may not be asked; a compiler of torch 2.6 cannot ask which those are.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def _without_autocast(device: str) -> AbstractContextManager[Any]:
