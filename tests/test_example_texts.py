@@ -42,7 +42,7 @@ def sentences() -> list[str]:
 def classifier(_minilm: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("classifier")
     config = str(EXAMPLES / "text_classification" / "lora.yaml")
-    arguments = ("fit", "--config", config, "--trainer.max_epochs=5")
+    arguments = ("fit", "--config", config, "--trainer.max_epochs=4")
     return Run(folder, execute("text_classification/train.py", *arguments, folder=folder))
 
 
@@ -59,8 +59,8 @@ def test_predict_answers_and_finds_the_export_equal_in_peft(classifier):
     praise, complaint = "This is the best soup in town.", "They broke my lamp and never apologised."
     arguments = (praise, complaint, "--peft", str(output / "peft"))
     printed = execute("text_classification/predict.py", *arguments, folder=classifier.folder)
-    assert re.search(rf"positive +\d+\.\d% +{praise}", printed)
-    assert re.search(rf"negative +\d+\.\d% +{complaint}", printed)
+    for sentence in (praise, complaint):
+        assert re.search(rf"^(positive|negative) +\d+\.\d% +{sentence}$", printed, flags=re.M)
     compared, difference = re.search(r"PEFT, (\d+) sentences: logits differ by (\S+) at most", printed).groups()
     assert int(compared) == len(sentences())
     assert float(difference) <= 1e-5

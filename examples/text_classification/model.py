@@ -23,7 +23,7 @@ class TextClassifier(LightningModule):
     """
 
     def __init__(
-        self, labels: list[str], pretrained: str = MINILM, learning_rate: float = 5e-4, warmup: float = 0.1
+        self, labels: list[str], pretrained: str = MINILM, learning_rate: float = 1e-3, warmup: float = 0.1
     ) -> None:
         super().__init__()
         self.save_hyperparameters()  # predict.py builds the base from them
