@@ -64,6 +64,8 @@ class CausalLM(LightningModule):
             return  # Lightning calls this for every stage
         self.build()
         lightning_lora.attach(self)  # before fully_shard; with the options of the Trainer's LoRACallback
+        if self.device_mesh is None:
+            return  # one device has nothing to shard
         mesh = self.device_mesh["data_parallel"]
         for layer in self.net.model.layers:  # the units that are gathered one after another
             fully_shard(layer, mesh=mesh)
