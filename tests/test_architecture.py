@@ -31,7 +31,7 @@ _BOTTOM_UP = [
         "analysis.intruders",
     },
     {"base_folder", "base_names", "ops", "skeleton", "option_checks", "report", "layers.adapter", "layers.norm"}
-    | {"analysis.relation", "analysis.similarity"},
+    | {"analysis.relation", "analysis.similarity", "analysis.places"},
     {"tied_heads", "config", "layers.base", "layers.low_rank"},
     {"layers.linear", "layers.embedding", "layers.conv", "layers.weight"},
     {"layers.tokens"},
@@ -62,7 +62,8 @@ _BOTTOM_UP = [
     {"checkpoint_file", "preflight"},
     {"fit_export", "warm_start", "analysis.files"},
     {"adapter_fit", "inspection", "analysis.adapters"},
-    {"streaming", "analysis.summary"},
+    {"streaming", "analysis.stored", "analysis.comparison"},
+    {"analysis.summary"},
     {"cli_text", "analysis", "analysis.plots"},
     {"load_guard", "strategies"},
     {"adapter_checkpoints"},

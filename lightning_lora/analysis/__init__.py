@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from lightning_lora.analysis.adapters import read_matrices
 from lightning_lora.analysis.budget import BudgetPlan, Choice, adapter_size, plan_budget
+from lightning_lora.analysis.comparison import (
+    AdapterComparison,
+    KindSimilarity,
+    LayerComparison,
+    Overlap,
+    compare,
+    layer_similarity,
+    update_cosine,
+)
 from lightning_lora.analysis.intruders import Intruders, intruder_dimensions
 from lightning_lora.analysis.matrices import AdapterMatrix
 from lightning_lora.analysis.relation import Relation, own_projection, projection, random_projection, relate
@@ -27,20 +36,26 @@ from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis, anal
 
 __all__ = [
     "AdapterAnalysis",
+    "AdapterComparison",
     "AdapterMatrix",
     "BudgetPlan",
     "Choice",
     "Intruders",
+    "KindSimilarity",
     "LayerAnalysis",
+    "LayerComparison",
+    "Overlap",
     "Relation",
     "ThinSVD",
     "UpdateSimilarity",
     "above_baseline",
     "adapter_size",
     "analyze",
+    "compare",
     "effective_rank",
     "energy_rank",
     "intruder_dimensions",
+    "layer_similarity",
     "numerical_rank",
     "own_projection",
     "plan_budget",
@@ -52,6 +67,7 @@ __all__ = [
     "stable_rank",
     "subspace_similarity",
     "thin_svd",
+    "update_cosine",
     "update_norm",
     "update_similarity",
 ]
