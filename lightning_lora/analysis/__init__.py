@@ -32,6 +32,7 @@ from lightning_lora.analysis.spectrum import (
     thin_svd,
     update_norm,
 )
+from lightning_lora.analysis.suggestions import RankSuggestion, findings, suggest_ranks
 from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis, analyze
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "LayerAnalysis",
     "LayerComparison",
     "Overlap",
+    "RankSuggestion",
     "Relation",
     "ThinSVD",
     "UpdateSimilarity",
@@ -54,6 +56,7 @@ __all__ = [
     "compare",
     "effective_rank",
     "energy_rank",
+    "findings",
     "intruder_dimensions",
     "layer_similarity",
     "numerical_rank",
@@ -66,6 +69,7 @@ __all__ = [
     "relate",
     "stable_rank",
     "subspace_similarity",
+    "suggest_ranks",
     "thin_svd",
     "update_cosine",
     "update_norm",

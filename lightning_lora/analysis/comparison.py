@@ -115,15 +115,17 @@ class AdapterComparison:
         layers = [layer.to_dict() for layer in self.layers]
         return {"only_first": list(self.only_first), "only_second": list(self.only_second), "layers": layers}
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table as text: a header, a row for each layer, and the medians."""
+        rows = [(each.name, f"{each.ranks[0]}, {each.ranks[1]}", *map(_cell, _numbers(each))) for each in self.layers]
+        medians = [_median([_numbers(layer)[at] for layer in self.layers]) for at in range(len(_HEADER) - 2)]
+        return [_HEADER, *rows, ("median", "", *map(_cell, medians))]
+
     @override
     def __str__(self) -> str:
-        rows = [
-            (layer.name, f"{layer.ranks[0]}, {layer.ranks[1]}", *map(_cell, _numbers(layer))) for layer in self.layers
-        ]
-        medians = [_median([_numbers(layer)[at] for layer in self.layers]) for at in range(len(_HEADER) - 2)]
         count = len(self.layers)
         lines = [f"{count} update{'s' * (count != 1)} in both; 1 is the same, chance is what random directions share"]
-        lines += table_lines([_HEADER, *rows, ("median", "", *map(_cell, medians))])
+        lines += table_lines(self.rows())
         for which, names in (("first", self.only_first), ("second", self.only_second)):
             lines += [f"only in the {which}: {listed(names)}"] if names else []
         return "\n".join(lines)
@@ -212,6 +214,11 @@ class KindSimilarity(NamedTuple):
     inputs: Tensor
     outputs: Tensor
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON; what cannot be told is None."""
+        tables = {"inputs": _rows(self.inputs), "outputs": _rows(self.outputs)}
+        return {"kind": self.kind, "blocks": list(self.blocks)} | tables
+
 
 def layer_similarity(source: nn.Module | str | PathLike[str]) -> list[KindSimilarity]:
     """Return how much the updates of the same kind of layer share between the blocks of a model.
@@ -260,7 +267,7 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _cell(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
+    return "-" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"  # no minus before a zero
 
 
 def _plain(value: float) -> float | None:

@@ -27,3 +27,9 @@ def kind_of(name: str) -> str:
     """
     block, kind = place(name.partition("[")[0])
     return join(block, kind) if kind.isdigit() else kind
+
+
+def in_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Return a key that sorts names as people count: ``h.9`` comes before ``h.10``."""
+    parts = re.findall(r"\d+|[^\d]+", name)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)

@@ -88,11 +88,15 @@ class AdapterAnalysis:
         """Return plain values, for JSON."""
         return {"energy": self.energy, "idle": self.idle, "layers": [layer.to_dict() for layer in self.layers]}
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table as text: a header, a row for each update, and the medians."""
+        return [_HEADER, *(_row(layer) for layer in self.layers), self._medians()]
+
     @override
     def __str__(self) -> str:
         count = len(self.layers)
         lines = [f"{count} update{'s' * (count != 1)}; the suggested rank holds {self.energy:.0%} of the squared norm"]
-        lines += table_lines([_HEADER, *(_row(layer) for layer in self.layers), self._medians()])
+        lines += table_lines(self.rows())
         if self.idle:
             lines.append(f"zero, as if never trained: {listed(self.idle)}")
         if found := [f"{layer.name} ({layer.intruders})" for layer in self.layers if layer.intruders]:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_lora.analysis.places import kind_of, place
+from lightning_lora.analysis.places import in_order, kind_of, place
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,8 @@ from lightning_lora.analysis.places import kind_of, place
 def test_a_layer_is_somewhere_in_a_block(name: str, found: tuple[str, str], kind: str):
     assert place(name) == found
     assert kind_of(name) == kind
+
+
+def test_names_are_sorted_as_people_count():
+    names = ["h.10.q", "h.9.v", "h.9.q", "body", "h.1.q", "h.10.down"]
+    assert sorted(names, key=in_order) == ["body", "h.1.q", "h.9.q", "h.9.v", "h.10.down", "h.10.q"]
