@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+_SHORT = 25  # rows that stay together on paper
 _STYLE = """
 :root { color-scheme: light dark;
   --paper: #ffffff; --ink: #1c2127; --quiet: #5b6570; --line: #d5dae0; --soft: #f4f6f8; }
@@ -26,7 +27,7 @@ figure svg text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu San
 figcaption, caption { color: var(--quiet); font-size: .875rem; text-align: left; max-width: 46rem; }
 figcaption { margin-top: .5rem; }
 caption { padding-bottom: .5rem; caption-side: top; }
-.figures { display: flex; flex-wrap: wrap; gap: 0 2rem; align-items: flex-start; }
+.figures { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: flex-start; }
 .figures figure { flex: 0 1 auto; max-width: 100%; }
 .wide { overflow-x: auto; margin: 1.25rem 0; }
 table { min-width: min(100%, 30rem); border-collapse: collapse; font-size: .875rem;
@@ -43,7 +44,10 @@ pre { background: var(--soft); padding: .75rem 1rem; white-space: pre-wrap; font
   body { font-size: 10.5pt; padding: 0; max-width: none; }
   h2 { break-after: avoid; }
   figure, pre, tr { break-inside: avoid; }
+  .figures { display: block; }
   .wide { overflow: visible; }
+  .short { break-inside: avoid; }
+  caption { break-after: avoid; }
   table { font-size: 7.5pt; }
   th, td { padding: .12rem .45rem; }
   thead { display: table-header-group; }
@@ -91,6 +95,7 @@ class Page:
         """
         header, *body = rows
         head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+        kind = "wide short" if len(body) <= _SHORT else "wide"
         lines = [
             f'<tr><th scope="row">{escape(row[0])}</th>'
             + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
@@ -98,7 +103,7 @@ class Page:
             for row in body
         ]
         self._parts.append(
-            f'<div class="wide" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
+            f'<div class="{kind}" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
             f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
             f"<tbody>{''.join(lines)}</tbody></table></div>"
         )

@@ -168,7 +168,7 @@ def _held(layer: LayerAnalysis) -> Sequence[float]:
 
 
 def _curves(layers: Sequence[LayerAnalysis], of: Callable[[LayerAnalysis], Sequence[float]]) -> tuple[Any, Any]:
-    figure, panels = new_figure(6.4, 4.0)
+    figure, panels = new_figure(6.4 if len(layers) <= _MOST_NAMES else 5.3, 3.8)
     axes = panels[0, 0]
     if len(layers) > _MOST_NAMES:
         _draw_ranges(axes, [of(layer) for layer in layers])
@@ -246,7 +246,7 @@ def _by_place(
         table[rows.index(row), columns.index(column)] = math.nan if value is None else value
     names = [row or _OUTSIDE for row in rows]
     longest = max(map(len, names))
-    figure, panels = new_figure(1.3 + 0.075 * longest + 0.46 * max(3, len(columns)), 1.4 + 0.18 * max(5, len(rows)))
+    figure, panels = new_figure(1.2 + 0.075 * longest + 0.42 * max(3, len(columns)), 1.4 + 0.18 * max(5, len(rows)))
     axes = panels[0, 0]
     known = table[~table.isnan()]
     lowest = min(0.0, float(known.min())) if len(known) else 0.0
