@@ -5,7 +5,7 @@
 The vision transformer of ``digits.py`` learns scikit-learn's digits, and is then adapted, many times, to the same
 digits inverted and turned: under one budget of parameters with other matrices (the paper's 7.1), at several ranks and
 from several seeds (7.2). What the updates are to the weights is 7.3. The findings are written from the measured
-numbers, and say where the paper's do not show at this size. It takes about a minute on 2 cores.
+numbers, and say where the paper's do not show at this size. It takes about two minutes on 2 cores.
 
 It writes ``section7.html``, one page to open offline, ``section7.json`` and pictures to ``examples/output/section7``.
 Source: Hu et al. 2021, "LoRA", arXiv:2106.09685.

@@ -234,7 +234,7 @@ def _bars(rows: list[tuple[str, dict[str, Any]]], name: str) -> Any:
     figure, panels = new_figure(6.0, 0.7 + 0.32 * len(rows))
     axes = panels[0, 0]
     for at, (_, row) in enumerate(rows):
-        axes.barh(at, 100 * row["mean"], height=0.68, color=hue(0), alpha=0.75)
+        axes.barh(at, 100 * row["mean"], height=0.68, color=hue(0))
         axes.plot(
             [100 * score for score in row["accuracies"]], [at] * len(row["accuracies"]), "o", color=INK, markersize=3
         )
