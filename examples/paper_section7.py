@@ -38,7 +38,6 @@ from lightning_lora.analysis import (
     read_matrices,
     relate,
     subspace_similarity,
-    thin_svd,
     update_similarity,
 )
 
@@ -175,7 +174,7 @@ def study_subspaces(lab: Lab, size: Size) -> tuple[list[dict[str, Any]], dict[st
         for name in one.matrices:
             a, b = one.matrices[name], other.matrices[name]
             factors = subspace_similarity(a.A, b.A)
-            updates = update_similarity(*(thin_svd(each.A, each.B, each.scaling) for each in (a, b)))
+            updates = update_similarity(a.svd(), b.svd())
             maps[what][name] = factors
             numbers = {"factors": factors, "inputs": updates.inputs, "outputs": updates.outputs}
             rows.append({"pair": what, "layer": name, "kind": name.rpartition(".")[2]} | overlaps(numbers, a.shape))
@@ -205,7 +204,7 @@ def study_relation(lab: Lab, size: Size) -> list[dict[str, Any]]:
         run = lab.run(size.rank_targets, rank, size.seeds[0])
         for name, matrix in run.matrices.items():
             assert matrix.weight is not None
-            found = relate(matrix.weight, thin_svd(matrix.A, matrix.B, matrix.scaling))
+            found = relate(matrix.weight, matrix.svd())
             own = own_projection(matrix.weight, rank)
             rows.append({"layer": name, "rank": rank, "own_projection": own} | found._asdict())
     return rows

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_lora.analysis.comparison import KindSimilarity
     from lightning_lora.analysis.page import Page
     from lightning_lora.analysis.report_figures import Figures
 
@@ -69,7 +70,7 @@ def _add_outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from lightning_lora.analysis import analyze, layer_similarity
+    from lightning_lora.analysis import analyze
     from lightning_lora.analysis.report_figures import analysis_figures
     from lightning_lora.analysis.reports import analysis_page, rank_pattern
     from lightning_lora.analysis.suggestions import findings, suggest_ranks
@@ -82,7 +83,7 @@ def _report(options: argparse.Namespace) -> int:
     analysis = analyze(
         options.adapter, options.base, energy=options.energy, intruders=options.intruders, progress=progress
     )
-    similarities = layer_similarity(options.adapter) if options.out or options.pictures else []
+    similarities = _similarities(options.adapter) if options.out or options.pictures else []
     facts = [f"Adapter: {options.adapter}"] + ([f"Base: {options.base}"] if options.base else [])
     _write(
         options,
@@ -99,6 +100,16 @@ def _report(options: argparse.Namespace) -> int:
     }
     _show(options, content, [str(analysis), "", *(f"- {each}" for each in findings(analysis))])
     return 0
+
+
+def _similarities(adapter: Path) -> list[KindSimilarity]:
+    from lightning_lora.analysis import layer_similarity
+
+    try:
+        return layer_similarity(adapter)
+    except ValueError as error:  # the file alone may not tell its layers apart, where the base did
+        print(f"lightning-lora: warning: layers are not compared with each other: {error}", file=sys.stderr)
+        return []
 
 
 def _compare(options: argparse.Namespace) -> int:

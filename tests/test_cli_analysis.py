@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach, save_adapter
@@ -20,6 +20,9 @@ from lightning_lora.analysis import analyze, compare, layer_similarity
 from lightning_lora.cli import main
 from tests.analysis.test_page import Outline
 from tests.contract import train_all
+from tests.peft_models import QUIET, mixtral, trained
+
+pytestmark = QUIET
 
 COMMANDS = ("report", "compare", "plan")
 
@@ -214,6 +217,30 @@ def test_problems_are_one_line_and_exit_with_1(files: Path, capsys: pytest.Captu
         assert err.startswith("lightning-lora: error: ")
         assert err.count("\n") == 1
         assert said in err
+
+
+def test_a_diverged_adapter_is_named(files: Path, capsys: pytest.CaptureFixture[str]):
+    tensors = load_file(files / "one" / "adapter_model.safetensors")
+    tensors["base_model.model.h.1.up.lora_B.weight"][0, 0] = torch.nan
+    save_file(tensors, files / "one" / "adapter_model.safetensors")
+    for command in (("report", files / "one"), ("compare", files / "other", files / "one"), ("compare", files / "one")):
+        assert run(*command) == 1
+        assert "The factors of 'h.1.up' hold NaN or infinity" in capsys.readouterr().err
+    assert run("inspect", files / "one") == 1
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_layers_that_only_the_base_tells_apart_are_reported_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    model = mixtral()
+    save_file(dict(model.state_dict()), tmp_path / "base.safetensors")
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    trained(model, target_modules=["q_proj"], target_parameters=names, rank_pattern={"*.down_proj": 3})
+    save_adapter(model, tmp_path / "adapter")
+    out = ("--base", tmp_path / "base.safetensors", "--out", tmp_path / "page.html")
+    assert run("report", tmp_path / "adapter", *out) == 0
+    assert "layers are not compared with each other" in capsys.readouterr().err
+    assert run("report", tmp_path / "adapter") == 1
+    assert "Give it as base" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

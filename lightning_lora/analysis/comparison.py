@@ -21,7 +21,7 @@ from lightning_lora.analysis.adapters import read_matrices
 from lightning_lora.analysis.matrices import AdapterMatrix
 from lightning_lora.analysis.places import kind_of, place
 from lightning_lora.analysis.similarity import above_baseline, subspace_similarity, update_similarity
-from lightning_lora.analysis.spectrum import ThinSVD, numerical_rank, thin_svd
+from lightning_lora.analysis.spectrum import ThinSVD, numerical_rank
 from lightning_lora.report import table_lines
 from lightning_lora.targets import listed
 
@@ -142,7 +142,7 @@ def compare(
         tokens: Whether to include trained rows of embeddings; modules only, since files do not say what changed.
 
     Raises:
-        ValueError: One has no adapters or cannot be read, they share no layer, or are of other models.
+        ValueError: One has no adapters, cannot be read or is not finite, they share no layer, or are of other models.
         FileNotFoundError: There is no such file.
 
     Source:
@@ -181,7 +181,7 @@ def update_cosine(one: ThinSVD, other: ThinSVD) -> float:
 
 
 def _compared(one: AdapterMatrix, other: AdapterMatrix) -> LayerComparison:
-    first, second = (thin_svd(each.A, each.B, each.scaling) for each in (one, other))
+    first, second = one.svd(), other.svd()
     similarity = update_similarity(first, second)
     return LayerComparison(
         name=one.name,
@@ -237,7 +237,7 @@ def layer_similarity(source: nn.Module | str | PathLike[str]) -> list[KindSimila
 
 
 def _between(kind: str, alike: Sequence[AdapterMatrix]) -> KindSimilarity:
-    found = [thin_svd(each.A, each.B, each.scaling).significant() for each in alike]
+    found = [each.svd().significant() for each in alike]
     tables = torch.full((2, len(found), len(found)), math.nan, dtype=torch.float64)
     for at, one in enumerate(found):
         for to, other in enumerate(found[: at + 1]):

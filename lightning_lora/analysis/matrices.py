@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.analysis.spectrum import ThinSVD, thin_svd
 from lightning_lora.layers import (
     Adapter,
     LoRALayer,
@@ -53,6 +54,16 @@ class AdapterMatrix:
     def rank(self) -> int:
         """Rank of the factors."""
         return self.A.shape[0]
+
+    def svd(self) -> ThinSVD:
+        """Return the decomposition of the update.
+
+        Raises:
+            ValueError: The factors hold NaN or infinity.
+        """
+        if not (bool(torch.isfinite(self.A).all()) and bool(torch.isfinite(self.B).all())):
+            raise ValueError(f"The factors of {self.name!r} hold NaN or infinity; the training diverged.")
+        return thin_svd(self.A, self.B, self.scaling)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lightning_lora.analysis.adapters import read_matrices
 from lightning_lora.analysis.intruders import intruder_dimensions
 from lightning_lora.analysis.matrices import AdapterMatrix
 from lightning_lora.analysis.relation import Relation, relate
-from lightning_lora.analysis.spectrum import effective_rank, energy_rank, numerical_rank, stable_rank, thin_svd
+from lightning_lora.analysis.spectrum import effective_rank, energy_rank, numerical_rank, stable_rank
 from lightning_lora.analysis.stored import stored_matrices
 from lightning_lora.report import table_lines
 from lightning_lora.targets import listed
@@ -144,8 +144,8 @@ def analyze(
         progress: Called with the adapters done and their number, where the base is on disk.
 
     Raises:
-        ValueError: The source has no adapters, cannot be read or does not fit the base; or there are no weights to
-            find intruders in.
+        ValueError: The source has no adapters, cannot be read or does not fit the base; factors are not finite; or
+            there are no weights to find intruders in.
         FileNotFoundError: There is no such file.
     """
     return AdapterAnalysis(tuple(_layers(_matrices(source, base, tokens, progress), energy, intruders)), energy)
@@ -168,7 +168,7 @@ def _layers(matrices: Iterable[AdapterMatrix], energy: float, intruders: bool) -
     for matrix in matrices:
         if intruders and matrix.weight is None:
             raise ValueError("intruders=True needs the weights: give the base model, not on the meta device.")
-        svd = thin_svd(matrix.A, matrix.B, matrix.scaling)
+        svd = matrix.svd()
         yield LayerAnalysis(
             name=matrix.name,
             shape=matrix.shape,
