@@ -54,6 +54,7 @@ _LIKENESSES: dict[str, tuple[str, Callable[[LayerComparison], float]]] = {
 _MOST_NAMES = 12  # lines that a legend can tell apart
 _ACROSS = 4
 _OUTSIDE = "no block"
+_WIDEST, _TALLEST = 24, 80  # cells; of more, as of many experts, each is thinner
 
 
 # --- subspace similarity
@@ -245,18 +246,18 @@ def _by_place(
         row, column = places[layer]
         table[rows.index(row), columns.index(column)] = math.nan if value is None else value
     names = [row or _OUTSIDE for row in rows]
-    longest = max(map(len, names))
-    figure, panels = new_figure(1.2 + 0.075 * longest + 0.42 * max(3, len(columns)), 1.4 + 0.18 * max(5, len(rows)))
+    across, down = min(max(3, len(columns)), _WIDEST), min(max(5, len(rows)), _TALLEST)
+    figure, panels = new_figure(1.2 + 0.075 * max(map(len, names)) + 0.42 * across, 1.4 + 0.18 * down)
     axes = panels[0, 0]
     known = table[~table.isnan()]
     lowest = min(0.0, float(known.min())) if len(known) else 0.0
     image = heat_map(axes, table, lowest=lowest, highest=highest)
-    name_ticks(axes.yaxis, names, most=40)
-    name_ticks(axes.xaxis, columns, most=40)
+    name_ticks(axes.yaxis, names, most=_TALLEST // 2)
+    name_ticks(axes.xaxis, columns, most=_WIDEST)
     slanted(axes)
     title(axes, name)
     colour_bar(figure, image, axes)
-    if len(columns) <= 16 and table.numel() <= MOST_NUMBERS * 2:
+    if len(columns) <= _WIDEST and table.numel() <= MOST_NUMBERS * 2:
         write_numbers(axes, image, table, decimals)
     return figure
 

@@ -43,7 +43,7 @@ def page() -> Page:
     page.text("a < b")
     page.points(["x", "y & z"])
     page.code("LoRACallback(rank=2)")
-    page.table([("layer", "rank"), ("h.0.<q>", "4")], "What <they> have")
+    page.table([("layer", "rank"), ("h.0.<q>", "<4>")], "What <they> have")
     page.figures([(SVG, "A picture of <phi>", "Caption & words")])
     return page
 
@@ -51,7 +51,16 @@ def page() -> Page:
 def test_everything_is_written_and_nothing_of_it_is_code(tmp_path: Path):
     page().write(tmp_path / "page.html")
     found = Outline((tmp_path / "page.html").read_text(encoding="utf-8"))
-    for words in ("A <title> & more", "of <b>", "a < b", "y & z", "h.0.<q>", "What <they> have", "Caption & words"):
+    for words in (
+        "A <title> & more",
+        "of <b>",
+        "a < b",
+        "y & z",
+        "h.0.<q>",
+        "<4>",
+        "What <they> have",
+        "Caption & words",
+    ):
         assert words in found.words
     assert not found.named("b")
 

@@ -126,6 +126,17 @@ def test_each_kind_of_layer_has_a_panel_on_one_scale(rng: torch.Generator):
         plot_similarities({})
 
 
+def test_a_stack_of_many_experts_is_no_wall():
+    pytest.importorskip("matplotlib")
+    model = nn.ModuleDict({"experts": nn.Module()})
+    model["experts"].register_parameter("up", nn.Parameter(torch.randn(200, 6, 5)))
+    attach(model, LoRAConfig(rank=1, target_modules=[], target_parameters=["experts.up"]))
+    figure = plot_layers(analyze(model), "stable_rank")
+    assert figure.axes[0].images[0].get_array().shape == (1, 200)
+    assert figure.get_figwidth() < 15
+    assert len(figure.axes[0].get_xticklabels()) <= 24
+
+
 def test_an_unknown_metric_is_refused(rng: torch.Generator):
     with pytest.raises(ValueError, match="effective_rank"):
         plot_layers(analysis(1, rng), "beauty")

@@ -53,6 +53,7 @@ def test_parts_of_figures_do_not_get_mixed_up_and_their_ink_is_the_pages():
     assert "currentColor" in html
     assert "i (first)" in html  # text is text, for searching and for screen readers
     assert 'href="data:image/png' in html
+    assert not re.findall(r'(?:src|href)="(?!#|data:)', html)  # nothing is fetched
 
 
 def test_without_matplotlib_pages_have_words_and_tables():
@@ -66,6 +67,19 @@ def test_without_matplotlib_pages_have_words_and_tables():
         assert NO_PLOTS in found.words
         assert found.named("table")
         assert not found.named("svg")
+
+
+def test_an_untrained_adapter_has_a_page_too():
+    figures = pytest.importorskip("lightning_lora.analysis.report_figures")
+    model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(2))})
+    attach(model, LoRAConfig(rank=2))
+    analysis, alike = analyze(model), layer_similarity(model)
+    page = analysis_page(analysis, "new", similarities=alike, figures=figures.analysis_figures(analysis, alike))
+    found = Outline(page.html())
+    assert "Every update is zero: this adapter was never trained, or learned nothing." in found.words
+    comparison = compare(model, model)
+    html = comparison_page(comparison, ("new", "new"), figures=figures.comparison_figures(comparison)).html()
+    assert "nothing to compare" in html
 
 
 def test_many_layers_are_shown_in_even_steps():
