@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lightning_lora.adapter_fit import Fitted, fit_adapter
 from lightning_lora.analysis.matrices import AdapterMatrix, adapters_with_layers, matrices_of_adapter
-from lightning_lora.base_folder import BaseFolder, open_base
+from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
+from lightning_lora.disk.base_folder import BaseFolder, open_base
+from lightning_lora.disk.tensor_files import StoredTensor
+from lightning_lora.disk.tied_heads import virtual_heads
 from lightning_lora.targets import join, listed
-from lightning_lora.tensor_files import StoredTensor
-from lightning_lora.tied_heads import virtual_heads
 
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

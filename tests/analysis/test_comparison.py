@@ -13,7 +13,7 @@ from lightning_lora.analysis import compare, layer_similarity, thin_svd, update_
 from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
 from tests.contract import train_all
-from tests.peft_kinds import Experts
+from tests.peft_format.kinds import Experts
 
 
 def adapted(rank: int, seed: int, names: tuple[str, ...] = ("up", "down"), width: int = 24) -> nn.Module:

@@ -17,8 +17,8 @@ from lightning_lora.analysis import analyze, read_matrices
 from lightning_lora.analysis.stored import stored_matrices
 from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
-from tests.peft_kinds import KINDS, WARNED, seeded
-from tests.peft_models import gpt2, tied_llama, trained
+from tests.peft_format.kinds import KINDS, WARNED, seeded
+from tests.peft_format.models import gpt2, tied_llama, trained
 
 pytestmark = WARNED
 
