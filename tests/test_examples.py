@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import statistics
 import struct
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,3 +143,54 @@ def test_the_cli_trains_the_base_where_there_is_none(tmp_path):
     printed = cli("fit", "--model.base=new/base", "--data.steps=2", folder=tmp_path)
     assert "base: 1000 labelled images" in printed
     assert (tmp_path / "new" / "base" / "last.ckpt").is_file()
+
+
+@pytest.fixture(scope="module")
+def section7(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("section7")
+    printed = execute("paper_section7.py", "--quick", "--output", str(folder), folder=folder)
+    return Run(folder, printed, json.loads((folder / "section7.json").read_text()))
+
+
+def test_the_papers_studies_spend_one_budget_and_learn_different_things(section7):
+    rows = section7.results["7.1 matrices"]
+    assert [(row["targets"], row["rank"]) for row in rows] == [
+        (["q"], 16),
+        (["q", "v"], 8),
+        (["q", "k", "v", "proj"], 4),
+    ]
+    assert {row["parameters"] for row in rows} == {section7.results["budget"]}
+    assert len({score for row in rows for score in row["accuracies"]}) > 3
+    shared = [row for row in rows if row["targets"] == ["q", "v"]]
+    assert shared == [row for row in section7.results["7.2 ranks"] if row["rank"] == 8]  # trained once
+
+
+def test_the_findings_are_written_from_the_numbers(section7):
+    found = section7.results["findings"]
+    assert [finding["section"] for finding in found] == ["7.1", "7.1", "7.2", "7.2", "7.2", "7.3", "7.3"]
+    rows = section7.results["7.3 relation"]
+    low, high = (statistics.median(row["amplification"] for row in rows if row["rank"] == rank) for rank in (8, 32))
+    assert f"{low:.1f} at rank 8 and {high:.1f} at rank 32" in found[-1]["found"]
+    assert (found[-1]["verdict"] == "It shows here.") is (low > max(2.0, high))
+    for finding in found:
+        assert finding["found"] in section7.printed
+
+
+def test_the_page_of_the_papers_studies_is_one_file_with_pictures(section7):
+    html = (section7.folder / "section7.html").read_text(encoding="utf-8")
+    pictures = {path.stem for path in section7.folder.glob("*.png")}
+    assert pictures == {
+        "budget",
+        "ranks",
+        "phi_ranks",
+        "phi_seeds",
+        "effective_rank",
+        "ratio",
+        "amplification",
+        "alignment",
+    }
+    assert html.count("<svg ") == len(pictures)
+    for finding in section7.results["findings"]:
+        assert escape(finding["found"]) in html
+    assert not re.findall(r".*\.py:\d+: .*", section7.printed)
+    assert "9/9" in section7.printed  # the base, three groups and one more rank, from two seeds

@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from lightning_lora.analysis.adapters import read_matrices
 from lightning_lora.analysis.budget import BudgetPlan, Choice, adapter_size, plan_budget
+from lightning_lora.analysis.comparison import (
+    AdapterComparison,
+    KindSimilarity,
+    LayerComparison,
+    Overlap,
+    compare,
+    layer_similarity,
+    update_cosine,
+)
 from lightning_lora.analysis.intruders import Intruders, intruder_dimensions
 from lightning_lora.analysis.matrices import AdapterMatrix
 from lightning_lora.analysis.relation import Relation, own_projection, projection, random_projection, relate
@@ -23,24 +32,33 @@ from lightning_lora.analysis.spectrum import (
     thin_svd,
     update_norm,
 )
+from lightning_lora.analysis.suggestions import RankSuggestion, findings, suggest_ranks
 from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis, analyze
 
 __all__ = [
     "AdapterAnalysis",
+    "AdapterComparison",
     "AdapterMatrix",
     "BudgetPlan",
     "Choice",
     "Intruders",
+    "KindSimilarity",
     "LayerAnalysis",
+    "LayerComparison",
+    "Overlap",
+    "RankSuggestion",
     "Relation",
     "ThinSVD",
     "UpdateSimilarity",
     "above_baseline",
     "adapter_size",
     "analyze",
+    "compare",
     "effective_rank",
     "energy_rank",
+    "findings",
     "intruder_dimensions",
+    "layer_similarity",
     "numerical_rank",
     "own_projection",
     "plan_budget",
@@ -51,7 +69,9 @@ __all__ = [
     "relate",
     "stable_rank",
     "subspace_similarity",
+    "suggest_ranks",
     "thin_svd",
+    "update_cosine",
     "update_norm",
     "update_similarity",
 ]

@@ -93,6 +93,7 @@ def plan_budget(
     parameters: int | None = None,
     file_bytes: int | None = None,
     optimizer_bytes: int | None = None,
+    rank: int | None = None,
     bytes_per_state: int = ADAM_BYTES,
     groups: Sequence[Sequence[str]] | None = None,
 ) -> BudgetPlan:
@@ -105,6 +106,7 @@ def plan_budget(
         parameters: Budget in parameters. Give exactly one budget.
         file_bytes: Budget in bytes of the factors.
         optimizer_bytes: Budget in bytes of the optimizer's state.
+        rank: The other way round: what every choice costs at this rank, or at the highest that its layers can have.
         bytes_per_state: Bytes of optimizer state for each trained parameter: 8 for Adam, 12 with a float32 copy.
         groups: The combinations to look at; if left out, all of them for up to four groups, else every group alone,
             every pair, and all together.
@@ -116,7 +118,8 @@ def plan_budget(
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 7.1, table 5.
     """
     config = config or LoRAConfig()
-    limit, words = _limit(config, parameters, file_bytes, optimizer_bytes, bytes_per_state)
+    budgets = {"parameters": parameters, "file_bytes": file_bytes, "optimizer_bytes": optimizer_bytes, "rank": rank}
+    limit, words = _limit(config, budgets, bytes_per_state)
     found, base_parameters = _groups(module, config)
     chosen = [tuple(group) for group in groups] if groups is not None else list(_combinations(list(found)))
     if unknown := sorted({name for group in chosen for name in group} - found.keys()):
@@ -124,11 +127,12 @@ def plan_budget(
     choices, too_small = [], []
     for targets in chosen:
         cost = sum((found[target] for target in targets), _Cost())
-        rank = min((limit - cost.fixed) // cost.per_rank, cost.highest_rank)
-        if rank < 1:
+        wanted = (limit - cost.fixed) // cost.per_rank if rank is None else rank
+        if wanted < 1:
             too_small.append(targets)
         else:
-            choices.append(cost.choice(targets, rank, config, base_parameters, bytes_per_state))
+            highest = min(wanted, cost.highest_rank)
+            choices.append(cost.choice(targets, highest, config, base_parameters, bytes_per_state))
     ordered = sorted(choices, key=lambda choice: (-len(choice.targets), -choice.parameters))
     return BudgetPlan(tuple(ordered), tuple(too_small), words, base_parameters)
 
@@ -221,21 +225,21 @@ def _combinations(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
         yield from combinations(names, size)
 
 
-def _limit(
-    config: LoRAConfig,
-    parameters: int | None,
-    file_bytes: int | None,
-    optimizer_bytes: int | None,
-    bytes_per_state: int,
-) -> tuple[int, str]:
-    if sum(budget is not None for budget in (parameters, file_bytes, optimizer_bytes)) != 1:
-        raise ValueError("plan_budget needs exactly one of parameters, file_bytes and optimizer_bytes.")
-    if parameters is not None:
-        return parameters, f"{parameters:,} parameters"
-    if file_bytes is not None:
-        return file_bytes // _itemsize(config), f"{file_bytes / _MEGA:,.1f} MB of factors in {config.adapter_dtype}"
-    assert optimizer_bytes is not None
-    return optimizer_bytes // bytes_per_state, f"{optimizer_bytes / _MEGA:,.1f} MB of optimizer state"
+def _limit(config: LoRAConfig, budgets: Mapping[str, int | None], bytes_per_state: int) -> tuple[int, str]:
+    """Return a budget in parameters, and in words; a rank allows any number of parameters."""
+    given = {name: budget for name, budget in budgets.items() if budget is not None}
+    if len(given) != 1:
+        raise ValueError(f"plan_budget needs exactly one of {', '.join(budgets)}; got {listed(list(given)) or 'none'}.")
+    [(name, budget)] = given.items()
+    if budget < 1:
+        raise ValueError(f"{name} must be at least 1, got {budget!r}.")
+    if name == "parameters":
+        return budget, f"{budget:,} parameters"
+    if name == "file_bytes":
+        return budget // _itemsize(config), f"{budget / _MEGA:,.1f} MB of factors in {config.adapter_dtype}"
+    if name == "optimizer_bytes":
+        return budget // bytes_per_state, f"{budget / _MEGA:,.1f} MB of optimizer state"
+    return 0, f"rank {budget}"
 
 
 def _itemsize(config: LoRAConfig) -> int:
@@ -249,7 +253,11 @@ def _row(choice: Choice) -> tuple[str, ...]:
         str(choice.layers),
         str(choice.rank),
         f"{choice.parameters:,}",
-        f"{choice.file_bytes / _MEGA:,.1f}",
-        f"{choice.optimizer_bytes / _MEGA:,.1f}",
+        _megabytes(choice.file_bytes),
+        _megabytes(choice.optimizer_bytes),
         f"{choice.share:.3%}",
     )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / _MEGA:,.1f}" if size >= _MEGA else f"{size / _MEGA:.3f}"

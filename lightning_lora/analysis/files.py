@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.analysis.matrices import AdapterMatrix, frozen_matrix, matrices, refuse_folded, token_rows
+from lightning_lora.analysis.places import in_order
 from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import TokenAdapter
@@ -133,7 +134,7 @@ class _Directory:
             )
 
     def matrices(self) -> Iterator[AdapterMatrix]:
-        for path in sorted(self.by_path):
+        for path in sorted(self.by_path, key=in_order):
             A, B = self._factor(path, "A"), self._factor(path, "B")
             label, target = self._label(path), self._target(path)
             rank = self.config.rank_of(target)

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers import Adapter, LowRankAdapter, TokenAdapter, all_adapters, base_parameter, lora_layers
+from lightning_lora.analysis.spectrum import ThinSVD, thin_svd
+from lightning_lora.layers import (
+    Adapter,
+    LoRALayer,
+    LowRankAdapter,
+    TokenAdapter,
+    all_adapters,
+    base_parameter,
+    lora_layers,
+)
 from lightning_lora.sharding import whole
 from lightning_lora.targets import listed
 
@@ -46,6 +55,16 @@ class AdapterMatrix:
         """Rank of the factors."""
         return self.A.shape[0]
 
+    def svd(self) -> ThinSVD:
+        """Return the decomposition of the update.
+
+        Raises:
+            ValueError: The factors hold NaN or infinity.
+        """
+        if not (bool(torch.isfinite(self.A).all()) and bool(torch.isfinite(self.B).all())):
+            raise ValueError(f"The factors of {self.name!r} hold NaN or infinity; the training diverged.")
+        return thin_svd(self.A, self.B, self.scaling)
+
 
 @torch.no_grad()
 def matrices_of_module(module: nn.Module, *, tokens: bool = False) -> list[AdapterMatrix]:
@@ -59,21 +78,39 @@ def matrices_of_module(module: nn.Module, *, tokens: bool = False) -> list[Adapt
         ValueError: The module has no adapters.
         RuntimeError: They are folded into the weights, inside ``merged``.
     """
-    layers = lora_layers(module)
-    if not layers:
+    if not lora_layers(module):
         raise ValueError(f"{type(module).__name__} has no adapters; call attach or load_adapter first.")
     refuse_folded(module)
-    owners = {id(adapter): layer for layer in layers.values() for adapter in layer.adapters().values()}
     found: list[AdapterMatrix] = []
-    for name, adapter in all_adapters(module).items():
-        layer = owners[id(adapter)]
-        if isinstance(adapter, LowRankAdapter):
-            weight = frozen_matrix(adapter, layer)
-            factors = whole(adapter.A).detach(), whole(adapter.B).detach()
-            found += matrices(name, *factors, adapter.spec.scaling, weight, is_rescaled=adapter.spec.use_dora)
-        elif isinstance(adapter, TokenAdapter) and tokens:
-            found += token_rows(name, whole(adapter.rows).detach(), frozen_matrix(adapter, layer))
+    for name, (adapter, layer) in adapters_with_layers(module).items():
+        found += matrices_of_adapter(name, adapter, layer, tokens=tokens)
     return found
+
+
+def adapters_with_layers(module: nn.Module) -> dict[str, tuple[Adapter, LoRALayer]]:
+    """Return every adapter of a module by its name, with the layer that it is in."""
+    owners = {id(adapter): layer for layer in lora_layers(module).values() for adapter in layer.adapters().values()}
+    return {name: (adapter, owners[id(adapter)]) for name, adapter in all_adapters(module).items()}
+
+
+@torch.no_grad()
+def matrices_of_adapter(
+    name: str, adapter: Adapter, layer: LoRALayer, *, tokens: bool = False
+) -> Iterator[AdapterMatrix]:
+    """Yield the updates of one adapter, with the weight that its layer holds.
+
+    Args:
+        name: What to call it.
+        adapter: The adapter.
+        layer: The layer that it is in.
+        tokens: Whether trained rows of an embedding count.
+    """
+    if isinstance(adapter, LowRankAdapter):
+        weight = frozen_matrix(adapter, layer)
+        factors = whole(adapter.A).detach(), whole(adapter.B).detach()
+        yield from matrices(name, *factors, adapter.spec.scaling, weight, is_rescaled=adapter.spec.use_dora)
+    elif isinstance(adapter, TokenAdapter) and tokens:
+        yield from token_rows(name, whole(adapter.rows).detach(), frozen_matrix(adapter, layer))
 
 
 def refuse_folded(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of an analysis; matplotlib, the optional extra ``plots``, is needed here and nowhere else.
+"""Pictures of what ``analyze`` and ``compare`` found; they need matplotlib, the optional extra ``plots``.
 
 Every function draws into one figure and returns it; nothing is shown or saved. Scales of one hue say "more"; the colour
 for "cannot be told" is grey.
@@ -7,16 +7,35 @@ for "cannot be told" is grey.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, LayerComparison
+from lightning_lora.analysis.drawing import (
+    INK,
+    MOST_NUMBERS,
+    axis_names,
+    colour_bar,
+    count_ticks,
+    dash,
+    heat_map,
+    hue,
+    legend,
+    name_ticks,
+    new_figure,
+    slanted,
+    title,
+    write_numbers,
+)
+from lightning_lora.analysis.places import place
 from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis
 
 Metric = Literal["effective_rank", "stable_rank", "suggested_rank", "norm", "ratio", "amplification", "alignment"]
+Likeness = Literal["cosine", "inputs", "outputs"]
+Side = Literal["inputs", "outputs"]
 
 _METRICS: dict[str, tuple[str, Callable[[LayerAnalysis], float | None]]] = {
     "effective_rank": ("effective rank of the update", lambda layer: layer.effective_rank),
@@ -27,10 +46,18 @@ _METRICS: dict[str, tuple[str, Callable[[LayerAnalysis], float | None]]] = {
     "amplification": ("amplification factor", lambda layer: layer.relation and layer.relation.amplification),
     "alignment": ("alignment with the weight (1 = chance)", lambda layer: layer.relation and layer.relation.alignment),
 }
-_SCALE, _UNKNOWN = "viridis", "#d0d0d0"
-_MOST_NUMBERS = 120  # cells that are still large enough to be written into
+_LIKENESSES: dict[str, tuple[str, Callable[[LayerComparison], float]]] = {
+    "cosine": ("cosine between the updates", lambda layer: layer.cosine),
+    "inputs": ("directions of the input shared, chance taken off", lambda layer: _above(layer.of_inputs)),
+    "outputs": ("directions of the output shared, chance taken off", lambda layer: _above(layer.of_outputs)),
+}
 _MOST_NAMES = 12  # lines that a legend can tell apart
-_MOST_TICKS = 16
+_ACROSS = 4
+_OUTSIDE = "no block"
+_WIDEST, _TALLEST = 24, 80  # cells; of more, as of many experts, each is thinner
+
+
+# --- subspace similarity
 
 
 def plot_similarity(phi: Tensor, *, title: str = "", labels: tuple[str, str] = ("i", "j")) -> Any:
@@ -41,15 +68,71 @@ def plot_similarity(phi: Tensor, *, title: str = "", labels: tuple[str, str] = (
         title: What is compared.
         labels: Names of the rows and the columns.
     """
-    figure, axes = _figure(5.2, 4.4)
-    image = axes.imshow(_cells(phi), cmap=_colours(), vmin=0.0, vmax=1.0, aspect="auto", interpolation="nearest")
-    _count_ticks(axes.yaxis, phi.shape[0])
-    _count_ticks(axes.xaxis, phi.shape[1])
-    axes.set_ylabel(labels[0])
-    axes.set_xlabel(labels[1])
-    axes.set_title(title or "subspace similarity")
-    figure.colorbar(image, ax=axes, label="$\\phi(i, j)$")
+    return plot_similarities({title or "subspace similarity": phi}, labels=labels)
+
+
+def plot_similarities(phis: Mapping[str, Tensor], *, labels: tuple[str, str] = ("i", "j")) -> Any:
+    """Return several heat maps of ``phi(i, j)`` on one scale, for example one of each layer.
+
+    Args:
+        phis: What is compared -> ``(r1, r2)`` from ``subspace_similarity`` or ``update_similarity``.
+        labels: Names of the rows and the columns.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    return _tables(phis, labels, "$\\phi(i, j)$", _number_cells)
+
+
+def plot_blocks(similarities: Sequence[KindSimilarity], side: Side = "inputs") -> Any:
+    """Return what the updates of each kind of layer share between blocks: 0 is chance, 1 the same directions.
+
+    Args:
+        similarities: From ``layer_similarity``.
+        side: Directions of the input or of the output.
+
+    Raises:
+        ValueError: There is nothing to draw.
+    """
+    tables = {each.kind: getattr(each, side) for each in similarities}
+    return _tables(tables, ("block", "block"), "shared, above chance", _number_cells_from_0)
+
+
+def _tables(
+    tables: Mapping[str, Tensor], labels: tuple[str, str], scale: str, number: Callable[[Any, Tensor], None]
+) -> Any:
+    if not tables:
+        raise ValueError("There is nothing to draw.")
+    columns = min(_ACROSS, len(tables))
+    rows = math.ceil(len(tables) / columns)
+    figure, panels = new_figure(
+        *((5.2, 4.4) if len(tables) == 1 else (2.3 * columns + 0.9, 2.2 * rows + 0.2)), rows, columns
+    )
+    small = len(tables) > 1
+    for at, (axes, (name, table)) in enumerate(zip(panels.flat, tables.items(), strict=False)):
+        image = heat_map(axes, table, lowest=0.0, highest=1.0)
+        number(axes, table)
+        title(axes, name, size=8 if small else 10)
+        is_lowest = at + columns >= len(tables)
+        axis_names(axes, labels[1] if is_lowest else "", labels[0] if at % columns == 0 else "", size=8 if small else 9)
+    for axes in panels.flat[len(tables) :]:
+        axes.set_axis_off()
+    colour_bar(figure, image, panels, scale)
     return figure
+
+
+def _number_cells(axes: Any, table: Tensor) -> None:
+    count_ticks(axes.yaxis, table.shape[0], most=9)
+    count_ticks(axes.xaxis, table.shape[1], most=9)
+
+
+def _number_cells_from_0(axes: Any, table: Tensor) -> None:
+    for axis, count in zip((axes.yaxis, axes.xaxis), table.shape, strict=True):
+        step = max(1, math.ceil(count / 8))
+        axis.set_ticks(range(0, count, step))
+
+
+# --- singular values
 
 
 def plot_spectra(analysis: AdapterAnalysis) -> Any:
@@ -57,33 +140,66 @@ def plot_spectra(analysis: AdapterAnalysis) -> Any:
 
     Up to a dozen updates have a line and a name each; of more there are the median, the middle half and the range.
     """
-    figure, axes = _figure(6.4, 4.2)
     layers = [layer for layer in analysis.layers if layer.numerical_rank]
-    if len(layers) <= _MOST_NAMES:
-        for at, layer in enumerate(layers):
-            values = layer.singular_values[: layer.numerical_rank]
-            line = ("-", "--", ":")[at // 6]
-            axes.plot(
-                range(1, len(values) + 1), values, line, marker="o", markersize=3, color=_hue(at), label=layer.name
-            )
-        if layers:
-            axes.legend(
-                fontsize=7,
-                handlelength=3.5,
-                loc="upper left",
-                bbox_to_anchor=(1.01, 1.0),
-                borderaxespad=0.0,
-                frameon=False,
-            )
-    else:
-        _draw_ranges(axes, layers)
+    figure, axes = _curves(layers, lambda layer: layer.singular_values[: layer.numerical_rank])
     axes.set_yscale("log")
-    axes.set_xlabel("index of the singular value")
-    axes.set_ylabel("singular value of the update")
-    axes.set_title(f"spectra of {len(layers)} update{'s' * (len(layers) != 1)}")
+    axis_names(axes, "index of the singular value", "singular value of the update")
+    title(axes, f"spectra of {len(layers)} update{'s' * (len(layers) != 1)}")
+    return figure
+
+
+def plot_energy(analysis: AdapterAnalysis) -> Any:
+    """Return what share of an update's squared norm its leading directions hold, over their number.
+
+    Where a curve crosses the dotted line is the suggested rank. Lines are drawn as in ``plot_spectra``.
+    """
+    layers = [layer for layer in analysis.layers if layer.numerical_rank]
+    figure, axes = _curves(layers, _held)
+    axes.axhline(analysis.energy, color=INK, linewidth=0.9, linestyle=":")
+    axes.set_ylim(None, 1.0 + 0.02)
+    axis_names(axes, "leading directions", "share of the squared norm")
+    title(axes, f"energy of {len(layers)} update{'s' * (len(layers) != 1)}; dotted: {analysis.energy:.0%}")
+    return figure
+
+
+def _held(layer: LayerAnalysis) -> Sequence[float]:
+    squares = torch.tensor(layer.singular_values, dtype=torch.float64).square()
+    held: list[float] = (squares.cumsum(0) / squares.sum()).tolist()
+    return held
+
+
+def _curves(layers: Sequence[LayerAnalysis], of: Callable[[LayerAnalysis], Sequence[float]]) -> tuple[Any, Any]:
+    figure, panels = new_figure(6.4 if len(layers) <= _MOST_NAMES else 5.3, 3.8)
+    axes = panels[0, 0]
+    if len(layers) > _MOST_NAMES:
+        _draw_ranges(axes, [of(layer) for layer in layers])
+    for at, layer in enumerate(layers if len(layers) <= _MOST_NAMES else ()):
+        values = of(layer)
+        style = {"color": hue(at), "linestyle": dash(at), "label": layer.name}
+        axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, **style)
+    if 0 < len(layers) <= _MOST_NAMES:
+        beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
+        legend(axes, fontsize=7, handlelength=3.5, **beside)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(True, alpha=0.25)
-    return figure
+    return figure, axes
+
+
+def _draw_ranges(axes: Any, curves: Sequence[Sequence[float]]) -> None:
+    longest = max(map(len, curves))
+    quantiles = []
+    for at in range(longest):
+        values = torch.tensor([curve[at] for curve in curves if len(curve) > at], dtype=torch.float64)
+        quantiles.append(values.quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1]).double()))
+    lowest, lower, middle, upper, highest = torch.stack(quantiles, 1).tolist()
+    index = range(1, longest + 1)
+    axes.fill_between(index, lowest, highest, color=hue(0), alpha=0.2, linewidth=0, label="all")
+    axes.fill_between(index, lower, upper, color=hue(0), alpha=0.4, linewidth=0, label="the middle half")
+    axes.plot(index, middle, color=hue(1), marker="o", markersize=3, label="median")
+    legend(axes, fontsize=8)
+
+
+# --- layer by layer
 
 
 def plot_layers(analysis: AdapterAnalysis, metric: Metric = "effective_rank") -> Any:
@@ -98,92 +214,53 @@ def plot_layers(analysis: AdapterAnalysis, metric: Metric = "effective_rank") ->
     """
     if metric not in _METRICS:
         raise ValueError(f"metric={metric!r} is none of {', '.join(_METRICS)}.")
-    title, of = _METRICS[metric]
-    places = [_place(layer.name) for layer in analysis.layers]
-    rows, columns = list(dict.fromkeys(row for row, _ in places)), list(dict.fromkeys(column for _, column in places))
+    name, of = _METRICS[metric]
+    # Ranks are shown on a scale up to all that could be used, so that small differences look small.
+    highest = max((layer.rank for layer in analysis.layers), default=1) if metric.endswith("rank") else None
+    return _by_place({layer.name: of(layer) for layer in analysis.layers}, name, highest)
+
+
+def plot_comparison(comparison: AdapterComparison, of: Likeness = "cosine") -> Any:
+    """Return a heat map of what two adapters share: a row for each block, a column for each kind of layer in it.
+
+    Args:
+        comparison: What ``compare`` found.
+        of: The cosine between the updates, or what the directions of inputs or outputs share above chance.
+
+    Raises:
+        ValueError: There is no such number.
+    """
+    if of not in _LIKENESSES:
+        raise ValueError(f"of={of!r} is none of {', '.join(_LIKENESSES)}.")
+    name, number = _LIKENESSES[of]
+    return _by_place({layer.name: number(layer) for layer in comparison.layers}, name, 1.0, decimals=2)
+
+
+def _by_place(
+    numbers: Mapping[str, float | None], name: str, highest: float | None = None, *, decimals: int | None = None
+) -> Any:
+    places = {layer: place(layer) for layer in numbers}
+    rows, columns = (list(dict.fromkeys(each[at] for each in places.values())) for at in (0, 1))
     table = torch.full((len(rows), len(columns)), math.nan, dtype=torch.float64)
-    for (row, column), layer in zip(places, analysis.layers, strict=True):
-        value = of(layer)
+    for layer, value in numbers.items():
+        row, column = places[layer]
         table[rows.index(row), columns.index(column)] = math.nan if value is None else value
-    figure, axes = _figure(2.5 + 0.75 * max(3, len(columns)), 1.8 + 0.28 * max(4, len(rows)))
-    image = axes.imshow(_cells(table), cmap=_colours(), aspect="auto", interpolation="nearest")
-    _name_ticks(axes.yaxis, rows)
-    _name_ticks(axes.xaxis, columns, every=True)
-    axes.tick_params(axis="x", rotation=30)
-    for label in axes.get_xticklabels():
-        label.set_horizontalalignment("right")
-    axes.set_title(title)
-    figure.colorbar(image, ax=axes)
-    if table.numel() <= _MOST_NUMBERS:
-        _write_numbers(axes, image, table)
+    names = [row or _OUTSIDE for row in rows]
+    across, down = min(max(3, len(columns)), _WIDEST), min(max(5, len(rows)), _TALLEST)
+    figure, panels = new_figure(1.2 + 0.075 * max(map(len, names)) + 0.42 * across, 1.4 + 0.18 * down)
+    axes = panels[0, 0]
+    known = table[~table.isnan()]
+    lowest = min(0.0, float(known.min())) if len(known) else 0.0
+    image = heat_map(axes, table, lowest=lowest, highest=highest)
+    name_ticks(axes.yaxis, names, most=_TALLEST // 2)
+    name_ticks(axes.xaxis, columns, most=_WIDEST)
+    slanted(axes)
+    title(axes, name)
+    colour_bar(figure, image, axes)
+    if len(columns) <= _WIDEST and table.numel() <= MOST_NUMBERS * 2:
+        write_numbers(axes, image, table, decimals)
     return figure
 
 
-def _place(name: str) -> tuple[str, str]:
-    """Return the block that a layer is in, and what it is there: ``h.3.attn.q`` is ``attn.q`` of ``h.3``."""
-    name, _, expert = name.partition("[")
-    found = re.match(r"(.*?(?:^|\.)\d+)\.(.+)$", name)
-    block, kind = found.groups() if found else ("", name)
-    return block, kind + (f"[{expert}" if expert else "")
-
-
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'lightning-lora[plots]'. Tables do without.") from error
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")  # no pyplot: nothing global, no window
-    return figure, figure.add_subplot()
-
-
-def _colours() -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps[_SCALE].with_extremes(bad=_UNKNOWN)
-
-
-def _hue(at: int) -> Any:
-    import matplotlib
-
-    # From a scale that stays apart for the colour-blind and in print; without its lightest end.
-    return matplotlib.colormaps[_SCALE](0.85 * (at % 6) / 5)
-
-
-def _cells(table: Tensor) -> Any:
-    return table.detach().cpu().double().numpy()
-
-
-def _count_ticks(axis: Any, count: int) -> None:
-    step = max(1, math.ceil(count / _MOST_TICKS))
-    axis.set_ticks(range(0, count, step), [str(at + 1) for at in range(0, count, step)])
-
-
-def _name_ticks(axis: Any, names: Sequence[str], *, every: bool = False) -> None:
-    step = 1 if every else max(1, math.ceil(len(names) / (2 * _MOST_TICKS)))
-    axis.set_ticks(range(0, len(names), step), [names[at] for at in range(0, len(names), step)], fontsize=8)
-
-
-def _draw_ranges(axes: Any, layers: Sequence[LayerAnalysis]) -> None:
-    longest = max(layer.numerical_rank for layer in layers)
-    quantiles = []
-    for at in range(longest):
-        values = [layer.singular_values[at] for layer in layers if layer.numerical_rank > at]
-        quantiles.append(
-            torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1]).double())
-        )
-    lowest, lower, middle, upper, highest = torch.stack(quantiles, 1).tolist()
-    index = range(1, longest + 1)
-    axes.fill_between(index, lowest, highest, color=_hue(3), alpha=0.2, linewidth=0, label="all")
-    axes.fill_between(index, lower, upper, color=_hue(2), alpha=0.35, linewidth=0, label="the middle half")
-    axes.plot(index, middle, color=_hue(0), marker="o", markersize=3, label="median")
-    axes.legend(fontsize=8, frameon=False)
-
-
-def _write_numbers(axes: Any, image: Any, table: Tensor) -> None:
-    for row in range(table.shape[0]):
-        for column in range(table.shape[1]):
-            value = float(table[row, column])
-            if not math.isnan(value):
-                is_dark = float(image.norm(value)) < 0.6
-                ink = "white" if is_dark else "black"
-                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=7, color=ink)
+def _above(overlap: Any) -> float:
+    return (overlap.all - overlap.chance) / (1 - overlap.chance) if overlap.chance < 1 else math.nan

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -17,7 +17,8 @@ from lightning_lora.analysis.adapters import read_matrices
 from lightning_lora.analysis.intruders import intruder_dimensions
 from lightning_lora.analysis.matrices import AdapterMatrix
 from lightning_lora.analysis.relation import Relation, relate
-from lightning_lora.analysis.spectrum import effective_rank, energy_rank, numerical_rank, stable_rank, thin_svd
+from lightning_lora.analysis.spectrum import effective_rank, energy_rank, numerical_rank, stable_rank
+from lightning_lora.analysis.stored import stored_matrices
 from lightning_lora.report import table_lines
 from lightning_lora.targets import listed
 
@@ -87,11 +88,15 @@ class AdapterAnalysis:
         """Return plain values, for JSON."""
         return {"energy": self.energy, "idle": self.idle, "layers": [layer.to_dict() for layer in self.layers]}
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table as text: a header, a row for each update, and the medians."""
+        return [_HEADER, *(_row(layer) for layer in self.layers), self._medians()]
+
     @override
     def __str__(self) -> str:
         count = len(self.layers)
         lines = [f"{count} update{'s' * (count != 1)}; the suggested rank holds {self.energy:.0%} of the squared norm"]
-        lines += table_lines([_HEADER, *(_row(layer) for layer in self.layers), self._medians()])
+        lines += table_lines(self.rows())
         if self.idle:
             lines.append(f"zero, as if never trained: {listed(self.idle)}")
         if found := [f"{layer.name} ({layer.intruders})" for layer in self.layers if layer.intruders]:
@@ -120,35 +125,50 @@ class AdapterAnalysis:
 
 def analyze(
     source: nn.Module | str | PathLike[str],
-    base: nn.Module | None = None,
+    base: nn.Module | str | PathLike[str] | None = None,
     *,
     energy: float = 0.99,
     tokens: bool = False,
     intruders: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> AdapterAnalysis:
     """Return what an adapter learned, layer by layer.
 
     Args:
         source: An adapted module, a ``.ckpt`` written under a ``LoRACallback``, or a PEFT directory.
-        base: The base model of a file, for what the update is to its weights.
+        base: The base model of a file, for what the update is to its weights; or where it is on disk, a folder with
+            safetensors or one such file: then one weight at a time is in memory.
         energy: The share of the squared norm that a suggested rank must hold.
         tokens: Whether to include trained rows of embeddings, as the change of those rows.
         intruders: Whether to count intruder dimensions; it takes a full decomposition of every weight.
+        progress: Called with the adapters done and their number, where the base is on disk.
 
     Raises:
-        ValueError: The source has no adapters, cannot be read or does not fit the base; or there are no weights to
-            find intruders in.
+        ValueError: The source has no adapters, cannot be read or does not fit the base; factors are not finite; or
+            there are no weights to find intruders in.
         FileNotFoundError: There is no such file.
     """
-    found = read_matrices(source, base, tokens=tokens)
-    if intruders and any(matrix.weight is None for matrix in found):
-        raise ValueError("intruders=True needs the weights: give the base model, not on the meta device.")
-    return AdapterAnalysis(tuple(_layers(found, energy, intruders)), energy)
+    return AdapterAnalysis(tuple(_layers(_matrices(source, base, tokens, progress), energy, intruders)), energy)
 
 
-def _layers(matrices: list[AdapterMatrix], energy: float, intruders: bool) -> Iterator[LayerAnalysis]:
+def _matrices(
+    source: nn.Module | str | PathLike[str],
+    base: nn.Module | str | PathLike[str] | None,
+    tokens: bool,
+    progress: Callable[[int, int], None] | None,
+) -> Iterable[AdapterMatrix]:
+    if base is None or isinstance(base, nn.Module):
+        return read_matrices(source, base, tokens=tokens)
+    if isinstance(source, nn.Module):
+        raise ValueError("An adapted module holds its base; leave base out.")
+    return stored_matrices(source, base, tokens=tokens, progress=progress)
+
+
+def _layers(matrices: Iterable[AdapterMatrix], energy: float, intruders: bool) -> Iterator[LayerAnalysis]:
     for matrix in matrices:
-        svd = thin_svd(matrix.A, matrix.B, matrix.scaling)
+        if intruders and matrix.weight is None:
+            raise ValueError("intruders=True needs the weights: give the base model, not on the meta device.")
+        svd = matrix.svd()
         yield LayerAnalysis(
             name=matrix.name,
             shape=matrix.shape,

@@ -59,10 +59,11 @@ def _show_warning(message: Warning | str, *_rest: Any, **_options: Any) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     import lightning_lora
+    from lightning_lora.cli.analysis import add_commands
 
     parser = argparse.ArgumentParser(
         prog="lightning-lora",
-        description="Inspect, compare, verify and merge LoRA adapters: PEFT directories, and the .ckpt files of "
+        description="Plan, inspect, compare, verify and merge LoRA adapters: PEFT directories, and the .ckpt files of "
         "LoRACallback runs.",
         epilog="Exit codes: 0 all is well, 1 a problem was found, 2 the command was misspelt.",
     )
@@ -92,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "check that an adapter fits a base: names, shapes, finite values")
     verify.add_argument("adapter", type=Path, metavar="ADAPTER", help="a PEFT directory or a .ckpt")
     verify.add_argument("base", type=Path, metavar="BASE", help="a model's folder with safetensors, or one such file")
+
+    add_commands(lambda name, run, does: _command(commands, name, run, does))
     return parser
 
 

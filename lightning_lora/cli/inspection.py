@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_lora.analysis.places import in_order
+from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
 from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.disk.base_folder import read_json
 from lightning_lora.peft_format.config import PeftConfig
@@ -23,7 +25,7 @@ class LayerSummary(NamedTuple):
     """One layer's update.
 
     Rank, scaling and norm are None where a PEFT file does not say which of several parameters of one module, of
-    different ranks or alphas, an update is for.
+    different ranks or alphas, an update is for. The ranks that were used are None as well where factors are not finite.
 
     Attributes:
         name: The layer, or the parameter.
@@ -33,6 +35,9 @@ class LayerSummary(NamedTuple):
         parameters: How many numbers the adapter has.
         dtype: Their precision.
         finite: Whether all are numbers.
+        effective_rank: How many directions the update uses; of a stack of experts, on average.
+        stable_rank: Its squared norm over the squared largest singular value; of a stack, on average.
+        suggested_rank: How many directions hold 99 % of the squared norm; of a stack, the most of any expert.
     """
 
     name: str
@@ -42,6 +47,9 @@ class LayerSummary(NamedTuple):
     parameters: int
     dtype: str
     finite: bool
+    effective_rank: float | None = None
+    stable_rank: float | None = None
+    suggested_rank: int | None = None
 
 
 @dataclass
@@ -103,6 +111,7 @@ def update_norm(A: Tensor, B: Tensor, scaling: float) -> float:
 def _summary(name: str, factors: Mapping[str, Tensor], rank: int | None, scaling: float | None) -> LayerSummary:
     A, B = factors["A"], factors["B"]
     tensors = list(factors.values())
+    finite = all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
     return LayerSummary(
         name,
         rank,
@@ -110,8 +119,19 @@ def _summary(name: str, factors: Mapping[str, Tensor], rank: int | None, scaling
         None if scaling is None else update_norm(A, B, scaling),
         sum(tensor.numel() for tensor in tensors),
         str(A.dtype).removeprefix("torch."),
-        all(bool(torch.isfinite(tensor).all()) for tensor in tensors),
+        finite,
+        *(_used_ranks(A, B) if finite and rank is not None else ()),
     )
+
+
+def _used_ranks(A: Tensor, B: Tensor) -> tuple[float, float, int]:
+    """Return how much of its rank an update uses, which no scaling changes: effective, stable and suggested rank."""
+    # All but the last two dimensions count experts; kernels were flattened before.
+    spectra = [
+        thin_svd(*pair).values for pair in zip(A.reshape(-1, *A.shape[-2:]), B.reshape(-1, *B.shape[-2:]), strict=True)
+    ]
+    effective, stable = ([of(values) for values in spectra] for of in (effective_rank, stable_rank))
+    return sum(effective) / len(spectra), sum(stable) / len(spectra), max(map(energy_rank, spectra))
 
 
 # --- a Lightning checkpoint
@@ -156,7 +176,7 @@ def _of_peft(path: Path) -> Summary:
     size = sum(tensor.nbytes for tensor in tensors.values())
     summary = Summary("PEFT directory", size, read_json(path / CONFIG_FILE))
     left = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    for layer, keys in sorted(keys_by_path(left).items()):
+    for layer, keys in sorted(keys_by_path(left).items(), key=lambda item: in_order(item[0])):
         factors = {short: left.pop(layer + end) for end, short in _NAMES if layer + end in keys}
         if not {"A", "B"} <= factors.keys() or min(factors["A"].ndim, factors["B"].ndim) < 2:
             raise ValueError(f"{str(path)!r}: the update of {layer!r} is incomplete.")

@@ -35,14 +35,17 @@ def summary_lines(path: Path, summary: Summary) -> list[str]:
             _number(layer.rank),
             _number(layer.scaling),
             _number(layer.norm) if layer.finite else "not finite",
+            *(_number(each) if layer.finite else "-" for each in (layer.effective_rank, layer.stable_rank)),
+            _number(layer.suggested_rank) if layer.finite else "-",
             f"{layer.parameters:,}",
             layer.dtype,
         )
         for layer in summary.layers
     ]
-    total = ("all", "", "", "", f"{sum(layer.parameters for layer in summary.layers):,}", "")
+    total = ("all", "", "", "", "", "", "", f"{sum(layer.parameters for layer in summary.layers):,}", "")
     lines = [f"{path}: {summary.kind}, {_parameters(summary):,} parameters, {_size(summary.size)}"]
-    lines += table_lines([("layer", "rank", "scaling", "norm of update", "parameters", "dtype"), *rows, total])
+    header = ("layer", "rank", "scaling", "norm of update", "effective", "stable", "suggested", "parameters", "dtype")
+    lines += table_lines([header, *rows, total])
     lines += [
         f"in full: {name} {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in sorted(summary.others.items())
@@ -68,8 +71,17 @@ def merge_lines(report: MergeReport) -> list[str]:
     return [*lines, f"wrote {len(report.files)} files of tensors, {_size(report.size)}"]
 
 
-def progress_bar(stream: TextIO) -> Callable[[int, int], None]:
-    """Return a function that draws a bar from what is done and what is to do."""
+def progress_bar(
+    stream: TextIO, doing: str = "merging", shown: Callable[[int], str] | None = None
+) -> Callable[[int, int], None]:
+    """Return a function that draws a bar from what is done and what is to do.
+
+    Args:
+        stream: Where.
+        doing: What is being done.
+        shown: How to write an amount; as a size in bytes if left out.
+    """
+    write = shown or _size
     drawn = -1
 
     def draw(done: int, todo: int) -> None:
@@ -79,7 +91,7 @@ def progress_bar(stream: TextIO) -> Callable[[int, int], None]:
             drawn = percent
             bar = "#" * (_BAR * percent // 100)
             end = "\n" if done >= todo else ""
-            stream.write(f"\rmerging [{bar:<{_BAR}}] {percent:3d} %  {_size(done)} of {_size(todo)}{end}")
+            stream.write(f"\r{doing} [{bar:<{_BAR}}] {percent:3d} %  {write(done)} of {write(todo)}{end}")
             stream.flush()
 
     return draw

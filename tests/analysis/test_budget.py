@@ -125,7 +125,24 @@ def test_the_table_and_json(gpt3: nn.Module):
     assert json.loads(json.dumps(plan.to_dict()))["choices"][0]["rank"] == 2
 
 
+def test_a_rank_is_turned_into_sizes(gpt3: nn.Module):
+    plan = plan_budget(gpt3, rank=4, groups=[["q_proj"], ["q_proj", "v_proj"]])
+    assert str(plan).startswith("A budget of rank 4 for a base of")
+    assert {choice.targets: choice.parameters for choice in plan.choices} == {
+        ("q_proj",): TABLE_5 // 2,
+        ("q_proj", "v_proj"): TABLE_5,
+    }
+    small = nn.ModuleDict({"head": nn.Linear(64, 2), "body": nn.Linear(64, 64)})
+    ranks = {choice.targets: (choice.rank, choice.capped) for choice in plan_budget(small, rank=5).choices}
+    assert ranks[("head",)] == (2, ("head",))
+    assert ranks[("body",)] == (5, ())
+
+
 def test_bad_requests_are_refused():
+    with pytest.raises(ValueError, match="got parameters, rank"):
+        plan_budget(blocks(1, 8), parameters=1, rank=1)
+    with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
+        plan_budget(blocks(1, 8), rank=0)
     with pytest.raises(ValueError, match="exactly one"):
         plan_budget(blocks(1, 8))
     with pytest.raises(ValueError, match="exactly one"):

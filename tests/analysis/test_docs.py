@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, adapter_state_dict, attach
+from lightning_lora import LoRAConfig, adapter_state_dict, attach, save_adapter
 from lightning_lora.checkpoint_file import RECORD_KEY
+from lightning_lora.cli import main
 from lightning_lora.state import describe
 from tests.analysis.test_budget import blocks
 from tests.contract import train_all
@@ -32,7 +35,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     for seed in (0, 1):
         model = adapted(seed)
         torch.save({"state_dict": adapter_state_dict(model), RECORD_KEY: describe(model)}, f"seed{seed}.ckpt")
-    names = {"LoRAConfig": LoRAConfig, "model": blocks(2, 64)}
+    names = {"LoRAConfig": LoRAConfig, "Path": Path, "model": blocks(2, 64)}
     exec(planning, names)
     [promised] = re.findall(r"```text\n(.*?)\.\.\.", PAGE, flags=re.S)
     said = capsys.readouterr().out
@@ -43,5 +46,22 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         exec(block, names)
     said = capsys.readouterr().out
     assert "8 updates; the suggested rank holds 99% of the squared norm" in said
-    assert len(re.findall(r"^1\.o_proj tensor", said, flags=re.M)) == 1
-    assert {path.name for path in tmp_path.glob("*.png")} == {"layers.png", "spectra.png", "phi.png"}
+    assert len(re.findall(r"^1\.o_proj \S+ tensor", said, flags=re.M)) == 1
+    assert "Of rank 4, the median update uses" in said
+    assert {path.stem for path in tmp_path.glob("*.png")} == {"layers", "spectra", "energy", "phi", "cosine"}
+    assert "What my adapter learned" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_commands_of_the_page_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    save_file(dict(blocks(2, 64).state_dict()), "base/model.safetensors")
+    for seed, name in enumerate(("adapter", "other")):
+        save_adapter(adapted(seed), name)
+    [commands] = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S)
+    for line in commands.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert (program, main(arguments)) == ("lightning-lora", 0)
+    assert Path("page.html").stat().st_size > 1000

@@ -8,12 +8,24 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach
-from lightning_lora.analysis import AdapterAnalysis, analyze, subspace_similarity
-from lightning_lora.analysis.plots import plot_layers, plot_similarity, plot_spectra
+from lightning_lora.analysis import AdapterAnalysis, analyze, compare, layer_similarity, subspace_similarity
+from lightning_lora.analysis.plots import (
+    plot_blocks,
+    plot_comparison,
+    plot_energy,
+    plot_layers,
+    plot_similarities,
+    plot_similarity,
+    plot_spectra,
+)
 from tests.contract import train_all
 
 
 def analysis(blocks: int, rng: torch.Generator) -> AdapterAnalysis:
+    return analyze(adapted(blocks, rng))
+
+
+def adapted(blocks: int, rng: torch.Generator) -> nn.Module:
     model = nn.ModuleDict(
         {
             "h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(16, 16), "up": nn.Linear(16, 24)}) for _ in range(blocks)),
@@ -22,7 +34,7 @@ def analysis(blocks: int, rng: torch.Generator) -> AdapterAnalysis:
     )
     attach(model, LoRAConfig(rank=3))
     train_all(model, rng)
-    return analyze(model)
+    return model
 
 
 def drawn(figure: object) -> int:
@@ -58,11 +70,71 @@ def test_layers_are_placed_by_block_and_kind(rng: torch.Generator):
     figure = plot_layers(found, "effective_rank")
     table = figure.axes[0].images[0].get_array()
     assert table.shape == (3, 3)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["h.0", "h.1", ""]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["h.0", "h.1", "no block"]
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["q", "up", "neck"]
     assert table[1, 0] == pytest.approx(found.layers[2].effective_rank)
     assert table.mask.sum() == 4
     assert drawn(figure) > 5000
+
+
+def test_ranks_are_shown_on_a_scale_up_to_all_that_could_be_used(rng: torch.Generator):
+    pytest.importorskip("matplotlib")
+    found = analysis(2, rng)
+    assert plot_layers(found, "suggested_rank").axes[0].images[0].get_clim() == (0, 3)
+    norms = [layer.norm for layer in found.layers]
+    assert plot_layers(found, "norm").axes[0].images[0].get_clim() == (0, pytest.approx(max(norms)))
+
+
+@pytest.mark.parametrize("blocks", [2, 12])
+def test_energy_rises_to_one_and_the_line_is_what_was_asked_for(blocks: int, rng: torch.Generator):
+    pytest.importorskip("matplotlib")
+    found = analysis(blocks, rng)
+    curve, *others = plot_energy(found).axes[0].lines
+    assert [float(y) for y in others[-1].get_ydata()] == [found.energy] * 2
+    values = list(curve.get_ydata())
+    assert values == sorted(values)
+    assert values[-1] == pytest.approx(1)
+    if blocks == 2:
+        squares = torch.tensor(found.layers[0].singular_values).square()
+        assert values[0] == pytest.approx(float(squares[0] / squares.sum()), rel=1e-5)
+
+
+def test_what_two_adapters_share_is_placed_by_block_and_kind(rng: torch.Generator):
+    pytest.importorskip("matplotlib")
+    found = compare(adapted(2, rng), adapted(2, rng))
+    for of, value in (("cosine", found.layers[2].cosine), ("inputs", None), ("outputs", None)):
+        image = plot_comparison(found, of).axes[0].images[0]
+        assert image.get_array().shape == (3, 3)
+        assert image.get_clim()[1] == 1
+        if value is not None:
+            assert image.get_array()[1, 0] == pytest.approx(value)
+    overlap = found.layers[2].of_inputs
+    table = plot_comparison(found, "inputs").axes[0].images[0].get_array()
+    assert table[1, 0] == pytest.approx((overlap.all - overlap.chance) / (1 - overlap.chance))
+    with pytest.raises(ValueError, match="cosine, inputs, outputs"):
+        plot_comparison(found, "beauty")
+
+
+def test_each_kind_of_layer_has_a_panel_on_one_scale(rng: torch.Generator):
+    pytest.importorskip("matplotlib")
+    figure = plot_blocks(layer_similarity(adapted(3, rng)))
+    panels = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in panels] == ["q", "up"]
+    assert {axes.images[0].get_clim() for axes in panels} == {(0, 1)}
+    assert panels[0].images[0].get_array().shape == (3, 3)
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_similarities({})
+
+
+def test_a_stack_of_many_experts_is_no_wall():
+    pytest.importorskip("matplotlib")
+    model = nn.ModuleDict({"experts": nn.Module()})
+    model["experts"].register_parameter("up", nn.Parameter(torch.randn(200, 6, 5)))
+    attach(model, LoRAConfig(rank=1, target_modules=[], target_parameters=["experts.up"]))
+    figure = plot_layers(analyze(model), "stable_rank")
+    assert figure.axes[0].images[0].get_array().shape == (1, 200)
+    assert figure.get_figwidth() < 15
+    assert len(figure.axes[0].get_xticklabels()) <= 24
 
 
 def test_an_unknown_metric_is_refused(rng: torch.Generator):

@@ -97,3 +97,22 @@ def test_dora_is_said():
     model = nn.Sequential(nn.Linear(8, 8))
     attach(model, LoRAConfig(rank=2, use_dora=True))
     assert "rescaled by DoRA's magnitudes" in str(analyze(model))
+
+
+def test_no_number_depends_on_how_the_update_is_split(model: nn.Module, rng: torch.Generator):
+    before = analyze(model, intruders=True).to_dict()
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            for adapter in layer.adapters().values():
+                M = torch.randn(3, 3, generator=rng).double()
+                adapter.B.copy_(adapter.B.double() @ torch.linalg.inv(M))
+                adapter.A.copy_(M @ adapter.A.double())
+    after = analyze(model, intruders=True).to_dict()
+    for old, new in zip(before["layers"], after["layers"], strict=True):
+        related = [{k: v or 0.0 for k, v in each["relation"].items()} for each in (old, new)]
+        assert related[1] == pytest.approx(related[0], rel=1e-3)
+        assert new["singular_values"] == pytest.approx(old["singular_values"], rel=1e-3, abs=1e-6)
+        for key in ("suggested_rank", "numerical_rank", "intruders"):
+            assert new[key] == old[key]
+        for key in ("norm", "effective_rank", "stable_rank"):
+            assert new[key] == pytest.approx(old[key], rel=1e-3)

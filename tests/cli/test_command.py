@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter, lora_layers, merge, save_adapter
+from lightning_lora.analysis import analyze
 from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.cli import main
 from lightning_lora.cli.inspection import update_norm
@@ -493,6 +494,26 @@ def test_inspecting_shows_ranks_scalings_and_norms(
 
 def adapted(layer: Any) -> list[str]:
     return [adapter.parameter for adapter in layer.adapters().values()]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "experts"])
+def test_inspecting_says_how_much_of_each_rank_is_used(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, _, options = KINDS[kind]
+    model = trained(seeded(build), **({"target_modules": ["layer"]} | options))
+    save_adapter(model, tmp_path / "adapter")
+    assert run("inspect", tmp_path / "adapter", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    matrices = analyze(model).layers
+    for layer in found if kind != "experts" else []:
+        [expected] = [each for each in matrices if each.name == layer["name"]]
+        assert layer["effective_rank"] == pytest.approx(expected.effective_rank, rel=1e-5)
+        assert layer["stable_rank"] == pytest.approx(expected.stable_rank, rel=1e-5)
+        assert layer["suggested_rank"] == expected.suggested_rank
+    mean = sum(layer["effective_rank"] for layer in found) / len(found)
+    assert mean == pytest.approx(sum(each.effective_rank for each in matrices) / len(matrices), rel=1e-5)
+    assert max(layer["suggested_rank"] for layer in found) == max(each.suggested_rank for each in matrices)
 
 
 def test_inspecting_what_is_not_finite_is_a_problem(files: tuple[Path, Path]) -> None:
