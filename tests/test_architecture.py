@@ -18,6 +18,7 @@ PACKAGE = Path(lightning_lora.__file__).parent
 _BOTTOM_UP = [
     {
         "directories",
+        "verdicts",
         "tensor_files",
         "dropout_bits",
         "option_types",
@@ -48,6 +49,7 @@ _BOTTOM_UP = [
         "one_file",
         "precision",
         "analysis.matrices",
+        "diagnostics",
     },
     {"trainables", "token_rows"},
     {"plan"},
@@ -64,7 +66,7 @@ _BOTTOM_UP = [
     {"adapter_fit", "inspection", "analysis.adapters"},
     {"streaming", "analysis.summary"},
     {"cli_text", "analysis", "analysis.plots"},
-    {"load_guard", "strategies"},
+    {"load_guard", "strategies", "fit_diagnostics"},
     {"adapter_checkpoints"},
     {"callback"},
     {""},
@@ -73,6 +75,7 @@ _BOTTOM_UP = [
 ]
 LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in together}
 KNOWS_LIGHTNING = {"load_guard", "company", "one_file", "precision", "strategies", "adapter_checkpoints", "callback"}
+KNOWS_LIGHTNING |= {"verdicts", "fit_diagnostics"}
 
 
 def rooms() -> dict[str, Path]:
