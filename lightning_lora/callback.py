@@ -23,6 +23,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fit_diagnostics import diagnostics_of
 from lightning_lora.fit_export import export_fit, refused_export
 from lightning_lora.freezing import freeze_norms
+from lightning_lora.guidance import coverage, questionable_settings
 from lightning_lora.layers import all_adapters, lora_layers
 from lightning_lora.method_wraps import MethodWraps
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
@@ -137,6 +138,8 @@ class LoRACallback(Callback):
             refuse(unheld)
         else:
             warn(unheld)  # the module may step an optimizer that Lightning does not know
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        warn(questionable_settings(pl_module, trainer.optimizers, schedulers, self.lr_ratio, self._coverage))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -248,11 +251,12 @@ class LoRACallback(Callback):
     def _attach(self, pl_module: LightningModule) -> None:
         with as_misconfiguration():
             convert_layers(pl_module.trainer.precision_plugin, pl_module)
-            report = attach(pl_module, self.config, seed=self._seed(pl_module))
+            attached = attach(pl_module, self.config, seed=self._seed(pl_module))
+            self._coverage = coverage(pl_module)  # now, as FSDP hides sizes
             self._layout.attached(pl_module)
         if not self._reported:
             self._reported = True
-            rank_zero_info(f"{report}")
+            rank_zero_info(f"{attached}")
             self._start(pl_module)
 
     def _start(self, pl_module: LightningModule) -> None:

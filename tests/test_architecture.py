@@ -50,6 +50,7 @@ _BOTTOM_UP = [
         "precision",
         "analysis.matrices",
         "diagnostics",
+        "guidance",
     },
     {"trainables", "token_rows"},
     {"plan"},
