@@ -6,6 +6,7 @@ from lightning_lora.analysis.adapters import read_matrices
 from lightning_lora.analysis.budget import BudgetPlan, Choice, adapter_size, plan_budget
 from lightning_lora.analysis.intruders import Intruders, intruder_dimensions
 from lightning_lora.analysis.matrices import AdapterMatrix
+from lightning_lora.analysis.memory import MemoryForecast, MemoryUse, forecast_memory
 from lightning_lora.analysis.relation import Relation, own_projection, projection, random_projection, relate
 from lightning_lora.analysis.similarity import (
     UpdateSimilarity,
@@ -32,6 +33,8 @@ __all__ = [
     "Choice",
     "Intruders",
     "LayerAnalysis",
+    "MemoryForecast",
+    "MemoryUse",
     "Relation",
     "ThinSVD",
     "UpdateSimilarity",
@@ -40,6 +43,7 @@ __all__ = [
     "analyze",
     "effective_rank",
     "energy_rank",
+    "forecast_memory",
     "intruder_dimensions",
     "numerical_rank",
     "own_projection",
