@@ -186,7 +186,7 @@ def _square(tensor: Tensor) -> Tensor:
 def _to_floats(scalars: list[Tensor]) -> list[float]:
     """Return numbers that may lie on several devices, waiting for each device once."""
     if len({scalar.device for scalar in scalars}) == 1:
-        return [float(value) for value in torch.stack([scalar.double() for scalar in scalars]).tolist()]
+        return [float(value) for value in torch.stack(scalars).tolist()]
     return [float(scalar) for scalar in scalars]
 
 

@@ -83,6 +83,12 @@ def test_what_counts_is_the_highest_rate_of_a_schedule(name: str):
     assert questionable_settings(model, [optimizer], [scheduler], 1.0, ALL) is None
 
 
+def test_a_warm_up_that_is_no_scheduler_of_torchs_is_known_by_the_groups_initial_rate():
+    model = adapted()
+    groups = [{"params": [*model[0].lora.parameters()], "lr": 1e-9, "initial_lr": 2e-4}]
+    assert said(model, optimizer=lambda _: torch.optim.AdamW(groups)) is None
+
+
 @pytest.mark.parametrize("schedule", [lambda o: LinearLR(o, 0.1), lambda o: OneCycleLR(o, 1e-5, total_steps=9)])
 def test_a_schedule_does_not_hide_a_low_rate(schedule: Callable[[Optimizer], Any]):
     assert "learning rate of 1e-05" in str(said(optimizer=adam(1e-5), schedule=schedule))
