@@ -94,15 +94,13 @@ def _rates(module: nn.Module, optimizers: Sequence[Optimizer], schedulers: list[
     for optimizer in optimizers:
         kind = type(optimizer).__name__
         groups = [group for group in optimizer.param_groups if any(id(p) in factors for p in group["params"])]
-        rates = [
-            rate for group in groups for rate in _numbers(group.get(key) for key in ("lr", "initial_lr", "max_lr"))
-        ]
+        rates = [rate for group in groups for rate in _numbers(group.get(key) for key in _RATES)]
         if rates:
             rates += [rate for each in schedulers for rate in _peaks(each, optimizer)]
         if "adam" in kind.lower() and 0 < max(rates, default=0.0) < LOWEST_RATE:
             yield (
                 f"the learning rate of {max(rates):g} ({kind}) looks like one of full fine-tuning. LoRA wants about "
-                f"ten times that: try {10 * max(rates):g}, or 2e-4 for a language model."
+                f"ten times such a rate: try {max(10 * max(rates), 2 * LOWEST_RATE):g}, or 2e-4 for a language model."
             )
 
 
