@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,7 +19,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
-from lightning_lora.option_types import PositiveFloat
+from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
 from lightning_lora.state import allow_missing_base
 from lightning_lora.surgery import attach
@@ -29,10 +27,13 @@ from lightning_lora.training import checks, load_guard
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.advice import explain
 from lightning_lora.training.company import AVERAGING, bad_company, copies_of_the_base, foreign, has_callback
+from lightning_lora.training.fit_diagnostics import diagnostics_of
 from lightning_lora.training.fit_export import export_fit, refused_export
+from lightning_lora.training.guidance import coverage, questionable_settings
 from lightning_lora.training.method_wraps import MethodWraps
 from lightning_lora.training.precision import convert_layers
 from lightning_lora.training.strategies import trains_in_copies
+from lightning_lora.training.verdicts import as_misconfiguration, refuse, report, warn
 from lightning_lora.warm_start import start_from
 
 load_guard.install()
@@ -55,6 +56,9 @@ class LoRACallback(Callback):
             and in evaluation; costs a few passes.
         lr_ratio: Learning rate of ``B`` over that of ``A`` (LoRA+, Hayou et al. 2024, who recommend about 16); 1 means
             plain LoRA.
+        diagnostics_every_n_steps: Log every so many steps, for each group of layers (``q_proj``), the norm of the
+            update over the weight's, the norms of the gradients of ``A`` and ``B``, the effective rank, and the share
+            of the rank that is dead. 0 or None, the default, costs nothing.
         **lora: The options of ``LoRAConfig``.
 
     Raises:
@@ -75,6 +79,7 @@ class LoRACallback(Callback):
         init_from: str | None = None,
         probe: bool = False,
         lr_ratio: PositiveFloat = 1.0,
+        diagnostics_every_n_steps: NonNegativeInt | None = None,
         **lora: Any,
     ) -> None:
         self.config = LoRAConfig(**lora)
@@ -84,6 +89,8 @@ class LoRACallback(Callback):
         self.export_dir, self.init_from = export_dir, init_from
         self.probe = probe
         self.lr_ratio = float(lr_ratio)
+        self.diagnostics_every_n_steps = diagnostics_every_n_steps
+        self._diagnostics = diagnostics_of(diagnostics_every_n_steps)
         self._wraps = MethodWraps()
         self._load_hook: Any = None
         self._reported = False
@@ -98,17 +105,19 @@ class LoRACallback(Callback):
         self._unhook()
         self._fit_succeeded = False
         self._reported = get_attachment(pl_module) is not None
-        _refuse(foreign(trainer, pl_module))
-        _refuse(bad_company(trainer, self))
+        refuse(foreign(trainer, pl_module))
+        refuse(bad_company(trainer, self))
         if message := copies_of_the_base(trainer):
             rank_zero_info(message)
         self._refuse_lost_training(trainer, pl_module, stage)
-        with _as_misconfiguration():
+        with as_misconfiguration():
             self._layout = adapter_checkpoints(trainer.strategy).layout
         self._load_hook = pl_module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
         )
         if stage == TrainerFn.FITTING:
+            if self._diagnostics is not None:
+                refuse(self._layout.refused_diagnostics())
             self._wraps.after(pl_module, "configure_optimizers", self._repair_configured)
         elif merges(pl_module) and not lora_layers(pl_module):
             return  # evaluating a merged model: the adapter is in its weights
@@ -121,14 +130,16 @@ class LoRACallback(Callback):
         freeze_norms(pl_module)  # sync_batchnorm makes new norm layers
         if get_attachment(pl_module) is None:
             raise MisconfigurationException("LoRACallback attached nothing to this module before fit began.")
-        _refuse(checks.replaced_layers(pl_module))
-        _refuse(checks.undeclared_training(pl_module))
-        _warn(checks.fragile_factors(pl_module))
+        refuse(checks.replaced_layers(pl_module))
+        refuse(checks.undeclared_training(pl_module))
+        warn(checks.fragile_factors(pl_module))
         unheld = checks.unheld_parameters(pl_module, trainer.optimizers)
         if pl_module.automatic_optimization:
-            _refuse(unheld)
+            refuse(unheld)
         else:
-            _warn(unheld)  # the module may step an optimizer that Lightning does not know
+            warn(unheld)  # the module may step an optimizer that Lightning does not know
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        warn(questionable_settings(pl_module, trainer.optimizers, schedulers, self.lr_ratio, self._coverage))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -136,6 +147,8 @@ class LoRACallback(Callback):
         self._checked_optimizers.clear()
         self._reached = None
         self._probed = False
+        if self._diagnostics is not None:
+            self._diagnostics.start(trainer, pl_module)
         if self.lr_ratio != 1.0 and has_callback(trainer, LearningRateFinder):
             rank_zero_warn(
                 "LearningRateFinder gives every parameter group the same learning rate, so "
@@ -152,7 +165,7 @@ class LoRACallback(Callback):
                     f"LoRACallback.probe=True calls {type(pl_module).__name__}.forward with the first batch, but there "
                     "is none. Define forward, or leave probe out."
                 )
-            _refuse(dead_message(pl_module, batch))
+            refuse(dead_message(pl_module, batch))
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,35 +177,39 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after each batch: judge the first one, if its optimizers were stepped past Lightning."""
+        """Called after each batch: log diagnostics; judge the first one, if it was stepped past Lightning."""
+        if self._diagnostics is not None:
+            self._diagnostics.after_batch(trainer, pl_module)
         if self._reached is not None and not self._checked_optimizers:
             self._checked_optimizers.add(0)
-            _report(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
+            report(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before each optimizer step: at the first one, name the adapters that no gradient reached."""
         if id(optimizer) not in self._checked_optimizers:
             self._checked_optimizers.add(id(optimizer))
-            _report(*checks.unreached_adapters(pl_module, optimizer))
+            report(*checks.unreached_adapters(pl_module, optimizer))
+        if self._diagnostics is not None:
+            self._diagnostics.before_step(trainer, optimizer)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            warn(checks.untrained_adapters(pl_module))
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when testing begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            warn(checks.untrained_adapters(pl_module))
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when predicting begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            warn(checks.untrained_adapters(pl_module))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,13 +249,14 @@ class LoRACallback(Callback):
         self._attach(pl_module)
 
     def _attach(self, pl_module: LightningModule) -> None:
-        with _as_misconfiguration():
+        with as_misconfiguration():
             convert_layers(pl_module.trainer.precision_plugin, pl_module)
-            report = attach(pl_module, self.config, seed=self._seed(pl_module))
+            attached = attach(pl_module, self.config, seed=self._seed(pl_module))
+            self._coverage = coverage(pl_module)  # now, as FSDP hides sizes
             self._layout.attached(pl_module)
         if not self._reported:
             self._reported = True
-            rank_zero_info(f"{report}")
+            rank_zero_info(f"{attached}")
             self._start(pl_module)
 
     def _start(self, pl_module: LightningModule) -> None:
@@ -247,7 +265,7 @@ class LoRACallback(Callback):
         if self.init_from is not None and trainer.ckpt_path is None:
             rank_zero_info(f"LoRA: started from {self.init_from}: {start_from(pl_module, self.init_from)}")
         if self.export_dir is not None and trainer.state.fn == TrainerFn.FITTING:
-            _refuse(self._layout.refused_export() or refused_export(pl_module))
+            refuse(self._layout.refused_export() or refused_export(pl_module))
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -262,6 +280,8 @@ class LoRACallback(Callback):
 
     def _unhook(self) -> None:
         self._wraps.remove()
+        if self._diagnostics is not None:
+            self._diagnostics.stop()
         if self._load_hook is not None:
             self._load_hook.remove()
             self._load_hook = None
@@ -290,29 +310,3 @@ class LoRACallback(Callback):
                 "With this launcher (spawn, fork or a notebook's) the adapters would exist in the workers only and be "
                 "lost. Call lightning_lora.attach(model, callback.config) before trainer.fit, or use strategy='ddp'."
             )
-
-
-def _refuse(message: str | None) -> None:
-    if message is not None:
-        raise MisconfigurationException(message)
-
-
-@contextmanager
-def _as_misconfiguration() -> Iterator[None]:
-    """Turn what a strategy cannot do into Lightning's exception for it."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise MisconfigurationException(str(error)) from error
-
-
-def _report(message: str | None, affects_all: bool) -> None:
-    if affects_all:
-        _refuse(message)
-    else:
-        _warn(message)
-
-
-def _warn(message: str | None) -> None:
-    if message is not None:
-        rank_zero_warn(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -36,6 +37,19 @@ def freeze_norms(module: nn.Module) -> None:
             else:
                 for key, buffer in norm.named_buffers(recurse=False):
                     attachment.base_values.setdefault(join(name, key), buffer.detach().clone())
+
+
+@contextmanager
+def all_training(module: nn.Module) -> Iterator[None]:
+    """Let every parameter require a gradient for a while, as full fine-tuning does."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(parameter.is_floating_point())
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def thaw(module: nn.Module) -> None:

@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    NonNegativeInt = int
     PositiveInt = int
     PositiveFloat = float
     Probability = float
 else:
     try:
-        from jsonargparse.typing import PositiveFloat, PositiveInt, restricted_number_type
+        from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
 
         Probability = restricted_number_type("Probability", float, [(">=", 0.0), ("<", 1.0)])
     except ImportError:  # the command line is an extra
-        PositiveInt, PositiveFloat, Probability = int, float, float
+        NonNegativeInt, PositiveInt, PositiveFloat, Probability = int, int, float, float
 
-__all__ = ["PositiveFloat", "PositiveInt", "Probability"]
+__all__ = ["NonNegativeInt", "PositiveFloat", "PositiveInt", "Probability"]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import random
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.layers import Adapter, all_adapters
+from lightning_lora.trial import RandomState, arguments_for, left_as_it_was, put_back, tensors_in
 
-_MODES = ("training", "asked_mode")  # the second is that of a frozen norm
 _EFFECT = 0.5  # of an adapter that is still at its start: as large as what its layer computes
 
 
@@ -31,8 +26,8 @@ def dead_adapters(module: nn.Module, batch: object) -> dict[str, str]:
         module: An adapted module.
         batch: A tensor, the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts.
     """
-    args, kwargs = _arguments(module, batch)
-    with _left_as_it_was(module), _RandomState() as random_state:
+    args, kwargs = arguments_for(module, batch)
+    with left_as_it_was(module), RandomState() as random_state:
         return _Probe(module, lambda: random_state.repeated(lambda: _outputs(module, args, kwargs))).dead()
 
 
@@ -80,7 +75,7 @@ class _Probe:
             kept = [parameter.detach().clone() for parameter in parameters]
             _give_effect(self.adapters[name])
             changed = self.run()
-            _put_back(parameters, kept)
+            put_back(parameters, kept)
             if all(torch.equal(one, other) for one, other in zip(changed, outputs, strict=True)):
                 yield name
 
@@ -97,22 +92,6 @@ def dead_message(module: nn.Module, batch: object) -> str | None:
     )
 
 
-def _arguments(module: nn.Module, batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return how ``forward`` is to be called with a batch."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    if isinstance(batch, Mapping):
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        accepted = {parameter.name for parameter in parameters}
-        return (), {key: value for key, value in batch.items() if takes_all or key in accepted}
-    if not isinstance(batch, (tuple, list)):
-        return (batch,), {}
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return tuple(batch), {}
-    return tuple(batch[: max(1, len(required))]), {}
-
-
 @torch.no_grad()
 def _give_effect(adapter: Adapter) -> None:
     for parameter in adapter.parameters():
@@ -123,12 +102,6 @@ def _give_effect(adapter: Adapter) -> None:
 
 def _is_nonzero(gradient: Tensor | None) -> bool:
     return gradient is not None and bool(gradient.any())
-
-
-@torch.no_grad()
-def _put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
 
 
 def _close(outputs: list[Tensor], others: list[Tensor]) -> bool:
@@ -142,62 +115,7 @@ def _close(outputs: list[Tensor], others: list[Tensor]) -> bool:
 
 
 def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    found = list(_tensors(module(*args, **kwargs)))
+    found = list(tensors_in(module(*args, **kwargs)))
     if not found:
         raise TypeError(f"probe: {type(module).__name__} returned no tensor of floating point numbers.")
     return found
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield the floating point tensors in whatever a module returned."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-        return
-    if isinstance(value, Mapping):
-        value = value.values()
-    elif is_dataclass(value):
-        value = [getattr(value, each.name) for each in fields(value)]
-    elif not isinstance(value, (tuple, list)):
-        return
-    for each in value:
-        yield from _tensors(each)
-
-
-@contextmanager
-def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-    modes = [(vars(part), {key: vars(part)[key] for key in _MODES if key in vars(part)}) for part in module.modules()]
-    trained = [parameter for adapter in all_adapters(module).values() for parameter in adapter.parameters()]
-    tensors = [*trained, *module.buffers()]
-    kept = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        _put_back(tensors, kept)
-        for own, mode in modes:
-            own.update(mode)
-
-
-class _RandomState:
-    """The state of the random generators: the same for every pass, and put back at the end."""
-
-    def __enter__(self) -> _RandomState:
-        self._fork = torch.random.fork_rng()
-        self._fork.__enter__()
-        self._numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
-        self._python, self._numpys = random.getstate(), self._numpy.random.get_state() if self._numpy else None
-        return self
-
-    def repeated(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
-        torch.manual_seed(0)
-        self._restore()
-        return run()
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
-        self._restore()
-
-    def _restore(self) -> None:
-        random.setstate(self._python)
-        if self._numpy:
-            self._numpy.random.set_state(self._numpys)

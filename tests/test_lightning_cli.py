@@ -139,7 +139,7 @@ def test_the_printed_config_is_read_back(run: Run, tmp_path: Path) -> None:
 
 def test_help_explains_every_option(run: Run) -> None:
     text = " ".join(run("fit", "--help", forced=True).output.split())
-    for option in [*LoRAConfig.__dataclass_fields__, "merge_on_teardown", "lr_ratio"]:
+    for option in [*LoRAConfig.__dataclass_fields__, "merge_on_teardown", "lr_ratio", "diagnostics_every_n_steps"]:
         assert f"--lora.{option}" in text
     for explanation in ("Rank ``r`` of the update", "Numerator of the scaling", "Fold the adapters into the weights"):
         assert explanation in text
@@ -155,6 +155,8 @@ def test_help_explains_every_option(run: Run) -> None:
         ("--lora.dropout=1.5", ["lora.dropout", "1.5"]),
         ("--lora.rank_pattern={net.0: 0}", ["lora.rank_pattern", "0"]),
         ("--lora.lr_ratio=0", ["lora.lr_ratio", "0"]),
+        ("--lora.diagnostics_every_n_steps=-1", ["lora.diagnostics_every_n_steps", "-1"]),
+        ("--lora.diagnostics_every_n_steps=often", ["lora.diagnostics_every_n_steps", "often"]),
         ("--lora.rnak=4", ["rnak"]),
     ],
 )

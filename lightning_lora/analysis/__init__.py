@@ -15,6 +15,7 @@ from lightning_lora.analysis.comparison import (
 )
 from lightning_lora.analysis.intruders import Intruders, intruder_dimensions
 from lightning_lora.analysis.matrices import AdapterMatrix
+from lightning_lora.analysis.memory import MemoryForecast, MemoryUse, forecast_memory
 from lightning_lora.analysis.relation import Relation, own_projection, projection, random_projection, relate
 from lightning_lora.analysis.similarity import (
     UpdateSimilarity,
@@ -45,6 +46,8 @@ __all__ = [
     "KindSimilarity",
     "LayerAnalysis",
     "LayerComparison",
+    "MemoryForecast",
+    "MemoryUse",
     "Overlap",
     "RankSuggestion",
     "Relation",
@@ -57,6 +60,7 @@ __all__ = [
     "effective_rank",
     "energy_rank",
     "findings",
+    "forecast_memory",
     "intruder_dimensions",
     "layer_similarity",
     "numerical_rank",

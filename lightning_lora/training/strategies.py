@@ -86,6 +86,10 @@ class Layout:
             "checkpoint afterwards: load_adapter(model, checkpoint), then save_adapter(model, directory)."
         )
 
+    def refused_diagnostics(self) -> str | None:
+        """Return why adapters cannot be measured while they train here, or None."""
+        return None
+
     def merge(self) -> None:
         """Fold the adapters into the weights for good."""
         merge(self.module)
@@ -177,6 +181,14 @@ class FSDPLayout(Layout):
         if start is None:
             return value.to(like.device)
         return value.flatten()[start : start + like.numel()].view(like.shape).to(like.device)
+
+    @override
+    def refused_diagnostics(self) -> str | None:
+        return (
+            "diagnostics_every_n_steps: under FSDPStrategy a process holds flat slices of the factors and of the "
+            "weights, which say nothing of ranks and norms. Leave it out and look at checkpoints with "
+            "lightning_lora.analysis.analyze, or use DDP or ModelParallelStrategy (FSDP2)."
+        )
 
     @override
     def merge(self) -> None:

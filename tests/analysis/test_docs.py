@@ -37,14 +37,15 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         torch.save({"state_dict": adapter_state_dict(model), RECORD_KEY: describe(model)}, f"seed{seed}.ckpt")
     names = {"LoRAConfig": LoRAConfig, "Path": Path, "model": blocks(2, 64)}
     exec(planning, names)
-    [promised] = re.findall(r"```text\n(.*?)\.\.\.", PAGE, flags=re.S)
+    promised, *_ = re.findall(r"```text\n(.*?)\.\.\.", PAGE, flags=re.S)
     said = capsys.readouterr().out
     assert said.startswith(promised)
     assert said.splitlines()[-1] == "4096"
-    names["model"] = adapted(0)
+    names |= {"model": adapted(0), "pretrained": nn.Sequential(nn.Linear(64, 64)), "batch": torch.randn(2, 64)}
     for block in rest:
         exec(block, names)
     said = capsys.readouterr().out
+    assert said.startswith("Memory of a training step:")
     assert "8 updates; the suggested rank holds 99% of the squared norm" in said
     assert len(re.findall(r"^1\.o_proj \S+ tensor", said, flags=re.M)) == 1
     assert "Of rank 4, the median update uses" in said

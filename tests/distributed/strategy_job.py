@@ -166,7 +166,7 @@ def fit(
     module = Sharded() if mode.startswith(("fsdp2", "tp")) else Wide()
     watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
     run = trainer(
-        LoRACallback(**LORA, merge_on_teardown=merge),
+        LoRACallback(**LORA, merge_on_teardown=merge, diagnostics_every_n_steps=0 if mode.startswith("fsdp1") else 2),
         checkpoint,
         watch,
         max_epochs=epochs,
@@ -185,6 +185,7 @@ def fit(
         "bytes_at_save": watch.bytes_at_save,
         "frozen_gradients": watch.frozen_gradients,
         "adapters": len(lora_layers(module)),
+        "metrics": {name: float(value) for name, value in run.callback_metrics.items() if name.startswith("lora/")},
         "kinds": sorted({type(part).__name__ for part in module.modules()}),
     }
     with torch.no_grad():

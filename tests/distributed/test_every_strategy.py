@@ -74,6 +74,15 @@ def test_processes_see_different_rows_where_they_should(mode: str, runs: dict[st
     assert len(seen) == (1 if mode == "tp" else 2)
 
 
+@pytest.mark.parametrize("mode", [mode for mode in [*TWO, *FOUR] if not mode.startswith("fsdp1")])
+def test_every_process_logs_the_diagnostics_of_one(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
+    expected = single["whole"]["metrics"]
+    assert len(expected) == 2 * 5
+    for rank in runs[mode]:
+        assert rank["whole"]["metrics"] == pytest.approx(expected, rel=1e-6)
+        assert rank["whole"]["metrics"] == runs[mode][0]["whole"]["metrics"]
+
+
 @each_mode
 def test_the_file_holds_what_one_process_would_have_saved(
     mode: str, runs: dict[str, Ranks], single: dict[str, Any]

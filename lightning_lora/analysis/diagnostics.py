@@ -1,0 +1,198 @@
+"""What adapters do while they train, in few numbers for each group of layers, from the thin factors alone.
+
+Letters: ``r`` rank, ``s`` scaling, ``m`` matrices: one, or the experts of a stack. Of the factors only the r x r Gram
+matrices ``A @ A.T`` and ``B.T @ B`` are formed, never the update: they say what its singular values are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_lora.analysis.spectrum import effective_rank
+from lightning_lora.layers import LoRALayer, LowRankAdapter, base_parameter, lora_layers
+from lightning_lora.sharding import is_sharded, whole
+from lightning_lora.targets import join
+
+DEAD = 0.01  # of the largest singular value: a direction below has less than 1e-4 of that one's squared norm
+_BLOCK = 2**20  # elements of a weight that are read at once
+
+
+class Watched(NamedTuple):
+    """An adapter that is measured: its name, its group, itself, and the layer that it updates."""
+
+    name: str
+    group: str
+    adapter: LowRankAdapter
+    layer: LoRALayer
+
+
+class Diagnostics:
+    """Measures the low-rank adapters of a module, in groups of layers of one kind.
+
+    The metrics of a group are named ``<group>/<metric>``:
+
+    - ``update_over_weight``: Frobenius norm of ``s * B @ A`` over that of the weight, each of all layers of the group
+      together. Left out where a weight is quantized, as its norm is not known.
+    - ``grad_norm_A`` and ``grad_norm_B``: norm of the gradient of all these factors of the group together.
+    - ``effective_rank``: ``exp`` of the entropy of the update's singular values, the mean over the layers; 0 for no
+      update.
+    - ``dead_share``: share of the rank that does nothing: singular directions of the update whose value is at most
+      ``DEAD`` times the largest. It does not depend on how the update is split into factors. All of an update of zero
+      is dead, as before the first step.
+
+    An expert of a stack counts as a layer. DoRA's magnitudes, biases and trained tokens are no low-rank updates and
+    are not measured.
+
+    Args:
+        module: An adapted module. The norms of the frozen weights are computed here, once, in blocks.
+
+    Source:
+        Hu et al. 2021, "LoRA", arXiv:2106.09685, section 7.3 (update and weight); Roy and Vetterli 2007, "The effective
+        rank", definition 1; Golub and Van Loan, "Matrix Computations", section 5.4 (numerical rank: how many singular
+        values are above a threshold, here a coarse one).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.watched = list(_watched(module))
+        self._weights = {each.name: _weight_square(each) for each in self.watched}
+        self._gradients: dict[tuple[str, str], Tensor] = {}
+
+    @property
+    def unknown_weights(self) -> list[str]:
+        """Names of the adapters whose weights have no norm that can be read."""
+        return [name for name, square in self._weights.items() if math.isnan(square)]
+
+    @torch.no_grad()
+    def note_gradients(self, optimizer: Optimizer) -> None:
+        """Note the gradients of the factors that an optimizer holds, in the place of what was noted of them before.
+
+        Under FSDP2 and tensor parallelism every process must call this.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for each in self.watched:
+            for factor, parameter in (("A", each.adapter.A), ("B", each.adapter.B)):
+                if id(parameter) in held and parameter.grad is not None:
+                    self._gradients[each.name, factor] = _square(whole(parameter.grad))
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """Return all numbers, and forget the gradients; every process must call this, and gets the same numbers."""
+        found: dict[str, float] = {}
+        gradients, self._gradients = self._gradients, {}
+        numbers = dict(zip(gradients, _to_floats(list(gradients.values())), strict=True))
+        for group, spectra in self._spectra().items():
+            names = [each.name for each in self.watched if each.group == group]
+            weight = sum(self._weights[name] for name in names)
+            if weight > 0:  # neither zero nor unknown
+                found[f"{group}/update_over_weight"] = math.sqrt(sum(float(s.square().sum()) for s in spectra) / weight)
+            for factor in "AB":
+                squares = [numbers[name, factor] for name in names if (name, factor) in numbers]
+                if squares:
+                    found[f"{group}/grad_norm_{factor}"] = math.sqrt(sum(squares))
+            found[f"{group}/effective_rank"] = sum(map(_effective_rank, spectra)) / len(spectra)
+            found[f"{group}/dead_share"] = sum(map(_dead, spectra)) / sum(map(len, spectra))
+        return found
+
+    def _spectra(self) -> dict[str, list[Tensor]]:
+        """Return the singular values of every update by group; what has one rank is decomposed in one call."""
+        by_rank: dict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+        for each in self.watched:
+            grams = factor_grams(each.adapter)
+            by_rank[grams.shape[-1]].append((each.group, grams))
+        found: dict[str, list[Tensor]] = {each.group: [] for each in self.watched}
+        for parts in by_rank.values():
+            owners = [group for group, grams in parts for _ in range(grams.shape[1])]
+            gram_A, gram_B = torch.cat([grams for _, grams in parts], dim=1).cpu().double()
+            for group, values in zip(owners, singular_values(gram_A, gram_B), strict=True):
+                found[group].append(values)
+        return found
+
+
+def factor_grams(adapter: LowRankAdapter) -> Tensor:
+    """Return ``A @ A.T`` and ``s^2 * B.T @ B``, ``(2, m, r, r)``, in float64 where the device has it."""
+    dtype = torch.float32 if adapter.A.device.type == "mps" else torch.float64
+    A, B = whole(adapter.A).to(dtype), whole(adapter.B).to(dtype)
+    grams = torch.stack([A @ A.mT, adapter.spec.scaling**2 * (B.mT @ B)])
+    return grams if A.ndim == 3 else grams.unsqueeze(1)
+
+
+def singular_values(gram_A: Tensor, gram_B: Tensor) -> Tensor:
+    """Return the singular values of ``B @ A``, in descending order; NaN where a factor is not finite.
+
+    With ``A @ A.T = Q L Q.T`` they are the roots of the eigenvalues of ``L^(1/2) Q.T (B.T @ B) Q L^(1/2)``. Values
+    below about 1e-8 of the largest are rounding.
+
+    Args:
+        gram_A: ``A @ A.T``, ``(m, r, r)``, float64.
+        gram_B: ``B.T @ B``, the same.
+
+    Returns:
+        ``(m, r)``.
+    """
+    is_finite = (gram_A.isfinite() & gram_B.isfinite()).flatten(1).all(1)[:, None]
+    gram_A, gram_B = (torch.where(is_finite[..., None], gram, 0.0) for gram in (gram_A, gram_B))
+    squares, Q = torch.linalg.eigh(gram_A)
+    half = Q * squares.clamp_min(0).sqrt().unsqueeze(-2)
+    values = torch.linalg.eigvalsh(half.mT @ gram_B @ half).clamp_min(0).sqrt().flip(-1)
+    return torch.where(is_finite, values, torch.nan)
+
+
+def group_of(name: str) -> str:
+    """Return what the layers of one kind have in common: the last part of the name, with numbers that follow it."""
+    parts = name.split(".")
+    named = [index for index, part in enumerate(parts) if not part.isdigit()]
+    return ".".join(parts[named[-1] if named else 0 :])
+
+
+def _watched(module: nn.Module) -> Iterator[Watched]:
+    for path, layer in lora_layers(module).items():
+        adapters = layer.adapters()
+        for key, adapter in adapters.items():
+            if isinstance(adapter, LowRankAdapter):
+                name = path if adapters.keys() == {"weight"} else join(path, key)
+                yield Watched(name, group_of(name), adapter, layer)
+
+
+@torch.no_grad()
+def _weight_square(watched: Watched) -> float:
+    """Return the squared norm of what an adapter updates; NaN where the weight is packed, so that it is not known."""
+    adapter, weight = watched.adapter, base_parameter(watched.layer, watched.adapter.parameter)
+    is_packed = bool(is_traceable_wrapper_subclass(cast(Any, weight))) and not is_sharded(weight)
+    if is_packed or not weight.is_floating_point():
+        return math.nan
+    if is_sharded(weight):
+        weight = whole(weight)  # of one layer at a time, as its forward has it
+    matrix = adapter.as_matrix(weight) if adapter.spec.rows else weight
+    rows = max(1, _BLOCK * len(matrix) // max(1, matrix.numel()))
+    if adapter.spec.rows:
+        return sum(_to_floats([_square(matrix.index_select(0, part)) for part in torch.split(adapter.index, rows)]))
+    return sum(_to_floats([_square(part) for part in torch.split(matrix, rows)]))
+
+
+def _square(tensor: Tensor) -> Tensor:
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=dtype)
+    return norm.square()
+
+
+def _to_floats(scalars: list[Tensor]) -> list[float]:
+    """Return numbers that may lie on several devices, waiting for each device once."""
+    if len({scalar.device for scalar in scalars}) == 1:
+        return [float(value) for value in torch.stack(scalars).tolist()]
+    return [float(scalar) for scalar in scalars]
+
+
+def _effective_rank(values: Tensor) -> float:
+    return effective_rank(values) if values.isfinite().all() else math.nan
+
+
+def _dead(values: Tensor) -> float:
+    return float((values <= DEAD * values.max()).sum()) if values.isfinite().all() else math.nan
