@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, fit_diagnostics, lora_layers
+from lightning_lora import LoRACallback, lora_layers
 from lightning_lora.analysis.diagnostics import Diagnostics
+from lightning_lora.training import fit_diagnostics
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy
 from tests.test_callback import Duel
 from tests.toys import FEATURES, Toy, loader, network, trainer
