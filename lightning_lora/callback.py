@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,6 +20,7 @@ from lightning_lora import checks, load_guard
 from lightning_lora.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.advice import explain
 from lightning_lora.attachment import get_attachment, merges, request
+from lightning_lora.checkpoint_file import saved_options
 from lightning_lora.company import AVERAGING, bad_company, copies_of_the_base, foreign, has_callback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fit_export import export_fit, refused_export
@@ -31,8 +32,9 @@ from lightning_lora.option_types import PositiveFloat
 from lightning_lora.precision import convert_layers
 from lightning_lora.probe import dead_message
 from lightning_lora.state import allow_missing_base
-from lightning_lora.strategies import trains_in_copies
-from lightning_lora.surgery import attach
+from lightning_lora.strategies import is_restored_late, trains_in_copies
+from lightning_lora.surgery import attach, detach
+from lightning_lora.verdicts import as_misconfiguration, judge, refuse, warn
 from lightning_lora.warm_start import start_from
 
 load_guard.install()
@@ -51,6 +53,8 @@ class LoRACallback(Callback):
             checkpoint, if a ModelCheckpoint kept one, else the last state.
         init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory that training starts from, unless it resumes
             a checkpoint. Ranks may be higher than there, and layers may come or go; what happened is logged.
+        check_base: Refuse to load an adapter into a base whose values are not those that it was trained on; another
+            precision of the same is none.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
             and in evaluation; costs a few passes.
         lr_ratio: Learning rate of ``B`` over that of ``A`` (LoRA+, Hayou et al. 2024, who recommend about 16); 1 means
@@ -73,6 +77,7 @@ class LoRACallback(Callback):
         merge_on_teardown: bool = False,
         export_dir: str | None = None,
         init_from: str | None = None,
+        check_base: bool = True,
         probe: bool = False,
         lr_ratio: PositiveFloat = 1.0,
         **lora: Any,
@@ -82,7 +87,7 @@ class LoRACallback(Callback):
             raise ValueError(f"LoRACallback.lr_ratio must be positive, got {lr_ratio!r}.")
         self.merge_on_teardown = merge_on_teardown
         self.export_dir, self.init_from = export_dir, init_from
-        self.probe = probe
+        self.check_base, self.probe = check_base, probe
         self.lr_ratio = float(lr_ratio)
         self._wraps = MethodWraps()
         self._load_hook: Any = None
@@ -98,13 +103,14 @@ class LoRACallback(Callback):
         self._unhook()
         self._fit_succeeded = False
         self._reported = get_attachment(pl_module) is not None
-        _refuse(foreign(trainer, pl_module))
-        _refuse(bad_company(trainer, self))
+        refuse(foreign(trainer, pl_module))
+        refuse(bad_company(trainer, self))
         if message := copies_of_the_base(trainer):
             rank_zero_info(message)
         self._refuse_lost_training(trainer, pl_module, stage)
-        with _as_misconfiguration():
-            self._layout = adapter_checkpoints(trainer.strategy).layout
+        with as_misconfiguration():
+            checkpoints = adapter_checkpoints(trainer.strategy)
+        self._layout, checkpoints.check_base, checkpoints.attach_late = checkpoints.layout, self.check_base, None
         self._load_hook = pl_module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
         )
@@ -113,7 +119,11 @@ class LoRACallback(Callback):
         elif merges(pl_module) and not lora_layers(pl_module):
             return  # evaluating a merged model: the adapter is in its weights
         request(pl_module, self.config, self._seed(pl_module))  # for attach(self) in configure_model
-        self._attach_in_time(trainer, pl_module)
+        if stage != TrainerFn.FITTING and self.config == LoRAConfig() and not is_restored_late(trainer.strategy):
+            # Nothing was asked for: a checkpoint knows what it holds, and comes before the strategy is set up.
+            checkpoints.attach_late = functools.partial(self._attach_late, pl_module)
+        else:
+            self._attach_in_time(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,14 +131,14 @@ class LoRACallback(Callback):
         freeze_norms(pl_module)  # sync_batchnorm makes new norm layers
         if get_attachment(pl_module) is None:
             raise MisconfigurationException("LoRACallback attached nothing to this module before fit began.")
-        _refuse(checks.replaced_layers(pl_module))
-        _refuse(checks.undeclared_training(pl_module))
-        _warn(checks.fragile_factors(pl_module))
+        refuse(checks.replaced_layers(pl_module))
+        refuse(checks.undeclared_training(pl_module))
+        warn(checks.fragile_factors(pl_module))
         unheld = checks.unheld_parameters(pl_module, trainer.optimizers)
         if pl_module.automatic_optimization:
-            _refuse(unheld)
+            refuse(unheld)
         else:
-            _warn(unheld)  # the module may step an optimizer that Lightning does not know
+            warn(unheld)  # the module may step an optimizer that Lightning does not know
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,7 +162,7 @@ class LoRACallback(Callback):
                     f"LoRACallback.probe=True calls {type(pl_module).__name__}.forward with the first batch, but there "
                     "is none. Define forward, or leave probe out."
                 )
-            _refuse(dead_message(pl_module, batch))
+            refuse(dead_message(pl_module, batch))
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,32 +177,32 @@ class LoRACallback(Callback):
         """Called after each batch: judge the first one, if its optimizers were stepped past Lightning."""
         if self._reached is not None and not self._checked_optimizers:
             self._checked_optimizers.add(0)
-            _report(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
+            judge(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before each optimizer step: at the first one, name the adapters that no gradient reached."""
         if id(optimizer) not in self._checked_optimizers:
             self._checked_optimizers.add(id(optimizer))
-            _report(*checks.unreached_adapters(pl_module, optimizer))
+            judge(*checks.unreached_adapters(pl_module, optimizer))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            warn(checks.untrained_adapters(pl_module))
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when testing begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            warn(checks.untrained_adapters(pl_module))
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when predicting begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            warn(checks.untrained_adapters(pl_module))
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -231,10 +241,22 @@ class LoRACallback(Callback):
     def _attach_after(self, pl_module: LightningModule, result: Any) -> None:
         self._attach(pl_module)
 
-    def _attach(self, pl_module: LightningModule) -> None:
-        with _as_misconfiguration():
+    def _attach_late(self, pl_module: LightningModule, record: Mapping[str, Any] | None) -> None:
+        """Attach what a checkpoint holds, else what the module has already, else the default."""
+        saved, before = saved_options(record), get_attachment(pl_module)
+        if saved is not None and before is not None and before.config == self.config != saved[0]:
+            detach(pl_module)  # what configure_model attached by default
+        elif saved is None and before is not None:
+            saved = before.config, before.seed
+        self._attach(pl_module, *(saved or ()))
+        if record is not None and saved is not None:
+            rank_zero_info("LoRA: rank, targets and all other options are those of the checkpoint.")
+
+    def _attach(self, pl_module: LightningModule, config: LoRAConfig | None = None, seed: int | None = None) -> None:
+        with as_misconfiguration():
             convert_layers(pl_module.trainer.precision_plugin, pl_module)
-            report = attach(pl_module, self.config, seed=self._seed(pl_module))
+            seed = self._seed(pl_module) if seed is None else seed
+            report = attach(pl_module, config or self.config, seed=seed)
             self._layout.attached(pl_module)
         if not self._reported:
             self._reported = True
@@ -245,9 +267,10 @@ class LoRACallback(Callback):
         """Start from another adapter, and refuse now what could not be exported later."""
         trainer = pl_module.trainer
         if self.init_from is not None and trainer.ckpt_path is None:
-            rank_zero_info(f"LoRA: started from {self.init_from}: {start_from(pl_module, self.init_from)}")
+            start = start_from(pl_module, self.init_from, check_base=self.check_base)
+            rank_zero_info(f"LoRA: started from {self.init_from}: {start}")
         if self.export_dir is not None and trainer.state.fn == TrainerFn.FITTING:
-            _refuse(self._layout.refused_export() or refused_export(pl_module))
+            refuse(self._layout.refused_export() or refused_export(pl_module))
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -290,29 +313,3 @@ class LoRACallback(Callback):
                 "With this launcher (spawn, fork or a notebook's) the adapters would exist in the workers only and be "
                 "lost. Call lightning_lora.attach(model, callback.config) before trainer.fit, or use strategy='ddp'."
             )
-
-
-def _refuse(message: str | None) -> None:
-    if message is not None:
-        raise MisconfigurationException(message)
-
-
-@contextmanager
-def _as_misconfiguration() -> Iterator[None]:
-    """Turn what a strategy cannot do into Lightning's exception for it."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise MisconfigurationException(str(error)) from error
-
-
-def _report(message: str | None, affects_all: bool) -> None:
-    if affects_all:
-        _refuse(message)
-    else:
-        _warn(message)
-
-
-def _warn(message: str | None) -> None:
-    if message is not None:
-        rank_zero_warn(message)

@@ -85,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         help="precision of the floating point tensors (default: each keeps its own); bf16, fp16, fp32 for short",
     )
 
+    _add_any_base(merge)
+
     diff = _command(commands, "diff", _diff, "say how two adapters differ; exit code 1 if they do")
     diff.add_argument("first", type=Path, metavar="A", help="a PEFT directory or a .ckpt")
     diff.add_argument("second", type=Path, metavar="B", help="another one")
@@ -92,7 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "check that an adapter fits a base: names, shapes, finite values")
     verify.add_argument("adapter", type=Path, metavar="ADAPTER", help="a PEFT directory or a .ckpt")
     verify.add_argument("base", type=Path, metavar="BASE", help="a model's folder with safetensors, or one such file")
+    _add_any_base(verify)
     return parser
+
+
+def _add_any_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--any-base",
+        dest="check_base",
+        action="store_false",
+        help="accept a base of other values than those that the adapter was trained on",
+    )
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], does: str) -> argparse.ArgumentParser:
@@ -125,12 +137,15 @@ def _diff(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     from lightning_lora.adapter_fit import fit_adapter
     from lightning_lora.base_folder import open_base
+    from lightning_lora.cli_text import about_base
     from lightning_lora.layers import all_adapters
 
-    fitted = fit_adapter(options.adapter, open_base(options.base))
+    fitted = fit_adapter(options.adapter, open_base(options.base), check_base=options.check_base)
     layers = sorted(all_adapters(fitted.root))
     found = {"fits": True, "layers": layers, "trained_in_full": sorted(fitted.values), "ignored": fitted.ignored}
+    found["base_tensors_compared"] = fitted.compared
     lines = [f"the adapter fits: {len(layers)} layers, {len(fitted.values)} tensors trained in full, all values finite"]
+    lines += [about_base(fitted.compared)]
     lines += [f"ignored, without a place in the base: {name}" for name in fitted.ignored]
     _print(options, lambda: found, lambda: lines)
     return OK
@@ -144,7 +159,8 @@ def _merge(options: argparse.Namespace) -> int:
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     progress = progress_bar(sys.stderr) if sys.stderr.isatty() else None
-    report = merge_files(options.adapter, options.base, options.out, dtype=dtype, progress=progress)
+    how = {"dtype": dtype, "check_base": options.check_base}
+    report = merge_files(options.adapter, options.base, options.out, **how, progress=progress)
     _print(
         options, lambda: asdict(report) | {"merged": [m._asdict() for m in report.merged]}, lambda: merge_lines(report)
     )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import attachments, fully_trained, merges
+from lightning_lora.fingerprint import Fingerprint, other_base, samples
 from lightning_lora.layers import Adapter, all_adapters, lora_layers
 from lightning_lora.targets import clean_name, join, listed, near_names
 
@@ -32,6 +33,23 @@ def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
             name = clean_name(join(path, key))
             if (id(part) in whole or name in moving) and (isinstance(tensor, nn.Parameter) or name in persistent):
                 found[name] = tensor
+    return found
+
+
+def base_tensors(module: nn.Module, trained: Iterable[Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the parameters that training leaves as they are: name -> the model's own tensor, by each of its names.
+
+    Args:
+        module: The module.
+        trained: What is no part of the base; what its adapters train if left out.
+    """
+    trained = adapter_tensors(module).values() if trained is None else trained
+    apart = {id(tensor) for tensor in trained}
+    everything = module.named_parameters(remove_duplicate=False)
+    found: dict[str, Tensor] = {clean_name(name): tensor for name, tensor in everything if id(tensor) not in apart}
+    for name, layer in lora_layers(module).items():
+        if layer.lora_mode == "merged":
+            found |= {join(name, key): original for key, original in vars(layer)["lora_original"].items()}
     return found
 
 
@@ -105,6 +123,16 @@ def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known
     return problems
 
 
+def other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
+    """Return which entries of a state have other shapes than the tensors of their names."""
+    found = [
+        f"{name}: file {tuple(value.shape)}, model {tuple(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and isinstance(own[name], Tensor) and own[name].shape != value.shape
+    ]
+    return [f"other shapes: {', '.join(found)}"] if found else []
+
+
 def mismatch_message(what: str, problems: Iterable[str]) -> str:
     """Return the one error for a state that does not fit."""
     lines = "\n".join(f"  - {problem}" for problem in problems)
@@ -135,6 +163,21 @@ def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> Non
         f"This adapter was trained on a base with another adapter merged into {listed(list(merged_before))}, and this "
         f"{type(module).__name__} has none. Load the merged weights as the base first, or train without merging."
     )
+
+
+def refuse_other_base(module: nn.Module, recorded: Fingerprint) -> None:
+    """Refuse to load an adapter into another base than the one that it was trained on.
+
+    Args:
+        module: The module to load into; where its tensors are divided among processes, every one must call this.
+        recorded: The fingerprint in the adapter's file.
+
+    Raises:
+        ValueError: The values of the base are others.
+    """
+    found = samples(base_tensors(module), recorded) if recorded else {}
+    if message := other_base(recorded, found, type(module).__name__):
+        raise ValueError(f"{message} Nothing was changed.")
 
 
 def describe(module: nn.Module) -> dict[str, Any]:

@@ -27,10 +27,21 @@ _BOTTOM_UP = [
         "method_wraps",
         "process_slices",
         "sharding",
+        "verdicts",
         "analysis.spectrum",
         "analysis.intruders",
     },
-    {"base_folder", "base_names", "ops", "skeleton", "option_checks", "report", "layers.adapter", "layers.norm"}
+    {
+        "base_folder",
+        "base_names",
+        "fingerprint",
+        "ops",
+        "skeleton",
+        "option_checks",
+        "report",
+        "layers.adapter",
+        "layers.norm",
+    }
     | {"analysis.relation", "analysis.similarity"},
     {"tied_heads", "config", "layers.base", "layers.low_rank"},
     {"layers.linear", "layers.embedding", "layers.conv", "layers.weight"},
@@ -57,7 +68,7 @@ _BOTTOM_UP = [
     {"state", "peft_config", "peft_factors", "peft_names", "peft_support"},
     {"peft_layers", "peft_numbers"},
     {"skeleton_kinds", "checks", "peft_export", "peft_import"},
-    {"peft_collect"},
+    {"peft_collect", "peft_files"},
     {"peft_format"},
     {"checkpoint_file", "preflight"},
     {"fit_export", "warm_start", "analysis.files"},
@@ -72,7 +83,16 @@ _BOTTOM_UP = [
     {"__main__"},
 ]
 LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in together}
-KNOWS_LIGHTNING = {"load_guard", "company", "one_file", "precision", "strategies", "adapter_checkpoints", "callback"}
+KNOWS_LIGHTNING = {
+    "load_guard",
+    "company",
+    "one_file",
+    "precision",
+    "strategies",
+    "adapter_checkpoints",
+    "callback",
+    "verdicts",
+}
 
 
 def rooms() -> dict[str, Path]:
@@ -140,7 +160,7 @@ def test_no_room_imports_peft_or_transformers(room: str):
     assert not outside(ROOMS[room]) & {"peft", "transformers", "accelerate", "bitsandbytes"}
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"peft_format", "state"}))
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"peft_files", "state"}))
 def test_only_the_rooms_of_files_import_safetensors(room: str):
     assert "safetensors" not in outside(ROOMS[room])
 

@@ -14,7 +14,8 @@ from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import TokenAdapter
 from lightning_lora.peft_config import PeftConfig
-from lightning_lora.peft_format import CONFIG_FILE, matching_root, read_config, read_tensors
+from lightning_lora.peft_files import CONFIG_FILE, read_config, read_tensors
+from lightning_lora.peft_format import matching_root
 from lightning_lora.peft_import import adapted_paths, make_import
 from lightning_lora.peft_layers import keys_by_path
 from lightning_lora.peft_names import PREFIX
