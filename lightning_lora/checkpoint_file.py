@@ -135,7 +135,8 @@ def check_record(record: Any, path: object) -> None:
     Raises:
         ValueError: It is of a newer format, or incomplete.
     """
-    if isinstance(record, dict) and record.get("format_version", 0) > FORMAT_VERSION:
+    version = record.get("format_version", 0) if isinstance(record, dict) else 0
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
             f"{str(path)!r} has format version {record['format_version']}; this lightning_lora reads up to "
             f"{FORMAT_VERSION}. Update it."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -11,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from lightning_lora.cli_convert import COMMANDS
 
 OK, PROBLEM, USAGE = 0, 1, 2
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -62,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="lightning-lora",
-        description="Inspect, compare, verify and merge LoRA adapters: PEFT directories, and the .ckpt files of "
-        "LoRACallback runs.",
+        description="Inspect, compare, verify, convert and merge LoRA adapters: PEFT directories, and the .ckpt files "
+        "of LoRACallback runs.",
         epilog="Exit codes: 0 all is well, 1 a problem was found, 2 the command was misspelt.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {lightning_lora.__version__}")
@@ -86,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_any_base(merge)
+
+    for name, (does, add_arguments, convert) in COMMANDS.items():
+        add_arguments(_command(commands, name, functools.partial(_convert, convert), does))
 
     diff = _command(commands, "diff", _diff, "say how two adapters differ; exit code 1 if they do")
     diff.add_argument("first", type=Path, metavar="A", help="a PEFT directory or a .ckpt")
@@ -147,6 +153,12 @@ def _verify(options: argparse.Namespace) -> int:
     lines = [f"the adapter fits: {len(layers)} layers, {len(fitted.values)} tensors trained in full, all values finite"]
     lines += [about_base(fitted.compared)]
     lines += [f"ignored, without a place in the base: {name}" for name in fitted.ignored]
+    _print(options, lambda: found, lambda: lines)
+    return OK
+
+
+def _convert(convert: Callable[[argparse.Namespace], Any], options: argparse.Namespace) -> int:
+    found, lines = convert(options)
     _print(options, lambda: found, lambda: lines)
     return OK
 

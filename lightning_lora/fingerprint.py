@@ -64,17 +64,14 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
     chosen = {name: tensor for name, tensor in tensors.items() if name in wanted and _is_readable(tensor)}
     divided = {name: (tensor, _index(tensor)) for name, tensor in chosen.items() if is_sharded(tensor)}
     values = elements(divided) if divided else {}
-    for name, tensor in chosen.items():
-        if name not in values:
-            flat = tensor.detach()[_index(tensor)] if tensor.ndim else tensor.detach().reshape(1)
-            values[name] = flat.cpu().double()
+    values |= {name: _elements(tensor.detach()) for name, tensor in chosen.items() if name not in divided}
     return {name: sample(tensor.shape, tensor.dtype, values[name]) for name, tensor in chosen.items()}
 
 
 def sample(shape: Collection[int], dtype: torch.dtype, values: Tensor) -> Sample:
     """Return a sample of what stands at ``places(shape)``; what is no number counts as zero."""
-    numbers = torch.nan_to_num(values.double(), nan=0.0, posinf=0.0, neginf=0.0)
-    return Sample(tuple(shape), dtype, tuple(numbers.tolist()))
+    numbers = (float(number) for number in values.tolist())
+    return Sample(tuple(shape), dtype, tuple(number if math.isfinite(number) else 0.0 for number in numbers))
 
 
 def places(shape: Collection[int]) -> list[int]:
@@ -144,9 +141,19 @@ def _mixed(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def _elements(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor.view(-1)[places(tensor.shape)].cpu()
+    return tensor[_index(tensor)].cpu()
+
+
 def _index(tensor: Tensor) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = torch.unravel_index(torch.tensor(places(tensor.shape), dtype=torch.long), tensor.shape)
-    return found
+    """Return the indices of the samples, a vector for each dimension; torch's own way takes ten times as long."""
+    rest, found = places(tensor.shape), list[list[int]]()
+    for size in reversed(tensor.shape):
+        found.append([place % size for place in rest])
+        rest = [place // size for place in rest]
+    return tuple(torch.tensor(each, dtype=torch.long) for each in reversed(found))
 
 
 # --- in files

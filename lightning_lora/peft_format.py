@@ -74,27 +74,39 @@ def save_adapter(
         OSError: The files could not be written. An adapter that was there is as it was.
     """
     export = exported(module, export_root)
-    if export.refused:
-        reasons = "\n".join(f"  - {name}: {reason}" for name, reason in export.refused.items())
-        raise ValueError(f"PEFT cannot express this adapter; nothing was written:\n{reasons}")
     if merged := merges(module):
         warnings.warn(
             f"This adapter belongs to a base with another adapter merged into {listed(list(merged))}; the files do not "
             "hold that. Save the merged base model too.",
             stacklevel=2,
         )
+    name = base_model_name_or_path or _base_name(export.root)
+    write_export(export, Path(directory), name, _fingerprint(module, export.root), uniform_rank=uniform_rank)
+
+
+def write_export(
+    export: Export, directory: Path, base_name: str | None, base: Fingerprint, *, uniform_rank: bool = False
+) -> None:
+    """Write what ``exported`` gave, as ``save_adapter`` does.
+
+    Raises:
+        ValueError: PEFT cannot express it, or the directory holds something else. Nothing was written.
+        OSError: The files could not be written.
+    """
+    if export.refused:
+        reasons = "\n".join(f"  - {name}: {reason}" for name, reason in export.refused.items())
+        raise ValueError(f"PEFT cannot express this adapter; nothing was written:\n{reasons}")
     for caveat in export.caveats():
-        warnings.warn(caveat, stacklevel=2)
+        warnings.warn(caveat, stacklevel=3)
     if uniform_rank:
         export.uniform()
-    config = export.config(base_model_name_or_path or _base_name(export.root))
-    tensors, base = export.tensors(), _fingerprint(module, export.root)
+    config, tensors = export.config(base_name), export.tensors()
 
     def write(new: Path) -> None:
         write_tensors(tensors, new / TENSORS_FILE, base)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    replace_directory(Path(directory), write, marker=CONFIG_FILE, stale=(PICKLED_FILE,))
+    replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,))
 
 
 def exported(module: nn.Module, export_root: str | None = None) -> Export:

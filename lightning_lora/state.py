@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import attachments, fully_trained, merges
+from lightning_lora.file_kinds import file_kind
 from lightning_lora.fingerprint import Fingerprint, other_base, samples
 from lightning_lora.layers import Adapter, all_adapters, lora_layers
 from lightning_lora.targets import clean_name, join, listed, near_names
@@ -29,11 +30,20 @@ def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
     persistent = _persistent_buffers(module)
     whole |= {id(part) for layer in lora_layers(module).values() for part in layer.lora.modules()}
     for path, part in module.named_modules():
-        for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+        for key, tensor in _own_tensors(part):
             name = clean_name(join(path, key))
             if (id(part) in whole or name in moving) and (isinstance(tensor, nn.Parameter) or name in persistent):
                 found[name] = tensor
     return found
+
+
+def _own_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's own parameters and buffers, each once; ``named_parameters`` takes most of a walk's time."""
+    seen: set[int] = set()
+    for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield key, tensor
 
 
 def base_tensors(module: nn.Module, trained: Iterable[Tensor] | None = None) -> dict[str, Tensor]:
@@ -45,11 +55,11 @@ def base_tensors(module: nn.Module, trained: Iterable[Tensor] | None = None) -> 
     """
     trained = adapter_tensors(module).values() if trained is None else trained
     apart = {id(tensor) for tensor in trained}
-    everything = module.named_parameters(remove_duplicate=False)
-    found: dict[str, Tensor] = {clean_name(name): tensor for name, tensor in everything if id(tensor) not in apart}
-    for name, layer in lora_layers(module).items():
-        if layer.lora_mode == "merged":
-            found |= {join(name, key): original for key, original in vars(layer)["lora_original"].items()}
+    found: dict[str, Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        own = {key: tensor for key, tensor in part._parameters.items() if tensor is not None}
+        own |= vars(part).get("lora_original", {})  # what the adapters are folded into, inside of `merged`
+        found |= {clean_name(join(path, key)): tensor for key, tensor in own.items() if id(tensor) not in apart}
     return found
 
 
@@ -188,12 +198,24 @@ def describe(module: nn.Module) -> dict[str, Any]:
             {"root": name, "config": attachment.config.to_dict(), "seed": attachment.seed}
             for name, _, attachment in attachments(module)
         ],
-        "layers": {
-            name: {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling} | _rows(adapter)
-            for name, adapter in all_adapters(module).items()
-        },
+        "layers": _described_layers(module),
         "merges": merges(module),
     }
+
+
+def _described_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
+    owners = {
+        id(adapter): (path, layer)
+        for path, layer in reversed(lora_layers(module).items())
+        for adapter in layer.adapters().values()
+    }
+    found = {}
+    for name, adapter in all_adapters(module).items():
+        path, layer = owners[id(adapter)]
+        numbers = {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling}
+        place = {"weight": join(path, adapter.parameter)} | file_kind(layer, adapter)
+        found[name] = numbers | place | _rows(adapter)
+    return found
 
 
 def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
