@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_lora.cli_colours import BAD, WARNING, highlighted, painted
 from lightning_lora.cli_convert import COMMANDS
 
 OK, PROBLEM, USAGE = 0, 1, 2
@@ -52,12 +53,12 @@ def _fail(error: Exception) -> int:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     text = " ".join(line if line.endswith((":", ".")) else f"{line};" for line in lines).removesuffix(";")
     text = text or type(error).__name__
-    print(f"lightning-lora: error: {text}", file=sys.stderr)
+    print(f"lightning-lora: {painted('error:', BAD, sys.stderr)} {text}", file=sys.stderr)
     return PROBLEM
 
 
 def _show_warning(message: Warning | str, *_rest: Any, **_options: Any) -> None:
-    print(f"lightning-lora: warning: {message}", file=sys.stderr)
+    print(f"lightning-lora: {painted('warning:', WARNING, sys.stderr)} {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,4 +181,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _print(options: argparse.Namespace, content: Callable[[], Any], lines: Callable[[], Sequence[str]]) -> None:
-    print(json.dumps(content(), indent=2, default=str) if options.json else "\n".join(lines()), flush=True)
+    if options.json:
+        print(json.dumps(content(), indent=2, default=str), flush=True)
+    else:
+        print("\n".join(highlighted(line, sys.stdout) for line in lines()), flush=True)

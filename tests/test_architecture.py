@@ -28,6 +28,7 @@ _BOTTOM_UP = [
         "process_slices",
         "sharding",
         "verdicts",
+        "cli_colours",
         "analysis.spectrum",
         "analysis.intruders",
     },
