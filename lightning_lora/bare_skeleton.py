@@ -119,6 +119,8 @@ def skeleton_of_peft(config: PeftConfig, tensors: Mapping[str, Tensor], root: st
     Raises:
         ValueError: The files do not tell what the layers are.
     """
+    if bare := [entry for entry in config.target_parameters if "." not in entry]:
+        raise ValueError(f"target_parameters names {listed(bare)} without the modules that they are in. {_REMEDY}")
     known = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     layouts, kinds = dict[str, Layout](), dict[str, str]()
     stacks: dict[str, dict[int, str]] = {}

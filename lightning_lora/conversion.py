@@ -118,11 +118,15 @@ def _repeated(part: nn.Module, root: str, content: Import, tensors: Mapping[str,
 
 
 def _with_full_names(content: Import, root: str) -> LoRAConfig:
-    """Return the config with names that mean the same in a model of which nothing else is known."""
+    """Return the config with names that mean the same in a model of which nothing else is known.
+
+    What is tied to what is unknown too: as PEFT does, the update is of the named layer alone.
+    """
     config = content.config
     patterns = {anchored(label): anchored(join(root, label)) for label in (layer.label for layer in content.layers)}
     return replace(
         config,
+        untie_weights=True,
         target_modules=[join(root, layer.name) for layer in content.layers if not layer.by_parameter],
         target_parameters=[join(root, layer.label) for layer in content.layers if layer.by_parameter],
         modules_to_save=[join(root, name) for name in config.modules_to_save],
