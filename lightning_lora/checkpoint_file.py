@@ -18,8 +18,8 @@ from torch import nn
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
-from lightning_lora.peft_files import is_adapter_directory
-from lightning_lora.peft_format import load_directory
+from lightning_lora.peft_format.directory import is_adapter_directory
+from lightning_lora.peft_format.files import load_directory
 from lightning_lora.report import AttachReport
 from lightning_lora.state import (
     FORMAT_VERSION,

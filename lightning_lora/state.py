@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import attachments, fully_trained, merges
-from lightning_lora.file_kinds import file_kind
 from lightning_lora.fingerprint import Fingerprint, other_base, samples
 from lightning_lora.layers import Adapter, all_adapters, lora_layers
+from lightning_lora.peft_format.kinds import file_kind
 from lightning_lora.targets import clean_name, join, listed, near_names
 
 FORMAT_VERSION = 1

@@ -17,68 +17,72 @@ PACKAGE = Path(lightning_lora.__file__).parent
 # A room may import rooms of a lower level only. A new room gets its place here first.
 _BOTTOM_UP = [
     {
+        "planning",
+        "disk",
+        "training",
+        "peft_format",
         "directories",
-        "tensor_files",
+        "disk.tensor_files",
         "dropout_bits",
         "option_types",
         "targets",
         "initializers",
         "layers.swap",
-        "method_wraps",
-        "process_slices",
+        "training.method_wraps",
+        "training.process_slices",
         "sharding",
-        "verdicts",
-        "cli_colours",
+        "training.verdicts",
+        "cli.colours",
         "analysis.spectrum",
         "analysis.intruders",
     },
     {
-        "base_folder",
-        "base_names",
+        "disk.base_folder",
+        "disk.base_names",
         "fingerprint",
         "ops",
-        "skeleton",
+        "disk.skeleton",
         "option_checks",
         "report",
         "layers.adapter",
         "layers.norm",
     }
     | {"analysis.relation", "analysis.similarity"},
-    {"tied_heads", "config", "layers.base", "layers.low_rank"},
+    {"disk.tied_heads", "config", "layers.base", "layers.low_rank"},
     {"layers.linear", "layers.embedding", "layers.conv", "layers.weight"},
     {"layers.tokens"},
     {"layers"},
     {
         "attachment",
-        "misses",
-        "obstacles",
-        "file_kinds",
+        "planning.misses",
+        "planning.obstacles",
+        "peft_format.kinds",
         "optimizers",
-        "planned",
+        "planning.planned",
         "probe",
-        "company",
-        "advice",
-        "one_file",
-        "precision",
+        "training.company",
+        "training.advice",
+        "training.one_file",
+        "training.precision",
         "analysis.matrices",
     },
-    {"trainables", "token_rows"},
-    {"plan"},
+    {"planning.trainables", "planning.token_rows"},
+    {"planning.plan"},
     {"freezing", "analysis.budget"},
     {"switching"},
     {"surgery"},
-    {"state", "peft_config", "peft_factors", "peft_names", "peft_support"},
-    {"peft_layers", "peft_numbers"},
-    {"skeleton_kinds", "checks", "peft_export", "peft_import"},
-    {"peft_collect", "peft_files"},
-    {"peft_format"},
-    {"checkpoint_file", "preflight"},
-    {"fit_export", "warm_start", "bare_skeleton", "analysis.files"},
-    {"adapter_fit", "conversion", "inspection", "analysis.adapters"},
-    {"streaming", "analysis.summary"},
-    {"cli_text", "cli_convert", "analysis", "analysis.plots"},
-    {"load_guard", "strategies"},
-    {"adapter_checkpoints"},
+    {"state", "peft_format.config", "peft_format.factors", "peft_format.names", "peft_format.support"},
+    {"peft_format.layers", "peft_format.patterns"},
+    {"disk.skeleton_kinds", "training.checks", "peft_format.exporting", "peft_format.importing"},
+    {"peft_format.collect", "peft_format.directory"},
+    {"peft_format.files"},
+    {"checkpoint_file", "peft_format.preflight"},
+    {"training.fit_export", "warm_start", "disk.bare_skeleton", "analysis.files"},
+    {"disk.adapter_fit", "disk.conversion", "cli.inspection", "analysis.adapters"},
+    {"disk.streaming", "analysis.summary"},
+    {"cli.text", "cli.convert", "analysis", "analysis.plots"},
+    {"training.load_guard", "training.strategies"},
+    {"training.adapter_checkpoints"},
     {"callback"},
     {""},
     {"cli"},
@@ -86,14 +90,14 @@ _BOTTOM_UP = [
 ]
 LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in together}
 KNOWS_LIGHTNING = {
-    "load_guard",
-    "company",
-    "one_file",
-    "precision",
-    "strategies",
-    "adapter_checkpoints",
+    "training.load_guard",
+    "training.company",
+    "training.one_file",
+    "training.precision",
+    "training.strategies",
+    "training.adapter_checkpoints",
     "callback",
-    "verdicts",
+    "training.verdicts",
 }
 
 
@@ -145,7 +149,7 @@ def test_imports_go_strictly_downward(room: str):
 
 
 def test_imports_are_found():
-    assert imported_rooms(ROOMS["surgery"]) >= {"plan", "freezing", "layers", "attachment"}
+    assert imported_rooms(ROOMS["surgery"]) >= {"planning.plan", "freezing", "layers", "attachment"}
     assert imported_rooms(ROOMS["layers"]) >= {"layers.base", "layers.embedding", "layers.linear", "layers.norm"}
     assert "torch" in outside(ROOMS["surgery"])
 
@@ -162,7 +166,7 @@ def test_no_room_imports_peft_or_transformers(room: str):
     assert not outside(ROOMS[room]) & {"peft", "transformers", "accelerate", "bitsandbytes"}
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"peft_files", "state"}))
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"peft_format.directory", "state"}))
 def test_only_the_rooms_of_files_import_safetensors(room: str):
     assert "safetensors" not in outside(ROOMS[room])
 

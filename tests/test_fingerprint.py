@@ -20,9 +20,9 @@ from lightning_lora.fingerprint import digest, fingerprint, from_plain, other_ba
 from lightning_lora.state import base_tensors
 from lightning_lora.warm_start import start_from
 from tests.contract import raises_and_changes_nothing, train_all
-from tests.test_adapter_checkpoints import fitted, read
 from tests.toys import Toy, loader, network, trainer
 from tests.toys import digest as bits
+from tests.training.test_adapter_checkpoints import fitted, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
 

@@ -1,0 +1,294 @@
+"""PEFT directories as files: the same bytes, whole or not there, and names relative to the right model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    detach,
+    load_adapter,
+    lora_layers,
+    merge,
+    save_adapter,
+)
+from lightning_lora.disk.tensor_files import TensorWriter
+from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
+
+CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj"], modules_to_save=["head"])
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def trained_from(model: nn.Module, rng: torch.Generator, config: LoRAConfig = CONFIG) -> nn.Module:
+    attach(model, config)
+    train_all(model, rng)
+    return model
+
+
+def again(model: nn.Module) -> nn.Module:
+    """Return a model of this kind with the weights that the fixture's has at first."""
+    torch.manual_seed(0)
+    return type(model)()
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+# --- writing
+
+
+def test_the_same_adapter_gives_the_same_bytes(tiny, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path / "one")
+    other = again(tiny)
+    load_adapter(other, tmp_path / "one")
+    save_adapter(other, tmp_path / "two")
+    save_adapter(other, tmp_path / "two")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert list(content(tmp_path / "one")) == FILES
+
+
+def test_saving_changes_nothing(tiny, rng, tmp_path):
+    before = snapshot(trained_from(tiny, rng))
+    save_adapter(tiny, tmp_path / "adapter")
+    assert_unchanged(tiny, before)
+
+
+def test_a_module_without_adapters_cannot_be_saved(tiny, rng, tmp_path):
+    with pytest.raises(ValueError, match="its adapters are missing; call attach first"):
+        save_adapter(tiny, tmp_path / "adapter")
+    trained_from(tiny, rng)
+    with pytest.raises(ValueError, match="belong to a parent of it; name this part with export_root"):
+        save_adapter(tiny.blocks, tmp_path / "adapter")
+
+
+def test_an_adapter_on_the_meta_device_has_nothing_to_save(tiny, tmp_path):
+    tiny.to("meta")
+    attach(tiny, CONFIG)
+    with pytest.raises(ValueError, match="on the meta device"):
+        save_adapter(tiny, tmp_path / "adapter")
+
+
+def test_other_files_beside_an_adapter_stay_and_a_pickled_one_goes(tiny, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path / "adapter")
+    for name in ("README.md", "adapter_model.bin"):
+        (tmp_path / "adapter" / name).write_text("old")
+    (tmp_path / "adapter" / "runs").mkdir()
+    (tmp_path / "adapter" / "runs" / "log").write_text("kept")
+    save_adapter(tiny, tmp_path / "adapter")
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["README.md", *FILES, "runs"]
+    assert (tmp_path / "adapter" / "runs" / "log").read_text() == "kept"
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_directory_of_something_else_is_not_replaced(tiny, rng, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds other files and no adapter_config\.json; nothing was written"):
+        save_adapter(trained_from(tiny, rng), tmp_path)
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        save_adapter(tiny, tmp_path / "thesis.tex")
+    assert content(tmp_path) == {"thesis.tex": b"years of work"}
+
+
+def test_a_link_to_a_directory_stays_a_link(tiny, rng, tmp_path):
+    trained_from(tiny, rng)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    save_adapter(tiny, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert list(content(tmp_path / "real")) == FILES
+
+
+class DiskFullError(OSError):
+    """What a full disk would raise."""
+
+
+def failing_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Make the n-th operation that changes the disk fail, and return the list of those that were tried."""
+    tried: list[str] = []
+
+    def guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def operation(*args: Any, **kwargs: Any) -> Any:
+            tried.append(name)
+            if len(tried) == step:
+                raise DiskFullError(f"no space left ({name})")
+            return function(*args, **kwargs)
+
+        return operation
+
+    monkeypatch.setattr(TensorWriter, "write", guarded("tensors", TensorWriter.write))
+    monkeypatch.setattr(os, "fsync", guarded("fsync", os.fsync))
+    monkeypatch.setattr(shutil, "copy2", guarded("copy", shutil.copy2))
+    for name in ("mkdir", "write_text", "rename"):
+        monkeypatch.setattr(Path, name, guarded(name, getattr(Path, name)))
+    return tried
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_write_that_fails_at_any_step_leaves_what_was_there(exists: bool, tiny, rng, tmp_path):
+    place = tmp_path / "adapters" / "mine"
+    trained_from(tiny, rng)
+    if exists:
+        save_adapter(tiny, place)
+        (place / "README.md").write_text("mine")
+    before = content(place) if exists else None
+    train_all(tiny, rng)
+    failed, done = [], False
+    while not done:
+        with pytest.MonkeyPatch.context() as patch:
+            tried = failing_at(len(failed) + 1, patch)
+            try:
+                save_adapter(tiny, place)
+                done = True
+            except DiskFullError:
+                failed.append(tried[-1])
+        assert ((content(place) if place.exists() else None) == before) != done
+        if place.parent.exists():
+            assert [path.name for path in place.parent.iterdir()] == (["mine"] if exists or done else [])
+    assert {"mkdir", "tensors", "write_text", "fsync", "rename"} <= set(failed)
+    assert failed.count("rename") == (2 if exists else 1)
+    assert ("copy" in failed) == exists
+
+
+# --- the model inside
+
+
+class Wrapping(LightningModule):
+    """A LightningModule around one model."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.loss = net, nn.CrossEntropyLoss()
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.net(batch).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Pretrained(nn.Module):
+    """What a transformers model looks like from outside."""
+
+    config: Any = None
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.config, self.inner = {"model_type": "toy"}, net
+
+    def save_pretrained(self) -> None: ...
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.embed
+
+
+def keys_in(directory: Path) -> set[str]:
+    from safetensors.torch import load_file
+
+    return {key.split(".lora_")[0] for key in load_file(directory / FILES[1]) if ".lora_" in key}
+
+
+@pytest.mark.parametrize(
+    ("wrap", "root", "expected"),
+    [
+        (lambda net: net, None, "base_model.model.embed"),
+        (lambda net: nn.ModuleDict({"part": net}), None, "base_model.model.part.embed"),
+        (lambda net: nn.ModuleDict({"part": net}), "part", "base_model.model.embed"),
+        (Wrapping, None, "base_model.model.embed"),
+        (Wrapping, "", "base_model.model.net.embed"),
+        (Pretrained, None, "base_model.model.inner.embed"),
+        (lambda net: Wrapping(Pretrained(net)), None, "base_model.model.inner.embed"),
+        (lambda net: nn.ModuleDict({"a": Pretrained(net), "b": nn.Linear(2, 2)}), None, "base_model.model.inner.embed"),
+    ],
+)
+def test_names_are_relative_to_the_model_inside(wrap, root, expected, tiny, rng, tmp_path):
+    model = trained_from(wrap(tiny), rng)
+    save_adapter(model, tmp_path, export_root=root)
+    assert expected in keys_in(tmp_path)
+    fresh = wrap(again(tiny))
+    load_adapter(fresh, tmp_path)
+    assert_same_bits(adapter_state_dict(fresh), adapter_state_dict(model))
+
+
+def test_an_unknown_or_unclear_root_is_refused(tiny, rng, tmp_path):
+    model = nn.ModuleDict({"student": Pretrained(tiny), "teacher": Pretrained(type(tiny)())})
+    trained_from(model, rng, LoRAConfig(rank=1, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"'studnet' is no module of ModuleDict\. Closest names: 'student'"):
+        save_adapter(model, tmp_path, export_root="studnet")
+    with pytest.raises(ValueError, match="it lies outside of the exported model"):
+        save_adapter(model, tmp_path, export_root="student")
+
+
+def test_of_several_models_the_one_that_is_adapted_is_exported(tiny, rng, tmp_path):
+    model = nn.ModuleDict({"teacher": Pretrained(type(tiny)()), "student": Pretrained(tiny)})
+    trained_from(model, rng, LoRAConfig(rank=1, target_modules=["student.inner.blocks.0.q_proj"]))
+    save_adapter(model, tmp_path)
+    assert keys_in(tmp_path) == {"base_model.model.inner.blocks.0.q_proj"}
+    two = nn.ModuleDict({"a": Pretrained(type(tiny)()), "b": Pretrained(type(tiny)())})
+    with raises_and_changes_nothing(two, ValueError, "Say which with export_root"):
+        load_adapter(two, tmp_path)
+
+
+# --- reading into models that are adapted already
+
+
+def test_an_adapted_model_takes_another_adapter_of_the_same_kind(tiny, tokens, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path)
+    expected, state = tiny(tokens), adapter_state_dict(tiny)
+    train_all(tiny, rng)
+    identities = snapshot(tiny)["identities"]
+    load_adapter(tiny, tmp_path)
+    assert torch.equal(tiny(tokens), expected)
+    assert_same_bits(adapter_state_dict(tiny), state)
+    assert snapshot(tiny)["identities"] == identities
+    detach(tiny)
+    load_adapter(tiny, tmp_path)
+    assert torch.equal(tiny(tokens), expected)
+
+
+@pytest.mark.parametrize("options", [{"rank": 3}, {"alpha": 7.0}, {"target_modules": ["q_proj"]}])
+def test_a_model_adapted_otherwise_refuses_the_file(options, tiny, rng, tmp_path):
+    save_adapter(trained_from(again(tiny), rng), tmp_path)
+    attach(tiny, LoRAConfig(**(CONFIG.to_dict() | options)))
+    with raises_and_changes_nothing(tiny, ValueError, "already carries adapters of other layers, ranks or scalings"):
+        load_adapter(tiny, tmp_path)
+
+
+def test_a_merged_model_refuses_the_file_and_an_adapter_on_it_is_saved_with_a_warning(tiny, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path)
+    merge(tiny)
+    with raises_and_changes_nothing(tiny, RuntimeError, "already merged into embed"):
+        load_adapter(tiny, tmp_path)
+    trained_from(tiny, rng)
+    with pytest.warns(UserWarning, match="belongs to a base with another adapter merged into embed"):
+        save_adapter(tiny, tmp_path)
+
+
+def test_loading_freezes_the_model_inside(tiny, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path)
+    fresh = Wrapping(again(tiny))
+    report = load_adapter(fresh, tmp_path)
+    assert len(report.layers) == len(lora_layers(fresh)) == 3
+    assert not fresh.net.embed.weight.requires_grad
+    assert fresh.net.head.weight.requires_grad
+
+
+def test_the_config_is_what_people_expect(tiny, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path, base_model_name_or_path="me/tiny")
+    config = json.loads((tmp_path / FILES[0]).read_text())
+    assert config["base_model_name_or_path"] == "me/tiny"
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 3, {})
+    assert config["target_modules"] == ["embed", "q_proj"]
+    assert config["modules_to_save"] == ["head"]
