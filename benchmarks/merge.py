@@ -2,7 +2,7 @@
 
     python benchmarks/merge.py [folder for about 5 GB]
 
-The base has the layers of a Llama of 0.9 B parameters in bfloat16, in four shards. The command runs in a process of its
+The base has the layers of a Llama of 1 B parameters in bfloat16, in four shards. The command runs in a process of its
 own; its peak is compared with that of a process that only imports what it needs. Then every merged weight is compared
 with what ``merge`` gives in memory, layer by layer.
 """
@@ -23,7 +23,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, attach, lora_layers, merge
 
-WIDTH, HIDDEN, LAYERS, VOCABULARY, RANK, SHARDS = 2048, 5632, 16, 32000, 16, 4
+WIDTH, HIDDEN, LAYERS, VOCABULARY, RANK, SHARDS = 2048, 5632, 18, 32000, 16, 4
 LINEAR = {
     **{f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"},
     **{"mlp.gate_proj": (HIDDEN, WIDTH), "mlp.up_proj": (HIDDEN, WIDTH), "mlp.down_proj": (WIDTH, HIDDEN)},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,6 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.attachment import get_attachment, merges, request
+from lightning_lora.checkpoint_file import saved_options
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
@@ -22,7 +25,7 @@ from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
 from lightning_lora.state import allow_missing_base
-from lightning_lora.surgery import attach
+from lightning_lora.surgery import attach, detach
 from lightning_lora.training import checks, load_guard
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.advice import explain
@@ -32,8 +35,8 @@ from lightning_lora.training.fit_export import export_fit, refused_export
 from lightning_lora.training.guidance import coverage, questionable_settings
 from lightning_lora.training.method_wraps import MethodWraps
 from lightning_lora.training.precision import convert_layers
-from lightning_lora.training.strategies import trains_in_copies
-from lightning_lora.training.verdicts import as_misconfiguration, refuse, report, warn
+from lightning_lora.training.strategies import is_restored_late, trains_in_copies
+from lightning_lora.training.verdicts import as_misconfiguration, judge, refuse, warn
 from lightning_lora.warm_start import start_from
 
 load_guard.install()
@@ -52,6 +55,8 @@ class LoRACallback(Callback):
             checkpoint, if a ModelCheckpoint kept one, else the last state.
         init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory that training starts from, unless it resumes
             a checkpoint. Ranks may be higher than there, and layers may come or go; what happened is logged.
+        check_base: Refuse to load an adapter into a base whose values are not those that it was trained on; another
+            precision of the same is none.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
             and in evaluation; costs a few passes.
         lr_ratio: Learning rate of ``B`` over that of ``A`` (LoRA+, Hayou et al. 2024, who recommend about 16); 1 means
@@ -77,6 +82,7 @@ class LoRACallback(Callback):
         merge_on_teardown: bool = False,
         export_dir: str | None = None,
         init_from: str | None = None,
+        check_base: bool = True,
         probe: bool = False,
         lr_ratio: PositiveFloat = 1.0,
         diagnostics_every_n_steps: NonNegativeInt | None = None,
@@ -87,7 +93,7 @@ class LoRACallback(Callback):
             raise ValueError(f"LoRACallback.lr_ratio must be positive, got {lr_ratio!r}.")
         self.merge_on_teardown = merge_on_teardown
         self.export_dir, self.init_from = export_dir, init_from
-        self.probe = probe
+        self.check_base, self.probe = check_base, probe
         self.lr_ratio = float(lr_ratio)
         self.diagnostics_every_n_steps = diagnostics_every_n_steps
         self._diagnostics = diagnostics_of(diagnostics_every_n_steps)
@@ -111,7 +117,8 @@ class LoRACallback(Callback):
             rank_zero_info(message)
         self._refuse_lost_training(trainer, pl_module, stage)
         with as_misconfiguration():
-            self._layout = adapter_checkpoints(trainer.strategy).layout
+            checkpoints = adapter_checkpoints(trainer.strategy)
+        self._layout, checkpoints.check_base, checkpoints.attach_late = checkpoints.layout, self.check_base, None
         self._load_hook = pl_module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
         )
@@ -122,7 +129,11 @@ class LoRACallback(Callback):
         elif merges(pl_module) and not lora_layers(pl_module):
             return  # evaluating a merged model: the adapter is in its weights
         request(pl_module, self.config, self._seed(pl_module))  # for attach(self) in configure_model
-        self._attach_in_time(trainer, pl_module)
+        if stage != TrainerFn.FITTING and self.config == LoRAConfig() and not is_restored_late(trainer.strategy):
+            # Nothing was asked for: a checkpoint knows what it holds, and comes before the strategy is set up.
+            checkpoints.attach_late = functools.partial(self._attach_late, pl_module)
+        else:
+            self._attach_in_time(trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,14 +193,14 @@ class LoRACallback(Callback):
             self._diagnostics.after_batch(trainer, pl_module)
         if self._reached is not None and not self._checked_optimizers:
             self._checked_optimizers.add(0)
-            report(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
+            judge(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before each optimizer step: at the first one, name the adapters that no gradient reached."""
         if id(optimizer) not in self._checked_optimizers:
             self._checked_optimizers.add(id(optimizer))
-            report(*checks.unreached_adapters(pl_module, optimizer))
+            judge(*checks.unreached_adapters(pl_module, optimizer))
         if self._diagnostics is not None:
             self._diagnostics.before_step(trainer, optimizer)
 
@@ -248,10 +259,22 @@ class LoRACallback(Callback):
     def _attach_after(self, pl_module: LightningModule, result: Any) -> None:
         self._attach(pl_module)
 
-    def _attach(self, pl_module: LightningModule) -> None:
+    def _attach_late(self, pl_module: LightningModule, record: Mapping[str, Any] | None) -> None:
+        """Attach what a checkpoint holds, else what the module has already, else the default."""
+        saved, before = saved_options(record), get_attachment(pl_module)
+        if saved is not None and before is not None and before.config == self.config != saved[0]:
+            detach(pl_module)  # what configure_model attached by default
+        elif saved is None and before is not None:
+            saved = before.config, before.seed
+        self._attach(pl_module, *(saved or ()))
+        if record is not None and saved is not None:
+            rank_zero_info("LoRA: rank, targets and all other options are those of the checkpoint.")
+
+    def _attach(self, pl_module: LightningModule, config: LoRAConfig | None = None, seed: int | None = None) -> None:
         with as_misconfiguration():
             convert_layers(pl_module.trainer.precision_plugin, pl_module)
-            attached = attach(pl_module, self.config, seed=self._seed(pl_module))
+            seed = self._seed(pl_module) if seed is None else seed
+            attached = attach(pl_module, config or self.config, seed=seed)
             self._coverage = coverage(pl_module)  # now, as FSDP hides sizes
             self._layout.attached(pl_module)
         if not self._reported:
@@ -263,7 +286,8 @@ class LoRACallback(Callback):
         """Start from another adapter, and refuse now what could not be exported later."""
         trainer = pl_module.trainer
         if self.init_from is not None and trainer.ckpt_path is None:
-            rank_zero_info(f"LoRA: started from {self.init_from}: {start_from(pl_module, self.init_from)}")
+            start = start_from(pl_module, self.init_from, check_base=self.check_base)
+            rank_zero_info(f"LoRA: started from {self.init_from}: {start}")
         if self.export_dir is not None and trainer.state.fn == TrainerFn.FITTING:
             refuse(self._layout.refused_export() or refused_export(pl_module))
 

@@ -6,7 +6,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from pathlib import Path
@@ -17,9 +17,17 @@ from torch import nn
 
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import LoRAConfig
-from lightning_lora.peft_format.files import is_adapter_directory, load_directory
+from lightning_lora.fingerprint import Sample, from_plain
+from lightning_lora.peft_format.directory import is_adapter_directory
+from lightning_lora.peft_format.files import load_directory
 from lightning_lora.report import AttachReport
-from lightning_lora.state import FORMAT_VERSION, check_not_merged, copy_adapter_state, record_problems
+from lightning_lora.state import (
+    FORMAT_VERSION,
+    check_not_merged,
+    copy_adapter_state,
+    record_problems,
+    refuse_other_base,
+)
 from lightning_lora.surgery import attach, detach
 from lightning_lora.targets import module_names
 
@@ -78,25 +86,29 @@ def check_is_checkpoint(checkpoint: object, path: object) -> None:
         raise ValueError(f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'. Nothing was changed.")
 
 
-def load_adapter(module: nn.Module, path: str | PathLike[str]) -> AttachReport:
+def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bool = True) -> AttachReport:
     """Attach and load a saved adapter; the file alone says everything needed.
 
     Args:
         module: A base model of the trained kind with its pretrained weights, adapted in the same way or not at all.
         path: A ``.ckpt`` written under a ``LoRACallback``, or a directory written by ``save_adapter`` or by PEFT. The
             model that a directory's names are relative to is found in the module by those names.
+        check_base: Refuse a base whose values are not those that the adapter was trained on, as far as the file says;
+            another precision of the same is none.
 
     Returns:
         What was adapted.
 
     Raises:
-        ValueError: The file is no such checkpoint, or does not fit the module. Nothing was changed.
+        ValueError: The file is no such checkpoint, or does not fit the module, or its base. Nothing was changed.
         RuntimeError: Another adapter was merged into this module for good.
     """
     if is_adapter_directory(path):
-        return load_directory(module, path)
+        return load_directory(module, path, check_base=check_base)
     record, state = read_checkpoint(path)
     check_not_merged(module, record["merges"])
+    if check_base:
+        refuse_other_base(module, recorded_base(record))
     return _attach_and_load(module, record, state)
 
 
@@ -123,13 +135,32 @@ def check_record(record: Any, path: object) -> None:
     Raises:
         ValueError: It is of a newer format, or incomplete.
     """
-    if isinstance(record, dict) and record.get("format_version", 0) > FORMAT_VERSION:
+    version = record.get("format_version", 0) if isinstance(record, dict) else 0
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
             f"{str(path)!r} has format version {record['format_version']}; this lightning_lora reads up to "
             f"{FORMAT_VERSION}. Update it."
         )
     if not isinstance(record, dict) or not {"adapters", "layers", "merges"} <= record.keys():
         raise ValueError(f"The record of the adapter in {str(path)!r} is incomplete; the file was changed or damaged.")
+
+
+def recorded_base(record: Mapping[str, Any]) -> dict[str, Sample]:
+    """Return the fingerprint of the base that an adapter was trained on; empty if its record has none.
+
+    Raises:
+        ValueError: It makes no sense.
+    """
+    return from_plain(record.get("base", {}))
+
+
+def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | None:
+    """Return the config and the seed of an adapter that was attached to the whole module, or None."""
+    try:
+        [entry] = record["adapters"] if record is not None else []
+        return (LoRAConfig.from_dict(entry["config"]), int(entry["seed"])) if entry["root"] == "" else None
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _attach_and_load(module: nn.Module, record: dict[str, Any], state: dict[str, torch.Tensor]) -> AttachReport:

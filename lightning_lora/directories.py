@@ -94,3 +94,23 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, and put it there only when the disk holds all of it.
+
+    Raises:
+        OSError: It could not be written. What was there is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    place = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
+    try:
+        write(place)
+        _flush(place)
+        place.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            place.unlink()
+        raise
+    with suppress(OSError):
+        _flush(path.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,62 @@ def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
 def copy_whole(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, which every process has, into one that may be spread over them."""
     target.copy_(laid_out_like(value.to(target.device), target))
+
+
+@torch.no_grad()
+def elements(chosen: Mapping[str, tuple[Tensor, tuple[Tensor, ...]]]) -> dict[str, Tensor]:
+    """Return some elements of tensors that are spread over processes; every process must call this.
+
+    Each process looks up those that it holds, and only these few numbers travel.
+
+    Args:
+        chosen: Name -> a ``DTensor``, and the indices of the elements, one vector for each dimension.
+
+    Returns:
+        Name -> the elements, float64, on the CPU.
+    """
+    numbers: dict[Any, Tensor] = {}
+    held = [_held(tensor, index, numbers) for tensor, index in chosen.values()]
+    together = torch.cat(held)
+    meshes = dict.fromkeys(cast(Any, tensor).device_mesh for tensor, _ in chosen.values())
+    groups = {group: mesh.device_type for mesh in meshes for group in mesh.get_all_groups()}
+    for group, device in groups.items():
+        travelling = together.to(device)
+        torch.distributed.all_reduce(travelling, torch.distributed.ReduceOp.MAX, group=group)
+        together = travelling.cpu()
+    parts = torch.split(together, [len(each) for each in held])
+    return dict(zip(chosen, parts, strict=True))
+
+
+def _held(tensor: Tensor, index: tuple[Tensor, ...], numbers: dict[Any, Tensor]) -> Tensor:
+    """Return those elements that this process holds, and minus infinity for the others."""
+    part = local(tensor.detach())
+    if not tensor.ndim:
+        return part.reshape(1).cpu().double()
+    is_here, at = torch.ones(len(index[0]), dtype=torch.bool), []
+    for dimension, wanted in enumerate(index):
+        match = _numbers(tensor, dimension, numbers) == wanted.unsqueeze(1)  # (elements, rows held)
+        is_here &= match.any(1)
+        at.append(match.int().argmax(1) if match.shape[1] else torch.zeros_like(wanted))
+    found = torch.full((len(is_here),), -torch.inf, dtype=torch.float64)
+    found[is_here] = torch.nan_to_num(part[tuple(each[is_here] for each in at)].cpu().double(), posinf=0.0, neginf=0.0)
+    return found
+
+
+def _numbers(tensor: Tensor, dimension: int, known: dict[Any, Tensor]) -> Tensor:
+    """Return which rows, columns and so on of the whole tensor this process holds, on the CPU."""
+    from torch.distributed.tensor import Replicate
+
+    placed: Any = tensor
+    # By the dimension, not by the class: what both FSDP and tensor parallelism divide has placements of another kind.
+    placements = [each if getattr(each, "dim", None) == dimension else Replicate() for each in placed.placements]
+    key = (placed.device_mesh, tuple(placements), dimension, tensor.shape[dimension])
+    if key not in known:
+        alone = [1] * tensor.ndim
+        alone[dimension] = -1
+        counted = torch.arange(tensor.shape[dimension], device=placed.device_mesh.device_type).view(alone)
+        known[key] = local(_distributed(counted, placed.device_mesh, placements)).flatten().cpu()
+    return known[key]
 
 
 def place_factors(A: Tensor, B: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import attachments, fully_trained, merges
+from lightning_lora.fingerprint import Fingerprint, other_base, samples
 from lightning_lora.layers import Adapter, all_adapters, lora_layers
+from lightning_lora.peft_format.kinds import file_kind
 from lightning_lora.targets import clean_name, join, listed, near_names
 
 FORMAT_VERSION = 1
@@ -28,10 +30,36 @@ def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
     persistent = _persistent_buffers(module)
     whole |= {id(part) for layer in lora_layers(module).values() for part in layer.lora.modules()}
     for path, part in module.named_modules():
-        for key, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
+        for key, tensor in _own_tensors(part):
             name = clean_name(join(path, key))
             if (id(part) in whole or name in moving) and (isinstance(tensor, nn.Parameter) or name in persistent):
                 found[name] = tensor
+    return found
+
+
+def _own_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a module's own parameters and buffers, each once; ``named_parameters`` takes most of a walk's time."""
+    seen: set[int] = set()
+    for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield key, tensor
+
+
+def base_tensors(module: nn.Module, trained: Iterable[Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the parameters that training leaves as they are: name -> the model's own tensor, by each of its names.
+
+    Args:
+        module: The module.
+        trained: What is no part of the base; what its adapters train if left out.
+    """
+    trained = adapter_tensors(module).values() if trained is None else trained
+    apart = {id(tensor) for tensor in trained}
+    found: dict[str, Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        own = {key: tensor for key, tensor in part._parameters.items() if tensor is not None}
+        own |= vars(part).get("lora_original", {})  # what the adapters are folded into, inside of `merged`
+        found |= {clean_name(join(path, key)): tensor for key, tensor in own.items() if id(tensor) not in apart}
     return found
 
 
@@ -105,6 +133,16 @@ def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known
     return problems
 
 
+def other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
+    """Return which entries of a state have other shapes than the tensors of their names."""
+    found = [
+        f"{name}: file {tuple(value.shape)}, model {tuple(own[name].shape)}"
+        for name, value in state.items()
+        if name in own and isinstance(own[name], Tensor) and own[name].shape != value.shape
+    ]
+    return [f"other shapes: {', '.join(found)}"] if found else []
+
+
 def mismatch_message(what: str, problems: Iterable[str]) -> str:
     """Return the one error for a state that does not fit."""
     lines = "\n".join(f"  - {problem}" for problem in problems)
@@ -137,6 +175,21 @@ def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> Non
     )
 
 
+def refuse_other_base(module: nn.Module, recorded: Fingerprint) -> None:
+    """Refuse to load an adapter into another base than the one that it was trained on.
+
+    Args:
+        module: The module to load into; where its tensors are divided among processes, every one must call this.
+        recorded: The fingerprint in the adapter's file.
+
+    Raises:
+        ValueError: The values of the base are others.
+    """
+    found = samples(base_tensors(module), recorded) if recorded else {}
+    if message := other_base(recorded, found, type(module).__name__):
+        raise ValueError(f"{message} Nothing was changed.")
+
+
 def describe(module: nn.Module) -> dict[str, Any]:
     """Return the plain record that travels with a saved adapter: what it needs to be understood and loaded."""
     return {
@@ -145,12 +198,24 @@ def describe(module: nn.Module) -> dict[str, Any]:
             {"root": name, "config": attachment.config.to_dict(), "seed": attachment.seed}
             for name, _, attachment in attachments(module)
         ],
-        "layers": {
-            name: {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling} | _rows(adapter)
-            for name, adapter in all_adapters(module).items()
-        },
+        "layers": _described_layers(module),
         "merges": merges(module),
     }
+
+
+def _described_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
+    owners = {
+        id(adapter): (path, layer)
+        for path, layer in reversed(lora_layers(module).items())
+        for adapter in layer.adapters().values()
+    }
+    found = {}
+    for name, adapter in all_adapters(module).items():
+        path, layer = owners[id(adapter)]
+        numbers = {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling}
+        place = {"weight": join(path, adapter.parameter)} | file_kind(layer, adapter)
+        found[name] = numbers | place | _rows(adapter)
+    return found
 
 
 def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.checkpoint_file import read_checkpoint
+from lightning_lora.checkpoint_file import read_checkpoint, recorded_base
 from lightning_lora.layers import Adapter, LowRankAdapter, all_adapters
-from lightning_lora.peft_format.files import imported, is_adapter_directory
+from lightning_lora.peft_format.directory import is_adapter_directory
+from lightning_lora.peft_format.files import imported
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import adapter_tensors, check_not_merged
+from lightning_lora.state import adapter_tensors, check_not_merged, refuse_other_base
 from lightning_lora.targets import join, listed
 
 
@@ -42,7 +43,7 @@ class WarmStart:
         return "; ".join(f"{len(names)} {what} ({listed(names)})" for what, names in parts.items() if names)
 
 
-def start_from(module: nn.Module, path: str | PathLike[str]) -> WarmStart:
+def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool = True) -> WarmStart:
     """Copy another adapter into an adapted module, as far as it reaches; the update of each layer is the same.
 
     Where a rank has grown, the factor that starts at zero is padded with zeros and the other keeps its own start, so
@@ -51,13 +52,14 @@ def start_from(module: nn.Module, path: str | PathLike[str]) -> WarmStart:
     Args:
         module: An adapted module.
         path: A ``.ckpt`` of a LoRACallback run, or a PEFT directory.
+        check_base: As in ``load_adapter``.
 
     Raises:
         ValueError: The source cannot be read, shares nothing with the module, or a tensor does not fit. Nothing was
             changed.
         RuntimeError: Another adapter was merged into this module.
     """
-    source, scalings = _read(module, path)
+    source, scalings = _read(module, path, check_base=check_base)
     start, problems = _resolved(module, source, scalings)
     if not start.values:
         problems.append(f"it shares no tensor with this {type(module).__name__}")
@@ -70,14 +72,18 @@ def start_from(module: nn.Module, path: str | PathLike[str]) -> WarmStart:
     return start
 
 
-def _read(module: nn.Module, path: str | PathLike[str]) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
+def _read(
+    module: nn.Module, path: str | PathLike[str], *, check_base: bool
+) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
     """Return the source's tensors under the names of this module, and the scalings of its adapters."""
     if not is_adapter_directory(path):
         record, state = read_checkpoint(path)
         check_not_merged(module, record["merges"])
+        if check_base:
+            refuse_other_base(module, recorded_base(record))
         return state, {name: layer["scaling"] for name, layer in record["layers"].items()}
     check_not_merged(module, {})
-    root_name, content = imported(module, path)
+    root_name, content = imported(module, path, check_base=check_base)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
     names = _names(module)

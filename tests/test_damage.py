@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import random
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lightning_lora import LoRACallback, adapter_state_dict, detach, load_adapter, lora_layers
@@ -89,6 +91,41 @@ def test_one_process_dying_ends_the_others_with_an_error_within_the_timeout(dead
         pytest.fail("the other process goes on")
     for file in tmp_path.glob("*.ckpt"):
         load_adapter(Toy(), file)
+
+
+# --- a disk that is full
+
+
+@pytest.mark.parametrize("fails", ["opening", "writing", "flushing", "moving"])
+def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
+    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, module, path = fitted(tmp_path)
+    before, files = Path(path).read_bytes(), sorted(tmp_path.iterdir())
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def partial(self: Any, checkpoint: Any, place: Path, *args: Any, **kwargs: Any) -> None:
+        Path(place).write_bytes(before[: len(before) // 2])
+        full()
+
+    if fails == "opening":
+        monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", full)
+    elif fails == "writing":
+        monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", partial)
+    elif fails == "flushing":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(Path, "replace", full)
+    with torch.no_grad():
+        for layer in lora_layers(module).values():
+            layer.lora.B.add_(1.0)
+    with pytest.raises(OSError, match="No space left"):
+        run.save_checkpoint(path)
+    monkeypatch.undo()
+    assert Path(path).read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == files
 
 
 # --- files that are damaged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import statistics
 import struct
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("jsonargparse")
+
+from lightning_lora.cli import main
 
 pytestmark = pytest.mark.slow
 
@@ -194,3 +197,24 @@ def test_the_page_of_the_papers_studies_is_one_file_with_pictures(section7):
         assert escape(finding["found"]) in html
     assert not re.findall(r".*\.py:\d+: .*", section7.printed)
     assert "9/9" in section7.printed  # the base, three groups and one more rank, from two seeds
+
+
+def test_every_command_of_the_readme_runs_on_what_the_example_wrote(digits, tmp_path, monkeypatch, capsys):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    base = torch.load(next((digits.folder / "base").glob("*.ckpt")), weights_only=True)["state_dict"]
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "digits"}')
+    for name, source in (("adapter.ckpt", "lora_shifted"), ("other.ckpt", "lora_shifted")):
+        (tmp_path / name).write_bytes((digits.folder / source / "last.ckpt").read_bytes())
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    lines = [line for line in readme.splitlines() if re.match(r"lightning-lora [a-z]+ .*(adapter\.ckpt|tuned)", line)]
+    assert len(lines) >= 6
+    for line in lines:
+        assert main(shlex.split(line, comments=True)[1:]) == 0, capsys.readouterr().err
+    assert "the one that the adapter was trained on" in capsys.readouterr().out
+    merged = load_file(tmp_path / "whole" / "model.safetensors")
+    assert [name for name in base if not torch.equal(merged[name], base[name])]

@@ -419,7 +419,18 @@ def test_the_record_is_plain_and_says_what_a_reader_needs(tiny, rng, tmp_path):
     [adapter] = record["adapters"]
     assert LoRAConfig.from_dict(adapter["config"]) == CONFIG
     assert (adapter["root"], adapter["seed"]) == ("", 0)
-    assert record["layers"] == {name: {"rank": 2, "scaling": 1.5} for name in lora_layers(model)}
+    layers = lora_layers(model)
+    kinds = {name: "embedding" if name == "embed" else "linear" for name in layers}
+    assert record["layers"] == {
+        name: {
+            "rank": 2,
+            "scaling": 1.5,
+            "weight": f"{name}.weight",
+            "kind": kinds[name],
+            "shape": [*layer.weight.shape],
+        }
+        for name, layer in layers.items()
+    }
     assert record["merges"] == {}
     merge(model)
     assert describe(model)["merges"] == {"embed": 1, "blocks.0.q_proj": 1, "blocks.1.q_proj": 1}

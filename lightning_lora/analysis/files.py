@@ -15,7 +15,8 @@ from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import TokenAdapter
 from lightning_lora.peft_format.config import PeftConfig
-from lightning_lora.peft_format.files import CONFIG_FILE, matching_root, read_config, read_tensors
+from lightning_lora.peft_format.directory import CONFIG_FILE, read_config, read_tensors
+from lightning_lora.peft_format.files import matching_root
 from lightning_lora.peft_format.importing import adapted_paths, make_import
 from lightning_lora.peft_format.layers import keys_by_path
 from lightning_lora.peft_format.names import PREFIX

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -11,6 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from lightning_lora.cli.colours import BAD, WARNING, highlighted, painted
+from lightning_lora.cli.convert import COMMANDS
 
 OK, PROBLEM, USAGE = 0, 1, 2
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -49,12 +53,12 @@ def _fail(error: Exception) -> int:
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     text = " ".join(line if line.endswith((":", ".")) else f"{line};" for line in lines).removesuffix(";")
     text = text or type(error).__name__
-    print(f"lightning-lora: error: {text}", file=sys.stderr)
+    print(f"lightning-lora: {painted('error:', BAD, sys.stderr)} {text}", file=sys.stderr)
     return PROBLEM
 
 
 def _show_warning(message: Warning | str, *_rest: Any, **_options: Any) -> None:
-    print(f"lightning-lora: warning: {message}", file=sys.stderr)
+    print(f"lightning-lora: {painted('warning:', WARNING, sys.stderr)} {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,8 +67,8 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="lightning-lora",
-        description="Plan, inspect, compare, verify and merge LoRA adapters: PEFT directories, and the .ckpt files of "
-        "LoRACallback runs.",
+        description="Plan, inspect, compare, verify, convert and merge LoRA adapters: PEFT directories, and the .ckpt "
+        "files of LoRACallback runs.",
         epilog="Exit codes: 0 all is well, 1 a problem was found, 2 the command was misspelt.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {lightning_lora.__version__}")
@@ -86,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
         help="precision of the floating point tensors (default: each keeps its own); bf16, fp16, fp32 for short",
     )
 
+    _add_any_base(merge)
+
+    for name, (does, add_arguments, convert) in COMMANDS.items():
+        add_arguments(_command(commands, name, functools.partial(_convert, convert), does))
+
     diff = _command(commands, "diff", _diff, "say how two adapters differ; exit code 1 if they do")
     diff.add_argument("first", type=Path, metavar="A", help="a PEFT directory or a .ckpt")
     diff.add_argument("second", type=Path, metavar="B", help="another one")
@@ -93,9 +102,19 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "check that an adapter fits a base: names, shapes, finite values")
     verify.add_argument("adapter", type=Path, metavar="ADAPTER", help="a PEFT directory or a .ckpt")
     verify.add_argument("base", type=Path, metavar="BASE", help="a model's folder with safetensors, or one such file")
+    _add_any_base(verify)
 
     add_commands(lambda name, run, does: _command(commands, name, run, does))
     return parser
+
+
+def _add_any_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--any-base",
+        dest="check_base",
+        action="store_false",
+        help="accept a base of other values than those that the adapter was trained on",
+    )
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], does: str) -> argparse.ArgumentParser:
@@ -126,15 +145,24 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from lightning_lora.cli.text import about_base
     from lightning_lora.disk.adapter_fit import fit_adapter
     from lightning_lora.disk.base_folder import open_base
     from lightning_lora.layers import all_adapters
 
-    fitted = fit_adapter(options.adapter, open_base(options.base))
+    fitted = fit_adapter(options.adapter, open_base(options.base), check_base=options.check_base)
     layers = sorted(all_adapters(fitted.root))
     found = {"fits": True, "layers": layers, "trained_in_full": sorted(fitted.values), "ignored": fitted.ignored}
+    found["base_tensors_compared"] = fitted.compared
     lines = [f"the adapter fits: {len(layers)} layers, {len(fitted.values)} tensors trained in full, all values finite"]
+    lines += [about_base(fitted.compared)]
     lines += [f"ignored, without a place in the base: {name}" for name in fitted.ignored]
+    _print(options, lambda: found, lambda: lines)
+    return OK
+
+
+def _convert(convert: Callable[[argparse.Namespace], Any], options: argparse.Namespace) -> int:
+    found, lines = convert(options)
     _print(options, lambda: found, lambda: lines)
     return OK
 
@@ -147,7 +175,8 @@ def _merge(options: argparse.Namespace) -> int:
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     progress = progress_bar(sys.stderr) if sys.stderr.isatty() else None
-    report = merge_files(options.adapter, options.base, options.out, dtype=dtype, progress=progress)
+    how = {"dtype": dtype, "check_base": options.check_base}
+    report = merge_files(options.adapter, options.base, options.out, **how, progress=progress)
     _print(
         options, lambda: asdict(report) | {"merged": [m._asdict() for m in report.merged]}, lambda: merge_lines(report)
     )
@@ -155,4 +184,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _print(options: argparse.Namespace, content: Callable[[], Any], lines: Callable[[], Sequence[str]]) -> None:
-    print(json.dumps(content(), indent=2, default=str) if options.json else "\n".join(lines()), flush=True)
+    if options.json:
+        print(json.dumps(content(), indent=2, default=str), flush=True)
+    else:
+        print("\n".join(highlighted(line, sys.stdout) for line in lines()), flush=True)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lightning_lora.analysis.places import in_order
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
-from lightning_lora.checkpoint_file import read_checkpoint
+from lightning_lora.checkpoint_file import read_checkpoint, recorded_base
 from lightning_lora.disk.base_folder import read_json
+from lightning_lora.fingerprint import Fingerprint
 from lightning_lora.peft_format.config import PeftConfig
-from lightning_lora.peft_format.files import CONFIG_FILE, read_config, read_tensors
+from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
 from lightning_lora.peft_format.layers import keys_by_path
 from lightning_lora.peft_format.names import PREFIX
 from lightning_lora.targets import join
@@ -63,6 +64,7 @@ class Summary:
         others: Everything else that was trained: name -> tensor.
         config: The options, as the file has them.
         factors: The tensors of each update by their names, for comparing.
+        base: The fingerprint of the base that it was trained on; empty if the file has none.
     """
 
     kind: str
@@ -71,6 +73,7 @@ class Summary:
     layers: list[LayerSummary] = field(default_factory=list)
     others: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    base: Fingerprint = field(default_factory=dict)
 
 
 def summarize(path: Path) -> Summary:
@@ -141,7 +144,8 @@ def _of_checkpoint(record: Mapping[str, Any], state: Mapping[str, object]) -> Su
     entries = record["adapters"]
     config: dict[str, Any] = dict(entries[0]["config"]) if len(entries) == 1 else {"adapters": list(entries)}
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}  # metrics may hold others
-    summary = Summary("Lightning checkpoint", sum(tensor.nbytes for tensor in tensors.values()), config)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    summary = Summary("Lightning checkpoint", size, config, base=recorded_base(record))
     for name, said in record["layers"].items():
         path, factors = _factors_of(name, tensors)
         if "A" in factors and "B" in factors:
@@ -174,7 +178,7 @@ _NAMES: tuple[tuple[str, str], ...] = (
 def _of_peft(path: Path) -> Summary:
     config, tensors = read_config(path / CONFIG_FILE), read_tensors(path)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    summary = Summary("PEFT directory", size, read_json(path / CONFIG_FILE))
+    summary = Summary("PEFT directory", size, read_json(path / CONFIG_FILE), base=read_base(path))
     left = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     for layer, keys in sorted(keys_by_path(left).items(), key=lambda item: in_order(item[0])):
         factors = {short: left.pop(layer + end) for end, short in _NAMES if layer + end in keys}

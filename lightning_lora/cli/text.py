@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from lightning_lora.cli.inspection import Summary
 from lightning_lora.disk.streaming import MergeReport
+from lightning_lora.fingerprint import digest, to_plain
 from lightning_lora.report import table_lines
 from lightning_lora.targets import listed
 
@@ -23,6 +24,7 @@ def summary_object(summary: Summary) -> dict[str, Any]:
         "parameters": _parameters(summary),
         "layers": [layer._asdict() for layer in summary.layers],
         "trained_in_full": {name: list(tensor.shape) for name, tensor in sorted(summary.others.items())},
+        "base": {"fingerprint": digest(summary.base), "tensors": to_plain(summary.base)} if summary.base else None,
         "config": summary.config,
     }
 
@@ -50,6 +52,8 @@ def summary_lines(path: Path, summary: Summary) -> list[str]:
         f"in full: {name} {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
         for name, tensor in sorted(summary.others.items())
     ]
+    if summary.base:
+        lines.append(f"base: fingerprint {digest(summary.base)}, of {len(summary.base)} tensors")
     said = {key: value for key, value in sorted(summary.config.items()) if value not in (None, False, "", [], {}, ())}
     return lines + [f"{key}: {_shortened(value)}" for key, value in said.items()]
 
@@ -68,7 +72,15 @@ def merge_lines(report: MergeReport) -> list[str]:
         lines.append(f"ignored, without a place in the base: {listed(report.ignored)}")
     if report.untied:
         lines.append("the output layer has a weight of its own now: config.json says tie_word_embeddings=false")
+    lines.append(about_base(report.compared))
     return [*lines, f"wrote {len(report.files)} files of tensors, {_size(report.size)}"]
+
+
+def about_base(compared: int) -> str:
+    """Return what comparing the base with the one that the adapter was trained on has shown."""
+    if compared:
+        return f"the base is the one that the adapter was trained on, by samples of {compared} tensors"
+    return "whether the adapter was trained on this base is unknown: no values were compared"
 
 
 def progress_bar(

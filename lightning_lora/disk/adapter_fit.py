@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import named_tensors
-from lightning_lora.checkpoint_file import attach_entry, read_checkpoint
+from lightning_lora.checkpoint_file import attach_entry, read_checkpoint, recorded_base
 from lightning_lora.disk.base_folder import BaseFolder
 from lightning_lora.disk.base_names import Renaming, find_renaming, invert
 from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.disk.skeleton_kinds import kinds_of_checkpoint, kinds_of_peft
-from lightning_lora.disk.tensor_files import Layout
+from lightning_lora.disk.tensor_files import Layout, StoredTensor
 from lightning_lora.disk.tied_heads import virtual_heads
+from lightning_lora.fingerprint import Fingerprint, Sample, other_base, places, sample
 from lightning_lora.layers import Adapter, all_adapters
 from lightning_lora.layers.adapter import row_numbers
-from lightning_lora.peft_format.files import CONFIG_FILE, import_state, read_config, read_tensors
+from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
+from lightning_lora.peft_format.files import import_state
 from lightning_lora.peft_format.importing import adapted_paths, make_import
 from lightning_lora.peft_format.names import PREFIX, without_wrappers
 from lightning_lora.state import adapter_tensors, record_problems
@@ -42,6 +44,7 @@ class Fitted:
         added: Tensors of ``values`` that the base does not have -> what they will be called.
         heads: Tensors of the skeleton that the base's files lack, because they are tied -> their names in the base.
         ignored: What the adapter brings besides that has no place in the base.
+        compared: How many tensors of the base were found to be those that the adapter was trained on.
     """
 
     root: nn.Module
@@ -50,10 +53,16 @@ class Fitted:
     added: dict[str, str] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
+    compared: int = 0
 
 
-def fit_adapter(path: Path, base: BaseFolder) -> Fitted:
+def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fitted:
     """Return the adapter of a PEFT directory or a ``.ckpt``, on the skeleton of a base.
+
+    Args:
+        path: The adapter.
+        base: The base.
+        check_base: Refuse a base of other values than those that the adapter was trained on.
 
     Raises:
         ValueError: They do not fit, or cannot be read.
@@ -69,7 +78,26 @@ def fit_adapter(path: Path, base: BaseFolder) -> Fitted:
         fitted = fit(path, base, layouts)
     fitted.heads = {name: mine for name, mine in fitted.names.items() if mine in heads}
     fitted.names = {name: mine for name, mine in fitted.names.items() if mine in stored}
+    if check_base:
+        fitted.compared = _compared(read_fingerprint(path), {name: stored[m] for name, m in fitted.names.items()})
     return fitted
+
+
+def read_fingerprint(path: Path) -> dict[str, Sample]:
+    """Return the fingerprint of the base in a PEFT directory or a ``.ckpt``; empty if there is none."""
+    return read_base(path) if path.is_dir() else recorded_base(read_checkpoint(path)[0])
+
+
+def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
+    """Return how many tensors are those that a fingerprint says, or refuse the base."""
+    found = {
+        name: sample(tensor.shape, tensor.dtype, tensor.elements(places(tensor.shape)))
+        for name in recorded
+        if (tensor := stored.get(name)) is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+    }
+    if message := other_base(recorded, found, "folder or file", override="--any-base"):
+        raise ValueError(message)
+    return len(found)
 
 
 # --- a PEFT directory

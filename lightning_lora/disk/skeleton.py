@@ -23,7 +23,7 @@ class StoredConv1D(nn.Module):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.nf = shape[-1]
+        self.nx, self.nf = shape[0], shape[-1]
 
 
 class TransposedStack(nn.Module):
@@ -104,7 +104,8 @@ def _weight_shape(path: str, layouts: Mapping[str, Layout]) -> tuple[int, ...]:
 
 def _put(module: nn.Module, key: str, layout: Layout) -> None:
     tensor = torch.zeros((), dtype=layout.dtype).expand(layout.shape)
-    if "bias" in key and len(layout.shape) != 1:  # a mask, as GPT-2's attention has one of this name
+    is_mask = "bias" in key and len(layout.shape) != 1  # GPT-2's attention has one of this name
+    if is_mask or not layout.dtype.is_floating_point:
         module.register_buffer(key, tensor)
     elif key in module._parameters or (isinstance(module, StoredConv1D) and key == "weight"):
         module._parameters[key] = nn.Parameter(tensor, requires_grad=False)

@@ -52,6 +52,7 @@ class MergeReport:
         untied: Whether the output layer has a weight of its own now.
         files: The files of tensors.
         size: Their bytes.
+        compared: How many tensors of the base were found to be those that the adapter was trained on.
     """
 
     merged: list[MergedTensor] = field(default_factory=list)
@@ -61,6 +62,7 @@ class MergeReport:
     untied: bool = False
     files: list[str] = field(default_factory=list)
     size: int = 0
+    compared: int = 0
 
 
 def merge_files(
@@ -69,6 +71,7 @@ def merge_files(
     out: Path,
     *,
     dtype: torch.dtype | None = None,
+    check_base: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write a base with an adapter merged into it: the very bits that loading both and ``merge`` would give.
@@ -78,6 +81,7 @@ def merge_files(
         base: A model's folder, or one file of safetensors.
         out: The folder to write; it must not hold anything.
         dtype: Precision of the floating point tensors; each keeps its own if left out.
+        check_base: Refuse a base of other values than those that the adapter was trained on.
         progress: Called with the bytes done and the bytes to do.
 
     Raises:
@@ -88,7 +92,8 @@ def merge_files(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} exists already and holds something. Name a new folder.")
     folder = open_base(base)
-    merger = _Merger(folder, fit_adapter(adapter, folder), dtype, progress or (lambda _done, _all: None))
+    fitted = fit_adapter(adapter, folder, check_base=check_base)
+    merger = _Merger(folder, fitted, dtype, progress or (lambda _done, _all: None))
     replace_directory(out, merger.write, marker=CONFIG_FILE, stale=())
     return merger.report
 
@@ -102,7 +107,7 @@ class _Merger:
         self.mine = {mine: name for name, mine in (fitted.names | fitted.heads).items()}
         self.modules = dict(fitted.root.named_modules())
         self.heads = self._heads_to_write()
-        self.report = MergeReport(ignored=list(fitted.ignored), untied=self._unties())
+        self.report = MergeReport(ignored=list(fitted.ignored), untied=self._unties(), compared=fitted.compared)
         self._check()
         self.todo, self.done = sum(tensor.size for tensor in self.stored.values()), 0
 

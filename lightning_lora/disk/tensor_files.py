@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -49,6 +49,17 @@ class StoredTensor(NamedTuple):
             if count != self.size:
                 raise ValueError(f"{str(self.path)!r} has become shorter while it was read.")
         return tensor
+
+    def elements(self, places: Sequence[int]) -> Tensor:
+        """Return the elements at these places of the flattened tensor, and read no others."""
+        found = bytearray()
+        with self.path.open("rb") as file:
+            for place in places:
+                file.seek(self.start + place * self.dtype.itemsize)
+                found += file.read(self.dtype.itemsize)
+        if len(found) != len(places) * self.dtype.itemsize:
+            raise ValueError(f"{str(self.path)!r} has become shorter while it was read.")
+        return torch.frombuffer(found, dtype=self.dtype) if found else torch.empty(0, dtype=self.dtype)
 
     def blocks(self) -> Iterator[bytes]:
         """Yield the tensor's bytes as they are stored."""

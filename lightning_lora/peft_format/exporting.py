@@ -54,6 +54,7 @@ class Export:
         saved: Modules trained in full.
         biases: Biases of the base that train, by the names of their parameters.
         refused: Name -> why PEFT cannot hold it.
+        is_partial: Whether the model has other modules, so that only full names mean these.
     """
 
     root: nn.Module
@@ -63,6 +64,7 @@ class Export:
     saved: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
+    is_partial: bool = False
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -103,7 +105,9 @@ class Export:
             "modules_to_save": sorted(self.saved) or None,
             "peft_type": "LORA",
             "peft_version": LAST_KNOWN_PEFT_TEXT,
-            "target_modules": targets_for(self.targets(), _base_names(self.root)),
+            "target_modules": self.targets()
+            if self.is_partial
+            else targets_for(self.targets(), _base_names(self.root)),
             "target_parameters": parameters or None,
             "task_type": None,
             "trainable_token_indices": tokens or None,

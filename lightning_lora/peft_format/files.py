@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
-import zipfile
-from collections.abc import Mapping
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -17,23 +14,32 @@ from torch import Tensor, nn
 
 from lightning_lora.attachment import attachments, get_attachment, merges, named_tensors
 from lightning_lora.directories import replace_directory
+from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.layers import LowRankAdapter, TokenAdapter, all_adapters, lora_layers
 from lightning_lora.peft_format.collect import make_export
-from lightning_lora.peft_format.config import PeftConfig, parse_config, unknown_options_message
+from lightning_lora.peft_format.directory import (
+    CONFIG_FILE,
+    PICKLED_FILE,
+    TENSORS_FILE,
+    read_base,
+    read_config,
+    read_tensors,
+    write_tensors,
+)
 from lightning_lora.peft_format.exporting import Export
 from lightning_lora.peft_format.importing import Import, adapted_paths, make_import
 from lightning_lora.peft_format.names import chosen_root, found_root, without_wrappers
 from lightning_lora.report import AttachReport
-from lightning_lora.state import adapter_tensors, check_not_merged, copy_adapter_state
+from lightning_lora.sharding import is_sharded
+from lightning_lora.state import (
+    adapter_tensors,
+    base_tensors,
+    check_not_merged,
+    copy_adapter_state,
+    refuse_other_base,
+)
 from lightning_lora.surgery import attach, detach
 from lightning_lora.targets import listed, module_names
-
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
-_PICKLED_FILE = "adapter_model.bin"
-_LARGEST_CONFIG = 64 * 2**20
-_UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, LookupError, ValueError, OSError)
-
 
 # --- writing
 
@@ -68,27 +74,39 @@ def save_adapter(
         OSError: The files could not be written. An adapter that was there is as it was.
     """
     export = exported(module, export_root)
-    if export.refused:
-        reasons = "\n".join(f"  - {name}: {reason}" for name, reason in export.refused.items())
-        raise ValueError(f"PEFT cannot express this adapter; nothing was written:\n{reasons}")
     if merged := merges(module):
         warnings.warn(
             f"This adapter belongs to a base with another adapter merged into {listed(list(merged))}; the files do not "
             "hold that. Save the merged base model too.",
             stacklevel=2,
         )
+    name = base_model_name_or_path or _base_name(export.root)
+    write_export(export, Path(directory), name, _fingerprint(module, export.root), uniform_rank=uniform_rank)
+
+
+def write_export(
+    export: Export, directory: Path, base_name: str | None, base: Fingerprint, *, uniform_rank: bool = False
+) -> None:
+    """Write what ``exported`` gave, as ``save_adapter`` does.
+
+    Raises:
+        ValueError: PEFT cannot express it, or the directory holds something else. Nothing was written.
+        OSError: The files could not be written.
+    """
+    if export.refused:
+        reasons = "\n".join(f"  - {name}: {reason}" for name, reason in export.refused.items())
+        raise ValueError(f"PEFT cannot express this adapter; nothing was written:\n{reasons}")
     for caveat in export.caveats():
-        warnings.warn(caveat, stacklevel=2)
+        warnings.warn(caveat, stacklevel=3)
     if uniform_rank:
         export.uniform()
-    config = export.config(base_model_name_or_path or _base_name(export.root))
-    tensors = export.tensors()
+    config, tensors = export.config(base_name), export.tensors()
 
     def write(new: Path) -> None:
-        _write_tensors(tensors, new / TENSORS_FILE)
+        write_tensors(tensors, new / TENSORS_FILE, base)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    replace_directory(Path(directory), write, marker=CONFIG_FILE, stale=(_PICKLED_FILE,))
+    replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,))
 
 
 def exported(module: nn.Module, export_root: str | None = None) -> Export:
@@ -123,27 +141,25 @@ def _base_name(root: nn.Module) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file(dict(tensors), path, metadata={"format": "pt"})
+def _fingerprint(module: nn.Module, root: nn.Module) -> Fingerprint:
+    tensors = base_tensors(root, trained=adapter_tensors(module).values())
+    # Reading values that are divided takes all processes, and here is one.
+    return {} if any(map(is_sharded, tensors.values())) else fingerprint(tensors)
 
 
 # --- reading
 
 
-def is_adapter_directory(path: str | PathLike[str]) -> bool:
-    """Return whether there is a directory, which may hold an adapter as PEFT writes it."""
-    return Path(path).is_dir()
-
-
-def load_directory(module: nn.Module, directory: str | PathLike[str], export_root: str | None = None) -> AttachReport:
+def load_directory(
+    module: nn.Module, directory: str | PathLike[str], export_root: str | None = None, *, check_base: bool = True
+) -> AttachReport:
     """Attach and load the adapter of a PEFT directory, written by PEFT or by ``save_adapter``.
 
     Args:
         module: The base model, or a module that holds it; adapted in the same way or not at all.
         directory: The directory.
         export_root: Name of the submodule to which the names in the files are relative; found if left out.
+        check_base: As in ``load_adapter``.
 
     Returns:
         What was adapted.
@@ -155,80 +171,33 @@ def load_directory(module: nn.Module, directory: str | PathLike[str], export_roo
         RuntimeError: Another adapter was merged into this module for good.
     """
     check_not_merged(module, {})
-    root, content = _read(module, Path(directory), export_root)
+    root, content = _read(module, Path(directory), export_root, check_base=check_base)
     return _attach_and_load(module, root, content)
 
 
-def imported(module: nn.Module, directory: str | PathLike[str]) -> tuple[str, Import]:
+def imported(module: nn.Module, directory: str | PathLike[str], *, check_base: bool = True) -> tuple[str, Import]:
     """Return what a directory means for a module: the name of the model inside it, and what is for that.
 
     Raises:
         ValueError: The files cannot be read, use options that have no equal here, or do not fit the module.
         FileNotFoundError: They are not there.
     """
-    root, content = _read(module, Path(directory), None)
+    root, content = _read(module, Path(directory), None, check_base=check_base)
     return next(name for name, part in module.named_modules() if part is root), content
 
 
-def _read(module: nn.Module, path: Path, export_root: str | None) -> tuple[nn.Module, Import]:
+def _read(module: nn.Module, path: Path, export_root: str | None, *, check_base: bool) -> tuple[nn.Module, Import]:
     config, tensors = read_config(path / CONFIG_FILE), read_tensors(path)
     root = matching_root(module, adapted_paths(tensors), export_root)
     try:
-        return root, make_import(root, config, tensors)
+        content = make_import(root, config, tensors)
     except ValueError as error:
         raise ValueError(
             f"The adapter in {str(path)!r} does not fit this {type(root).__name__}; nothing was changed:\n{error}"
         ) from None
-
-
-def read_config(path: Path) -> PeftConfig:
-    """Return the config of a PEFT directory.
-
-    Raises:
-        ValueError: It cannot be read, or uses options that have no equal here.
-        FileNotFoundError: It is not there.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is not there; a PEFT directory holds {CONFIG_FILE} and {TENSORS_FILE}.")
-    try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        config, unknown = parse_config(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no config that can be loaded: {error}. Nothing was changed.") from error
-    if unknown:
-        warnings.warn(unknown_options_message(unknown), stacklevel=4)
-    return config
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Return the tensors of a PEFT directory, under the names that they have in the file.
-
-    Raises:
-        ValueError: They cannot be read.
-        FileNotFoundError: They are not there.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = directory / TENSORS_FILE
-    try:
-        if path.is_file():
-            return load_file(path)
-        path = directory / _PICKLED_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{str(directory)!r} holds neither {TENSORS_FILE} nor {_PICKLED_FILE}.")
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except (SafetensorError, *_UNREADABLE) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read; it may be truncated or something else. Nothing was changed. The reader "
-            f"said: {type(error).__name__}: {error}"
-        ) from error
-    if isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        return found
-    raise ValueError(f"{str(path)!r} holds no tensors by name. Nothing was changed.")
+    if check_base:
+        refuse_other_base(root, read_base(path))
+    return root, content
 
 
 def matching_root(module: nn.Module, paths: set[str], export_root: str | None = None) -> nn.Module:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_lora.attachment import named_tensors
-from lightning_lora.checkpoint_file import RECORD_KEY, check_is_checkpoint, reading
+from lightning_lora.checkpoint_file import RECORD_KEY, check_is_checkpoint, reading, recorded_base
+from lightning_lora.fingerprint import Fingerprint, other_base, to_plain
 from lightning_lora.layers import lora_layers
 from lightning_lora.optimizers import optimizer_names, reordered_state
 from lightning_lora.state import (
@@ -27,6 +28,7 @@ from lightning_lora.state import (
     describe,
     mismatch_message,
     mismatches,
+    other_shapes,
     record_problems,
 )
 from lightning_lora.targets import clean_name
@@ -46,6 +48,7 @@ class AdapterCheckpoints:
     """
 
     _REPLACED = (
+        "setup",
         "lightning_module_state_dict",
         "optimizer_state",
         "save_checkpoint",
@@ -56,6 +59,8 @@ class AdapterCheckpoints:
 
     def __init__(self, strategy: Strategy, layout: Layout) -> None:
         self.strategy, self.layout = strategy, layout
+        self.check_base = True
+        self.attach_late: Callable[[Mapping[str, Any] | None], None] | None = None
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
 
     def install(self) -> None:
@@ -63,6 +68,16 @@ class AdapterCheckpoints:
         for name in self._REPLACED:
             setattr(self.strategy, name, getattr(self, name))
         setattr(self.strategy, _INSTALLED, self)
+
+    def setup(self, trainer: Trainer) -> None:
+        """Set the strategy up, with whatever was to be attached before."""
+        self._attach_now(None)
+        self.own["setup"](trainer)
+
+    def _attach_now(self, record: Mapping[str, Any] | None) -> None:
+        attach, self.attach_late = self.attach_late, None
+        if attach is not None:
+            attach(record)
 
     @property
     def module(self) -> LightningModule:
@@ -110,7 +125,8 @@ class AdapterCheckpoints:
                 if key in checkpoint:
                     checkpoint[key] = self._only_trained(checkpoint[key])
             names = optimizer_names(self.module, self.strategy.optimizers)
-            checkpoint[RECORD_KEY] = describe(self.module) | {"optimizers": names}
+            base = to_plain(self.layout.fingerprint())
+            checkpoint[RECORD_KEY] = describe(self.module) | {"base": base, "optimizers": names}
             with one_file(self.strategy), in_one_move(self.strategy, filepath) as place:
                 self.own["save_checkpoint"](checkpoint, place, storage_options=storage_options)
         else:
@@ -133,6 +149,7 @@ class AdapterCheckpoints:
         with reading(path):
             checkpoint = read(path, weights_only=weights_only)
         check_is_checkpoint(checkpoint, path)
+        self._attach_now(checkpoint.get(RECORD_KEY))
         return cast(dict[str, Any], checkpoint)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -162,10 +179,17 @@ class AdapterCheckpoints:
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
         known = [*others, *self._metric_states()]
         problems += mismatches(adapters, state, known=known if strict else [*known, *state])
-        problems += _other_shapes(others, state)
+        problems += other_shapes(others, state)
+        problems += self._other_base(recorded_base(record or {}), state)
         if problems:
             raise ValueError(mismatch_message(type(module).__name__, problems))
         self._scatter(adapter_tensors(module) | others, state)
+
+    def _other_base(self, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
+        """Return how the base differs from the one that was trained on; what the file brings too will not."""
+        names = [name for name in recorded if name not in state] if self.check_base else []
+        message = other_base(recorded, self.layout.samples(names), type(self.module).__name__)
+        return [message] if message else []
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer states, each to the parameter of its name."""
@@ -257,13 +281,14 @@ class AdapterCheckpoints:
         module, state = self.module, checkpoint["state_dict"]
         own, adapters = self._persistent(), _factors(module)
         base = {name: value for name, value in own.items() if name not in adapters}
-        problems = mismatches(base, state) if strict else _other_shapes(own, state)
+        problems = mismatches(base, state) if strict else other_shapes(own, state)
         if problems:
             raise ValueError(
                 f"The checkpoint holds no adapter, and as a base it does not fit {type(module).__name__}; nothing was "
                 "changed:\n" + "\n".join(f"  - {problem}" for problem in problems)
             )
         self._scatter(base, state)
+        self.layout.base_loaded(state)
         # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
         checkpoint.update(optimizer_states=[], lr_schedulers=[], callbacks={})
         checkpoint.pop("loops", None)
@@ -287,15 +312,6 @@ def adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
 
 def _factors(module: LightningModule) -> set[str]:
     return {f"{name}.lora.{key}" for name, layer in lora_layers(module).items() for key in layer.lora.state_dict()}
-
-
-def _other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
-    found = [
-        f"{name}: file {tuple(value.shape)}, model {tuple(own[name].shape)}"
-        for name, value in state.items()
-        if name in own and isinstance(own[name], Tensor) and own[name].shape != value.shape
-    ]
-    return [f"other shapes: {', '.join(found)}"] if found else []
 
 
 def _shapes(names: list[list[list[str]]]) -> str:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lightning_lora.checkpoint_file import read_checkpoint
-from lightning_lora.peft_format.files import exported, read_tensors, save_adapter
+from lightning_lora.peft_format.directory import read_tensors
+from lightning_lora.peft_format.files import exported, save_adapter
 from lightning_lora.state import adapter_state_dict, copy_adapter_state
 
 

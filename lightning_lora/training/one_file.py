@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,17 @@ def in_one_move(strategy: Strategy, filepath: Any) -> Iterator[Any]:
         yield filepath
         return
     place = path.with_name(f".{path.name}.part")
-    yield place
-    if strategy.is_global_zero:
-        with place.open("rb") as written:
-            os.fsync(written.fileno())
-        place.replace(path)
+    try:
+        yield place
+        if strategy.is_global_zero:
+            with place.open("rb") as written:
+                os.fsync(written.fileno())
+            place.replace(path)
+    except BaseException:
+        if strategy.is_global_zero:
+            with suppress(OSError):
+                place.unlink()  # a full disk is not made fuller
+        raise
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import _Policy
 from typing_extensions import override
 
+from lightning_lora.fingerprint import Fingerprint, fingerprint, samples
 from lightning_lora.layers import Adapter, LoRALayer, WeightLoRALayer, lora_layers
 from lightning_lora.sharding import laid_out_like, whole
-from lightning_lora.state import adapter_tensors
+from lightning_lora.state import adapter_tensors, base_tensors
 from lightning_lora.surgery import merge
 from lightning_lora.targets import listed
 from lightning_lora.training.process_slices import Key, slices_of_all, told_by_all
@@ -55,6 +56,17 @@ class Layout:
         Raises:
             NotImplementedError: The strategy cannot train such adapters.
         """
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of the frozen base; every process must call this."""
+        return fingerprint(base_tensors(self.module))
+
+    def samples(self, names: Collection[str]) -> Fingerprint:
+        """Return samples of those of the named tensors that belong to the base; every process must call this."""
+        return samples(base_tensors(self.module), names)
+
+    def base_loaded(self, state: Mapping[str, Tensor]) -> None:
+        """Take note that the base got other values, by their names in a whole model's state."""
 
     def gather(
         self,
@@ -110,6 +122,7 @@ class FSDPLayout(Layout):
         super().__init__(strategy)
         self._shapes: dict[str, torch.Size] = {}  # of the whole parameters, which FSDP hides
         self._slices: dict[str, int] | None = None
+        self._base: Fingerprint = {}  # taken while the weights are whole; slices do not say which part they are
 
     @override
     def prepare(self) -> None:
@@ -144,8 +157,20 @@ class FSDPLayout(Layout):
                     "configure_model."
                 )
             return
-        self._slices = None
+        self._slices, self._base = None, fingerprint(base_tensors(module))
         self._shapes = {name: tensor.shape for name, tensor in adapter_tensors(module).items()}
+
+    @override
+    def fingerprint(self) -> Fingerprint:
+        return self._base
+
+    @override
+    def samples(self, names: Collection[str]) -> Fingerprint:
+        return {name: self._base[name] for name in names if name in self._base}
+
+    @override
+    def base_loaded(self, state: Mapping[str, Tensor]) -> None:
+        self._base = fingerprint({name: state[name] for name in base_tensors(self.module) if name in state})
 
     @property
     def _fsdp(self) -> FSDPStrategy:
@@ -277,6 +302,11 @@ def layout_of(strategy: Strategy) -> Layout:
         f"LoRACallback does not support {type(strategy).__name__} yet. Supported are a single device and "
         f"{', '.join(others)}."
     )
+
+
+def is_restored_late(strategy: Strategy) -> bool:
+    """Return whether checkpoints are loaded when the module is wrapped already, too late to attach what they hold."""
+    return strategy.restore_checkpoint_after_setup
 
 
 def trains_in_copies(strategy: Strategy) -> bool:

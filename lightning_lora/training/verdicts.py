@@ -1,4 +1,4 @@
-"""How the callback says what a room below has found: Lightning's exception, or a warning of the first process."""
+"""What a check has found, passed on in Lightning's ways: an exception, or a warning from one process."""
 
 from __future__ import annotations
 
@@ -15,20 +15,6 @@ def refuse(message: str | None) -> None:
         raise MisconfigurationException(message)
 
 
-def warn(message: str | None) -> None:
-    """Warn, if there is something to say."""
-    if message is not None:
-        rank_zero_warn(message)
-
-
-def report(message: str | None, affects_all: bool) -> None:
-    """Raise what is true of every adapter, and warn of what is true of some."""
-    if affects_all:
-        refuse(message)
-    else:
-        warn(message)
-
-
 @contextmanager
 def as_misconfiguration() -> Iterator[None]:
     """Turn what a strategy cannot do into Lightning's exception for it."""
@@ -36,3 +22,17 @@ def as_misconfiguration() -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise MisconfigurationException(str(error)) from error
+
+
+def judge(message: str | None, affects_all: bool) -> None:
+    """Raise if it concerns everything that trains, else warn."""
+    if affects_all:
+        refuse(message)
+    else:
+        warn(message)
+
+
+def warn(message: str | None) -> None:
+    """Warn, if there is something to say."""
+    if message is not None:
+        rank_zero_warn(message)

@@ -551,7 +551,7 @@ def test_misspelt_commands_exit_with_2(arguments: list[str], capsys: pytest.Capt
     assert "usage: lightning-lora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["inspect", "merge", "diff", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "merge", "export", "import", "diff", "verify"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert "--json" in capsys.readouterr().out

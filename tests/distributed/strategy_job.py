@@ -33,8 +33,12 @@ PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 class Wide(Toy):
     """Sees its share of the rows of every batch, in float64; AdamW with two groups."""
 
+    factor = 1.0  # of one weight of the base
+
     def build(self) -> None:
         self.net = network(torch.float64)
+        with torch.no_grad():
+            self.net[2].weight.mul_(self.factor)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -193,6 +197,18 @@ def fit(
     return results
 
 
+def refused_on_another_base(directory: Path, mode: str, processes: int, checkpoint: str) -> str:
+    """Return what resuming from a checkpoint says if one weight of the base is another."""
+    Wide.factor = 1.5
+    try:
+        fit(directory, "other", mode, processes, 2, checkpoint)
+    except ValueError as error:
+        return str(error)
+    finally:
+        Wide.factor = 1.0
+    return "nothing"
+
+
 def main() -> None:
     ops._FEW = 0  # the fast path for these small layers, too
     warnings.simplefilter("ignore")
@@ -205,6 +221,7 @@ def main() -> None:
             "from single": fit(directory, "from_single", mode, processes, 2, single),
             "merged": fit(directory, "merged", mode, processes, 2, merge=True),
         }
+        results[mode]["other base"] = refused_on_another_base(directory, mode, processes, single)
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
     rank = results[modes[0]]["whole"]["rank"]
     torch.save(results, directory / f"rank{rank}.pt")

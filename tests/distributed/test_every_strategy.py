@@ -125,6 +125,12 @@ def test_a_checkpoint_of_several_processes_resumes_in_one(
 
 
 @each_mode
+def test_another_base_is_refused_by_name_in_every_process(mode: str, runs: dict[str, Ranks]) -> None:
+    for rank in runs[mode]:
+        assert "1 of 4 compared tensors differ, first net.2.weight." in rank["other base"]
+
+
+@each_mode
 def test_merging_leaves_no_adapter_and_the_same_outputs(
     mode: str, runs: dict[str, Ranks], single: dict[str, Any]
 ) -> None:

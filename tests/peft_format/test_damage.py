@@ -28,12 +28,21 @@ def directory(tiny: nn.Module, rng: torch.Generator, tmp_path: Path) -> Path:
     config = {"target_modules": ["embed", "q_proj"], "modules_to_save": ["head"], "rank_pattern": {"0.q_proj": 1}}
     attach(tiny, LoRAConfig(rank=2, alpha=3.0, bias="lora_only", **config))
     train_all(tiny, rng)
+    with torch.no_grad():
+        for tensor in (tiny.head.weight, tiny.blocks[0]["q_proj"].bias):
+            tensor.add_(1.0)
     save_adapter(tiny, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
+def base() -> TinyModel:
+    """The model that the directory's adapter was trained on."""
+    torch.manual_seed(0)
+    return TinyModel()
+
+
 def refuses(directory: Path, match: str | None = None) -> None:
-    model = TinyModel()
+    model = base()
     with raises_and_changes_nothing(model, OURS, match):  # type: ignore[arg-type]
         load_adapter(model, directory)
 
@@ -203,26 +212,29 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(directory: Path, tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:adapter_config.json has options that this version does not know.*")
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_random_damage_gives_our_error_or_a_whole_adapter(seed: int, directory: Path) -> None:
     """Flipped, lost and doubled bytes anywhere: of the numbers only a checksum could tell, of the rest we do."""
     draw = random.Random(seed)
     files = {name: (directory / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
-    for _ in range(60):
+    loaded = 0
+    for _ in range(500):
         name = draw.choice(list(files))
         (directory / name).write_bytes(damaged(files[name], draw))
-        model = TinyModel()
+        model = base()
         try:
             load_adapter(model, directory)
         except OURS:
             assert not any("lora" in key for key in model.state_dict())
         else:
+            loaded += 1
             assert sum(".lora." in key for key in model.state_dict()) == 6
         (directory / name).write_bytes(files[name])
+    assert 50 < loaded < 450
 
 
 def damaged(content: bytes, draw: random.Random) -> bytes:
-    data, at = bytearray(content), draw.randrange(min(len(content), 3000))
+    data, at = bytearray(content), draw.randrange(len(content))
     kind = draw.choice(["flip", "lose", "double", "fill"])
     if kind == "flip":
         data[at] ^= 1 << draw.randrange(8)

@@ -1,0 +1,206 @@
+"""The fingerprint of a base model: a few of its values, by which another base is told from the one trained on.
+
+Values are read by their places, never by passing over all of them, and recorded as they are: a hash could not tell the
+same weights in another precision from other weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.sharding import elements, is_sharded, local
+from lightning_lora.targets import listed
+
+T = TypeVar("T", int, float)
+
+_TENSORS, _ELEMENTS = 64, 4
+_MOST_TENSORS = 4096  # that a file may claim
+_GOLDEN = (math.sqrt(5) - 1) / 2
+_PRECISIONS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # from coarse to fine
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _PRECISIONS}
+_LEAST_FLOAT16 = 2.0**-24
+
+
+class Sample(NamedTuple):
+    """Some values of one tensor.
+
+    Attributes:
+        shape: The tensor's.
+        dtype: Its precision.
+        values: What stands at ``places(shape)``.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: tuple[float, ...]
+
+
+Fingerprint = Mapping[str, Sample]
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
+    """Return the fingerprint of a base: name of a parameter -> some of its values, in the order of the model.
+
+    Of many parameters some are chosen by their names alone, as if at random: at regular intervals all might be norms.
+    Quantised ones and those without values are left out. The same values give the same fingerprint on any device and
+    however they are divided; where they are, every process must call this.
+
+    Args:
+        tensors: The parameters that training leaves as they are.
+    """
+    readable = {name for name, tensor in tensors.items() if _is_readable(tensor)}
+    return samples(tensors, sorted(readable, key=_mixed)[:_TENSORS])
+
+
+def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Sample]:
+    """Return samples of those of the named tensors that can be read; as ``fingerprint``, a matter of all processes."""
+    wanted = set(names)
+    chosen = {name: tensor for name, tensor in tensors.items() if name in wanted and _is_readable(tensor)}
+    divided = {name: (tensor, _index(tensor)) for name, tensor in chosen.items() if is_sharded(tensor)}
+    values = elements(divided) if divided else {}
+    values |= {name: _elements(tensor.detach()) for name, tensor in chosen.items() if name not in divided}
+    return {name: sample(tensor.shape, tensor.dtype, values[name]) for name, tensor in chosen.items()}
+
+
+def sample(shape: Collection[int], dtype: torch.dtype, values: Tensor) -> Sample:
+    """Return a sample of what stands at ``places(shape)``; what is no number counts as zero."""
+    numbers = (float(number) for number in values.tolist())
+    return Sample(tuple(shape), dtype, tuple(number if math.isfinite(number) else 0.0 for number in numbers))
+
+
+def places(shape: Collection[int]) -> list[int]:
+    """Return which elements of a tensor are sampled, as places in its flattened form: spread out evenly.
+
+    Steps of the golden ratio, since simple fractions would fall into one column of a matrix.
+    """
+    count = math.prod(shape)
+    if count <= _ELEMENTS:
+        return list(range(count))
+    return [int((k * _GOLDEN) % 1.0 * count) for k in range(1, _ELEMENTS + 1)]
+
+
+def other_base(
+    recorded: Fingerprint, found: Fingerprint, what: str, *, override: str = "check_base=False"
+) -> str | None:
+    """Return what tells a base from the one that an adapter was trained on, and the remedy, or None.
+
+    Args:
+        recorded: The fingerprint in the adapter's file.
+        found: Samples of the base at hand; what only one side has is not compared.
+        what: Name of the base at hand.
+        override: The option that takes any base.
+    """
+    shared = [name for name in recorded if name in found]
+    differing = [
+        name if recorded[name].shape == found[name].shape else f"{name} {found[name].shape}, not {recorded[name].shape}"
+        for name in shared
+        if not _is_same(recorded[name], found[name])
+    ]
+    if not differing:
+        return None
+    return (
+        f"The adapter was trained on another base than this {what}: {len(differing)} of {len(shared)} compared tensors "
+        f"differ, first {listed(differing, 3)}. Load the base that it was trained on; {override} accepts any."
+    )
+
+
+def _is_same(one: Sample, other: Sample) -> bool:
+    """Return whether both may be the same weights, in whatever precisions they have been through."""
+    if one.shape != other.shape or one.values == other.values:
+        return one.shape == other.shape
+    precisions = [_precision(each.values) for each in (one, other)]
+    if one.dtype == other.dtype and precisions[0] == precisions[1]:
+        return False
+    # Rounding twice, as from float32 over float16 to bfloat16, may end at the next number but one; and near zero
+    # float16 has numbers in equal steps only, whatever holds them now.
+    coarse = max(torch.finfo(dtype).eps for dtype in (*precisions, one.dtype, other.dtype))
+    pairs = zip(one.values, other.values, strict=True)
+    return all(math.isclose(a, b, rel_tol=coarse, abs_tol=_LEAST_FLOAT16) for a, b in pairs)
+
+
+def _precision(values: tuple[float, ...]) -> torch.dtype:
+    """Return the coarsest precision that holds these values as they are: a float32 copy may hold bfloat16 numbers."""
+    exact = torch.tensor(values, dtype=torch.float64)
+    return next(dtype for dtype in _PRECISIONS if torch.equal(exact.to(dtype).double(), exact))
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Return whether a tensor holds plain numbers: quantised weights are classes of their own, or no wide floats."""
+    part = local(tensor)
+    plain = type(part) in (Tensor, nn.Parameter) and not part.is_meta
+    return plain and tensor.dtype in _PRECISIONS
+
+
+def _mixed(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous():
+        return tensor.view(-1)[places(tensor.shape)].cpu()
+    return tensor[_index(tensor)].cpu()
+
+
+def _index(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices of the samples, a vector for each dimension; torch's own way takes ten times as long."""
+    rest, found = places(tensor.shape), list[list[int]]()
+    for size in reversed(tensor.shape):
+        found.append([place % size for place in rest])
+        rest = [place // size for place in rest]
+    return tuple(torch.tensor(each, dtype=torch.long) for each in reversed(found))
+
+
+# --- in files
+
+
+def to_plain(found: Fingerprint) -> dict[str, Any]:
+    """Return a fingerprint as plain lists and numbers."""
+    return {
+        name: {
+            "shape": list(each.shape),
+            "dtype": str(each.dtype).removeprefix("torch."),
+            "values": list(each.values),
+        }
+        for name, each in found.items()
+    }
+
+
+def from_plain(content: object) -> dict[str, Sample]:
+    """Return the fingerprint that a file holds.
+
+    Raises:
+        ValueError: It makes no sense.
+    """
+    if not isinstance(content, dict) or len(content) > _MOST_TENSORS:
+        raise ValueError("The fingerprint of the base in the adapter's file makes no sense; the file was damaged.")
+    return {str(name): _read_sample(str(name), each) for name, each in content.items()}
+
+
+def _read_sample(name: str, content: object) -> Sample:
+    options: dict[str, Any] = content if isinstance(content, dict) else {}
+    shape = _numbers(int, options.get("shape"), 0, 2**62)
+    values = _numbers(float, options.get("values"), -math.inf, math.inf)
+    dtype = next((each for text, each in _BY_NAME.items() if text == options.get("dtype")), None)
+    if shape is None or values is None or dtype is None:
+        raise ValueError(f"The fingerprint of {name!r} in the adapter's file makes no sense; the file was damaged.")
+    if math.prod(shape) >= 2**62 or len(values) != len(places(shape)):
+        raise ValueError(f"The fingerprint of {name!r} in the adapter's file is incomplete; the file was damaged.")
+    return Sample(shape, dtype, values)
+
+
+def _numbers(kind: type[T], content: object, least: float, below: float) -> tuple[T, ...] | None:
+    """Return a list of such numbers, or None if it is none; NaN lies nowhere."""
+    numbers: Any = content if isinstance(content, list) and len(content) <= _MOST_TENSORS else [None]
+    return tuple(numbers) if all(type(each) is kind and least <= each < below for each in numbers) else None
+
+
+def digest(found: Fingerprint) -> str:
+    """Return a short text that stands for a fingerprint, to be compared by eye."""
+    text = repr([(name, each.shape, each.values) for name, each in sorted(found.items())])
+    return _mixed(text).hex()[:8]

@@ -1,0 +1,239 @@
+"""``export`` and ``import``: checkpoints become PEFT directories and back, from files alone, and compute the same."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRACallback, adapter_state_dict, load_adapter, merge, save_adapter
+from lightning_lora.checkpoint_file import RECORD_KEY
+from lightning_lora.cli import main
+from lightning_lora.fingerprint import fingerprint, to_plain
+from lightning_lora.state import base_tensors, describe
+from tests.peft_format.kinds import KINDS, WARNED, output, seeded
+from tests.peft_format.models import (
+    CLOSE,
+    bert,
+    distance,
+    gpt2,
+    in_peft,
+    llama,
+    logits,
+    mixtral,
+    t5,
+    trained,
+    trained_by_peft,
+    vit,
+)
+from tests.peft_format.models import MODELS as PEFT_MODELS
+from tests.peft_format.test_written import each_directory
+from tests.toys import Toy, loader, trainer
+from tests.training.test_adapter_checkpoints import fitted, read
+
+pytestmark = WARNED
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "gpt2": (gpt2, {"use_rslora": True, "rank_pattern": {"*.0.*": 3}, "bias": "lora_only"}),
+    "gpt2, DoRA": (gpt2, {"use_dora": True}),
+    "gpt2, a bias of B": (gpt2, {"lora_bias": True}),
+    "gpt2, slices": (gpt2, {"target_modules": [], "target_slices": {"c_attn": {"q": "0:16", "v": "32:48"}}}),
+    "gpt2, tokens": (gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": {"transformer.wte": [5, 2]}}),
+    "llama": (llama, {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "alpha_pattern": {"*.1.*": 7}}),
+    "llama, a layer of two": (llama, {"target_modules": ["layers.1.self_attn.q_proj"], "modules_to_save": ["lm_head"]}),
+    "bert": (bert, {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "bias": "all"}),
+    "t5": (t5, {}),
+    "vit": (vit, {"modules_to_save": ["classifier"]}),
+    "mixtral": (
+        mixtral,
+        {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    ),
+}
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """What a LightningModule with the model as its attribute looks like."""
+    return nn.ModuleDict({"model": model})
+
+
+def write_checkpoint(module: nn.Module, path: Path) -> Path:
+    record = describe(module) | {"base": to_plain(fingerprint(base_tensors(module)))}
+    torch.save({"state_dict": adapter_state_dict(module), RECORD_KEY: record}, path)
+    return path
+
+
+def prefixed(options: dict[str, Any]) -> dict[str, Any]:
+    tokens = options.get("trainable_token_indices")
+    return options | (
+        {"trainable_token_indices": {f"model.{key}": value for key, value in tokens.items()}} if tokens else {}
+    )
+
+
+def run(*arguments: object) -> int:
+    return main([str(each) for each in arguments])
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_an_exported_checkpoint_computes_the_same_in_peft_and_here(case: str, tmp_path: Path) -> None:
+    make, options = MODELS[case]
+    module = trained(inside(make()), **prefixed(options))
+    checkpoint = write_checkpoint(module, tmp_path / "last.ckpt")
+    assert run("export", checkpoint, tmp_path / "peft") == 0
+    assert distance(logits(in_peft(make(), tmp_path / "peft")), logits(module["model"])) <= CLOSE
+    again = make()
+    load_adapter(again, tmp_path / "peft")
+    assert distance(logits(again), logits(module["model"])) <= CLOSE
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_an_imported_directory_computes_the_same(case: str, tmp_path: Path) -> None:
+    make, options = MODELS[case]
+    model = trained(make(), **options)
+    save_adapter(model, tmp_path / "peft")
+    assert run("import", tmp_path / "peft", tmp_path / "back.ckpt") == 0
+    module = inside(make())
+    load_adapter(module, tmp_path / "back.ckpt")
+    assert distance(logits(module["model"].eval()), logits(model)) <= CLOSE
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_there_and_back_gives_the_same_bits(case: str, tmp_path: Path) -> None:
+    make, options = MODELS[case]
+    module = trained(inside(make()), **prefixed(options))
+    checkpoint = write_checkpoint(module, tmp_path / "last.ckpt")
+    for source, one, two in ((checkpoint, "one", "back"), (tmp_path / "back.ckpt", "two", "again")):
+        assert run("export", source, tmp_path / one) == 0
+        assert run("import", tmp_path / one, tmp_path / f"{two}.ckpt") == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    back, before = read(tmp_path / "back.ckpt"), read(checkpoint)
+    assert back[RECORD_KEY]["base"] == before[RECORD_KEY]["base"]
+    if "target_slices" not in options:  # those become one layer
+        assert back["state_dict"].keys() == before["state_dict"].keys()
+        assert all(torch.equal(back["state_dict"][name], value) for name, value in before["state_dict"].items())
+
+
+def test_the_files_are_those_that_save_adapter_writes(tmp_path: Path) -> None:
+    module = trained(inside(llama()), target_modules=["q_proj"])
+    save_adapter(module, tmp_path / "live", export_root="model")
+    assert run("export", write_checkpoint(module, tmp_path / "last.ckpt"), tmp_path / "files") == 0
+    live, files = (tmp_path / each / "adapter_model.safetensors" for each in ("live", "files"))
+    assert live.read_bytes() == files.read_bytes()
+    configs = [json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("live", "files")]
+    assert configs[1].pop("target_modules") == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert configs[0].pop("target_modules") == ["q_proj"]
+    assert configs[0] == configs[1]
+
+
+@each_directory
+def test_directories_of_peft_are_imported(model: str, name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    make = PEFT_MODELS[model]
+    tuned = trained_by_peft(make(), **options)
+    tuned.save_pretrained(tmp_path / "peft")
+    if options.get("target_parameters") == ["gate_up_proj"]:  # of which module, only the model knows
+        assert run("import", tmp_path / "peft", tmp_path / "adapter.ckpt") == 1
+        return
+    assert run("import", tmp_path / "peft", tmp_path / "adapter.ckpt") == 0
+    module = inside(make())
+    load_adapter(module, tmp_path / "adapter.ckpt")
+    assert distance(logits(module["model"].eval()), logits(tuned)) <= CLOSE
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "attention" not in kind and "expert" not in kind])
+def test_every_kind_of_layer_goes_there_and_back(kind: str, tmp_path: Path) -> None:
+    build, inputs, options = KINDS[kind]
+    model = trained(seeded(build), **({"target_modules": ["layer"]} | options))
+    checkpoint = write_checkpoint(model, tmp_path / "last.ckpt")
+    assert run("export", checkpoint, tmp_path / "peft", "--root", "") == 0
+    assert run("import", tmp_path / "peft", tmp_path / "back.ckpt", "--root", "") == 0
+    for path in (tmp_path / "peft", tmp_path / "back.ckpt"):
+        again = seeded(build)
+        load_adapter(again, path)
+        assert torch.equal(output(again.eval(), inputs), output(model, inputs))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "attention" in kind])
+def test_what_files_do_not_tell_is_refused_with_the_remedy(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, _, options = KINDS[kind]
+    model = trained(seeded(build), **({"target_modules": ["layer"]} | options))
+    assert run("export", write_checkpoint(model, tmp_path / "last.ckpt"), tmp_path / "peft") == 1
+    assert "Load the model" in capsys.readouterr().err
+    assert not (tmp_path / "peft").exists()
+    save_adapter(model, tmp_path / "saved")
+    assert run("import", tmp_path / "saved", tmp_path / "back.ckpt") == 1
+    assert "Load the model" in capsys.readouterr().err
+    assert not (tmp_path / "back.ckpt").exists()
+
+
+def test_convolutions_that_peft_cannot_hold_and_merged_bases_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grouped = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
+    trained(grouped, target_modules=["conv"], rank=1)
+    assert run("export", write_checkpoint(grouped, tmp_path / "grouped.ckpt"), tmp_path / "peft") == 1
+    assert "what kind of layer these are: conv" in capsys.readouterr().err
+    model = trained(gpt2())
+    merge(model)
+    trained(model)
+    assert run("export", write_checkpoint(model, tmp_path / "second.ckpt"), tmp_path / "peft") == 1
+    assert "another one merged into it" in capsys.readouterr().err
+
+
+def test_an_imported_file_is_a_checkpoint_for_the_trainer(tmp_path: Path) -> None:
+    run_before, module, path = fitted(tmp_path / "run", modules_to_save=["net.4"])
+    [expected] = run_before.test(module, loader(), verbose=False)
+    assert run("export", path, tmp_path / "peft") == 0
+    assert run("import", tmp_path / "peft", tmp_path / "back.ckpt", "--root", "net") == 0
+    [found] = trainer(LoRACallback()).test(Toy(), loader(), ckpt_path=str(tmp_path / "back.ckpt"), verbose=False)
+    assert found == expected
+    assert run("inspect", tmp_path / "back.ckpt") == 0
+    assert run("diff", path, tmp_path / "back.ckpt") == 0
+
+
+def test_an_existing_checkpoint_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_adapter(trained(gpt2()), tmp_path / "peft")
+    (tmp_path / "mine.ckpt").write_text("years of work")
+    assert run("import", tmp_path / "peft", tmp_path / "mine.ckpt") == 1
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "mine.ckpt").read_text() == "years of work"
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_adapter(trained(gpt2()), tmp_path / "peft")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert run("import", tmp_path / "peft", tmp_path / "back.ckpt") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["peft"]
+
+
+def test_a_changed_record_is_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = trained(inside(llama()), target_modules=["q_proj"], modules_to_save=["lm_head"])
+    content = torch.load(write_checkpoint(module, tmp_path / "last.ckpt"), weights_only=True)
+    draw = random.Random(3)
+    nonsense = [None, -1, 0, 2**40, "x", [], {}, [2**30, 2**30], [16, 16, 16], 0.5, True, "conv", "embedding"]
+    for _ in range(150):
+        record = json.loads(json.dumps(content[RECORD_KEY]))
+        place: Any = record
+        while isinstance(place, (dict, list)) and place:
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            key = draw.choice(keys)
+            if draw.random() < 0.3 or not isinstance(place[key], (dict, list)) or not place[key]:
+                place[key] = draw.choice(nonsense)
+                break
+            place = place[key]
+        torch.save(content | {RECORD_KEY: record}, tmp_path / "odd.ckpt")
+        assert run("export", tmp_path / "odd.ckpt", tmp_path / "out") in (0, 1)
+        assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,355 @@
+"""The base's fingerprint: another base is refused by name, the same one in any form is not, and reading it is cheap."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, merge, merged, save_adapter
+from lightning_lora.checkpoint_file import RECORD_KEY
+from lightning_lora.cli import main
+from lightning_lora.fingerprint import digest, fingerprint, from_plain, other_base, places, samples, to_plain
+from lightning_lora.state import base_tensors
+from lightning_lora.warm_start import start_from
+from tests.contract import raises_and_changes_nothing, train_all
+from tests.toys import Toy, loader, network, trainer
+from tests.toys import digest as bits
+from tests.training.test_adapter_checkpoints import fitted, read
+
+pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+
+
+def of(module: nn.Module) -> Any:
+    return fingerprint(base_tensors(module))
+
+
+def refusal(module: nn.Module, recorded: Any) -> str | None:
+    return other_base(recorded, samples(base_tensors(module), recorded), "model")
+
+
+class Other(Toy):
+    """The same layers, one of them with another weight."""
+
+    def build(self) -> None:
+        super().build()
+        with torch.no_grad():
+            self.net[2].weight.mul_(1.5)
+
+
+# --- what it is
+
+
+def test_it_holds_the_values_at_their_places(rng: torch.Generator) -> None:
+    tensors = {
+        "matrix": torch.randn(7, 5, generator=rng),
+        "transposed": torch.randn(7, 5, generator=rng).T,
+        "vector": torch.randn(3, generator=rng, dtype=torch.float64),
+        "scalar": torch.tensor(2.5),
+        "image": torch.randn(2, 3, 4, 4, generator=rng).to(memory_format=torch.channels_last),
+    }
+    found = fingerprint(tensors)
+    assert list(found) == list(tensors)
+    for name, tensor in tensors.items():
+        flat = tensor.contiguous().flatten().tolist()
+        assert list(found[name].values) == [flat[place] for place in places(tensor.shape)]
+        assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), tensor.dtype)
+
+
+def test_places_of_a_matrix_lie_in_different_rows_and_columns() -> None:
+    for shape in [(16, 16), (64, 4096), (4096, 64), (1000, 1000)]:
+        assert len({place // shape[1] for place in places(shape)}) == len(places(shape))
+        assert len({place % shape[1] for place in places(shape)}) == len(places(shape))
+
+
+def test_of_many_tensors_some_of_every_kind_are_chosen() -> None:
+    names = [f"layers.{i}.{kind}" for i in range(200) for kind in "abcdefgh"]
+    found = fingerprint({name: torch.ones(2, 2) for name in names})
+    assert 32 <= len(found) <= 128
+    assert {name[-1] for name in found} == set("abcdefgh")
+    assert list(found) == [name for name in names if name in found]
+
+
+def test_only_the_base_is_in_it() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+    attach(model, LoRAConfig(rank=1, target_modules=["a"], modules_to_save=["b"], bias="lora_only"))
+    assert set(of(model)) == {"a.weight", "norm.weight", "norm.bias"}
+
+
+def test_it_comes_back_from_json() -> None:
+    found = of(network())
+    assert from_plain(json.loads(json.dumps(to_plain(found)))) == found
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        None,
+        [],
+        {"x": None},
+        {"x": {"shape": [2], "dtype": "float32", "values": [1.0]}},
+        {"x": {"shape": [-2], "dtype": "float32", "values": []}},
+        {"x": {"shape": [2**40] * 12, "dtype": "float32", "values": [0.0] * 4}},
+        {"x": {"shape": [1], "dtype": "int8", "values": [1.0]}},
+        {"x": {"shape": [1], "dtype": ["float32"], "values": [1.0]}},
+        {"x": {"shape": [1], "dtype": "float32", "values": [float("nan")]}},
+        {"x": {"shape": "1", "dtype": "float32", "values": [1.0]}},
+        {str(i): {} for i in range(5000)},
+    ],
+)
+def test_nonsense_is_refused(nonsense: Any) -> None:
+    with pytest.raises(ValueError, match="in the adapter's file"):
+        from_plain(nonsense)
+
+
+# --- which bases are the same
+
+PRECISIONS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("second", PRECISIONS, ids=str)
+@pytest.mark.parametrize("first", PRECISIONS, ids=str)
+def test_another_precision_of_the_same_base_is_accepted(first: torch.dtype, second: torch.dtype) -> None:
+    with torch.no_grad():
+        tiny = network()
+        tiny[0].weight.mul_(1e-5)  # where float16 has few digits left
+    recorded = of(tiny.to(first))
+    original = network()
+    with torch.no_grad():
+        original[0].weight.mul_(1e-5)
+    assert refusal(original.to(second), recorded) is None  # both from float32
+    assert refusal(tiny.to(second), recorded) is None  # one from the other
+    assert refusal(tiny.float(), recorded) is None
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
+@pytest.mark.parametrize("step", [1.02, -1.0])
+def test_other_weights_are_told_in_every_precision(step: float, dtype: torch.dtype) -> None:
+    recorded = of(network())
+    other = network().to(dtype)
+    with torch.no_grad():
+        other[2].weight.mul_(step)
+    message = refusal(other, recorded)
+    assert message is not None
+    assert "1 of 6 compared tensors differ, first 2.weight." in message
+
+
+def test_the_last_bit_counts_in_the_same_precision() -> None:
+    recorded, other = of(network()), network()
+    with torch.no_grad():
+        other[2].weight.copy_(torch.nextafter(other[2].weight, torch.tensor(10.0)))
+    assert "first 2.weight" in str(refusal(other, recorded))
+
+
+def test_another_shape_is_named() -> None:
+    recorded = of(nn.Embedding(10, 4))
+    assert "weight (12, 4), not (10, 4)" in str(refusal(nn.Embedding(12, 4), recorded))
+
+
+def test_what_only_one_side_has_is_not_compared() -> None:
+    recorded = of(nn.ModuleDict({"a": network(), "b": nn.Linear(2, 2)}))
+    assert refusal(nn.ModuleDict({"a": network(), "c": nn.Linear(3, 3)}), recorded) is None
+
+
+def test_weights_that_are_no_plain_numbers_are_left_out() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    recorded = of(model)
+    model["a"].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    model["b"].to("meta")
+    assert set(of(model)) == {"a.bias"}
+    assert refusal(model, recorded) is None
+
+
+def test_inside_merged_it_is_that_of_the_base() -> None:
+    model = network()
+    recorded = of(model)
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, torch.Generator().manual_seed(0))
+    with merged(model):
+        assert of(model) == recorded
+    merge(model)
+    assert "3 of 6" in str(refusal(model, recorded))
+
+
+# --- loading
+
+
+@pytest.fixture(params=["checkpoint", "directory"])
+def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An adapter trained on ``Toy``."""
+    _, module, path = fitted(tmp_path / "source")
+    if request.param == "directory":
+        save_adapter(module, tmp_path / "peft")
+        path = str(tmp_path / "peft")
+    return path
+
+
+def test_loading_onto_another_base_is_refused_unless_asked_for(adapter: str) -> None:
+    load_adapter(Toy(), adapter)
+    load_adapter(Toy().bfloat16(), adapter)
+    module = Other()
+    with raises_and_changes_nothing(
+        module, ValueError, r"another base than this \w+: 1 of 6 .* first (net\.)?2\.weight"
+    ):
+        load_adapter(module, adapter)
+    load_adapter(module, adapter, check_base=False)
+    assert len(lora_layers(module)) == 3
+
+
+def test_starting_from_an_adapter_of_another_base_is_refused_unless_asked_for(adapter: str) -> None:
+    module = Other()
+    attach(module, LoRAConfig(rank=6))
+    with raises_and_changes_nothing(module, ValueError, "another base than this"):
+        start_from(module, adapter)
+    with pytest.raises(ValueError, match="another base than this"):
+        trainer(LoRACallback(rank=6, init_from=adapter)).fit(Other(), loader())
+    trainer(LoRACallback(rank=6, init_from=adapter, check_base=False)).fit(module, loader())
+
+
+@pytest.mark.parametrize("stage", ["fit", "test", "predict"])
+def test_resuming_and_evaluating_on_another_base_is_refused_unless_asked_for(stage: str, tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path)
+    module, before = Other(), bits(Other().net)
+    with pytest.raises(ValueError, match=r"(?s)nothing was changed.*1 of 6 compared tensors differ, first net\.2"):
+        getattr(trainer(LoRACallback(rank=4), max_steps=20), stage)(module, loader(), ckpt_path=path)
+    assert not any(layer.lora.B.any() for layer in lora_layers(module).values())
+    assert {name: value for name, value in bits(module.net).items() if ".lora." not in name} == before
+    run = trainer(LoRACallback(rank=4, check_base=False), max_steps=20)
+    getattr(run, stage)(Other(), loader(), ckpt_path=path)
+
+
+def test_a_base_that_a_file_brings_with_it_is_not_compared(tmp_path: Path) -> None:
+    _, module, path = fitted(tmp_path)
+    checkpoint = read(path)
+    checkpoint["state_dict"] = dict(module.state_dict())
+    torch.save(checkpoint, tmp_path / "whole.ckpt")
+    other = Other()
+    trainer(LoRACallback(rank=4)).test(other, loader(), ckpt_path=str(tmp_path / "whole.ckpt"), verbose=False)
+    assert bits(other) == bits(module)
+
+
+def test_adapters_without_a_fingerprint_load_anywhere(tmp_path: Path) -> None:
+    _, module, path = fitted(tmp_path)
+    checkpoint = read(path)
+    del checkpoint[RECORD_KEY]["base"]
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    load_adapter(Other(), tmp_path / "old.ckpt")
+    save_adapter(module, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file(load_file(file), file)
+    load_adapter(Other(), tmp_path / "peft")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 10_000, '{"0.weight": {"shape": [1]}}'])
+def test_a_damaged_fingerprint_is_refused(text: str, tmp_path: Path) -> None:
+    _, module, _ = fitted(tmp_path)
+    save_adapter(module, tmp_path / "peft")
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    save_file(load_file(file), file, metadata={"lightning_lora_base": text})
+    with raises_and_changes_nothing(Toy(), ValueError, "damaged"):
+        load_adapter(Toy(), tmp_path / "peft")
+
+
+def test_untied_and_renamed_weights_are_known_by_all_their_names(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    attach(model, LoRAConfig(rank=2, target_modules=["head"], untie_weights=True))
+    train_all(model, torch.Generator().manual_seed(0))
+    save_adapter(model, tmp_path / "peft")
+    load_adapter(Tied(), tmp_path / "peft")
+
+
+def test_a_base_from_a_full_checkpoint_is_the_one_that_is_recorded(tmp_path: Path) -> None:
+    torch.save({"state_dict": Other().state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "full.ckpt")
+    run = trainer(LoRACallback(rank=4))
+    run.fit(Toy(), loader(), ckpt_path=str(tmp_path / "full.ckpt"))
+    run.save_checkpoint(tmp_path / "adapter.ckpt")
+    load_adapter(Other(), tmp_path / "adapter.ckpt")
+    with raises_and_changes_nothing(Toy(), ValueError, "another base"):
+        load_adapter(Toy(), tmp_path / "adapter.ckpt")
+
+
+# --- the command
+
+
+def base_file(module: nn.Module, path: Path, change: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Path:
+    save_file({name: change(tensor).contiguous() for name, tensor in module.state_dict().items()}, path)
+    return path
+
+
+def test_the_command_compares_the_base(adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = base_file(Toy().net, tmp_path / "same.safetensors", lambda tensor: tensor.bfloat16())
+    other = base_file(Other().net, tmp_path / "other.safetensors")
+    out = str(tmp_path / "out")
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "toy"}')  # the weight in the middle is square
+    folders = {}
+    for name, file in (("same", same), ("other", other)):
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        file.rename(folders[name] / "model.safetensors")
+        (folders[name] / "config.json").write_text(config.read_text())
+    assert main(["verify", adapter, str(folders["same"])]) == 0
+    assert "the one that the adapter was trained on, by samples of 6 tensors" in capsys.readouterr().out
+    for command in (["verify", adapter, str(folders["other"])], ["merge", adapter, str(folders["other"]), out]):
+        assert main(command) == 1
+        assert "1 of 6 compared tensors differ" in capsys.readouterr().err
+        assert not Path(out).exists()
+        assert main([*command, "--any-base"]) == 0
+        assert "no values were compared" in capsys.readouterr().out
+
+
+def test_inspecting_shows_it(adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", adapter]) == 0
+    assert "of 6 tensors" in capsys.readouterr().out
+    assert main(["inspect", adapter, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["base"]
+    recorded = from_plain(found["tensors"])
+    assert digest(recorded) == found["fingerprint"]
+    assert {name.removeprefix("net."): each.values for name, each in recorded.items()} == {
+        name: each.values for name, each in of(network()).items()
+    }
+
+
+def test_the_file_of_tensors_says_it_beside_what_others_read(tmp_path: Path) -> None:
+    _, module, _ = fitted(tmp_path)
+    save_adapter(module, tmp_path / "peft")
+    with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "pt"
+        assert len(file.metadata()["lightning_lora_base"]) < 2000
+
+
+# --- cost
+
+
+def test_nothing_of_a_tensors_size_is_made() -> None:
+    model = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(6))
+    model.append(nn.Conv2d(64, 64, 5, bias=False).to(memory_format=torch.channels_last))
+    largest, weights = [0], {parameter.data_ptr() for parameter in model.parameters()}
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, Tensor) and tensor.data_ptr() not in weights:
+                    largest[0] = max(largest[0], tensor.numel())
+            return result
+
+    with Watch():
+        found = of(model)
+        assert refusal(model, found) is None
+    assert len(found) == 7
+    assert 0 < largest[0] < 100
