@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -33,6 +31,7 @@ from lightning_lora.probe import dead_message
 from lightning_lora.state import allow_missing_base
 from lightning_lora.strategies import trains_in_copies
 from lightning_lora.surgery import attach
+from lightning_lora.verdicts import as_misconfiguration, refuse, report, warn
 from lightning_lora.warm_start import start_from
 
 load_guard.install()
@@ -98,12 +97,12 @@ class LoRACallback(Callback):
         self._unhook()
         self._fit_succeeded = False
         self._reported = get_attachment(pl_module) is not None
-        _refuse(foreign(trainer, pl_module))
-        _refuse(bad_company(trainer, self))
+        refuse(foreign(trainer, pl_module))
+        refuse(bad_company(trainer, self))
         if message := copies_of_the_base(trainer):
             rank_zero_info(message)
         self._refuse_lost_training(trainer, pl_module, stage)
-        with _as_misconfiguration():
+        with as_misconfiguration():
             self._layout = adapter_checkpoints(trainer.strategy).layout
         self._load_hook = pl_module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
@@ -121,14 +120,14 @@ class LoRACallback(Callback):
         freeze_norms(pl_module)  # sync_batchnorm makes new norm layers
         if get_attachment(pl_module) is None:
             raise MisconfigurationException("LoRACallback attached nothing to this module before fit began.")
-        _refuse(checks.replaced_layers(pl_module))
-        _refuse(checks.undeclared_training(pl_module))
-        _warn(checks.fragile_factors(pl_module))
-        unheld = checks.unheld_parameters(pl_module, trainer.optimizers)
+        refuse(checks.replaced_layers(pl_module))
+        refuse(checks.undeclared_training(pl_module))
+        warn(checks.fragile_factors(pl_module))
+        unheld = checks.unheld_parameters(pl_module, self._layout.as_configured(trainer.optimizers))
         if pl_module.automatic_optimization:
-            _refuse(unheld)
+            refuse(unheld)
         else:
-            _warn(unheld)  # the module may step an optimizer that Lightning does not know
+            warn(unheld)  # the module may step an optimizer that Lightning does not know
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,13 +151,13 @@ class LoRACallback(Callback):
                     f"LoRACallback.probe=True calls {type(pl_module).__name__}.forward with the first batch, but there "
                     "is none. Define forward, or leave probe out."
                 )
-            _refuse(dead_message(pl_module, batch))
+            refuse(dead_message(pl_module, batch))
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after each backward pass: with manual optimization, note what the first batch reaches."""
         if not pl_module.automatic_optimization and not self._checked_optimizers:
-            self._reached = (self._reached or set()) | checks.reached_adapters(pl_module)
+            self._reached = (self._reached or set()) | self._layout.reached()
 
     @override
     def on_train_batch_end(
@@ -167,32 +166,33 @@ class LoRACallback(Callback):
         """Called after each batch: judge the first one, if its optimizers were stepped past Lightning."""
         if self._reached is not None and not self._checked_optimizers:
             self._checked_optimizers.add(0)
-            _report(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
+            report(*checks.unreached_message(list(all_adapters(pl_module)), self._reached))
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before each optimizer step: at the first one, name the adapters that no gradient reached."""
         if id(optimizer) not in self._checked_optimizers:
             self._checked_optimizers.add(id(optimizer))
-            _report(*checks.unreached_adapters(pl_module, optimizer))
+            [stand_in] = self._layout.as_configured([optimizer])
+            report(*checks.unreached_message(checks.held_adapters(pl_module, stand_in), self._layout.reached()))
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            self._warn_of_untrained(pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when testing begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            self._warn_of_untrained(pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when predicting begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            _warn(checks.untrained_adapters(pl_module))
+            self._warn_of_untrained(pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -232,22 +232,23 @@ class LoRACallback(Callback):
         self._attach(pl_module)
 
     def _attach(self, pl_module: LightningModule) -> None:
-        with _as_misconfiguration():
+        with as_misconfiguration():
             convert_layers(pl_module.trainer.precision_plugin, pl_module)
-            report = attach(pl_module, self.config, seed=self._seed(pl_module))
+            found = attach(pl_module, self.config, seed=self._seed(pl_module))
             self._layout.attached(pl_module)
         if not self._reported:
             self._reported = True
-            rank_zero_info(f"{report}")
+            rank_zero_info(f"{found}")
             self._start(pl_module)
 
     def _start(self, pl_module: LightningModule) -> None:
         """Start from another adapter, and refuse now what could not be exported later."""
         trainer = pl_module.trainer
         if self.init_from is not None and trainer.ckpt_path is None:
-            rank_zero_info(f"LoRA: started from {self.init_from}: {start_from(pl_module, self.init_from)}")
+            with self._layout.at_hand():
+                rank_zero_info(f"LoRA: started from {self.init_from}: {start_from(pl_module, self.init_from)}")
         if self.export_dir is not None and trainer.state.fn == TrainerFn.FITTING:
-            _refuse(self._layout.refused_export() or refused_export(pl_module))
+            refuse(self._layout.refused_export() or refused_export(pl_module))
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -276,6 +277,8 @@ class LoRACallback(Callback):
             repair_optimizers(pl_module, optimizers, schedulers, lr_ratio=self.lr_ratio)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        with as_misconfiguration():
+            self._layout.configured(pl_module, optimizers)
         for index, optimizer in enumerate(optimizers):
             if not any(group["params"] for group in optimizer.param_groups):
                 rank_zero_warn(
@@ -284,35 +287,13 @@ class LoRACallback(Callback):
 
     # --- checks
 
+    def _warn_of_untrained(self, pl_module: LightningModule) -> None:
+        with self._layout.at_hand():
+            warn(checks.untrained_adapters(pl_module))
+
     def _refuse_lost_training(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == TrainerFn.FITTING and trains_in_copies(trainer.strategy) and get_attachment(pl_module) is None:
             raise MisconfigurationException(
                 "With this launcher (spawn, fork or a notebook's) the adapters would exist in the workers only and be "
                 "lost. Call lightning_lora.attach(model, callback.config) before trainer.fit, or use strategy='ddp'."
             )
-
-
-def _refuse(message: str | None) -> None:
-    if message is not None:
-        raise MisconfigurationException(message)
-
-
-@contextmanager
-def _as_misconfiguration() -> Iterator[None]:
-    """Turn what a strategy cannot do into Lightning's exception for it."""
-    try:
-        yield
-    except NotImplementedError as error:
-        raise MisconfigurationException(str(error)) from error
-
-
-def _report(message: str | None, affects_all: bool) -> None:
-    if affects_all:
-        _refuse(message)
-    else:
-        _warn(message)
-
-
-def _warn(message: str | None) -> None:
-    if message is not None:
-        rank_zero_warn(message)

@@ -64,7 +64,9 @@ _BOTTOM_UP = [
     {"adapter_fit", "inspection", "analysis.adapters"},
     {"streaming", "analysis.summary"},
     {"cli_text", "analysis", "analysis.plots"},
-    {"load_guard", "strategies"},
+    {"load_guard", "layouts", "verdicts"},
+    {"fsdp", "deepspeed_layout"},
+    {"strategies"},
     {"adapter_checkpoints"},
     {"callback"},
     {""},
@@ -72,7 +74,12 @@ _BOTTOM_UP = [
     {"__main__"},
 ]
 LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in together}
-KNOWS_LIGHTNING = {"load_guard", "company", "one_file", "precision", "strategies", "adapter_checkpoints", "callback"}
+KNOWS_LIGHTNING = {"load_guard", "company", "one_file", "precision", "layouts", "fsdp", "deepspeed_layout"} | {
+    "strategies",
+    "adapter_checkpoints",
+    "callback",
+    "verdicts",
+}
 
 
 def rooms() -> dict[str, Path]:

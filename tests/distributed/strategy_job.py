@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -105,7 +105,7 @@ class Watch(Callback):
         own = trainer.save_checkpoint
 
         def save(*args: Any, **kwargs: Any) -> None:
-            with counted(functional=not isinstance(trainer.strategy, FSDPStrategy)) as count:
+            with counted(functional=not isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy))) as count:
                 own(*args, **kwargs)
             self.bytes_at_save.append(count[0])
 
@@ -118,19 +118,22 @@ class Watch(Callback):
 
 @contextmanager
 def counted(*, functional: bool) -> Iterator[list[int]]:
-    """Count the bytes that each process receives by gathering tensors, by DTensor's functions or the common ones."""
+    """Count the bytes that each process receives of tensors, by DTensor's functions or the common ones."""
     count = [0]
-    names = ("all_gather", "all_gather_into_tensor")
-    before = {name: getattr(dist, name) for name in names}
+    places = [(dist, name) for name in ("all_gather", "all_gather_into_tensor", "all_reduce")]
+    if deepspeed := sys.modules.get("deepspeed"):
+        places.append((deepspeed.comm.comm.cdb, "all_gather_function"))
+    before = [getattr(*place) for place in places]
     gather_into = torch.ops._c10d_functional.all_gather_into_tensor
 
-    def counting(name: str) -> Any:
-        def gather(output: Any, *args: Any, **kwargs: Any) -> Any:
+    def counting(function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = next(iter([*args, *kwargs.values()]))
             tensors = output if isinstance(output, list) else [output]
             count[0] += sum(tensor.nbytes for tensor in tensors)
-            return before[name](output, *args, **kwargs)
+            return function(*args, **kwargs)
 
-        return gather
+        return counted
 
     class Mode(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -139,14 +142,14 @@ def counted(*, functional: bool) -> Iterator[list[int]]:
                 count[0] += result.nbytes
             return result
 
-    for name in names:
-        setattr(dist, name, counting(name))
+    for place, function in zip(places, before, strict=True):
+        setattr(*place, counting(function))
     try:
         with Mode() if functional else nullcontext():
             yield count
     finally:
-        for name, function in before.items():
-            setattr(dist, name, function)
+        for place, function in zip(places, before, strict=True):
+            setattr(*place, function)
 
 
 def whole(tensor: Tensor) -> Tensor:
