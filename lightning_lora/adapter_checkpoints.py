@@ -77,7 +77,7 @@ class AdapterCheckpoints:
         if not lora_layers(self.module):
             state: dict[str, Any] = self.own["lightning_module_state_dict"]()
             return state
-        return self._gathered() | self._metric_states()
+        return self.layout.trained() | self._metric_states()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole."""
@@ -143,7 +143,7 @@ class AdapterCheckpoints:
     def _load_adapter(self, state: Mapping[str, Any], record: Mapping[str, Any] | None, strict: bool) -> None:
         module = self.module
         check_not_merged(module, (record or {}).get("merges", {}))
-        adapters, others = self._gathered(), self._others()
+        adapters, others = self.layout.trained(), self._others()
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
         known = [*others, *self._metric_states()]
         problems += mismatches(adapters, state, known=known if strict else [*known, *state])
@@ -187,11 +187,6 @@ class AdapterCheckpoints:
         return optimizer_names(self.module, self.layout.as_configured(self.strategy.optimizers))
 
     # --- parts of the state
-
-    def _gathered(self) -> dict[str, Tensor]:
-        """Return what was trained: name -> the whole tensor; every process must call this."""
-        tensors = adapter_tensors(self.module)
-        return self.layout.gather(tensors, lambda name: name)
 
     @torch.no_grad()
     def _scatter(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from lightning_lora import checks, load_guard
 from lightning_lora.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.advice import explain
 from lightning_lora.attachment import get_attachment, merges, request
+from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.company import AVERAGING, bad_company, copies_of_the_base, foreign, has_callback
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fit_export import export_fit, refused_export
@@ -28,6 +29,7 @@ from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.option_types import PositiveFloat
 from lightning_lora.precision import convert_layers
 from lightning_lora.probe import dead_message
+from lightning_lora.sharding import shapes_shown
 from lightning_lora.state import allow_missing_base
 from lightning_lora.strategies import trains_in_copies
 from lightning_lora.surgery import attach
@@ -248,12 +250,16 @@ class LoRACallback(Callback):
             with self._layout.at_hand():
                 rank_zero_info(f"LoRA: started from {self.init_from}: {start_from(pl_module, self.init_from)}")
         if self.export_dir is not None and trainer.state.fn == TrainerFn.FITTING:
-            refuse(self._layout.refused_export() or refused_export(pl_module))
+            refuse(self._layout.refused_export(pl_module))
+            with self._layout.at_hand(), shapes_shown(pl_module):
+                refuse(refused_export(pl_module))
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        state = {} if checkpoint else self._layout.trained()
         if trainer.is_global_zero:
-            checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None)
-            export_fit(pl_module, str(self.export_dir), checkpoint)
+            state = read_checkpoint(checkpoint)[1] if checkpoint else state
+            export_fit(pl_module, str(self.export_dir), state, self._layout.hidden_shapes())
             rank_zero_info(f"LoRA: adapter exported to {self.export_dir} ({checkpoint or 'last state'}).")
         trainer.strategy.barrier()
 

@@ -52,6 +52,11 @@ class DeepSpeedLayout(Layout):
         if self._stage() == 3:
             refuse_reading_across(module, "DeepSpeedStrategy(stage=3)", "stage 2")
 
+    @property
+    @override
+    def divides_weights(self) -> bool:
+        return self._stage() == 3
+
     @override
     def gather(self, tensors: Mapping[Key, Tensor], name_of: Callable[[Key], str]) -> dict[Key, Tensor]:
         # In float32 a parameter is what its master is.

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import _Policy
 from typing_extensions import override
 
+from lightning_lora.attachment import named_tensors
 from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.layouts import Layout, refuse_reading_across
 from lightning_lora.process_slices import Key, slices_of_all, told_by_all
@@ -48,7 +49,7 @@ class FSDPLayout(Layout):
     def attached(self, module: LightningModule) -> None:
         refuse_reading_across(module, "FSDPStrategy", "ModelParallelStrategy (FSDP2)")
         if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
-            if self._shapes.keys() != adapter_tensors(module).keys():
+            if not adapter_tensors(module).keys() <= self._shapes.keys():
                 raise NotImplementedError(
                     f"This {type(module).__name__} was wrapped by FSDP before its adapters were attached, or by "
                     "another Trainer's strategy. Use a fresh module, and call lightning_lora.attach(self) first in "
@@ -56,7 +57,12 @@ class FSDPLayout(Layout):
                 )
             return
         self._slices = None
-        self._shapes = {name: tensor.shape for name, tensor in adapter_tensors(module).items()}
+        self._shapes = {name: tensor.shape for name, tensor in named_tensors(module).items()}
+
+    @property
+    @override
+    def divides_weights(self) -> bool:
+        return True
 
     @property
     def _fsdp(self) -> FSDPStrategy:

@@ -9,17 +9,18 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lora.checks import reached_adapters
-from lightning_lora.layers import WeightLoRALayer, lora_layers
+from lightning_lora.layers import WeightLoRALayer, all_adapters, lora_layers
 from lightning_lora.optimizers import optimizer_names
 from lightning_lora.process_slices import Key
 from lightning_lora.sharding import laid_out_like, whole
+from lightning_lora.state import adapter_tensors
 from lightning_lora.surgery import merge
-from lightning_lora.targets import listed
+from lightning_lora.targets import join, listed
 
 
 class Layout:
@@ -69,14 +70,36 @@ class Layout:
         """Return this process's part of a whole tensor that belongs to the parameter of this name."""
         return laid_out_like(value.to(like.device), like)
 
-    def refused_export(self) -> str | None:
-        """Return why a finished fit's adapter cannot be exported here, or None."""
-        if isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)):
+    @property
+    def divides_weights(self) -> bool:
+        """Whether a process may have a part of a frozen weight only."""
+        return isinstance(self.strategy, ModelParallelStrategy)
+
+    def refused_export(self, module: LightningModule) -> str | None:
+        """Return why a finished fit's adapter could not be exported here, or None."""
+        sliced = [name for name, adapter in all_adapters(module).items() if adapter.spec.rows and adapter.spec.use_dora]
+        if not (sliced and self.divides_weights):
             return None
         return (
-            f"export_dir: under {type(self.strategy).__name__} no process holds the whole adapter. Export its "
-            "checkpoint afterwards: load_adapter(model, checkpoint), then save_adapter(model, directory)."
+            f"export_dir: PEFT's file of {listed(sliced)} (DoRA of slices) needs the norms of the whole weights, which "
+            f"{type(self.strategy).__name__} has divided. Export the checkpoint afterwards: load_adapter(model, "
+            "checkpoint), then save_adapter(model, directory)."
         )
+
+    def trained(self) -> dict[str, Tensor]:
+        """Return what was trained: name -> the whole tensor; every process must call this."""
+        return self.gather(adapter_tensors(self.module), lambda name: name)
+
+    def hidden_shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of the adapted layers' own parameters, where a process does not see them."""
+        if not self.divides_weights:
+            return {}
+        return {
+            (full := join(name, key)): self.shape(full, parameter)
+            for name, layer in lora_layers(self.module).items()
+            for key, parameter in layer._parameters.items()
+            if parameter is not None
+        }
 
     def merge(self) -> None:
         """Fold the adapters into the weights for good."""

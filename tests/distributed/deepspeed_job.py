@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, lora_layers, ops
-from tests.distributed.strategy_job import LORA, PROBE, Watch, Wide
+from tests.distributed.strategy_job import LORA, PROBE, Watch, Wide, exported
 from tests.toys import Toy, loader, network, trainer
 
 MODES = ("1", "2", "3", "3 built late")  # ZeRO's stage, and whether it divides each layer as soon as it is built
@@ -102,14 +102,17 @@ def fit(
     epochs: int,
     ckpt_path: str | None = None,
     module: Single | None = None,
+    keeps: bool = True,
     options: dict[str, Any] = LORA,
     **more: Any,
 ) -> dict[str, Any]:
     module = module or (Late() if "late" in mode else Single())
     watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
     run = trainer(
-        LoRACallback(**options),
-        checkpoint,
+        LoRACallback(
+            **options, export_dir=str(exported(directory, mode, name)) if options is not Kinds.OPTIONS else None
+        ),
+        *([checkpoint] if keeps else []),  # without one, the last state is exported
         watch,
         max_epochs=epochs,
         max_steps=-1,
@@ -157,7 +160,7 @@ def main() -> None:
         results[mode] = {
             "whole": fit(directory, "whole", mode, 2, options=merging),
             "half": fit(directory, "half", mode, 1),
-            "from single": fit(directory, "from_single", mode, 2, single),
+            "from single": fit(directory, "from_single", mode, 2, single, keeps=False),
         }
         results[mode]["resumed"] = fit(directory, "resumed", mode, 2, results[mode]["half"]["last"], options=merging)
     late = results["3 built late"]

@@ -156,6 +156,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
+def exported(directory: Path, mode: str, name: str) -> Path:
+    """Return where a run exports its adapter to."""
+    return directory / mode / name / "peft"
+
+
 def fit(
     directory: Path,
     name: str,
@@ -169,8 +174,8 @@ def fit(
     module = Sharded() if mode.startswith(("fsdp2", "tp")) else Wide()
     watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
     run = trainer(
-        LoRACallback(**LORA, merge_on_teardown=merge),
-        checkpoint,
+        LoRACallback(**LORA, merge_on_teardown=merge, export_dir=str(exported(directory, mode, name))),
+        *([] if merge else [checkpoint]),  # without one, the last state is exported
         watch,
         max_epochs=epochs,
         max_steps=-1,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_lora import load_adapter
 from tests.distributed import deepspeed_job
 from tests.distributed.test_every_strategy import TRAINED
 from tests.test_adapter_checkpoints import assert_same_bits, read
@@ -116,6 +117,16 @@ def test_merging_leaves_no_adapter_and_the_outputs_of_one_process(
     for rank in ranks:
         assert (rank[mode]["half"]["adapters"], rank[mode]["whole"]["adapters"]) == (2, 0)
         torch.testing.assert_close(rank[mode]["whole"]["output"], single["whole"]["output"], **CLOSE)
+
+
+@each_mode
+@pytest.mark.parametrize("run", ["whole", "from_single"])
+def test_the_best_checkpoint_and_the_last_state_are_exported_as_a_peft_directory(
+    mode: str, run: str, directory: Path, ranks: Ranks, single: dict[str, Any]
+) -> None:
+    module = deepspeed_job.Single()
+    load_adapter(module, deepspeed_job.exported(directory, mode, run))
+    torch.testing.assert_close(module(deepspeed_job.PROBE.float()), single["whole"]["output"], **CLOSE)
 
 
 @each_mode

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_lora import load_adapter
 from tests.distributed import strategy_job
 from tests.test_adapter_checkpoints import assert_same_bits, read
 
@@ -124,6 +125,16 @@ def test_merging_leaves_no_adapter_and_the_same_outputs(
         assert not [kind for kind in rank["merged"]["kinds"] if "LoRA" in kind]
         for run in ("whole", "merged"):
             torch.testing.assert_close(rank[run]["output"], single["whole"]["output"], **CLOSE)
+
+
+@each_mode
+@pytest.mark.parametrize("run", ["whole", "merged"])
+def test_the_best_checkpoint_and_the_last_state_are_exported_as_a_peft_directory(
+    mode: str, run: str, directory: Path, runs: dict[str, Ranks], single: dict[str, Any]
+) -> None:
+    module = strategy_job.Wide()
+    load_adapter(module, strategy_job.exported(directory / str(len(runs[mode])), mode, run))
+    torch.testing.assert_close(module(strategy_job.PROBE), single["whole"]["output"], **CLOSE)
 
 
 @each_mode
