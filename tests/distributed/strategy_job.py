@@ -22,19 +22,23 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_lora import LoRACallback, attach, lora_layers, ops
+from lightning_lora import LoRACallback, attach, disabled, lora_layers, ops
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy, DoubleFSDPPrecision
 from tests.toys import Toy, loader, network, trainer
 
 LORA = {"rank": 4, "modules_to_save": ["net.4"]}
+ON_META = ("fsdp1_policy", "fsdp2")
 PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 
 
 class Wide(Toy):
     """Sees its share of the rows of every batch, in float64; AdamW with two groups."""
 
+    built_on = "cpu"
+
     def build(self) -> None:
-        self.net = network(torch.float64)
+        with torch.device(self.built_on):
+            self.net = network(torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -74,6 +78,18 @@ class Sharded(Wide):
             for layer in (self.net[0], self.net[2]):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class WideOnMeta(Wide):
+    """Has no memory until the strategy gives it some, and then weights from ``reset_parameters``."""
+
+    built_on = "meta"
+
+
+class ShardedOnMeta(Sharded):
+    """The same, sharded by itself."""
+
+    built_on = "meta"
 
 
 def strategy(mode: str, processes: int) -> Strategy | str:
@@ -200,6 +216,38 @@ def fit(
     return results
 
 
+class Start(Callback):
+    """Keeps the adapters as they start, and the outputs with and without them."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.state = trainer.strategy.lightning_module_state_dict()
+        with torch.no_grad():
+            self.output = whole(trainer.strategy.model(PROBE))
+            with disabled(pl_module):
+                self.base_output = whole(trainer.strategy.model(PROBE))
+
+
+def start_on_meta(mode: str, processes: int) -> dict[str, Any]:
+    """Train a module that was built on the meta device."""
+    start, module = Start(), ShardedOnMeta() if mode.startswith("fsdp2") else WideOnMeta()
+    run = trainer(
+        LoRACallback(rank=4),
+        start,
+        strategy=strategy(mode, processes),
+        devices=processes,
+        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
+        use_distributed_sampler=False,
+    )
+    run.fit(module, loader(16))
+    return {
+        "losses": module.losses,
+        "start": start.state,
+        "output": start.output,
+        "base_output": start.base_output,
+        "end": run.strategy.lightning_module_state_dict(),
+    }
+
+
 def main() -> None:
     ops._FEW = 0  # the fast path for these small layers, too
     warnings.simplefilter("ignore")
@@ -213,6 +261,8 @@ def main() -> None:
             "merged": fit(directory, "merged", mode, processes, 2, merge=True),
         }
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
+        if mode in ON_META:
+            results[mode]["on meta"] = start_on_meta(mode, processes)
     rank = results[modes[0]]["whole"]["rank"]
     torch.save(results, directory / f"rank{rank}.pt")
     dist.barrier()
