@@ -133,7 +133,12 @@ class FSDPLayout(Layout):
         with ExitStack() as stack:
             for unit in units:
                 stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True))
+            # With one process FSDP leaves frozen weights as plain attributes after a backward pass.
+            hidden = {name: vars(layer)[name] for name in layer.adapted_parameters() if name in vars(layer)}
+            layer._parameters.update({name: nn.Parameter(tensor.detach(), False) for name, tensor in hidden.items()})
             yield
+            for name in hidden:
+                del layer._parameters[name]
 
 
 class _AdaptersApart(_Policy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,8 +21,8 @@ from lightning_lora.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.layers import Adapter
 from lightning_lora.optimizers import repair_optimizers
 from lightning_lora.strategies import layout_of
-from tests.distributed.cpu_fsdp import add_cpu_events
-from tests.toys import Toy, network, trainer
+from tests.distributed.cpu_fsdp import CPUFSDPStrategy, add_cpu_events
+from tests.toys import Toy, loader, network, trainer
 
 
 def test_an_unsupported_strategy_is_refused_by_name() -> None:
@@ -113,6 +114,22 @@ def test_adapters_get_units_of_their_own_beside_those_of_the_policy(name: str) -
 
 def _is_unit(module: nn.Module) -> bool:
     return isinstance(module, FullyShardedDataParallel)
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_one_process_alone_merges_under_fsdp(tmp_path: Path) -> None:
+    modules = {"fsdp": Toy(), "single": Toy()}
+    for name, module in modules.items():
+        strategy = CPUFSDPStrategy(auto_wrap_policy={nn.Linear}) if name == "fsdp" else "auto"
+        callback, options = LoRACallback(rank=2, merge_on_teardown=True), {"use_distributed_sampler": False}
+        run = trainer(callback, strategy=strategy, root=tmp_path, **options)
+        run.fit(module, loader())
+    x = torch.ones(3, 8)
+    assert not lora_layers(modules["fsdp"])
+    with torch.no_grad():
+        torch.testing.assert_close(modules["fsdp"].net(x), modules["single"].net(x))
 
 
 # --- DeepSpeed
