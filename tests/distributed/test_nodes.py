@@ -17,7 +17,7 @@ from tests.distributed.test_kinds import free_port
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-MODES = ["ddp", "fsdp2"]
+MODES = ["ddp", "fsdp1_policy", "fsdp2"]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from tests.toys import trainer
 ACCELERATOR, DEVICE = "gpu", "cuda"
 needs_cuda = [
     pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore"),  # what the many builds for CUDA warn of is not ours
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none"),
 ]
 
