@@ -51,9 +51,9 @@ class FSDPLayout(Layout):
         if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
             if not adapter_tensors(module).keys() <= self._shapes.keys():
                 raise NotImplementedError(
-                    f"This {type(module).__name__} was wrapped by FSDP before its adapters were attached, or by "
-                    "another Trainer's strategy. Use a fresh module, and call lightning_lora.attach(self) first in "
-                    "configure_model."
+                    f"This {type(module).__name__} was wrapped by FSDP in configure_model, or by another Trainer's "
+                    "strategy. Leave wrapping to FSDPStrategy(auto_wrap_policy=...), which gives adapters units of "
+                    "their own, and use a fresh module."
                 )
             return
         self._slices = None

@@ -76,6 +76,26 @@ class Kinds(Single):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
+class Attends(Single):
+    """Has a layer whose weight carries the update."""
+
+    OPTIONS = {"target_modules": ["attention", "net.4"], "rank": 2}
+
+    def build(self) -> None:
+        super().build()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        attended, _ = self.attention(*[x.unsqueeze(1).expand(-1, 3, -1) * x.new_tensor([[1.0], [2.0], [3.0]])] * 3)
+        return ((self.net(attended.mean(1)) - y) ** 2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
 class Idle(Single):
     """Has a layer that it does not use."""
 
@@ -110,7 +130,7 @@ def fit(
     watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
     run = trainer(
         LoRACallback(
-            **options, export_dir=str(exported(directory, mode, name)) if options is not Kinds.OPTIONS else None
+            **options, export_dir=None if "target_modules" in options else str(exported(directory, mode, name))
         ),
         *([checkpoint] if keeps else []),  # without one, the last state is exported
         watch,
@@ -166,6 +186,7 @@ def main() -> None:
     late = results["3 built late"]
     late["validation"] = validation_loss("3", late["whole"]["last"])
     results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)
+    results["attention"] = fit(directory, "attention", "2", 2, module=Attends(), options=Attends.OPTIONS)
     results["warned"] = warned(directory)
     for mode in ("2", "3 built late"):
         half = fit(directory, "bf16_half", mode, 1, precision="bf16-mixed")

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # DeepSpeed computes in float32
 WHOLE_STATE = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
 
+KINDS = {"kinds": deepspeed_job.Kinds, "attention": deepspeed_job.Attends}
+
 each_mode = pytest.mark.parametrize("mode", deepspeed_job.MODES)
 Ranks = list[dict[str, Any]]
 
@@ -40,8 +42,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def single(directory: Path) -> dict[str, Any]:
     """One process on the whole batches: all of the run, and half of it."""
     runs = {name: deepspeed_job.fit(directory, name, "single", epochs) for name, epochs in (("whole", 2), ("half", 1))}
-    options = deepspeed_job.Kinds.OPTIONS
-    runs["kinds"] = deepspeed_job.fit(directory, "kinds", "single", 2, module=deepspeed_job.Kinds(), options=options)
+    for name, kind in KINDS.items():
+        runs[name] = deepspeed_job.fit(directory, name, "single", 2, module=kind(), options=kind.OPTIONS)
     return runs
 
 
@@ -148,11 +150,11 @@ def test_a_checkpoint_is_evaluated_in_stage_3(ranks: Ranks, single: dict[str, An
         assert rank["3 built late"]["validation"] == pytest.approx(result["val_loss"], rel=1e-4)
 
 
-def test_layers_that_stage_3_divides_as_they_are_built_train_as_in_one_process(
-    ranks: Ranks, single: dict[str, Any]
-) -> None:
-    assert losses(ranks, "kinds") == pytest.approx(single["kinds"]["losses"], abs=1e-5)
-    theirs, ours = (read(run["last"])["state_dict"] for run in (ranks[0]["kinds"], single["kinds"]))
+@pytest.mark.parametrize("kind", ["kinds", "attention"])
+def test_other_kinds_of_layers_train_as_in_one_process(kind: str, ranks: Ranks, single: dict[str, Any]) -> None:
+    """In stage 3, which divides each layer as it is built, and in stage 2 where the weight carries the update."""
+    assert losses(ranks, kind) == pytest.approx(single[kind]["losses"], abs=1e-5)
+    theirs, ours = (read(run["last"])["state_dict"] for run in (ranks[0][kind], single[kind]))
     assert theirs.keys() == ours.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, **CLOSE)
