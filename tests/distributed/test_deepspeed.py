@@ -15,7 +15,7 @@ import torch
 from lightning_lora import load_adapter
 from tests.distributed import deepspeed_job
 from tests.distributed.test_every_strategy import TRAINED
-from tests.test_adapter_checkpoints import assert_same_bits, read
+from tests.training.test_adapter_checkpoints import assert_same_bits, read
 
 pytestmark = [
     pytest.mark.distributed,

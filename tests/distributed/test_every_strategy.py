@@ -13,7 +13,7 @@ import torch
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter
 from tests.distributed import strategy_job
-from tests.test_adapter_checkpoints import assert_same_bits, read
+from tests.training.test_adapter_checkpoints import assert_same_bits, read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_lora import LoRACallback, lora_layers, merge
 from tests.gpu.device import DEVICE, needs_cuda, on_device
-from tests.test_adapter_checkpoints import read
 from tests.toys import Toy, loader
+from tests.training.test_adapter_checkpoints import read
 
 pytestmark = needs_cuda
 

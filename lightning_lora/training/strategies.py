@@ -1,0 +1,49 @@
+"""Which layout belongs to which of Lightning's strategies: chosen once."""
+
+from __future__ import annotations
+
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+
+from lightning_lora.training.deepspeed_layout import DeepSpeedLayout
+from lightning_lora.training.fsdp import FSDPLayout
+from lightning_lora.training.layouts import Layout
+
+
+def layout_of(strategy: Strategy) -> Layout:
+    """Return the layout of a strategy, and prepare the strategy for adapters.
+
+    Raises:
+        NotImplementedError: The strategy is not supported, or not as it is set up.
+    """
+    for known, kind in reversed(_SUPPORTED.items()):  # DeepSpeedStrategy is a DDPStrategy, too
+        if isinstance(strategy, known):
+            layout = kind(strategy)
+            layout.prepare()
+            return layout
+    others = [kind.__name__ for kind in _SUPPORTED if kind is not SingleDeviceStrategy]
+    raise NotImplementedError(
+        f"LoRACallback does not support {type(strategy).__name__} yet. Supported are a single device and "
+        f"{', '.join(others)}."
+    )
+
+
+def trains_in_copies(strategy: Strategy) -> bool:
+    """Return whether workers train pickled copies of the module, as with ``ddp_spawn`` and in notebooks."""
+    return isinstance(strategy.launcher, _MultiProcessingLauncher)
+
+
+_SUPPORTED: dict[type[Strategy], type[Layout]] = {
+    SingleDeviceStrategy: Layout,
+    DDPStrategy: Layout,
+    FSDPStrategy: FSDPLayout,
+    ModelParallelStrategy: Layout,
+    DeepSpeedStrategy: DeepSpeedLayout,
+}
