@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Mapping
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,25 +14,25 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.attachment import get_attachment, merges, request
-from lightning_lora.checkpoint_file import saved_options
+from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
+from lightning_lora.sharding import shapes_shown
 from lightning_lora.state import allow_missing_base
-from lightning_lora.surgery import attach, detach
 from lightning_lora.training import checks, load_guard
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.advice import explain
-from lightning_lora.training.company import AVERAGING, bad_company, copies_of_the_base, foreign, has_callback
+from lightning_lora.training.attaching import Attaching
+from lightning_lora.training.company import bad_company, copies_of_the_base, foreign, has_callback
 from lightning_lora.training.fit_diagnostics import diagnostics_of
 from lightning_lora.training.fit_export import export_fit, refused_export
-from lightning_lora.training.guidance import coverage, questionable_settings
+from lightning_lora.training.guidance import questionable_settings
 from lightning_lora.training.method_wraps import MethodWraps
-from lightning_lora.training.precision import convert_layers
-from lightning_lora.training.strategies import is_restored_late, trains_in_copies
+from lightning_lora.training.strategies import lost_training
 from lightning_lora.training.verdicts import as_misconfiguration, judge, refuse, warn
 from lightning_lora.warm_start import start_from
 
@@ -97,9 +94,9 @@ class LoRACallback(Callback):
         self.lr_ratio = float(lr_ratio)
         self.diagnostics_every_n_steps = diagnostics_every_n_steps
         self._diagnostics = diagnostics_of(diagnostics_every_n_steps)
+        self._attaching = Attaching(self._start)
         self._wraps = MethodWraps()
         self._load_hook: Any = None
-        self._reported = False
         self._fit_succeeded = False
         self._probed = False
         self._checked_optimizers: set[int] = set()
@@ -110,12 +107,12 @@ class LoRACallback(Callback):
         """Called when fit, validate, test or predict begins: attach, or arrange to attach once the layers exist."""
         self._unhook()
         self._fit_succeeded = False
-        self._reported = get_attachment(pl_module) is not None
         refuse(foreign(trainer, pl_module))
         refuse(bad_company(trainer, self))
         if message := copies_of_the_base(trainer):
             rank_zero_info(message)
-        self._refuse_lost_training(trainer, pl_module, stage)
+        if stage == TrainerFn.FITTING and get_attachment(pl_module) is None:
+            refuse(lost_training(trainer.strategy))
         with as_misconfiguration():
             checkpoints = adapter_checkpoints(trainer.strategy)
         self._layout, checkpoints.check_base, checkpoints.attach_late = checkpoints.layout, self.check_base, None
@@ -128,12 +125,7 @@ class LoRACallback(Callback):
             self._wraps.after(pl_module, "configure_optimizers", self._repair_configured)
         elif merges(pl_module) and not lora_layers(pl_module):
             return  # evaluating a merged model: the adapter is in its weights
-        request(pl_module, self.config, self._seed(pl_module))  # for attach(self) in configure_model
-        if stage != TrainerFn.FITTING and self.config == LoRAConfig() and not is_restored_late(trainer.strategy):
-            # Nothing was asked for: a checkpoint knows what it holds, and comes before the strategy is set up.
-            checkpoints.attach_late = functools.partial(self._attach_late, pl_module)
-        else:
-            self._attach_in_time(trainer, pl_module)
+        self._attaching.arrange(trainer, pl_module, self.config, checkpoints, self._wraps)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -144,13 +136,13 @@ class LoRACallback(Callback):
         refuse(checks.replaced_layers(pl_module))
         refuse(checks.undeclared_training(pl_module))
         warn(checks.fragile_factors(pl_module))
-        unheld = checks.unheld_parameters(pl_module, trainer.optimizers)
+        unheld = checks.unheld_parameters(pl_module, self._layout.as_configured(trainer.optimizers))
         if pl_module.automatic_optimization:
             refuse(unheld)
         else:
             warn(unheld)  # the module may step an optimizer that Lightning does not know
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        warn(questionable_settings(pl_module, trainer.optimizers, schedulers, self.lr_ratio, self._coverage))
+        warn(questionable_settings(pl_module, trainer.optimizers, schedulers, self.lr_ratio, self._attaching.coverage))
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -182,7 +174,7 @@ class LoRACallback(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after each backward pass: with manual optimization, note what the first batch reaches."""
         if not pl_module.automatic_optimization and not self._checked_optimizers:
-            self._reached = (self._reached or set()) | checks.reached_adapters(pl_module)
+            self._reached = (self._reached or set()) | self._layout.reached()
 
     @override
     def on_train_batch_end(
@@ -200,7 +192,8 @@ class LoRACallback(Callback):
         """Called before each optimizer step: at the first one, name the adapters that no gradient reached."""
         if id(optimizer) not in self._checked_optimizers:
             self._checked_optimizers.add(id(optimizer))
-            judge(*checks.unreached_adapters(pl_module, optimizer))
+            [stand_in] = self._layout.as_configured([optimizer])
+            judge(*checks.unreached_message(checks.held_adapters(pl_module, stand_in), self._layout.reached()))
         if self._diagnostics is not None:
             self._diagnostics.before_step(trainer, optimizer)
 
@@ -208,19 +201,19 @@ class LoRACallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            warn(checks.untrained_adapters(pl_module))
+            self._warn_of_untrained(pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when testing begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            warn(checks.untrained_adapters(pl_module))
+            self._warn_of_untrained(pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when predicting begins."""
         if trainer.state.fn != TrainerFn.FITTING:
-            warn(checks.untrained_adapters(pl_module))
+            self._warn_of_untrained(pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,62 +238,28 @@ class LoRACallback(Callback):
         self._unhook()
         request(pl_module, None)
 
-    # --- attaching
-
-    def _attach_in_time(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if is_overridden("configure_model", pl_module):
-            self._wraps.after(pl_module, "configure_model", self._attach_after)
-        elif is_overridden("setup", pl_module) and not has_callback(trainer, *AVERAGING):
-            # It may build layers or load base weights. (Averaging callbacks copy the module before it runs.)
-            self._wraps.after(pl_module, "setup", self._attach_after)
-        else:
-            self._attach(pl_module)
-
-    def _attach_after(self, pl_module: LightningModule, result: Any) -> None:
-        self._attach(pl_module)
-
-    def _attach_late(self, pl_module: LightningModule, record: Mapping[str, Any] | None) -> None:
-        """Attach what a checkpoint holds, else what the module has already, else the default."""
-        saved, before = saved_options(record), get_attachment(pl_module)
-        if saved is not None and before is not None and before.config == self.config != saved[0]:
-            detach(pl_module)  # what configure_model attached by default
-        elif saved is None and before is not None:
-            saved = before.config, before.seed
-        self._attach(pl_module, *(saved or ()))
-        if record is not None and saved is not None:
-            rank_zero_info("LoRA: rank, targets and all other options are those of the checkpoint.")
-
-    def _attach(self, pl_module: LightningModule, config: LoRAConfig | None = None, seed: int | None = None) -> None:
-        with as_misconfiguration():
-            convert_layers(pl_module.trainer.precision_plugin, pl_module)
-            seed = self._seed(pl_module) if seed is None else seed
-            attached = attach(pl_module, config or self.config, seed=seed)
-            self._coverage = coverage(pl_module)  # now, as FSDP hides sizes
-            self._layout.attached(pl_module)
-        if not self._reported:
-            self._reported = True
-            rank_zero_info(f"{attached}")
-            self._start(pl_module)
+    # --- parts
 
     def _start(self, pl_module: LightningModule) -> None:
         """Start from another adapter, and refuse now what could not be exported later."""
         trainer = pl_module.trainer
         if self.init_from is not None and trainer.ckpt_path is None:
-            start = start_from(pl_module, self.init_from, check_base=self.check_base)
+            with self._layout.at_hand():
+                start = start_from(pl_module, self.init_from, check_base=self.check_base)
             rank_zero_info(f"LoRA: started from {self.init_from}: {start}")
         if self.export_dir is not None and trainer.state.fn == TrainerFn.FITTING:
-            refuse(self._layout.refused_export() or refused_export(pl_module))
+            refuse(self._layout.refused_export(pl_module))
+            with self._layout.at_hand(), shapes_shown(pl_module):
+                refuse(refused_export(pl_module))
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None)
+        state, base = {} if checkpoint else self._layout.trained(), self._layout.fingerprint()
         if trainer.is_global_zero:
-            checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", None)
-            export_fit(pl_module, str(self.export_dir), checkpoint)
+            state = read_checkpoint(checkpoint)[1] if checkpoint else state
+            export_fit(pl_module, str(self.export_dir), state, self._layout.hidden_shapes(), base)
             rank_zero_info(f"LoRA: adapter exported to {self.export_dir} ({checkpoint or 'last state'}).")
         trainer.strategy.barrier()
-
-    def _seed(self, pl_module: LightningModule) -> int:
-        before = get_attachment(pl_module)
-        return before.seed if before is not None else int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
     def _unhook(self) -> None:
         self._wraps.remove()
@@ -320,6 +279,8 @@ class LoRACallback(Callback):
             repair_optimizers(pl_module, optimizers, schedulers, lr_ratio=self.lr_ratio)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+        with as_misconfiguration():
+            self._layout.configured(pl_module, optimizers)
         for index, optimizer in enumerate(optimizers):
             if not any(group["params"] for group in optimizer.param_groups):
                 rank_zero_warn(
@@ -328,9 +289,6 @@ class LoRACallback(Callback):
 
     # --- checks
 
-    def _refuse_lost_training(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == TrainerFn.FITTING and trains_in_copies(trainer.strategy) and get_attachment(pl_module) is None:
-            raise MisconfigurationException(
-                "With this launcher (spawn, fork or a notebook's) the adapters would exist in the workers only and be "
-                "lost. Call lightning_lora.attach(model, callback.config) before trainer.fit, or use strategy='ddp'."
-            )
+    def _warn_of_untrained(self, pl_module: LightningModule) -> None:
+        with self._layout.at_hand():
+            warn(checks.untrained_adapters(pl_module))

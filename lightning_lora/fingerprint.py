@@ -54,8 +54,13 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
     Args:
         tensors: The parameters that training leaves as they are.
     """
-    readable = {name for name, tensor in tensors.items() if _is_readable(tensor)}
-    return samples(tensors, sorted(readable, key=_mixed)[:_TENSORS])
+    return samples(tensors, chosen_names(tensors))
+
+
+def chosen_names(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the parameters that a fingerprint looks at."""
+    readable = [name for name, tensor in tensors.items() if _is_readable(tensor)]
+    return sorted(readable, key=_mixed)[:_TENSORS]
 
 
 def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Sample]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -122,6 +124,55 @@ def anywhere(flags: list[bool], device: torch.device) -> list[bool]:
 def local(tensor: Tensor) -> Tensor:
     """Return the part that this process holds."""
     return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def is_divided(parameter: Tensor) -> bool:
+    """Return whether DeepSpeed's ZeRO-3 has divided this parameter, so that what it shows is empty."""
+    status = getattr(parameter, "ds_status", None)
+    return status is not None and bool(status.name == "NOT_AVAILABLE")
+
+
+@contextmanager
+def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[None]:
+    """Have the whole of parameters that ZeRO-3 has divided, for a while; every process must call this.
+
+    Args:
+        tensors: Any; what is whole stays as it is.
+        to_write: Whether what is written to them stays; every process must write the same.
+    """
+    managed = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+    if not managed:
+        yield
+        return
+    shown = [(tensor, tensor.data) for tensor in managed if is_divided(tensor)]
+    zero = importlib.import_module("deepspeed").zero
+    with zero.GatheredParameters(managed, modifier_rank=0 if to_write else None):
+        yield
+    for tensor, data in shown:
+        tensor.data = data
+
+
+@contextmanager
+def shapes_shown(module: nn.Module) -> Iterator[None]:
+    """Let parameters that ZeRO-3 has divided show the shape of their whole for a while, though not its values.
+
+    Vectors, such as biases, are gathered; matrices are zeros that take no memory.
+    """
+    if "deepspeed" not in sys.modules:
+        yield
+        return
+    divided = [parameter for parameter in module.parameters() if is_divided(parameter)]
+    vectors = [parameter for parameter in divided if len(cast(Any, parameter).ds_shape) < 2]
+    matrices = [parameter for parameter in divided if len(cast(Any, parameter).ds_shape) >= 2]
+    before = [parameter.data for parameter in matrices]
+    with gathered(vectors):
+        for parameter in matrices:
+            parameter.data = parameter.new_zeros(()).expand(cast(Any, parameter).ds_shape)
+        try:
+            yield
+        finally:
+            for parameter, data in zip(matrices, before, strict=True):
+                parameter.data = data
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

@@ -37,7 +37,7 @@ from lightning_lora.planning.plan import make_plan
 from lightning_lora.planning.planned import Plan, PlannedLayer
 from lightning_lora.probe import dead_message
 from lightning_lora.report import AdaptedLayer, AttachReport
-from lightning_lora.sharding import is_fully_sharded
+from lightning_lora.sharding import is_fully_sharded, shapes_shown
 from lightning_lora.switching import check_mergeable, fold, set_mode
 from lightning_lora.targets import listed, module_names
 
@@ -70,11 +70,12 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     """
     if config is None:
         config, seed = requested(module) or (LoRAConfig(), seed)
-    with _no_garbage_collection():
+    with _no_garbage_collection(), shapes_shown(module):
         modules = module_names(module)
         _refuse_other_adapters(module, (part for part, _ in modules.values()), config, seed)
         plan = make_plan(module, modules, config, seed)
         _refuse_wrapped(module, plan)
+        _refuse_untying_divided(plan)
         _warn_of_waste(plan)
         made = [
             (layer, layer.adapter(layer.module, layer.spec, layer.parameter)) for layer in plan.layers if _is_new(layer)
@@ -194,6 +195,14 @@ def _refuse_wrapped(module: nn.Module, plan: Plan) -> None:
                 "Adapters attached now would not be synchronised between them. Call attach first and wrap afterwards: "
                 "in configure_model, lightning_lora.attach(self) before fully_shard takes the LoRACallback's options."
             )
+
+
+def _refuse_untying_divided(plan: Plan) -> None:
+    if names := [name for name in plan.untied if hasattr(plan.parameters[name], "ds_id")]:
+        raise ValueError(
+            f"untie_weights: {listed(names)} are divided by DeepSpeed's ZeRO-3 already, so they cannot be copied. "
+            "Untie them where the model is built, or use ZeRO stage 2."
+        )
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
 from tests.contract import raises_and_changes_nothing
 from tests.distributed import killed_job
+from tests.distributed.ports import free_port
 from tests.toys import Toy, digest, loader, network, trainer
 from tests.training.test_adapter_checkpoints import assert_same_bits, fitted, read
 
@@ -37,7 +38,12 @@ ROOT = Path(__file__).parents[1]
 
 def started(directory: Path, moment: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(Path(killed_job.__file__)), str(directory), moment]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TMPDIR": str(directory)}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(directory),
+        "MASTER_PORT": str(free_port()),
+    }
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

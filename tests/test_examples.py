@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jsonargparse")
 
 from lightning_lora.cli import main
+from tests.distributed.ports import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +41,7 @@ class Run(NamedTuple):
 def execute(script: str, *arguments: str, folder: Path) -> str:
     """Run an example and return all it printed; relative paths in its options fall into the folder."""
     command = [sys.executable, str(EXAMPLES / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "MASTER_PORT": str(free_port())}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

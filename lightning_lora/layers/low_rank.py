@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, base_parameter, row_numbers
-from lightning_lora.sharding import copy_whole, is_sharded, place_factors, whole
+from lightning_lora.sharding import copy_whole, gathered, is_sharded, place_factors, whole
 
 
 class LowRankAdapter(Adapter):
@@ -47,7 +47,8 @@ class LowRankAdapter(Adapter):
         self._parameters["A"], self._parameters["B"] = nn.Parameter(A), nn.Parameter(B)
         vars(self)["is_plain"] = not (spec.use_dora or spec.lora_bias or spec.rows)
         if spec.use_dora:
-            norms = self.row_norms(self._rows(self.as_matrix(weight)))
+            with gathered([weight]):
+                norms = self.row_norms(self._rows(self.as_matrix(weight)))
             self._parameters["magnitude"] = nn.Parameter(norms.to(self.kept_dtype(norms)))
         if spec.lora_bias:
             bias = B.new_zeros(B.shape[0])

@@ -11,7 +11,7 @@ from lightning_lora.layers.adapter import Adapter, base_parameter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.swap import Behaviour
 from lightning_lora.layers.weight import WeightLoRALayer
-from lightning_lora.sharding import whole
+from lightning_lora.sharding import gathered, whole
 
 
 class TokenAdapter(Adapter):
@@ -46,8 +46,10 @@ class TokenAdapter(Adapter):
 
     @override
     def build(self, module: nn.Module, parameter: str) -> None:
-        frozen = base_parameter(module, parameter).detach()[self.index]
-        self._parameters["rows"] = nn.Parameter(frozen.to(self.spec.dtype, copy=True))
+        weight = base_parameter(module, parameter)
+        with gathered([weight]):
+            rows = weight.detach()[self.index].to(self.spec.dtype, copy=True)
+        self._parameters["rows"] = nn.Parameter(rows)
 
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:

@@ -39,7 +39,7 @@ from lightning_lora.state import (
     refuse_other_base,
 )
 from lightning_lora.surgery import attach, detach
-from lightning_lora.targets import listed, module_names
+from lightning_lora.targets import clean_name, listed, module_names
 
 # --- writing
 
@@ -51,6 +51,7 @@ def save_adapter(
     export_root: str | None = None,
     base_model_name_or_path: str | None = None,
     uniform_rank: bool = False,
+    base: Fingerprint | None = None,
 ) -> None:
     """Write the adapter as a PEFT directory, which PEFT, vLLM and ``load_adapter`` read.
 
@@ -66,6 +67,7 @@ def save_adapter(
         base_model_name_or_path: What to record as the base model; the model's own ``name_or_path`` if left out.
         uniform_rank: Pad all layers with zeros to the highest rank and give them one scaling, for loaders such as vLLM
             that ignore patterns of ranks and alphas. The adapter computes the same.
+        base: The fingerprint of the module's base, where this process does not see the base's values.
 
     Raises:
         ValueError: PEFT cannot express what was trained; one error lists each layer with the reason. Or the directory
@@ -81,7 +83,8 @@ def save_adapter(
             stacklevel=2,
         )
     name = base_model_name_or_path or _base_name(export.root)
-    write_export(export, Path(directory), name, _fingerprint(module, export.root), uniform_rank=uniform_rank)
+    base = _fingerprint(module, export.root) if base is None else _below(base, module, export.root)
+    write_export(export, Path(directory), name, base, uniform_rank=uniform_rank)
 
 
 def write_export(
@@ -145,6 +148,13 @@ def _fingerprint(module: nn.Module, root: nn.Module) -> Fingerprint:
     tensors = base_tensors(root, trained=adapter_tensors(module).values())
     # Reading values that are divided takes all processes, and here is one.
     return {} if any(map(is_sharded, tensors.values())) else fingerprint(tensors)
+
+
+def _below(base: Fingerprint, module: nn.Module, root: nn.Module) -> Fingerprint:
+    """Return the part of a module's fingerprint that is of a module inside, by the names that it has there."""
+    path = next(clean_name(name) for name, part in module.named_modules() if part is root)
+    start = f"{path}." if path else ""
+    return {name.removeprefix(start): each for name, each in base.items() if name.startswith(start)}
 
 
 # --- reading

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
@@ -32,8 +31,9 @@ from lightning_lora.state import (
     record_problems,
 )
 from lightning_lora.targets import clean_name
-from lightning_lora.training.one_file import in_one_move, one_file
-from lightning_lora.training.strategies import Layout, layout_of
+from lightning_lora.training.layouts import Layout
+from lightning_lora.training.one_file import in_one_move
+from lightning_lora.training.strategies import layout_of
 
 _INSTALLED = "_lora_checkpoints"
 
@@ -92,7 +92,7 @@ class AdapterCheckpoints:
         if not lora_layers(self.module):
             state: dict[str, Any] = self.own["lightning_module_state_dict"]()
             return state
-        return self._gathered() | self._metric_states()
+        return self.layout.trained() | self._metric_states()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole."""
@@ -100,22 +100,7 @@ class AdapterCheckpoints:
         if not lora_layers(self.module):
             state: dict[str, Any] = self.own["optimizer_state"](optimizer)
             return state
-        state = Strategy.optimizer_state(self.strategy, optimizer)
-        names = [name for group in optimizer_names(self.module, [optimizer])[0] for name in group]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        entries: dict[int, dict[str, Any]] = cast(dict[str, Any], state).get("state", {})
-        values = {(index, key): value for index, entry in entries.items() for key, value in entry.items()}
-        tensors = {
-            (index, key): value
-            for (index, key), value in values.items()
-            if isinstance(value, Tensor) and value.ndim and value.shape == parameters[index].shape
-        }
-        found: dict[Any, Any] = self.layout.gather(tensors, lambda place: names[place[0]])
-        found |= self.layout.agree({place: value for place, value in values.items() if place not in tensors})
-        whole_entries: dict[int, dict[str, Any]] = {}
-        for index, key in sorted(found):
-            whole_entries.setdefault(index, {})[key] = found[index, key]
-        return {**state, "state": whole_entries} if state else {}
+        return self.layout.optimizer_state(optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add the record and write the file."""
@@ -124,11 +109,12 @@ class AdapterCheckpoints:
             for key in ("state_dict", "current_model_state"):
                 if key in checkpoint:
                     checkpoint[key] = self._only_trained(checkpoint[key])
-            names = optimizer_names(self.module, self.strategy.optimizers)
             base = to_plain(self.layout.fingerprint())
-            checkpoint[RECORD_KEY] = describe(self.module) | {"base": base, "optimizers": names}
-            with one_file(self.strategy), in_one_move(self.strategy, filepath) as place:
-                self.own["save_checkpoint"](checkpoint, place, storage_options=storage_options)
+            record = describe(self.module) | {"base": base, "optimizers": self._optimizer_names()}
+            checkpoint[RECORD_KEY] = record
+            with in_one_move(self.strategy, filepath) as place:
+                # Past what strategies do of their own, such as writing directories of shards: an adapter is small.
+                Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
         else:
             self.own["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
 
@@ -175,7 +161,7 @@ class AdapterCheckpoints:
     def _load_adapter(self, state: Mapping[str, Any], record: Mapping[str, Any] | None, strict: bool) -> None:
         module = self.module
         check_not_merged(module, (record or {}).get("merges", {}))
-        adapters, others = self._gathered(), self._others()
+        adapters, others = self.layout.trained(), self._others()
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
         known = [*others, *self._metric_states()]
         problems += mismatches(adapters, state, known=known if strict else [*known, *state])
@@ -202,7 +188,7 @@ class AdapterCheckpoints:
         if record is None or not states:
             self.own["load_optimizer_state_dict"](checkpoint)
             return
-        mine = optimizer_names(self.module, self.strategy.optimizers)
+        mine = self._optimizer_names()
         if [[set(group) for group in groups] for groups in record["optimizers"]] != [
             [set(group) for group in groups] for groups in mine
         ]:
@@ -214,39 +200,23 @@ class AdapterCheckpoints:
         for optimizer, state, theirs, ours in zip(
             self.strategy.optimizers, states, record["optimizers"], mine, strict=True
         ):
-            self._load_optimizer(
-                optimizer, reordered_state(state, theirs, ours), [name for group in ours for name in group]
-            )
+            names = [name for group in ours for name in group]
+            self.layout.load_optimizer_state(optimizer, reordered_state(state, theirs, ours), names)
 
     def _must_load_optimizers(self) -> bool:
         """Return whether this is the moment to load them: Lightning leaves it to strategies that shard."""
         fits = self.module.trainer.state.fn == TrainerFn.FITTING
         return fits and not self.strategy.lightning_restore_optimizer and bool(lora_layers(self.module))
 
-    def _load_optimizer(self, optimizer: Optimizer, state: dict[str, Any], names: list[str]) -> None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        # Where a process has nothing of a parameter, the optimizer never steps it and has no state for it.
-        state["state"] = {index: entry for index, entry in state["state"].items() if parameters[index].numel()}
-        for index, entry in state["state"].items():
-            for key, value in entry.items():
-                if isinstance(value, Tensor) and value.shape == self.layout.shape(names[index], parameters[index]):
-                    entry[key] = self.layout.part(value, names[index], parameters[index])
-        optimizer.load_state_dict(state)
-        _optimizer_to_device(optimizer, self.strategy.root_device)
+    def _optimizer_names(self) -> list[list[list[str]]]:
+        return optimizer_names(self.module, self.layout.as_configured(self.strategy.optimizers))
 
     # --- parts of the state
-
-    def _gathered(self) -> dict[str, Tensor]:
-        """Return what was trained: name -> the whole tensor; every process must call this."""
-        tensors = adapter_tensors(self.module)
-        return self.layout.gather(tensors, lambda name: name)
 
     @torch.no_grad()
     def _scatter(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Copy whole tensors, which every process has, into the module's, and the states of its metrics."""
-        for name, tensor in tensors.items():
-            if name in state:
-                tensor.copy_(self.layout.part(state[name], name, tensor))
+        self.layout.fill(tensors, state)
         for name, part in self.module.named_modules():
             if isinstance(part, Metric):
                 prefix = f"{clean_name(name)}."

@@ -66,15 +66,14 @@ def unheld_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> str
     )
 
 
-def unreached_adapters(module: nn.Module, optimizer: Optimizer) -> tuple[str | None, bool]:
-    """Adapters of this optimizer that the backward pass did not reach, and whether that is all of them."""
+def held_adapters(module: nn.Module, optimizer: Optimizer) -> list[str]:
+    """Return the names of the adapters of which an optimizer holds a parameter."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    names = [
+    return [
         name
         for name, adapter in all_adapters(module).items()
         if any(id(factor) in held for factor in adapter.parameters())
     ]
-    return unreached_message(names, reached_adapters(module))
 
 
 def reached_adapters(module: nn.Module) -> set[str]:

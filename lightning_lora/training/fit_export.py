@@ -1,19 +1,19 @@
-"""The adapter of a finished fit as a PEFT directory: the best checkpoint's, or the last state."""
+"""The adapter of a finished fit as a PEFT directory, wherever the module's own tensors are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.checkpoint_file import read_checkpoint
+from lightning_lora.fingerprint import Fingerprint
 from lightning_lora.peft_format.directory import read_tensors
 from lightning_lora.peft_format.files import exported, save_adapter
-from lightning_lora.state import adapter_state_dict, copy_adapter_state
+from lightning_lora.targets import clean_name, join
 
 
 def refused_export(module: nn.Module) -> str | None:
@@ -25,30 +25,54 @@ def refused_export(module: nn.Module) -> str | None:
     return f"export_dir: PEFT cannot express these adapters, so nothing could be exported after training:\n{reasons}"
 
 
-def export_fit(module: nn.Module, directory: str | PathLike[str], checkpoint: str | None) -> None:
-    """Write the adapter of a checkpoint, or the module's own, and read it back; the module stays as it is.
+def export_fit(
+    module: nn.Module,
+    directory: str | PathLike[str],
+    state: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    base: Fingerprint,
+) -> None:
+    """Write an adapter of a module and read it back; the module stays as it is.
+
+    Args:
+        module: The adapted module, whose own tensors may be spread over processes.
+        directory: Where to write.
+        state: What was trained, whole: name -> tensor.
+        shapes: Shapes of the base parameters that this process does not see whole.
+        base: The fingerprint of the module's base.
 
     Raises:
-        ValueError: PEFT cannot express it, or the checkpoint cannot be read. Nothing was written.
+        ValueError: PEFT cannot express it. Nothing was written.
         RuntimeError: What was written is not what was to be written.
     """
-    with _state_of(module, checkpoint):
-        save_adapter(module, directory)
+    hidden = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}  # their values are not asked for
+    with _in_their_place(module, {**hidden, **state}):
+        save_adapter(module, directory, base=base)
         _verify(module, Path(directory))
 
 
 @contextmanager
-def _state_of(module: nn.Module, checkpoint: str | None) -> Iterator[None]:
-    if not checkpoint:
-        yield
-        return
-    own = adapter_state_dict(module)
-    _, state = read_checkpoint(checkpoint)
-    copy_adapter_state(module, {name: tensor for name, tensor in state.items() if name in own})
+def _in_their_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put other tensors in the place of a module's parameters and buffers for a while."""
+    before = [
+        (table, key, tensor, name)
+        for path, part in module.named_modules()
+        for table in (part._parameters, part._buffers)
+        for key, tensor in table.items()
+        if tensor is not None and (name := clean_name(join(path, key))) in tensors
+    ]
+    others: dict[int, Tensor] = {}  # tied ones stay tied
+    for table, key, old, name in before:
+        table[key] = others.setdefault(id(old), _as_kind(tensors[name], old))
     try:
         yield
     finally:
-        copy_adapter_state(module, own)
+        for table, key, old, _ in before:
+            table[key] = old
+
+
+def _as_kind(new: Tensor, old: Tensor) -> Tensor:
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def _verify(module: nn.Module, directory: Path) -> None:

@@ -35,15 +35,3 @@ def in_one_move(strategy: Strategy, filepath: Any) -> Iterator[Any]:
             with suppress(OSError):
                 place.unlink()  # a full disk is not made fuller
         raise
-
-
-@contextmanager
-def one_file(strategy: Strategy) -> Iterator[None]:
-    """Have a strategy that can write directories of shards write one file: an adapter is small."""
-    ways = {"_state_dict_type": "full", "_save_distributed_checkpoint": False}
-    before = {name: vars(strategy)[name] for name in ways if name in vars(strategy)}
-    vars(strategy).update({name: ways[name] for name in before})
-    try:
-        yield
-    finally:
-        vars(strategy).update(before)

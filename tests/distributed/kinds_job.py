@@ -1,4 +1,4 @@
-"""What the processes do in ``test_kinds.py``: train every kind of adapted layer, sharded by FSDP2 and by FSDP."""
+"""What the processes do in ``test_kinds.py``: train every kind of adapted layer under DDP, FSDP2 and FSDP."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora import LoRAConfig, attach, merge, ops
 from lightning_lora.layers import Adapter
@@ -110,6 +111,8 @@ def train(
         found = {"output": _whole(model(inputs))}
         if isinstance(model, FullyShardedDataParallel):
             return found  # what it holds cannot be read without its own tools
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
         found |= {name: _whole(p) for name, p in model.named_parameters() if p.requires_grad}
         merge(model)
         found["merged"] = _whole(model(inputs))
@@ -139,6 +142,7 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (world,))
     add_cpu_events()
     results: dict[str, Any] = {
+        "ddp": {name: train(case, DistributedDataParallel, rank, world) for name, case in CASES.items()},
         "fsdp2": {name: train(case, lambda m: fully_sharded(m, mesh), rank, world) for name, case in CASES.items()},
         "fsdp1": {name: train(CASES[name], flattened, rank, world) for name in CASES if name not in REFUSED_BY_FSDP1},
     }

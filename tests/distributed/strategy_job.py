@@ -16,17 +16,18 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_lora import LoRACallback, attach, lora_layers, ops
+from lightning_lora import LoRACallback, attach, disabled, lora_layers, ops
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy, DoubleFSDPPrecision
 from tests.toys import Toy, loader, network, trainer
 
 LORA = {"rank": 4, "modules_to_save": ["net.4"]}
+ON_META = ("fsdp1_policy", "fsdp2")
 PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 
 
@@ -34,10 +35,11 @@ class Wide(Toy):
     """Sees its share of the rows of every batch, in float64; AdamW with two groups."""
 
     factor = 1.0  # of one weight of the base
+    built_on = "cpu"
 
     def build(self) -> None:
-        self.net = network(torch.float64)
-        with torch.no_grad():
+        with torch.device(self.built_on), torch.no_grad():
+            self.net = network(torch.float64)
             self.net[2].weight.mul_(self.factor)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,6 +82,18 @@ class Sharded(Wide):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
+class WideOnMeta(Wide):
+    """Has no memory until the strategy gives it some, and then weights from ``reset_parameters``."""
+
+    built_on = "meta"
+
+
+class ShardedOnMeta(Sharded):
+    """The same, sharded by itself."""
+
+    built_on = "meta"
+
+
 def strategy(mode: str, processes: int) -> Strategy | str:
     if mode == "single":
         return "auto"
@@ -109,7 +123,7 @@ class Watch(Callback):
         own = trainer.save_checkpoint
 
         def save(*args: Any, **kwargs: Any) -> None:
-            with counted(functional=not isinstance(trainer.strategy, FSDPStrategy)) as count:
+            with counted(functional=not isinstance(trainer.strategy, (DeepSpeedStrategy, FSDPStrategy))) as count:
                 own(*args, **kwargs)
             self.bytes_at_save.append(count[0])
 
@@ -122,19 +136,22 @@ class Watch(Callback):
 
 @contextmanager
 def counted(*, functional: bool) -> Iterator[list[int]]:
-    """Count the bytes that each process receives by gathering tensors, by DTensor's functions or the common ones."""
+    """Count the bytes that each process receives of tensors, by DTensor's functions or the common ones."""
     count = [0]
-    names = ("all_gather", "all_gather_into_tensor")
-    before = {name: getattr(dist, name) for name in names}
+    places = [(dist, name) for name in ("all_gather", "all_gather_into_tensor", "all_reduce")]
+    if deepspeed := sys.modules.get("deepspeed"):
+        places.append((deepspeed.comm.comm.cdb, "all_gather_function"))
+    before = [getattr(*place) for place in places]
     gather_into = torch.ops._c10d_functional.all_gather_into_tensor
 
-    def counting(name: str) -> Any:
-        def gather(output: Any, *args: Any, **kwargs: Any) -> Any:
+    def counting(function: Any) -> Any:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = next(iter([*args, *kwargs.values()]))
             tensors = output if isinstance(output, list) else [output]
             count[0] += sum(tensor.nbytes for tensor in tensors)
-            return before[name](output, *args, **kwargs)
+            return function(*args, **kwargs)
 
-        return gather
+        return counted
 
     class Mode(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,18 +160,23 @@ def counted(*, functional: bool) -> Iterator[list[int]]:
                 count[0] += result.nbytes
             return result
 
-    for name in names:
-        setattr(dist, name, counting(name))
+    for place, function in zip(places, before, strict=True):
+        setattr(*place, counting(function))
     try:
         with Mode() if functional else nullcontext():
             yield count
     finally:
-        for name, function in before.items():
-            setattr(dist, name, function)
+        for place, function in zip(places, before, strict=True):
+            setattr(*place, function)
 
 
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def exported(directory: Path, mode: str, name: str) -> Path:
+    """Return where a run exports its adapter to."""
+    return directory / mode / name / "peft"
 
 
 def fit(
@@ -170,8 +192,13 @@ def fit(
     module = Sharded() if mode.startswith(("fsdp2", "tp")) else Wide()
     watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
     run = trainer(
-        LoRACallback(**LORA, merge_on_teardown=merge, diagnostics_every_n_steps=0 if mode.startswith("fsdp1") else 2),
-        checkpoint,
+        LoRACallback(
+            **LORA,
+            merge_on_teardown=merge,
+            diagnostics_every_n_steps=0 if mode.startswith("fsdp1") else 2,
+            export_dir=str(exported(directory, mode, name)),
+        ),
+        *([] if merge else [checkpoint]),  # without one, the last state is exported
         watch,
         max_epochs=epochs,
         max_steps=-1,
@@ -209,6 +236,38 @@ def refused_on_another_base(directory: Path, mode: str, processes: int, checkpoi
     return "nothing"
 
 
+class Start(Callback):
+    """Keeps the adapters as they start, and the outputs with and without them."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.state = trainer.strategy.lightning_module_state_dict()
+        with torch.no_grad():
+            self.output = whole(trainer.strategy.model(PROBE))
+            with disabled(pl_module):
+                self.base_output = whole(trainer.strategy.model(PROBE))
+
+
+def start_on_meta(mode: str, processes: int) -> dict[str, Any]:
+    """Train a module that was built on the meta device."""
+    start, module = Start(), ShardedOnMeta() if mode.startswith("fsdp2") else WideOnMeta()
+    run = trainer(
+        LoRACallback(rank=4),
+        start,
+        strategy=strategy(mode, processes),
+        devices=processes,
+        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
+        use_distributed_sampler=False,
+    )
+    run.fit(module, loader(16))
+    return {
+        "losses": module.losses,
+        "start": start.state,
+        "output": start.output,
+        "base_output": start.base_output,
+        "end": run.strategy.lightning_module_state_dict(),
+    }
+
+
 def main() -> None:
     ops._FEW = 0  # the fast path for these small layers, too
     warnings.simplefilter("ignore")
@@ -223,6 +282,8 @@ def main() -> None:
         }
         results[mode]["other base"] = refused_on_another_base(directory, mode, processes, single)
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
+        if mode in ON_META:
+            results[mode]["on meta"] = start_on_meta(mode, processes)
     rank = results[modes[0]]["whole"]["rank"]
     torch.save(results, directory / f"rank{rank}.pt")
     dist.barrier()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.distributed import ddp_job
+from tests.distributed.ports import free_port
 from tests.training.test_adapter_checkpoints import assert_same_bits, read
 
 pytestmark = pytest.mark.distributed
@@ -25,7 +26,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes reports of a whole run, half a run and its resumption."""
     directory = tmp_path_factory.mktemp("ddp")
     command = [sys.executable, str(Path(ddp_job.__file__)), str(directory)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 0, process.stdout + process.stderr
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]

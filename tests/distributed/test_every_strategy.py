@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter
 from tests.distributed import strategy_job
+from tests.distributed.ports import free_port
 from tests.training.test_adapter_checkpoints import assert_same_bits, read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -49,7 +51,7 @@ def runs(directory: Path, single: dict[str, Any]) -> dict[str, Ranks]:
         place = directory / str(processes)
         place.mkdir()
         command = [sys.executable, strategy_job.__file__, str(place), str(processes), single["half"]["last"], *modes]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
         ranks = [torch.load(place / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
@@ -142,6 +144,16 @@ def test_merging_leaves_no_adapter_and_the_same_outputs(
 
 
 @each_mode
+@pytest.mark.parametrize("run", ["whole", "merged"])
+def test_the_best_checkpoint_and_the_last_state_are_exported_as_a_peft_directory(
+    mode: str, run: str, directory: Path, runs: dict[str, Ranks], single: dict[str, Any]
+) -> None:
+    module = strategy_job.Wide()
+    load_adapter(module, strategy_job.exported(directory / str(len(runs[mode])), mode, run))
+    torch.testing.assert_close(module(strategy_job.PROBE), single["whole"]["output"], **CLOSE)
+
+
+@each_mode
 def test_frozen_parameters_get_no_gradients(mode: str, runs: dict[str, Ranks]) -> None:
     assert [rank["whole"]["frozen_gradients"] for rank in runs[mode]] == [0] * len(runs[mode])
 
@@ -155,3 +167,15 @@ def test_saving_gathers_at_most_twice_what_was_trained(mode: str, runs: dict[str
         assert len(rank["whole"]["bytes_at_save"]) == 4  # each epoch's file and last.ckpt
         assert all(count <= 2 * (trained + moments) for count in rank["whole"]["bytes_at_save"])
         assert (max(rank["whole"]["bytes_at_save"]) > 0) == (mode != "ddp")
+
+
+@pytest.mark.parametrize("mode", strategy_job.ON_META)
+def test_a_module_built_on_the_meta_device_starts_as_one_with_memory(mode: str, runs: dict[str, Ranks]) -> None:
+    real = strategy_job.Wide()
+    attach(real, LoRAConfig(rank=4))
+    for rank in runs[mode]:
+        found = rank["on meta"]
+        assert_same_bits(found["start"], adapter_state_dict(real))
+        assert not any(tensor.any() for name, tensor in found["start"].items() if name.endswith(".B"))
+        assert_same_bits(found["output"], found["base_output"])
+        assert all(tensor.any() for name, tensor in found["end"].items())

@@ -1,9 +1,8 @@
-"""Every kind of adapted layer, sharded by FSDP2 or FSDP over two processes, trains and merges as in one."""
+"""Every kind of adapted layer trains and merges in two processes as in one, under DDP, FSDP2 and FSDP."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,11 @@ import pytest
 import torch
 
 from tests.distributed import kinds_job
+from tests.distributed.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +41,21 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 CASES = [
     (strategy, kind)
-    for strategy in ("fsdp2", "fsdp1")
+    for strategy in ("ddp", "fsdp2", "fsdp1")
     for kind in kinds_job.CASES
-    if strategy == "fsdp2" or kind not in kinds_job.REFUSED_BY_FSDP1
+    if strategy != "fsdp1" or kind not in kinds_job.REFUSED_BY_FSDP1
 ]
 
 
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
-def test_a_sharded_layer_trains_and_merges_as_in_one_process(
+def test_a_layer_of_several_processes_trains_and_merges_as_in_one_process(
     strategy: str, kind: str, ranks: list[dict[str, Any]]
 ) -> None:
     truth = kinds_job.train(kinds_job.CASES[kind])
     for rank in ranks:
         found = rank[strategy][kind]
-        assert found.keys() == (truth.keys() if strategy == "fsdp2" else {"output"})
+        assert found.keys() == ({"output"} if strategy == "fsdp1" else truth.keys())
         for name, tensor in found.items():
             torch.testing.assert_close(tensor, truth[name], rtol=0.0, atol=1e-12)
     torch.testing.assert_close(truth["merged"], truth["output"], rtol=0.0, atol=1e-10)

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from tests.distributed import nodes_job, strategy_job
-from tests.distributed.test_kinds import free_port
+from tests.distributed.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-MODES = ["ddp", "fsdp2"]
+MODES = ["ddp", "fsdp1_policy", "fsdp2"]
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.training.advice import explain
 from tests.distributed import unused_job
+from tests.distributed.ports import free_port
 from tests.toys import network
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_an_adapted_layer_that_never_runs_is_named_in_every_process() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, unused_job.__file__]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 0, process.stderr

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy, size_based_auto_wrap_policy
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers
 from lightning_lora.layers import Adapter
+from lightning_lora.optimizers import repair_optimizers
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.strategies import layout_of
-from tests.distributed.cpu_fsdp import add_cpu_events
-from tests.toys import Toy, network, trainer
+from tests.distributed.cpu_fsdp import CPUFSDPStrategy, add_cpu_events
+from tests.toys import Toy, loader, network, trainer
 
 
 def test_an_unsupported_strategy_is_refused_by_name() -> None:
@@ -110,3 +114,59 @@ def test_adapters_get_units_of_their_own_beside_those_of_the_policy(name: str) -
 
 def _is_unit(module: nn.Module) -> bool:
     return isinstance(module, FullyShardedDataParallel)
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_one_process_alone_merges_under_fsdp(tmp_path: Path) -> None:
+    modules = {"fsdp": Toy(), "single": Toy()}
+    for name, module in modules.items():
+        strategy = CPUFSDPStrategy(auto_wrap_policy={nn.Linear}) if name == "fsdp" else "auto"
+        callback, options = LoRACallback(rank=2, merge_on_teardown=True), {"use_distributed_sampler": False}
+        run = trainer(callback, strategy=strategy, root=tmp_path, **options)
+        run.fit(module, loader())
+    x = torch.ones(3, 8)
+    assert not lora_layers(modules["fsdp"])
+    with torch.no_grad():
+        torch.testing.assert_close(modules["fsdp"].net(x), modules["single"].net(x))
+
+
+# --- DeepSpeed
+
+needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("options", [{"stage": 0}, {"zero_optimization": False}])
+def test_deepspeed_without_zero_is_refused_with_the_alternative(options: dict[str, Any]) -> None:
+    with pytest.raises(NotImplementedError, match=r"stages 1, 2 and 3, not in stage 0.*strategy='ddp'"):
+        layout_of(DeepSpeedStrategy(**options))
+
+
+@needs_deepspeed
+def test_stage_3_refuses_by_name_what_one_layer_reads_while_another_runs() -> None:
+    adapted = Attends()
+    attach(adapted, LoRAConfig(rank=2, target_modules=["attention"]))
+    layout_of(DeepSpeedStrategy(stage=2)).attached(adapted)
+    with pytest.raises(NotImplementedError, match=r"stage=3.*the weight itself must carry: attention.*or use stage 2"):
+        layout_of(DeepSpeedStrategy(stage=3)).attached(adapted)
+
+
+@needs_deepspeed
+def test_groups_that_deepspeed_would_drop_are_refused() -> None:
+    module = Toy()
+    attach(module, LoRAConfig(rank=2, target_modules=["net.0"]))
+    optimizer = torch.optim.AdamW([{"params": list(part.parameters())} for part in (module.net[0], module.net[2])])
+    repair_optimizers(module, [optimizer])
+    with pytest.raises(NotImplementedError, match=r"1 of the 2 parameter groups .* hold frozen parameters only"):
+        layout_of(DeepSpeedStrategy()).configured(module, [optimizer])
+
+
+def test_a_weight_that_deepspeed_has_divided_is_not_untied() -> None:
+    module = Tied()
+    module.embed.weight.ds_id = 0
+    with pytest.raises(ValueError, match=r"untie_weights: head\.weight are divided by DeepSpeed's ZeRO-3"):
+        attach(module, LoRAConfig(rank=2, target_modules=["head"], untie_weights=True))
+    assert module.head.weight is module.embed.weight
+    assert not lora_layers(module)

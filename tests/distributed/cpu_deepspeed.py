@@ -1,0 +1,35 @@
+"""DeepSpeed on the CPU: what Lightning leaves to GPUs, so that DeepSpeed is tested where there is none."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+
+class CPUDeepSpeedStrategy(DeepSpeedStrategy):
+    """Lightning's strategy, but for its insistence on CUDA; DeepSpeed itself has an accelerator for CPUs."""
+
+    def __init__(self, **options: Any) -> None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for half a minute
+        super().__init__(process_group_backend="gloo", **options)
+        # Layers of tests are so small that stage 3 would not divide them.
+        self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu", 0)  # DeepSpeed asks for the index
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)
+
+    def setup_distributed(self) -> None:
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()

@@ -1,0 +1,202 @@
+"""What two processes do in ``test_deepspeed.py``: Lightning starts this script once for each.
+
+Arguments: the directory for results, and the checkpoint of a single process.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_lora import LoRACallback, lora_layers, ops
+from tests.distributed.strategy_job import LORA, PROBE, Watch, Wide, exported
+from tests.toys import Toy, loader, network, trainer
+
+MODES = ("1", "2", "3", "3 built late")  # ZeRO's stage, and whether it divides each layer as soon as it is built
+
+
+class Single(Wide):
+    """The model of the other strategies, in the float32 that DeepSpeed needs."""
+
+    def build(self) -> None:
+        self.net = network()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        rank, world = self.global_rank, self.trainer.world_size
+        return Toy.training_step(self, [part[rank::world] for part in batch], batch_idx)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+
+class Late(Single):
+    def build(self) -> None: ...
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            super().build()
+
+
+class Kinds(Single):
+    """One layer of each kind that stage 3 can train, built where it divides them at once."""
+
+    OPTIONS = {
+        "target_modules": ["first", "conv"],
+        "target_slices": {"second": {"a": "0:4", "b": "6:12"}},
+        "trainable_token_indices": {"embed": [3, 7]},
+        "use_dora": True,
+        "bias": "all",
+        "rank": 2,
+    }
+
+    def build(self) -> None: ...
+
+    def configure_model(self) -> None:
+        if hasattr(self, "embed"):
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.embed, self.conv = nn.Embedding(20, 8), nn.Conv1d(12, 8, 1)
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 12)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        tokens = (10 * x).long().abs() % 20  # (rows, 8)
+        hidden = self.second(self.first(self.embed(tokens)).tanh())
+        return ((self.conv(hidden.mT).mean(-1) - y) ** 2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Attends(Single):
+    """Has a layer whose weight carries the update."""
+
+    OPTIONS = {"target_modules": ["attention", "net.4"], "rank": 2}
+
+    def build(self) -> None:
+        super().build()
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        attended, _ = self.attention(*[x.unsqueeze(1).expand(-1, 3, -1) * x.new_tensor([[1.0], [2.0], [3.0]])] * 3)
+        return ((self.net(attended.mean(1)) - y) ** 2).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+class Idle(Single):
+    """Has a layer that it does not use."""
+
+    def build(self) -> None:
+        super().build()
+        self.idle = nn.Linear(8, 8)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def strategy(mode: str) -> Any:
+    if mode == "single":
+        return "auto"
+    from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
+
+    return CPUDeepSpeedStrategy(stage=int(mode[0]))
+
+
+def fit(
+    directory: Path,
+    name: str,
+    mode: str,
+    epochs: int,
+    ckpt_path: str | None = None,
+    module: Single | None = None,
+    keeps: bool = True,
+    options: dict[str, Any] = LORA,
+    **more: Any,
+) -> dict[str, Any]:
+    module = module or (Late() if "late" in mode else Single())
+    watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
+    run = trainer(
+        LoRACallback(
+            **options, export_dir=None if "target_modules" in options else str(exported(directory, mode, name))
+        ),
+        *([checkpoint] if keeps else []),  # without one, the last state is exported
+        watch,
+        max_epochs=epochs,
+        max_steps=-1,
+        strategy=strategy(mode),
+        devices=1 if mode == "single" else 2,
+        use_distributed_sampler=False,
+        **more,
+    )
+    run.fit(module, loader(16), ckpt_path=ckpt_path)
+    found = {
+        "losses": module.losses,
+        "last": checkpoint.last_model_path,
+        "rank": module.global_rank,
+        "bytes_at_save": watch.bytes_at_save,
+        "frozen_gradients": watch.frozen_gradients,
+        "adapters": len(lora_layers(module)),
+    }
+    if hasattr(module, "net"):
+        with torch.no_grad():
+            found["output"] = run.strategy.model(PROBE.to(module.net[0].weight.dtype)).float()
+    return found
+
+
+def validation_loss(mode: str, ckpt_path: str) -> float:
+    run = trainer(LoRACallback(**LORA), strategy=strategy(mode), devices=2, limit_val_batches=2)
+    [result] = run.validate(Late(), loader(16), ckpt_path=ckpt_path, verbose=False)
+    return result["val_loss"]
+
+
+def warned(directory: Path) -> list[str]:
+    """Return what is said of a layer that no gradient reaches."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(directory, "idle", "2", 1, module=Idle(), options={"rank": 2})
+    return [str(each.message) for each in caught]
+
+
+def main() -> None:
+    ops._FEW = 0  # the fast path for these small layers, too
+    warnings.simplefilter("ignore")
+    directory, single = Path(sys.argv[1]), sys.argv[2]
+    merging = LORA | {"merge_on_teardown": True}
+    results: dict[str, Any] = {}
+    for mode in MODES:
+        results[mode] = {
+            "whole": fit(directory, "whole", mode, 2, options=merging),
+            "half": fit(directory, "half", mode, 1),
+            "from single": fit(directory, "from_single", mode, 2, single, keeps=False),
+        }
+        results[mode]["resumed"] = fit(directory, "resumed", mode, 2, results[mode]["half"]["last"], options=merging)
+    late = results["3 built late"]
+    late["validation"] = validation_loss("3", late["whole"]["last"])
+    results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)
+    results["attention"] = fit(directory, "attention", "2", 2, module=Attends(), options=Attends.OPTIONS)
+    results["warned"] = warned(directory)
+    for mode in ("2", "3 built late"):
+        half = fit(directory, "bf16_half", mode, 1, precision="bf16-mixed")
+        results[mode]["bf16"] = {
+            "whole": fit(directory, "bf16_whole", mode, 2, precision="bf16-mixed"),
+            "resumed": fit(directory, "bf16_resumed", mode, 2, half["last"], precision="bf16-mixed"),
+        }
+    torch.save(results, directory / f"rank{results['1']['whole']['rank']}.pt")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

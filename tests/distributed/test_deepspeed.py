@@ -1,0 +1,179 @@
+"""DeepSpeed's ZeRO, stages 1 to 3: two processes on the CPU equal one, and resume one another's checkpoints."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import load_adapter
+from tests.distributed import deepspeed_job
+from tests.distributed.ports import free_port
+from tests.distributed.test_every_strategy import TRAINED
+from tests.training.test_adapter_checkpoints import assert_same_bits, read
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed"),
+]
+
+ROOT = Path(__file__).parents[2]
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # DeepSpeed computes in float32
+WHOLE_STATE = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+
+KINDS = {"kinds": deepspeed_job.Kinds, "attention": deepspeed_job.Attends}
+
+each_mode = pytest.mark.parametrize("mode", deepspeed_job.MODES)
+Ranks = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def single(directory: Path) -> dict[str, Any]:
+    """One process on the whole batches: all of the run, and half of it."""
+    runs = {name: deepspeed_job.fit(directory, name, "single", epochs) for name, epochs in (("whole", 2), ("half", 1))}
+    for name, kind in KINDS.items():
+        runs[name] = deepspeed_job.fit(directory, name, "single", 2, module=kind(), options=kind.OPTIONS)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def ranks(directory: Path, single: dict[str, Any]) -> Ranks:
+    """What each of two processes reports."""
+    command = [sys.executable, deepspeed_job.__file__, str(directory), single["half"]["last"]]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+        "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(free_port()),
+    }
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def losses(ranks: Ranks, *keys: str) -> list[float]:
+    """Return the mean of the processes' losses: that of the whole batch, since their shares are equal."""
+    found = []
+    for rank in ranks:
+        for key in keys:
+            rank = rank[key]
+        found.append(rank["losses"])
+    return torch.tensor(found, dtype=torch.float64).mean(0).tolist()
+
+
+@each_mode
+def test_losses_are_those_of_one_process(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
+    assert losses(ranks, mode, "whole") == pytest.approx(single["whole"]["losses"], abs=1e-5)
+    assert ranks[0][mode]["whole"]["losses"] != ranks[1][mode]["whole"]["losses"]  # they saw different rows
+
+
+@each_mode
+def test_the_file_holds_what_one_process_would_have_saved(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
+    place = Path(ranks[0][mode]["whole"]["last"])
+    assert place.is_file()
+    theirs, ours = read(place), read(single["whole"]["last"])
+    assert theirs["state_dict"].keys() == TRAINED
+    assert theirs["lightning_lora"] == ours["lightning_lora"]
+    for name, tensor in ours["state_dict"].items():
+        torch.testing.assert_close(theirs["state_dict"][name], tensor, **CLOSE)
+    [found], [expected] = theirs["optimizer_states"], ours["optimizer_states"]
+    assert found["param_groups"] == expected["param_groups"]
+    for index, entry in expected["state"].items():
+        assert found["state"][index].keys() == entry.keys()
+        for key, value in entry.items():
+            torch.testing.assert_close(found["state"][index][key], value, **CLOSE)
+
+
+@each_mode
+def test_resuming_equals_never_having_stopped_bit_for_bit(mode: str, ranks: Ranks) -> None:
+    for rank in ranks:
+        assert rank[mode]["half"]["losses"] + rank[mode]["resumed"]["losses"] == rank[mode]["whole"]["losses"]
+    whole, resumed = (read(ranks[0][mode][name]["last"]) for name in ("whole", "resumed"))
+    for key in WHOLE_STATE:
+        assert_same_bits(resumed[key], whole[key])
+
+
+@each_mode
+def test_a_checkpoint_of_one_process_resumes_under_deepspeed(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
+    assert losses(ranks, mode, "from single") == pytest.approx(single["whole"]["losses"][2:], abs=1e-5)
+
+
+@each_mode
+def test_a_checkpoint_of_deepspeed_resumes_in_one_process(
+    mode: str, ranks: Ranks, single: dict[str, Any], tmp_path: Path
+) -> None:
+    resumed = deepspeed_job.fit(tmp_path, "resumed", "single", 2, ranks[0][mode]["half"]["last"])
+    assert resumed["losses"] == pytest.approx(single["whole"]["losses"][2:], abs=1e-5)
+
+
+@each_mode
+def test_merging_leaves_no_adapter_and_the_outputs_of_one_process(
+    mode: str, ranks: Ranks, single: dict[str, Any]
+) -> None:
+    for rank in ranks:
+        assert (rank[mode]["half"]["adapters"], rank[mode]["whole"]["adapters"]) == (2, 0)
+        torch.testing.assert_close(rank[mode]["whole"]["output"], single["whole"]["output"], **CLOSE)
+
+
+@each_mode
+@pytest.mark.parametrize("run", ["whole", "from_single"])
+def test_the_best_checkpoint_and_the_last_state_are_exported_as_a_peft_directory(
+    mode: str, run: str, directory: Path, ranks: Ranks, single: dict[str, Any]
+) -> None:
+    module = deepspeed_job.Single()
+    load_adapter(module, deepspeed_job.exported(directory, mode, run))
+    torch.testing.assert_close(module(deepspeed_job.PROBE.float()), single["whole"]["output"], **CLOSE)
+
+
+@each_mode
+def test_frozen_parameters_get_no_gradients_and_saving_gathers_what_was_trained_alone(mode: str, ranks: Ranks) -> None:
+    file = read(ranks[0][mode]["whole"]["last"])
+    trained = sum(tensor.nbytes for tensor in file["state_dict"].values())
+    moments = sum(t.nbytes for entry in file["optimizer_states"][0]["state"].values() for t in entry.values())
+    for rank in ranks:
+        assert rank[mode]["whole"]["frozen_gradients"] == 0
+        assert 0 < max(rank[mode]["whole"]["bytes_at_save"]) <= 2 * (trained + moments)
+
+
+def test_a_checkpoint_is_evaluated_in_stage_3(ranks: Ranks, single: dict[str, Any]) -> None:
+    run = deepspeed_job.trainer(deepspeed_job.LoRACallback(**deepspeed_job.LORA), limit_val_batches=2)
+    [result] = run.validate(
+        deepspeed_job.Single(), deepspeed_job.loader(16), ckpt_path=single["whole"]["last"], verbose=False
+    )
+    for rank in ranks:
+        assert rank["3 built late"]["validation"] == pytest.approx(result["val_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kinds", "attention"])
+def test_other_kinds_of_layers_train_as_in_one_process(kind: str, ranks: Ranks, single: dict[str, Any]) -> None:
+    """In stage 3, which divides each layer as it is built, and in stage 2 where the weight carries the update."""
+    assert losses(ranks, kind) == pytest.approx(single[kind]["losses"], abs=1e-5)
+    theirs, ours = (read(run["last"])["state_dict"] for run in (ranks[0][kind], single[kind]))
+    assert theirs.keys() == ours.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, **CLOSE)
+
+
+def test_an_adapter_that_no_gradient_reaches_is_named(ranks: Ranks) -> None:
+    assert [text for text in ranks[0]["warned"] if "No gradient reached the adapters of idle in" in text]
+
+
+@pytest.mark.parametrize("mode", ["2", "3 built late"])
+def test_in_bfloat16_the_float32_masters_are_saved_and_resumed_bit_for_bit(mode: str, ranks: Ranks) -> None:
+    whole, resumed = (read(ranks[0][mode]["bf16"][name]["last"]) for name in ("whole", "resumed"))
+    for key in WHOLE_STATE:
+        assert_same_bits(resumed[key], whole[key])
+    B = whole["state_dict"]["net.0.lora.B"]
+    assert B.dtype == torch.float32
+    assert not torch.equal(B, B.bfloat16().float())

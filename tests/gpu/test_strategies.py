@@ -1,0 +1,58 @@
+"""FSDP, FSDP2 and DeepSpeed on one GPU: the losses of a single device, exact resumption, one file, merging."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import load_adapter
+from tests.gpu import strategy_job
+from tests.gpu.device import needs_cuda
+from tests.toys import Toy
+from tests.training.test_adapter_checkpoints import read
+
+pytestmark = [*needs_cuda, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gpu")
+
+
+def run(directory: Path, mode: str) -> dict[str, Any]:
+    """Return what a process of its own reports: strategies leave process groups behind."""
+    if mode.startswith("deepspeed") and not importlib.util.find_spec("deepspeed"):
+        pytest.skip("DeepSpeed is not installed")
+    place = directory / f"{mode}.pt"
+    if not place.exists():
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+        command = [sys.executable, strategy_job.__file__, str(directory), mode]
+        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+    found: dict[str, Any] = torch.load(place, weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("mode", strategy_job.MODES[1:])
+def test_a_strategy_trains_saves_resumes_exports_and_merges_as_a_single_device_does(mode: str, directory: Path) -> None:
+    single, found = run(directory, "single"), run(directory, mode)
+    assert found["whole"]["losses"] == pytest.approx(single["whole"]["losses"], rel=1e-2)
+    assert found["half"]["losses"] + found["resumed"]["losses"] == pytest.approx(found["whole"]["losses"], rel=1e-5)
+    assert (found["whole"]["adapters"], found["resumed"]["adapters"]) == (2, 0)
+    files = [read(each["whole"]["last"]) for each in (found, single)]
+    assert files[0]["state_dict"].keys() == files[1]["state_dict"].keys()
+    assert files[0]["optimizer_states"][0]["state"].keys() == files[1]["optimizer_states"][0]["state"].keys()
+    exported, expected = Toy(), Toy()
+    load_adapter(exported, directory / mode / "whole" / "peft")
+    load_adapter(expected, found["whole"]["last"])
+    x = torch.ones(2, 8)
+    torch.testing.assert_close(exported.net(x), expected.net(x))
