@@ -19,7 +19,9 @@ _BOTTOM_UP = [
     {
         "directories",
         "tensor_files",
+        "casts",
         "dropout_bits",
+        "eager",
         "option_types",
         "targets",
         "initializers",

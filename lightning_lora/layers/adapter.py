@@ -82,8 +82,8 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     @override
-    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
-        """Return the layer's ``output`` for ``inputs`` with what was learned."""
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
+        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``."""
 
     def computes_base(self, layer: nn.Module) -> bool:  # noqa: ARG002 - most do not
         """Return whether ``forward`` takes None for ``output`` and computes what the layer does, too."""

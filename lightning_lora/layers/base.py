@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.eager import is_traced, is_unheld
 from lightning_lora.layers.adapter import Adapter, base_parameter
 from lightning_lora.layers.swap import Swapped
 from lightning_lora.sharding import unwrapped, whole
@@ -27,9 +28,10 @@ class AdapterGroup(nn.ModuleDict):
         return False
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
         for adapter in self._modules.values():
-            output = cast(Adapter, adapter)(inputs, output, layer)
+            output = cast(Adapter, adapter)(inputs, output, layer, is_ours)
+            is_ours = not is_traced()  # a sum that nobody else has seen
         return output
 
 
@@ -54,7 +56,8 @@ class LoRALayer(Swapped):
         lora = self.lora
         if lora.computes_base(self):
             return cast(Tensor, lora(inputs, None, self))
-        return cast(Tensor, lora(inputs, super().forward(*args, **kwargs), self))
+        output = super().forward(*args, **kwargs)
+        return cast(Tensor, lora(inputs, output, self, is_unheld(output)))
 
     def adapters(self) -> dict[str, Adapter]:
         """Return the adapters of this layer by the parameter or the slice that each updates."""

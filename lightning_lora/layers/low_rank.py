@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.eager import add, is_traced
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, base_parameter, row_numbers
 from lightning_lora.sharding import copy_whole, is_sharded, place_factors, whole
@@ -66,25 +68,39 @@ class LowRankAdapter(Adapter):
         return matrix
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
-        update = self.update(inputs, output)
-        if self.is_plain:
-            return output + update.to(output.dtype)
-        part = output.index_select(-1, self.index) if self.spec.rows else output
-        if self.spec.use_dora:
-            part, update = self._rescaled(part, update, layer)
-        if self.spec.lora_bias:
-            update = update + self._along_features(self.spec.scaling * self.bias)
-        part = part + update.to(part.dtype)
-        return output.index_copy(-1, self.index, part) if self.spec.rows else part
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
+        if not self.spec.rows:
+            return self.with_extras(self.added(inputs, output, is_ours), layer)
+        part = self.with_extras(self.added(inputs, output.index_select(-1, self.index), not is_traced()), layer)
+        if is_ours and not output._is_view():
+            return output.index_copy_(-1, self.index, part)
+        return output.index_copy(-1, self.index, part)
 
-    def _rescaled(self, output: Tensor, update: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return both summands with every feature rescaled by ``m / n``; the layer's bias is not."""
+    def added(self, inputs: Tensor, output: Tensor, is_ours: bool) -> Tensor:
+        """Return the layer's ``output`` with the update, made in its memory if that ``is_ours``."""
+        return add(output, self.update(inputs, output), is_ours)
+
+    def with_extras(self, total: Tensor, layer: nn.Module) -> Tensor:
+        """Return what DoRA and a bias on ``B`` make of a sum of output and update, which nobody else holds."""
+        if self.spec.use_dora:
+            total = self._rescaled(total, layer)
+        if self.spec.lora_bias:
+            total = add(total, self._along_features(self.spec.scaling * self.bias), not is_traced())
+        return total
+
+    def _rescaled(self, total: Tensor, layer: nn.Module) -> Tensor:
+        """Return the sum with every feature rescaled by ``m / n``; the layer's bias is not."""
         matrix = self._rows(self.as_matrix(base_parameter(layer, self.parameter)))
         ratio = self._along_features(self.magnitude / self.row_norms(matrix))
         bias = layer._parameters.get("bias")
-        frozen = output if bias is None else output - self._along_features(self._rows(bias)).to(output.dtype)
-        return output + (ratio - 1.0).to(output.dtype) * frozen, ratio * update
+        # One tensor of the output's size is kept for backward: the product of input and summed weight.
+        if bias is None:
+            return (total * ratio).to(total.dtype)
+        product = total - self._along_features(self._rows(bias)).to(total.dtype)
+        # As a change of the sum, not rounded: a magnitude at its start leaves the output as it was, bit for bit.
+        if is_traced():
+            return (total + (ratio - 1.0) * product).to(total.dtype)
+        return cast(Tensor, _Rescaled.apply(total.detach(), product, ratio))  # type: ignore[no-untyped-call]
 
     def _along_features(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *[1] * self.trailing_dimensions)
@@ -171,3 +187,22 @@ class LowRankAdapter(Adapter):
         if self.A.dtype == dtype or torch.is_autocast_enabled(device_type):
             return self.A, self.B
         return self.A.to(dtype), self.B.to(dtype)
+
+
+class _Rescaled(torch.autograd.Function):
+    """``total + (ratio - 1) * product``, where the product is the total but for a constant.
+
+    So its gradient is ``ratio`` times the output's; that of a sum of 1 and ``ratio - 1`` would be rounded twice.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, total: Tensor, product: Tensor, ratio: Tensor) -> Tensor:
+        ctx.save_for_backward(product, ratio)
+        return (total + (ratio - 1.0) * product).to(total.dtype)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, Tensor]:
+        product, ratio = ctx.saved_tensors
+        return None, (dy * ratio).to(product.dtype), (dy * product).to(ratio.dtype).sum_to_size(ratio.shape)
