@@ -93,6 +93,10 @@ class Adapter(nn.Module, ABC):
     def combined(self, weight: Tensor) -> Tensor:
         """Return a weight with what was learned in it, in its shape; float32, or float64 if either is."""
 
+    def fold(self, weight: Tensor) -> bool:  # noqa: ARG002 - some cannot
+        """Make a weight the sum that ``combined`` returns, in its own memory; return False if that cannot be done."""
+        return False
+
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return what is added to a base weight, in its shape; float32, or float64 if the factors are."""
         return self.combined(weight) - weight

@@ -71,6 +71,11 @@ class LoRALayer(Swapped):
         names = dict.fromkeys(adapter.parameter for adapter in adapters)
         return [*names, "bias"] if any(adapter.spec.lora_bias for adapter in adapters) else list(names)
 
+    def fold(self, parameter: str, value: Tensor) -> bool:
+        """Add the updates of a parameter to a value of it, in place; return False if they are no plain sum."""
+        [*adapters] = self.adapters().values()
+        return len(adapters) == 1 and adapters[0].parameter == parameter and adapters[0].fold(value)
+
     def combined(self, parameter: str) -> Tensor:
         """Return a parameter with the updates in it, whole and in its shape; float32, or float64 if either is."""
         value = whole(base_parameter(self, parameter))

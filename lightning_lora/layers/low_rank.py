@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -14,6 +16,8 @@ from lightning_lora.eager import add, is_traced
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, base_parameter, row_numbers
 from lightning_lora.sharding import copy_whole, is_sharded, place_factors, whole
+
+_AT_ONCE = 2**18  # elements of a weight that are summed at a time while merging: a megabyte of float32
 
 
 class LowRankAdapter(Adapter):
@@ -124,11 +128,31 @@ class LowRankAdapter(Adapter):
         matrix = self.as_matrix(weight)
         dtype = torch.promote_types(torch.promote_types(self.A.dtype, torch.float32), matrix.dtype)
         matrix = matrix.to(dtype)
-        part = self._rows(matrix)
-        total = part + self.matrix_delta().to(dtype)
+        part, (A, B) = self._rows(matrix), self._factors_in_float()
+        add = torch.addmm if part.ndim == 2 else torch.baddbmm
+        total = add(part, B.to(dtype), A.to(dtype), alpha=self.spec.scaling)
         if self.spec.use_dora:
             total = total * (whole(self.magnitude) / self.row_norms(part)).unsqueeze(1)
         return self.as_stored(matrix.index_copy(0, self.index, total) if self.spec.rows else total)
+
+    @override
+    @torch.no_grad()
+    def fold(self, weight: Tensor) -> bool:
+        if not self.is_plain or is_sharded(weight) or self.A.ndim != 2:
+            return False
+        matrix, (A, B) = self.as_matrix(weight), self._factors_in_float()
+        if not matrix.is_contiguous() and matrix.T.is_contiguous():
+            matrix, A, B = matrix.T, B.T, A.T  # its rows in memory are the layer's columns
+        if not matrix.is_contiguous() or matrix.data_ptr() != weight.data_ptr():
+            return False
+        dtype = torch.promote_types(A.dtype, matrix.dtype)
+        A, B = A.to(dtype), B.to(dtype)
+        for block in blocks(matrix):
+            rows = matrix[block]  # one rounding: at the end, to the weight's precision
+            total = rows.to(dtype).addmm_(B[block], A, alpha=self.spec.scaling)
+            if total.data_ptr() != rows.data_ptr():
+                rows.copy_(total)
+        return True
 
     @override
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -206,3 +230,10 @@ class _Rescaled(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, Tensor]:
         product, ratio = ctx.saved_tensors
         return None, (dy * ratio).to(product.dtype), (dy * product).to(ratio.dtype).sum_to_size(ratio.shape)
+
+
+def blocks(tensor: Tensor) -> Iterator[slice]:
+    """Yield the rows of a tensor, few enough at a time for their sum to stay in a processor's caches."""
+    step = max(1, _AT_ONCE // max(1, math.prod(tensor.shape[1:])))
+    for start in range(0, tensor.shape[0], step):
+        yield slice(start, start + step)
