@@ -50,12 +50,12 @@ def lora_linear(
     Returns:
         ``(..., n)``.
     """
-    if not (_is_fast(x, A, B, dropout) and _is_frozen_linear(x, W, b)):
+    if not (is_fast(x, A, B, dropout) and _is_frozen_linear(x, W, b)):
         y = F.linear(x, W, b)
         return y + lora_update(x, A, B, scaling=scaling, dropout=dropout).to(y.dtype)
-    how = _How(scaling, dropout, _compute_dtype(x))
+    how = _How(scaling, dropout, compute_dtype(x))
     x = shared_cast(x, how.dtype)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         if torch.is_grad_enabled():
             return cast(Tensor, _LoRALinear.apply(x, W, b, A, B, how))  # type: ignore[no-untyped-call]
         return _forward(x, W, b, A, B, how)[0]
@@ -75,13 +75,13 @@ def lora_add(
         dropout: As in ``lora_linear``.
         is_ours: Whether nobody else holds y, so that the sum may be made in its memory.
     """
-    if not (_is_fast(x, A, B, dropout) and type(y) is Tensor and y.layout is torch.strided):
+    if not (is_fast(x, A, B, dropout) and type(y) is Tensor and y.layout is torch.strided):
         return add(y, lora_update(x, A, B, scaling=scaling, dropout=dropout), is_ours)
-    how = _How(scaling, dropout, _compute_dtype(x))
+    how = _How(scaling, dropout, compute_dtype(x))
     x = shared_cast(x, how.dtype)
     if not is_ours or y._is_view() or not y.is_contiguous():
         y = y.clone(memory_format=torch.contiguous_format)
-    with _without_autocast(x.device.type):
+    with without_autocast(x.device.type):
         if torch.is_grad_enabled():
             return cast(Tensor, _LoRAAdd.apply(y, x, A, B, how))  # type: ignore[no-untyped-call]
         _add_update(y, x, A, B, how)
@@ -109,7 +109,7 @@ class _How(NamedTuple):
         return self.scaling / kept(self.dropout) if self.dropout else self.scaling
 
 
-def _is_fast(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> bool:
+def is_fast(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> bool:
     """Return whether the fast path computes the same update, and sooner."""
     if x.ndim < 2 or x.numel() < (_FEW_TO_DROP if dropout else _FEW) or is_traced():
         return False
@@ -122,8 +122,8 @@ def _is_fast(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> bool:
 
 def _is_frozen_linear(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Return whether the layer itself is a plain product with a frozen weight, in one known precision."""
-    if type(W) not in _PLAIN or W.layout is not torch.strided or (W.requires_grad and torch.is_grad_enabled()):
-        return False
+    if type(W) not in _PLAIN or W.layout is not torch.strided or W.requires_grad:
+        return False  # also without gradients: reentrant checkpointing runs both ways, and must draw the same mask
     if is_autocast(x.device.type):
         return W.dtype in _AUTOCAST_TAKES and (b is None or b.dtype in _AUTOCAST_TAKES)
     return W.dtype is x.dtype and (b is None or (b.dtype is x.dtype and type(b) in _PLAIN))
@@ -135,12 +135,14 @@ def is_autocast(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _without_autocast(device: str) -> AbstractContextManager[Any]:
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which autocast casts nothing."""
     # In-place products are not cast by autocast, so all casts are explicit.
     return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the precision in which a layer computes with x."""
     return torch.get_autocast_dtype(x.device.type) if is_autocast(x.device.type) else x.dtype
 
 
@@ -183,7 +185,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, B, h, bits = ctx.saved_tensors
         for_x, _, for_b, for_A, for_B, _ = ctx.needs_input_grad
-        with _without_autocast(dy.device.type):
+        with without_autocast(dy.device.type):
             dy = dy.reshape(math.prod(ctx.shape[:-1]), dy.shape[-1])  # old vmap cannot flatten
             frozen = (lambda: dy @ W.to(ctx.how.dtype)) if for_x else None
             dx, dA, dB = _Backward(ctx.how, x, A, B, h, bits).of(dy, frozen, for_x, for_A, for_B)
@@ -207,7 +209,7 @@ class _LoRAAdd(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, h, bits = ctx.saved_tensors
         _, for_x, for_A, for_B, _ = ctx.needs_input_grad
-        with _without_autocast(dy.device.type):
+        with without_autocast(dy.device.type):
             rows = dy.reshape(math.prod(ctx.shape[:-1]), dy.shape[-1]).to(ctx.how.dtype)
             dx, dA, dB = _Backward(ctx.how, x, A, B, h, bits).of(rows, None, for_x, for_A, for_B)
             return dy, None if dx is None else dx.view(ctx.shape), dA, dB, None

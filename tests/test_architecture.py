@@ -34,7 +34,7 @@ _BOTTOM_UP = [
     },
     {"base_folder", "base_names", "ops", "skeleton", "option_checks", "report", "layers.adapter", "layers.norm"}
     | {"analysis.relation", "analysis.similarity"},
-    {"tied_heads", "config", "layers.base", "layers.low_rank"},
+    {"tied_heads", "config", "layers.base", "layers.low_rank", "conv_ops"},
     {"layers.linear", "layers.embedding", "layers.conv", "layers.weight"},
     {"layers.tokens"},
     {"layers"},
@@ -173,6 +173,23 @@ def test_only_surgery_changes_a_class_of_a_module(room: str):
         if isinstance(target, ast.Attribute)
     ]
     assert "__class__" not in assigned
+
+
+@pytest.mark.slow
+def test_importing_after_lightning_brings_little_and_none_of_the_heavy_packages():
+    script = """
+import sys
+import lightning.pytorch
+before = set(sys.modules)
+import lightning_lora
+lightning_lora.LoRACallback
+new = {name for name in set(sys.modules) - before if name.partition(".")[0] != "lightning_lora"}
+heavy = {"peft", "transformers", "triton", "safetensors", "torchao", "bitsandbytes", "matplotlib", "numpy"}
+assert not {name.partition(".")[0] for name in new} & heavy, new
+assert len(new) < 40, sorted(new)
+"""
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
 
 
 @pytest.mark.slow

@@ -64,11 +64,6 @@ class LinearAdapter(LowRankAdapter):
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         return lora_update(inputs, self.A, self.B, scaling=self.spec.scaling, dropout=self.dropout_now())
 
-    def dropout_now(self) -> float:
-        """Return the probability of dropping an element in the present mode."""
-        # Asking for the mode only where it matters spares torch.compile a graph for each.
-        return self.spec.dropout if self.spec.dropout and self.training else 0.0
-
 
 class Conv1DAdapter(LinearAdapter):
     """The same for transformers' ``Conv1D``, a linear layer that stores its weight as ``(in, out)``."""

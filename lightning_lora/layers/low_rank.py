@@ -202,6 +202,11 @@ class LowRankAdapter(Adapter):
         if self.spec.rows:
             self.index.copy_(row_numbers(self.spec.rows))
 
+    def dropout_now(self) -> float:
+        """Return the probability of dropping an element in the present mode."""
+        # Asking for the mode only where it matters spares torch.compile a graph for each.
+        return self.spec.dropout if self.spec.dropout and self.training else 0.0
+
     def dropped(self, inputs: Tensor) -> Tensor:
         """Return the adapter's input after dropout; the frozen layer's own input is never touched."""
         return F.dropout(inputs, self.spec.dropout, self.training) if self.spec.dropout else inputs
