@@ -51,6 +51,8 @@ def lora_linear(
         ``(..., n)``.
     """
     if not (is_fast(x, A, B, dropout) and _is_frozen_linear(x, W, b)):
+        if _is_small_and_plain(x, W, b, A, B):
+            return _in_place(x, W, b, A, B, scaling, dropout)
         y = F.linear(x, W, b)
         return y + lora_update(x, A, B, scaling=scaling, dropout=dropout).to(y.dtype)
     how = _How(scaling, dropout, compute_dtype(x))
@@ -139,6 +141,25 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     """Return a context in which autocast casts nothing."""
     # In-place products are not cast by autocast, so all casts are explicit.
     return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
+
+
+def _is_small_and_plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> bool:
+    """Return whether torch's own operations may add in place, which saves two of them."""
+    if x.ndim < 2 or x.numel() >= _FEW_TO_DROP or not x.is_contiguous():
+        return False
+    if is_autocast(x.device.type) or is_traced():
+        return False
+    together = (x, W, A, B) if b is None else (x, W, A, B, b)
+    return all(type(t) in _PLAIN and t.dtype is x.dtype and t.layout is torch.strided for t in together)
+
+
+def _in_place(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:
+    """Return the sum, composed of torch's own operations, with the update added to the layer's output in place."""
+    shape = (*x.shape[:-1], W.shape[0])
+    x = x.flatten(0, -2)
+    y = F.linear(x, W, b)
+    y.addmm_(F.linear(F.dropout(x, dropout) if dropout else x, A), B.T, alpha=scaling)
+    return y if y.shape == shape else y.view(shape)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

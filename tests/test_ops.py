@@ -496,6 +496,35 @@ def test_small_inputs_are_composed(runs, monkeypatch):
     assert not is_fast(40000, 1e-9)  # more digits than are drawn
 
 
+@pytest.mark.usual_paths
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("frozen", [(), (0,), (3,), (4,)], ids=str)
+def test_small_inputs_are_added_to_in_place_and_have_the_gradients_of_the_dense_formula(
+    shape, bias, frozen, monkeypatch
+):
+    monkeypatch.setattr(ops, "is_fast", lambda *_: False)
+    inputs = tensors(*shape)
+    for index in frozen:
+        inputs[index].requires_grad_(False)
+    if not bias:
+        inputs[2] = None
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+
+    def run(function: Call) -> list[Tensor]:
+        y = function(*inputs)
+        return [y, *torch.autograd.grad(y.square().sum(), wanted)]
+
+    assert ops._is_small_and_plain(*inputs)
+    assert_near(run(lora), run(dense))
+    zero = torch.zeros_like(inputs[4])
+    assert torch.equal(lora(*inputs[:4], zero), F.linear(*inputs[:3]))
+    assert_near([lora(*inputs).relu_()], [dense(*inputs).relu()])  # whoever gets it may change it
+    if bias and not frozen:
+        assert torch.autograd.gradcheck(lora, inputs)
+        assert torch.autograd.gradgradcheck(lora, inputs)
+
+
 @pytest.mark.parametrize("factors", [torch.float32, torch.float64])
 def test_devices_without_autocast_have_shapes(factors, runs):
     inputs = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors(factors=factors)]
