@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, attach
 
 RANK, ALPHA, TARGETS = 8, 16.0, ["query", "value"]
-RATES = {"frozen": 1e-2, "LoRA": 1e-3, "full": 5e-5, "PEFT": 1e-3}
+RATES = {"frozen": 0.0, "LoRA": 1e-3, "full": 5e-5, "PEFT": 1e-3}  # of the encoder
+RATE_OF_HEAD = 1e-2
 Example = tuple[str, int]
 
 
@@ -89,7 +90,10 @@ def classifier(kind: str, encoder: nn.Module, tokenizer: Any) -> Classifier:
 
 def trained(model: Classifier, rate: float, data: Sequence[Example], seed: int, args: argparse.Namespace) -> Classifier:
     order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+    encoder = [p for p in model.encoder.parameters() if p.requires_grad]
+    groups = [{"params": model.head.parameters(), "lr": RATE_OF_HEAD}]
+    groups += [{"params": encoder, "lr": rate}] if encoder else []
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, args.steps)
     model.train()
     for _ in range(args.steps):

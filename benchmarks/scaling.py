@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
-import socket
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from unittest import mock
 
 import measuring
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 SWEEPS = {
     "layers": (1, 2, 4, 8),
     "width": (128, 256, 512, 1024),
-    "rank": (4, 16, 64, 256),
+    "rank": (4, 16, 64, 128),
     "length": (32, 128, 512),
 }
 BASE = {"rounds": 5, "layers": 2, "width": 256, "hidden": 704, "batch": 4, "length": 128}
@@ -42,28 +42,24 @@ def swept(what: str, sizes: Sequence[int], args: argparse.Namespace) -> Iterator
                 yield measuring.ratio(times, "ours", other, None, f"{what} {size}: ours / {other}")
 
 
-def _worker(rank: int, world: int, port: int, args: argparse.Namespace, results: list[float]) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _worker(rank: int, world: int, place: str, args: argparse.Namespace, results: list[float]) -> None:
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=world)
+    distributed.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=world)
     base, x, context = step.setting("fp32", args)
     models: dict[str, nn.Module] = {"ours": step.ours(copy.deepcopy(base), 0.0), "full": base}
     wrapped = {name: DistributedDataParallel(model) for name, model in models.items()}
     jobs = {name: (lambda model=model: step.step(model, x, context)) for name, model in wrapped.items()}
     times = measuring.in_turn(jobs, args.rounds, clock=measuring.wall_seconds)
     if rank == 0:
-        results.extend(a / b for a, b in zip(times["ours"], times["full"], strict=True))
+        results.extend([a / b for a, b in zip(times["ours"], times["full"], strict=True)])
     distributed.destroy_process_group()
 
 
 def by_processes(worlds: Sequence[int], args: argparse.Namespace) -> Iterator[measuring.Row]:
     for world in worlds:
-        with socket.socket() as probe, multiprocessing.Manager() as manager:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            probe.close()
+        with tempfile.TemporaryDirectory() as folder, multiprocessing.Manager() as manager:
             found = manager.list()
-            multiprocessing.spawn(_worker, (world, port, args, found), nprocs=world)
+            multiprocessing.spawn(_worker, (world, str(Path(folder) / "meet"), args, found), nprocs=world)
             yield measuring.spread(f"processes {world}: ours / full fine-tuning, wall time", list(found))
 
 
