@@ -29,7 +29,7 @@ _AUTOCAST_TAKES = (torch.float32, torch.float16, torch.bfloat16)
 # Python, and packed masks more operations.
 _FEW, _FEW_TO_DROP = 1 << 14, 1 << 18
 # Elements of x whose mask is unpacked at a time: on the CPU what fits its caches, elsewhere what keeps a GPU busy.
-_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 18, 1 << 24
+_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 19, 1 << 24
 
 
 def lora_linear(
