@@ -8,8 +8,8 @@ from lightning_lora.checkpoint_file import load_adapter
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, lora_layers
 from lightning_lora.optimizers import parameter_groups
-from lightning_lora.peft_format import save_adapter
-from lightning_lora.preflight import Preflight, preflight
+from lightning_lora.peft_format.files import save_adapter
+from lightning_lora.peft_format.preflight import Preflight, preflight
 from lightning_lora.report import AttachReport
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.surgery import attach, detach, merge

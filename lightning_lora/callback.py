@@ -16,23 +16,23 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora import checks, load_guard
-from lightning_lora.adapter_checkpoints import adapter_checkpoints
-from lightning_lora.advice import explain
 from lightning_lora.attachment import get_attachment, merges, request
-from lightning_lora.company import AVERAGING, bad_company, copies_of_the_base, foreign, has_callback
 from lightning_lora.config import LoRAConfig
-from lightning_lora.fit_export import export_fit, refused_export
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
-from lightning_lora.method_wraps import MethodWraps
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.option_types import PositiveFloat
-from lightning_lora.precision import convert_layers
 from lightning_lora.probe import dead_message
 from lightning_lora.state import allow_missing_base
-from lightning_lora.strategies import trains_in_copies
 from lightning_lora.surgery import attach
+from lightning_lora.training import checks, load_guard
+from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
+from lightning_lora.training.advice import explain
+from lightning_lora.training.company import AVERAGING, bad_company, copies_of_the_base, foreign, has_callback
+from lightning_lora.training.fit_export import export_fit, refused_export
+from lightning_lora.training.method_wraps import MethodWraps
+from lightning_lora.training.precision import convert_layers
+from lightning_lora.training.strategies import trains_in_copies
 from lightning_lora.warm_start import start_from
 
 load_guard.install()

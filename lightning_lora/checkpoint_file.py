@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_lora.attachment import get_attachment, named_tensors
 from lightning_lora.config import LoRAConfig
-from lightning_lora.peft_format import is_adapter_directory, load_directory
+from lightning_lora.peft_format.files import is_adapter_directory, load_directory
 from lightning_lora.report import AttachReport
 from lightning_lora.state import FORMAT_VERSION, check_not_merged, copy_adapter_state, record_problems
 from lightning_lora.surgery import attach, detach

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.attachment import Attachment, attachments, fully_trained, set_attachment
 from lightning_lora.layers import FrozenNorm, has_running_statistics, swap_in, swap_out
-from lightning_lora.planned import Plan
+from lightning_lora.planning.planned import Plan
 from lightning_lora.targets import clean_name, join
 
 

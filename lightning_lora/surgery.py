@@ -33,8 +33,8 @@ from lightning_lora.layers import (
     swapped_as,
     swapped_as_follower,
 )
-from lightning_lora.plan import make_plan
-from lightning_lora.planned import Plan, PlannedLayer
+from lightning_lora.planning.plan import make_plan
+from lightning_lora.planning.planned import Plan, PlannedLayer
 from lightning_lora.probe import dead_message
 from lightning_lora.report import AdaptedLayer, AttachReport
 from lightning_lora.sharding import is_fully_sharded

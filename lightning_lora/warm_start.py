@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.layers import Adapter, LowRankAdapter, all_adapters
-from lightning_lora.peft_format import imported, is_adapter_directory
+from lightning_lora.peft_format.files import imported, is_adapter_directory
 from lightning_lora.sharding import copy_whole, whole
 from lightning_lora.state import adapter_tensors, check_not_merged
 from lightning_lora.targets import join, listed

@@ -17,8 +17,12 @@ PACKAGE = Path(lightning_lora.__file__).parent
 # A room may import rooms of a lower level only. A new room gets its place here first.
 _BOTTOM_UP = [
     {
+        "planning",
+        "disk",
+        "training",
+        "peft_format",
         "directories",
-        "tensor_files",
+        "disk.tensor_files",
         "casts",
         "dropout_bits",
         "eager",
@@ -26,55 +30,72 @@ _BOTTOM_UP = [
         "targets",
         "initializers",
         "layers.swap",
-        "method_wraps",
-        "process_slices",
+        "training.method_wraps",
+        "training.process_slices",
         "sharding",
         "analysis.spectrum",
         "analysis.intruders",
     },
-    {"base_folder", "base_names", "ops", "skeleton", "option_checks", "report", "layers.adapter", "layers.norm"}
+    {
+        "disk.base_folder",
+        "disk.base_names",
+        "ops",
+        "disk.skeleton",
+        "option_checks",
+        "report",
+        "layers.adapter",
+        "layers.norm",
+    }
     | {"analysis.relation", "analysis.similarity"},
-    {"tied_heads", "config", "layers.base", "layers.low_rank", "conv_ops"},
+    {"disk.tied_heads", "config", "layers.base", "layers.low_rank", "conv_ops"},
     {"layers.linear", "layers.embedding", "layers.conv", "layers.weight"},
     {"layers.tokens"},
     {"layers"},
     {
         "attachment",
-        "misses",
-        "obstacles",
+        "planning.misses",
+        "planning.obstacles",
         "optimizers",
-        "planned",
+        "planning.planned",
         "probe",
-        "company",
-        "advice",
-        "one_file",
-        "precision",
+        "training.company",
+        "training.advice",
+        "training.one_file",
+        "training.precision",
         "analysis.matrices",
     },
-    {"trainables", "token_rows"},
-    {"plan"},
+    {"planning.trainables", "planning.token_rows"},
+    {"planning.plan"},
     {"freezing", "analysis.budget"},
     {"switching"},
     {"surgery"},
-    {"state", "peft_config", "peft_factors", "peft_names", "peft_support"},
-    {"peft_layers", "peft_numbers"},
-    {"skeleton_kinds", "checks", "peft_export", "peft_import"},
-    {"peft_collect"},
-    {"peft_format"},
-    {"checkpoint_file", "preflight"},
-    {"fit_export", "warm_start", "analysis.files"},
-    {"adapter_fit", "inspection", "analysis.adapters"},
-    {"streaming", "analysis.summary"},
-    {"cli_text", "analysis", "analysis.plots"},
-    {"load_guard", "strategies"},
-    {"adapter_checkpoints"},
+    {"state", "peft_format.config", "peft_format.factors", "peft_format.names", "peft_format.support"},
+    {"peft_format.layers", "peft_format.patterns"},
+    {"disk.skeleton_kinds", "training.checks", "peft_format.exporting", "peft_format.importing"},
+    {"peft_format.collect"},
+    {"peft_format.files"},
+    {"checkpoint_file", "peft_format.preflight"},
+    {"training.fit_export", "warm_start", "analysis.files"},
+    {"disk.adapter_fit", "cli.inspection", "analysis.adapters"},
+    {"disk.streaming", "analysis.summary"},
+    {"cli.text", "analysis", "analysis.plots"},
+    {"training.load_guard", "training.strategies"},
+    {"training.adapter_checkpoints"},
     {"callback"},
     {""},
     {"cli"},
     {"__main__"},
 ]
 LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in together}
-KNOWS_LIGHTNING = {"load_guard", "company", "one_file", "precision", "strategies", "adapter_checkpoints", "callback"}
+KNOWS_LIGHTNING = {
+    "training.load_guard",
+    "training.company",
+    "training.one_file",
+    "training.precision",
+    "training.strategies",
+    "training.adapter_checkpoints",
+    "callback",
+}
 
 
 def rooms() -> dict[str, Path]:
@@ -125,7 +146,7 @@ def test_imports_go_strictly_downward(room: str):
 
 
 def test_imports_are_found():
-    assert imported_rooms(ROOMS["surgery"]) >= {"plan", "freezing", "layers", "attachment"}
+    assert imported_rooms(ROOMS["surgery"]) >= {"planning.plan", "freezing", "layers", "attachment"}
     assert imported_rooms(ROOMS["layers"]) >= {"layers.base", "layers.embedding", "layers.linear", "layers.norm"}
     assert "torch" in outside(ROOMS["surgery"])
 
@@ -142,7 +163,7 @@ def test_no_room_imports_peft_or_transformers(room: str):
     assert not outside(ROOMS[room]) & {"peft", "transformers", "accelerate", "bitsandbytes"}
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"peft_format", "state"}))
+@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"peft_format.files", "state"}))
 def test_only_the_rooms_of_files_import_safetensors(room: str):
     assert "safetensors" not in outside(ROOMS[room])
 

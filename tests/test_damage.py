@@ -24,8 +24,8 @@ from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
 from tests.contract import raises_and_changes_nothing
 from tests.distributed import killed_job
-from tests.test_adapter_checkpoints import assert_same_bits, fitted, read
 from tests.toys import Toy, digest, loader, network, trainer
+from tests.training.test_adapter_checkpoints import assert_same_bits, fitted, read
 
 ROOT = Path(__file__).parents[1]
 

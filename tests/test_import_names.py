@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_lora import LoRACallback, detach, load_adapter, lora_layers
-from tests.test_adapter_checkpoints import fitted, read
 from tests.toys import FEATURES, Toy, digest, loader, network
+from tests.training.test_adapter_checkpoints import fitted, read
 
 other: Any = pytest.importorskip("pytorch_lightning")
 

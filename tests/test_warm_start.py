@@ -14,8 +14,8 @@ from torch import nn
 from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, save_adapter
 from lightning_lora.warm_start import start_from
 from tests.contract import raises_and_changes_nothing
-from tests.test_adapter_checkpoints import fitted
 from tests.toys import Toy, loader, trainer
+from tests.training.test_adapter_checkpoints import fitted
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
 

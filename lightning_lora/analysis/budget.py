@@ -17,8 +17,8 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.plan import make_plan
-from lightning_lora.planned import PlannedLayer
+from lightning_lora.planning.plan import make_plan
+from lightning_lora.planning.planned import PlannedLayer
 from lightning_lora.report import table_lines
 from lightning_lora.targets import listed, module_names
 

@@ -13,14 +13,14 @@ from lightning_lora.analysis.matrices import AdapterMatrix, frozen_matrix, matri
 from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import TokenAdapter
-from lightning_lora.peft_config import PeftConfig
-from lightning_lora.peft_format import CONFIG_FILE, matching_root, read_config, read_tensors
-from lightning_lora.peft_import import adapted_paths, make_import
-from lightning_lora.peft_layers import keys_by_path
-from lightning_lora.peft_names import PREFIX
-from lightning_lora.peft_support import LAST_KNOWN_PEFT, TIMES_PEFT_ADDS_OUT_PROJ
-from lightning_lora.plan import make_plan
-from lightning_lora.planned import PlannedLayer
+from lightning_lora.peft_format.config import PeftConfig
+from lightning_lora.peft_format.files import CONFIG_FILE, matching_root, read_config, read_tensors
+from lightning_lora.peft_format.importing import adapted_paths, make_import
+from lightning_lora.peft_format.layers import keys_by_path
+from lightning_lora.peft_format.names import PREFIX
+from lightning_lora.peft_format.support import LAST_KNOWN_PEFT, TIMES_PEFT_ADDS_OUT_PROJ
+from lightning_lora.planning.plan import make_plan
+from lightning_lora.planning.planned import PlannedLayer
 from lightning_lora.state import check_not_merged
 from lightning_lora.targets import join, listed, module_names
 

@@ -23,8 +23,8 @@ from lightning_lora.analysis import AdapterMatrix, read_matrices
 from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
 from tests.contract import assert_unchanged, snapshot
-from tests.peft_kinds import KINDS, WARNED, seeded
-from tests.peft_models import trained_by_peft
+from tests.peft_format.kinds import KINDS, WARNED, seeded
+from tests.peft_format.models import trained_by_peft
 from tests.toys import Toy, loader, trainer
 
 pytestmark = [*WARNED, pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")]

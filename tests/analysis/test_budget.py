@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.analysis import adapter_size, plan_budget
-from tests.peft_kinds import Experts
+from tests.peft_format.kinds import Experts
 
 TABLE_5 = 18_874_368  # of the LoRA paper: "18M"
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.analysis import intruder_dimensions
-from tests.peft_models import QUIET, peft
+from tests.peft_format.models import QUIET, peft
 
 
 def dense_similarity(W: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, attach, lora_layers
 from lightning_lora.analysis import analyze
 from tests.contract import train_all
-from tests.peft_kinds import Experts
+from tests.peft_format.kinds import Experts
 
 
 @pytest.fixture

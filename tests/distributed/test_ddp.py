@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.distributed import ddp_job
-from tests.test_adapter_checkpoints import assert_same_bits, read
+from tests.training.test_adapter_checkpoints import assert_same_bits, read
 
 pytestmark = pytest.mark.distributed
 

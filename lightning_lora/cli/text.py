@@ -1,0 +1,108 @@
+"""What the command shows of its results, and its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from lightning_lora.cli.inspection import Summary
+from lightning_lora.disk.streaming import MergeReport
+from lightning_lora.report import table_lines
+from lightning_lora.targets import listed
+
+_BAR = 30
+_SHOWN_OPTIONS = 8
+
+
+def summary_object(summary: Summary) -> dict[str, Any]:
+    """Return a summary as JSON shows it."""
+    return {
+        "kind": summary.kind,
+        "bytes": summary.size,
+        "parameters": _parameters(summary),
+        "layers": [layer._asdict() for layer in summary.layers],
+        "trained_in_full": {name: list(tensor.shape) for name, tensor in sorted(summary.others.items())},
+        "config": summary.config,
+    }
+
+
+def summary_lines(path: Path, summary: Summary) -> list[str]:
+    """Return a summary as text: a line of what it is, a table of the layers, the options."""
+    rows = [
+        (
+            layer.name,
+            _number(layer.rank),
+            _number(layer.scaling),
+            _number(layer.norm) if layer.finite else "not finite",
+            f"{layer.parameters:,}",
+            layer.dtype,
+        )
+        for layer in summary.layers
+    ]
+    total = ("all", "", "", "", f"{sum(layer.parameters for layer in summary.layers):,}", "")
+    lines = [f"{path}: {summary.kind}, {_parameters(summary):,} parameters, {_size(summary.size)}"]
+    lines += table_lines([("layer", "rank", "scaling", "norm of update", "parameters", "dtype"), *rows, total])
+    lines += [
+        f"in full: {name} {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
+        for name, tensor in sorted(summary.others.items())
+    ]
+    said = {key: value for key, value in sorted(summary.config.items()) if value not in (None, False, "", [], {}, ())}
+    return lines + [f"{key}: {_shortened(value)}" for key, value in said.items()]
+
+
+def merge_lines(report: MergeReport) -> list[str]:
+    """Return what merging did as text: a table of updates and of what rounding lost."""
+    rows = [
+        (m.name, f"{m.update:.4g}", f"{m.rounding:.3g}", f"{100 * m.rounding / m.update:.2g} %" if m.update else "-")
+        for m in report.merged
+    ]
+    last = (f"{len(report.merged)} merged", "", "", "")
+    lines = table_lines([("tensor", "norm of update", "of rounding", "ratio"), *rows, last])
+    for what, names in (("replaced", report.replaced), ("added", report.added)):
+        lines += [f"{what}: {listed(names)}"] if names else []
+    if report.ignored:
+        lines.append(f"ignored, without a place in the base: {listed(report.ignored)}")
+    if report.untied:
+        lines.append("the output layer has a weight of its own now: config.json says tie_word_embeddings=false")
+    return [*lines, f"wrote {len(report.files)} files of tensors, {_size(report.size)}"]
+
+
+def progress_bar(stream: TextIO) -> Callable[[int, int], None]:
+    """Return a function that draws a bar from what is done and what is to do."""
+    drawn = -1
+
+    def draw(done: int, todo: int) -> None:
+        nonlocal drawn
+        percent = 100 * done // max(1, todo)
+        if percent > drawn:
+            drawn = percent
+            bar = "#" * (_BAR * percent // 100)
+            end = "\n" if done >= todo else ""
+            stream.write(f"\rmerging [{bar:<{_BAR}}] {percent:3d} %  {_size(done)} of {_size(todo)}{end}")
+            stream.flush()
+
+    return draw
+
+
+def _parameters(summary: Summary) -> int:
+    return sum(layer.parameters for layer in summary.layers) + sum(t.numel() for t in summary.others.values())
+
+
+def _number(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:.4g}"
+
+
+def _size(count: int) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "bytes" else f"{count} bytes"
+        count /= 1000  # type: ignore[assignment]
+    return f"{count:,.2f} GB"
+
+
+def _shortened(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return listed([str(each) for each in value], _SHOWN_OPTIONS)
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -1,0 +1,1 @@
+"""Models in files: adapters brought together with a base, and merged into it, without the model's code."""

@@ -1,0 +1,228 @@
+"""An adapter on disk and a base on disk, brought together without the model's code."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.attachment import named_tensors
+from lightning_lora.checkpoint_file import attach_entry, read_checkpoint
+from lightning_lora.disk.base_folder import BaseFolder
+from lightning_lora.disk.base_names import Renaming, find_renaming, invert
+from lightning_lora.disk.skeleton import build_skeleton
+from lightning_lora.disk.skeleton_kinds import kinds_of_checkpoint, kinds_of_peft
+from lightning_lora.disk.tensor_files import Layout
+from lightning_lora.disk.tied_heads import virtual_heads
+from lightning_lora.layers import Adapter, all_adapters
+from lightning_lora.layers.adapter import row_numbers
+from lightning_lora.peft_format.files import CONFIG_FILE, import_state, read_config, read_tensors
+from lightning_lora.peft_format.importing import adapted_paths, make_import
+from lightning_lora.peft_format.names import PREFIX, without_wrappers
+from lightning_lora.state import adapter_tensors, record_problems
+from lightning_lora.surgery import attach
+from lightning_lora.targets import listed
+
+
+@dataclass
+class Fitted:
+    """An adapter on the skeleton of a base.
+
+    Attributes:
+        root: The skeleton, with adapters that hold the trained values.
+        names: Name of a tensor in the skeleton -> its name in the base.
+        values: Name of a tensor that was trained in full -> its value.
+        added: Tensors of ``values`` that the base does not have -> what they will be called.
+        heads: Tensors of the skeleton that the base's files lack, because they are tied -> their names in the base.
+        ignored: What the adapter brings besides that has no place in the base.
+    """
+
+    root: nn.Module
+    names: dict[str, str]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+
+
+def fit_adapter(path: Path, base: BaseFolder) -> Fitted:
+    """Return the adapter of a PEFT directory or a ``.ckpt``, on the skeleton of a base.
+
+    Raises:
+        ValueError: They do not fit, or cannot be read.
+        FileNotFoundError: The adapter is not there.
+    """
+    heads = virtual_heads(base)
+    stored = base.tensors
+    layouts = {name: Layout(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
+    layouts |= {name: layouts[source] for name, source in heads.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank
+        fit = _fit_peft if path.is_dir() else _fit_checkpoint
+        fitted = fit(path, base, layouts)
+    fitted.heads = {name: mine for name, mine in fitted.names.items() if mine in heads}
+    fitted.names = {name: mine for name, mine in fitted.names.items() if mine in stored}
+    return fitted
+
+
+# --- a PEFT directory
+
+
+def _fit_peft(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fitted:
+    config, tensors = read_config(path / CONFIG_FILE), read_tensors(path)
+    is_transposed = json.loads((path / CONFIG_FILE).read_bytes()).get("fan_in_fan_out") is True
+    paths = adapted_paths(tensors)
+
+    def resolves(path: str, modules: Collection[str]) -> bool:
+        return without_wrappers(path, modules) is not None
+
+    renaming = find_renaming(paths, layouts, resolves)
+    names = invert(layouts, renaming)
+    mine = {name: layouts[each] for name, each in names.items()}
+    added = _new_modules(tensors, config.modules_to_save, mine, renaming)
+    mine |= {name: _layout(tensors[PREFIX + name]) for name in added}
+    kinds, mine = kinds_of_peft(tensors, config.target_parameters, mine, base.config, is_transposed=is_transposed)
+    skeleton = build_skeleton(mine, kinds)
+    # Values of the frozen base that the file repeats must be the base's own: there they are compared.
+    with _real_values(skeleton, base, {name: names[name] for name in names if PREFIX + name in tensors}):
+        content = make_import(skeleton, config, tensors)
+    attach(skeleton, content.config)
+    state = import_state(skeleton, skeleton, content)
+    return _fitted(skeleton, names, state, added)
+
+
+def _new_modules(
+    tensors: Mapping[str, Tensor], saved: Collection[str], mine: Collection[str], renaming: Renaming
+) -> dict[str, str]:
+    """Return the tensors of modules trained in full that the base lacks, such as a new head's."""
+    keys = [key.removeprefix(PREFIX) for key in tensors if key.startswith(PREFIX)]
+    found = [
+        key
+        for key in keys
+        if key not in mine and any(f".{entry}." in f".{key}" for entry in saved) and "lora_" not in key
+        if not any(part in key for part in (".original_module.", ".modules_to_save.", ".base_layer."))
+    ]
+    return {key: renaming.back(key) for key in found}
+
+
+def _layout(tensor: Tensor) -> Layout:
+    return Layout(tensor.dtype, tuple(tensor.shape))
+
+
+@contextmanager
+def _real_values(skeleton: nn.Module, base: BaseFolder, names: Mapping[str, str]) -> Iterator[None]:
+    """Let some tensors of the skeleton have the base's values, for a while."""
+    stored, owners = base.tensors, []
+    for name, mine in names.items():
+        path, _, key = name.rpartition(".")
+        if mine in stored and key in (table := skeleton.get_submodule(path)._parameters):
+            owners.append((table, key, table[key]))
+            table[key] = nn.Parameter(stored[mine].read(), requires_grad=False)
+    try:
+        yield
+    finally:
+        for table, key, before in owners:
+            table[key] = before
+
+
+# --- a Lightning checkpoint
+
+
+def _fit_checkpoint(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fitted:
+    record, state = read_checkpoint(path)
+    try:
+        return _fit_record(record, state, base, layouts)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(
+            f"The record of the adapter in {str(path)!r} makes no sense; the file was changed or damaged: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _fit_record(
+    record: Mapping[str, Any], state: Mapping[str, Tensor], base: BaseFolder, layouts: Mapping[str, Layout]
+) -> Fitted:
+    if record["merges"]:
+        raise ValueError("The adapter was trained on a base with another adapter merged into it; merge it in memory.")
+    paths = {key.partition(".lora.")[0] for key in state if ".lora." in key}
+    if not paths:
+        raise ValueError("The checkpoint holds no adapter.")
+    renaming = find_renaming(paths, layouts, lambda path, modules: path in modules)
+    names = invert(layouts, renaming)
+    mine = {name: layouts[each] for name, each in names.items()}
+    kinds = kinds_of_checkpoint(record, state, mine, base.config)
+    skeleton = build_skeleton(mine, kinds)
+    with ExitStack() as undo:
+        for entry in record["adapters"]:
+            attach_entry(skeleton, entry, undo)
+        undo.pop_all()
+    problems = record_problems(skeleton, record) + list(_shape_problems(skeleton, state, record["adapters"]))
+    if problems:
+        raise ValueError("The checkpoint does not fit this base:\n" + "\n".join(f"  - {p}" for p in problems))
+    known = {name: state[name] for name in state if ".lora." in name or name in mine}
+    ignored = sorted(name for name in state if name not in known)
+    return _fitted(skeleton, names, known, {}, ignored)
+
+
+def _shape_problems(
+    skeleton: nn.Module, state: Mapping[str, Tensor], entries: Collection[Mapping[str, Any]]
+) -> Iterator[str]:
+    trained, all_biases = adapter_tensors(skeleton), any(entry["config"].get("bias") == "all" for entry in entries)
+    live = trained | named_tensors(skeleton)
+    for name in trained:
+        # The files of a base do not say which of its tensors called bias are parameters.
+        if name not in state and not (all_biases and "bias" in name.rpartition(".")[2]):
+            yield f"{name}: missing from the file"
+    for name, value in state.items():
+        if ".lora." in name and name not in live:
+            yield f"{name}: not expected"
+        elif name in live and value.shape != live[name].shape:
+            yield f"{name}: file {tuple(value.shape)}, base {tuple(live[name].shape)}"
+
+
+# --- both
+
+
+def _fitted(
+    skeleton: nn.Module,
+    names: Mapping[str, str],
+    state: Mapping[str, Tensor],
+    added: Mapping[str, str],
+    ignored: Collection[str] = (),
+) -> Fitted:
+    """Give the adapters their values, and return everything together."""
+    live, adapters = adapter_tensors(skeleton), all_adapters(skeleton)
+    by_identity = {id(tensor): state[name] for name, tensor in live.items() if name in state}
+    owned = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
+    for adapter in adapters.values():
+        _fill(adapter, by_identity)
+    values = {name: value for name, value in state.items() if name not in live or id(live[name]) not in owned}
+    _check_finite(adapters, values)
+    return Fitted(skeleton, dict(names), values, dict(added), ignored=list(ignored))
+
+
+def _fill(adapter: Adapter, values: Mapping[int, Tensor]) -> None:
+    for key, parameter in list(adapter._parameters.items()):
+        if parameter is not None:
+            value = values[id(parameter)].to(parameter.dtype).clone(memory_format=torch.contiguous_format)
+            adapter._parameters[key] = nn.Parameter(value, requires_grad=False)
+    if adapter.spec.rows:
+        adapter.index = row_numbers(adapter.spec.rows)
+
+
+def _check_finite(adapters: Mapping[str, Adapter], values: Mapping[str, Tensor]) -> None:
+    found = [name for name, each in adapters.items() if not all(map(_is_finite, each.parameters()))]
+    found += [name for name, value in values.items() if not _is_finite(value)]
+    if found:
+        raise ValueError(f"The adapter holds NaN or infinity in {listed(found)}; merging it would destroy the weights.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True

@@ -1,0 +1,1 @@
+"""What a Trainer needs besides adapters: strategies, checkpoints, checks, the company of other callbacks."""

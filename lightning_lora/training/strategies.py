@@ -1,0 +1,280 @@
+"""What differs between Lightning's strategies: one small class each, chosen once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import _Policy
+from typing_extensions import override
+
+from lightning_lora.layers import Adapter, LoRALayer, WeightLoRALayer, lora_layers
+from lightning_lora.sharding import laid_out_like, whole
+from lightning_lora.state import adapter_tensors
+from lightning_lora.surgery import merge
+from lightning_lora.targets import listed
+from lightning_lora.training.process_slices import Key, slices_of_all, told_by_all
+
+
+class Layout:
+    """How a strategy spreads what is trained over its processes: whole in each, or as ``DTensor``."""
+
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy = strategy
+
+    @property
+    def module(self) -> LightningModule:
+        """The module that the strategy trains now."""
+        assert self.strategy.lightning_module is not None
+        return self.strategy.lightning_module
+
+    def prepare(self) -> None:
+        """Adjust the strategy before it wraps the module; called when a stage is set up.
+
+        Raises:
+            NotImplementedError: The strategy is set up in a way that cannot train adapters.
+        """
+
+    def attached(self, module: LightningModule) -> None:
+        """Take note of adapters that were attached, before the strategy wraps the module.
+
+        Raises:
+            NotImplementedError: The strategy cannot train such adapters.
+        """
+
+    def gather(
+        self,
+        tensors: Mapping[Key, Tensor],
+        name_of: Callable[[Key], str],  # noqa: ARG002 - for strategies that hide shapes
+    ) -> dict[Key, Tensor]:
+        """Return the whole tensors; every process must call this.
+
+        Args:
+            tensors: What this process has.
+            name_of: Gives the name of the parameter that a tensor belongs to.
+        """
+        return {key: whole(tensor.detach()) for key, tensor in tensors.items()}
+
+    def agree(self, values: Mapping[Key, Any]) -> dict[Key, Any]:
+        """Return the values of all processes, some of which may lack some; every process must call this."""
+        return dict(values)
+
+    def part(self, value: Tensor, name: str, like: Tensor) -> Tensor:  # noqa: ARG002
+        """Return this process's part of a whole tensor that belongs to the parameter of this name."""
+        return laid_out_like(value.to(like.device), like)
+
+    def refused_export(self) -> str | None:
+        """Return why a finished fit's adapter cannot be exported here, or None."""
+        if isinstance(self.strategy, (SingleDeviceStrategy, DDPStrategy)):
+            return None
+        return (
+            f"export_dir: under {type(self.strategy).__name__} no process holds the whole adapter. Export its "
+            "checkpoint afterwards: load_adapter(model, checkpoint), then save_adapter(model, directory)."
+        )
+
+    def merge(self) -> None:
+        """Fold the adapters into the weights for good."""
+        merge(self.module)
+
+    def shape(self, name: str, parameter: Tensor) -> torch.Size:  # noqa: ARG002
+        """Return the shape of the whole of a parameter."""
+        return parameter.shape
+
+
+class FSDPLayout(Layout):
+    """FSDP flattens the parameters of each unit and gives every process a slice.
+
+    Adapters get units of their own: in one unit with the frozen weights, these would be given gradients and be gathered
+    at every save.
+    """
+
+    def __init__(self, strategy: Strategy) -> None:
+        super().__init__(strategy)
+        self._shapes: dict[str, torch.Size] = {}  # of the whole parameters, which FSDP hides
+        self._slices: dict[str, int] | None = None
+
+    @override
+    def prepare(self) -> None:
+        kwargs = self._fsdp.kwargs
+        if not kwargs.get("use_orig_params", True):
+            raise NotImplementedError(
+                "LoRACallback needs FSDPStrategy(use_orig_params=True), Lightning's default: without it the names of "
+                "the adapters' parameters are lost, and optimizers and checkpoints cannot tell them from frozen ones."
+            )
+        kwargs["auto_wrap_policy"] = _adapters_apart(kwargs.get("auto_wrap_policy"))
+
+    @override
+    def attached(self, module: LightningModule) -> None:
+        layers = lora_layers(module)
+        reasons = {
+            "that the weight itself must carry": [
+                n for n, layer in layers.items() if isinstance(layer, WeightLoRALayer)
+            ],
+            "that tied layers share": [n for n, layer in layers.items() if not layer.adapters()],
+        }
+        for what, names in reasons.items():
+            if names:
+                raise NotImplementedError(
+                    f"FSDPStrategy cannot train adapters {what}: {listed(names)}. Leave the layers out with "
+                    "exclude_modules, or use ModelParallelStrategy (FSDP2)."
+                )
+        if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
+            if self._shapes.keys() != adapter_tensors(module).keys():
+                raise NotImplementedError(
+                    f"This {type(module).__name__} was wrapped by FSDP before its adapters were attached, or by "
+                    "another Trainer's strategy. Use a fresh module, and call lightning_lora.attach(self) first in "
+                    "configure_model."
+                )
+            return
+        self._slices = None
+        self._shapes = {name: tensor.shape for name, tensor in adapter_tensors(module).items()}
+
+    @property
+    def _fsdp(self) -> FSDPStrategy:
+        assert isinstance(self.strategy, FSDPStrategy)
+        return self.strategy
+
+    @override
+    def shape(self, name: str, parameter: Tensor) -> torch.Size:
+        return self._shapes[name]
+
+    @override
+    def gather(self, tensors: Mapping[Key, Tensor], name_of: Callable[[Key], str]) -> dict[Key, Tensor]:
+        """Join the slices of the processes: consecutive ones, in the order of the ranks.
+
+        A process may have nothing of a parameter, and then its optimizer has no state for it either.
+        """
+        starts = self._starts()
+        found = {key: tensor.detach() for key, tensor in tensors.items() if name_of(key) not in starts}
+        slices = {key: tensor.detach().flatten() for key, tensor in tensors.items() if key not in found}
+        for key, parts in slices_of_all(slices, self.strategy.root_device, self._group()).items():
+            shape = self._shapes[name_of(key)]
+            # NO_SHARD leaves each process the whole.
+            found[key] = (parts[0] if len(parts[0]) == shape.numel() else torch.cat(parts)).view(shape)
+        return found
+
+    @override
+    def agree(self, values: Mapping[Key, Any]) -> dict[Key, Any]:
+        return {key: value for each in told_by_all(dict(values), self._group()) for key, value in each.items()}
+
+    @override
+    def part(self, value: Tensor, name: str, like: Tensor) -> Tensor:
+        start = self._starts().get(name)
+        if start is None:
+            return value.to(like.device)
+        return value.flatten()[start : start + like.numel()].view(like.shape).to(like.device)
+
+    @override
+    def merge(self) -> None:
+        merge(self.module, whole=self._unit_gathered)
+
+    def _starts(self) -> dict[str, int]:
+        """Return where this process's slice of each trained parameter starts; the first call needs every process."""
+        if self._slices is None:
+            tensors = adapter_tensors(self.module)
+            lengths = {name: tensor.numel() for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+            before = told_by_all(lengths, self._group())[: dist.get_rank(self._group())]
+            whole = {name for name in lengths if lengths[name] == self._shapes[name].numel()}
+            self._slices = {name: 0 if name in whole else sum(each[name] for each in before) for name in lengths}
+        return self._slices
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """Return the processes that a unit's parameters are divided among."""
+        units = self._units()
+        return units[0].process_group if units else None
+
+    def _units(self) -> list[FullyShardedDataParallel]:
+        assert self._fsdp.model is not None
+        return FullyShardedDataParallel.fsdp_modules(self._fsdp.model)
+
+    @contextmanager
+    def _unit_gathered(self, layer: LoRALayer) -> Iterator[None]:
+        """Have the whole of one layer's weight and factors for a while; what is written to them stays."""
+        units = [
+            unit
+            for unit in self._units()
+            if any(part is layer for part in _own_modules(unit)) or any(unit is part for part in layer.modules())
+        ]
+        with ExitStack() as stack:
+            for unit in units:
+                stack.enter_context(FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True))
+            yield
+
+
+class _AdaptersApart(_Policy):
+    """The user's wrapping policy, and a unit of its own for every adapter."""
+
+    def __init__(self, inner: _Policy | None) -> None:
+        self.inner = inner
+
+    @override
+    def _run_policy(
+        self, root_module: nn.Module, ignored_modules: set[nn.Module], root_kwargs: dict[str, Any]
+    ) -> dict[nn.Module, dict[str, Any]]:
+        chosen = {} if self.inner is None else self.inner._run_policy(root_module, ignored_modules, root_kwargs)
+        adapters = [part for part in root_module.modules() if isinstance(part, Adapter) and part not in ignored_modules]
+        return chosen | {part: root_kwargs for part in adapters if part is not root_module}
+
+
+def _adapters_apart(policy: Any) -> Any:
+    """Return a wrapping policy that gives adapters units of their own, and leaves the rest to the user's."""
+    if policy is None or isinstance(policy, _Policy):
+        return policy if isinstance(policy, _AdaptersApart) else _AdaptersApart(policy)
+
+    def apart(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        return recurse or isinstance(module, Adapter) or bool(policy(module, recurse, nonwrapped_numel))
+
+    return apart
+
+
+def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules whose parameters are in this unit, not in one below it."""
+    for part in unit.children():
+        if not isinstance(part, FullyShardedDataParallel):
+            yield part
+            yield from _own_modules(part)
+
+
+def layout_of(strategy: Strategy) -> Layout:
+    """Return the layout of a strategy, and prepare the strategy for adapters.
+
+    Raises:
+        NotImplementedError: The strategy is not supported, or not as it is set up.
+    """
+    for known, kind in _SUPPORTED.items():
+        if isinstance(strategy, known):
+            layout = kind(strategy)
+            layout.prepare()
+            return layout
+    others = [kind.__name__ for kind in _SUPPORTED if kind is not SingleDeviceStrategy]
+    raise NotImplementedError(
+        f"LoRACallback does not support {type(strategy).__name__} yet. Supported are a single device and "
+        f"{', '.join(others)}."
+    )
+
+
+def trains_in_copies(strategy: Strategy) -> bool:
+    """Return whether workers train pickled copies of the module, as with ``ddp_spawn`` and in notebooks."""
+    return isinstance(strategy.launcher, _MultiProcessingLauncher)
+
+
+_SUPPORTED: dict[type[Strategy], type[Layout]] = {
+    SingleDeviceStrategy: Layout,
+    DDPStrategy: Layout,
+    FSDPStrategy: FSDPLayout,
+    ModelParallelStrategy: Layout,
+}

@@ -1,0 +1,148 @@
+"""What PEFT cannot express is refused with the reason, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, attach, load_adapter, merged, preflight, save_adapter
+from tests.contract import ScaledEmbedding, raises_and_changes_nothing
+from tests.peft_format.kinds import WARNED, Experts, Holder
+from tests.peft_format.models import trained, trained_by_peft
+
+pytestmark = WARNED
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "transposed convolution": (lambda: nn.ConvTranspose2d(4, 4, 3), {}, "layer: PEFT has no adapter for transposed"),
+    "grouped convolution": (lambda: nn.Conv2d(4, 8, 3, groups=2), {}, "layer: groups=2"),
+    "dilated convolution": (lambda: nn.Conv2d(4, 8, 3, dilation=2), {}, r"layer: dilation=\(2, 2\)"),
+    "padding by reflection": (lambda: nn.Conv2d(4, 8, 3, padding_mode="reflect"), {}, "layer: padding_mode='reflect'"),
+    "LSTM": (lambda: nn.LSTM(8, 8), {}, "layer.weight_ih_l0: PEFT has no adapter for LSTM"),
+    "cell": (lambda: nn.GRUCell(8, 8), {}, "layer.weight_hh: PEFT has no adapter for GRUCell"),
+    "bilinear": (lambda: nn.Bilinear(8, 8, 8), {}, "layer.weight: PEFT has no adapter for Bilinear"),
+    "bag": (lambda: nn.EmbeddingBag(20, 8), {}, "layer.weight: PEFT has no adapter for EmbeddingBag"),
+    "scaled embedding": (lambda: ScaledEmbedding(20, 8), {}, "layer: it has a forward of its own"),
+    "attention of several sizes": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=6),
+        {},
+        "query, key and value have the same",
+    ),
+    "DoRA of attention": (
+        lambda: nn.MultiheadAttention(8, 2),
+        {"use_dora": True},
+        "layer: PEFT has no DoRA for attention",
+    ),
+    "DoRA of a parameter": (
+        Experts,
+        {"target_modules": [], "target_parameters": ["mix"], "use_dora": True},
+        "layer.mix: PEFT has no DoRA for parameters",
+    ),
+    "DoRA with a bias": (lambda: nn.Linear(8, 8), {"use_dora": True, "lora_bias": True}, "lora_bias with DoRA"),
+    "four dimensions": (
+        lambda: nn.Conv2d(4, 8, 3),
+        {"target_modules": [], "target_parameters": ["layer.weight"]},
+        "layer.weight: PEFT adapts parameters of two or three",
+    ),
+    "one transposed expert": (
+        lambda: Experts(True, experts=1),
+        {"target_modules": [], "target_parameters": ["up"]},
+        "layer.up: PEFT reads a transposed stack of one",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_peft_cannot_express_is_refused_with_the_reason_before_anything_is_written(
+    kind: str, tmp_path: Path
+) -> None:
+    build, options, reason = REFUSED[kind]
+    ours = trained(Holder(build()), **({"target_modules": ["layer"]} | options))
+    with pytest.raises(ValueError, match="PEFT cannot express this adapter; nothing was written") as caught:
+        save_adapter(ours, tmp_path / "adapter")
+    assert caught.match(reason)
+    assert not any(tmp_path.iterdir())
+    found = preflight(ours)
+    assert not found.peft_accepts
+    assert reason.split(":")[0].replace("\\", "") in str(found)
+
+
+def test_all_reasons_are_in_one_error(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3), nn.Linear(8, 8), nn.LSTM(8, 8), nn.BatchNorm1d(8))
+    ours = trained(model, target_modules=["0", "1", "2"], frozen_norm="track")
+    with pytest.raises(ValueError, match="transposed") as caught:
+        save_adapter(ours, tmp_path / "adapter")
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip(" -") for line in lines] == [
+        *("0", "2.weight_ih_l0", "2.weight_hh_l0"),
+        *("3.running_mean", "3.running_var", "3.num_batches_tracked"),
+    ]
+
+
+class Tied(nn.Module):
+    """An embedding and a head that share their weight, of which no transformers config tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed(x))
+
+
+def test_rows_that_peft_would_not_tie_are_refused(tmp_path: Path) -> None:
+    ours = trained(Tied(), target_modules=[], trainable_token_indices={"embed": [1, 2]})
+    with pytest.raises(ValueError, match=r"embed: PEFT would train the rows of the embedding alone, not of \['head'\]"):
+        save_adapter(ours, tmp_path)
+
+
+class Shared(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.head, self.other_head = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(torch.relu(self.first(x))))
+
+
+def test_a_layer_that_is_reached_by_two_names_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="first: the model reaches it by 2 names"):
+        save_adapter(trained(Shared(), target_modules=["first"]), tmp_path)
+
+
+def test_a_file_that_adapts_a_layer_of_two_names_is_refused(tmp_path: Path) -> None:
+    trained_by_peft(Shared(), target_modules=["first"]).save_pretrained(tmp_path)
+    model = Shared()
+    with raises_and_changes_nothing(model, ValueError, "reaches it by 2 names"):
+        load_adapter(model, tmp_path)
+
+
+def test_a_module_to_save_whose_name_ends_another_is_refused(tmp_path: Path) -> None:
+    ours = Shared()
+    attach(ours, LoRAConfig(rank=1, target_modules=["other_head"], modules_to_save=["head"]))
+    with pytest.raises(ValueError, match="head: PEFT lets modules_to_save match the ends of names, and 'other_head'"):
+        save_adapter(ours, tmp_path)
+
+
+def test_conv1d_beside_parameters_is_refused(tmp_path: Path) -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    model = nn.ModuleDict({"a": conv1d(8, 8), "b": Experts()})
+    ours = trained(model, target_modules=["a"], target_parameters=["up"])
+    with pytest.raises(ValueError, match=r"b.up: PEFT combines no parameters with transformers' Conv1D"):
+        save_adapter(ours, tmp_path)
+
+
+def test_an_adapter_inside_merged_is_refused(tmp_path: Path) -> None:
+    ours = trained(nn.Sequential(nn.Linear(8, 8)))
+    with merged(ours), pytest.raises(RuntimeError, match="leave merged"):
+        save_adapter(ours, tmp_path / "adapter")
+    assert not any(tmp_path.iterdir())

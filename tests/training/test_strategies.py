@@ -1,0 +1,112 @@
+"""How strategies are prepared for adapters, and what they refuse; what they do is in ``tests/distributed``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy, size_based_auto_wrap_policy
+
+from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers
+from lightning_lora.layers import Adapter
+from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
+from lightning_lora.training.strategies import layout_of
+from tests.distributed.cpu_fsdp import add_cpu_events
+from tests.toys import Toy, network, trainer
+
+
+def test_an_unsupported_strategy_is_refused_by_name() -> None:
+    class Odd(Strategy): ...
+
+    Odd.__abstractmethods__ = frozenset()
+    with pytest.raises(NotImplementedError, match=r"does not support Odd yet\. Supported are a single device and DDP"):
+        adapter_checkpoints(Odd())
+
+
+def test_a_launcher_that_trains_copies_is_refused() -> None:
+    run = trainer(LoRACallback(rank=4), strategy="ddp_spawn", devices=2)
+    module = Toy()
+    with pytest.raises(MisconfigurationException, match="would exist in the workers only"):
+        LoRACallback.setup(run.callbacks[0], run, module, "fit")
+    assert not lora_layers(module)
+
+
+# --- FSDP
+
+
+def test_fsdp_without_the_original_parameters_is_refused_with_the_reason() -> None:
+    with pytest.raises(NotImplementedError, match=r"use_orig_params=True.*names of the adapters' parameters are lost"):
+        layout_of(FSDPStrategy(use_orig_params=False))
+
+
+class Attends(Toy):
+    def build(self) -> None:
+        self.attention = nn.MultiheadAttention(8, 2)
+
+
+class Tied(Toy):
+    def build(self) -> None:
+        self.embed, self.head = nn.Embedding(8, 8), nn.Linear(8, 8, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (Attends, {"target_modules": ["attention"]}, "the weight itself must carry: attention, attention.out_proj"),
+        (Tied, {"target_modules": [], "trainable_token_indices": [1]}, "tied layers share: head"),
+    ],
+)
+def test_adapters_that_fsdp_cannot_train_are_refused_by_name(
+    module: type[Toy], options: dict[str, Any], message: str
+) -> None:
+    adapted = module()
+    attach(adapted, LoRAConfig(rank=2, **options))
+    with pytest.raises(NotImplementedError, match=message):
+        layout_of(FSDPStrategy()).attached(adapted)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    add_cpu_events()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+POLICIES = {
+    "none": (None, set()),
+    "a set of classes": ({nn.Linear}, {"0", "2", "4"}),
+    "ModuleWrapPolicy": (ModuleWrapPolicy({nn.Tanh}), {"1", "3"}),
+    "CustomPolicy": (CustomPolicy(lambda module: isinstance(module, nn.Linear)), {"0", "2", "4"}),
+    "a function": (lambda module, recurse, nonwrapped_numel: recurse or isinstance(module, nn.Tanh), {"1", "3"}),
+    "a size": (size_based_auto_wrap_policy, set()),
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("name", POLICIES)
+def test_adapters_get_units_of_their_own_beside_those_of_the_policy(name: str) -> None:
+    policy, units = POLICIES[name]
+    strategy = FSDPStrategy() if policy is None else FSDPStrategy(auto_wrap_policy=policy)
+    for _ in range(2):  # a strategy may be prepared again
+        layout_of(strategy)
+    model = network()
+    attach(model, LoRAConfig(rank=2))
+    wrapped = FullyShardedDataParallel(model, device_id=model[0].weight.device, **strategy.kwargs)
+    inside = {path.replace("_fsdp_wrapped_module.", "") for path, part in wrapped.named_modules() if _is_unit(part)}
+    assert inside - {""} == units | {f"{layer}.lora" for layer in (0, 2, 4)}
+    adapters = [part for part in wrapped.modules() if _is_unit(part) and isinstance(part.module, Adapter)]
+    assert len(adapters) == 3
+
+
+def _is_unit(module: nn.Module) -> bool:
+    return isinstance(module, FullyShardedDataParallel)
