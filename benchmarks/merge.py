@@ -1,21 +1,27 @@
-"""Peak memory and time of ``lightning-lora merge`` on a generated base of about 2 GB, and whether the bits are right.
+"""Merging: in memory beside PEFT, and with ``--disk`` the ``lightning-lora merge`` of a generated base of about 2 GB.
 
-    python benchmarks/merge.py [folder for about 5 GB]
+    python benchmarks/merge.py [--disk [--folder PLACE FOR ABOUT 5 GB]]
 
-The base has the layers of a Llama of 1 B parameters in bfloat16, in four shards. The command runs in a process of its
-own; its peak is compared with that of a process that only imports what it needs. Then every merged weight is compared
-with what ``merge`` gives in memory, layer by layer.
+In memory the CPU time of one thread counts, and the largest tensor that is made on the way. On disk the base has the
+layers of a Llama of 1 B parameters in bfloat16, in four shards; the command runs in a process of its own, and its
+peak is compared with that of a process that only imports what it needs. Then every merged weight is compared with what
+``merge`` gives in memory, layer by layer.
 """
 
 from __future__ import annotations
 
+import argparse
+import copy
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import measuring
+import step
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -103,20 +109,84 @@ def differing(base: Path, adapter: Path, out: Path) -> int:
     return wrong
 
 
-def main() -> None:
+def on_disk(folder_for_all: str | None) -> list[measuring.Row]:
+    """Merge on disk, and return what it took."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as folder:
+    with tempfile.TemporaryDirectory(dir=folder_for_all) as folder:
         base, adapter, out = (Path(folder) / name for name in ("base", "adapter", "out"))
         shard = write_base(base)
         write_adapter(adapter)
         total = sum(path.stat().st_size for path in base.iterdir())
         idle, _ = peak()
         used, seconds = peak("merge", adapter, base, out)
-        print(f"base {total / 1e6:.0f} MB, largest shard {shard / 1e6:.0f} MB, {SHARDS} shards")
-        print(f"peak of importing alone  {idle / 1e6:8.0f} MB")
-        print(f"peak of merging          {used / 1e6:8.0f} MB, {(used - idle) / 1e6:.0f} MB more")
-        print(f"time                     {seconds:8.1f} s, {total / seconds / 1e6:.0f} MB/s")
-        print(f"tensors that differ from merging in memory: {differing(base, adapter, out)}")
+        return [
+            measuring.Row(
+                f"on disk, base of {total / 1e6:.0f} MB: peak memory above importing, MB",
+                (used - idle) / 1e6,
+                reach=shard / 1e6 + 200,
+            ),
+            measuring.Row("on disk: s", seconds),
+            measuring.Row(
+                "on disk: tensors that differ from merging in memory", differing(base, adapter, out), reach=0
+            ),
+        ]
+
+
+def trained(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def merge_jobs(base: nn.Module) -> dict[str, Callable[[], object]]:
+    """Return fresh models to merge, for one round."""
+    ours = trained(step.ours(copy.deepcopy(base), 0.0))
+    jobs: dict[str, Callable[[], object]] = {"ours": lambda: merge(ours)}
+    if step.HAS_PEFT:
+        one, other = (trained(step.theirs(copy.deepcopy(base), 0.0)) for _ in range(2))
+        jobs["PEFT"] = one.merge_and_unload
+        jobs["PEFT, safe_merge"] = lambda: other.merge_and_unload(safe_merge=True)
+    return jobs
+
+
+def largest_made(model: nn.Module) -> int:
+    """Return the bytes of the largest tensor that merging makes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        merge(model)
+    return max(event.self_cpu_memory_usage for event in seen.events())
+
+
+def in_memory(args: argparse.Namespace) -> list[measuring.Row]:
+    """Merge models in memory, and return what it took."""
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        base = step.decoder(args.layers, args.width, args.hidden).to(dtype)
+        times: measuring.Times = {}
+        for turn in range(args.rounds + 1):
+            for name, job in merge_jobs(base).items():
+                taken = measuring.cpu_seconds(job)
+                if turn:
+                    times.setdefault(name, []).append(taken)
+        name = str(dtype).removeprefix("torch.")
+        for other, reach in (("PEFT", 0.45), ("PEFT, safe_merge", None)):
+            if other in times:
+                rows.append(measuring.ratio(times, "ours", other, reach, f"merge, {name}: ours / {other}"))
+        rows.append(measuring.spread(f"merge, {name}: ours, ms", [1e3 * t for t in times["ours"]]))
+        made = largest_made(trained(step.ours(copy.deepcopy(base), 0.0)))
+        rows.append(measuring.Row(f"merge, {name}: largest tensor made, MiB", made / 2**20, reach=16.0))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
+    parser = measuring.parser(__doc__, rounds=7, layers=12, width=768, hidden=2048)
+    parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--folder")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        vars(args).update(rounds=2, layers=1, width=32, hidden=64)
+    torch.set_num_threads(1)
+    return measuring.report(in_memory(args) + (on_disk(args.folder) if args.disk else []), args)
 
 
 if __name__ == "__main__":

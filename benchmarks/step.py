@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 from unittest import mock
 
+import measuring
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +27,10 @@ from lightning_lora import LoRAConfig, attach, ops
 
 RANK, ALPHA, WARMUP = 8, 16.0, 3
 TARGETS = {"q", "k", "v", "o", "gate", "up", "down"}
-WANTED = {  # ours / PEFT at most, by precision and dropout
+SIZES = {"rounds": 15, "layers": 2, "width": 512, "hidden": 1408, "batch": 4, "length": 256}
+HAS_PEFT = find_spec("peft") is not None
+REACH_OF_FROZEN = 1.12  # fp32 without dropout
+REACH = {  # ours / PEFT at most, by precision and dropout
     ("fp32", 0.0): 0.90,
     ("fp32", 0.1): 0.86,
     ("bf16-true", 0.0): 0.70,
@@ -88,71 +92,62 @@ def never(*_: object) -> bool:
     return False
 
 
-def seconds(model: nn.Module, x: Tensor, context: Callable[[], AbstractContextManager[object]]) -> float:
-    """Return the CPU time of one step."""
+def step(model: nn.Module, x: Tensor, context: Callable[[], AbstractContextManager[object]]) -> None:
     for parameter in model.parameters():
         parameter.grad = None
-    started = time.process_time()
     with context():
         y = model(x)
     y.float().square().mean().backward()
-    return time.process_time() - started
 
 
-def measure(precision: str, dropout: float, args: argparse.Namespace, *, has_peft: bool) -> dict[str, list[float]]:
-    """Return the times of every variant's steps, a list of rounds for each."""
+def composed_step(model: nn.Module, x: Tensor, context: Callable[[], AbstractContextManager[object]]) -> None:
+    with mock.patch.object(ops, "is_fast", never):
+        step(model, x, context)
+
+
+def setting(precision: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor, Callable[[], Any]]:
+    """Return the base, an input and the context of a precision."""
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     base = decoder(args.layers, args.width, args.hidden).to(dtype)
     # The input needs a gradient, so that every variant, the frozen one too, has the same backward pass to go.
     x = torch.randn(args.batch, args.length, args.width).to(dtype).requires_grad_()
     mixed = precision == "bf16-mixed"
-    context = (lambda: torch.autocast("cpu", torch.bfloat16)) if mixed else nullcontext
-    models = variants(base, dropout, has_peft=has_peft)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in range(WARMUP + args.rounds):
-        for name, model in models.items():
-            switch = mock.patch.object(ops, "_is_fast", never) if name == "composed" else nullcontext()
-            with switch:
-                taken = seconds(model, x, context)
-            if turn >= WARMUP:
-                times[name].append(taken)
-        gc.collect()
-    return times
+    return base, x, (lambda: torch.autocast("cpu", torch.bfloat16)) if mixed else nullcontext
 
 
-def ratio(times: dict[str, list[float]], above: str, below: str) -> str:
-    """Return the median of the rounds' ratios with its quartiles."""
-    if below not in times:
-        return ""
-    ratios = [a / b for a, b in zip(times[above], times[below], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return f"{statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+def measure(precision: str, dropout: float, args: argparse.Namespace) -> measuring.Times:
+    """Return the times of every variant's steps, a list of rounds for each."""
+    base, x, context = setting(precision, args)
+    models = variants(base, dropout, has_peft=HAS_PEFT)
+    jobs = {
+        name: partial(composed_step if name == "composed" else step, model, x, context)
+        for name, model in models.items()
+    }
+    return measuring.in_turn(jobs, args.rounds, warmup=WARMUP)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = {"rounds": 15, "layers": 2, "width": 512, "hidden": 1408, "batch": 4, "length": 256}
-    for name, default in sizes.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
+    parser = measuring.parser(__doc__, **SIZES)
     parser.add_argument("--only", default="fp32,bf16-true,bf16-mixed")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.smoke:
+        vars(args).update(rounds=2, layers=1, width=32, hidden=64, batch=2, length=16)
     torch.set_num_threads(1)
-    try:
-        import peft
-
-        print(f"torch {torch.__version__}, PEFT {peft.__version__}")
-    except ImportError:
-        peft = None
-    columns = [("ours", "PEFT"), ("ours", "composed"), ("ours", "frozen"), ("ours", "PEFT, bf16 adapters")]
-    print("| precision | dropout | wanted |", *(f"{a} / {b} |" for a, b in columns), "ours, ms |")
-    print("|---" * (4 + len(columns)) + "|")
-    for (precision, dropout), wanted in WANTED.items():
+    rows = []
+    for (precision, dropout), reach in REACH.items():
         if precision not in args.only.split(","):
             continue
-        times = measure(precision, dropout, args, has_peft=peft is not None)
-        cells = [ratio(times, above, below) for above, below in columns]
-        milliseconds = f"{1e3 * statistics.median(times['ours']):.0f}"
-        print(f"| {precision} | {dropout} | {wanted or ''} |", *(f"{cell} |" for cell in cells), milliseconds, "|")
+        times = measure(precision, dropout, args)
+        for other in [name for name in ("PEFT", "PEFT, bf16 adapters", "composed", "frozen") if name in times]:
+            limit = reach if other == "PEFT" else None
+            if other == "frozen" and (precision, dropout) == ("fp32", 0.0):
+                limit = REACH_OF_FROZEN
+            what = f"step, {precision}, dropout {dropout}: ours / {other}"
+            rows.append(measuring.ratio(times, "ours", other, limit, what))
+        rows.append(
+            measuring.spread(f"step, {precision}, dropout {dropout}: ours, ms", [1e3 * t for t in times["ours"]])
+        )
+    return measuring.report(rows, args)
 
 
 if __name__ == "__main__":

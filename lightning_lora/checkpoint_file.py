@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.attachment import get_attachment
+from lightning_lora.attachment import get_attachment, named_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.peft_format.directory import is_adapter_directory
@@ -169,7 +169,10 @@ def _attach_and_load(module: nn.Module, record: dict[str, Any], state: dict[str,
         reports = [attach_entry(module, entry, undo) for entry in record["adapters"]]
         if problems := record_problems(module, record):
             raise ValueError("The checkpoint does not fit this model:\n" + "\n".join(f"  - {p}" for p in problems))
-        copy_adapter_state(module, state, known=module.state_dict())
+        known = named_tensors(module).keys()
+        if not state.keys() <= known:  # states of metrics, say; walking all that a model would save takes longer
+            known = module.state_dict().keys()
+        copy_adapter_state(module, state, known=known)
         undo.pop_all()
     return reports[0]
 

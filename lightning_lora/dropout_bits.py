@@ -7,25 +7,55 @@ import functools
 import torch
 from torch import Tensor
 
-_STEPS = 1 << 16  # dropping has a probability of so many levels: 16 random bits decide on an element
-# Multiplied by it, eight bytes that are 0 or 1 leave their bits side by side in the highest byte.
-_GATHER = 0x0102040810204080
+_MOST_BITS = 24
+
+
+def may_draw(dropout: float) -> bool:
+    """Return whether the probability can be drawn, to a thousandth of it."""
+    return 0.0 < dropout < 1.0 and _digits(dropout) is not None
+
+
+def kept(dropout: float) -> float:
+    """Return the probability with which ``random_bits`` sets a bit: about ``1 - dropout``, to the last digit."""
+    digits = _digits(dropout)
+    assert digits is not None
+    return sum(0.5 ** (place + 1) for place, digit in enumerate(digits) if digit)
+
+
+@functools.lru_cache(maxsize=64)
+def _digits(dropout: float) -> tuple[bool, ...] | None:
+    """Return the probability of keeping an element in binary, as few digits as a thousandth of ``dropout`` needs."""
+    near = min(dropout, 1.0 - dropout) / 1000
+    for length in range(1, _MOST_BITS + 1):
+        steps = round((1.0 - dropout) * 2**length)
+        if 0 < steps < 2**length and abs(steps / 2**length - (1.0 - dropout)) <= near:
+            return tuple(bool(steps >> place & 1) for place in reversed(range(length)))
+    return None
 
 
 def random_bits(like: Tensor, dropout: float) -> Tensor:
     """Return bytes of random bits, each set with the probability of keeping an element.
 
     Drawn from torch's own generator of the device, as ``F.dropout`` does: it follows seeds, and activation
-    checkpointing replays it.
+    checkpointing replays it. A bit is set if a random binary fraction is below the probability; all its digits but the
+    first few are the same work for 64 bits at once.
 
     Args:
-        like: ``(rows, bytes)``, gives shape and device.
-        dropout: Probability of a bit that is not set; rounded to a multiple of 2**-16.
+        like: Bytes, gives shape and device.
+        dropout: Probability of a bit that is not set; ``may_draw`` says which can be.
     """
-    rows, width = like.shape
-    words = torch.empty(rows, 2 * width, dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    is_kept = words.view(torch.int16) >= round(dropout * _STEPS) - _STEPS // 2  # (rows, 8 * bytes)
-    return ((is_kept.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+    digits = _digits(dropout)
+    assert digits is not None
+    words = torch.empty(len(digits), (like.numel() + 7) // 8, dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None)
+    found = words[-1]  # the last digit is a one, and is met with one half
+    for digit, word in zip(reversed(digits[:-1]), reversed(words[:-1]), strict=True):
+        # A fraction is below if its first digit is lower, or the same and the rest below.
+        if digit:
+            found.bitwise_or_(word)
+        else:
+            found.bitwise_and_(word)
+    return found.view(torch.uint8)[: like.numel()].view(like.shape)
 
 
 def alive(bits: Tensor, width: int, dtype: torch.dtype) -> Tensor:

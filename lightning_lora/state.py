@@ -27,23 +27,14 @@ def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
     roots = list(attachments(module))
     whole = {identity for _, owner, attachment in roots for identity in fully_trained(owner, attachment)}
     moving = {join(root, name) for root, _, attachment in roots for name in attachment.base_values}
-    persistent = _persistent_buffers(module)
     whole |= {id(part) for layer in lora_layers(module).values() for part in layer.lora.modules()}
     for path, part in module.named_modules():
-        for key, tensor in _own_tensors(part):
-            name = clean_name(join(path, key))
-            if (id(part) in whole or name in moving) and (isinstance(tensor, nn.Parameter) or name in persistent):
-                found[name] = tensor
+        if id(part) in whole or moving:
+            for key, tensor in _persistent_tensors(part):
+                name = clean_name(join(path, key))
+                if id(part) in whole or name in moving:
+                    found[name] = tensor
     return found
-
-
-def _own_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield a module's own parameters and buffers, each once; ``named_parameters`` takes most of a walk's time."""
-    seen: set[int] = set()
-    for key, tensor in (*part._parameters.items(), *part._buffers.items()):
-        if tensor is not None and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield key, tensor
 
 
 def base_tensors(module: nn.Module, trained: Iterable[Tensor] | None = None) -> dict[str, Tensor]:
@@ -88,8 +79,19 @@ def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> N
     copy_adapter_state(module, state)
 
 
-def copy_adapter_state(module: nn.Module, state: Mapping[str, Tensor], known: Collection[str] = ()) -> None:
-    """Do what ``load_adapter_state_dict`` does, on whatever base; ``known`` names may be in the state besides.
+def copy_adapter_state(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    known: Collection[str] = (),
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Do what ``load_adapter_state_dict`` does, on whatever base.
+
+    Args:
+        module: The adapted module.
+        state: What to load.
+        known: Names that may be in the state besides.
+        tensors: The module's ``adapter_tensors``, where they are at hand.
 
     Raises:
         ValueError: Names or shapes do not fit. Nothing was changed.
@@ -97,7 +99,7 @@ def copy_adapter_state(module: nn.Module, state: Mapping[str, Tensor], known: Co
     """
     if folded := [name for name, layer in lora_layers(module).items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
-    tensors = adapter_tensors(module)
+    tensors = adapter_tensors(module) if tensors is None else tensors
     if problems := mismatches(tensors, state, known):
         raise ValueError(mismatch_message(type(module).__name__, problems))
     with torch.no_grad():
@@ -249,13 +251,13 @@ def _rows(adapter: Adapter) -> dict[str, list[list[int]]]:
     return {"rows": rows} if rows else {}
 
 
-def _persistent_buffers(module: nn.Module) -> set[str]:
-    return {
-        clean_name(join(path, key))
-        for path, part in module.named_modules()
-        for key in part._buffers
-        if key not in part._non_persistent_buffers_set
-    }
+def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of one module that its state holds, each once."""
+    if part._parameters:
+        yield from part.named_parameters(recurse=False)
+    if part._buffers:
+        buffers = part.named_buffers(recurse=False)
+        yield from ((key, buffer) for key, buffer in buffers if key not in part._non_persistent_buffers_set)
 
 
 def allow_missing_base(module: nn.Module, incompatible: Any) -> None:

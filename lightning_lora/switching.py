@@ -72,7 +72,8 @@ def fold(layer: LoRALayer) -> None:
     """Add the updates to the weights: a float32 (or float64) sum and one rounding, at the end."""
     for name in layer.adapted_parameters():
         parameter = base_parameter(layer, name)
-        copy_whole(parameter, layer.combined(name).to(parameter.dtype))
+        if not layer.fold(name, parameter):
+            copy_whole(parameter, layer.combined(name).to(parameter.dtype))
 
 
 def check_mergeable(layers: dict[str, LoRALayer]) -> None:
@@ -107,7 +108,7 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
             "adapter beside it, or merge into the model before it was quantized."
         )
     adapters = [adapter for adapter in layer.adapters().values() if parameter in (adapter.parameter, "bias")]
-    if not all(bool(torch.isfinite(factor).all()) for adapter in adapters for factor in adapter.parameters()):
+    if not all(math.isfinite(_largest(factor)) for adapter in adapters for factor in adapter.parameters()):
         raise ValueError(f"The adapter of {name!r} holds NaN or infinity; merging it would destroy the weight.")
     if _overflows(layer, parameter, adapters):
         raise ValueError(
@@ -150,8 +151,9 @@ def _overflows(layer: LoRALayer, parameter: str, adapters: Sequence[Adapter]) ->
     limit = torch.finfo(weight.dtype).max
     if weight.is_meta:
         return False
-    bounds = [_bound(adapter) for adapter in adapters]
-    if float(weight.abs().max()) + max(bounds, default=0.0) < limit:
+    bound = max((_bound(adapter) for adapter in adapters), default=0.0)
+    # Less than half of the largest number's last digit is rounded away there: no look at the weight is needed.
+    if bound < torch.finfo(weight.dtype).eps / 8 * limit or _largest(weight) + bound < limit:
         return False  # whatever the signs; spares forming the update
     return not bool((layer.combined(parameter).abs() <= limit).all())
 
@@ -160,10 +162,17 @@ def _bound(adapter: Adapter) -> float:
     """Return what no entry of an update can exceed."""
     if not isinstance(adapter, LowRankAdapter) or not adapter.is_plain:
         return math.inf
-    if not adapter.A.numel():
+    return abs(adapter.spec.scaling) * adapter.spec.rank * _largest(adapter.A) * _largest(adapter.B)
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest absolute value, or NaN if there is one."""
+    if is_sharded(tensor):
+        return float(tensor.abs().max())
+    if tensor.is_meta or not tensor.numel():
         return 0.0
-    A, B = (float(factor.abs().max()) for factor in (adapter.A, adapter.B))
-    return abs(adapter.spec.scaling) * adapter.spec.rank * A * B
+    low, high = (float(end) for end in tensor.detach().aminmax())  # makes no tensor of its size
+    return max(-low, high) if low <= high else math.nan
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,6 +42,15 @@ def _fast_path_for_small_layers(request: pytest.FixtureRequest, monkeypatch: pyt
     """Layers of tests are too small for the fast path to be chosen; it is what users of real ones get."""
     if "usual_paths" not in request.keywords:
         monkeypatch.setattr(ops, "_FEW", 0)
+
+
+@pytest.fixture(autouse=True)
+def _environment_restored() -> Iterator[None]:
+    """Lightning leaves ranks in the environment, with which the processes of other tests would wait for others."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture

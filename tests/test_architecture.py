@@ -22,11 +22,13 @@ _BOTTOM_UP = [
         "analysis.page",
         "analysis.saved",
         "analysis.spectrum",
+        "casts",
         "cli.colours",
         "directories",
         "disk",
         "disk.tensor_files",
         "dropout_bits",
+        "eager",
         "initializers",
         "layers.adapter",
         "layers.swap",
@@ -57,16 +59,8 @@ _BOTTOM_UP = [
         "option_checks",
         "report",
     },
-    {
-        "analysis.shapes",
-        "config",
-        "disk.tied_heads",
-        "layers.conv",
-        "layers.embedding",
-        "layers.linear",
-        "layers.weight",
-    },
-    {"attachment", "layers.tokens", "peft_format.config"},
+    {"analysis.shapes", "config", "conv_ops", "disk.tied_heads", "layers.embedding", "layers.linear", "layers.weight"},
+    {"attachment", "layers.conv", "layers.tokens", "peft_format.config"},
     {"layers", "peft_format.directory", "peft_format.patterns"},
     {
         "analysis.diagnostics",
@@ -232,6 +226,24 @@ def test_only_surgery_changes_a_class_of_a_module(room: str):
         if isinstance(target, ast.Attribute)
     ]
     assert "__class__" not in assigned
+
+
+@pytest.mark.slow
+def test_importing_after_lightning_brings_little_and_none_of_the_heavy_packages():
+    script = """
+import sys
+import lightning.pytorch
+before = set(sys.modules)
+allowed = {"lightning_lora", "jsonargparse", "typeshed_client"}  # the types of the command line
+import lightning_lora
+lightning_lora.LoRACallback
+new = {name for name in set(sys.modules) - before if name.partition(".")[0] not in allowed}
+heavy = {"peft", "transformers", "triton", "safetensors", "torchao", "bitsandbytes", "matplotlib", "numpy"}
+assert not {name.partition(".")[0] for name in new} & heavy, new
+assert len(new) < 20, sorted(new)
+"""
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
 
 
 @pytest.mark.slow

@@ -517,3 +517,22 @@ def test_detaching_while_disabled_restores_statistics_that_were_allowed_to_move(
     with disabled(model):
         detach(model)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("make", "width"), [(nn.Linear, 1024), (nn.Embedding, 1024)])
+def test_merging_makes_no_tensor_of_the_weights_size(make, width, dtype):
+    model = nn.Sequential(make(4096, width)).to(dtype)
+    attach(model, LoRAConfig(rank=4, target_modules=["0"]))
+    for factor in model[0].lora.parameters():
+        nn.init.normal_(factor)
+    weight = model[0].weight
+    before, (A, B) = weight.detach().clone(), (model[0].lora.A.double(), model[0].lora.B.double())
+    delta = model[0].scaling * (B @ A if make is nn.Linear else (B @ A).T)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        merge(model)
+    made = max(event.self_cpu_memory_usage for event in seen.events())
+    assert made <= 2**20 + 4096 < weight.nbytes  # one block of float32
+    assert model[0].weight is weight
+    exact = before.double() + delta.detach()
+    assert ((weight - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-5).all()

@@ -26,6 +26,7 @@ def stored_matrices(
     *,
     tokens: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    check_base: bool = True,
 ) -> Iterator[AdapterMatrix]:
     """Return an iterator over the updates of an adapter; each matrix holds its weight until the next is asked for.
 
@@ -37,12 +38,14 @@ def stored_matrices(
         tokens: Whether trained rows of embeddings are among them.
         progress: Called with the adapters done and their number.
 
+        check_base: Refuse a base of other values than those that the adapter was trained on.
+
     Raises:
         ValueError: The files do not fit each other, or the base is quantized. Nothing was yielded yet.
         FileNotFoundError: One is not there.
     """
     folder = open_base(Path(base))
-    fitted = fit_adapter(Path(adapter), folder)
+    fitted = fit_adapter(Path(adapter), folder, check_base=check_base)
     weights = _stored_weights(fitted, folder)
     return _matrices(fitted.root, weights, tokens, progress or (lambda _done, _all: None))
 

@@ -131,6 +131,7 @@ def analyze(
     tokens: bool = False,
     intruders: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    check_base: bool = True,
 ) -> AdapterAnalysis:
     """Return what an adapter learned, layer by layer.
 
@@ -142,13 +143,16 @@ def analyze(
         tokens: Whether to include trained rows of embeddings, as the change of those rows.
         intruders: Whether to count intruder dimensions; it takes a full decomposition of every weight.
         progress: Called with the adapters done and their number, where the base is on disk.
+        check_base: Refuse a base on disk of other values than those that the adapter was trained on.
 
     Raises:
         ValueError: The source has no adapters, cannot be read or does not fit the base; factors are not finite; or
             there are no weights to find intruders in.
         FileNotFoundError: There is no such file.
     """
-    return AdapterAnalysis(tuple(_layers(_matrices(source, base, tokens, progress), energy, intruders)), energy)
+    return AdapterAnalysis(
+        tuple(_layers(_matrices(source, base, tokens, progress, check_base), energy, intruders)), energy
+    )
 
 
 def _matrices(
@@ -156,12 +160,13 @@ def _matrices(
     base: nn.Module | str | PathLike[str] | None,
     tokens: bool,
     progress: Callable[[int, int], None] | None,
+    check_base: bool,
 ) -> Iterable[AdapterMatrix]:
     if base is None or isinstance(base, nn.Module):
         return read_matrices(source, base, tokens=tokens)
     if isinstance(source, nn.Module):
         raise ValueError("An adapted module holds its base; leave base out.")
-    return stored_matrices(source, base, tokens=tokens, progress=progress)
+    return stored_matrices(source, base, tokens=tokens, progress=progress, check_base=check_base)
 
 
 def _layers(matrices: Iterable[AdapterMatrix], energy: float, intruders: bool) -> Iterator[LayerAnalysis]:

@@ -38,6 +38,12 @@ def add_commands(add: Callable[[str, Callable[[argparse.Namespace], int], str], 
         default=0.99,
         help="share of the squared norm that a suggested rank holds (default 0.99)",
     )
+    report.add_argument(
+        "--any-base",
+        dest="check_base",
+        action="store_false",
+        help="accept a base of other values than those that the adapter was trained on",
+    )
     report.add_argument("--intruders", action="store_true", help="count intruder dimensions; slow, needs --base")
     _add_outputs(report)
 
@@ -81,7 +87,12 @@ def _report(options: argparse.Namespace) -> int:
     _check_outputs(options)
     progress = progress_bar(sys.stderr, "analysing", str) if options.base and sys.stderr.isatty() else None
     analysis = analyze(
-        options.adapter, options.base, energy=options.energy, intruders=options.intruders, progress=progress
+        options.adapter,
+        options.base,
+        energy=options.energy,
+        intruders=options.intruders,
+        progress=progress,
+        check_base=options.check_base,
     )
     similarities = _similarities(options.adapter) if options.out or options.pictures else []
     facts = [f"Adapter: {options.adapter}"] + ([f"Base: {options.base}"] if options.base else [])

@@ -105,7 +105,7 @@ def _weight_shape(path: str, layouts: Mapping[str, Layout]) -> tuple[int, ...]:
 def _put(module: nn.Module, key: str, layout: Layout) -> None:
     tensor = torch.zeros((), dtype=layout.dtype).expand(layout.shape)
     is_mask = "bias" in key and len(layout.shape) != 1  # GPT-2's attention has one of this name
-    if is_mask or not layout.dtype.is_floating_point:
+    if is_mask or not (layout.dtype.is_floating_point or key in module._parameters):
         module.register_buffer(key, tensor)
     elif key in module._parameters or (isinstance(module, StoredConv1D) and key == "weight"):
         module._parameters[key] = nn.Parameter(tensor, requires_grad=False)

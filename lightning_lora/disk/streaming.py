@@ -17,7 +17,7 @@ from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
 from lightning_lora.disk.base_folder import CONFIG_FILE, INDEX_FILE, BaseFolder, open_base
 from lightning_lora.disk.tensor_files import Layout, StoredTensor, TensorWriter
 from lightning_lora.disk.tied_heads import OPTION, embedding_names, virtual_heads
-from lightning_lora.layers import LoRALayer, LowRankAdapter, TokenAdapter
+from lightning_lora.layers import LoRALayer, TokenAdapter
 from lightning_lora.targets import join, listed
 
 _AT_ONCE = 2**20
@@ -234,8 +234,9 @@ def _merged(
 ) -> tuple[Tensor, tuple[float, float, float]]:
     """Return a tensor with its update, in the precision to store, and what the rounding did."""
     weight = stored.read()
-    total = _in_place(layer, key, weight)
-    if total is None:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    total = weight.to(wide, copy=True)
+    if not layer.fold(key, total):
         before = layer._parameters[key]
         layer._parameters[key] = nn.Parameter(weight, requires_grad=False)
         total = layer.combined(key)
@@ -255,18 +256,6 @@ def _merged(
                 f"for {dtype}, or the base holds NaN or infinity. Choose a wider precision with --dtype."
             )
     return found, (math.sqrt(update), math.sqrt(rounding), largest)
-
-
-def _in_place(layer: LoRALayer, key: str, weight: Tensor) -> Tensor | None:
-    """Return the sum made in the memory of the update alone, where it gives the same bits as ``combined``."""
-    [*adapters] = layer.adapters().values()
-    adapter = adapters[0] if adapters else None
-    if len(adapters) != 1 or not isinstance(adapter, LowRankAdapter) or not adapter.is_plain:
-        return None
-    if weight.dtype == torch.float64 or {adapter.A.dtype, adapter.B.dtype} != {torch.float32}:
-        return None
-    delta = adapter.as_stored((adapter.B @ adapter.A).mul_(adapter.spec.scaling))
-    return delta.add_(weight) if key == adapter.parameter else None
 
 
 def _row_blocks(tensor: Tensor) -> Iterator[slice]:

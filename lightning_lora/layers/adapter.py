@@ -82,8 +82,8 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     @override
-    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
-        """Return the layer's ``output`` for ``inputs`` with what was learned."""
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
+        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``."""
 
     def computes_base(self, layer: nn.Module) -> bool:  # noqa: ARG002 - most do not
         """Return whether ``forward`` takes None for ``output`` and computes what the layer does, too."""
@@ -92,6 +92,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def combined(self, weight: Tensor) -> Tensor:
         """Return a weight with what was learned in it, in its shape; float32, or float64 if either is."""
+
+    def fold(self, weight: Tensor) -> bool:  # noqa: ARG002 - some cannot
+        """Make a weight the sum that ``combined`` returns, in its own memory; return False if that cannot be done."""
+        return False
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return what is added to a base weight, in its shape; float32, or float64 if the factors are."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.eager import is_traced, is_unheld
 from lightning_lora.layers.adapter import Adapter, base_parameter
 from lightning_lora.layers.swap import Swapped
 from lightning_lora.sharding import unwrapped, whole
@@ -27,9 +28,10 @@ class AdapterGroup(nn.ModuleDict):
         return False
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
         for adapter in self._modules.values():
-            output = cast(Adapter, adapter)(inputs, output, layer)
+            output = cast(Adapter, adapter)(inputs, output, layer, is_ours)
+            is_ours = not is_traced()  # a sum that nobody else has seen
         return output
 
 
@@ -54,7 +56,8 @@ class LoRALayer(Swapped):
         lora = self.lora
         if lora.computes_base(self):
             return cast(Tensor, lora(inputs, None, self))
-        return cast(Tensor, lora(inputs, super().forward(*args, **kwargs), self))
+        output = super().forward(*args, **kwargs)
+        return cast(Tensor, lora(inputs, output, self, is_unheld(output)))
 
     def adapters(self) -> dict[str, Adapter]:
         """Return the adapters of this layer by the parameter or the slice that each updates."""
@@ -67,6 +70,11 @@ class LoRALayer(Swapped):
         adapters = self.adapters().values()
         names = dict.fromkeys(adapter.parameter for adapter in adapters)
         return [*names, "bias"] if any(adapter.spec.lora_bias for adapter in adapters) else list(names)
+
+    def fold(self, parameter: str, value: Tensor) -> bool:
+        """Add the updates of a parameter to a value of it, in place; return False if they are no plain sum."""
+        [*adapters] = self.adapters().values()
+        return len(adapters) == 1 and adapters[0].parameter == parameter and adapters[0].fold(value)
 
     def combined(self, parameter: str) -> Tensor:
         """Return a parameter with the updates in it, whole and in its shape; float32, or float64 if either is."""

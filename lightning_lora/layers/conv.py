@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import override
 
+from lightning_lora.conv_ops import Convolution, conv_update, keeps_less, pointwise
 from lightning_lora.layers.adapter import base_weight
 from lightning_lora.layers.low_rank import LowRankAdapter
 
@@ -43,6 +44,23 @@ class _KernelAdapter(LowRankAdapter):
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.padding = module.padding
         self.trailing_dimensions = len(self.kernel) - 2
+
+    def for_groups(self, A: Tensor) -> Tensor:
+        """Return A as a kernel that every group has, ``(g * r, channels, *K)``."""
+        kernel = A.view(-1, *self.kernel[1:])
+        return kernel if self.groups == 1 else kernel.repeat(self.groups, *[1] * (kernel.ndim - 1))
+
+    def keeps_less(self, inputs: Tensor) -> bool:
+        """Return whether ``in_one`` can be taken, and keeps less for backward than the composition."""
+        return keeps_less(inputs, self.A, self.B, self.dropout_now(), self.trailing_dimensions)
+
+    def in_one(
+        self, inputs: Tensor, kernels: tuple[Tensor, Tensor], convolutions: tuple[Convolution, Convolution]
+    ) -> Tensor:
+        """Return the update as one operation."""
+        down, up = kernels
+        dropout = self.dropout_now()
+        return conv_update(inputs, down, up, convolutions, scaling=self.spec.scaling, dropout=dropout)
 
     @override
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -79,17 +97,24 @@ class ConvAdapter(_KernelAdapter):
 
     @override
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
+        if self.padding_mode == "zeros" and not isinstance(self.padding, str) and self.keeps_less(inputs):
+            down, up = self.kernels(self.A, self.B)
+            options = Convolution(
+                self.stride, self.padding, self.dilation, self.groups, False, (0,) * self.trailing_dimensions
+            )
+            return self.in_one(inputs, (down, up), (options, pointwise(self.trailing_dimensions, self.groups)))
         inputs = self.dropped(inputs)
-        A, B = self.factors_as(inputs.dtype, inputs.device.type)
+        down, up = self.kernels(*self.factors_as(inputs.dtype, inputs.device.type))
         padding: Any = self.padding
         if self.padding_mode != "zeros":  # as the base does it
             inputs, padding = F.pad(inputs, self.padding_by_side, mode=self.padding_mode), 0
-        dimensions = self.trailing_dimensions
-        convolve = _CONVOLVE[dimensions]
-        down = A.view(-1, *self.kernel[1:]).repeat(self.groups, *[1] * (dimensions + 1))  # (g * r, in/g, *K)
-        up = B.view(*B.shape, *[1] * dimensions)  # (out, r, 1...)
+        convolve = _CONVOLVE[self.trailing_dimensions]
         hidden = convolve(inputs, down, None, self.stride, padding, self.dilation, self.groups) * self.spec.scaling
         return convolve(hidden, up, groups=self.groups)
+
+    def kernels(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kernels of both convolutions."""
+        return self.for_groups(A), B.view(*B.shape, *[1] * self.trailing_dimensions)  # (out, r, 1...)
 
 
 class ConvTransposeAdapter(_KernelAdapter):
@@ -112,13 +137,14 @@ class ConvTransposeAdapter(_KernelAdapter):
 
     @override
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
-        inputs = self.dropped(inputs)
-        A, B = self.factors_as(inputs.dtype, inputs.device.type)
         dimensions = self.trailing_dimensions
-        # (in, r) -> (g * r, in/g, 1...): each group's inputs to its own r channels
-        down = B.view(self.groups, -1, B.shape[1]).transpose(1, 2).reshape(-1, self.kernel[0] // self.groups)
-        hidden = _CONVOLVE[dimensions](inputs, down.view(*down.shape, *[1] * dimensions), groups=self.groups)
-        up = A.view(-1, *self.kernel[1:]).repeat(self.groups, *[1] * (dimensions + 1))  # (g * r, out/g, *K)
+        if self.keeps_less(inputs):
+            padding, more = cast(tuple[int, ...], self.padding), self._output_padding(inputs, output)
+            options = Convolution(self.stride, padding, self.dilation, self.groups, True, more)
+            return self.in_one(inputs, self.kernels(self.A, self.B), (pointwise(dimensions, self.groups), options))
+        inputs = self.dropped(inputs)
+        down, up = self.kernels(*self.factors_as(inputs.dtype, inputs.device.type))
+        hidden = _CONVOLVE[dimensions](inputs, down, groups=self.groups)
         return _CONVOLVE_TRANSPOSED[dimensions](
             hidden * self.spec.scaling,
             up,
@@ -129,6 +155,12 @@ class ConvTransposeAdapter(_KernelAdapter):
             self.groups,
             self.dilation,
         )
+
+    def kernels(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kernels of both convolutions."""
+        # (in, r) -> (g * r, in/g, 1...): each group's inputs to its own r channels
+        down = B.view(self.groups, -1, B.shape[1]).transpose(1, 2).reshape(-1, self.kernel[0] // self.groups)
+        return down.view(*down.shape, *[1] * self.trailing_dimensions), self.for_groups(A)
 
     def _output_padding(self, inputs: Tensor, output: Tensor) -> list[int]:
         """Return the padding that made this output: the layer's own, or what a call's ``output_size`` asked for."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
@@ -53,9 +54,11 @@ class EmbeddingAdapter(LowRankAdapter):
 
     @override
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
-        A, B = self.factors_as(output.dtype, output.device.type)
         # The padding token gets no gradient, so its column of A stays zero.
-        hidden = F.embedding(inputs, A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        hidden = F.embedding(inputs, self.A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        B: Tensor = self.B
+        if B.dtype != output.dtype and not torch.is_autocast_enabled(output.device.type):
+            hidden, B = hidden.to(output.dtype), B.to(output.dtype)  # what was looked up, not a column for every token
         return F.linear(hidden * self.spec.scaling, B)  # (..., rank) -> (..., features)
 
     @override

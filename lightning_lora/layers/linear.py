@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_lora.layers.adapter import base_parameter, base_weight
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.swap import Swapped
-from lightning_lora.ops import lora_linear, lora_update
+from lightning_lora.ops import lora_add, lora_linear, lora_update
 
 _KNOWN_FORWARD = nn.Linear.forward  # as torch has it: who patches it wants his own called
 
@@ -43,25 +43,26 @@ class LinearAdapter(LowRankAdapter):
 
     @override
     def computes_base(self, layer: nn.Module) -> bool:
-        return self.is_plain and cast(Swapped, layer).base_class.forward is _KNOWN_FORWARD
+        return not self.spec.rows and cast(Swapped, layer).base_class.forward is _KNOWN_FORWARD
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor | None, layer: nn.Module) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor | None, layer: nn.Module, is_ours: bool = False) -> Tensor:
         if output is not None:
-            return super().forward(inputs, output, layer)
+            return super().forward(inputs, output, layer, is_ours)
         # Read here, not at attaching: FSDP and whoever loads or moves a model puts other tensors in their places.
         weight, bias = base_weight(layer), cast("Tensor | None", base_parameter(layer, "bias"))
         options = {"scaling": self.spec.scaling, "dropout": self.dropout_now()}
-        return lora_linear(inputs, weight, bias, self.A, self.B, **options)
+        total = lora_linear(inputs, weight, bias, self.A, self.B, **options)
+        return total if self.is_plain else self.with_extras(total, layer)
+
+    @override
+    def added(self, inputs: Tensor, output: Tensor, is_ours: bool) -> Tensor:
+        options = {"scaling": self.spec.scaling, "dropout": self.dropout_now()}
+        return lora_add(output, inputs, self.A, self.B, is_ours=is_ours, **options)
 
     @override
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         return lora_update(inputs, self.A, self.B, scaling=self.spec.scaling, dropout=self.dropout_now())
-
-    def dropout_now(self) -> float:
-        """Return the probability of dropping an element in the present mode."""
-        # Asking for the mode only where it matters spares torch.compile a graph for each.
-        return self.spec.dropout if self.spec.dropout and self.training else 0.0
 
 
 class Conv1DAdapter(LinearAdapter):

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.eager import add, is_traced
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, base_parameter, row_numbers
 from lightning_lora.sharding import copy_whole, gathered, is_sharded, place_factors, whole
+
+_AT_ONCE = 2**18  # elements of a weight that are summed at a time while merging: a megabyte of float32
 
 
 class LowRankAdapter(Adapter):
@@ -67,25 +73,40 @@ class LowRankAdapter(Adapter):
         return matrix
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
-        update = self.update(inputs, output)
-        if self.is_plain:
-            return output + update.to(output.dtype)
-        part = output.index_select(-1, self.index) if self.spec.rows else output
-        if self.spec.use_dora:
-            part, update = self._rescaled(part, update, layer)
-        if self.spec.lora_bias:
-            update = update + self._along_features(self.spec.scaling * self.bias)
-        part = part + update.to(part.dtype)
-        return output.index_copy(-1, self.index, part) if self.spec.rows else part
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
+        if not self.spec.rows:
+            return self.with_extras(self.added(inputs, output, is_ours), layer)
+        part = self.with_extras(self.added(inputs, output.index_select(-1, self.index), not is_traced()), layer)
+        if is_ours and not output._is_view():
+            return output.index_copy_(-1, self.index, part)
+        return output.index_copy(-1, self.index, part)
 
-    def _rescaled(self, output: Tensor, update: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """Return both summands with every feature rescaled by ``m / n``; the layer's bias is not."""
+    def added(self, inputs: Tensor, output: Tensor, is_ours: bool) -> Tensor:
+        """Return the layer's ``output`` with the update, made in its memory if that ``is_ours``."""
+        return add(output, self.update(inputs, output), is_ours)
+
+    def with_extras(self, total: Tensor, layer: nn.Module) -> Tensor:
+        """Return what DoRA and a bias on ``B`` make of a sum of output and update, which nobody else holds."""
+        if self.spec.use_dora:
+            total = self._rescaled(total, layer)
+        if self.spec.lora_bias:
+            total = add(total, self._along_features(self.spec.scaling * self.bias), not is_traced())
+        return total
+
+    def _rescaled(self, total: Tensor, layer: nn.Module) -> Tensor:
+        """Return the sum with every feature rescaled by ``m / n``; the layer's bias is not."""
         matrix = self._rows(self.as_matrix(base_parameter(layer, self.parameter)))
         ratio = self._along_features(self.magnitude / self.row_norms(matrix))
         bias = layer._parameters.get("bias")
-        frozen = output if bias is None else output - self._along_features(self._rows(bias)).to(output.dtype)
-        return output + (ratio - 1.0).to(output.dtype) * frozen, ratio * update
+        # One tensor of the output's size is kept for backward: the product of input and summed weight.
+        if bias is None:
+            return (total * ratio).to(total.dtype)
+        own = self._along_features(self._rows(bias)).to(total.dtype)
+        # As a change of the sum, not rounded: a magnitude at its start leaves the output as it was, bit for bit.
+        if is_traced():
+            return (total + (ratio - 1.0) * (total - own)).to(total.dtype)
+        arguments = total.detach(), total - own.detach(), ratio, own
+        return cast(Tensor, _Rescaled.apply(*arguments))  # type: ignore[no-untyped-call]
 
     def _along_features(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *[1] * self.trailing_dimensions)
@@ -109,11 +130,31 @@ class LowRankAdapter(Adapter):
         matrix = self.as_matrix(weight)
         dtype = torch.promote_types(torch.promote_types(self.A.dtype, torch.float32), matrix.dtype)
         matrix = matrix.to(dtype)
-        part = self._rows(matrix)
-        total = part + self.matrix_delta().to(dtype)
+        part, (A, B) = self._rows(matrix), self._factors_in_float()
+        add = torch.addmm if part.ndim == 2 else torch.baddbmm
+        total = add(part, B.to(dtype), A.to(dtype), alpha=self.spec.scaling)
         if self.spec.use_dora:
             total = total * (whole(self.magnitude) / self.row_norms(part)).unsqueeze(1)
         return self.as_stored(matrix.index_copy(0, self.index, total) if self.spec.rows else total)
+
+    @override
+    @torch.no_grad()
+    def fold(self, weight: Tensor) -> bool:
+        if not self.is_plain or is_sharded(weight) or self.A.ndim != 2:
+            return False
+        matrix, (A, B) = self.as_matrix(weight), self._factors_in_float()
+        if not matrix.is_contiguous() and matrix.T.is_contiguous():
+            matrix, A, B = matrix.T, B.T, A.T  # its rows in memory are the layer's columns
+        if not matrix.is_contiguous() or matrix.data_ptr() != weight.data_ptr():
+            return False
+        dtype = torch.promote_types(A.dtype, matrix.dtype)
+        A, B = A.to(dtype), B.to(dtype)
+        for block in blocks(matrix):
+            rows = matrix[block]  # one rounding: at the end, to the weight's precision
+            total = rows.to(dtype).addmm_(B[block], A, alpha=self.spec.scaling)
+            if total.data_ptr() != rows.data_ptr():
+                rows.copy_(total)
+        return True
 
     @override
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -163,6 +204,11 @@ class LowRankAdapter(Adapter):
         if self.spec.rows:
             self.index.copy_(row_numbers(self.spec.rows))
 
+    def dropout_now(self) -> float:
+        """Return the probability of dropping an element in the present mode."""
+        # Asking for the mode only where it matters spares torch.compile a graph for each.
+        return self.spec.dropout if self.spec.dropout and self.training else 0.0
+
     def dropped(self, inputs: Tensor) -> Tensor:
         """Return the adapter's input after dropout; the frozen layer's own input is never touched."""
         return F.dropout(inputs, self.spec.dropout, self.training) if self.spec.dropout else inputs
@@ -172,3 +218,34 @@ class LowRankAdapter(Adapter):
         if self.A.dtype == dtype or torch.is_autocast_enabled(device_type):
             return self.A, self.B
         return self.A.to(dtype), self.B.to(dtype)
+
+
+class _Rescaled(torch.autograd.Function):
+    """``ratio * product + bias`` as ``total + (ratio - 1) * product``, where the product is the total less the bias.
+
+    Gradients go to the product, through which they reach the total and with it the bias: ``ratio`` times the output's,
+    since that of a sum of 1 and ``ratio - 1`` would be rounded twice. The bias, which may train, lacks the rest.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, total: Tensor, product: Tensor, ratio: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(product, ratio)
+        ctx.bias_shape, ctx.bias_dtype = bias.shape, bias.dtype
+        return (total + (ratio - 1.0) * product).to(total.dtype)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        product, ratio = ctx.saved_tensors
+        scaled, dbias = dy * ratio, None
+        if ctx.needs_input_grad[3]:
+            dbias = (dy - scaled).sum_to_size(ctx.bias_shape).to(ctx.bias_dtype)
+        return None, scaled.to(product.dtype), (dy * product).to(ratio.dtype).sum_to_size(ratio.shape), dbias
+
+
+def blocks(tensor: Tensor) -> Iterator[slice]:
+    """Yield the rows of a tensor, few enough at a time for their sum to stay in a processor's caches."""
+    step = max(1, _AT_ONCE // max(1, math.prod(tensor.shape[1:])))
+    for start in range(0, tensor.shape[0], step):
+        yield slice(start, start + step)

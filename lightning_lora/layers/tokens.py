@@ -52,7 +52,7 @@ class TokenAdapter(Adapter):
         self._parameters["rows"] = nn.Parameter(rows)
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
         if not inputs.is_floating_point():
             return self._look_up(inputs, output)
         bias = layer._parameters.get("bias")  # the layer is a head: token scores, which the rows' own replace

@@ -6,6 +6,7 @@ or ``(E, r, in)`` and ``(E, out, r)``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -165,6 +166,12 @@ def shapes_in_file(
     prefix: str, geometry: Geometry, rank: int, *, use_dora: bool, lora_bias: bool
 ) -> dict[str, tuple[int, ...]]:
     """Return which keys and shapes the file of such a layer has, without allocating anything."""
+    shapes = _shapes(geometry, rank, use_dora, lora_bias)
+    return {f"{prefix}{suffix}": shape for suffix, shape in shapes.items()}
+
+
+@functools.lru_cache(maxsize=256)  # a model has many layers and few shapes
+def _shapes(geometry: Geometry, rank: int, use_dora: bool, lora_bias: bool) -> dict[str, tuple[int, ...]]:
     stack = (geometry.experts,) if geometry.experts else ()
     with torch.device("meta"):
         factors = Factors(
@@ -174,4 +181,4 @@ def shapes_in_file(
             torch.empty(geometry.out_features) if use_dora else None,
             torch.empty(geometry.out_features) if lora_bias else None,
         )
-        return {key: tuple(tensor.shape) for key, tensor in to_file(prefix, factors, geometry).items()}
+        return {key: tuple(tensor.shape) for key, tensor in to_file("", factors, geometry).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -235,7 +236,8 @@ def _attach_and_load(module: nn.Module, root: nn.Module, content: Import) -> Att
         else:
             attach(root, content.config)
             undo.callback(detach, root)
-        copy_adapter_state(module, import_state(module, root, content))
+        tensors = adapter_tensors(module)
+        copy_adapter_state(module, import_state(module, root, content, tensors), tensors=tensors)
         undo.pop_all()
     attachment = get_attachment(root) or next(note for _, _, note in attachments(module))
     return attachment.report
@@ -263,9 +265,12 @@ def _described(adapter: Any) -> tuple[Any, ...]:
     return (spec.rank, spec.scaling, *(spec.rows and ("slices",)))
 
 
-def import_state(module: nn.Module, root: nn.Module, content: Import) -> dict[str, Tensor]:
-    """Return the file's values under the names of the module's own state."""
-    adapters, live = all_adapters(root), named_tensors(root)
+def import_state(
+    module: nn.Module, root: nn.Module, content: Import, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return the file's values under the names of the module's own state, its ``adapter_tensors``."""
+    tensors = adapter_tensors(module) if tensors is None else tensors
+    adapters, live = all_adapters(root), named_tensors(root) if content.values else {}
     values: dict[int, Tensor] = {}
     for layer in content.layers:
         adapter = adapters[layer.label]
@@ -280,14 +285,14 @@ def import_state(module: nn.Module, root: nn.Module, content: Import) -> dict[st
         before = values.setdefault(id(live[name]), value)
         if not torch.equal(before, value):
             raise ValueError(f"{name!r} shares its memory with a tensor to which the file gives another value.")
-    state = {name: values[id(tensor)] for name, tensor in adapter_tensors(module).items() if id(tensor) in values}
+    state = {name: values[id(tensor)] for name, tensor in tensors.items() if id(tensor) in values}
     # PEFT trains the biases of attention's and recurrent layers' own kind, but does not save them.
-    return {name: tensor for name, tensor in _unsaved_biases(module).items() if name not in state} | state
+    return {name: tensor for name, tensor in _unsaved_biases(tensors).items() if name not in state} | state
 
 
-def _unsaved_biases(module: nn.Module) -> dict[str, Tensor]:
+def _unsaved_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: tensor.detach().clone()
-        for name, tensor in adapter_tensors(module).items()
+        for name, tensor in tensors.items()
         if "bias" in (last := name.rpartition(".")[2]) and last != "bias"
     }

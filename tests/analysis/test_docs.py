@@ -21,8 +21,13 @@ from tests.contract import train_all
 PAGE = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
 
 
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return blocks(2, 64)
+
+
 def adapted(seed: int) -> nn.Module:
-    model = blocks(2, 64)
+    model = base()
     attach(model, LoRAConfig(rank=4), seed=seed)
     train_all(model, torch.Generator().manual_seed(seed))
     return model
@@ -58,7 +63,7 @@ def test_the_commands_of_the_page_run(
 ):
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
-    save_file(dict(blocks(2, 64).state_dict()), "base/model.safetensors")
+    save_file(dict(base().state_dict()), "base/model.safetensors")
     for seed, name in enumerate(("adapter", "other")):
         save_adapter(adapted(seed), name)
     [commands] = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.S)

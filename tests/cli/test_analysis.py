@@ -275,3 +275,12 @@ assert not loaded & {{"lightning", "pytorch_lightning", "transformers", "peft", 
 """
     outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
+
+
+def test_a_report_on_another_base_is_refused_unless_any_is_accepted(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({name: tensor + 1 for name, tensor in model().state_dict().items()}, files / "second.safetensors")
+    assert run("report", files / "one", "--base", files / "second.safetensors") == 1
+    assert "was trained on another base" in capsys.readouterr().err
+    assert run("report", files / "one", "--base", files / "second.safetensors", "--any-base") == 0

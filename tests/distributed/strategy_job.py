@@ -139,7 +139,8 @@ def counted(*, functional: bool) -> Iterator[list[int]]:
     """Count the bytes that each process receives of tensors, by DTensor's functions or the common ones."""
     count = [0]
     places = [(dist, name) for name in ("all_gather", "all_gather_into_tensor", "all_reduce")]
-    if deepspeed := sys.modules.get("deepspeed"):
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.comm.cdb is not None:
         places.append((deepspeed.comm.comm.cdb, "all_gather_function"))
     before = [getattr(*place) for place in places]
     gather_into = torch.ops._c10d_functional.all_gather_into_tensor

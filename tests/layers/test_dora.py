@@ -437,3 +437,21 @@ def test_where_peft_drops_the_input_of_the_base_too_the_update_alone_is_dropped(
         truth = case.dense(ours, x, None, partial(rescaled, strength=strength))
         assert ((theirs.train()(x) - truth).abs().amax(1) > 1e-3).all()
     assert error(theirs.eval()(x), ours(x)) <= parity.CLOSE
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Linear(6, 5), (4, 3, 6)), (nn.Conv2d(6, 5, 3), (4, 6, 7, 7))],
+    ids=["linear", "convolution"],
+)
+def test_a_trained_bias_gets_the_gradient_of_the_output(layer: nn.Module, shape: tuple[int, ...]):
+    model = nn.Sequential(copy.deepcopy(layer)).double()
+    attach(model, LoRAConfig(rank=2, use_dora=True, bias="lora_only", target_modules=["0"]))
+    with torch.no_grad():
+        for parameter in model[0].lora.parameters():
+            parameter.add_(torch.rand_like(parameter))
+    output = model(torch.randn(shape, dtype=torch.float64))
+    weights = torch.randn_like(output)
+    (output * weights).sum().backward()
+    features = 1 if isinstance(layer, nn.Conv2d) else -1
+    torch.testing.assert_close(model[0].bias.grad, weights.movedim(features, 0).flatten(1).sum(1))

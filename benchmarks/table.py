@@ -1,0 +1,44 @@
+"""Every quantity with a target, measured and judged in one table; the other scripts show more of each.
+
+    python benchmarks/table.py
+
+Takes some minutes on a CPU. Where there is a GPU, ``gpu.py`` adds its rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Sequence
+
+import checkpoint
+import gpu
+import measuring
+import memory
+import merge
+import overhead
+import step
+import torch
+
+
+def quietly(main: Callable[[Sequence[str]], list[measuring.Row]], argv: list[str]) -> list[measuring.Row]:
+    """Return the rows of a benchmark that have a target."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return [row for row in main(argv) if row.reach is not None]
+
+
+def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
+    args = measuring.parser(__doc__, rounds=7).parse_args(argv)
+    few = ["--smoke"] if args.smoke else ["--rounds", str(args.rounds)]
+    rows = []
+    for each in (step.main, memory.main, merge.main, checkpoint.main, overhead.main):
+        rows += quietly(each, few)
+    if torch.cuda.is_available() and not args.smoke:
+        rows += quietly(gpu.main, [])
+    else:
+        print("No GPU: the rows of gpu.py are missing. attach.py prints those of attaching.")
+    return measuring.report(rows, args)
+
+
+if __name__ == "__main__":
+    main()
