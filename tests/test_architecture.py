@@ -24,6 +24,7 @@ _BOTTOM_UP = [
         "analysis.spectrum",
         "casts",
         "cli.colours",
+        "cli.options",
         "directories",
         "disk",
         "disk.tensor_files",

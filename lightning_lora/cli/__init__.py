@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_lora.cli.colours import BAD, WARNING, highlighted, painted
 from lightning_lora.cli.convert import COMMANDS
+from lightning_lora.cli.options import add_any_base
 
 OK, PROBLEM, USAGE = 0, 1, 2
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="precision of the floating point tensors (default: each keeps its own); bf16, fp16, fp32 for short",
     )
 
-    _add_any_base(merge)
+    add_any_base(merge)
 
     for name, (does, add_arguments, convert) in COMMANDS.items():
         add_arguments(_command(commands, name, functools.partial(_convert, convert), does))
@@ -102,19 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "check that an adapter fits a base: names, shapes, finite values")
     verify.add_argument("adapter", type=Path, metavar="ADAPTER", help="a PEFT directory or a .ckpt")
     verify.add_argument("base", type=Path, metavar="BASE", help="a model's folder with safetensors, or one such file")
-    _add_any_base(verify)
+    add_any_base(verify)
 
     add_commands(lambda name, run, does: _command(commands, name, run, does))
     return parser
-
-
-def _add_any_base(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--any-base",
-        dest="check_base",
-        action="store_false",
-        help="accept a base of other values than those that the adapter was trained on",
-    )
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], does: str) -> argparse.ArgumentParser:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_lora.cli.options import add_any_base
+
 if TYPE_CHECKING:
     from lightning_lora.analysis.comparison import KindSimilarity
     from lightning_lora.analysis.page import Page
@@ -38,12 +40,7 @@ def add_commands(add: Callable[[str, Callable[[argparse.Namespace], int], str], 
         default=0.99,
         help="share of the squared norm that a suggested rank holds (default 0.99)",
     )
-    report.add_argument(
-        "--any-base",
-        dest="check_base",
-        action="store_false",
-        help="accept a base of other values than those that the adapter was trained on",
-    )
+    add_any_base(report)
     report.add_argument("--intruders", action="store_true", help="count intruder dimensions; slow, needs --base")
     _add_outputs(report)
 

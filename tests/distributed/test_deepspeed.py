@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lightning_lora import load_adapter
+from lightning_lora.checkpoint_file import RECORD_KEY
 from tests.distributed import deepspeed_job
 from tests.distributed.ports import free_port
 from tests.distributed.test_every_strategy import TRAINED
@@ -163,6 +164,15 @@ def test_other_kinds_of_layers_train_as_in_one_process(kind: str, ranks: Ranks, 
     assert theirs.keys() == ours.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(theirs[name], tensor, **CLOSE)
+
+
+@each_mode
+def test_the_checkpoint_says_the_same_of_the_base_as_that_of_one_process(
+    mode: str, ranks: Ranks, single: dict[str, Any]
+) -> None:
+    theirs, ours = (read(run["last"])[RECORD_KEY]["base"] for run in (ranks[0][mode]["whole"], single["whole"]))
+    assert theirs == ours
+    assert ours
 
 
 def test_an_adapter_that_no_gradient_reaches_is_named(ranks: Ranks) -> None:
