@@ -3,16 +3,19 @@
     python benchmarks/checkpoint.py
 
 The run is a Lightning fit of one step with AdamW. A full checkpoint is what the Trainer would save of the same run
-without the callback: every weight and the same optimizer states. Files are written to a temporary folder.
+without the callback: every weight and the same optimizer states, by Lightning's own writer. Ours waits for the disk
+(``fsync``) and Lightning does not, so two rows more have the full one wait too, and have torch write it without
+Lightning. Files are written to a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +65,26 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
         return measuring.report(rows(args, Path(folder)), args)
 
 
+def on_disk(write: Callable[[Path], object], path: Path) -> None:
+    """Write a file, and wait until the disk has it."""
+    write(path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def rows(args: argparse.Namespace, folder: Path) -> list[measuring.Row]:
     trainer = fitted(args)
     module: Any = trainer.lightning_module
     mine, theirs = folder / "ours", folder / "PEFT"
     trainer.save_checkpoint(folder / "warm.ckpt")
     full = torch.load(folder / "warm.ckpt", weights_only=True) | {"state_dict": module.state_dict()}
+    write = trainer.strategy.checkpoint_io.save_checkpoint
     saving = {
         "adapter": lambda: save_adapter(module, mine),
         "adapter and optimizer": lambda: trainer.save_checkpoint(folder / "adapter.ckpt"),
-        "full checkpoint": lambda: torch.save(full, folder / "full.ckpt"),
+        "full checkpoint": lambda: write(full, folder / "full.ckpt"),
+        "full, on the disk": lambda: on_disk(lambda path: write(full, path), folder / "flushed.ckpt"),
+        "full, by torch": lambda: torch.save(full, folder / "torch.ckpt"),
     }
     loading = {
         "ours": lambda: load_adapter(module, mine),
@@ -91,6 +104,8 @@ def rows(args: argparse.Namespace, folder: Path) -> list[measuring.Row]:
         measuring.ratio(
             saved, "adapter and optimizer", "full checkpoint", 0.05, "save with optimizer / full, wall time"
         ),
+        measuring.ratio(saved, "adapter and optimizer", "full, on the disk", None, "the same, both on the disk"),
+        measuring.ratio(saved, "adapter and optimizer", "full, by torch", None, "the same, full by torch.save alone"),
         measuring.Row("save with optimizer / full, bytes", sizes[0] / sizes[1]),
     ]
     if step.HAS_PEFT:

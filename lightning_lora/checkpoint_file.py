@@ -119,6 +119,10 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str
         ValueError: It cannot be read, or holds no adapter.
         FileNotFoundError: It is not there.
     """
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{str(path)!r} is not there; name a PEFT directory, or the .ckpt of a LoRACallback run."
+        )
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     check_is_checkpoint(checkpoint, path)

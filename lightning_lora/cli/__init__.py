@@ -51,7 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
-    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    said = str(error)
+    if isinstance(error, OSError) and error.filename is not None:  # the system's own words open with a number
+        said = f"{str(error.filename)!r}: {error.strerror}."
+    lines = [line.strip().removeprefix("- ") for line in said.splitlines()]
     text = " ".join(line if line.endswith((":", ".")) else f"{line};" for line in lines).removesuffix(";")
     text = text or type(error).__name__
     print(f"lightning-lora: {painted('error:', BAD, sys.stderr)} {text}", file=sys.stderr)

@@ -30,7 +30,7 @@ from lightning_lora.state import (
     other_shapes,
     record_problems,
 )
-from lightning_lora.targets import clean_name
+from lightning_lora.targets import clean_name, walk
 from lightning_lora.training.layouts import Layout
 from lightning_lora.training.one_file import in_one_move
 from lightning_lora.training.strategies import layout_of
@@ -217,20 +217,22 @@ class AdapterCheckpoints:
     def _scatter(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Copy whole tensors, which every process has, into the module's, and the states of its metrics."""
         self.layout.fill(tensors, state)
-        for name, part in self.module.named_modules():
-            if isinstance(part, Metric):
-                prefix = f"{clean_name(name)}."
-                own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-                part.load_state_dict(own, strict=False)
+        for name, metric in self._metrics():
+            prefix = f"{name}."
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            metric.load_state_dict(own, strict=False)
+
+    def _metrics(self) -> list[tuple[str, Metric]]:
+        return [(name, part) for name, part in walk(self.module) if isinstance(part, Metric)]
 
     def _metric_states(self) -> dict[str, Any]:
         """Return the persistent states of torchmetrics, but no frozen weights that a metric may hold."""
-        frozen = {clean_name(name) for name, _ in self.module.named_parameters()}
+        metrics = self._metrics()
+        frozen = {clean_name(name) for name, _ in self.module.named_parameters()} if metrics else set()
         return {
             key: value
-            for name, part in self.module.named_modules()
-            if isinstance(part, Metric)
-            for key, value in part.state_dict(prefix=f"{clean_name(name)}.").items()
+            for name, metric in metrics
+            for key, value in metric.state_dict(prefix=f"{name}.").items()
             if key not in frozen
         }
 

@@ -343,7 +343,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "no config": (lambda a, b: (a / "adapter_config.json").unlink(), "is not there"),
     "a cut adapter": (lambda a, b: (a / "adapter_model.safetensors").write_bytes(b"1234"), "truncated"),
     "no base": (lambda a, b: shutil.rmtree(b), "is not there"),
-    "no adapter": (lambda a, b: shutil.rmtree(a), "No such file"),
+    "no adapter": (lambda a, b: shutil.rmtree(a), "is not there"),
 }
 
 
@@ -549,6 +549,48 @@ def test_what_differs_is_said(files: tuple[Path, Path], tmp_path: Path, capsys: 
 def test_misspelt_commands_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert "usage: lightning-lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect {missing}",
+        "merge {missing} {base} {out}",
+        "merge {adapter} {missing} {out}",
+        "export {missing} {out}",
+        "import {missing} {out}",
+        "diff {adapter} {missing}",
+        "verify {missing} {base}",
+        "verify {adapter} {missing}",
+        "report {missing}",
+        "report {adapter} --base {missing}",
+        "compare {adapter} {missing}",
+        "plan {missing} --rank 4",
+    ],
+)
+def test_a_missing_file_is_named_in_one_line(
+    command: str, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base = files
+    places = {"adapter": adapter, "base": base, "missing": tmp_path / "missing.ckpt", "out": tmp_path / "out"}
+    assert main([word.format(**places) for word in command.split()]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"lightning-lora: error: '{tmp_path / 'missing.ckpt'}")
+    assert "is not there" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_the_system_refuses_is_said_without_its_number(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(files[0]))
+
+    monkeypatch.setattr("lightning_lora.cli.inspection.summarize", refuse)
+    assert run("inspect", files[0]) == 1
+    assert capsys.readouterr().err == f"lightning-lora: error: '{files[0]}': Permission denied.\n"
 
 
 @pytest.mark.parametrize("command", ["inspect", "merge", "export", "import", "diff", "verify"])
