@@ -77,6 +77,7 @@ def rows(args: argparse.Namespace, folder: Path) -> list[measuring.Row]:
     module: Any = trainer.lightning_module
     mine, theirs = folder / "ours", folder / "PEFT"
     trainer.save_checkpoint(folder / "warm.ckpt")
+    trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
     full = torch.load(folder / "warm.ckpt", weights_only=True) | {"state_dict": module.state_dict()}
     write = trainer.strategy.checkpoint_io.save_checkpoint
     saving = {
@@ -89,6 +90,7 @@ def rows(args: argparse.Namespace, folder: Path) -> list[measuring.Row]:
     loading = {
         "ours": lambda: load_adapter(module, mine),
         "ours, .ckpt": lambda: load_adapter(module, folder / "adapter.ckpt"),
+        "ours, weights": lambda: load_adapter(module, folder / "weights.ckpt"),
     }
     if step.HAS_PEFT:
         other = step.theirs(copy.deepcopy(step.decoder(args.layers, args.width, args.hidden)), 0.0)
@@ -112,6 +114,7 @@ def rows(args: argparse.Namespace, folder: Path) -> list[measuring.Row]:
         found.append(measuring.ratio(saved, "adapter", "PEFT", None, "save / PEFT, wall time"))
         found.append(measuring.ratio(loaded, "ours", "PEFT", 0.30, "load / PEFT, CPU time"))
         found.append(measuring.ratio(loaded, "ours, .ckpt", "PEFT", None, "load a .ckpt / PEFT, CPU time"))
+        found.append(measuring.ratio(loaded, "ours, weights", "PEFT", None, "the same, without the optimizer's states"))
     return found
 
 

@@ -109,7 +109,10 @@ class TensorFile:
             return {}
         begin, end = stored[0].start, stored[-1].start + stored[-1].size
         whole = torch.from_file(str(stored[0].path), shared=False, size=end, dtype=torch.uint8)
-        parts = torch.split_with_sizes(whole[begin:], [each.size for each in stored])
+        dtypes = {each.dtype for each in stored}
+        dtype = dtypes.pop() if len(dtypes) == 1 and not begin % stored[0].dtype.itemsize else torch.uint8
+        sizes = [each.size // dtype.itemsize for each in stored]
+        parts = torch.split_with_sizes(whole[begin:].view(dtype), sizes)
         return {
             name: _typed(part, each).view(each.shape)
             for (name, each), part in zip(self.tensors.items(), parts, strict=True)
@@ -117,6 +120,8 @@ class TensorFile:
 
 
 def _typed(part: Tensor, stored: StoredTensor) -> Tensor:
+    if part.dtype == stored.dtype:
+        return part
     return (part.clone() if stored.start % stored.dtype.itemsize else part).view(stored.dtype)
 
 

@@ -30,9 +30,12 @@ def with_header_of(path: Path, more: int) -> None:
 
 
 @pytest.mark.parametrize("more", [0, 1, 4])
-def test_every_tensor_is_what_the_library_reads_wherever_it_lies(more: int, tmp_path: Path) -> None:
-    path = tmp_path / "some.safetensors"
-    save_file(tensors_of_all_kinds(), path)
+@pytest.mark.parametrize("kind", ["all kinds", "float32", "bool"])
+def test_every_tensor_is_what_the_library_reads_wherever_it_lies(kind: str, more: int, tmp_path: Path) -> None:
+    path, tensors = tmp_path / "some.safetensors", tensors_of_all_kinds()
+    if kind != "all kinds":
+        tensors = {name: tensor.bool().to(getattr(torch, kind)) for name, tensor in tensors.items()}
+    save_file(tensors, path)
     with_header_of(path, more)
     expected, found = load_file(path), read_table(path).mapped()
     assert found.keys() == expected.keys()
