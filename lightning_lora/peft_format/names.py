@@ -60,10 +60,11 @@ def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tup
 def _pretrained_models(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the outermost models of transformers or diffusers; by structure, so that neither need be installed."""
     found: list[str] = []
-    for name, part in walk(module):
-        kind = type(part)
-        looks = hasattr(kind, "save_pretrained") or hasattr(kind, "get_input_embeddings")
-        if not looks or any(not outer or name.startswith(f"{outer}.") for outer in found):
+    parts = walk(module)
+    kinds = {type(part) for _, part in parts}  # far fewer than modules
+    kinds = {kind for kind in kinds if hasattr(kind, "save_pretrained") or hasattr(kind, "get_input_embeddings")}
+    for name, part in parts:
+        if type(part) not in kinds or any(not outer or name.startswith(f"{outer}.") for outer in found):
             continue
         if hasattr(part, "config") and not _is_lightning_module(part):
             found.append(name)
