@@ -128,6 +128,8 @@ class _Planner:
         return pattern if adapter is not None or insists else None
 
     def _slicing_key(self, names: tuple[str, ...]) -> str | None:
+        if not self.config.target_slices:
+            return None
         keys = [key for key in self.config.target_slices if selected((key,), names)]
         if len(keys) > 1:
             self.problems.append(
