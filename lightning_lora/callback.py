@@ -9,7 +9,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -27,10 +26,11 @@ from lightning_lora.training import checks, load_guard
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.advice import explain
 from lightning_lora.training.attaching import Attaching
-from lightning_lora.training.company import bad_company, copies_of_the_base, foreign, has_callback
+from lightning_lora.training.company import bad_company, copies_of_the_base, has_callback, mixed_names
 from lightning_lora.training.fit_diagnostics import diagnostics_of
 from lightning_lora.training.fit_export import export_fit, refused_export
 from lightning_lora.training.guidance import questionable_settings
+from lightning_lora.training.import_names import overrides, with_twins
 from lightning_lora.training.method_wraps import MethodWraps
 from lightning_lora.training.strategies import lost_training
 from lightning_lora.training.verdicts import as_misconfiguration, judge, refuse, warn
@@ -107,7 +107,7 @@ class LoRACallback(Callback):
         """Called when fit, validate, test or predict begins: attach, or arrange to attach once the layers exist."""
         self._unhook()
         self._fit_succeeded = False
-        refuse(foreign(trainer, pl_module))
+        refuse(mixed_names(trainer, pl_module, self))
         refuse(bad_company(trainer, self))
         if message := copies_of_the_base(trainer):
             rank_zero_info(message)
@@ -163,7 +163,7 @@ class LoRACallback(Callback):
         """Called before each training batch: at the first one, prove that every adapter has an effect, if asked to."""
         if self.probe and not self._probed:
             self._probed = True
-            if not is_overridden("forward", pl_module):
+            if not overrides(pl_module, "forward"):
                 raise MisconfigurationException(
                     f"LoRACallback.probe=True calls {type(pl_module).__name__}.forward with the first batch, but there "
                     "is none. Define forward, or leave probe out."
@@ -234,7 +234,7 @@ class LoRACallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when a stage fails: adapters stay, since checkpoints of the exception are written after this."""
-        explain(exception, pl_module, foreign(trainer, pl_module))
+        explain(exception, pl_module, mixed_names(trainer, pl_module, self))
         self._unhook()
         request(pl_module, None)
 
@@ -292,3 +292,7 @@ class LoRACallback(Callback):
     def _warn_of_untrained(self, pl_module: LightningModule) -> None:
         with self._layout.at_hand():
             warn(checks.untrained_adapters(pl_module))
+
+
+# The command line of pytorch_lightning takes callbacks of its own make only; it has been imported before this then.
+LoRACallback.__bases__ = with_twins(Callback)

@@ -39,9 +39,8 @@ _BOTTOM_UP = [
         "sharding",
         "targets",
         "training",
-        "training.company",
+        "training.import_names",
         "training.method_wraps",
-        "training.one_file",
         "training.process_slices",
         "training.verdicts",
     },
@@ -59,6 +58,8 @@ _BOTTOM_UP = [
         "ops",
         "option_checks",
         "report",
+        "training.company",
+        "training.one_file",
     },
     {"analysis.shapes", "config", "conv_ops", "disk.tied_heads", "layers.embedding", "layers.linear", "layers.weight"},
     {"attachment", "layers.conv", "layers.tokens", "peft_format.config"},
@@ -114,6 +115,7 @@ _BOTTOM_UP = [
 ]
 LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in together}
 KNOWS_LIGHTNING = {
+    "training.import_names",
     "training.attaching",
     "training.load_guard",
     "training.company",

@@ -10,7 +10,6 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_lora.attachment import get_attachment, request
 from lightning_lora.checkpoint_file import saved_options
@@ -19,6 +18,7 @@ from lightning_lora.surgery import attach, detach
 from lightning_lora.training.adapter_checkpoints import AdapterCheckpoints
 from lightning_lora.training.company import AVERAGING, has_callback
 from lightning_lora.training.guidance import Coverage, coverage
+from lightning_lora.training.import_names import overrides
 from lightning_lora.training.method_wraps import MethodWraps
 from lightning_lora.training.precision import convert_layers
 from lightning_lora.training.strategies import is_restored_late
@@ -54,9 +54,9 @@ class Attaching:
         if is_evaluated and self._config == LoRAConfig() and not is_restored_late(trainer.strategy):
             # Nothing was asked for: a checkpoint knows what it holds, and comes before the strategy is set up.
             checkpoints.attach_late = functools.partial(self._attach_as_saved, module)
-        elif is_overridden("configure_model", module):
+        elif overrides(module, "configure_model"):
             wraps.after(module, "configure_model", self._attach_after)
-        elif is_overridden("setup", module) and not has_callback(trainer, *AVERAGING):
+        elif overrides(module, "setup") and not has_callback(trainer, *AVERAGING):
             # It may build layers or load base weights. (Averaging callbacks copy the module before it runs.)
             wraps.after(module, "setup", self._attach_after)
         else:

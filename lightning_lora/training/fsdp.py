@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -67,8 +67,7 @@ class FSDPLayout(Layout):
 
     @property
     def _fsdp(self) -> FSDPStrategy:
-        assert isinstance(self.strategy, FSDPStrategy)
-        return self.strategy
+        return cast(FSDPStrategy, self.strategy)
 
     @override
     def shape(self, name: str, parameter: Tensor) -> torch.Size:

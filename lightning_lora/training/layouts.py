@@ -21,6 +21,7 @@ from lightning_lora.state import adapter_tensors, base_tensors
 from lightning_lora.surgery import merge
 from lightning_lora.targets import join, listed
 from lightning_lora.training.checks import reached_adapters
+from lightning_lora.training.import_names import with_twins
 from lightning_lora.training.process_slices import Key
 
 
@@ -91,7 +92,7 @@ class Layout:
     @property
     def divides_weights(self) -> bool:
         """Whether a process may have a part of a frozen weight only."""
-        return isinstance(self.strategy, ModelParallelStrategy)
+        return isinstance(self.strategy, with_twins(ModelParallelStrategy))
 
     def refused_export(self, module: LightningModule) -> str | None:
         """Return why a finished fit's adapter could not be exported here, or None."""
