@@ -76,6 +76,7 @@ _BOTTOM_UP = [
         "planning.planned",
         "switching",
         "training.advice",
+        "training.fsdp_units",
         "training.guidance",
         "training.precision",
         "trial",

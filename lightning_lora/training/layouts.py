@@ -28,6 +28,7 @@ class Layout:
     """How a strategy spreads what is trained over its processes: whole in each, or as ``DTensor``."""
 
     _base: Fingerprint | None = None  # as it was when attaching, where the weights cannot be read later
+    when_wrapping: Callable[[], None] | None = None  # what to do before the module wraps the first part of itself
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -51,6 +52,10 @@ class Layout:
         Raises:
             NotImplementedError: The strategy cannot train such adapters.
         """
+
+    def is_divided(self, module: LightningModule) -> bool:  # noqa: ARG002
+        """Return whether adapters of this module were taken note of and cannot be read any more."""
+        return False
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the frozen base; every process must call this."""

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 TRAINED = {f"net.{layer}.lora.{factor}" for layer in (0, 2) for factor in "AB"} | {"net.4.weight", "net.4.bias"}
-TWO = ["ddp", "fsdp1", "fsdp1_policy", "fsdp1_policy_distributed", "fsdp2", "fsdp2_distributed", "tp"]
+TWO = ["ddp", "fsdp1", "fsdp1_policy", "fsdp1_policy_distributed", "fsdp1_wrapped", "fsdp2", "fsdp2_distributed", "tp"]
 FOUR = ["tp_fsdp2"]
 CLOSE = {"rtol": 0.0, "atol": 1e-9}
 
