@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -96,7 +96,7 @@ class Layout:
     @property
     def divides_weights(self) -> bool:
         """Whether a process may have a part of a frozen weight only."""
-        return isinstance(self.strategy, ModelParallelStrategy)
+        return False
 
     def refused_export(self, module: LightningModule) -> str | None:
         """Return why a finished fit's adapter could not be exported here, or None."""

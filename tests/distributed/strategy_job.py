@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
@@ -82,6 +83,31 @@ class Sharded(Wide):
             for layer in (self.net[0], self.net[2]):
                 fully_shard(layer, mesh=self.device_mesh["data_parallel"])
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class Undivided(Sharded):
+    """Forgets to divide itself."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            super(Sharded, self).build()
+            attach(self)
+
+
+class ShardedInPart(Undivided):
+    """Forgets some layers."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+
+
+class FullyShardedOnly(Undivided):
+    """Forgets tensor parallelism."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
 class Wrapped(Wide):
@@ -278,6 +304,35 @@ def refused_on_another_base(directory: Path, mode: str, processes: int, checkpoi
     return "nothing"
 
 
+def said_of(module: Wide, **sizes: int) -> str:
+    """Return what a fit of a module under ModelParallelStrategy of these sizes says, as an error or a warning."""
+    run = trainer(
+        LoRACallback(**LORA),
+        strategy=ModelParallelStrategy(process_group_backend="gloo", **sizes),
+        devices=dist.get_world_size(),
+        use_distributed_sampler=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run.fit(module, loader(16))
+        except MisconfigurationException as error:
+            return str(error)
+    return "\n".join(text for each in caught if "LoRA" in (text := str(each.message)))
+
+
+def said_of_all() -> dict[str, str]:
+    """Return what is said of modules that forget to divide something."""
+    if dist.get_world_size() == 4:
+        return {"two kinds": said_of(FullyShardedOnly(), data_parallel_size=2, tensor_parallel_size=2)}
+    return {
+        "auto": said_of(Undivided()),
+        "data parallel": said_of(Undivided(), data_parallel_size=2, tensor_parallel_size=1),
+        "in part": said_of(ShardedInPart(), data_parallel_size=2, tensor_parallel_size=1),
+        "all": said_of(FullyShardedOnly(), data_parallel_size=2, tensor_parallel_size=1),
+    }
+
+
 class Start(Callback):
     """Keeps the adapters as they start, and the outputs with and without them."""
 
@@ -326,6 +381,7 @@ def main() -> None:
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
         if mode in ON_META:
             results[mode]["on meta"] = start_on_meta(mode, processes)
+    results["said"] = said_of_all()
     rank = results[modes[0]]["whole"]["rank"]
     torch.save(results, directory / f"rank{rank}.pt")
     dist.barrier()
