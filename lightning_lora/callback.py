@@ -116,6 +116,7 @@ class LoRACallback(Callback):
         with as_misconfiguration():
             checkpoints = adapter_checkpoints(trainer.strategy)
         self._layout, checkpoints.check_base, checkpoints.attach_late = checkpoints.layout, self.check_base, None
+        self._layout.when_wrapping = None
         self._load_hook = pl_module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
         )

@@ -77,6 +77,7 @@ _BOTTOM_UP = [
         "planning.planned",
         "switching",
         "training.advice",
+        "training.fsdp_units",
         "training.guidance",
         "training.precision",
         "trial",
@@ -94,7 +95,14 @@ _BOTTOM_UP = [
     {"disk.skeleton_kinds", "peft_format.collect", "peft_format.importing", "planning.plan", "training.checks"},
     {"analysis.budget", "surgery"},
     {"analysis.memory", "disk.bare_skeleton", "peft_format.files", "training.layouts"},
-    {"checkpoint_file", "peft_format.preflight", "training.deepspeed_layout", "training.fit_export", "training.fsdp"},
+    {
+        "checkpoint_file",
+        "peft_format.preflight",
+        "training.deepspeed_layout",
+        "training.fit_export",
+        "training.fsdp",
+        "training.model_parallel",
+    },
     {
         "analysis.files",
         "cli.inspection",
@@ -124,6 +132,7 @@ KNOWS_LIGHTNING = {
     "training.layouts",
     "training.fsdp",
     "training.deepspeed_layout",
+    "training.model_parallel",
 } | {
     "training.strategies",
     "training.adapter_checkpoints",

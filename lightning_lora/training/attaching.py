@@ -55,6 +55,7 @@ class Attaching:
             # Nothing was asked for: a checkpoint knows what it holds, and comes before the strategy is set up.
             checkpoints.attach_late = functools.partial(self._attach_as_saved, module)
         elif overrides(module, "configure_model"):
+            self._layout.when_wrapping = functools.partial(self._attach_before_wrapping, module)
             wraps.after(module, "configure_model", self._attach_after)
         elif overrides(module, "setup") and not has_callback(trainer, *AVERAGING):
             # It may build layers or load base weights. (Averaging callbacks copy the module before it runs.)
@@ -63,6 +64,15 @@ class Attaching:
             self._attach(module, self._config, _seed(module))
 
     def _attach_after(self, module: LightningModule, result: Any) -> None:  # noqa: ARG002
+        self._attach(module, self._config, _seed(module))
+
+    def _attach_before_wrapping(self, module: LightningModule) -> None:
+        if get_attachment(module) is None:
+            raise RuntimeError(
+                f"{type(module).__name__}.configure_model wraps a part of itself before it has adapters, which would "
+                "not be synchronised between processes later. Build all layers, call lightning_lora.attach(self), and "
+                "wrap then."
+            )
         self._attach(module, self._config, _seed(module))
 
     def _attach_as_saved(self, module: LightningModule, record: Mapping[str, Any] | None) -> None:
@@ -77,7 +87,15 @@ class Attaching:
             rank_zero_info("LoRA: rank, targets and all other options are those of the checkpoint.")
 
     def _attach(self, module: LightningModule, config: LoRAConfig, seed: int) -> None:
+        before = get_attachment(module)
         with as_misconfiguration():
+            if (
+                before is not None
+                and (before.config, before.seed) == (config, seed)
+                and self._layout.is_divided(module)
+            ):
+                self._layout.attached(module)
+                return
             convert_layers(module.trainer.precision_plugin, module)
             report = attach(module, config, seed=seed)
             self.coverage = coverage(module)

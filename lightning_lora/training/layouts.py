@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -21,7 +21,6 @@ from lightning_lora.state import adapter_tensors, base_tensors
 from lightning_lora.surgery import merge
 from lightning_lora.targets import join, listed
 from lightning_lora.training.checks import reached_adapters
-from lightning_lora.training.import_names import with_twins
 from lightning_lora.training.process_slices import Key
 
 
@@ -29,6 +28,7 @@ class Layout:
     """How a strategy spreads what is trained over its processes: whole in each, or as ``DTensor``."""
 
     _base: Fingerprint | None = None  # as it was when attaching, where the weights cannot be read later
+    when_wrapping: Callable[[], None] | None = None  # what to do before the module wraps the first part of itself
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -52,6 +52,10 @@ class Layout:
         Raises:
             NotImplementedError: The strategy cannot train such adapters.
         """
+
+    def is_divided(self, module: LightningModule) -> bool:  # noqa: ARG002
+        """Return whether adapters of this module were taken note of and cannot be read any more."""
+        return False
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the frozen base; every process must call this."""
@@ -92,7 +96,7 @@ class Layout:
     @property
     def divides_weights(self) -> bool:
         """Whether a process may have a part of a frozen weight only."""
-        return isinstance(self.strategy, with_twins(ModelParallelStrategy))
+        return False
 
     def refused_export(self, module: LightningModule) -> str | None:
         """Return why a finished fit's adapter could not be exported here, or None."""

@@ -16,6 +16,7 @@ from lightning_lora.training.deepspeed_layout import DeepSpeedLayout
 from lightning_lora.training.fsdp import FSDPLayout
 from lightning_lora.training.import_names import with_twins
 from lightning_lora.training.layouts import Layout
+from lightning_lora.training.model_parallel import ModelParallelLayout
 
 
 def layout_of(strategy: Strategy) -> Layout:
@@ -55,6 +56,6 @@ _SUPPORTED: dict[type[Strategy], type[Layout]] = {
     SingleDeviceStrategy: Layout,
     DDPStrategy: Layout,
     FSDPStrategy: FSDPLayout,
-    ModelParallelStrategy: Layout,
+    ModelParallelStrategy: ModelParallelLayout,
     DeepSpeedStrategy: DeepSpeedLayout,
 }

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -27,7 +29,7 @@ from tests.distributed.cpu_fsdp import CPUFSDPStrategy, DoubleFSDPPrecision
 from tests.toys import Toy, loader, network, trainer
 
 LORA = {"rank": 4, "modules_to_save": ["net.4"]}
-ON_META = ("fsdp1_policy", "fsdp2")
+ON_META = ("fsdp1_policy", "fsdp1_wrapped", "fsdp2")
 PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 
 
@@ -38,7 +40,8 @@ class Wide(Toy):
     built_on = "cpu"
 
     def build(self) -> None:
-        with torch.device(self.built_on), torch.no_grad():
+        # In configure_model the default dtype is the precision plugin's, and random weights would be others.
+        with torch.device(self.built_on), torch.no_grad(), float32_by_default():
             self.net = network(torch.float64)
             self.net[2].weight.mul_(self.factor)
 
@@ -82,6 +85,44 @@ class Sharded(Wide):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
+class Undivided(Sharded):
+    """Forgets to divide itself."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            super(Sharded, self).build()
+            attach(self)
+
+
+class ShardedInPart(Undivided):
+    """Forgets some layers."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+
+
+class FullyShardedOnly(Undivided):
+    """Forgets tensor parallelism."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class Wrapped(Wide):
+    """Wraps layers in ``configure_model``, as users of FSDP do, and leaves one whole: its adapter alone is a unit."""
+
+    def build(self) -> None: ...
+
+    def configure_model(self) -> None:
+        if hasattr(self, "net"):
+            return
+        super().build()
+        attach(self)
+        self.net[0], self.net[4] = wrap(self.net[0]), wrap(self.net[4])
+
+
 class WideOnMeta(Wide):
     """Has no memory until the strategy gives it some, and then weights from ``reset_parameters``."""
 
@@ -92,6 +133,24 @@ class ShardedOnMeta(Sharded):
     """The same, sharded by itself."""
 
     built_on = "meta"
+
+
+class WrappedOnMeta(Wrapped):
+    """The same, wrapped by itself: all of it, since only units are given memory."""
+
+    built_on = "meta"
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.net = wrap(self.net)
+
+
+def module_of(mode: str, on_meta: bool = False) -> Wide:
+    if mode.startswith(("fsdp2", "tp")):
+        return ShardedOnMeta() if on_meta else Sharded()
+    if mode == "fsdp1_wrapped":
+        return WrappedOnMeta() if on_meta else Wrapped()
+    return WideOnMeta() if on_meta else Wide()
 
 
 def strategy(mode: str, processes: int) -> Strategy | str:
@@ -110,6 +169,14 @@ def strategy(mode: str, processes: int) -> Strategy | str:
         process_group_backend="gloo",
         save_distributed_checkpoint="distributed" in mode,
     )
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
 
 
 class Watch(Callback):
@@ -190,7 +257,7 @@ def fit(
     merge: bool = False,
     nodes: int = 1,
 ) -> dict[str, Any]:
-    module = Sharded() if mode.startswith(("fsdp2", "tp")) else Wide()
+    module = module_of(mode)
     watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
     run = trainer(
         LoRACallback(
@@ -237,6 +304,35 @@ def refused_on_another_base(directory: Path, mode: str, processes: int, checkpoi
     return "nothing"
 
 
+def said_of(module: Wide, **sizes: int) -> str:
+    """Return what a fit of a module under ModelParallelStrategy of these sizes says, as an error or a warning."""
+    run = trainer(
+        LoRACallback(**LORA),
+        strategy=ModelParallelStrategy(process_group_backend="gloo", **sizes),
+        devices=dist.get_world_size(),
+        use_distributed_sampler=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run.fit(module, loader(16))
+        except MisconfigurationException as error:
+            return str(error)
+    return "\n".join(text for each in caught if "LoRA" in (text := str(each.message)))
+
+
+def said_of_all() -> dict[str, str]:
+    """Return what is said of modules that forget to divide something."""
+    if dist.get_world_size() == 4:
+        return {"two kinds": said_of(FullyShardedOnly(), data_parallel_size=2, tensor_parallel_size=2)}
+    return {
+        "auto": said_of(Undivided()),
+        "data parallel": said_of(Undivided(), data_parallel_size=2, tensor_parallel_size=1),
+        "in part": said_of(ShardedInPart(), data_parallel_size=2, tensor_parallel_size=1),
+        "all": said_of(FullyShardedOnly(), data_parallel_size=2, tensor_parallel_size=1),
+    }
+
+
 class Start(Callback):
     """Keeps the adapters as they start, and the outputs with and without them."""
 
@@ -250,7 +346,7 @@ class Start(Callback):
 
 def start_on_meta(mode: str, processes: int) -> dict[str, Any]:
     """Train a module that was built on the meta device."""
-    start, module = Start(), ShardedOnMeta() if mode.startswith("fsdp2") else WideOnMeta()
+    start, module = Start(), module_of(mode, on_meta=True)
     run = trainer(
         LoRACallback(rank=4),
         start,
@@ -285,6 +381,7 @@ def main() -> None:
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
         if mode in ON_META:
             results[mode]["on meta"] = start_on_meta(mode, processes)
+    results["said"] = said_of_all()
     rank = results[modes[0]]["whole"]["rank"]
     torch.save(results, directory / f"rank{rank}.pt")
     dist.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 TRAINED = {f"net.{layer}.lora.{factor}" for layer in (0, 2) for factor in "AB"} | {"net.4.weight", "net.4.bias"}
-TWO = ["ddp", "fsdp1", "fsdp1_policy", "fsdp1_policy_distributed", "fsdp2", "fsdp2_distributed", "tp"]
+TWO = ["ddp", "fsdp1", "fsdp1_policy", "fsdp1_policy_distributed", "fsdp1_wrapped", "fsdp2", "fsdp2_distributed", "tp"]
 FOUR = ["tp_fsdp2"]
 CLOSE = {"rtol": 0.0, "atol": 1e-9}
 
@@ -56,6 +57,7 @@ def runs(directory: Path, single: dict[str, Any]) -> dict[str, Ranks]:
         assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
         ranks = [torch.load(place / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
         found |= {mode: [rank[mode] for rank in ranks] for mode in modes}
+        found[f"said in {processes}"] = [rank["said"] for rank in ranks]
     return found
 
 
@@ -130,6 +132,27 @@ def test_a_checkpoint_of_several_processes_resumes_in_one(
 def test_another_base_is_refused_by_name_in_every_process(mode: str, runs: dict[str, Ranks]) -> None:
     for rank in runs[mode]:
         assert "1 of 4 compared tensors differ, first net.2.weight." in rank["other base"]
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (
+            "auto",
+            r"data_parallel_size=1, tensor_parallel_size=2\).*divides no parameter.*or parallelize_module .*'ddp'",
+        ),
+        ("data parallel", r"data_parallel_size=2, tensor_parallel_size=1\).*divides no parameter.*Call fully_shard"),
+        ("in part", r"^net\.2\.lora, net\.4 would train in each process by itself.*call fully_shard"),
+        ("all", r"^$"),
+    ],
+)
+def test_what_processes_would_train_by_themselves_is_refused(run: str, expected: str, runs: dict[str, Ranks]) -> None:
+    for rank in runs["said in 2"]:
+        assert re.search(expected, rank[run])
+
+
+def test_processes_that_train_alike_are_mentioned(runs: dict[str, Ranks]) -> None:
+    assert "so groups of 2 processes train on the same data" in runs["said in 4"][0]["two kinds"]
 
 
 @each_mode
