@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, lora_layers, ops
+from lightning_lora.sharding import gathered
 from tests.distributed.strategy_job import LORA, PROBE, Watch, Wide, exported
 from tests.toys import Toy, loader, network, trainer
 
@@ -27,6 +28,8 @@ class Single(Wide):
 
     def build(self) -> None:
         self.net = network()
+        with torch.no_grad(), gathered([self.net[2].weight], to_write=True):
+            self.net[2].weight.mul_(self.factor)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         rank, world = self.global_rank, self.trainer.world_size
@@ -162,6 +165,18 @@ def validation_loss(mode: str, ckpt_path: str) -> float:
     return result["val_loss"]
 
 
+def refused_on_another_base(directory: Path, mode: str, checkpoint: str) -> str:
+    """Return what resuming from a checkpoint says if one weight of the base is another."""
+    Wide.factor = 1.5
+    try:
+        fit(directory, "other", mode, 2, checkpoint)
+    except ValueError as error:
+        return str(error)
+    finally:
+        Wide.factor = 1.0
+    return "nothing"
+
+
 def warned(directory: Path) -> list[str]:
     """Return what is said of a layer that no gradient reaches."""
     with warnings.catch_warnings(record=True) as caught:
@@ -183,6 +198,7 @@ def main() -> None:
             "from single": fit(directory, "from_single", mode, 2, single, keeps=False),
         }
         results[mode]["resumed"] = fit(directory, "resumed", mode, 2, results[mode]["half"]["last"], options=merging)
+        results[mode]["other base"] = refused_on_another_base(directory, mode, single)
     late = results["3 built late"]
     late["validation"] = validation_loss("3", late["whole"]["last"])
     results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)

@@ -175,6 +175,12 @@ def test_the_checkpoint_says_the_same_of_the_base_as_that_of_one_process(
     assert ours
 
 
+@each_mode
+def test_another_base_is_refused_by_name_in_every_process(mode: str, ranks: Ranks) -> None:
+    for rank in ranks:
+        assert "1 of 4 compared tensors differ, first net.2.weight." in rank[mode]["other base"]
+
+
 def test_an_adapter_that_no_gradient_reaches_is_named(ranks: Ranks) -> None:
     assert [text for text in ranks[0]["warned"] if "No gradient reached the adapters of idle in" in text]
 
