@@ -93,7 +93,14 @@ _BOTTOM_UP = [
     {"disk.skeleton_kinds", "peft_format.collect", "peft_format.importing", "planning.plan", "training.checks"},
     {"analysis.budget", "surgery"},
     {"analysis.memory", "disk.bare_skeleton", "peft_format.files", "training.layouts"},
-    {"checkpoint_file", "peft_format.preflight", "training.deepspeed_layout", "training.fit_export", "training.fsdp"},
+    {
+        "checkpoint_file",
+        "peft_format.preflight",
+        "training.deepspeed_layout",
+        "training.fit_export",
+        "training.fsdp",
+        "training.whole_checkpoint",
+    },
     {
         "analysis.files",
         "cli.inspection",
@@ -125,6 +132,7 @@ KNOWS_LIGHTNING = {
 } | {
     "training.strategies",
     "training.adapter_checkpoints",
+    "training.whole_checkpoint",
     "callback",
     "training.verdicts",
     "training.fit_diagnostics",

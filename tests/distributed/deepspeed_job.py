@@ -1,6 +1,6 @@
 """What two processes do in ``test_deepspeed.py``: Lightning starts this script once for each.
 
-Arguments: the directory for results, and the checkpoint of a single process.
+Arguments: the directory for results, and the checkpoint of a single process. The directory has those of whole models.
 """
 
 from __future__ import annotations
@@ -165,16 +165,47 @@ def validation_loss(mode: str, ckpt_path: str) -> float:
     return result["val_loss"]
 
 
-def refused_on_another_base(directory: Path, mode: str, checkpoint: str) -> str:
-    """Return what resuming from a checkpoint says if one weight of the base is another."""
-    Wide.factor = 1.5
+def write_whole_models(directory: Path) -> None:
+    """Write checkpoints from before LoRA, one of which does not fit."""
+    wider = Single()
+    wider.net[2] = nn.Linear(16, 17)
+    for name, module in {"net": Single(), "wider": wider, "kinds": Kinds()}.items():
+        run = trainer()
+        run.strategy.connect(module)
+        module.configure_model()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        run.save_checkpoint(directory / f"{name}.ckpt")
+
+
+def on_whole_models(directory: Path, mode: str) -> dict[str, Any]:
+    """Train on their weights, given as ``ckpt_path``."""
+    found = {"net": fit(directory, "on_net", mode, 1, str(directory / "net.ckpt"))}
+    if mode in ("single", "3"):
+        module = Kinds()
+        found["kinds"] = fit(
+            directory, "on_kinds", mode, 1, str(directory / "kinds.ckpt"), module=module, options=module.OPTIONS
+        )
+    return found
+
+
+def refused(directory: Path, mode: str, checkpoint: str) -> str:
+    """Return what resuming from a checkpoint says."""
     try:
         fit(directory, "other", mode, 2, checkpoint)
     except ValueError as error:
         return str(error)
+    return "nothing"
+
+
+def refused_on_another_base(directory: Path, mode: str, checkpoint: str) -> str:
+    """Return what resuming from a checkpoint says if one weight of the base is another."""
+    Wide.factor = 1.5
+    try:
+        return refused(directory, mode, checkpoint)
     finally:
         Wide.factor = 1.0
-    return "nothing"
 
 
 def warned(directory: Path) -> list[str]:
@@ -199,8 +230,10 @@ def main() -> None:
         }
         results[mode]["resumed"] = fit(directory, "resumed", mode, 2, results[mode]["half"]["last"], options=merging)
         results[mode]["other base"] = refused_on_another_base(directory, mode, single)
+        results[mode]["whole models"] = on_whole_models(directory, mode)
     late = results["3 built late"]
     late["validation"] = validation_loss("3", late["whole"]["last"])
+    results["misfit"] = refused(directory, "3", str(directory / "wider.ckpt"))
     results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)
     results["attention"] = fit(directory, "attention", "2", 2, module=Attends(), options=Attends.OPTIONS)
     results["warned"] = warned(directory)
