@@ -23,6 +23,7 @@ _BOTTOM_UP = [
         "analysis.saved",
         "analysis.spectrum",
         "casts",
+        "checkpoint_record",
         "cli.colours",
         "cli.options",
         "directories",
@@ -106,6 +107,7 @@ _BOTTOM_UP = [
         "cli.inspection",
         "disk.adapter_fit",
         "disk.conversion",
+        "training.coming_checkpoint",
         "training.load_guard",
         "training.strategies",
         "warm_start",
@@ -123,6 +125,7 @@ LEVELS = {room: level for level, together in enumerate(_BOTTOM_UP) for room in t
 KNOWS_LIGHTNING = {
     "training.attaching",
     "training.load_guard",
+    "training.coming_checkpoint",
     "training.company",
     "training.one_file",
     "training.precision",

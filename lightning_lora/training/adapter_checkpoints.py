@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -48,7 +48,6 @@ class AdapterCheckpoints:
     """
 
     _REPLACED = (
-        "setup",
         "lightning_module_state_dict",
         "optimizer_state",
         "save_checkpoint",
@@ -60,7 +59,6 @@ class AdapterCheckpoints:
     def __init__(self, strategy: Strategy, layout: Layout) -> None:
         self.strategy, self.layout = strategy, layout
         self.check_base = True
-        self.attach_late: Callable[[Mapping[str, Any] | None], None] | None = None
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
 
     def install(self) -> None:
@@ -68,16 +66,6 @@ class AdapterCheckpoints:
         for name in self._REPLACED:
             setattr(self.strategy, name, getattr(self, name))
         setattr(self.strategy, _INSTALLED, self)
-
-    def setup(self, trainer: Trainer) -> None:
-        """Set the strategy up, with whatever was to be attached before."""
-        self._attach_now(None)
-        self.own["setup"](trainer)
-
-    def _attach_now(self, record: Mapping[str, Any] | None) -> None:
-        attach, self.attach_late = self.attach_late, None
-        if attach is not None:
-            attach(record)
 
     @property
     def module(self) -> LightningModule:
@@ -138,7 +126,6 @@ class AdapterCheckpoints:
         with reading(path):
             checkpoint = read(path, weights_only=weights_only)
         check_is_checkpoint(checkpoint, path)
-        self._attach_now(checkpoint.get(RECORD_KEY))
         return cast(dict[str, Any], checkpoint)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

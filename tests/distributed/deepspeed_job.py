@@ -160,8 +160,9 @@ def fit(
 
 
 def validation_loss(mode: str, ckpt_path: str) -> float:
-    run = trainer(LoRACallback(**LORA), strategy=strategy(mode), devices=2, limit_val_batches=2)
-    [result] = run.validate(Late(), loader(16), ckpt_path=ckpt_path, verbose=False)
+    """Return the loss of a checkpoint, by a callback that is told nothing of it."""
+    run = trainer(LoRACallback(), strategy=strategy(mode), devices=1 if mode == "single" else 2, limit_val_batches=2)
+    [result] = run.validate(Late() if "late" in mode else Single(), loader(16), ckpt_path=ckpt_path, verbose=False)
     return result["val_loss"]
 
 
@@ -231,8 +232,7 @@ def main() -> None:
         results[mode]["resumed"] = fit(directory, "resumed", mode, 2, results[mode]["half"]["last"], options=merging)
         results[mode]["other base"] = refused_on_another_base(directory, mode, single)
         results[mode]["whole models"] = on_whole_models(directory, mode)
-    late = results["3 built late"]
-    late["validation"] = validation_loss("3", late["whole"]["last"])
+        results[mode]["validation"] = validation_loss(mode, single)
     results["misfit"] = refused(directory, "3", str(directory / "wider.ckpt"))
     results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)
     results["attention"] = fit(directory, "attention", "2", 2, module=Attends(), options=Attends.OPTIONS)

@@ -51,6 +51,9 @@ class Wide(Toy):
         rank, world = self.share()
         return super().training_step([part[rank::world].double() for part in batch], batch_idx)
 
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        super().validation_step([part.double() for part in batch], batch_idx)
+
     def share(self) -> tuple[int, int]:
         mesh = self.device_mesh
         if mesh is None:
@@ -253,6 +256,13 @@ def refused_on_another_base(directory: Path, mode: str, processes: int, checkpoi
     return "nothing"
 
 
+def evaluated(mode: str, processes: int, checkpoint: str) -> float:
+    """Return the loss of a checkpoint, by a callback that is told nothing of it."""
+    run = run_of(mode, processes, LoRACallback(), limit_val_batches=2)
+    [found] = run.validate(module_for(mode), loader(16), ckpt_path=checkpoint, verbose=False)
+    return found["val_loss"]
+
+
 class Start(Callback):
     """Keeps the adapters as they start, and the outputs with and without them."""
 
@@ -320,6 +330,7 @@ def main() -> None:
         }
         results[mode]["other base"] = refused_on_another_base(directory, mode, processes, single)
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
+        results[mode]["evaluated"] = evaluated(mode, processes, single)
         if mode in ON_META:
             module = ShardedOnMeta() if mode.startswith("fsdp2") else WideOnMeta()
             results[mode]["on meta"] = started(mode, processes, module, {"rank": 4})

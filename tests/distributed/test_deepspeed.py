@@ -149,13 +149,13 @@ def test_frozen_parameters_get_no_gradients_and_saving_gathers_what_was_trained_
         assert 0 < max(rank[mode]["whole"]["bytes_at_save"]) <= 2 * (trained + moments)
 
 
-def test_a_checkpoint_is_evaluated_in_stage_3(ranks: Ranks, single: dict[str, Any]) -> None:
-    run = deepspeed_job.trainer(deepspeed_job.LoRACallback(**deepspeed_job.LORA), limit_val_batches=2)
-    [result] = run.validate(
-        deepspeed_job.Single(), deepspeed_job.loader(16), ckpt_path=single["whole"]["last"], verbose=False
-    )
+@each_mode
+def test_a_checkpoint_is_evaluated_without_repeating_its_options(
+    mode: str, ranks: Ranks, single: dict[str, Any]
+) -> None:
+    expected = deepspeed_job.validation_loss("single", single["half"]["last"])
     for rank in ranks:
-        assert rank["3 built late"]["validation"] == pytest.approx(result["val_loss"], rel=1e-4)
+        assert rank[mode]["validation"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["kinds", "attention"])

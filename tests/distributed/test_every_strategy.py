@@ -140,6 +140,15 @@ def test_a_checkpoint_of_several_processes_resumes_in_one(
 
 
 @each_mode
+def test_a_checkpoint_is_evaluated_without_repeating_its_options(
+    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
+) -> None:
+    expected = strategy_job.evaluated("single", 1, single["half"]["last"])
+    for rank in runs[mode]:
+        assert rank["evaluated"] == pytest.approx(expected, abs=1e-9)
+
+
+@each_mode
 def test_another_base_is_refused_by_name_in_every_process(mode: str, runs: dict[str, Ranks]) -> None:
     for rank in runs[mode]:
         assert "1 of 4 compared tensors differ, first net.2.weight." in rank["other base"]
