@@ -22,7 +22,7 @@ from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
 from lightning_lora.sharding import shapes_shown
 from lightning_lora.state import allow_missing_base
-from lightning_lora.training import checks, load_guard
+from lightning_lora.training import checks, coming_checkpoint, load_guard
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.advice import explain
 from lightning_lora.training.attaching import Attaching
@@ -37,6 +37,7 @@ from lightning_lora.training.verdicts import as_misconfiguration, judge, refuse,
 from lightning_lora.warm_start import start_from
 
 load_guard.install()
+coming_checkpoint.install()
 
 
 class LoRACallback(Callback):
@@ -115,7 +116,7 @@ class LoRACallback(Callback):
             refuse(lost_training(trainer.strategy))
         with as_misconfiguration():
             checkpoints = adapter_checkpoints(trainer.strategy)
-        self._layout, checkpoints.check_base, checkpoints.attach_late = checkpoints.layout, self.check_base, None
+        self._layout, checkpoints.check_base = checkpoints.layout, self.check_base
         self._layout.when_wrapping = None
         self._load_hook = pl_module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
@@ -126,7 +127,7 @@ class LoRACallback(Callback):
             self._wraps.after(pl_module, "configure_optimizers", self._repair_configured)
         elif merges(pl_module) and not lora_layers(pl_module):
             return  # evaluating a merged model: the adapter is in its weights
-        self._attaching.arrange(trainer, pl_module, self.config, checkpoints, self._wraps)
+        self._attaching.arrange(trainer, pl_module, self.config, self._layout, self._wraps)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -244,7 +245,7 @@ class LoRACallback(Callback):
     def _start(self, pl_module: LightningModule) -> None:
         """Start from another adapter, and refuse now what could not be exported later."""
         trainer = pl_module.trainer
-        if self.init_from is not None and trainer.ckpt_path is None:
+        if self.init_from is not None and coming_checkpoint.path_of(trainer) is None:
             with self._layout.at_hand():
                 start = start_from(pl_module, self.init_from, check_base=self.check_base)
             rank_zero_info(f"LoRA: started from {self.init_from}: {start}")

@@ -80,6 +80,10 @@ class Adapter(nn.Module, ABC):
     def build(self, module: nn.Module, parameter: str) -> None:
         """Make the trainable parameters, at their start."""
 
+    def starts(self, weight: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - most start without looking at it
+        """Return the starts of the parameters that start from a base weight, given whole."""
+        return {}
+
     @abstractmethod
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:

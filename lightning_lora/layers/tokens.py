@@ -48,8 +48,11 @@ class TokenAdapter(Adapter):
     def build(self, module: nn.Module, parameter: str) -> None:
         weight = base_parameter(module, parameter)
         with gathered([weight]):
-            rows = weight.detach()[self.index].to(self.spec.dtype, copy=True)
-        self._parameters["rows"] = nn.Parameter(rows)
+            self._parameters["rows"] = nn.Parameter(self.starts(weight)["rows"])
+
+    @override
+    def starts(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"rows": weight.detach()[self.index].to(self.spec.dtype, copy=True)}
 
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:

@@ -98,6 +98,11 @@ class DeepSpeedLayout(Layout):
                 _functions().safe_set_full_fp32_param(tensor, values[name].to(tensor.device))
 
     @override
+    def fill_base(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.fill({name: tensor}, values)
+
+    @override
     def shape(self, name: str, parameter: Tensor) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
 

@@ -23,7 +23,7 @@ from lightning_lora.fingerprint import fingerprint
 from lightning_lora.layers import LoRALayer
 from lightning_lora.state import adapter_tensors, base_tensors
 from lightning_lora.surgery import merge
-from lightning_lora.targets import listed
+from lightning_lora.targets import clean_name, join, listed
 from lightning_lora.training.fsdp_units import (
     adapters_apart,
     is_ours_alone,
@@ -130,7 +130,7 @@ class FSDPLayout(Layout):
 
     @override
     def shape(self, name: str, parameter: Tensor) -> torch.Size:
-        return self._shapes[name]
+        return self._shapes.get(name, parameter.shape)
 
     @override
     def gather(self, tensors: Mapping[Key, Tensor], name_of: Callable[[Key], str]) -> dict[Key, Tensor]:
@@ -157,6 +157,24 @@ class FSDPLayout(Layout):
         if start is None:
             return value.to(like.device)
         return value.flatten()[start : start + like.numel()].view(like.shape).to(like.device)
+
+    @override
+    @torch.no_grad()
+    def fill_base(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        wanted = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and name in values}
+        paths, filled = {id(part): clean_name(path) for path, part in self.module.named_modules()}, set[str]()
+        for unit in units_of(self._model) if wanted else []:  # the outermost first, or FSDP takes another for it
+            with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True):
+                own = {
+                    join(paths[id(part)], key): parameter
+                    for part in own_modules(unit)
+                    for key, parameter in part._parameters.items()
+                    if parameter is not None
+                }
+                for name in own.keys() & wanted:
+                    own[name].copy_(values[name])
+                    filled.add(name)
+        self.fill({name: tensor for name, tensor in tensors.items() if name not in filled}, values)
 
     @override
     def refused_diagnostics(self) -> str | None:

@@ -70,7 +70,8 @@ class Layout:
     def base_loaded(self, state: Mapping[str, Tensor]) -> None:
         """Take note that the base got other values, by their names in a whole model's state."""
         if self._base is not None:
-            self._base = fingerprint({name: state[name] for name in base_tensors(self.module) if name in state})
+            new = fingerprint({name: state[name] for name in base_tensors(self.module) if name in state})
+            self._base = {**self._base, **new}
 
     def gather(
         self,
@@ -142,6 +143,17 @@ class Layout:
         for name, tensor in tensors.items():
             if name in values:
                 tensor.copy_(self.part(values[name], name, tensor))
+
+    def fill_base(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Do the same for a whole model, with little more of it in memory at a time than this process's part."""
+        self.fill(tensors, values)
+
+    def shown(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors without memory that have the shapes of the whole ones."""
+        return {
+            name: torch.empty(self.shape(name, tensor), dtype=tensor.dtype, device="meta")
+            for name, tensor in tensors.items()
+        }
 
     def shape(self, name: str, parameter: Tensor) -> torch.Size:  # noqa: ARG002
         """Return the shape of the whole of a parameter."""

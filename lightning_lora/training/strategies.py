@@ -37,11 +37,6 @@ def layout_of(strategy: Strategy) -> Layout:
     )
 
 
-def is_restored_late(strategy: Strategy) -> bool:
-    """Return whether checkpoints are loaded when the module is wrapped already, too late to attach what they hold."""
-    return strategy.restore_checkpoint_after_setup
-
-
 def lost_training(strategy: Strategy) -> str | None:
     """Return why training a module without adapters would be lost, or None; ``ddp_spawn`` trains copies of it."""
     if not isinstance(strategy.launcher, with_twins(_MultiProcessingLauncher)):

@@ -1,6 +1,7 @@
 """What the processes do in ``test_every_strategy.py``: Lightning starts this script once for each.
 
-Arguments: the directory for results, the number of processes, the checkpoint of a single process, and the modes.
+Arguments: the directory for results, the number of processes, that of whole models, the checkpoint of a single process,
+and the modes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from tests.toys import Toy, loader, network, trainer
 
 LORA = {"rank": 4, "modules_to_save": ["net.4"]}
 ON_META = ("fsdp1_policy", "fsdp1_wrapped", "fsdp2")
+ON_WHOLE_MODELS = ("ddp", "fsdp1", "fsdp1_policy", "fsdp1_wrapped", "fsdp2", "tp", "tp_fsdp2")
 PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 
 
@@ -51,6 +53,9 @@ class Wide(Toy):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         rank, world = self.share()
         return super().training_step([part[rank::world].double() for part in batch], batch_idx)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        super().validation_step([part.double() for part in batch], batch_idx)
 
     def share(self) -> tuple[int, int]:
         mesh = self.device_mesh
@@ -247,6 +252,18 @@ def exported(directory: Path, mode: str, name: str) -> Path:
     return directory / mode / name / "peft"
 
 
+def run_of(mode: str, processes: int, *callbacks: Callback, nodes: int = 1, **options: Any) -> Trainer:
+    return trainer(
+        *callbacks,
+        strategy=strategy(mode, processes),
+        devices=processes // nodes,
+        num_nodes=nodes,
+        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
 def fit(
     directory: Path,
     name: str,
@@ -259,7 +276,9 @@ def fit(
 ) -> dict[str, Any]:
     module = module_of(mode)
     watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
-    run = trainer(
+    run = run_of(
+        mode,
+        processes,
         LoRACallback(
             **LORA,
             merge_on_teardown=merge,
@@ -268,13 +287,9 @@ def fit(
         ),
         *([] if merge else [checkpoint]),  # without one, the last state is exported
         watch,
+        nodes=nodes,
         max_epochs=epochs,
         max_steps=-1,
-        strategy=strategy(mode, processes),
-        devices=processes // nodes,
-        num_nodes=nodes,
-        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
-        use_distributed_sampler=False,
     )
     run.fit(module, loader(16), ckpt_path=ckpt_path)
     results = {
@@ -333,6 +348,13 @@ def said_of_all() -> dict[str, str]:
     }
 
 
+def evaluated(mode: str, processes: int, checkpoint: str) -> float:
+    """Return the loss of a checkpoint, by a callback that is told nothing of it."""
+    run = run_of(mode, processes, LoRACallback(), limit_val_batches=2)
+    [found] = run.validate(module_of(mode), loader(16), ckpt_path=checkpoint, verbose=False)
+    return found["val_loss"]
+
+
 class Start(Callback):
     """Keeps the adapters as they start, and the outputs with and without them."""
 
@@ -344,18 +366,39 @@ class Start(Callback):
                 self.base_output = whole(trainer.strategy.model(PROBE))
 
 
-def start_on_meta(mode: str, processes: int) -> dict[str, Any]:
-    """Train a module that was built on the meta device."""
-    start, module = Start(), module_of(mode, on_meta=True)
-    run = trainer(
-        LoRACallback(rank=4),
-        start,
-        strategy=strategy(mode, processes),
-        devices=processes,
-        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
-        use_distributed_sampler=False,
-    )
-    run.fit(module, loader(16))
+def write_whole_models(directory: Path, make: type[Wide] = Wide) -> None:
+    """Write checkpoints from before LoRA, one that fits and one that does not."""
+    run, module = trainer(), make()
+    run.strategy.connect(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    run.save_checkpoint(directory / "fits.ckpt")
+    module.net[2] = nn.Linear(16, 17)
+    run.save_checkpoint(directory / "misfit.ckpt")
+
+
+def start_on_whole_models(mode: str, processes: int, files: Path) -> dict[str, Any]:
+    """Train on the weights of a whole model, and keep what is said of one that does not fit."""
+    run, refused = run_of(mode, processes, LoRACallback(**LORA)), "nothing"
+    try:
+        run.fit(module_of(mode), loader(16), ckpt_path=files / "misfit.ckpt")
+    except ValueError as error:
+        refused = str(error)
+    with torch.no_grad():
+        output = whole(run.strategy.model(PROBE))
+    options = LORA | {"use_dora": "tp" not in mode}
+    found = started(mode, processes, module_of(mode), options, files / "fits.ckpt")
+    return found | {"refused": refused, "output of the refused": output}
+
+
+def started(
+    mode: str, processes: int, module: Wide, options: dict[str, Any], ckpt_path: Path | None = None
+) -> dict[str, Any]:
+    """Train a module, and return what it was when training began, too."""
+    start = Start()
+    run = run_of(mode, processes, LoRACallback(**options), start)
+    run.fit(module, loader(16), ckpt_path=ckpt_path)
     return {
         "losses": module.losses,
         "start": start.state,
@@ -368,7 +411,7 @@ def start_on_meta(mode: str, processes: int) -> dict[str, Any]:
 def main() -> None:
     ops._FEW = 0  # the fast path for these small layers, too
     warnings.simplefilter("ignore")
-    directory, processes, single, *modes = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    directory, processes, files, single, *modes = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
     results: dict[str, Any] = {}
     for mode in modes:
         results[mode] = {
@@ -379,8 +422,11 @@ def main() -> None:
         }
         results[mode]["other base"] = refused_on_another_base(directory, mode, processes, single)
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
+        results[mode]["evaluated"] = evaluated(mode, processes, single)
         if mode in ON_META:
-            results[mode]["on meta"] = start_on_meta(mode, processes)
+            results[mode]["on meta"] = started(mode, processes, module_of(mode, on_meta=True), {"rank": 4})
+        if mode in ON_WHOLE_MODELS:
+            results[mode]["on a whole model"] = start_on_whole_models(mode, processes, files)
     results["said"] = said_of_all()
     rank = results[modes[0]]["whole"]["rank"]
     torch.save(results, directory / f"rank{rank}.pt")
