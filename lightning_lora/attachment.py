@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.report import AttachReport
-from lightning_lora.targets import clean_name, module_names
+from lightning_lora.targets import clean_name, module_names, walk
 
 _ATTACHMENT = "_lora_attachment"
 _MERGES = "_lora_merges"
@@ -69,9 +69,9 @@ def requested(module: nn.Module) -> tuple[LoRAConfig, int] | None:
 
 def attachments(module: nn.Module) -> Iterator[tuple[str, nn.Module, Attachment]]:
     """Yield every note in a model: the name of the module that holds it, the module, the note."""
-    for name, submodule in module.named_modules():
+    for name, submodule in walk(module):
         if (attachment := get_attachment(submodule)) is not None:
-            yield clean_name(name), submodule, attachment
+            yield name, submodule, attachment
 
 
 @torch.no_grad()
@@ -98,11 +98,7 @@ def fully_trained(owner: nn.Module, attachment: Attachment) -> set[int]:
 
 def merges(module: nn.Module) -> dict[str, int]:
     """Return how many adapters were merged for good into each layer of a model: name -> count."""
-    return {
-        clean_name(name): count
-        for name, submodule in module.named_modules()
-        if (count := vars(submodule).get(_MERGES, 0))
-    }
+    return {name: count for name, submodule in walk(module) if (count := vars(submodule).get(_MERGES, 0))}
 
 
 def count_merge(layer: nn.Module) -> None:

@@ -19,7 +19,7 @@ from lightning_lora.attachment import get_attachment, named_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.peft_format.directory import is_adapter_directory
-from lightning_lora.peft_format.files import load_directory
+from lightning_lora.peft_format.loading import load_directory
 from lightning_lora.report import AttachReport
 from lightning_lora.state import (
     FORMAT_VERSION,

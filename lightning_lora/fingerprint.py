@@ -6,6 +6,7 @@ same weights in another precision from other weights.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Collection, Mapping
@@ -69,14 +70,17 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
     chosen = {name: tensor for name, tensor in tensors.items() if name in wanted and _is_readable(tensor)}
     divided = {name: (tensor, _index(tensor)) for name, tensor in chosen.items() if is_sharded(tensor)}
     values = elements(divided) if divided else {}
-    values |= {name: _elements(tensor.detach()) for name, tensor in chosen.items() if name not in divided}
+    values |= {
+        name: tensor.detach().take(_places(tensor.shape).to(tensor.device))
+        for name, tensor in chosen.items()
+        if name not in divided
+    }
     return {name: sample(tensor.shape, tensor.dtype, values[name]) for name, tensor in chosen.items()}
 
 
 def sample(shape: Collection[int], dtype: torch.dtype, values: Tensor) -> Sample:
     """Return a sample of what stands at ``places(shape)``; what is no number counts as zero."""
-    numbers = (float(number) for number in values.tolist())
-    return Sample(tuple(shape), dtype, tuple(number if math.isfinite(number) else 0.0 for number in numbers))
+    return Sample(tuple(shape), dtype, tuple([each if math.isfinite(each) else 0.0 for each in values.tolist()]))
 
 
 def places(shape: Collection[int]) -> list[int]:
@@ -146,10 +150,9 @@ def _mixed(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def _elements(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous():
-        return tensor.view(-1)[places(tensor.shape)].cpu()
-    return tensor[_index(tensor)].cpu()
+@functools.lru_cache(maxsize=256)  # a model has many weights and few shapes
+def _places(shape: tuple[int, ...]) -> Tensor:
+    return torch.tensor(places(shape), dtype=torch.long)
 
 
 def _index(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -191,10 +194,10 @@ def _read_sample(name: str, content: object) -> Sample:
     options: dict[str, Any] = content if isinstance(content, dict) else {}
     shape = _numbers(int, options.get("shape"), 0, 2**62)
     values = _numbers(float, options.get("values"), -math.inf, math.inf)
-    dtype = next((each for text, each in _BY_NAME.items() if text == options.get("dtype")), None)
+    dtype = _BY_NAME.get(str(options.get("dtype")))
     if shape is None or values is None or dtype is None:
         raise ValueError(f"The fingerprint of {name!r} in the adapter's file makes no sense; the file was damaged.")
-    if math.prod(shape) >= 2**62 or len(values) != len(places(shape)):
+    if math.prod(shape) >= 2**62 or len(values) != min(math.prod(shape), _ELEMENTS):
         raise ValueError(f"The fingerprint of {name!r} in the adapter's file is incomplete; the file was damaged.")
     return Sample(shape, dtype, values)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.attachment import attachments, fully_trained, merges
+from lightning_lora.attachment import attachments, fully_trained, get_attachment, merges
 from lightning_lora.fingerprint import Fingerprint, other_base, samples
-from lightning_lora.layers import Adapter, all_adapters, lora_layers
+from lightning_lora.layers import Adapter, LoRALayer, all_adapters, lora_layers
 from lightning_lora.peft_format.kinds import file_kind
-from lightning_lora.targets import clean_name, join, listed, near_names
+from lightning_lora.targets import clean_name, join, listed, near_names, walk
 
 FORMAT_VERSION = 1
 
@@ -24,14 +24,18 @@ def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
     the config lets move. The names follow from the config alone, never from what happened in training.
     """
     found: dict[str, Tensor] = {}
-    roots = list(attachments(module))
+    parts = walk(module)
+    roots = [(path, part, note) for path, part in parts if (note := get_attachment(part)) is not None]
     whole = {identity for _, owner, attachment in roots for identity in fully_trained(owner, attachment)}
     moving = {join(root, name) for root, _, attachment in roots for name in attachment.base_values}
-    whole |= {id(part) for layer in lora_layers(module).values() for part in layer.lora.modules()}
-    for path, part in module.named_modules():
+    for _, part in parts:
+        if isinstance(part, LoRALayer):
+            lora = part.lora
+            whole.update(map(id, lora.modules()) if lora._modules else (id(lora),))
+    for path, part in parts:
         if id(part) in whole or moving:
             for key, tensor in _persistent_tensors(part):
-                name = clean_name(join(path, key))
+                name = join(path, key)
                 if id(part) in whole or name in moving:
                     found[name] = tensor
     return found
@@ -47,10 +51,13 @@ def base_tensors(module: nn.Module, trained: Iterable[Tensor] | None = None) -> 
     trained = adapter_tensors(module).values() if trained is None else trained
     apart = {id(tensor) for tensor in trained}
     found: dict[str, Tensor] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
-        own = {key: tensor for key, tensor in part._parameters.items() if tensor is not None}
-        own |= vars(part).get("lora_original", {})  # what the adapters are folded into, inside of `merged`
-        found |= {clean_name(join(path, key)): tensor for key, tensor in own.items() if id(tensor) not in apart}
+    for path, part in walk(module, every_name=True):
+        own = part._parameters
+        if folded := vars(part).get("lora_original"):  # what the adapters are folded into, inside of `merged`
+            own = own | folded
+        for key, tensor in own.items():
+            if tensor is not None and id(tensor) not in apart:
+                found[join(path, key)] = tensor
     return found
 
 
@@ -177,17 +184,18 @@ def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> Non
     )
 
 
-def refuse_other_base(module: nn.Module, recorded: Fingerprint) -> None:
+def refuse_other_base(module: nn.Module, recorded: Fingerprint, trained: Iterable[Tensor] | None = None) -> None:
     """Refuse to load an adapter into another base than the one that it was trained on.
 
     Args:
         module: The module to load into; where its tensors are divided among processes, every one must call this.
         recorded: The fingerprint in the adapter's file.
+        trained: What is no part of the base, as in ``base_tensors``.
 
     Raises:
         ValueError: The values of the base are others.
     """
-    found = samples(base_tensors(module), recorded) if recorded else {}
+    found = samples(base_tensors(module, trained), recorded) if recorded else {}
     if message := other_base(recorded, found, type(module).__name__):
         raise ValueError(f"{message} Nothing was changed.")
 
@@ -253,11 +261,12 @@ def _rows(adapter: Adapter) -> dict[str, list[list[int]]]:
 
 def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers of one module that its state holds, each once."""
-    if part._parameters:
-        yield from part.named_parameters(recurse=False)
-    if part._buffers:
-        buffers = part.named_buffers(recurse=False)
-        yield from ((key, buffer) for key, buffer in buffers if key not in part._non_persistent_buffers_set)
+    seen: set[int] = set()
+    buffers = ((key, buffer) for key, buffer in part._buffers.items() if key not in part._non_persistent_buffers_set)
+    for key, tensor in (*part._parameters.items(), *buffers):
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield key, tensor
 
 
 def allow_missing_base(module: nn.Module, incompatible: Any) -> None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_lora.checkpoint_file import read_checkpoint, recorded_base
 from lightning_lora.layers import Adapter, LowRankAdapter, all_adapters
 from lightning_lora.peft_format.directory import is_adapter_directory
-from lightning_lora.peft_format.files import imported
+from lightning_lora.peft_format.loading import imported
 from lightning_lora.sharding import copy_whole, whole
 from lightning_lora.state import adapter_tensors, check_not_merged, refuse_other_base
 from lightning_lora.targets import join, listed

@@ -95,7 +95,7 @@ _BOTTOM_UP = [
     },
     {"disk.skeleton_kinds", "peft_format.collect", "peft_format.importing", "planning.plan", "training.checks"},
     {"analysis.budget", "surgery"},
-    {"analysis.memory", "disk.bare_skeleton", "peft_format.files", "training.layouts"},
+    {"analysis.memory", "disk.bare_skeleton", "peft_format.files", "peft_format.loading", "training.layouts"},
     {
         "checkpoint_file",
         "peft_format.preflight",
@@ -207,13 +207,8 @@ def test_only_the_upper_rooms_import_lightning(room: str):
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_no_room_imports_peft_or_transformers(room: str):
-    assert not outside(ROOMS[room]) & {"peft", "transformers", "accelerate", "bitsandbytes"}
-
-
-@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"peft_format.directory", "state"}))
-def test_only_the_rooms_of_files_import_safetensors(room: str):
-    assert "safetensors" not in outside(ROOMS[room])
+def test_no_room_imports_peft_or_transformers_or_their_files(room: str):
+    assert not outside(ROOMS[room]) & {"peft", "transformers", "accelerate", "bitsandbytes", "safetensors"}
 
 
 @pytest.mark.parametrize("room", ROOMS)

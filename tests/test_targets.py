@@ -114,6 +114,16 @@ def test_candidates_lists_every_module_with_its_class(tiny):
     assert found.keys() == {name for name, _ in tiny.named_modules() if name}
 
 
+@pytest.mark.parametrize("every_name", [False, True])
+def test_walking_finds_the_modules_of_named_modules_in_the_same_order(every_name: bool, tiny):
+    tiny.alias = tiny.blocks
+    tiny.blocks[0]["q_proj"] = torch.compile(tiny.blocks[0]["q_proj"])
+    tiny.register_module("nothing", None)
+    for root in (tiny, torch.compile(tiny)):
+        expected = [(targets.clean_name(n), m) for n, m in root.named_modules(remove_duplicate=not every_name)]
+        assert targets.walk(root, every_name=every_name) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "roots", "expected"),
     [("a.b", ["a"], True), ("a", ["a"], True), ("ab", ["a"], False), ("b.a", ["a"], False), ("a", [], False)],

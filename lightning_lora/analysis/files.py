@@ -16,9 +16,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import TokenAdapter
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.directory import CONFIG_FILE, read_config, read_tensors
-from lightning_lora.peft_format.files import matching_root
 from lightning_lora.peft_format.importing import adapted_paths, make_import
 from lightning_lora.peft_format.layers import keys_by_path
+from lightning_lora.peft_format.loading import matching_root
 from lightning_lora.peft_format.names import PREFIX
 from lightning_lora.peft_format.support import LAST_KNOWN_PEFT, TIMES_PEFT_ADDS_OUT_PROJ
 from lightning_lora.planning.plan import make_plan

@@ -25,8 +25,8 @@ from lightning_lora.fingerprint import Fingerprint, Sample, other_base, places, 
 from lightning_lora.layers import Adapter, all_adapters
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
-from lightning_lora.peft_format.files import import_state
 from lightning_lora.peft_format.importing import adapted_paths, make_import
+from lightning_lora.peft_format.loading import import_state
 from lightning_lora.peft_format.names import PREFIX, without_wrappers
 from lightning_lora.state import adapter_tensors, record_problems
 from lightning_lora.surgery import attach
@@ -122,7 +122,7 @@ def _fit_peft(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fi
     with _real_values(skeleton, base, {name: names[name] for name in names if PREFIX + name in tensors}):
         content = make_import(skeleton, config, tensors)
     attach(skeleton, content.config)
-    state = import_state(skeleton, skeleton, content)
+    state = import_state(skeleton, content, adapter_tensors(skeleton), all_adapters(skeleton))
     return _fitted(skeleton, names, state, added)
 
 

@@ -19,8 +19,9 @@ from lightning_lora.disk.base_folder import read_json
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.layers import all_adapters
 from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
-from lightning_lora.peft_format.files import exported, import_state, write_export
+from lightning_lora.peft_format.files import exported, write_export
 from lightning_lora.peft_format.importing import Import, make_import
+from lightning_lora.peft_format.loading import import_state
 from lightning_lora.peft_format.names import PREFIX
 from lightning_lora.peft_format.patterns import anchored
 from lightning_lora.state import adapter_tensors, describe, mismatches
@@ -95,7 +96,7 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
         base = {join(root, name): sample for name, sample in read_base(directory).items()}
         base |= fingerprint(_repeated(part, root, content, tensors))
         attach_bare(skeleton, _with_full_names(content, root))
-        state = import_state(skeleton, part, content)
+        state = import_state(part, content, adapter_tensors(skeleton), all_adapters(part))
         if problems := mismatches(adapter_tensors(skeleton), state):
             raise ValueError("; ".join(problems))
         fill(skeleton, state)

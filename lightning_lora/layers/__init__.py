@@ -16,7 +16,7 @@ from lightning_lora.layers.norm import FrozenNorm, has_running_statistics
 from lightning_lora.layers.swap import Swapped, swap_in, swap_out
 from lightning_lora.layers.tokens import TokenAdapter, swapped_as_follower
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
-from lightning_lora.targets import clean_name, join
+from lightning_lora.targets import join, walk
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     LinearAdapter,
@@ -62,7 +62,7 @@ def _taken_by_class(kind: type) -> frozenset[str]:
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Return the adapted layers of a model by name; by type, so a user's ``lora_head`` is none."""
-    return {clean_name(name): part for name, part in module.named_modules() if isinstance(part, LoRALayer)}
+    return {name: part for name, part in walk(module) if isinstance(part, LoRALayer)}
 
 
 def all_adapters(module: nn.Module) -> dict[str, Adapter]:

@@ -62,8 +62,9 @@ class LoRALayer(Swapped):
     def adapters(self) -> dict[str, Adapter]:
         """Return the adapters of this layer by the parameter or the slice that each updates."""
         lora = unwrapped(self.lora)
-        parts = lora.items() if isinstance(lora, AdapterGroup) else [("weight", lora)]
-        return {key: cast(Adapter, unwrapped(part)) for key, part in parts}
+        if isinstance(lora, AdapterGroup):
+            return {key: cast(Adapter, unwrapped(part)) for key, part in lora.items()}
+        return {"weight": cast(Adapter, lora)}
 
     def adapted_parameters(self) -> list[str]:
         """Return the names of this layer's parameters that hold the update after merging."""

@@ -103,6 +103,8 @@ class PeftConfig:
 
 
 def _first_match(patterns: Mapping[str, float], name: str, default: float) -> float:
+    if not patterns:
+        return default
     found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
     return next(found, default)
 

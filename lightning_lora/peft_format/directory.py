@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_lora.disk.tensor_files import Layout, TensorWriter
+from lightning_lora.disk.tensor_files import Layout, TensorWriter, read_table
 from lightning_lora.fingerprint import Fingerprint, Sample, from_plain, to_plain
 from lightning_lora.peft_format.config import PeftConfig, parse_config, unknown_options_message
 
@@ -57,26 +57,29 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
         ValueError: They cannot be read.
         FileNotFoundError: They are not there.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    return read_contents(directory)[0]
 
+
+def read_contents(directory: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of a PEFT directory, as ``read_tensors``, and the text that ``parse_base`` reads."""
     path = directory / TENSORS_FILE
+    if path.is_file():
+        table = read_table(path)
+        return table.mapped(), table.metadata.get(_BASE_KEY, "")
+    path = directory / PICKLED_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(directory)!r} holds neither {TENSORS_FILE} nor {PICKLED_FILE}.")
     try:
-        if path.is_file():
-            return load_file(path)
-        path = directory / PICKLED_FILE
-        if not path.is_file():
-            raise FileNotFoundError(f"{str(directory)!r} holds neither {TENSORS_FILE} nor {PICKLED_FILE}.")
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, PermissionError):
+    except PermissionError:
         raise
-    except (SafetensorError, *_UNREADABLE) as error:
+    except _UNREADABLE as error:
         raise ValueError(
             f"{str(path)!r} cannot be read; it may be truncated or something else. Nothing was changed. The reader "
             f"said: {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        return found
+        return found, ""
     raise ValueError(f"{str(path)!r} holds no tensors by name. Nothing was changed.")
 
 
@@ -86,17 +89,20 @@ def read_base(directory: Path) -> dict[str, Sample]:
     Raises:
         ValueError: It makes no sense.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = directory / TENSORS_FILE
+    return parse_base(read_table(path).metadata.get(_BASE_KEY, ""), directory) if path.is_file() else {}
+
+
+def parse_base(text: str, directory: Path) -> dict[str, Sample]:
+    """Return the fingerprint that a PEFT directory holds as text.
+
+    Raises:
+        ValueError: It makes no sense.
+    """
     try:
-        if not path.is_file():
-            return {}
-        with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(_BASE_KEY)
         return from_plain(json.loads(text)) if text else {}
-    except (SafetensorError, RecursionError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} has a damaged fingerprint of its base: {error}") from error
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{str(directory / TENSORS_FILE)!r} has a damaged fingerprint of its base: {error}") from error
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, base: Fingerprint) -> None:

@@ -155,7 +155,7 @@ def from_file(prefix: str, tensors: Mapping[str, Tensor], geometry: Geometry, sc
     if geometry.experts:
         A = A.reshape(geometry.experts, -1, geometry.in_features)
         B = B.reshape(geometry.out_features, -1, geometry.experts).permute(2, 0, 1).contiguous()
-    else:
+    elif geometry.kernel:
         A, B = A.reshape(-1, geometry.in_features), B.reshape(geometry.out_features, -1)
     magnitude = tensors.get(f"{prefix}.lora_magnitude_vector")
     magnitude = None if magnitude is None else magnitude.reshape(-1)

@@ -1,48 +1,33 @@
-"""PEFT directories: an adapter as ``adapter_config.json`` and ``adapter_model.safetensors``, written and read."""
+"""PEFT directories: writing an adapter as ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_lora.attachment import attachments, get_attachment, merges, named_tensors
+from lightning_lora.attachment import attachments, merges, named_tensors
 from lightning_lora.directories import replace_directory
 from lightning_lora.fingerprint import Fingerprint, fingerprint
-from lightning_lora.layers import LowRankAdapter, TokenAdapter, all_adapters, lora_layers
+from lightning_lora.layers import lora_layers
 from lightning_lora.peft_format.collect import make_export
 from lightning_lora.peft_format.directory import (
     CONFIG_FILE,
     PICKLED_FILE,
     TENSORS_FILE,
-    read_base,
-    read_config,
-    read_tensors,
     write_tensors,
 )
 from lightning_lora.peft_format.exporting import Export
-from lightning_lora.peft_format.importing import Import, adapted_paths, make_import
-from lightning_lora.peft_format.names import chosen_root, found_root, without_wrappers
-from lightning_lora.report import AttachReport
+from lightning_lora.peft_format.names import chosen_root, found_root
 from lightning_lora.sharding import is_sharded
 from lightning_lora.state import (
     adapter_tensors,
     base_tensors,
-    check_not_merged,
-    copy_adapter_state,
-    refuse_other_base,
 )
-from lightning_lora.surgery import attach, detach
-from lightning_lora.targets import clean_name, listed, module_names
-
-# --- writing
+from lightning_lora.targets import clean_name, listed
 
 
 def save_adapter(
@@ -156,143 +141,3 @@ def _below(base: Fingerprint, module: nn.Module, root: nn.Module) -> Fingerprint
     path = next(clean_name(name) for name, part in module.named_modules() if part is root)
     start = f"{path}." if path else ""
     return {name.removeprefix(start): each for name, each in base.items() if name.startswith(start)}
-
-
-# --- reading
-
-
-def load_directory(
-    module: nn.Module, directory: str | PathLike[str], export_root: str | None = None, *, check_base: bool = True
-) -> AttachReport:
-    """Attach and load the adapter of a PEFT directory, written by PEFT or by ``save_adapter``.
-
-    Args:
-        module: The base model, or a module that holds it; adapted in the same way or not at all.
-        directory: The directory.
-        export_root: Name of the submodule to which the names in the files are relative; found if left out.
-        check_base: As in ``load_adapter``.
-
-    Returns:
-        What was adapted.
-
-    Raises:
-        ValueError: The files cannot be read, use options that have no equal here, or do not fit the module. Nothing
-            was changed.
-        FileNotFoundError: They are not there.
-        RuntimeError: Another adapter was merged into this module for good.
-    """
-    check_not_merged(module, {})
-    root, content = _read(module, Path(directory), export_root, check_base=check_base)
-    return _attach_and_load(module, root, content)
-
-
-def imported(module: nn.Module, directory: str | PathLike[str], *, check_base: bool = True) -> tuple[str, Import]:
-    """Return what a directory means for a module: the name of the model inside it, and what is for that.
-
-    Raises:
-        ValueError: The files cannot be read, use options that have no equal here, or do not fit the module.
-        FileNotFoundError: They are not there.
-    """
-    root, content = _read(module, Path(directory), None, check_base=check_base)
-    return next(name for name, part in module.named_modules() if part is root), content
-
-
-def _read(module: nn.Module, path: Path, export_root: str | None, *, check_base: bool) -> tuple[nn.Module, Import]:
-    config, tensors = read_config(path / CONFIG_FILE), read_tensors(path)
-    root = matching_root(module, adapted_paths(tensors), export_root)
-    try:
-        content = make_import(root, config, tensors)
-    except ValueError as error:
-        raise ValueError(
-            f"The adapter in {str(path)!r} does not fit this {type(root).__name__}; nothing was changed:\n{error}"
-        ) from None
-    if check_base:
-        refuse_other_base(root, read_base(path))
-    return root, content
-
-
-def matching_root(module: nn.Module, paths: set[str], export_root: str | None = None) -> nn.Module:
-    """Return the model in which all these paths of a file name modules; ValueError if several may be meant."""
-    if export_root is not None:
-        return chosen_root(module, export_root)[1]
-
-    def has_all(part: nn.Module) -> bool:
-        names = {alias for _, aliases in module_names(part).values() for alias in aliases}
-        return all(without_wrappers(path, names) for path in paths)
-
-    _, found = found_root(module, has_all)
-    if has_all(found):
-        return found
-    # Whoever wrote the file may have wrapped the model at another depth.
-    others = [part for part in (module, *module.children()) if has_all(part)]
-    return others[0] if len(others) == 1 else found
-
-
-def _attach_and_load(module: nn.Module, root: nn.Module, content: Import) -> AttachReport:
-    """Attach what the files say, or nothing at all."""
-    with ExitStack() as undo:
-        if lora_layers(root):
-            _check_same_adapters(root, content)
-        else:
-            attach(root, content.config)
-            undo.callback(detach, root)
-        tensors = adapter_tensors(module)
-        copy_adapter_state(module, import_state(module, root, content, tensors), tensors=tensors)
-        undo.pop_all()
-    attachment = get_attachment(root) or next(note for _, _, note in attachments(module))
-    return attachment.report
-
-
-def _check_same_adapters(root: nn.Module, content: Import) -> None:
-    """Refuse a file whose adapters are others than those that the model has already."""
-    wanted: dict[str, tuple[Any, ...]] = {
-        layer.label: (layer.factors.rank, layer.factors.scaling) for layer in content.layers
-    }
-    wanted |= {name: tokens for name, (tokens, _) in content.tokens.items()}
-    mine = {name: _described(adapter) for name, adapter in all_adapters(root).items()}
-    if different := sorted(name for name in wanted.keys() | mine.keys() if wanted.get(name) != mine.get(name)):
-        shown = [f"{name} (file {wanted.get(name)}, here {mine.get(name)})" for name in different]
-        raise ValueError(
-            f"This {type(root).__name__} already carries adapters of other layers, ranks or scalings than the file's: "
-            f"{listed(shown)}. Nothing was changed. Call detach first."
-        )
-
-
-def _described(adapter: Any) -> tuple[Any, ...]:
-    if isinstance(adapter, TokenAdapter):
-        return tuple(adapter.index.tolist())
-    spec = adapter.spec
-    return (spec.rank, spec.scaling, *(spec.rows and ("slices",)))
-
-
-def import_state(
-    module: nn.Module, root: nn.Module, content: Import, tensors: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Return the file's values under the names of the module's own state, its ``adapter_tensors``."""
-    tensors = adapter_tensors(module) if tensors is None else tensors
-    adapters, live = all_adapters(root), named_tensors(root) if content.values else {}
-    values: dict[int, Tensor] = {}
-    for layer in content.layers:
-        adapter = adapters[layer.label]
-        assert isinstance(adapter, LowRankAdapter)
-        values |= {
-            id(tensor): value
-            for key, tensor in adapter.named_parameters()
-            if (value := getattr(layer.factors, key)) is not None
-        }
-    values |= {id(adapters[name].rows): rows for name, (_, rows) in content.tokens.items()}
-    for name, value in content.values.items():
-        before = values.setdefault(id(live[name]), value)
-        if not torch.equal(before, value):
-            raise ValueError(f"{name!r} shares its memory with a tensor to which the file gives another value.")
-    state = {name: values[id(tensor)] for name, tensor in tensors.items() if id(tensor) in values}
-    # PEFT trains the biases of attention's and recurrent layers' own kind, but does not save them.
-    return {name: tensor for name, tensor in _unsaved_biases(tensors).items() if name not in state} | state
-
-
-def _unsaved_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().clone()
-        for name, tensor in tensors.items()
-        if "bias" in (last := name.rpartition(".")[2]) and last != "bias"
-    }

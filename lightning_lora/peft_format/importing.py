@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,6 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import adapter_type
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.layers import (
-    FACTOR_SUFFIXES,
     ImportedLayer,
     LayerReader,
     differences,
@@ -25,7 +25,7 @@ from lightning_lora.peft_format.layers import (
 from lightning_lora.peft_format.names import PREFIX, tensors_in_full, without_wrappers
 from lightning_lora.peft_format.patterns import Scaled, lora_config, targets_for
 from lightning_lora.planning.obstacles import Obstacles
-from lightning_lora.targets import join, listed, parameter_names, tied_names
+from lightning_lora.targets import ModuleNames, join, listed, module_names, parameter_names, tied_names
 
 _TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"
 
@@ -35,37 +35,44 @@ class Import:
     """What a file brings to a model.
 
     Attributes:
-        config: What to attach.
+        make_config: Gives ``config``.
         layers: The low-rank updates.
         tokens: Embedding -> its tokens in ascending order, and their rows.
         values: Name of a parameter or buffer that was trained in full -> its value.
     """
 
-    config: LoRAConfig
+    make_config: Callable[[], LoRAConfig]
     layers: list[ImportedLayer] = field(default_factory=list)
     tokens: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
 
+    @functools.cached_property
+    def config(self) -> LoRAConfig:
+        """What to attach; not needed, and not made, where a model has such adapters already."""
+        return self.make_config()
+
 
 def adapted_paths(tensors: Mapping[str, Tensor]) -> set[str]:
     """Return the paths of everything that the keys of a file adapt."""
-    suffixes = (*FACTOR_SUFFIXES, _TOKENS_SUFFIX)
     keys = [key.removeprefix(PREFIX) for key in tensors]
-    return {key.removesuffix(suffix) for key in keys for suffix in suffixes if key.endswith(suffix)}
+    return {*keys_by_path(keys), *(key.removesuffix(_TOKENS_SUFFIX) for key in keys if key.endswith(_TOKENS_SUFFIX))}
 
 
-def make_import(root: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor]) -> Import:
+def make_import(
+    root: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], names: ModuleNames | None = None
+) -> Import:
     """Return what a file means for a model.
 
     Args:
         root: The model to which the file's names are relative.
         config: The file's config.
         tensors: Its tensors.
+        names: The root's ``module_names``, where they are at hand.
 
     Raises:
         ValueError: They do not fit; one error lists all.
     """
-    reader = _Importer(root, config, tensors)
+    reader = _Importer(root, config, tensors, module_names(root) if names is None else names)
     found = reader.read()
     if reader.problems:
         raise ValueError("\n".join(f"  - {problem}" for problem in reader.problems))
@@ -73,7 +80,7 @@ def make_import(root: nn.Module, config: PeftConfig, tensors: Mapping[str, Tenso
 
 
 class _Importer:
-    def __init__(self, root: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, root: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], names: ModuleNames) -> None:
         self.root, self.config = root, config
         self.problems: list[str] = []
         self.tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
@@ -81,7 +88,7 @@ class _Importer:
             self.problems.append(f"keys that do not begin with {PREFIX!r}: {listed(alien)}")
         if broken := [key for key, tensor in tensors.items() if tensor.is_complex() or tensor.is_quantized]:
             self.problems.append(f"tensors of a kind that no adapter has: {listed(broken)}")
-        self.reader = LayerReader(root, config, self.tensors)
+        self.reader = LayerReader(names, config, self.tensors)
         self.names, self.modules, self.first = self.reader.names, self.reader.modules, self.reader.first
         self.layers = self.reader.layers
         self.tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
@@ -102,8 +109,10 @@ class _Importer:
         if not (self.layers or self.tokens or self.problems):
             self.problems.append("the file holds no adapter")
         if self.problems:
-            return Import(LoRAConfig())
-        return Import(self._lora_config(has_biases=bool(biases)), self.layers, self.tokens, self.values)
+            return Import(LoRAConfig)
+        return Import(
+            functools.partial(self._lora_config, has_biases=bool(biases)), self.layers, self.tokens, self.values
+        )
 
     # --- tokens
 
@@ -162,7 +171,7 @@ class _Importer:
 
     def _read_the_rest(self, keys: Collection[str]) -> set[str]:
         """Read biases, and let values of the frozen base pass that are what the model has."""
-        live, biases = named_tensors(self.root), set[str]()
+        live, biases = named_tensors(self.root) if keys else {}, set[str]()
         for key in sorted(keys):
             path, _, last = key.rpartition(".")
             place = without_wrappers(path, self.modules)
@@ -191,21 +200,20 @@ class _Importer:
             "target_parameters": sorted(layer.label for layer in self.layers if layer.by_parameter),
             "trainable_token_indices": {name: tokens for name, (tokens, _) in sorted(self.tokens.items())},
         }
-        config = LoRAConfig(target_modules=["?"])
-        obstacles = Obstacles(config, self.modules.values(), tied_names(parameter_names(self.modules)))
-        weights = {join(layer.name, layer.parameter) for layer in self.layers}
-        options["untie_weights"] = any(name in obstacles.tied for name in weights)
-        if self.config.dropout and (carried := list(self._carried_by_weight(obstacles))):
+        tied = tied_names(parameter_names(self.modules))
+        options["untie_weights"] = any(join(layer.name, layer.parameter) in tied for layer in self.layers)
+        if self.config.dropout and (carried := list(self._carried_by_weight())):
             # As in PEFT, which makes a dropout for attention and never applies it.
             warnings.warn(
                 f"lora_dropout={self.config.dropout} is left out: the update of {listed(carried)} is in the weight.",
-                stacklevel=6,
+                stacklevel=8,
             )
             options["dropout"] = 0.0
         layers = [Scaled(layer.label, layer.factors.rank, layer.factors.scaling) for layer in self.layers]
         return lora_config(self.config, layers, **options)
 
-    def _carried_by_weight(self, obstacles: Obstacles) -> Iterator[str]:
+    def _carried_by_weight(self) -> Iterator[str]:
+        obstacles = Obstacles(LoRAConfig(target_modules=["?"]), self.modules.values(), {})
         for layer in self.layers:
             module = self.modules[layer.name]
             adapter = adapter_type(module)

@@ -17,12 +17,10 @@ from lightning_lora.peft_format.support import (
     TIMES_PEFT_ADDS_OUT_PROJ,
     peft_obstacle,
 )
-from lightning_lora.targets import join, module_names
+from lightning_lora.targets import ModuleNames, join
 
-FACTOR_SUFFIXES = (
-    *(".lora_A.weight", ".lora_B.weight", ".lora_B.bias"),
-    *(".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector"),
-)
+_MARK = ".lora_"
+_AFTER_MARK = {"A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector"}
 
 
 class ImportedLayer(NamedTuple):
@@ -51,9 +49,10 @@ class LayerReader:
         problems: What does not fit.
     """
 
-    def __init__(self, root: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, names: ModuleNames, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
         self.config, self.tensors = config, tensors
-        self.names = module_names(root)
+        self.variant = {"use_dora": config.use_dora, "lora_bias": config.lora_bias}
+        self.names = names
         self.modules = {alias: part for part, aliases in self.names.values() for alias in aliases}
         self.first = {alias: name for name, (_, aliases) in self.names.items() for alias in aliases}
         self.layers: list[ImportedLayer] = []
@@ -72,13 +71,12 @@ class LayerReader:
             self.problems.append(f"{path}: {chosen}")
             return
         adapter, parameter, target = chosen
-        variant = {"use_dora": self.config.use_dora, "lora_bias": self.config.lora_bias}
-        if reason := peft_obstacle(module, adapter, parameter, **variant):
+        if reason := peft_obstacle(module, adapter, parameter, **self.variant):
             self.problems.append(f"{path}: {reason}")
             return
         geometry = Geometry.of(adapter, module, parameter)
-        expected = shapes_in_file(path, geometry, self.config.rank_of(target), **variant)
-        problems = list(differences(expected, {key: self.tensors[key] for key in keys}))
+        expected = shapes_in_file(path, geometry, self.config.rank_of(target), **self.variant)
+        problems = list(differences(expected, {key: self.tensors[key] for key in sorted(keys)}))
         problems = problems or list(self._differences_of_function(path, name, target))
         self.problems += problems
         if not problems:
@@ -130,8 +128,9 @@ def keys_by_path(keys: Collection[str]) -> dict[str, list[str]]:
     """Return the keys of factors by the paths of their layers."""
     found: dict[str, list[str]] = {}
     for key in keys:
-        if suffix := next((each for each in FACTOR_SUFFIXES if key.endswith(each)), None):
-            found.setdefault(key.removesuffix(suffix), []).append(key)
+        path, mark, last = key.rpartition(_MARK)
+        if mark and last in _AFTER_MARK:
+            found.setdefault(path, []).append(key)
     return found
 
 
@@ -141,7 +140,7 @@ def differences(
     """Yield how tensors differ from what they must be; ``like`` says which need not be in floating point."""
     for key in sorted(expected.keys() - found.keys()):
         yield f"{key}: missing from the file"
-    for key, tensor in sorted(found.items()):
+    for key, tensor in found.items():
         if key not in expected:
             yield f"{key}: not expected here; use_dora, lora_bias or the kind of layer says otherwise"
         elif tuple(tensor.shape) != expected[key]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.targets import clean_name, join, listed, module_names, near_names
+from lightning_lora.targets import clean_name, join, listed, module_names, near_names, walk
 
 PREFIX = "base_model.model."
 _WRAPPER = "base_layer"
@@ -60,11 +60,12 @@ def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tup
 def _pretrained_models(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the outermost models of transformers or diffusers; by structure, so that neither need be installed."""
     found: list[str] = []
-    for name, part in module.named_modules():
+    for name, part in walk(module):
         kind = type(part)
         looks = hasattr(kind, "save_pretrained") or hasattr(kind, "get_input_embeddings")
-        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        if looks and not inside and hasattr(part, "config") and not _is_lightning_module(part):
+        if not looks or any(not outer or name.startswith(f"{outer}.") for outer in found):
+            continue
+        if hasattr(part, "config") and not _is_lightning_module(part):
             found.append(name)
             yield name, part
 
@@ -96,6 +97,8 @@ def without_wrappers(path: str, names: Collection[str]) -> tuple[str, int] | Non
         path: The path, with ``base_layer`` where PEFT wraps a module.
         names: All names of the model's modules; one of them may really be called ``base_layer``.
     """
+    if path in names:
+        return path, 0
     name, depth = "", 0
     for part in path.split("."):
         if join(name, part) in names:
@@ -109,6 +112,8 @@ def without_wrappers(path: str, names: Collection[str]) -> tuple[str, int] | Non
 
 def parameters_named(name: str, module: nn.Module, targets: Sequence[str]) -> list[str]:
     """Return the module's parameters that PEFT's ``target_parameters`` names, in the order in which PEFT wraps them."""
+    if not targets:
+        return []
     full = {key: join(name, key) for key, parameter in module._parameters.items() if parameter is not None}
     return [key for key, path in full.items() if any(path == each or path.endswith(f".{each}") for each in targets)]
 

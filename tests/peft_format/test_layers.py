@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import load_adapter, preflight, save_adapter
+from lightning_lora.layers import LoRALayer
 from tests.peft_format.kinds import KINDS, WARNED, output, seeded, sequences, vectors
 from tests.peft_format.models import CLOSE, distance, in_peft, trained, trained_by_peft
 
@@ -112,3 +113,18 @@ def test_peft_needs_merging_in_torchs_fused_encoder(tmp_path: Path) -> None:
     theirs = in_peft(seeded(build), tmp_path)
     assert distance(output(theirs, sequences), output(seeded(build), sequences)) == 0
     assert distance(output(theirs.merge_and_unload(), sequences), output(ours, sequences)) <= CLOSE
+
+
+def test_layers_called_like_the_factors_keep_their_biases(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.ModuleDict({"A": nn.Linear(4, 4), "B": nn.Linear(4, 4)})
+
+    ours = trained(seeded(build), target_modules=["A"], bias="all")
+    with torch.no_grad():
+        ours["B"].bias.add_(1.0)
+    save_adapter(ours, tmp_path)
+    back = seeded(build)
+    load_adapter(back, tmp_path)
+    assert torch.equal(back["B"].bias, ours["B"].bias)
+    assert isinstance(back["A"], LoRALayer)
+    assert not isinstance(back["B"], LoRALayer)
