@@ -58,6 +58,7 @@ _BOTTOM_UP = [
         "layers.norm",
         "ops",
         "option_checks",
+        "recomputed",
         "report",
     },
     {"analysis.shapes", "config", "conv_ops", "disk.tied_heads", "layers.embedding", "layers.linear", "layers.weight"},
