@@ -58,6 +58,7 @@ _BOTTOM_UP = [
         "layers.norm",
         "ops",
         "option_checks",
+        "recomputed",
         "report",
         "training.company",
         "training.one_file",

@@ -109,6 +109,14 @@ class Adapter(nn.Module, ABC):
         """Return what is added to the layer's bias, for every output feature that is adapted, or None."""
         return None
 
+    def still(self) -> Adapter:
+        """Return this adapter with the tensors that it has now, detached, whichever may take their places in it."""
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        for table in ("_parameters", "_buffers"):
+            vars(twin)[table] = {name: None if t is None else t.detach() for name, t in vars(self)[table].items()}
+        return twin
+
     @abstractmethod
     def has_effect(self, weight: Tensor) -> bool:
         """Return whether the layer computes something else than with this base weight."""

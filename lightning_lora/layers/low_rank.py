@@ -145,7 +145,8 @@ class LowRankAdapter(Adapter):
         total = add(part, B.to(dtype), A.to(dtype), alpha=self.spec.scaling)
         if self.spec.use_dora:
             total = total * (whole(self.magnitude) / self.row_norms(part)).unsqueeze(1)
-        return self.as_stored(matrix.index_copy(0, self.index, total) if self.spec.rows else total)
+        # Not index_copy: its backward keeps what was copied, for the shape.
+        return self.as_stored(matrix.index_put((self.index,), total) if self.spec.rows else total)
 
     @override
     @torch.no_grad()

@@ -107,9 +107,8 @@ class TiedWeightLoRALayer(WeightLoRALayer):
         return {}
 
     @override
-    def combined(self, parameter: str) -> Tensor:
-        combined: Tensor = self.lora.combined(whole(base_parameter(self, parameter)))
-        return combined
+    def adapters_of(self, parameter: str) -> list[Adapter]:
+        return [self.lora] if parameter == self.lora.parameter else []
 
 
 def swapped_as_follower(module: nn.Module) -> Behaviour:
