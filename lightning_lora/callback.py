@@ -9,7 +9,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -23,20 +22,22 @@ from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
 from lightning_lora.sharding import shapes_shown
 from lightning_lora.state import allow_missing_base
-from lightning_lora.training import checks, load_guard
+from lightning_lora.training import checks, coming_checkpoint, load_guard
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.advice import explain
 from lightning_lora.training.attaching import Attaching
-from lightning_lora.training.company import bad_company, copies_of_the_base, foreign, has_callback
+from lightning_lora.training.company import bad_company, copies_of_the_base, has_callback, mixed_names
 from lightning_lora.training.fit_diagnostics import diagnostics_of
 from lightning_lora.training.fit_export import export_fit, refused_export
 from lightning_lora.training.guidance import questionable_settings
+from lightning_lora.training.import_names import overrides, with_twins
 from lightning_lora.training.method_wraps import MethodWraps
 from lightning_lora.training.strategies import lost_training
 from lightning_lora.training.verdicts import as_misconfiguration, judge, refuse, warn
 from lightning_lora.warm_start import start_from
 
 load_guard.install()
+coming_checkpoint.install()
 
 
 class LoRACallback(Callback):
@@ -107,7 +108,7 @@ class LoRACallback(Callback):
         """Called when fit, validate, test or predict begins: attach, or arrange to attach once the layers exist."""
         self._unhook()
         self._fit_succeeded = False
-        refuse(foreign(trainer, pl_module))
+        refuse(mixed_names(trainer, pl_module, self))
         refuse(bad_company(trainer, self))
         if message := copies_of_the_base(trainer):
             rank_zero_info(message)
@@ -115,7 +116,8 @@ class LoRACallback(Callback):
             refuse(lost_training(trainer.strategy))
         with as_misconfiguration():
             checkpoints = adapter_checkpoints(trainer.strategy)
-        self._layout, checkpoints.check_base, checkpoints.attach_late = checkpoints.layout, self.check_base, None
+        self._layout, checkpoints.check_base = checkpoints.layout, self.check_base
+        self._layout.when_wrapping = None
         self._load_hook = pl_module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
         )
@@ -125,7 +127,7 @@ class LoRACallback(Callback):
             self._wraps.after(pl_module, "configure_optimizers", self._repair_configured)
         elif merges(pl_module) and not lora_layers(pl_module):
             return  # evaluating a merged model: the adapter is in its weights
-        self._attaching.arrange(trainer, pl_module, self.config, checkpoints, self._wraps)
+        self._attaching.arrange(trainer, pl_module, self.config, self._layout, self._wraps)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,7 +165,7 @@ class LoRACallback(Callback):
         """Called before each training batch: at the first one, prove that every adapter has an effect, if asked to."""
         if self.probe and not self._probed:
             self._probed = True
-            if not is_overridden("forward", pl_module):
+            if not overrides(pl_module, "forward"):
                 raise MisconfigurationException(
                     f"LoRACallback.probe=True calls {type(pl_module).__name__}.forward with the first batch, but there "
                     "is none. Define forward, or leave probe out."
@@ -234,7 +236,7 @@ class LoRACallback(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when a stage fails: adapters stay, since checkpoints of the exception are written after this."""
-        explain(exception, pl_module, foreign(trainer, pl_module))
+        explain(exception, pl_module, mixed_names(trainer, pl_module, self))
         self._unhook()
         request(pl_module, None)
 
@@ -243,7 +245,7 @@ class LoRACallback(Callback):
     def _start(self, pl_module: LightningModule) -> None:
         """Start from another adapter, and refuse now what could not be exported later."""
         trainer = pl_module.trainer
-        if self.init_from is not None and trainer.ckpt_path is None:
+        if self.init_from is not None and coming_checkpoint.path_of(trainer) is None:
             with self._layout.at_hand():
                 start = start_from(pl_module, self.init_from, check_base=self.check_base)
             rank_zero_info(f"LoRA: started from {self.init_from}: {start}")
@@ -292,3 +294,7 @@ class LoRACallback(Callback):
     def _warn_of_untrained(self, pl_module: LightningModule) -> None:
         with self._layout.at_hand():
             warn(checks.untrained_adapters(pl_module))
+
+
+# The command line of pytorch_lightning takes callbacks of its own make only; it has been imported before this then.
+LoRACallback.__bases__ = with_twins(Callback)

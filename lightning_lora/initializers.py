@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -64,11 +65,16 @@ def seeded(seed: int) -> torch.Generator:
 INITIALIZERS: dict[str, Initializer] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}
 
 
+@functools.cache  # a model has thousands of layers and a handful of shapes
+def _as_text(shape: Sequence[int]) -> str:
+    return str(tuple(shape))
+
+
 def layer_seed(seed: int, name: str, shape: Sequence[int]) -> int:
     """Return the seed of one layer's start.
 
     It depends on nothing but the run's seed, the layer's qualified name and the full shape of its weight, so every
     rank, world size and choice of other targets draws the same ``A``.
     """
-    text = f"{seed}:{name}:{tuple(shape)}"
+    text = f"{seed}:{name}:{_as_text(shape)}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

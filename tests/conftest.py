@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import ops
+from lightning_lora import ops, recomputed
 
 
 class TinyModel(nn.Module):
@@ -42,6 +42,7 @@ def _fast_path_for_small_layers(request: pytest.FixtureRequest, monkeypatch: pyt
     """Layers of tests are too small for the fast path to be chosen; it is what users of real ones get."""
     if "usual_paths" not in request.keywords:
         monkeypatch.setattr(ops, "_FEW", 0)
+        monkeypatch.setattr(recomputed, "_FEW", 0)
 
 
 @pytest.fixture(autouse=True)

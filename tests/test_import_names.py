@@ -1,4 +1,4 @@
-"""Lightning has two import names, whose classes are not each other's: both work, or the mix is refused in words."""
+"""Lightning has two import names, whose classes are not each other's: both work, and mixes are refused in words."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRACallback, detach, load_adapter, lora_layers
+from lightning_lora.training.one_file import in_one_move
 from tests.toys import FEATURES, Toy, digest, loader, network
 from tests.training.test_adapter_checkpoints import fitted, read
 
@@ -41,41 +42,65 @@ class OtherToy(other.LightningModule):
     configure_optimizers = Toy.configure_optimizers
 
 
-def says_which_name(message: str) -> bool:
-    return "pytorch_lightning" in message and "lightning.pytorch" in message
+def fit_with(name: Any, module: Any, *callbacks: Any, **options: Any) -> None:
+    run = name.Trainer(callbacks=[LoRACallback(rank=4), *callbacks], **(QUIET | options))
+    run.fit(module, loader())
 
 
-def trains_or_says_why(name: Any, module: Any, directory: Path, *callbacks: Any, **options: Any) -> bool:
-    """Check that a fit is what it is under one name, or refused with both names before it starts."""
-    checkpoint = name.callbacks.ModelCheckpoint(directory, save_last=True)
-    run = name.Trainer(callbacks=[LoRACallback(rank=4), checkpoint, *callbacks], **(QUIET | options))
-    try:
-        run.fit(module, loader())
-    except Exception as refusal:
-        assert says_which_name(str(refusal)), refusal  # noqa: PT017 - it may also work
-        assert not module.losses
-        return False
-    reference = Toy()
-    truth = lightning.pytorch.Trainer(callbacks=[LoRACallback(rank=4)], enable_checkpointing=False, **QUIET)
-    truth.fit(reference, loader())
+@pytest.mark.parametrize("strategy", ["auto", "named"])
+def test_all_under_the_other_name_trains_as_under_the_first(strategy: str, tmp_path: Path) -> None:
+    checkpoint, module, reference = other.callbacks.ModelCheckpoint(tmp_path, save_last=True), OtherToy(), Toy()
+    named = other.strategies.SingleDeviceStrategy("cpu")
+    fit_with(other, module, checkpoint, strategy=named if strategy == "named" else "auto")
+    fit_with(lightning.pytorch, reference, enable_checkpointing=False)
     assert set(read(checkpoint.last_model_path)["state_dict"]) == ADAPTER
     assert digest(module) == digest(reference)
     assert module.losses == reference.losses
     detach(module)
     assert digest(module.net) == digest(network())
-    return True
 
 
-def test_all_under_the_name_that_lightning_lora_imports_works(tmp_path: Path) -> None:
-    assert trains_or_says_why(lightning.pytorch, Toy(), tmp_path)
+@pytest.mark.parametrize("built_in", ["setup", "configure_model"])
+def test_layers_may_come_late_under_the_other_name(built_in: str) -> None:
+    class Late(OtherToy):
+        def __init__(self) -> None:
+            super().__init__()
+            del self.net
+
+    def build(self: Any, **_: Any) -> None:
+        if not hasattr(self, "net"):
+            self.net = network()
+
+    setattr(Late, built_in, build)
+    module = Late()
+    fit_with(other, module, enable_checkpointing=False)
+    assert set(lora_layers(module)) == {"net.0", "net.2", "net.4"}
 
 
-def test_all_under_the_other_name_works_or_is_refused_with_the_reason(tmp_path: Path) -> None:
-    trains_or_says_why(other, OtherToy(), tmp_path)
+def test_a_checkpoint_evaluates_under_the_other_name_without_options(tmp_path: Path) -> None:
+    _, trained, path = fitted(tmp_path)
+    module = OtherToy()
+    run = other.Trainer(callbacks=[LoRACallback()], enable_checkpointing=False, **QUIET)
+    [found] = run.test(module, loader(), ckpt_path=path, verbose=False)
+    [expected] = lightning.pytorch.Trainer(**QUIET).test(trained, loader(), verbose=False)
+    assert found == expected
 
 
-def test_a_strategy_under_the_other_name_works_or_is_refused_with_the_reason(tmp_path: Path) -> None:
-    trains_or_says_why(other, OtherToy(), tmp_path, strategy=other.strategies.SingleDeviceStrategy("cpu"))
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "16-true"])
+def test_precision_plugins_under_the_other_name_are_known(precision: str) -> None:
+    module, reference = OtherToy(), Toy()
+    fit_with(other, module, enable_checkpointing=False, precision=precision)
+    fit_with(lightning.pytorch, reference, enable_checkpointing=False, precision=precision)
+    assert digest(module) == digest(reference)
+
+
+@pytest.mark.parametrize(("trainers", "callbacks"), [(lightning.pytorch, other), (other, lightning.pytorch)])
+def test_a_callback_under_another_name_than_the_trainers_is_refused(trainers: Any, callbacks: Any) -> None:
+    module = Toy() if trainers is lightning.pytorch else OtherToy()
+    with pytest.raises(Exception, match=rf"from {trainers.__name__}, .* EarlyStopping from {callbacks.__name__}\."):
+        fit_with(trainers, module, callbacks.callbacks.EarlyStopping("train_loss"), enable_checkpointing=False)
+    assert not module.losses
+    assert not lora_layers(module)
 
 
 @pytest.mark.parametrize("module", [Toy, OtherToy])
@@ -86,20 +111,17 @@ def test_lightning_itself_refuses_a_module_under_another_name_than_the_trainers(
         run.fit(module(), loader())
 
 
-@pytest.mark.parametrize("kind", ["EMAWeightAveraging", "StochasticWeightAveraging", "BackboneFinetuning"])
-def test_callbacks_under_the_other_name_are_recognised_or_refused(kind: str) -> None:
-    """These are refused under the one name, for reasons that hold under the other as well."""
-    options = {"StochasticWeightAveraging": {"swa_lrs": 1e-2}}.get(kind, {})
+@pytest.mark.parametrize("kind", ["EMAWeightAveraging", "StochasticWeightAveraging", "ModelPruning"])
+def test_callbacks_that_do_not_go_with_lora_are_refused_under_both_names(kind: str) -> None:
+    options = {"StochasticWeightAveraging": {"swa_lrs": 1e-2}, "ModelPruning": {"pruning_fn": "l1_unstructured"}}
     messages = []
-    for name in (lightning.pytorch, other):
-        callback = getattr(name.callbacks, kind)(**options)
-        callbacks = [callback, LoRACallback(rank=4)]
-        run = lightning.pytorch.Trainer(callbacks=callbacks, enable_checkpointing=False, **QUIET)
-        with pytest.raises(Exception) as caught:  # noqa: PT011 - the message is what counts
-            run.fit(Toy(), loader())
+    for name, module in ((lightning.pytorch, Toy()), (other, OtherToy())):
+        callbacks = [getattr(name.callbacks, kind)(**options.get(kind, {})), LoRACallback(rank=4)]
+        run = name.Trainer(callbacks=callbacks, enable_checkpointing=False, **QUIET)
+        with pytest.raises(Exception, match=kind) as caught:
+            run.fit(module, loader())
         messages.append(str(caught.value))
-    expected, found = messages
-    assert found == expected or says_which_name(found)
+    assert messages[0] == messages[1]
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -116,3 +138,12 @@ def test_an_adapter_of_one_name_loads_into_a_module_of_the_other(tmp_path: Path)
     x = torch.randn(3, FEATURES)
     assert torch.equal(module.net(x), trained.net(x))
     assert len(lora_layers(module)) == 3
+
+
+@pytest.mark.parametrize("name", [lightning.pytorch, other])
+def test_checkpoints_of_both_names_are_moved_into_their_place_whole(name: Any, tmp_path: Path) -> None:
+    run = name.Trainer(enable_checkpointing=False, **QUIET)
+    with in_one_move(run.strategy, tmp_path / "last.ckpt") as place:
+        assert place != tmp_path / "last.ckpt"
+        place.write_bytes(b"whole")
+    assert (tmp_path / "last.ckpt").read_bytes() == b"whole"

@@ -168,9 +168,19 @@ def test_a_bad_value_is_a_usage_error_that_names_it(flag: str, words: list[str],
         assert word in outcome.errors[outcome.errors.index(error) :]
 
 
+UNDER_THE_OTHER_NAME = """
+from tests.other_name import under_the_other_name
+under_the_other_name("tests.toys")
+under_the_other_name("tests.cli_app").main()
+"""
+
+
 @pytest.mark.slow
-def test_it_works_from_a_real_shell(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.cli_app", "fit", *RUN, *CALLBACK]
+@pytest.mark.parametrize("script", [["-m", "tests.cli_app"], ["-c", UNDER_THE_OTHER_NAME]])
+def test_it_works_from_a_real_shell_under_both_of_lightnings_names(script: list[str], tmp_path: Path) -> None:
+    if "-c" in script:
+        pytest.importorskip("pytorch_lightning")
+    command = [sys.executable, *script, "fit", *RUN, *CALLBACK]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0, process.stderr

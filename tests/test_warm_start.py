@@ -168,3 +168,11 @@ def test_nothing_is_exported_after_a_failed_fit(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="boom"):
         trainer(LoRACallback(rank=4, export_dir=str(tmp_path / "peft"))).fit(Fails(), loader())
     assert not (tmp_path / "peft").exists()
+
+
+def test_a_run_that_resumes_does_not_look_for_the_other_adapter_and_the_next_one_does(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path / "earlier")
+    run = trainer(LoRACallback(rank=4, init_from=str(tmp_path / "missing")), max_steps=0)
+    run.fit(Toy(), loader(), ckpt_path=path)
+    with pytest.raises((ValueError, FileNotFoundError), match="missing"):
+        run.fit(Toy(), loader())

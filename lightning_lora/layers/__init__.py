@@ -48,8 +48,11 @@ _NEEDED = frozenset(
 
 def taken_names(module: nn.Module) -> frozenset[str]:
     """Return the names of an adapted layer's own attributes that this module already uses for something else."""
-    by_class = _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
-    return by_class | (_NEEDED & {*vars(module), *module._parameters, *module._buffers, *module._modules})
+    taken = _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
+    for table in (vars(module), module._parameters, module._buffers, module._modules):
+        if not _NEEDED.isdisjoint(table):
+            taken |= _NEEDED & table.keys()
+    return taken
 
 
 @functools.cache

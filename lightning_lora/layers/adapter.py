@@ -80,6 +80,10 @@ class Adapter(nn.Module, ABC):
     def build(self, module: nn.Module, parameter: str) -> None:
         """Make the trainable parameters, at their start."""
 
+    def starts(self, weight: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - most start without looking at it
+        """Return the starts of the parameters that start from a base weight, given whole."""
+        return {}
+
     @abstractmethod
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
@@ -104,6 +108,14 @@ class Adapter(nn.Module, ABC):
     def bias_delta(self) -> Tensor | None:
         """Return what is added to the layer's bias, for every output feature that is adapted, or None."""
         return None
+
+    def still(self) -> Adapter:
+        """Return this adapter with the tensors that it has now, detached, whichever may take their places in it."""
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        for table in ("_parameters", "_buffers"):
+            vars(twin)[table] = {name: None if t is None else t.detach() for name, t in vars(self)[table].items()}
+        return twin
 
     @abstractmethod
     def has_effect(self, weight: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 import torch
@@ -66,6 +66,10 @@ class LoRALayer(Swapped):
             return {key: cast(Adapter, unwrapped(part)) for key, part in lora.items()}
         return {"weight": cast(Adapter, lora)}
 
+    def adapters_of(self, parameter: str) -> list[Adapter]:
+        """Return the adapters that update a parameter as a matrix, in their order."""
+        return [adapter for adapter in self.adapters().values() if adapter.parameter == parameter]
+
     def adapted_parameters(self) -> list[str]:
         """Return the names of this layer's parameters that hold the update after merging."""
         adapters = self.adapters().values()
@@ -79,11 +83,9 @@ class LoRALayer(Swapped):
 
     def combined(self, parameter: str) -> Tensor:
         """Return a parameter with the updates in it, whole and in its shape; float32, or float64 if either is."""
-        value = whole(base_parameter(self, parameter))
-        for adapter in self.adapters().values():
-            if adapter.parameter == parameter:
-                value = adapter.combined(value)
-            elif parameter == "bias" and (delta := adapter.bias_delta()) is not None:
+        value = updated(whole(base_parameter(self, parameter)), self.adapters_of(parameter))
+        for adapter in self.adapters().values() if parameter == "bias" else ():
+            if (delta := adapter.bias_delta()) is not None:
                 value = value.to(torch.promote_types(value.dtype, delta.dtype))
                 value = value.index_add(0, adapter.index, delta.to(value.dtype)) if adapter.spec.rows else value + delta
         return value
@@ -112,7 +114,14 @@ class LoRALayer(Swapped):
         """
         with torch.no_grad():
             weight = whole(base_parameter(self, parameter))
-            found = [adapter for adapter in self.adapters().values() if adapter.parameter == parameter]
+            found = self.adapters_of(parameter)
             if not found:
                 raise ValueError(f"{parameter!r} is not adapted; of this layer are {self.adapted_parameters()}.")
             return torch.stack([adapter.delta_weight(weight) for adapter in found]).sum(0)
+
+
+def updated(weight: Tensor, adapters: Iterable[Adapter]) -> Tensor:
+    """Return a weight with the updates of adapters in it; float32, or float64 if either is."""
+    for adapter in adapters:
+        weight = adapter.combined(weight)
+    return weight

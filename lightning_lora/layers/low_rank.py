@@ -54,11 +54,18 @@ class LowRankAdapter(Adapter):
         vars(self)["is_plain"] = not (spec.use_dora or spec.lora_bias or spec.rows)
         if spec.use_dora:
             with gathered([weight]):
-                norms = self.row_norms(self._rows(self.as_matrix(weight)))
-            self._parameters["magnitude"] = nn.Parameter(norms.to(self.kept_dtype(norms)))
+                self._parameters["magnitude"] = nn.Parameter(self.starts(weight)["magnitude"])
         if spec.lora_bias:
             bias = B.new_zeros(B.shape[0])
             self._parameters["bias"] = nn.Parameter(bias.to(self.kept_dtype(bias)))
+
+    @override
+    @torch.no_grad()
+    def starts(self, weight: Tensor) -> dict[str, Tensor]:
+        if not self.spec.use_dora:
+            return {}
+        norms = _roots(self._squares(self._rows(self.as_matrix(weight))))
+        return {"magnitude": norms.to(self.kept_dtype(norms))}
 
     @abstractmethod
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
@@ -118,12 +125,15 @@ class LowRankAdapter(Adapter):
     def row_norms(self, matrix: Tensor) -> Tensor:
         """Return the norms of the rows of ``matrix + scaling * B @ A`` without forming that sum; no gradient."""
         A, B = self._factors_in_float()
-        squares: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=A.dtype).square()
+        squares = self._squares(matrix)
         # In float32: where the update cancels most of a row, bfloat16 would leave nothing but rounding.
         crossed = ((matrix.to(A.dtype) @ A.T) * B).sum(1)
         update = ((B @ (A @ A.T)) * B).sum(1)
-        total = squares + 2 * self.spec.scaling * crossed + self.spec.scaling**2 * update
-        return total.clamp_min(torch.finfo(total.dtype).tiny).sqrt()  # a row of zeros has no direction to rescale
+        return _roots(squares + 2 * self.spec.scaling * crossed + self.spec.scaling**2 * update)
+
+    def _squares(self, matrix: Tensor) -> Tensor:
+        dtype = torch.promote_types(self.A.dtype, torch.float32)
+        return cast(Tensor, torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)).square()
 
     @override
     def combined(self, weight: Tensor) -> Tensor:
@@ -135,7 +145,8 @@ class LowRankAdapter(Adapter):
         total = add(part, B.to(dtype), A.to(dtype), alpha=self.spec.scaling)
         if self.spec.use_dora:
             total = total * (whole(self.magnitude) / self.row_norms(part)).unsqueeze(1)
-        return self.as_stored(matrix.index_copy(0, self.index, total) if self.spec.rows else total)
+        # Not index_copy: its backward keeps what was copied, for the shape.
+        return self.as_stored(matrix.index_put((self.index,), total) if self.spec.rows else total)
 
     @override
     @torch.no_grad()
@@ -218,6 +229,10 @@ class LowRankAdapter(Adapter):
         if self.A.dtype == dtype or torch.is_autocast_enabled(device_type):
             return self.A, self.B
         return self.A.to(dtype), self.B.to(dtype)
+
+
+def _roots(squares: Tensor) -> Tensor:
+    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()  # a row of zeros has no direction to rescale
 
 
 class _Rescaled(torch.autograd.Function):

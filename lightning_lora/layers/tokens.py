@@ -48,8 +48,11 @@ class TokenAdapter(Adapter):
     def build(self, module: nn.Module, parameter: str) -> None:
         weight = base_parameter(module, parameter)
         with gathered([weight]):
-            rows = weight.detach()[self.index].to(self.spec.dtype, copy=True)
-        self._parameters["rows"] = nn.Parameter(rows)
+            self._parameters["rows"] = nn.Parameter(self.starts(weight)["rows"])
+
+    @override
+    def starts(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"rows": weight.detach()[self.index].to(self.spec.dtype, copy=True)}
 
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
@@ -104,9 +107,8 @@ class TiedWeightLoRALayer(WeightLoRALayer):
         return {}
 
     @override
-    def combined(self, parameter: str) -> Tensor:
-        combined: Tensor = self.lora.combined(whole(base_parameter(self, parameter)))
-        return combined
+    def adapters_of(self, parameter: str) -> list[Adapter]:
+        return [self.lora] if parameter == self.lora.parameter else []
 
 
 def swapped_as_follower(module: nn.Module) -> Behaviour:

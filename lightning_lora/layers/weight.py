@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.eager import is_traced
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
-from lightning_lora.layers.adapter import base_parameter
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.adapter import Adapter, base_parameter
+from lightning_lora.layers.base import LoRALayer, updated
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.swap import Behaviour
-from lightning_lora.sharding import is_sharded
+from lightning_lora.ops import without_autocast
+from lightning_lora.recomputed import recomputed, recomputing
+from lightning_lora.sharding import is_sharded, whole
 
 # What naming a module of these kinds adapts; attention's output projection is a layer of its own.
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -146,7 +150,8 @@ class WeightLoRALayer(LoRALayer):
     """An adapted layer whose weights read as base plus update; its own forward runs unchanged.
 
     Exact for any forward that reads the weights, its own or its parent's, in training, evaluation and torch's fused
-    fast paths, at the price of forming the update at every read. The base stays in place under its own keys.
+    fast paths, at the price of forming the weight for every forward pass, and once more for backward instead of keeping
+    it. The base stays in place under its own keys.
     """
 
     @override
@@ -155,11 +160,27 @@ class WeightLoRALayer(LoRALayer):
         base = base_parameter(self, name)
         if self.lora_mode != "active" or is_sharded(base):  # fully_shard looks for its own parameter between forwards
             return base
-        return self.combined(name).to(base.dtype)
+        adapters = self.adapters_of(name)
+        sources = [base, *(cast(Tensor, each) for adapter in adapters for each in adapter._parameters.values())]
+        return recomputed((id(self), name), sources, partial(_formed, base, adapters), partial(_still, base, adapters))
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return super(LoRALayer, self).forward(*args, **kwargs)
+        if is_traced():
+            return super(LoRALayer, self).forward(*args, **kwargs)
+        with recomputing():
+            return super(LoRALayer, self).forward(*args, **kwargs)
+
+
+def _formed(base: Tensor, adapters: Sequence[Adapter]) -> Tensor:
+    """Return a weight with the updates in it, in its precision."""
+    with without_autocast(base.device.type):  # it is for the reader to round, as it does with any weight
+        return updated(whole(base), adapters).to(base.dtype)
+
+
+def _still(base: Tensor, adapters: Sequence[Adapter]) -> Callable[[], Tensor]:
+    """Return what ``_formed`` would compute now, for later."""
+    return partial(_formed, base.detach(), [adapter.still() for adapter in adapters])
 
 
 class RecurrentLoRALayer(WeightLoRALayer):

@@ -67,7 +67,7 @@ class Obstacles:
             return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it{remedy}"
         if self._automatic and id(module) in self._heads:
             return "output embedding of a transformers model"
-        if rank > min(shape):
+        if rank > shape[0] or rank > shape[1]:
             return f"rank {rank} is above {min(shape)}, the highest rank of its weight; give it less with rank_pattern"
         if self._asks_for_more:
             return self._of_options(weight_name.rpartition(".")[2], module, adapter)

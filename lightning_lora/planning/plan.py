@@ -64,6 +64,7 @@ class _Planner:
         self.parameters = parameter_names(self.parts)
         self.obstacles = Obstacles(config, self.parts.values(), tied_names(self.parameters))
         self.adapter_dtype: torch.dtype = getattr(torch, config.adapter_dtype)
+        self.extras = config.use_dora + config.lora_bias  # numbers besides the factors, for each output feature
         self.problems: list[str] = []
 
     def plan(self) -> Plan:
@@ -128,6 +129,8 @@ class _Planner:
         return pattern if adapter is not None or insists else None
 
     def _slicing_key(self, names: tuple[str, ...]) -> str | None:
+        if not self.config.target_slices:
+            return None
         keys = [key for key in self.config.target_slices if selected((key,), names)]
         if len(keys) > 1:
             self.problems.append(
@@ -232,6 +235,7 @@ class _Planner:
         weight_name = join(name, parameter)
         reason = self.obstacles.of(weight_name, submodule, adapter, rank, shape, named=pattern != ALL_LINEAR)
         if reason is None:
+            size = rank * (shape[0] + shape[1])
             plan.layers.append(
                 PlannedLayer(
                     name=name,
@@ -243,21 +247,18 @@ class _Planner:
                     key=key,
                     in_weight=adapter.needs_weight(submodule) or self.obstacles.is_read_by_parent(submodule),
                     label=label,
-                    size=self._size(adapter.stack(submodule, parameter) * rank, shape),
+                    size=adapter.stack(submodule, parameter) * size + shape[0] * self.extras,
                 )
             )
             if self.obstacles.tied:
                 self._untie(plan, weight_name)
-            if rank * sum(shape) >= shape[0] * shape[1]:
+            if size >= shape[0] * shape[1]:
                 plan.wasteful.append(f"{label} (rank {rank}, weight {shape[0]} x {shape[1]})")
         elif pattern == ALL_LINEAR:
             plan.left_out[label] = reason
         else:
             option = pattern if pattern.startswith(_OPTIONS) else f"target_modules={pattern!r}"
             self.problems.append(f"{option}: {label!r} cannot be adapted: {reason}.")
-
-    def _size(self, rank: int, shape: tuple[int, int]) -> int:
-        return rank * sum(shape) + shape[0] * (self.config.use_dora + self.config.lora_bias)
 
     def _untie(self, plan: Plan, weight_name: str) -> None:
         others = [other for other in self.obstacles.tied.get(weight_name, ()) if other not in plan.untied]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -34,6 +33,7 @@ from lightning_lora.targets import clean_name, walk
 from lightning_lora.training.layouts import Layout
 from lightning_lora.training.one_file import in_one_move
 from lightning_lora.training.strategies import layout_of
+from lightning_lora.training.whole_checkpoint import factor_names, load_base
 
 _INSTALLED = "_lora_checkpoints"
 
@@ -48,7 +48,6 @@ class AdapterCheckpoints:
     """
 
     _REPLACED = (
-        "setup",
         "lightning_module_state_dict",
         "optimizer_state",
         "save_checkpoint",
@@ -60,7 +59,6 @@ class AdapterCheckpoints:
     def __init__(self, strategy: Strategy, layout: Layout) -> None:
         self.strategy, self.layout = strategy, layout
         self.check_base = True
-        self.attach_late: Callable[[Mapping[str, Any] | None], None] | None = None
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
 
     def install(self) -> None:
@@ -68,16 +66,6 @@ class AdapterCheckpoints:
         for name in self._REPLACED:
             setattr(self.strategy, name, getattr(self, name))
         setattr(self.strategy, _INSTALLED, self)
-
-    def setup(self, trainer: Trainer) -> None:
-        """Set the strategy up, with whatever was to be attached before."""
-        self._attach_now(None)
-        self.own["setup"](trainer)
-
-    def _attach_now(self, record: Mapping[str, Any] | None) -> None:
-        attach, self.attach_late = self.attach_late, None
-        if attach is not None:
-            attach(record)
 
     @property
     def module(self) -> LightningModule:
@@ -129,13 +117,15 @@ class AdapterCheckpoints:
             read = functools.partial(Strategy.load_checkpoint, self.strategy)
             if Path(path).is_dir():
                 raise ValueError(
-                    f"{str(path)!r} is a directory: a sharded checkpoint of a whole model, not an adapter's. Load it "
-                    "in configure_model, as the base that the adapter is trained on."
+                    f"{str(path)!r} is a directory: a sharded checkpoint of a whole model, not an adapter's. Nothing "
+                    "was changed. Make it one file and give that, which becomes the base: by `python -m "
+                    "lightning.pytorch.utilities.consolidate_checkpoint`, or DeepSpeed's by "
+                    "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict. Or load it in "
+                    "configure_model."
                 )
         with reading(path):
             checkpoint = read(path, weights_only=weights_only)
         check_is_checkpoint(checkpoint, path)
-        self._attach_now(checkpoint.get(RECORD_KEY))
         return cast(dict[str, Any], checkpoint)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -151,7 +141,7 @@ class AdapterCheckpoints:
 
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         module, state, record = self.module, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
-        if record is not None or any(name in state for name in _factors(module)):
+        if record is not None or any(name in state for name in factor_names(module)):
             self._load_adapter(state, record, strict)
         elif lora_layers(module):
             self._load_base(cast(dict[str, Any], checkpoint), strict)
@@ -165,11 +155,14 @@ class AdapterCheckpoints:
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
         known = [*others, *self._metric_states()]
         problems += mismatches(adapters, state, known=known if strict else [*known, *state])
-        problems += other_shapes(others, state)
+        brought = {name: tensor for name, tensor in others.items() if name in state}
+        problems += other_shapes(self.layout.shown(brought), state)
         problems += self._other_base(recorded_base(record or {}), state)
         if problems:
             raise ValueError(mismatch_message(type(module).__name__, problems))
-        self._scatter(adapter_tensors(module) | others, state)
+        self.layout.fill(adapter_tensors(module), state)
+        self.layout.fill_base(brought, state)
+        self._load_metrics(state)
 
     def _other_base(self, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
         """Return how the base differs from the one that was trained on; what the file brings too will not."""
@@ -213,10 +206,7 @@ class AdapterCheckpoints:
 
     # --- parts of the state
 
-    @torch.no_grad()
-    def _scatter(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Copy whole tensors, which every process has, into the module's, and the states of its metrics."""
-        self.layout.fill(tensors, state)
+    def _load_metrics(self, state: Mapping[str, Any]) -> None:
         for name, metric in self._metrics():
             prefix = f"{name}."
             own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
@@ -236,10 +226,6 @@ class AdapterCheckpoints:
             if key not in frozen
         }
 
-    def _persistent(self) -> dict[str, Tensor]:
-        """Return what a full checkpoint of this module holds."""
-        return {clean_name(name): value for name, value in self.module.state_dict().items()}
-
     def _others(self) -> dict[str, Tensor]:
         """Return the tensors that a checkpoint may hold besides what was trained."""
         trained = adapter_tensors(self.module)
@@ -250,17 +236,9 @@ class AdapterCheckpoints:
         return {clean: value for name, value in state.items() if (clean := clean_name(name)) in keep}
 
     def _load_base(self, checkpoint: dict[str, Any], strict: bool) -> None:
-        module, state = self.module, checkpoint["state_dict"]
-        own, adapters = self._persistent(), _factors(module)
-        base = {name: value for name, value in own.items() if name not in adapters}
-        problems = mismatches(base, state) if strict else other_shapes(own, state)
-        if problems:
-            raise ValueError(
-                f"The checkpoint holds no adapter, and as a base it does not fit {type(module).__name__}; nothing was "
-                "changed:\n" + "\n".join(f"  - {problem}" for problem in problems)
-            )
-        self._scatter(base, state)
-        self.layout.base_loaded(state)
+        state = checkpoint["state_dict"]
+        load_base(self.module, self.layout, state, strict=strict, known=self._metric_states())
+        self._load_metrics(state)
         # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
         checkpoint.update(optimizer_states=[], lr_schedulers=[], callbacks={})
         checkpoint.pop("loops", None)
@@ -280,10 +258,6 @@ def adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
         found = AdapterCheckpoints(strategy, layout_of(strategy))
         found.install()
     return found
-
-
-def _factors(module: LightningModule) -> set[str]:
-    return {f"{name}.lora.{key}" for name, layer in lora_layers(module).items() for key in layer.lora.state_dict()}
 
 
 def _shapes(names: list[list[list[str]]]) -> str:

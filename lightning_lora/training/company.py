@@ -5,17 +5,22 @@ from __future__ import annotations
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 
+from lightning_lora.training.import_names import import_name, with_twins
+
 AVERAGING = (WeightAveraging, StochasticWeightAveraging)
 
 
-def foreign(trainer: object, module: object) -> str | None:
-    """Return what is wrong where the Trainer or the module come from Lightning's other package, or None."""
-    ours = isinstance(trainer, Trainer) and isinstance(module, LightningModule)
-    if ours and all(isinstance(callback, Callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+def mixed_names(trainer: Trainer, module: LightningModule, lora: Callback) -> str | None:
+    """Return what is wrong where Trainer, module and callbacks come from both of Lightning's packages, or None."""
+    others = [callback for callback in _callbacks(trainer) if not isinstance(callback, type(lora))]
+    names = {type(part).__name__: import_name(part) for part in (trainer, module, *others)}
+    strays = [f"{kind} from {name}" for kind, name in names.items() if name != import_name(trainer)]
+    if not strays:
         return None
     return (
-        "LoRACallback belongs to lightning.pytorch, and this Trainer, module or another callback to pytorch_lightning, "
-        "whose classes are not the same. Import all of them from lightning.pytorch."
+        f"This Trainer is from {import_name(trainer)}, and with it go {', '.join(strays)}. The two packages hold the "
+        "same classes, made twice, so Lightning would not know these for what they are. Import all from one; "
+        "LoRACallback goes with either."
     )
 
 
@@ -23,7 +28,7 @@ def bad_company(trainer: Trainer, lora: Callback) -> str | None:
     """Return what is wrong with the callbacks beside a LoRACallback, or None."""
     callbacks = _callbacks(trainer)
     for callback in callbacks[: callbacks.index(lora)]:
-        if isinstance(callback, AVERAGING):
+        if isinstance(callback, with_twins(*AVERAGING)):
             return (
                 f"{type(callback).__name__} is listed before LoRACallback, so it would average a copy without "
                 "adapters. List LoRACallback first."
@@ -31,7 +36,7 @@ def bad_company(trainer: Trainer, lora: Callback) -> str | None:
     for callback in callbacks:
         if isinstance(callback, type(lora)) and callback is not lora:
             return "Two LoRACallbacks in one Trainer; put all targets into one."
-        if isinstance(callback, (BaseFinetuning, ModelPruning)):
+        if isinstance(callback, with_twins(BaseFinetuning, ModelPruning)):
             return (
                 f"{type(callback).__name__} changes which parameters train, and so does LoRACallback. Remove one "
                 "of them; modules_to_save trains whole modules beside the adapters."
@@ -41,7 +46,8 @@ def bad_company(trainer: Trainer, lora: Callback) -> str | None:
 
 def copies_of_the_base(trainer: Trainer) -> str | None:
     """Return what is to be said of callbacks that keep a copy of the module, or None."""
-    names = [type(callback).__name__ for callback in _callbacks(trainer) if isinstance(callback, AVERAGING)]
+    averaging = with_twins(*AVERAGING)
+    names = [type(callback).__name__ for callback in _callbacks(trainer) if isinstance(callback, averaging)]
     if not names:
         return None
     return f"LoRA: {', '.join(names)} keeps a copy of the whole module, the frozen base included."
@@ -49,7 +55,7 @@ def copies_of_the_base(trainer: Trainer) -> str | None:
 
 def has_callback(trainer: Trainer, *kinds: type[Callback]) -> bool:
     """Return whether a callback of one of these kinds is there."""
-    return any(isinstance(callback, kinds) for callback in _callbacks(trainer))
+    return any(isinstance(callback, with_twins(*kinds)) for callback in _callbacks(trainer))
 
 
 def _callbacks(trainer: Trainer) -> list[Callback]:

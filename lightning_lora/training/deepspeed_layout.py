@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
@@ -98,6 +98,11 @@ class DeepSpeedLayout(Layout):
                 _functions().safe_set_full_fp32_param(tensor, values[name].to(tensor.device))
 
     @override
+    def fill_base(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self.fill({name: tensor}, values)
+
+    @override
     def shape(self, name: str, parameter: Tensor) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -179,8 +184,7 @@ class DeepSpeedLayout(Layout):
     # --- parts
 
     def _stage(self) -> int:
-        assert isinstance(self.strategy, DeepSpeedStrategy)
-        config: dict[str, Any] = self.strategy.config or {}
+        config: dict[str, Any] = cast(DeepSpeedStrategy, self.strategy).config or {}
         return int(config.get("zero_optimization", {}).get("stage", 0))
 
     def _places(self, optimizer: Any) -> dict[int, int]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -12,14 +14,26 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import _Policy
+from torch.distributed.fsdp.wrap import wrap
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.attachment import named_tensors
 from lightning_lora.fingerprint import fingerprint
-from lightning_lora.layers import Adapter, LoRALayer
+from lightning_lora.layers import LoRALayer
 from lightning_lora.state import adapter_tensors, base_tensors
 from lightning_lora.surgery import merge
+from lightning_lora.targets import clean_name, join, listed
+from lightning_lora.training.fsdp_units import (
+    adapters_apart,
+    is_ours_alone,
+    mixed_adapters,
+    own_modules,
+    trained_outside,
+    units_of,
+    wrap_adapters,
+    wrapping,
+)
 from lightning_lora.training.layouts import Layout, refuse_reading_across
 from lightning_lora.training.process_slices import Key, slices_of_all, told_by_all
 
@@ -35,6 +49,7 @@ class FSDPLayout(Layout):
         super().__init__(strategy)
         self._shapes: dict[str, torch.Size] = {}  # of the whole parameters, which FSDP hides
         self._slices: dict[str, int] | None = None
+        self._noted: Callable[[], LightningModule | None] = lambda: None  # whose shapes they are
 
     @override
     def prepare(self) -> None:
@@ -44,21 +59,59 @@ class FSDPLayout(Layout):
                 "LoRACallback needs FSDPStrategy(use_orig_params=True), Lightning's default: without it the names of "
                 "the adapters' parameters are lost, and optimizers and checkpoints cannot tell them from frozen ones."
             )
-        kwargs["auto_wrap_policy"] = _adapters_apart(kwargs.get("auto_wrap_policy"))
+        kwargs["auto_wrap_policy"] = adapters_apart(kwargs.get("auto_wrap_policy"))
+        context = functools.partial(wrapping, self._fsdp.model_sharded_context, self._tell_wrapping)
+        self._fsdp.model_sharded_context = context  # type: ignore[method-assign]
 
     @override
     def attached(self, module: LightningModule) -> None:
         refuse_reading_across(module, "FSDPStrategy", "ModelParallelStrategy (FSDP2)")
-        if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
-            if not adapter_tensors(module).keys() <= self._shapes.keys():
-                raise NotImplementedError(
-                    f"This {type(module).__name__} was wrapped by FSDP in configure_model, or by another Trainer's "
-                    "strategy. Leave wrapping to FSDPStrategy(auto_wrap_policy=...), which gives adapters units of "
-                    "their own, and use a fresh module."
-                )
+        if self.is_divided(module):
+            self._complete_wrapping(module)
             return
+        if units_of(module):
+            raise NotImplementedError(
+                f"{type(module).__name__} was wrapped by FSDP(...) itself, or by another Trainer's strategy. In "
+                "configure_model call lightning_lora.attach(self) and then wrap(...) of torch.distributed.fsdp.wrap, "
+                "or leave wrapping to FSDPStrategy(auto_wrap_policy=...); and use a fresh module."
+            )
+        self._fsdp.kwargs["auto_wrap_policy"] = adapters_apart(self._fsdp.kwargs.get("auto_wrap_policy"))
+        self._noted = weakref.ref(module)
         self._slices, self._base = None, fingerprint(base_tensors(module))  # slices do not say which part they are
         self._shapes = {name: tensor.shape for name, tensor in named_tensors(module).items()}
+
+    @override
+    def is_divided(self, module: LightningModule) -> bool:
+        return self._noted() is module and bool(units_of(module))
+
+    @override
+    def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+        if names := mixed_adapters(self._model):
+            raise NotImplementedError(
+                f"FSDP holds the adapters of {listed(names)} together with frozen weights, which would be given "
+                "gradients. In configure_model use wrap(...) of torch.distributed.fsdp.wrap instead of FSDP(...): it "
+                "gives adapters units of their own."
+            )
+        if names := trained_outside(self._model):
+            raise NotImplementedError(
+                f"{listed(names)} would train without FSDP, differently in each process: configure_model wraps other "
+                "modules only, and then FSDPStrategy wraps nothing more. Wrap them, too, or the whole model last."
+            )
+
+    def _tell_wrapping(self) -> None:
+        if self.when_wrapping is not None:
+            self.when_wrapping()
+
+    def _complete_wrapping(self, module: LightningModule) -> None:
+        """Make units of the adapters in layers that were not wrapped; who wraps by hand has the rest whole."""
+        if late := [name for name in named_tensors(module) if name not in self._shapes]:
+            raise NotImplementedError(
+                f"{listed(late)} came into {type(module).__name__} after it had wrapped a part of itself, too late for "
+                "adapters. In configure_model build all layers, call lightning_lora.attach(self), and wrap then."
+            )
+        wrap_adapters(module, wrap)
+        if is_ours_alone(self._fsdp.kwargs.get("auto_wrap_policy")):
+            del self._fsdp.kwargs["auto_wrap_policy"]  # Lightning warns that it ignores it
 
     @property
     @override
@@ -67,12 +120,17 @@ class FSDPLayout(Layout):
 
     @property
     def _fsdp(self) -> FSDPStrategy:
-        assert isinstance(self.strategy, FSDPStrategy)
-        return self.strategy
+        return cast(FSDPStrategy, self.strategy)
+
+    @property
+    def _model(self) -> nn.Module:
+        """What the strategy runs: the module, or the unit that it has become."""
+        assert self._fsdp.model is not None
+        return self._fsdp.model
 
     @override
     def shape(self, name: str, parameter: Tensor) -> torch.Size:
-        return self._shapes[name]
+        return self._shapes.get(name, parameter.shape)
 
     @override
     def gather(self, tensors: Mapping[Key, Tensor], name_of: Callable[[Key], str]) -> dict[Key, Tensor]:
@@ -101,6 +159,24 @@ class FSDPLayout(Layout):
         return value.flatten()[start : start + like.numel()].view(like.shape).to(like.device)
 
     @override
+    @torch.no_grad()
+    def fill_base(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        wanted = {name for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and name in values}
+        paths, filled = {id(part): clean_name(path) for path, part in self.module.named_modules()}, set[str]()
+        for unit in units_of(self._model) if wanted else []:  # the outermost first, or FSDP takes another for it
+            with FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=True):
+                own = {
+                    join(paths[id(part)], key): parameter
+                    for part in own_modules(unit)
+                    for key, parameter in part._parameters.items()
+                    if parameter is not None
+                }
+                for name in own.keys() & wanted:
+                    own[name].copy_(values[name])
+                    filled.add(name)
+        self.fill({name: tensor for name, tensor in tensors.items() if name not in filled}, values)
+
+    @override
     def refused_diagnostics(self) -> str | None:
         return (
             "diagnostics_every_n_steps: under FSDPStrategy a process holds flat slices of the factors and of the "
@@ -124,20 +200,16 @@ class FSDPLayout(Layout):
 
     def _group(self) -> dist.ProcessGroup | None:
         """Return the processes that a unit's parameters are divided among."""
-        units = self._units()
+        units = units_of(self._model)
         return units[0].process_group if units else None
-
-    def _units(self) -> list[FullyShardedDataParallel]:
-        assert self._fsdp.model is not None
-        return FullyShardedDataParallel.fsdp_modules(self._fsdp.model)
 
     @contextmanager
     def _unit_gathered(self, layer: LoRALayer) -> Iterator[None]:
         """Have the whole of one layer's weight and factors for a while; what is written to them stays."""
         units = [
             unit
-            for unit in self._units()
-            if any(part is layer for part in _own_modules(unit)) or any(unit is part for part in layer.modules())
+            for unit in units_of(self._model)
+            if any(part is layer for part in own_modules(unit)) or any(unit is part for part in layer.modules())
         ]
         with ExitStack() as stack:
             for unit in units:
@@ -148,37 +220,3 @@ class FSDPLayout(Layout):
             yield
             for name in hidden:
                 del layer._parameters[name]
-
-
-class _AdaptersApart(_Policy):
-    """The user's wrapping policy, and a unit of its own for every adapter."""
-
-    def __init__(self, inner: _Policy | None) -> None:
-        self.inner = inner
-
-    @override
-    def _run_policy(
-        self, root_module: nn.Module, ignored_modules: set[nn.Module], root_kwargs: dict[str, Any]
-    ) -> dict[nn.Module, dict[str, Any]]:
-        chosen = {} if self.inner is None else self.inner._run_policy(root_module, ignored_modules, root_kwargs)
-        adapters = [part for part in root_module.modules() if isinstance(part, Adapter) and part not in ignored_modules]
-        return chosen | {part: root_kwargs for part in adapters if part is not root_module}
-
-
-def _adapters_apart(policy: Any) -> Any:
-    """Return a wrapping policy that gives adapters units of their own, and leaves the rest to the user's."""
-    if policy is None or isinstance(policy, _Policy):
-        return policy if isinstance(policy, _AdaptersApart) else _AdaptersApart(policy)
-
-    def apart(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-        return recurse or isinstance(module, Adapter) or bool(policy(module, recurse, nonwrapped_numel))
-
-    return apart
-
-
-def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules whose parameters are in this unit, not in one below it."""
-    for part in unit.children():
-        if not isinstance(part, FullyShardedDataParallel):
-            yield part
-            yield from _own_modules(part)

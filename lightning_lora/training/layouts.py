@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,6 +28,7 @@ class Layout:
     """How a strategy spreads what is trained over its processes: whole in each, or as ``DTensor``."""
 
     _base: Fingerprint | None = None  # as it was when attaching, where the weights cannot be read later
+    when_wrapping: Callable[[], None] | None = None  # what to do before the module wraps the first part of itself
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
@@ -52,6 +53,10 @@ class Layout:
             NotImplementedError: The strategy cannot train such adapters.
         """
 
+    def is_divided(self, module: LightningModule) -> bool:  # noqa: ARG002
+        """Return whether adapters of this module were taken note of and cannot be read any more."""
+        return False
+
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of the frozen base; every process must call this."""
         return fingerprint(base_tensors(self.module)) if self._base is None else self._base
@@ -65,7 +70,8 @@ class Layout:
     def base_loaded(self, state: Mapping[str, Tensor]) -> None:
         """Take note that the base got other values, by their names in a whole model's state."""
         if self._base is not None:
-            self._base = fingerprint({name: state[name] for name in base_tensors(self.module) if name in state})
+            new = fingerprint({name: state[name] for name in base_tensors(self.module) if name in state})
+            self._base = {**self._base, **new}
 
     def gather(
         self,
@@ -91,7 +97,7 @@ class Layout:
     @property
     def divides_weights(self) -> bool:
         """Whether a process may have a part of a frozen weight only."""
-        return isinstance(self.strategy, ModelParallelStrategy)
+        return False
 
     def refused_export(self, module: LightningModule) -> str | None:
         """Return why a finished fit's adapter could not be exported here, or None."""
@@ -137,6 +143,17 @@ class Layout:
         for name, tensor in tensors.items():
             if name in values:
                 tensor.copy_(self.part(values[name], name, tensor))
+
+    def fill_base(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        """Do the same for a whole model, with little more of it in memory at a time than this process's part."""
+        self.fill(tensors, values)
+
+    def shown(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors without memory that have the shapes of the whole ones."""
+        return {
+            name: torch.empty(self.shape(name, tensor), dtype=tensor.dtype, device="meta")
+            for name, tensor in tensors.items()
+        }
 
     def shape(self, name: str, parameter: Tensor) -> torch.Size:  # noqa: ARG002
         """Return the shape of the whole of a parameter."""

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import lightning.pytorch.core.saving  # noqa: F401 - so that it is there to be guarded
-from typing_extensions import override
-
 from lightning_lora.checkpoint_file import RECORD_KEY
-
-_PLACES = ("lightning.pytorch.core.saving", "pytorch_lightning.core.saving")  # Lightning has two import names
+from lightning_lora.training.import_names import change_both
 
 
 def install() -> None:
-    """Have ``load_from_checkpoint`` refuse adapter checkpoints with a remedy; safe to repeat.
+    """Have ``load_from_checkpoint`` refuse adapter checkpoints with a remedy.
 
     With ``strict=False`` Lightning would drop the adapter without a word, and no hook of ours runs there: the module is
     the user's own class, and there is no Trainer.
     """
-    for place in _PLACES:
-        if place in sys.modules:
-            _guard(sys.modules[place])
-        elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _Watch())
+    change_both("core.saving", _guard)
 
 
 def _guard(saving: ModuleType) -> None:
@@ -49,25 +36,3 @@ def _guard(saving: ModuleType) -> None:
 
     load_state._lora_guard = True  # type: ignore[attr-defined]
     saving._load_state = load_state  # type: ignore[attr-defined]
-
-
-class _Watch(MetaPathFinder):
-    """Guards the other name's loader when a program imports it later."""
-
-    @override
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname not in _PLACES:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_guard(module: ModuleType) -> None:
-                execute(module)
-                _guard(module)
-
-            spec.loader.exec_module = execute_and_guard  # type: ignore[method-assign]
-        return spec

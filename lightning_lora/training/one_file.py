@@ -11,6 +11,8 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
+from lightning_lora.training.import_names import with_twins
+
 
 @contextmanager
 def in_one_move(strategy: Strategy, filepath: Any) -> Iterator[Any]:
@@ -20,7 +22,7 @@ def in_one_move(strategy: Strategy, filepath: Any) -> Iterator[Any]:
     process that is killed then leaves half a checkpoint under its final name.
     """
     path = Path(strategy.broadcast(filepath))
-    if type(strategy.checkpoint_io) is not TorchCheckpointIO or "://" in str(filepath) or path.is_dir():
+    if type(strategy.checkpoint_io) not in with_twins(TorchCheckpointIO) or "://" in str(filepath) or path.is_dir():
         yield filepath
         return
     place = path.with_name(f".{path.name}.part")

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.precision import (
 
 from lightning_lora.layers import lora_layers
 from lightning_lora.targets import listed
+from lightning_lora.training.import_names import with_twins
 
 # What these do can wait, since factors keep their own precision. Float64 cannot: a checkpoint would lose bits before.
 _CAN_WAIT = (DeepSpeedPrecision, FSDPPrecision, HalfPrecision, MixedPrecision, Precision)
@@ -27,7 +28,7 @@ def convert_layers(plugin: Precision, module: LightningModule) -> None:
     Raises:
         NotImplementedError: The plugin replaces layers that carry adapters already. Nothing was changed.
     """
-    if type(plugin) in _CAN_WAIT:
+    if type(plugin) in with_twins(*_CAN_WAIT):
         return
     before = [(part, dict(part._modules)) for part in module.modules()]
     adapted = lora_layers(module)

@@ -14,7 +14,9 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 
 from lightning_lora.training.deepspeed_layout import DeepSpeedLayout
 from lightning_lora.training.fsdp import FSDPLayout
+from lightning_lora.training.import_names import with_twins
 from lightning_lora.training.layouts import Layout
+from lightning_lora.training.model_parallel import ModelParallelLayout
 
 
 def layout_of(strategy: Strategy) -> Layout:
@@ -24,7 +26,7 @@ def layout_of(strategy: Strategy) -> Layout:
         NotImplementedError: The strategy is not supported, or not as it is set up.
     """
     for known, kind in reversed(_SUPPORTED.items()):  # DeepSpeedStrategy is a DDPStrategy, too
-        if isinstance(strategy, known):
+        if isinstance(strategy, with_twins(known)):
             layout = kind(strategy)
             layout.prepare()
             return layout
@@ -35,14 +37,9 @@ def layout_of(strategy: Strategy) -> Layout:
     )
 
 
-def is_restored_late(strategy: Strategy) -> bool:
-    """Return whether checkpoints are loaded when the module is wrapped already, too late to attach what they hold."""
-    return strategy.restore_checkpoint_after_setup
-
-
 def lost_training(strategy: Strategy) -> str | None:
     """Return why training a module without adapters would be lost, or None; ``ddp_spawn`` trains copies of it."""
-    if not isinstance(strategy.launcher, _MultiProcessingLauncher):
+    if not isinstance(strategy.launcher, with_twins(_MultiProcessingLauncher)):
         return None
     return (
         "With this launcher (spawn, fork or a notebook's) the adapters would exist in the workers only and be lost. "
@@ -54,6 +51,6 @@ _SUPPORTED: dict[type[Strategy], type[Layout]] = {
     SingleDeviceStrategy: Layout,
     DDPStrategy: Layout,
     FSDPStrategy: FSDPLayout,
-    ModelParallelStrategy: Layout,
+    ModelParallelStrategy: ModelParallelLayout,
     DeepSpeedStrategy: DeepSpeedLayout,
 }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import _ConfigAutoWrap
 
 
 class _Event:
@@ -36,6 +39,12 @@ class CPUFSDPStrategy(FSDPStrategy):
     def __init__(self, **options: Any) -> None:
         add_cpu_events()
         super().__init__(process_group_backend="gloo", **options)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        with super().model_sharded_context():
+            _ConfigAutoWrap.kwargs["device_id"] = torch.device("cpu")
+            yield
 
     def _setup_model(self, model: torch.nn.Module) -> torch.nn.Module:
         if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):

@@ -1,6 +1,6 @@
 """What two processes do in ``test_deepspeed.py``: Lightning starts this script once for each.
 
-Arguments: the directory for results, and the checkpoint of a single process.
+Arguments: the directory for results, and the checkpoint of a single process. The directory has those of whole models.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, lora_layers, ops
+from lightning_lora.sharding import gathered
 from tests.distributed.strategy_job import LORA, PROBE, Watch, Wide, exported
 from tests.toys import Toy, loader, network, trainer
 
@@ -27,6 +28,8 @@ class Single(Wide):
 
     def build(self) -> None:
         self.net = network()
+        with torch.no_grad(), gathered([self.net[2].weight], to_write=True):
+            self.net[2].weight.mul_(self.factor)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         rank, world = self.global_rank, self.trainer.world_size
@@ -157,9 +160,53 @@ def fit(
 
 
 def validation_loss(mode: str, ckpt_path: str) -> float:
-    run = trainer(LoRACallback(**LORA), strategy=strategy(mode), devices=2, limit_val_batches=2)
-    [result] = run.validate(Late(), loader(16), ckpt_path=ckpt_path, verbose=False)
+    """Return the loss of a checkpoint, by a callback that is told nothing of it."""
+    run = trainer(LoRACallback(), strategy=strategy(mode), devices=1 if mode == "single" else 2, limit_val_batches=2)
+    [result] = run.validate(Late() if "late" in mode else Single(), loader(16), ckpt_path=ckpt_path, verbose=False)
     return result["val_loss"]
+
+
+def write_whole_models(directory: Path) -> None:
+    """Write checkpoints from before LoRA, one of which does not fit."""
+    wider = Single()
+    wider.net[2] = nn.Linear(16, 17)
+    for name, module in {"net": Single(), "wider": wider, "kinds": Kinds()}.items():
+        run = trainer()
+        run.strategy.connect(module)
+        module.configure_model()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.5)
+        run.save_checkpoint(directory / f"{name}.ckpt")
+
+
+def on_whole_models(directory: Path, mode: str) -> dict[str, Any]:
+    """Train on their weights, given as ``ckpt_path``."""
+    found = {"net": fit(directory, "on_net", mode, 1, str(directory / "net.ckpt"))}
+    if mode in ("single", "3"):
+        module = Kinds()
+        found["kinds"] = fit(
+            directory, "on_kinds", mode, 1, str(directory / "kinds.ckpt"), module=module, options=module.OPTIONS
+        )
+    return found
+
+
+def refused(directory: Path, mode: str, checkpoint: str) -> str:
+    """Return what resuming from a checkpoint says."""
+    try:
+        fit(directory, "other", mode, 2, checkpoint)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def refused_on_another_base(directory: Path, mode: str, checkpoint: str) -> str:
+    """Return what resuming from a checkpoint says if one weight of the base is another."""
+    Wide.factor = 1.5
+    try:
+        return refused(directory, mode, checkpoint)
+    finally:
+        Wide.factor = 1.0
 
 
 def warned(directory: Path) -> list[str]:
@@ -183,8 +230,10 @@ def main() -> None:
             "from single": fit(directory, "from_single", mode, 2, single, keeps=False),
         }
         results[mode]["resumed"] = fit(directory, "resumed", mode, 2, results[mode]["half"]["last"], options=merging)
-    late = results["3 built late"]
-    late["validation"] = validation_loss("3", late["whole"]["last"])
+        results[mode]["other base"] = refused_on_another_base(directory, mode, single)
+        results[mode]["whole models"] = on_whole_models(directory, mode)
+        results[mode]["validation"] = validation_loss(mode, single)
+    results["misfit"] = refused(directory, "3", str(directory / "wider.ckpt"))
     results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)
     results["attention"] = fit(directory, "attention", "2", 2, module=Attends(), options=Attends.OPTIONS)
     results["warned"] = warned(directory)

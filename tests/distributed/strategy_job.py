@@ -1,6 +1,7 @@
 """What the processes do in ``test_every_strategy.py``: Lightning starts this script once for each.
 
-Arguments: the directory for results, the number of processes, the checkpoint of a single process, and the modes.
+Arguments: the directory for results, the number of processes, that of whole models, the checkpoint of a single process,
+and the modes.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -27,7 +30,8 @@ from tests.distributed.cpu_fsdp import CPUFSDPStrategy, DoubleFSDPPrecision
 from tests.toys import Toy, loader, network, trainer
 
 LORA = {"rank": 4, "modules_to_save": ["net.4"]}
-ON_META = ("fsdp1_policy", "fsdp2")
+ON_META = ("fsdp1_policy", "fsdp1_wrapped", "fsdp2")
+ON_WHOLE_MODELS = ("ddp", "fsdp1", "fsdp1_policy", "fsdp1_wrapped", "fsdp2", "tp", "tp_fsdp2")
 PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 
 
@@ -38,7 +42,8 @@ class Wide(Toy):
     built_on = "cpu"
 
     def build(self) -> None:
-        with torch.device(self.built_on), torch.no_grad():
+        # In configure_model the default dtype is the precision plugin's, and random weights would be others.
+        with torch.device(self.built_on), torch.no_grad(), float32_by_default():
             self.net = network(torch.float64)
             self.net[2].weight.mul_(self.factor)
 
@@ -48,6 +53,9 @@ class Wide(Toy):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         rank, world = self.share()
         return super().training_step([part[rank::world].double() for part in batch], batch_idx)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        super().validation_step([part.double() for part in batch], batch_idx)
 
     def share(self) -> tuple[int, int]:
         mesh = self.device_mesh
@@ -82,6 +90,44 @@ class Sharded(Wide):
             fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
+class Undivided(Sharded):
+    """Forgets to divide itself."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            super(Sharded, self).build()
+            attach(self)
+
+
+class ShardedInPart(Undivided):
+    """Forgets some layers."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+
+
+class FullyShardedOnly(Undivided):
+    """Forgets tensor parallelism."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+class Wrapped(Wide):
+    """Wraps layers in ``configure_model``, as users of FSDP do, and leaves one whole: its adapter alone is a unit."""
+
+    def build(self) -> None: ...
+
+    def configure_model(self) -> None:
+        if hasattr(self, "net"):
+            return
+        super().build()
+        attach(self)
+        self.net[0], self.net[4] = wrap(self.net[0]), wrap(self.net[4])
+
+
 class WideOnMeta(Wide):
     """Has no memory until the strategy gives it some, and then weights from ``reset_parameters``."""
 
@@ -92,6 +138,24 @@ class ShardedOnMeta(Sharded):
     """The same, sharded by itself."""
 
     built_on = "meta"
+
+
+class WrappedOnMeta(Wrapped):
+    """The same, wrapped by itself: all of it, since only units are given memory."""
+
+    built_on = "meta"
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.net = wrap(self.net)
+
+
+def module_of(mode: str, on_meta: bool = False) -> Wide:
+    if mode.startswith(("fsdp2", "tp")):
+        return ShardedOnMeta() if on_meta else Sharded()
+    if mode == "fsdp1_wrapped":
+        return WrappedOnMeta() if on_meta else Wrapped()
+    return WideOnMeta() if on_meta else Wide()
 
 
 def strategy(mode: str, processes: int) -> Strategy | str:
@@ -110,6 +174,14 @@ def strategy(mode: str, processes: int) -> Strategy | str:
         process_group_backend="gloo",
         save_distributed_checkpoint="distributed" in mode,
     )
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    yield
+    torch.set_default_dtype(before)
 
 
 class Watch(Callback):
@@ -180,6 +252,18 @@ def exported(directory: Path, mode: str, name: str) -> Path:
     return directory / mode / name / "peft"
 
 
+def run_of(mode: str, processes: int, *callbacks: Callback, nodes: int = 1, **options: Any) -> Trainer:
+    return trainer(
+        *callbacks,
+        strategy=strategy(mode, processes),
+        devices=processes // nodes,
+        num_nodes=nodes,
+        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
+        use_distributed_sampler=False,
+        **options,
+    )
+
+
 def fit(
     directory: Path,
     name: str,
@@ -190,9 +274,11 @@ def fit(
     merge: bool = False,
     nodes: int = 1,
 ) -> dict[str, Any]:
-    module = Sharded() if mode.startswith(("fsdp2", "tp")) else Wide()
+    module = module_of(mode)
     watch, checkpoint = Watch(), ModelCheckpoint(directory / mode / name, save_last=True)
-    run = trainer(
+    run = run_of(
+        mode,
+        processes,
         LoRACallback(
             **LORA,
             merge_on_teardown=merge,
@@ -201,13 +287,9 @@ def fit(
         ),
         *([] if merge else [checkpoint]),  # without one, the last state is exported
         watch,
+        nodes=nodes,
         max_epochs=epochs,
         max_steps=-1,
-        strategy=strategy(mode, processes),
-        devices=processes // nodes,
-        num_nodes=nodes,
-        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
-        use_distributed_sampler=False,
     )
     run.fit(module, loader(16), ckpt_path=ckpt_path)
     results = {
@@ -237,6 +319,42 @@ def refused_on_another_base(directory: Path, mode: str, processes: int, checkpoi
     return "nothing"
 
 
+def said_of(module: Wide, **sizes: int) -> str:
+    """Return what a fit of a module under ModelParallelStrategy of these sizes says, as an error or a warning."""
+    run = trainer(
+        LoRACallback(**LORA),
+        strategy=ModelParallelStrategy(process_group_backend="gloo", **sizes),
+        devices=dist.get_world_size(),
+        use_distributed_sampler=False,
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run.fit(module, loader(16))
+        except MisconfigurationException as error:
+            return str(error)
+    return "\n".join(text for each in caught if "LoRA" in (text := str(each.message)))
+
+
+def said_of_all() -> dict[str, str]:
+    """Return what is said of modules that forget to divide something."""
+    if dist.get_world_size() == 4:
+        return {"two kinds": said_of(FullyShardedOnly(), data_parallel_size=2, tensor_parallel_size=2)}
+    return {
+        "auto": said_of(Undivided()),
+        "data parallel": said_of(Undivided(), data_parallel_size=2, tensor_parallel_size=1),
+        "in part": said_of(ShardedInPart(), data_parallel_size=2, tensor_parallel_size=1),
+        "all": said_of(FullyShardedOnly(), data_parallel_size=2, tensor_parallel_size=1),
+    }
+
+
+def evaluated(mode: str, processes: int, checkpoint: str) -> float:
+    """Return the loss of a checkpoint, by a callback that is told nothing of it."""
+    run = run_of(mode, processes, LoRACallback(), limit_val_batches=2)
+    [found] = run.validate(module_of(mode), loader(16), ckpt_path=checkpoint, verbose=False)
+    return found["val_loss"]
+
+
 class Start(Callback):
     """Keeps the adapters as they start, and the outputs with and without them."""
 
@@ -248,18 +366,39 @@ class Start(Callback):
                 self.base_output = whole(trainer.strategy.model(PROBE))
 
 
-def start_on_meta(mode: str, processes: int) -> dict[str, Any]:
-    """Train a module that was built on the meta device."""
-    start, module = Start(), ShardedOnMeta() if mode.startswith("fsdp2") else WideOnMeta()
-    run = trainer(
-        LoRACallback(rank=4),
-        start,
-        strategy=strategy(mode, processes),
-        devices=processes,
-        plugins=[DoubleFSDPPrecision()] if mode.startswith("fsdp1") else None,
-        use_distributed_sampler=False,
-    )
-    run.fit(module, loader(16))
+def write_whole_models(directory: Path, make: type[Wide] = Wide) -> None:
+    """Write checkpoints from before LoRA, one that fits and one that does not."""
+    run, module = trainer(), make()
+    run.strategy.connect(module)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.5)
+    run.save_checkpoint(directory / "fits.ckpt")
+    module.net[2] = nn.Linear(16, 17)
+    run.save_checkpoint(directory / "misfit.ckpt")
+
+
+def start_on_whole_models(mode: str, processes: int, files: Path) -> dict[str, Any]:
+    """Train on the weights of a whole model, and keep what is said of one that does not fit."""
+    run, refused = run_of(mode, processes, LoRACallback(**LORA)), "nothing"
+    try:
+        run.fit(module_of(mode), loader(16), ckpt_path=files / "misfit.ckpt")
+    except ValueError as error:
+        refused = str(error)
+    with torch.no_grad():
+        output = whole(run.strategy.model(PROBE))
+    options = LORA | {"use_dora": "tp" not in mode}
+    found = started(mode, processes, module_of(mode), options, files / "fits.ckpt")
+    return found | {"refused": refused, "output of the refused": output}
+
+
+def started(
+    mode: str, processes: int, module: Wide, options: dict[str, Any], ckpt_path: Path | None = None
+) -> dict[str, Any]:
+    """Train a module, and return what it was when training began, too."""
+    start = Start()
+    run = run_of(mode, processes, LoRACallback(**options), start)
+    run.fit(module, loader(16), ckpt_path=ckpt_path)
     return {
         "losses": module.losses,
         "start": start.state,
@@ -272,7 +411,7 @@ def start_on_meta(mode: str, processes: int) -> dict[str, Any]:
 def main() -> None:
     ops._FEW = 0  # the fast path for these small layers, too
     warnings.simplefilter("ignore")
-    directory, processes, single, *modes = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    directory, processes, files, single, *modes = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
     results: dict[str, Any] = {}
     for mode in modes:
         results[mode] = {
@@ -283,8 +422,12 @@ def main() -> None:
         }
         results[mode]["other base"] = refused_on_another_base(directory, mode, processes, single)
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
+        results[mode]["evaluated"] = evaluated(mode, processes, single)
         if mode in ON_META:
-            results[mode]["on meta"] = start_on_meta(mode, processes)
+            results[mode]["on meta"] = started(mode, processes, module_of(mode, on_meta=True), {"rank": 4})
+        if mode in ON_WHOLE_MODELS:
+            results[mode]["on a whole model"] = start_on_whole_models(mode, processes, files)
+    results["said"] = said_of_all()
     rank = results[modes[0]]["whole"]["rank"]
     torch.save(results, directory / f"rank{rank}.pt")
     dist.barrier()

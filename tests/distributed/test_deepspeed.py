@@ -46,6 +46,8 @@ def single(directory: Path) -> dict[str, Any]:
     runs = {name: deepspeed_job.fit(directory, name, "single", epochs) for name, epochs in (("whole", 2), ("half", 1))}
     for name, kind in KINDS.items():
         runs[name] = deepspeed_job.fit(directory, name, "single", 2, module=kind(), options=kind.OPTIONS)
+    deepspeed_job.write_whole_models(directory)
+    runs["whole models"] = deepspeed_job.on_whole_models(directory, "single")
     return runs
 
 
@@ -147,13 +149,13 @@ def test_frozen_parameters_get_no_gradients_and_saving_gathers_what_was_trained_
         assert 0 < max(rank[mode]["whole"]["bytes_at_save"]) <= 2 * (trained + moments)
 
 
-def test_a_checkpoint_is_evaluated_in_stage_3(ranks: Ranks, single: dict[str, Any]) -> None:
-    run = deepspeed_job.trainer(deepspeed_job.LoRACallback(**deepspeed_job.LORA), limit_val_batches=2)
-    [result] = run.validate(
-        deepspeed_job.Single(), deepspeed_job.loader(16), ckpt_path=single["whole"]["last"], verbose=False
-    )
+@each_mode
+def test_a_checkpoint_is_evaluated_without_repeating_its_options(
+    mode: str, ranks: Ranks, single: dict[str, Any]
+) -> None:
+    expected = deepspeed_job.validation_loss("single", single["half"]["last"])
     for rank in ranks:
-        assert rank["3 built late"]["validation"] == pytest.approx(result["val_loss"], rel=1e-4)
+        assert rank[mode]["validation"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["kinds", "attention"])
@@ -173,6 +175,28 @@ def test_the_checkpoint_says_the_same_of_the_base_as_that_of_one_process(
     theirs, ours = (read(run["last"])[RECORD_KEY]["base"] for run in (ranks[0][mode]["whole"], single["whole"]))
     assert theirs == ours
     assert ours
+
+
+@each_mode
+def test_another_base_is_refused_by_name_in_every_process(mode: str, ranks: Ranks) -> None:
+    for rank in ranks:
+        assert "1 of 4 compared tensors differ, first net.2.weight." in rank[mode]["other base"]
+
+
+@pytest.mark.parametrize(("mode", "kind"), [*((mode, "net") for mode in deepspeed_job.MODES), ("3", "kinds")])
+def test_a_checkpoint_of_a_whole_model_becomes_the_base(
+    mode: str, kind: str, ranks: Ranks, single: dict[str, Any]
+) -> None:
+    theirs, ours = ranks[0][mode]["whole models"][kind], single["whole models"][kind]
+    assert losses(ranks, mode, "whole models", kind) == pytest.approx(ours["losses"], abs=1e-5)
+    found, expected = read(theirs["last"]), read(ours["last"])
+    torch.testing.assert_close(found["state_dict"], expected["state_dict"], **CLOSE)
+    assert found[RECORD_KEY]["base"] == expected[RECORD_KEY]["base"]
+
+
+def test_a_whole_model_that_does_not_fit_is_refused_by_the_shapes_of_the_whole_weights(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert "net.2.weight: file (17, 16), model (16, 16), net.2.bias: file (17,)" in rank["misfit"]
 
 
 def test_an_adapter_that_no_gradient_reaches_is_named(ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 TRAINED = {f"net.{layer}.lora.{factor}" for layer in (0, 2) for factor in "AB"} | {"net.4.weight", "net.4.bias"}
-TWO = ["ddp", "fsdp1", "fsdp1_policy", "fsdp1_policy_distributed", "fsdp2", "fsdp2_distributed", "tp"]
+TWO = ["ddp", "fsdp1", "fsdp1_policy", "fsdp1_policy_distributed", "fsdp1_wrapped", "fsdp2", "fsdp2_distributed", "tp"]
 FOUR = ["tp_fsdp2"]
 CLOSE = {"rtol": 0.0, "atol": 1e-9}
 
@@ -44,18 +45,32 @@ def single(directory: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def runs(directory: Path, single: dict[str, Any]) -> dict[str, Ranks]:
+def on_a_whole_model(directory: Path) -> dict[bool, dict[str, Any]]:
+    """What one process does on the weights of a model from before LoRA, by whether DoRA is used."""
+    strategy_job.write_whole_models(directory)
+    return {
+        dora: strategy_job.started(
+            "single", 1, strategy_job.Wide(), strategy_job.LORA | {"use_dora": dora}, directory / "fits.ckpt"
+        )
+        for dora in (True, False)
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(directory: Path, single: dict[str, Any], on_a_whole_model: dict[bool, Any]) -> dict[str, Ranks]:
     """What each process reports, for every mode."""
     found: dict[str, Ranks] = {}
     for modes, processes in ((TWO, 2), (FOUR, 4)):
         place = directory / str(processes)
         place.mkdir()
-        command = [sys.executable, strategy_job.__file__, str(place), str(processes), single["half"]["last"], *modes]
+        places = [str(place), str(processes), str(directory), single["half"]["last"]]
+        command = [sys.executable, strategy_job.__file__, *places, *modes]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
         process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
         ranks = [torch.load(place / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
         found |= {mode: [rank[mode] for rank in ranks] for mode in modes}
+        found[f"said in {processes}"] = [rank["said"] for rank in ranks]
     return found
 
 
@@ -127,9 +142,39 @@ def test_a_checkpoint_of_several_processes_resumes_in_one(
 
 
 @each_mode
+def test_a_checkpoint_is_evaluated_without_repeating_its_options(
+    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
+) -> None:
+    expected = strategy_job.evaluated("single", 1, single["half"]["last"])
+    for rank in runs[mode]:
+        assert rank["evaluated"] == pytest.approx(expected, abs=1e-9)
+
+
+@each_mode
 def test_another_base_is_refused_by_name_in_every_process(mode: str, runs: dict[str, Ranks]) -> None:
     for rank in runs[mode]:
         assert "1 of 4 compared tensors differ, first net.2.weight." in rank["other base"]
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (
+            "auto",
+            r"data_parallel_size=1, tensor_parallel_size=2\).*divides no parameter.*or parallelize_module .*'ddp'",
+        ),
+        ("data parallel", r"data_parallel_size=2, tensor_parallel_size=1\).*divides no parameter.*Call fully_shard"),
+        ("in part", r"^net\.2\.lora, net\.4 would train in each process by itself.*call fully_shard"),
+        ("all", r"^$"),
+    ],
+)
+def test_what_processes_would_train_by_themselves_is_refused(run: str, expected: str, runs: dict[str, Ranks]) -> None:
+    for rank in runs["said in 2"]:
+        assert re.search(expected, rank[run])
+
+
+def test_processes_that_train_alike_are_mentioned(runs: dict[str, Ranks]) -> None:
+    assert "so groups of 2 processes train on the same data" in runs["said in 4"][0]["two kinds"]
 
 
 @each_mode
@@ -179,3 +224,24 @@ def test_a_module_built_on_the_meta_device_starts_as_one_with_memory(mode: str, 
         assert not any(tensor.any() for name, tensor in found["start"].items() if name.endswith(".B"))
         assert_same_bits(found["output"], found["base_output"])
         assert all(tensor.any() for name, tensor in found["end"].items())
+
+
+@pytest.mark.parametrize("mode", strategy_job.ON_WHOLE_MODELS)
+def test_a_checkpoint_of_a_whole_model_becomes_the_base(
+    mode: str, runs: dict[str, Ranks], on_a_whole_model: dict[bool, dict[str, Any]]
+) -> None:
+    truth = on_a_whole_model["tp" not in mode]
+    assert losses(runs[mode], "on a whole model") == pytest.approx(truth["losses"], abs=1e-9)
+    for rank in runs[mode]:
+        found = rank["on a whole model"]
+        torch.testing.assert_close(found["output"], truth["base_output"], **CLOSE)
+        for name, tensor in truth["end"].items():
+            torch.testing.assert_close(found["end"][name], tensor, **CLOSE)
+
+
+@pytest.mark.parametrize("mode", strategy_job.ON_WHOLE_MODELS)
+def test_a_whole_model_that_does_not_fit_changes_nothing(mode: str, runs: dict[str, Ranks]) -> None:
+    for rank in runs[mode]:
+        found = rank["on a whole model"]
+        assert "net.2.weight: file (17, 16), model (16, 16), net.2.bias: file (17,)" in found["refused"]
+        torch.testing.assert_close(found["output of the refused"], strategy_job.Wide()(strategy_job.PROBE), **CLOSE)

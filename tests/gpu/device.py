@@ -1,7 +1,11 @@
-"""Where these tests run: on one CUDA device, or not at all."""
+"""Where these tests run: on one CUDA device, or not at all.
+
+With ``REHEARSE_GPU_TESTS=1`` they run on the CPU, to see that the tests themselves are right.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,12 +14,14 @@ from lightning.pytorch import Callback, Trainer
 
 from tests.toys import trainer
 
-ACCELERATOR, DEVICE = "gpu", "cuda"
+REHEARSAL = "REHEARSE_GPU_TESTS" in os.environ
+ACCELERATOR, DEVICE = ("cpu", "cpu") if REHEARSAL else ("gpu", "cuda")
 needs_cuda = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore"),  # what the many builds for CUDA warn of is not ours
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch finds none"),
+    pytest.mark.skipif(not (torch.cuda.is_available() or REHEARSAL), reason="needs a CUDA device; torch finds none"),
 ]
+not_rehearsed = pytest.mark.skipif(REHEARSAL, reason="what this asks for, a CPU does not have")
 
 
 def on_device(*callbacks: Callback, **options: Any) -> Trainer:

@@ -14,7 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_lora import LoRACallback, attach, lora_layers
-from tests.gpu.device import on_device
+from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
+from tests.distributed.cpu_fsdp import CPUFSDPStrategy
+from tests.gpu.device import REHEARSAL, on_device
 from tests.toys import Toy, loader, network
 
 MODES = ("single", "fsdp", "fsdp2", "deepspeed 1", "deepspeed 2", "deepspeed 3")
@@ -42,11 +44,12 @@ class Sharded(Built):
 
 def strategy(mode: str) -> Any:
     if mode == "fsdp":
-        return FSDPStrategy(auto_wrap_policy={nn.Linear})
+        return (CPUFSDPStrategy if REHEARSAL else FSDPStrategy)(auto_wrap_policy={nn.Linear})
     if mode == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+        backend = "gloo" if REHEARSAL else None
+        return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1, process_group_backend=backend)
     if mode.startswith("deepspeed"):
-        return DeepSpeedStrategy(stage=int(mode[-1]))
+        return (CPUDeepSpeedStrategy if REHEARSAL else DeepSpeedStrategy)(stage=int(mode[-1]))
     return "auto"
 
 

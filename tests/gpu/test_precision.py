@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_lora import LoRACallback, lora_layers, merge
-from tests.gpu.device import DEVICE, needs_cuda, on_device
+from tests.gpu.device import DEVICE, needs_cuda, not_rehearsed, on_device
 from tests.toys import Toy, loader
 from tests.training.test_adapter_checkpoints import read
 
@@ -39,6 +39,7 @@ def test_a_run_trains_float32_factors_as_in_float32_and_resumes(precision: str, 
         torch.testing.assert_close(read(resumed_last)["state_dict"][name], tensor)
 
 
+@not_rehearsed
 def test_float16_is_scaled_and_the_scale_is_in_the_checkpoint(tmp_path: Path) -> None:
     module, checkpoint = Toy(), ModelCheckpoint(tmp_path, save_last=True)
     run = on_device(LoRACallback(rank=4), checkpoint, precision="16-mixed")
@@ -47,6 +48,7 @@ def test_float16_is_scaled_and_the_scale_is_in_the_checkpoint(tmp_path: Path) ->
     assert any("scale" in str(value) for value in read(checkpoint.last_model_path)["MixedPrecision"])
 
 
+@not_rehearsed
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
 def test_layers_of_bitsandbytes_train_save_and_reload(mode: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")

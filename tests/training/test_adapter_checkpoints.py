@@ -292,6 +292,63 @@ def test_a_full_checkpoint_from_before_lora_is_the_base(tmp_path: Path) -> None:
     assert digest(adapted.net) == digest(full.net)
 
 
+class Reads(Toy):
+    """Reads tokens."""
+
+    def build(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.embed = nn.Embedding(20, FEATURES)
+            self.net = network()
+
+    def loss(self, batch: list[Any]) -> Any:
+        tokens = (10 * batch[0]).long().abs() % 20
+        return ((self.net(self.embed(tokens)).mean(1) - batch[1]) ** 2).mean()
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"bias": "all"}, {"trainable_token_indices": {"embed": [3, 7]}}], ids=str
+)
+def test_what_starts_from_the_base_starts_from_the_loaded_one(options: dict[str, Any], tmp_path: Path) -> None:
+    full = Reads()
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.mul_(1.5)
+    run = trainer(max_steps=1)
+    run.fit(full, loader())
+    run.save_checkpoint(tmp_path / "full.ckpt")
+    expected = full.loss(next(iter(loader()))).item()
+
+    module = Reads()
+    trainer(LoRACallback(rank=2, **options), max_steps=1).fit(module, loader(), ckpt_path=tmp_path / "full.ckpt")
+    assert module.losses == [pytest.approx(expected, rel=1e-6)]
+    assert digest(module) != digest(full)
+    detach(module)
+    assert digest(module) == digest(full)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_of_something_else_is_no_base(strict: bool, tmp_path: Path) -> None:
+    class Other(Toy):
+        def build(self) -> None:
+            self.other = network()
+
+        def loss(self, batch: list[Any]) -> Any:
+            return self.other(batch[0]).mean()
+
+    run = trainer()
+    run.fit(Other(), loader())
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    module = Toy()
+    module.strict_loading = strict
+    refused(str(tmp_path / "other.ckpt"), "they share no name", module)
+
+
+def test_a_directory_of_shards_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    refused(str(tmp_path), "is a directory: a sharded checkpoint of a whole model.*Make it one file")
+
+
 def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
     class Wider(Toy):
         def build(self) -> None:

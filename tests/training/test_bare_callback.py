@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,19 @@ def test_layers_that_the_default_would_not_find_are_adapted(tmp_path: Path) -> N
     run, module, path = fitted(tmp_path, Convolutional(), rank=1, target_modules=["net.1"])
     [expected] = run.test(module, loader(), verbose=False)
     assert trainer(LoRACallback()).test(Convolutional(), loader(), ckpt_path=path, verbose=False) == [expected]
+
+
+def test_a_checkpoint_with_objects_of_other_classes_is_evaluated(tmp_path: Path) -> None:
+    class Configured(Toy):
+        def __init__(self, options: Namespace) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    options = Namespace(kind=nn.Linear)
+    run, module, path = fitted(tmp_path, Configured(options), **OPTIONS)
+    [expected] = run.test(module, loader(), verbose=False)
+    bare = trainer(LoRACallback())
+    assert bare.test(Configured(options), loader(), ckpt_path=path, verbose=False, weights_only=False) == [expected]
 
 
 def test_options_that_contradict_the_file_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,71 @@
+"""Two processes with all of Lightning from ``pytorch_lightning``: the numbers are those of ``lightning.pytorch``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import other_name_job, strategy_job
+from tests.distributed.ports import free_port
+from tests.distributed.test_every_strategy import TRAINED, losses
+from tests.training.test_adapter_checkpoints import read
+
+pytest.importorskip("pytorch_lightning")
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+ROOT = Path(__file__).parents[2]
+MODES = ["ddp", "fsdp1_policy", "fsdp2"]
+Runs = dict[str, list[dict[str, Any]]]
+
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("other_name")
+
+
+@pytest.fixture(scope="module")
+def single(directory: Path) -> dict[str, Any]:
+    """One process on the whole batches, under the name of the package: all of the run, and half of it."""
+    return {
+        name: strategy_job.fit(directory, name, "single", 1, epochs) for name, epochs in (("whole", 2), ("half", 1))
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(directory: Path, single: dict[str, Any]) -> Runs:
+    place = directory / "two"
+    place.mkdir()
+    command = [sys.executable, other_name_job.__file__, str(place), "2", single["half"]["last"], *MODES]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+    ranks = [torch.load(place / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+    return {mode: [rank[mode] for rank in ranks] for mode in MODES}
+
+
+@each_mode
+def test_the_trainer_is_of_the_other_package(mode: str, runs: Runs) -> None:
+    assert {rank["Trainer"] for rank in runs[mode]} == {"pytorch_lightning.trainer.trainer"}
+
+
+@each_mode
+def test_losses_are_those_of_one_process_under_the_first_name(mode: str, runs: Runs, single: dict[str, Any]) -> None:
+    assert losses(runs[mode], "whole") == pytest.approx(single["whole"]["losses"], abs=1e-9)
+
+
+@each_mode
+def test_a_checkpoint_of_the_first_name_resumes_under_the_other(mode: str, runs: Runs, single: dict[str, Any]) -> None:
+    assert losses(runs[mode], "from single") == pytest.approx(single["whole"]["losses"][2:], abs=1e-9)
+
+
+@each_mode
+def test_checkpoints_hold_the_adapter_alone(mode: str, runs: Runs) -> None:
+    assert set(read(runs[mode][0]["whole"]["last"])["state_dict"]) == TRAINED
