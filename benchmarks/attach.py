@@ -2,40 +2,32 @@
 
     python benchmarks/attach.py
 
-Prints medians of CPU time per layer, one thread, all measured in turn in one process, because the speed of shared
-machines changes from minute to minute.
+CPU time of one thread in microseconds a layer, all measured in turn.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import measuring
+import step
 import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach, detach
 from lightning_lora.initializers import kaiming, seeded
 
-LAYERS, WIDTH, RANK, ROUNDS = 2000, 64, 16, 7
+RANK = 16
 
 
 class Stack(nn.Module):
     """Linear layers and nothing else."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: int, width: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
-
-
-def microseconds(job: Callable[[], object]) -> float:
-    """Return the CPU time of one run, per layer."""
-    gc.collect()
-    started = time.process_time()
-    job()
-    return (time.process_time() - started) / LAYERS * 1e6
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
 
 
 def peft_attach(model: nn.Module) -> None:
@@ -45,24 +37,39 @@ def peft_attach(model: nn.Module) -> None:
     inject_adapter_in_model(LoraConfig(r=RANK, target_modules=r"layers\.\d+"), model)
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    names = ("attach", "drawing A", "attach beyond drawing A", "nn.Module()", "PEFT")
-    times: dict[str, list[float]] = {name: [] for name in names}
-    model, config = Stack(), LoRAConfig(rank=RANK)
-    for _ in range(ROUNDS):
-        times["attach"].append(microseconds(lambda: attach(model, config)))
+def measured(args: argparse.Namespace) -> measuring.Times:
+    """Return the microseconds a layer of every job in every round but the first, which imports."""
+    times: measuring.Times = {}
+
+    def measure(name: str, job: Callable[[], object]) -> None:
+        gc.collect()
+        times.setdefault(name, []).append(measuring.cpu_seconds(job) / args.layers * 1e6)
+
+    model, config = Stack(args.layers, args.width), LoRAConfig(rank=RANK)
+    for _ in range(1 + args.rounds):
+        measure("attach", lambda: attach(model, config))
         detach(model)
-        times["drawing A"].append(microseconds(lambda: [kaiming(RANK, WIDTH, seeded(i)) for i in range(LAYERS)]))
-        times["attach beyond drawing A"].append(times["attach"][-1] - times["drawing A"][-1])
-        times["nn.Module()"].append(microseconds(lambda: [nn.Module() for _ in range(LAYERS)]))
-        other = Stack()
-        times["PEFT"].append(microseconds(lambda other=other: peft_attach(other)))
-    for name, values in times.items():
-        low, _, high = statistics.quantiles(values, n=4)
-        print(f"{name:24} {statistics.median(values):8.1f} us a layer  [{low:.1f}, {high:.1f}]")
-    ratios = [ours / theirs for ours, theirs in zip(times["attach"], times["PEFT"], strict=True)]
-    print(f"attach / PEFT            {statistics.median(ratios):8.3f}")
+        measure("drawing A", lambda: [kaiming(RANK, args.width, seeded(i)) for i in range(args.layers)])
+        measure("nn.Module()", lambda: [nn.Module() for _ in range(args.layers)])
+        if step.HAS_PEFT:
+            other = Stack(args.layers, args.width)
+            measure("PEFT", lambda other=other: peft_attach(other))
+    return {name: values[1:] for name, values in times.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
+    args = measuring.parser(__doc__, rounds=7, layers=2000, width=64).parse_args(argv)
+    if args.smoke:
+        vars(args).update(rounds=2, layers=20)
+    torch.set_num_threads(1)
+    times = measured(args)
+    beyond = [whole - drawing for whole, drawing in zip(times["attach"], times["drawing A"], strict=True)]
+    rows = [measuring.spread(f"{name}, microseconds a layer", values) for name, values in times.items()]
+    reach = None if args.smoke else 25
+    rows.append(measuring.spread("attach beyond drawing A, microseconds a layer", beyond, reach))
+    if step.HAS_PEFT:
+        rows.append(measuring.ratio(times, "attach", "PEFT", 0.03))
+    return measuring.report(rows, args)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import contextlib
 import io
 from collections.abc import Callable, Sequence
 
+import attach
 import checkpoint
 import gpu
 import measuring
@@ -31,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     args = measuring.parser(__doc__, rounds=7).parse_args(argv)
     few = ["--smoke"] if args.smoke else ["--rounds", str(args.rounds)]
     rows = []
-    for each in (step.main, memory.main, merge.main, checkpoint.main, overhead.main):
+    for each in (step.main, memory.main, attach.main, merge.main, checkpoint.main, overhead.main):
         rows += quietly(each, few)
     if torch.cuda.is_available() and not args.smoke:
         rows += quietly(gpu.main, [])
     else:
-        print("No GPU: the rows of gpu.py are missing. attach.py prints those of attaching.")
+        print("No GPU: the rows of gpu.py are missing.")
     return measuring.report(rows, args)
 
 
