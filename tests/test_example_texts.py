@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_lora.checkpoint_file import read_checkpoint
-from lightning_lora.peft_format.files import read_tensors
+from lightning_lora.peft_format.directory import read_tensors
 from tests.test_examples import EXAMPLES, execute
 
 pytest.importorskip("transformers")
