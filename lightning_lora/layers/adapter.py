@@ -41,18 +41,26 @@ class Block(NamedTuple):
     """A part of a matrix: some of its rows or some of its columns; of a stack of matrices, a part of one."""
 
     member: int | None
-    rows: slice
-    columns: slice
+    by_columns: bool
+    start: int
+    length: int
 
     def of(self, matrix: Tensor) -> Tensor:
         """Return this part, in the matrix's memory."""
-        return (matrix if self.member is None else matrix[self.member])[self.rows, self.columns]
+        matrix = matrix if self.member is None else matrix[self.member]
+        return matrix.narrow(1 if self.by_columns else 0, self.start, self.length)
 
     def of_factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
         """Return those parts of the factors that make this part of ``B @ A``."""
         if self.member is not None:
             A, B = A[self.member], B[self.member]
-        return A[:, self.columns], B[self.rows]
+        if self.by_columns:
+            return A.narrow(1, self.start, self.length), B
+        return A, B.narrow(0, self.start, self.length)
+
+    def rows_of(self, vector: Tensor) -> Tensor:
+        """Return what a vector, or a column, has for the rows of this part."""
+        return vector if self.by_columns else vector.narrow(0, self.start, self.length)
 
 
 class InBlocks(NamedTuple):
@@ -133,9 +141,12 @@ class Adapter(nn.Module, ABC):
         return None
 
     def rows_in(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Return which of the rows in ``index`` a block has, and where."""
-        is_here = (self.index >= block.rows.start) & (self.index < block.rows.stop)
-        return is_here, self.index[is_here] - block.rows.start
+        """Return which of the rows in ``index`` a block has, by their place there, and where it has them."""
+        if block.by_columns:
+            return torch.arange(len(self.index), device=self.index.device), self.index
+        at = self.index - block.start
+        places = ((at >= 0) & (at < block.length)).nonzero().squeeze(1)
+        return places, at[places]
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return what is added to a base weight, in its shape; float32, or float64 if the factors are."""
@@ -250,8 +261,8 @@ def blocks(matrix: Tensor) -> Iterator[Block]:
     """Yield the parts of a matrix or of a stack, as they lie in memory, each of about ``at_once`` elements."""
     *stack, rows, columns = matrix.shape
     by_columns = matrix.stride(-2) < matrix.stride(-1)
-    step = max(1, at_once(matrix) // max(1, rows if by_columns else columns))
+    width, length = (rows, columns) if by_columns else (columns, rows)
+    step = max(1, at_once(matrix) // max(1, width))
     for member in range(stack[0]) if stack else (None,):
-        for start in range(0, columns if by_columns else rows, step):
-            part = slice(start, start + step)
-            yield Block(member, *((slice(0, rows), part) if by_columns else (part, slice(0, columns))))
+        for start in range(0, length, step):
+            yield Block(member, by_columns, start, min(step, length - start))

@@ -79,16 +79,16 @@ class LoRALayer(Swapped):
     @torch.no_grad()
     def fold(self, parameter: str, value: Tensor) -> bool:
         """Add the updates of a parameter to a value of it, in place; return False if that cannot be done."""
-        blocks = sums(value, self.adapters_of(parameter))
-        for part, total in blocks or ():
+        parts = sums(value, self.adapters_of(parameter))
+        for part, total in parts or ():
             if total is not part:
                 part.copy_(total)
-        return blocks is not None
+        return parts is not None
 
     def sums(self, parameter: str) -> Iterable[Tensor]:
-        """Return a parameter with the updates in it, as ``combined`` does, in parts that may be small."""
-        blocks = sums(base_parameter(self, parameter), self.adapters_of(parameter), copied=True)
-        return [self.combined(parameter)] if blocks is None else (total for _, total in blocks)
+        """Return a parameter with the updates in it in parts, which may be small; to be taken without gradients."""
+        parts = sums(base_parameter(self, parameter), self.adapters_of(parameter), copied=True)
+        return [self.combined(parameter)] if parts is None else (total for _, total in parts)
 
     def combined(self, parameter: str) -> Tensor:
         """Return a parameter with the updates in it, whole and in its shape; float32, or float64 if either is."""
@@ -141,21 +141,19 @@ def sums(
 ) -> Iterator[tuple[Tensor, Tensor]] | None:
     """Return a weight's blocks, each with its sum with the updates of adapters; None if it has to be summed whole.
 
-    A sum is that of all updates, in float32 or better, to be rounded once.
+    A sum is that of all updates, in float32 or better, to be rounded once. To be taken without gradients.
 
     Args:
         weight: The weight as it is stored.
         adapters: Those that update it.
         copied: Whether no sum may be made in the weight's own memory, as it is where the weight has its precision.
     """
-    with torch.no_grad():
-        updates = [adapter.in_blocks(weight) for adapter in adapters]  # all before anything changes
+    updates = [adapter.in_blocks(weight) for adapter in adapters]  # all before anything changes
     if not updates or any(update is None for update in updates):
         return None
     return _sums(cast("list[InBlocks]", updates), copied)
 
 
-@torch.no_grad()
 def _sums(updates: list[InBlocks], copied: bool) -> Iterator[tuple[Tensor, Tensor]]:
     matrix = updates[0].matrix
     dtype = functools.reduce(torch.promote_types, (update.dtype for update in updates))

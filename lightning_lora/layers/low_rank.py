@@ -169,19 +169,18 @@ class LowRankAdapter(Adapter):
 
     def _add_to(self, A: Tensor, B: Tensor, ratio: Tensor | None, total: Tensor, block: Block) -> None:
         """Make of a block of the weight what ``combined`` makes of it, in place."""
-        A, B = A.to(total.dtype), B.to(total.dtype)
+        if A.dtype is not total.dtype:
+            A, B = A.to(total.dtype), B.to(total.dtype)
         if not self.spec.rows:
-            part, (A, B) = total, block.of_factors(A, B)
-            ratio = None if ratio is None else ratio[block.rows]
-        else:
-            is_here, at = self.rows_in(block)
-            part, A, B = total.index_select(0, at), A[:, block.columns], B[is_here]
-            ratio = None if ratio is None else ratio[is_here]
-        part.addmm_(B, A, alpha=self.spec.scaling)
-        if ratio is not None:
-            part.mul_(ratio)
-        if self.spec.rows:
-            total.index_copy_(0, at, part)
+            A, B = block.of_factors(A, B)
+            total.addmm_(B, A, alpha=self.spec.scaling)
+            if ratio is not None:
+                total.mul_(block.rows_of(ratio))
+            return
+        places, at = self.rows_in(block)
+        A = block.of_factors(A, B)[0] if block.by_columns else A
+        part = total.index_select(0, at).addmm_(B[places], A, alpha=self.spec.scaling)
+        total.index_copy_(0, at, part if ratio is None else part.mul_(ratio[places]))
 
     @override
     def delta_weight(self, weight: Tensor) -> Tensor:

@@ -86,8 +86,9 @@ class TokenAdapter(Adapter):
         return InBlocks(weight, dtype, partial(self._put_into, rows))
 
     def _put_into(self, rows: Tensor, total: Tensor, block: Block) -> None:
-        is_here, at = self.rows_in(block)
-        total.index_copy_(0, at, rows[is_here, block.columns].to(total.dtype))
+        places, at = self.rows_in(block)
+        rows = block.of(rows) if block.by_columns else rows
+        total.index_copy_(0, at, rows[places].to(total.dtype))
 
     @override
     def has_effect(self, weight: Tensor) -> bool:
