@@ -1,8 +1,9 @@
-"""One copy in the compute precision for all layers that read the same tensor under autocast."""
+"""Autocast: one copy in its precision for all layers that read the same tensor, and none where the numbers matter."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,3 +38,10 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     made = x.to(dtype)
     _latest.key, _latest.source, _latest.made = key, TensorWeakRef(x), TensorWeakRef(made)
     return made
+
+
+def as_given(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which torch computes in the precision of what it is given, autocast or not."""
+    # Devices without autocast, such as meta, may not be asked; a compiler of torch 2.6 cannot ask which those are.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known and torch.is_autocast_enabled(device) else nullcontext()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.attachment import Attachment, attachments, copy_values, get_attachment, named_tensors
+from lightning_lora.casts import as_given
 from lightning_lora.layers import (
     Adapter,
     LoRALayer,
@@ -72,8 +73,9 @@ def fold(layer: LoRALayer) -> None:
     """Add the updates to the weights: a float32 (or float64) sum and one rounding, at the end."""
     for name in layer.adapted_parameters():
         parameter = base_parameter(layer, name)
-        if not layer.fold(name, parameter):
-            copy_whole(parameter, layer.combined(name).to(parameter.dtype))
+        with as_given(parameter.device.type):
+            if not layer.fold(name, parameter):
+                copy_whole(parameter, layer.combined(name).to(parameter.dtype))
 
 
 def check_mergeable(layers: dict[str, LoRALayer]) -> None:
@@ -155,7 +157,8 @@ def _overflows(layer: LoRALayer, parameter: str, adapters: Sequence[Adapter]) ->
     # Less than half of the largest number's last digit is rounded away there: no look at the weight is needed.
     if bound < torch.finfo(weight.dtype).eps / 8 * limit or _largest(weight) + bound < limit:
         return False  # whatever the signs; spares forming the update
-    return not bool((layer.combined(parameter).abs() <= limit).all())
+    with as_given(weight.device.type):
+        return not all(bool((total.abs() <= limit).all()) for total in layer.sums(parameter))
 
 
 def _bound(adapter: Adapter) -> float:

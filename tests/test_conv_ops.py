@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, attach, conv_ops, ops
@@ -59,12 +61,12 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor) -> l
     return [y, *torch.autograd.grad(y, [x, *model[0].lora.parameters()], weights)]
 
 
-def dense(model: nn.Module, mask: Tensor | float) -> Callable[[Tensor], Tensor]:
+def dense(model: nn.Module, mask: Tensor | float, A: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """Return the layer as one convolution with the frozen weight, and one of the masked input with the update."""
     layer = model[0]
 
     def run(x: Tensor) -> Tensor:
-        delta = (layer.scaling * (layer.lora.B @ layer.lora.A)).view(layer.weight.shape)
+        delta = (layer.scaling * (layer.lora.B @ (layer.lora.A if A is None else A))).view(layer.weight.shape)
         convolve: Any = getattr(F, f"conv{'_transpose' if layer.transposed else ''}{layer.weight.ndim - 2}d")
         options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
         if layer.transposed:
@@ -144,13 +146,45 @@ def test_activation_checkpointing_replays_the_mask(kind, use_reentrant):
     assert_near(again, backward(model), 0.0)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "compile"])
-def test_under_a_transform_it_is_the_composition(transform, taken):
-    model, x = adapted("2d", 0.5)
-    model.eval()
-    if transform == "vmap":
-        found = torch.func.vmap(model)(x[:, None]).squeeze(1)
-    else:
-        found = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
-    assert_near([found], [dense(model, 1.0)(x)])
+Call = Callable[[Tensor, Tensor], Tensor]  # of an input and A
+
+
+def per_sample_gradients(call: Call, x: Tensor, A: Tensor) -> Tensor:
+    return vmap(grad(lambda A, x: call(x[None], A).square().sum()), (None, 0))(A, x)
+
+
+def forward_mode(call: Call, x: Tensor, A: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(x, torch.ones_like(x)), A)).tangent
+
+
+TRANSFORMS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
+    "vmap": lambda call, x, A: vmap(lambda x: call(x[None], A))(x),
+    "per-sample gradients": per_sample_gradients,
+    "jvp by the input": lambda call, x, A: jvp(lambda x: call(x, A), (x,), (x.cos(),))[1],
+    "jvp by a factor": lambda call, x, A: jvp(lambda A: call(x, A), (A,), (A.cos(),))[1],
+    "forward mode": forward_mode,
+    "compile": lambda call, x, A: torch.compile(call, backend="aot_eager", fullgraph=True)(x, A),
+}
+
+
+@pytest.mark.parametrize(
+    ("transform", "kind"), [(t, k) for t in TRANSFORMS for k in KINDS if t != "compile" or k in ("2d", "transposed")]
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:There is a performance drop")
+def test_under_a_transform_it_is_the_composition(transform, kind, taken, monkeypatch):
+    model, x = adapted(kind, 0.5)
+    # Dropout that drops nothing: only a look at who watches keeps the one operation out.
+    monkeypatch.setattr(F, "dropout", lambda x, *_: x)
+    A = model[0].lora.A.detach()
+
+    def lora(x: Tensor, A: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"0.lora.A": A}, (x,))
+
+    def truth(x: Tensor, A: Tensor) -> Tensor:
+        return dense(model, 1.0, A)(x)
+
+    assert_near([TRANSFORMS[transform](lora, x, A)], [TRANSFORMS[transform](truth, x, A)])
     assert not taken
+    lora(x, A)
+    assert taken

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -519,20 +520,74 @@ def test_detaching_while_disabled_restores_statistics_that_were_allowed_to_move(
     assert_unchanged(model, before)
 
 
+class Stack(nn.Module):
+    """A parameter to be named by itself."""
+
+    def __init__(self, *shape: int, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.weight, self.is_transposed = nn.Parameter(torch.randn(shape)), is_transposed
+
+
+class Conv1D(nn.Module):
+    """A linear layer as transformers' GPT-2 stores it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.nf = nn.Parameter(torch.randn(1024, 4096)), 4096
+
+
+LAYER = {"target_modules": ["0"]}
+NAMED = {"target_modules": [], "target_parameters": ["0.weight"]}
+SLICED = {"target_modules": [], "target_slices": {"0": {"a": "3:1200", "b": "1300::2"}}}
+LARGE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "linear": (lambda: nn.Linear(1024, 4096), LAYER),
+    "embedding": (lambda: nn.Embedding(4096, 1024), LAYER),
+    "slices": (lambda: nn.Linear(1024, 4096), SLICED),
+    "slices of a transposed weight": (Conv1D, SLICED),
+    "DoRA": (lambda: nn.Linear(1024, 4096), LAYER | {"use_dora": True}),
+    "slices with DoRA": (lambda: nn.Linear(1024, 4096), SLICED | {"use_dora": True}),
+    "DoRA on a transposed weight": (Conv1D, LAYER | {"use_dora": True}),
+    "convolution": (lambda: nn.Conv2d(512, 1024, 3, groups=2), LAYER),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(1024, 512, 3, groups=2), LAYER),
+    "attention": (lambda: nn.MultiheadAttention(1024, 8), LAYER | {"exclude_modules": ["out_proj"]}),
+    "slices of attention": (lambda: nn.MultiheadAttention(1024, 8), SLICED),
+    "bilinear": (lambda: nn.Bilinear(64, 64, 1024), LAYER),
+    "few experts": (lambda: Stack(2, 1024, 2048), NAMED),
+    "many transposed experts": (lambda: Stack(64, 256, 256, is_transposed=True), NAMED),
+    "tokens": (lambda: nn.Embedding(4096, 1024), {"target_modules": [], "trainable_token_indices": [3, 700, 4095]}),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("make", "width"), [(nn.Linear, 1024), (nn.Embedding, 1024)])
-def test_merging_makes_no_tensor_of_the_weights_size(make, width, dtype):
-    model = nn.Sequential(make(4096, width)).to(dtype)
-    attach(model, LoRAConfig(rank=4, target_modules=["0"]))
-    for factor in model[0].lora.parameters():
-        nn.init.normal_(factor)
-    weight = model[0].weight
-    before, (A, B) = weight.detach().clone(), (model[0].lora.A.double(), model[0].lora.B.double())
-    delta = model[0].scaling * (B @ A if make is nn.Linear else (B @ A).T)
+@pytest.mark.parametrize("kind", LARGE)
+def test_merging_makes_no_tensor_of_the_weights_size(kind, dtype):
+    make, options = LARGE[kind]
+    model = nn.Sequential(make()).to(dtype)
+    attach(model, LoRAConfig(**({"rank": 4} | options)))
+    for parameter in [p for p in model.parameters() if p.requires_grad]:
+        with torch.no_grad():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    [name] = model[0].adapted_parameters()
+    weight, adapters = model[0]._parameters[name], model[0].adapters_of(name)
+    exact = weight.detach().double()
+    for adapter in adapters:
+        exact = copy.deepcopy(adapter).double().combined(exact).detach()  # whole, as the layers' own tests assert it
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         merge(model)
     made = max(event.self_cpu_memory_usage for event in seen.events())
-    assert made <= 2**20 + 4096 < weight.nbytes  # one block of float32
-    assert model[0].weight is weight
-    exact = before.double() + delta.detach()
+    assert made <= 2**20 + 2**15 < weight.nbytes  # one block of float32; vectors of a row's and a column's length
+    assert model[0]._parameters[name] is weight
     assert ((weight - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-5).all()
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("layer", [nn.Linear(16, 24), nn.MultiheadAttention(16, 2)], ids=["linear", "attention"])
+def test_merging_under_autocast_leaves_the_same_bits(layer, use_dora, rng):
+    model = nn.Sequential(copy.deepcopy(layer))
+    attach(model, LoRAConfig(rank=2, target_modules=["0"], use_dora=use_dora))
+    train_all(model, rng)
+    other = copy.deepcopy(model)
+    merge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge(other)
+    assert_same_bits(other.state_dict(), model.state_dict())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple, cast
 
 import torch
@@ -36,6 +36,49 @@ class AdapterSpec(NamedTuple):
     lora_bias: bool = False
     rows: tuple[range, ...] = ()
 
+
+class Block(NamedTuple):
+    """A part of a matrix: some of its rows or some of its columns; of a stack of matrices, a part of one."""
+
+    member: int | None
+    by_columns: bool
+    start: int
+    length: int
+
+    def of(self, matrix: Tensor) -> Tensor:
+        """Return this part, in the matrix's memory."""
+        matrix = matrix if self.member is None else matrix[self.member]
+        return matrix.narrow(1 if self.by_columns else 0, self.start, self.length)
+
+    def of_factors(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return those parts of the factors that make this part of ``B @ A``."""
+        if self.member is not None:
+            A, B = A[self.member], B[self.member]
+        if self.by_columns:
+            return A.narrow(1, self.start, self.length), B
+        return A, B.narrow(0, self.start, self.length)
+
+    def rows_of(self, vector: Tensor) -> Tensor:
+        """Return what a vector, or a column, has for the rows of this part."""
+        return vector if self.by_columns else vector.narrow(0, self.start, self.length)
+
+
+class InBlocks(NamedTuple):
+    """How to update a weight block by block, in its own memory.
+
+    Attributes:
+        matrix: The weight, read as a matrix or a stack of them.
+        dtype: Precision of the sum.
+        add: Updates a block that is given in that precision, in place.
+    """
+
+    matrix: Tensor
+    dtype: torch.dtype
+    add: Callable[[Tensor, Block], object]
+
+
+# On the CPU what fits its caches, a megabyte of float32; elsewhere what keeps a GPU busy, 16 of them.
+_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 18, 1 << 22
 
 _EMPTY_MODULE = vars(nn.Module())
 _TABLES = [(name, table) for name, table in _EMPTY_MODULE.items() if isinstance(table, (dict, set))]
@@ -97,9 +140,17 @@ class Adapter(nn.Module, ABC):
     def combined(self, weight: Tensor) -> Tensor:
         """Return a weight with what was learned in it, in its shape; float32, or float64 if either is."""
 
-    def fold(self, weight: Tensor) -> bool:  # noqa: ARG002 - some cannot
-        """Make a weight the sum that ``combined`` returns, in its own memory; return False if that cannot be done."""
-        return False
+    def in_blocks(self, weight: Tensor) -> InBlocks | None:  # noqa: ARG002 - some cannot
+        """Return how to make a weight the sum that ``combined`` returns, block by block, or None if that cannot be."""
+        return None
+
+    def rows_in(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Return which of the rows in ``index`` a block has, by their place there, and where it has them."""
+        if block.by_columns:
+            return torch.arange(len(self.index), device=self.index.device), self.index
+        at = self.index - block.start
+        places = ((at >= 0) & (at < block.length)).nonzero().squeeze(1)
+        return places, at[places]
 
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return what is added to a base weight, in its shape; float32, or float64 if the factors are."""
@@ -203,3 +254,19 @@ def base_weight(module: nn.Module) -> Tensor:
 def row_numbers(rows: Sequence[range], device: torch.device | str = "cpu") -> Tensor:
     """Return the numbers that the ranges hold, one after another."""
     return torch.cat([torch.arange(part.start, part.stop, part.step, device=device) for part in rows])
+
+
+def at_once(tensor: Tensor) -> int:
+    """Return how many elements of a weight are summed at a time."""
+    return _AT_ONCE_ON_CPU if tensor.is_cpu else _AT_ONCE
+
+
+def blocks(matrix: Tensor) -> Iterator[Block]:
+    """Yield the parts of a matrix or of a stack, as they lie in memory, each of about ``at_once`` elements."""
+    *stack, rows, columns = matrix.shape
+    by_columns = matrix.stride(-2) < matrix.stride(-1)
+    width, length = (rows, columns) if by_columns else (columns, rows)
+    step = max(1, at_once(matrix) // max(1, width))
+    for member in range(stack[0]) if stack else (None,):
+        for start in range(0, length, step):
+            yield Block(member, by_columns, start, min(step, length - start))

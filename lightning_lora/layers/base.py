@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.eager import is_traced, is_unheld
-from lightning_lora.layers.adapter import Adapter, base_parameter
+from lightning_lora.layers.adapter import Adapter, InBlocks, base_parameter, blocks
 from lightning_lora.layers.swap import Swapped
 from lightning_lora.sharding import unwrapped, whole
 
@@ -76,10 +77,19 @@ class LoRALayer(Swapped):
         names = dict.fromkeys(adapter.parameter for adapter in adapters)
         return [*names, "bias"] if any(adapter.spec.lora_bias for adapter in adapters) else list(names)
 
+    @torch.no_grad()
     def fold(self, parameter: str, value: Tensor) -> bool:
-        """Add the updates of a parameter to a value of it, in place; return False if they are no plain sum."""
-        [*adapters] = self.adapters().values()
-        return len(adapters) == 1 and adapters[0].parameter == parameter and adapters[0].fold(value)
+        """Add the updates of a parameter to a value of it, in place; return False if that cannot be done."""
+        parts = sums(value, self.adapters_of(parameter))
+        for part, total in parts or ():
+            if total is not part:
+                part.copy_(total)
+        return parts is not None
+
+    def sums(self, parameter: str) -> Iterable[Tensor]:
+        """Return a parameter with the updates in it in parts, which may be small; to be taken without gradients."""
+        parts = sums(base_parameter(self, parameter), self.adapters_of(parameter), copied=True)
+        return [self.combined(parameter)] if parts is None else (total for _, total in parts)
 
     def combined(self, parameter: str) -> Tensor:
         """Return a parameter with the updates in it, whole and in its shape; float32, or float64 if either is."""
@@ -125,3 +135,32 @@ def updated(weight: Tensor, adapters: Iterable[Adapter]) -> Tensor:
     for adapter in adapters:
         weight = adapter.combined(weight)
     return weight
+
+
+def sums(
+    weight: Tensor, adapters: Sequence[Adapter], *, copied: bool = False
+) -> Iterator[tuple[Tensor, Tensor]] | None:
+    """Return a weight's blocks, each with its sum with the updates of adapters; None if it has to be summed whole.
+
+    A sum is that of all updates, in float32 or better, to be rounded once. To be taken without gradients.
+
+    Args:
+        weight: The weight as it is stored.
+        adapters: Those that update it.
+        copied: Whether no sum may be made in the weight's own memory, as it is where the weight has its precision.
+    """
+    updates = [adapter.in_blocks(weight) for adapter in adapters]  # all before anything changes
+    if not updates or any(update is None for update in updates):
+        return None
+    return _sums(cast("list[InBlocks]", updates), copied)
+
+
+def _sums(updates: list[InBlocks], copied: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    matrix = updates[0].matrix
+    dtype = functools.reduce(torch.promote_types, (update.dtype for update in updates))
+    for block in blocks(matrix):
+        part = block.of(matrix)
+        total = part.to(dtype, copy=copied)
+        for update in updates:
+            update.add(total, block)
+        yield part, total

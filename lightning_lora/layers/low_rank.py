@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.casts import as_given
 from lightning_lora.eager import add, is_traced
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
-from lightning_lora.layers.adapter import Adapter, base_parameter, row_numbers
+from lightning_lora.layers.adapter import Adapter, Block, InBlocks, at_once, base_parameter, row_numbers
 from lightning_lora.sharding import copy_whole, gathered, is_sharded, place_factors, whole
-
-_AT_ONCE = 2**18  # elements of a weight that are summed at a time while merging: a megabyte of float32
 
 
 class LowRankAdapter(Adapter):
@@ -122,18 +121,33 @@ class LowRankAdapter(Adapter):
         return tensor.index_select(0, self.index) if self.spec.rows else tensor
 
     @torch.no_grad()
-    def row_norms(self, matrix: Tensor) -> Tensor:
-        """Return the norms of the rows of ``matrix + scaling * B @ A`` without forming that sum; no gradient."""
-        A, B = self._factors_in_float()
-        squares = self._squares(matrix)
-        # In float32: where the update cancels most of a row, bfloat16 would leave nothing but rounding.
-        crossed = ((matrix.to(A.dtype) @ A.T) * B).sum(1)
-        update = ((B @ (A @ A.T)) * B).sum(1)
-        return _roots(squares + 2 * self.spec.scaling * crossed + self.spec.scaling**2 * update)
+    def row_norms(self, matrix: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the norms of the rows of ``matrix + scaling * B @ A`` without forming that sum; no gradient.
+
+        Args:
+            matrix: The weight's rows that are adapted; with an ``index``, all of its rows.
+            index: Which rows are adapted.
+        """
+        with as_given(matrix.device.type):
+            total = torch.cat([*self._squared_norms(matrix, index)])
+        return _roots(total)
 
     def _squares(self, matrix: Tensor) -> Tensor:
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return cast(Tensor, torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)).square()
+
+    def _squared_norms(self, matrix: Tensor, index: Tensor | None) -> Iterator[Tensor]:
+        """Yield what ``row_norms`` is the root of, for some rows at a time."""
+        A, B = self._factors_in_float()
+        gram = A @ A.T
+        step = B.shape[0] if is_traced() or is_sharded(matrix) else max(1, at_once(matrix) // max(1, matrix.shape[1]))
+        for start in range(0, B.shape[0], max(1, step)):
+            here = slice(start, start + step)
+            rows = matrix[here] if index is None else matrix.index_select(0, index[here])
+            # In float32: where the update cancels most of a row, bfloat16 would leave nothing but rounding.
+            crossed = ((rows.to(A.dtype) @ A.T) * B[here]).sum(1)
+            update = ((B[here] @ gram) * B[here]).sum(1)
+            yield self._squares(rows) + 2 * self.spec.scaling * crossed + self.spec.scaling**2 * update
 
     @override
     def combined(self, weight: Tensor) -> Tensor:
@@ -150,22 +164,32 @@ class LowRankAdapter(Adapter):
 
     @override
     @torch.no_grad()
-    def fold(self, weight: Tensor) -> bool:
-        if not self.is_plain or is_sharded(weight) or self.A.ndim != 2:
-            return False
+    def in_blocks(self, weight: Tensor) -> InBlocks | None:
+        if is_sharded(weight):
+            return None
         matrix, (A, B) = self.as_matrix(weight), self._factors_in_float()
-        if not matrix.is_contiguous() and matrix.T.is_contiguous():
-            matrix, A, B = matrix.T, B.T, A.T  # its rows in memory are the layer's columns
-        if not matrix.is_contiguous() or matrix.data_ptr() != weight.data_ptr():
-            return False
-        dtype = torch.promote_types(A.dtype, matrix.dtype)
-        A, B = A.to(dtype), B.to(dtype)
-        for block in blocks(matrix):
-            rows = matrix[block]  # one rounding: at the end, to the weight's precision
-            total = rows.to(dtype).addmm_(B[block], A, alpha=self.spec.scaling)
-            if total.data_ptr() != rows.data_ptr():
-                rows.copy_(total)
-        return True
+        if matrix.data_ptr() != weight.data_ptr():
+            return None  # a copy
+        ratio = None
+        if self.spec.use_dora:
+            index = self.index if self.spec.rows else None
+            ratio = (whole(self.magnitude) / self.row_norms(matrix, index)).unsqueeze(1)
+        return InBlocks(matrix, torch.promote_types(A.dtype, matrix.dtype), partial(self._add_to, A, B, ratio))
+
+    def _add_to(self, A: Tensor, B: Tensor, ratio: Tensor | None, total: Tensor, block: Block) -> None:
+        """Make of a block of the weight what ``combined`` makes of it, in place."""
+        if A.dtype is not total.dtype:
+            A, B = A.to(total.dtype), B.to(total.dtype)
+        if not self.spec.rows:
+            A, B = block.of_factors(A, B)
+            total.addmm_(B, A, alpha=self.spec.scaling)
+            if ratio is not None:
+                total.mul_(block.rows_of(ratio))
+            return
+        places, at = self.rows_in(block)
+        A = block.of_factors(A, B)[0] if block.by_columns else A
+        part = total.index_select(0, at).addmm_(B[places], A, alpha=self.spec.scaling)
+        total.index_copy_(0, at, part if ratio is None else part.mul_(ratio[places]))
 
     @override
     def delta_weight(self, weight: Tensor) -> Tensor:
@@ -257,10 +281,3 @@ class _Rescaled(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             dbias = (dy - scaled).sum_to_size(ctx.bias_shape).to(ctx.bias_dtype)
         return None, scaled.to(product.dtype), (dy * product).to(ratio.dtype).sum_to_size(ratio.shape), dbias
-
-
-def blocks(tensor: Tensor) -> Iterator[slice]:
-    """Yield the rows of a tensor, few enough at a time for their sum to stay in a processor's caches."""
-    step = max(1, _AT_ONCE // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, tensor.shape[0], step):
-        yield slice(start, start + step)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import Adapter, base_parameter
+from lightning_lora.layers.adapter import Adapter, Block, InBlocks, base_parameter
 from lightning_lora.layers.base import LoRALayer
 from lightning_lora.layers.swap import Behaviour
 from lightning_lora.layers.weight import WeightLoRALayer
-from lightning_lora.sharding import gathered, whole
+from lightning_lora.sharding import gathered, is_sharded, whole
 
 
 class TokenAdapter(Adapter):
@@ -77,6 +79,19 @@ class TokenAdapter(Adapter):
     def combined(self, weight: Tensor) -> Tensor:
         dtype = torch.promote_types(torch.promote_types(self.rows.dtype, torch.float32), weight.dtype)
         return weight.to(dtype).index_copy(0, self.index, whole(self.rows).to(dtype))
+
+    @override
+    def in_blocks(self, weight: Tensor) -> InBlocks | None:
+        if is_sharded(weight):
+            return None
+        rows = whole(self.rows)
+        dtype = torch.promote_types(torch.promote_types(rows.dtype, torch.float32), weight.dtype)
+        return InBlocks(weight, dtype, partial(self._put_into, rows))
+
+    def _put_into(self, rows: Tensor, total: Tensor, block: Block) -> None:
+        places, at = self.rows_in(block)
+        rows = block.of(rows) if block.by_columns else rows
+        total.index_copy_(0, at, rows[places].to(total.dtype))
 
     @override
     def has_effect(self, weight: Tensor) -> bool:

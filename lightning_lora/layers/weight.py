@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.casts import as_given
 from lightning_lora.eager import is_traced
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, base_parameter
 from lightning_lora.layers.base import LoRALayer, updated
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.swap import Behaviour
-from lightning_lora.ops import without_autocast
 from lightning_lora.recomputed import recomputed, recomputing
 from lightning_lora.sharding import is_sharded, whole
 
@@ -156,7 +156,7 @@ class WeightLoRALayer(LoRALayer):
 
     @override
     def read(self, name: str) -> Tensor:
-        """Return the weight that the layer computes with: the very value that merging would leave."""
+        """Return the weight that the layer computes with: what merging would leave, to the last bit of the sum."""
         base = base_parameter(self, name)
         if self.lora_mode != "active" or is_sharded(base):  # fully_shard looks for its own parameter between forwards
             return base
@@ -174,7 +174,7 @@ class WeightLoRALayer(LoRALayer):
 
 def _formed(base: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """Return a weight with the updates in it, in its precision."""
-    with without_autocast(base.device.type):  # it is for the reader to round, as it does with any weight
+    with as_given(base.device.type):  # it is for the reader to round, as it does with any weight
         return updated(whole(base), adapters).to(base.dtype)
 
 

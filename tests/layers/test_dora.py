@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, detach, load_adapter_state_dict, merge, merged
-from lightning_lora.layers import all_adapters
+from lightning_lora.layers import all_adapters, base_parameter
 from tests import contract
 from tests.contract import SCALING, Holder, assert_same_bits, assert_unchanged, error, raises_and_changes_nothing
 from tests.layers import test_slices as sliced
@@ -455,3 +455,16 @@ def test_a_trained_bias_gets_the_gradient_of_the_output(layer: nn.Module, shape:
     (output * weights).sum().backward()
     features = 1 if isinstance(layer, nn.Conv2d) else -1
     torch.testing.assert_close(model[0].bias.grad, weights.movedim(features, 0).flatten(1).sum(1))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, lambda n, _: nn.MultiheadAttention(n, 2)], ids=["linear", "attention"])
+def test_under_autocast_the_norms_are_not_rounded(kind, rng):
+    model = nn.Sequential(kind(16, 16))
+    attach(model, LoRAConfig(rank=2, use_dora=True, target_modules=["0"]))
+    contract.train_all(model, rng)
+    [adapter, *_] = all_adapters(model).values()
+    weight = base_parameter(model[0], adapter.parameter)
+    expected = (weight.double() + adapter.spec.scaling * adapter.B.double() @ adapter.A.double()).norm(dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        norms = adapter.row_norms(weight)
+    torch.testing.assert_close(norms.double(), expected.detach(), rtol=1e-5, atol=0)
