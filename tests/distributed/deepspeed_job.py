@@ -27,7 +27,8 @@ class Single(Wide):
     """The model of the other strategies, in the float32 that DeepSpeed needs."""
 
     def build(self) -> None:
-        self.net = network()
+        with torch.device(self.built_on):
+            self.net = network()
         with torch.no_grad(), gathered([self.net[2].weight], to_write=True):
             self.net[2].weight.mul_(self.factor)
 
@@ -45,6 +46,16 @@ class Late(Single):
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
             super().build()
+
+
+class OnMeta(Single):
+    built_on = "meta"
+
+
+class LateOnMeta(Late):
+    """Is built where stage 3 gives memory to each layer all the same, and divides it."""
+
+    built_on = "meta"
 
 
 class Kinds(Single):
@@ -182,7 +193,8 @@ def write_whole_models(directory: Path) -> None:
 
 def on_whole_models(directory: Path, mode: str) -> dict[str, Any]:
     """Train on their weights, given as ``ckpt_path``."""
-    found = {"net": fit(directory, "on_net", mode, 1, str(directory / "net.ckpt"))}
+    module = LateOnMeta() if "late" in mode else None
+    found = {"net": fit(directory, "on_net", mode, 1, str(directory / "net.ckpt"), module=module)}
     if mode in ("single", "3"):
         module = Kinds()
         found["kinds"] = fit(
@@ -191,12 +203,12 @@ def on_whole_models(directory: Path, mode: str) -> dict[str, Any]:
     return found
 
 
-def refused(directory: Path, mode: str, checkpoint: str) -> str:
-    """Return what resuming from a checkpoint says."""
+def refused(directory: Path, mode: str, checkpoint: str | None, module: Single | None = None) -> str:
+    """Return why something cannot be trained."""
     try:
-        fit(directory, "other", mode, 2, checkpoint)
-    except ValueError as error:
-        return str(error)
+        fit(directory, "other", mode, 2, checkpoint, module=module)
+    except (ValueError, NotImplementedError) as error:
+        return f"{error}\n{error.__context__}"  # Lightning moves the module to the CPU then, which fails on meta
     return "nothing"
 
 
@@ -233,6 +245,7 @@ def main() -> None:
         results[mode]["other base"] = refused_on_another_base(directory, mode, single)
         results[mode]["whole models"] = on_whole_models(directory, mode)
         results[mode]["validation"] = validation_loss(mode, single)
+    results["on meta"] = [refused(directory, mode, None, OnMeta()) for mode in ("2", "3")]
     results["misfit"] = refused(directory, "3", str(directory / "wider.ckpt"))
     results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)
     results["attention"] = fit(directory, "attention", "2", 2, module=Attends(), options=Attends.OPTIONS)

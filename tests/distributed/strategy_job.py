@@ -28,7 +28,7 @@ from tests.distributed.cpu_fsdp import CPUFSDPStrategy, DoubleFSDPPrecision
 from tests.toys import Toy, loader, network, trainer
 
 LORA = {"rank": 4, "modules_to_save": ["net.4"]}
-ON_META = ("fsdp1_policy", "fsdp2")
+ON_META = ("fsdp1_policy", "fsdp2", "tp", "tp_fsdp2")
 ON_WHOLE_MODELS = ("ddp", "fsdp1", "fsdp1_policy", "fsdp2", "tp", "tp_fsdp2")
 PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 
@@ -267,7 +267,7 @@ class Start(Callback):
     """Keeps the adapters as they start, and the outputs with and without them."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.state = trainer.strategy.lightning_module_state_dict()
+        self.state = {name: t.clone() for name, t in trainer.strategy.lightning_module_state_dict().items()}
         with torch.no_grad():
             self.output = whole(trainer.strategy.model(PROBE))
             with disabled(pl_module):
@@ -332,8 +332,8 @@ def main() -> None:
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
         results[mode]["evaluated"] = evaluated(mode, processes, single)
         if mode in ON_META:
-            module = ShardedOnMeta() if mode.startswith("fsdp2") else WideOnMeta()
-            results[mode]["on meta"] = started(mode, processes, module, {"rank": 4})
+            module = WideOnMeta() if mode.startswith("fsdp1") else ShardedOnMeta()
+            results[mode]["on meta"] = started(mode, processes, module, LORA, files / "fits.ckpt")
         if mode in ON_WHOLE_MODELS:
             results[mode]["on a whole model"] = start_on_whole_models(mode, processes, files)
     rank = results[modes[0]]["whole"]["rank"]
