@@ -126,7 +126,10 @@ def strategy(mode: str) -> Any:
         return "auto"
     from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
 
-    return CPUDeepSpeedStrategy(stage=int(mode[0]))
+    found = CPUDeepSpeedStrategy(stage=int(mode[0]), offload_optimizer="offloaded" in mode)
+    if "offloaded" in mode:
+        found.config["zero_force_ds_cpu_optimizer"] = False  # its own Adam for that would be compiled first
+    return found
 
 
 def fit(
@@ -250,6 +253,12 @@ def main() -> None:
     results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)
     results["attention"] = fit(directory, "attention", "2", 2, module=Attends(), options=Attends.OPTIONS)
     results["warned"] = warned(directory)
+    for mode in ("2", "3"):
+        offloaded = f"{mode} offloaded"
+        results[offloaded] = {
+            "whole": fit(directory, "whole", offloaded, 2),
+            "resumed": fit(directory, "resumed", offloaded, 2, results[mode]["half"]["last"]),
+        }
     for mode in ("2", "3 built late"):
         half = fit(directory, "bf16_half", mode, 1, precision="bf16-mixed")
         results[mode]["bf16"] = {

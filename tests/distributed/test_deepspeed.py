@@ -107,6 +107,19 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(mode: str, ranks: Rank
         assert_same_bits(resumed[key], whole[key])
 
 
+@pytest.mark.parametrize("mode", ["2", "3"])
+def test_offloading_the_optimizer_changes_no_bit(mode: str, ranks: Ranks) -> None:
+    for rank in ranks:
+        offloaded = rank[f"{mode} offloaded"]
+        assert offloaded["whole"]["losses"] == rank[mode]["whole"]["losses"]
+        assert rank[mode]["half"]["losses"] + offloaded["resumed"]["losses"] == rank[mode]["whole"]["losses"]
+    expected = read(ranks[0][mode]["whole"]["last"])
+    for run in ("whole", "resumed"):
+        found = read(ranks[0][f"{mode} offloaded"][run]["last"])
+        for key in WHOLE_STATE:
+            assert_same_bits(found[key], expected[key])
+
+
 @each_mode
 def test_a_checkpoint_of_one_process_resumes_under_deepspeed(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
     assert losses(ranks, mode, "from single") == pytest.approx(single["whole"]["losses"][2:], abs=1e-5)
