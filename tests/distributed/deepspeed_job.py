@@ -141,6 +141,7 @@ def fit(
     module: Single | None = None,
     keeps: bool = True,
     options: dict[str, Any] = LORA,
+    nodes: int = 1,
     **more: Any,
 ) -> dict[str, Any]:
     module = module or (Late() if "late" in mode else Single())
@@ -154,7 +155,8 @@ def fit(
         max_epochs=epochs,
         max_steps=-1,
         strategy=strategy(mode),
-        devices=1 if mode == "single" else 2,
+        devices=1 if mode == "single" else 2 // nodes,
+        num_nodes=nodes,
         use_distributed_sampler=False,
         **more,
     )
