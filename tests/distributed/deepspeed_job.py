@@ -141,6 +141,7 @@ def fit(
     module: Single | None = None,
     keeps: bool = True,
     options: dict[str, Any] = LORA,
+    processes: int = 2,
     nodes: int = 1,
     **more: Any,
 ) -> dict[str, Any]:
@@ -155,7 +156,7 @@ def fit(
         max_epochs=epochs,
         max_steps=-1,
         strategy=strategy(mode),
-        devices=1 if mode == "single" else 2 // nodes,
+        devices=1 if mode == "single" else processes // nodes,
         num_nodes=nodes,
         use_distributed_sampler=False,
         **more,

@@ -21,9 +21,8 @@ def main() -> None:
     processes = int(os.environ["WORLD_SIZE"])
     results = {
         mode: fit(directory, "resumed", mode, processes, 2, single, nodes=2) for mode in modes if mode not in STAGES
-    }
-    results |= {
-        mode: deepspeed_job.fit(directory, "resumed", stage, 2, single_float, nodes=2)
+    } | {
+        mode: deepspeed_job.fit(directory, "resumed", stage, 2, single_float, processes=processes, nodes=2)
         for mode, stage in STAGES.items()
         if mode in modes
     }

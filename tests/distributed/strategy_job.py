@@ -109,9 +109,10 @@ def strategy(mode: str, processes: int) -> Strategy | str:
             state_dict_type="sharded" if "distributed" in mode else "full",
             auto_wrap_policy={nn.Linear} if "policy" in mode else None,
         )
+    tensor_parallel = processes if mode == "tp" else 2 if mode == "tp_fsdp2" else 1
     return ModelParallelStrategy(
-        data_parallel_size=processes // 2 if "tp" in mode else processes,
-        tensor_parallel_size=2 if "tp" in mode else 1,
+        data_parallel_size=processes // tensor_parallel,
+        tensor_parallel_size=tensor_parallel,
         process_group_backend="gloo",
         save_distributed_checkpoint="distributed" in mode,
     )

@@ -1,4 +1,4 @@
-"""Two machines with a process or two each, played by two ``torchrun`` on one, as the README says."""
+"""Two machines with two processes each, played by two ``torchrun`` on one, as the README says."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.distributed.ports import free_port
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-MODES = ["ddp", "fsdp1_policy", "fsdp2", "tp"]
-TWO_EACH = ["tp_fsdp2"]
+EACH = 2  # processes
+MODES = ["ddp", "fsdp1_policy", "fsdp2", "tp", "tp_fsdp2"]
 STAGES = list(nodes_job.STAGES) if importlib.util.find_spec("deepspeed") else []
 
 Report = dict[str, Any]
@@ -43,23 +43,15 @@ def whole_in_float(directory: Path) -> Report:
 
 
 @pytest.fixture(scope="module")
-def nodes(directory: Path) -> dict[str, list[Report]]:
-    """What each process reports of resuming a single process's checkpoint, for every mode."""
+def nodes(directory: Path) -> list[Report]:
+    """What each process reports of resuming a single process's checkpoint, in every mode."""
     half = strategy_job.fit(directory, "half", "single", 1, 1)["last"]
     half_in_float = deepspeed_job.fit(directory / "float", "half", "single", 1)["last"]
-    one_each = launched(directory / "one_each", 1, half, half_in_float, *MODES, *STAGES)
-    return one_each | launched(directory / "two_each", 2, half, half_in_float, *TWO_EACH)
-
-
-def launched(directory: Path, each: int, *arguments: str) -> dict[str, list[Report]]:
-    """Run the job on two machines with so many processes each."""
-    directory.mkdir()
     python_path = os.pathsep.join([str(ROOT), *sys.path])
     environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-    torchrun += ["--nnodes", "2", "--nproc-per-node", str(each), "--master-addr", "127.0.0.1"]
-    torchrun += ["--master-port", str(free_port())]
-    job = [nodes_job.__file__, str(directory), *arguments]
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2"]
+    torchrun += ["--nproc-per-node", str(EACH), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    job = [nodes_job.__file__, str(directory), half, half_in_float, *MODES, *STAGES]
     machines = [
         subprocess.Popen(
             [*torchrun, "--node-rank", str(rank), *job], env=environment, stderr=subprocess.PIPE, text=True
@@ -68,8 +60,7 @@ def launched(directory: Path, each: int, *arguments: str) -> dict[str, list[Repo
     ]
     errors = [machine.communicate(timeout=300)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], errors
-    found = [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2 * each)]
-    return {mode: [report[mode] for report in found] for mode in found[0]}
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2 * EACH)]
 
 
 def assert_equal_to_one_process(reports: list[Report], whole: Report, tolerance: float) -> None:
@@ -80,14 +71,16 @@ def assert_equal_to_one_process(reports: list[Report], whole: Report, tolerance:
         assert Path(report["last"]).is_file()
 
 
-@pytest.mark.parametrize("mode", [*MODES, *TWO_EACH])
-def test_two_machines_train_as_one_process(mode: str, nodes: dict[str, list[Report]], whole: Report) -> None:
-    assert_equal_to_one_process(nodes[mode], whole, 1e-9)
-    assert len({tuple(report["losses"]) for report in nodes[mode]}) == (1 if mode == "tp" else 2)  # the rows they see
+@pytest.mark.parametrize("mode", MODES)
+def test_two_machines_train_as_one_process(mode: str, nodes: list[Report], whole: Report) -> None:
+    reports = [report[mode] for report in nodes]
+    assert_equal_to_one_process(reports, whole, 1e-9)
+    shares = {"tp": 1, "tp_fsdp2": 2}.get(mode, 2 * EACH)  # of the rows, which processes see
+    assert len({tuple(report["losses"]) for report in reports}) == shares
 
 
 @pytest.mark.parametrize("mode", STAGES)
 def test_two_machines_train_as_one_process_under_deepspeed(
-    mode: str, nodes: dict[str, list[Report]], whole_in_float: Report
+    mode: str, nodes: list[Report], whole_in_float: Report
 ) -> None:
-    assert_equal_to_one_process(nodes[mode], whole_in_float, 1e-5)
+    assert_equal_to_one_process([report[mode] for report in nodes], whole_in_float, 1e-5)
