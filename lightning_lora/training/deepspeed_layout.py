@@ -21,6 +21,7 @@ from lightning_lora.layers import TokenAdapter, all_adapters, base_parameter, lo
 from lightning_lora.sharding import anywhere, gathered
 from lightning_lora.state import adapter_tensors, base_tensors
 from lightning_lora.surgery import merge
+from lightning_lora.targets import listed
 from lightning_lora.training.layouts import Layout, refuse_reading_across
 from lightning_lora.training.process_slices import Key
 
@@ -50,6 +51,11 @@ class DeepSpeedLayout(Layout):
 
     @override
     def attached(self, module: LightningModule) -> None:
+        if on_meta := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
+            raise NotImplementedError(
+                f"DeepSpeedStrategy gives no memory to what was built on the meta device: {listed(on_meta)}. Build the "
+                "module with memory; in configure_model stage 3 divides each layer as soon as it is built."
+            )
         if self._stage() == 3:
             refuse_reading_across(module, "DeepSpeedStrategy(stage=3)", "stage 2")
             self._base = _gathered_fingerprint(module)

@@ -27,7 +27,8 @@ class Single(Wide):
     """The model of the other strategies, in the float32 that DeepSpeed needs."""
 
     def build(self) -> None:
-        self.net = network()
+        with torch.device(self.built_on):
+            self.net = network()
         with torch.no_grad(), gathered([self.net[2].weight], to_write=True):
             self.net[2].weight.mul_(self.factor)
 
@@ -45,6 +46,16 @@ class Late(Single):
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
             super().build()
+
+
+class OnMeta(Single):
+    built_on = "meta"
+
+
+class LateOnMeta(Late):
+    """Is built where stage 3 gives memory to each layer all the same, and divides it."""
+
+    built_on = "meta"
 
 
 class Kinds(Single):
@@ -115,7 +126,10 @@ def strategy(mode: str) -> Any:
         return "auto"
     from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
 
-    return CPUDeepSpeedStrategy(stage=int(mode[0]))
+    found = CPUDeepSpeedStrategy(stage=int(mode[0]), offload_optimizer="offloaded" in mode)
+    if "offloaded" in mode:
+        found.config["zero_force_ds_cpu_optimizer"] = False  # its own Adam for that would be compiled first
+    return found
 
 
 def fit(
@@ -127,6 +141,8 @@ def fit(
     module: Single | None = None,
     keeps: bool = True,
     options: dict[str, Any] = LORA,
+    processes: int = 2,
+    nodes: int = 1,
     **more: Any,
 ) -> dict[str, Any]:
     module = module or (Late() if "late" in mode else Single())
@@ -140,7 +156,8 @@ def fit(
         max_epochs=epochs,
         max_steps=-1,
         strategy=strategy(mode),
-        devices=1 if mode == "single" else 2,
+        devices=1 if mode == "single" else processes // nodes,
+        num_nodes=nodes,
         use_distributed_sampler=False,
         **more,
     )
@@ -182,7 +199,8 @@ def write_whole_models(directory: Path) -> None:
 
 def on_whole_models(directory: Path, mode: str) -> dict[str, Any]:
     """Train on their weights, given as ``ckpt_path``."""
-    found = {"net": fit(directory, "on_net", mode, 1, str(directory / "net.ckpt"))}
+    module = LateOnMeta() if "late" in mode else None
+    found = {"net": fit(directory, "on_net", mode, 1, str(directory / "net.ckpt"), module=module)}
     if mode in ("single", "3"):
         module = Kinds()
         found["kinds"] = fit(
@@ -191,12 +209,12 @@ def on_whole_models(directory: Path, mode: str) -> dict[str, Any]:
     return found
 
 
-def refused(directory: Path, mode: str, checkpoint: str) -> str:
-    """Return what resuming from a checkpoint says."""
+def refused(directory: Path, mode: str, checkpoint: str | None, module: Single | None = None) -> str:
+    """Return why something cannot be trained."""
     try:
-        fit(directory, "other", mode, 2, checkpoint)
-    except ValueError as error:
-        return str(error)
+        fit(directory, "other", mode, 2, checkpoint, module=module)
+    except (ValueError, NotImplementedError) as error:
+        return f"{error}\n{error.__context__}"  # Lightning moves the module to the CPU then, which fails on meta
     return "nothing"
 
 
@@ -233,10 +251,17 @@ def main() -> None:
         results[mode]["other base"] = refused_on_another_base(directory, mode, single)
         results[mode]["whole models"] = on_whole_models(directory, mode)
         results[mode]["validation"] = validation_loss(mode, single)
+    results["on meta"] = [refused(directory, mode, None, OnMeta()) for mode in ("2", "3")]
     results["misfit"] = refused(directory, "3", str(directory / "wider.ckpt"))
     results["kinds"] = fit(directory, "kinds", "3", 2, module=Kinds(), options=Kinds.OPTIONS)
     results["attention"] = fit(directory, "attention", "2", 2, module=Attends(), options=Attends.OPTIONS)
     results["warned"] = warned(directory)
+    for mode in ("2", "3"):
+        offloaded = f"{mode} offloaded"
+        results[offloaded] = {
+            "whole": fit(directory, "whole", offloaded, 2),
+            "resumed": fit(directory, "resumed", offloaded, 2, results[mode]["half"]["last"]),
+        }
     for mode in ("2", "3 built late"):
         half = fit(directory, "bf16_half", mode, 1, precision="bf16-mixed")
         results[mode]["bf16"] = {

@@ -9,13 +9,23 @@ from pathlib import Path
 
 import torch
 
+from tests.distributed import deepspeed_job
 from tests.distributed.strategy_job import fit
+
+STAGES = {"deepspeed 2": "2", "deepspeed 3": "3"}
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    directory, single, *modes = Path(sys.argv[1]), *sys.argv[2:]
-    results = {mode: fit(directory, "resumed", mode, 2, 2, single, nodes=2) for mode in modes}
+    directory, single, single_float, *modes = Path(sys.argv[1]), *sys.argv[2:]
+    processes = int(os.environ["WORLD_SIZE"])
+    results = {
+        mode: fit(directory, "resumed", mode, processes, 2, single, nodes=2) for mode in modes if mode not in STAGES
+    } | {
+        mode: deepspeed_job.fit(directory, "resumed", stage, 2, single_float, processes=processes, nodes=2)
+        for mode, stage in STAGES.items()
+        if mode in modes
+    }
     torch.save(results, directory / f"rank{os.environ['RANK']}.pt")
 
 

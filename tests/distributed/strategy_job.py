@@ -30,7 +30,7 @@ from tests.distributed.cpu_fsdp import CPUFSDPStrategy, DoubleFSDPPrecision
 from tests.toys import Toy, loader, network, trainer
 
 LORA = {"rank": 4, "modules_to_save": ["net.4"]}
-ON_META = ("fsdp1_policy", "fsdp1_wrapped", "fsdp2")
+ON_META = ("fsdp1_policy", "fsdp1_wrapped", "fsdp2", "tp", "tp_fsdp2")
 ON_WHOLE_MODELS = ("ddp", "fsdp1", "fsdp1_policy", "fsdp1_wrapped", "fsdp2", "tp", "tp_fsdp2")
 PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 
@@ -168,9 +168,10 @@ def strategy(mode: str, processes: int) -> Strategy | str:
             state_dict_type="sharded" if "distributed" in mode else "full",
             auto_wrap_policy={nn.Linear} if "policy" in mode else None,
         )
+    tensor_parallel = processes if mode == "tp" else 2 if mode == "tp_fsdp2" else 1
     return ModelParallelStrategy(
-        data_parallel_size=processes // 2 if "tp" in mode else processes,
-        tensor_parallel_size=2 if "tp" in mode else 1,
+        data_parallel_size=processes // tensor_parallel,
+        tensor_parallel_size=tensor_parallel,
         process_group_backend="gloo",
         save_distributed_checkpoint="distributed" in mode,
     )
@@ -359,7 +360,7 @@ class Start(Callback):
     """Keeps the adapters as they start, and the outputs with and without them."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        self.state = trainer.strategy.lightning_module_state_dict()
+        self.state = {name: t.clone() for name, t in trainer.strategy.lightning_module_state_dict().items()}
         with torch.no_grad():
             self.output = whole(trainer.strategy.model(PROBE))
             with disabled(pl_module):
@@ -424,7 +425,8 @@ def main() -> None:
         results[mode]["resumed"] = fit(directory, "resumed", mode, processes, 2, results[mode]["half"]["last"])
         results[mode]["evaluated"] = evaluated(mode, processes, single)
         if mode in ON_META:
-            results[mode]["on meta"] = started(mode, processes, module_of(mode, on_meta=True), {"rank": 4})
+            module = module_of(mode, on_meta=True)
+            results[mode]["on meta"] = started(mode, processes, module, LORA, files / "fits.ckpt")
         if mode in ON_WHOLE_MODELS:
             results[mode]["on a whole model"] = start_on_whole_models(mode, processes, files)
     results["said"] = said_of_all()

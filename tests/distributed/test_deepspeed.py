@@ -107,6 +107,19 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(mode: str, ranks: Rank
         assert_same_bits(resumed[key], whole[key])
 
 
+@pytest.mark.parametrize("mode", ["2", "3"])
+def test_offloading_the_optimizer_changes_no_bit(mode: str, ranks: Ranks) -> None:
+    for rank in ranks:
+        offloaded = rank[f"{mode} offloaded"]
+        assert offloaded["whole"]["losses"] == rank[mode]["whole"]["losses"]
+        assert rank[mode]["half"]["losses"] + offloaded["resumed"]["losses"] == rank[mode]["whole"]["losses"]
+    expected = read(ranks[0][mode]["whole"]["last"])
+    for run in ("whole", "resumed"):
+        found = read(ranks[0][f"{mode} offloaded"][run]["last"])
+        for key in WHOLE_STATE:
+            assert_same_bits(found[key], expected[key])
+
+
 @each_mode
 def test_a_checkpoint_of_one_process_resumes_under_deepspeed(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
     assert losses(ranks, mode, "from single") == pytest.approx(single["whole"]["losses"][2:], abs=1e-5)
@@ -187,6 +200,7 @@ def test_another_base_is_refused_by_name_in_every_process(mode: str, ranks: Rank
 def test_a_checkpoint_of_a_whole_model_becomes_the_base(
     mode: str, kind: str, ranks: Ranks, single: dict[str, Any]
 ) -> None:
+    """Where layers are built late, they are asked for on the meta device."""
     theirs, ours = ranks[0][mode]["whole models"][kind], single["whole models"][kind]
     assert losses(ranks, mode, "whole models", kind) == pytest.approx(ours["losses"], abs=1e-5)
     found, expected = read(theirs["last"]), read(ours["last"])
@@ -197,6 +211,11 @@ def test_a_checkpoint_of_a_whole_model_becomes_the_base(
 def test_a_whole_model_that_does_not_fit_is_refused_by_the_shapes_of_the_whole_weights(ranks: Ranks) -> None:
     for rank in ranks:
         assert "net.2.weight: file (17, 16), model (16, 16), net.2.bias: file (17,)" in rank["misfit"]
+
+
+def test_what_stays_on_the_meta_device_is_refused_by_name(ranks: Ranks) -> None:
+    for rank in ranks:
+        assert all("built on the meta device: net.0.weight" in text for text in rank["on meta"])
 
 
 def test_an_adapter_that_no_gradient_reaches_is_named(ranks: Ranks) -> None:

@@ -1,7 +1,8 @@
-"""Two machines with one process each, played by two ``torchrun`` on one, as the README says."""
+"""Two machines with two processes each, played by two ``torchrun`` on one, as the README says."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -11,63 +12,75 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import nodes_job, strategy_job
+from tests.distributed import deepspeed_job, nodes_job, strategy_job
 from tests.distributed.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-MODES = ["ddp", "fsdp1_policy", "fsdp2"]
+EACH = 2  # processes
+MODES = ["ddp", "fsdp1_policy", "fsdp2", "tp", "tp_fsdp2"]
+STAGES = list(nodes_job.STAGES) if importlib.util.find_spec("deepspeed") else []
+
+Report = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What each machine reports of resuming a single process's checkpoint, and what one process would have done."""
-    directory = tmp_path_factory.mktemp("nodes")
-    half = strategy_job.fit(directory, "half", "single", 1, 1)
-    whole = strategy_job.fit(directory, "whole", "single", 1, 2)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    options = [
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        str(free_port()),
-    ]
-    script = [nodes_job.__file__, str(directory), half["last"], *MODES]
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("nodes")
+
+
+@pytest.fixture(scope="module")
+def whole(directory: Path) -> Report:
+    """What one process does."""
+    return strategy_job.fit(directory, "whole", "single", 1, 2)
+
+
+@pytest.fixture(scope="module")
+def whole_in_float(directory: Path) -> Report:
+    """What one process does in float32, as DeepSpeed."""
+    return deepspeed_job.fit(directory / "float", "whole", "single", 2)
+
+
+@pytest.fixture(scope="module")
+def nodes(directory: Path) -> list[Report]:
+    """What each process reports of resuming a single process's checkpoint, in every mode."""
+    half = strategy_job.fit(directory, "half", "single", 1, 1)["last"]
+    half_in_float = deepspeed_job.fit(directory / "float", "half", "single", 1)["last"]
+    python_path = os.pathsep.join([str(ROOT), *sys.path])
+    environment = os.environ | {"PYTHONPATH": python_path, "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2"]
+    torchrun += ["--nproc-per-node", str(EACH), "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    job = [nodes_job.__file__, str(directory), half, half_in_float, *MODES, *STAGES]
     machines = [
         subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "torch.distributed.run",
-                *options,
-                "--node-rank",
-                str(rank),
-                *script,
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
+            [*torchrun, "--node-rank", str(rank), *job], env=environment, stderr=subprocess.PIPE, text=True
         )
         for rank in range(2)
     ]
     errors = [machine.communicate(timeout=300)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], errors
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)], whole
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2 * EACH)]
+
+
+def assert_equal_to_one_process(reports: list[Report], whole: Report, tolerance: float) -> None:
+    losses = torch.tensor([report["losses"] for report in reports], dtype=torch.float64)
+    assert losses.mean(0).tolist() == pytest.approx(whole["losses"][2:], abs=tolerance)
+    for report in reports:
+        torch.testing.assert_close(report["output"], whole["output"], rtol=0.0, atol=tolerance)
+        assert Path(report["last"]).is_file()
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_machines_train_as_one_process(mode: str, nodes: tuple[list[dict[str, Any]], dict[str, Any]]) -> None:
-    reports, whole = nodes
-    losses = torch.tensor([report[mode]["losses"] for report in reports], dtype=torch.float64)
-    assert losses.mean(0).tolist() == pytest.approx(whole["losses"][2:], abs=1e-9)
-    assert losses[0].tolist() != losses[1].tolist()
-    for report in reports:
-        torch.testing.assert_close(report[mode]["output"], whole["output"], rtol=0.0, atol=1e-9)
-        assert Path(report[mode]["last"]).is_file()
+def test_two_machines_train_as_one_process(mode: str, nodes: list[Report], whole: Report) -> None:
+    reports = [report[mode] for report in nodes]
+    assert_equal_to_one_process(reports, whole, 1e-9)
+    shares = {"tp": 1, "tp_fsdp2": 2}.get(mode, 2 * EACH)  # of the rows, which processes see
+    assert len({tuple(report["losses"]) for report in reports}) == shares
+
+
+@pytest.mark.parametrize("mode", STAGES)
+def test_two_machines_train_as_one_process_under_deepspeed(
+    mode: str, nodes: list[Report], whole_in_float: Report
+) -> None:
+    assert_equal_to_one_process([report[mode] for report in nodes], whole_in_float, 1e-5)
