@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import checkpoint
 import gpu
+import growth
 import measuring
 import memory
 import merge
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     args = measuring.parser(__doc__, rounds=7).parse_args(argv)
     few = ["--smoke"] if args.smoke else ["--rounds", str(args.rounds)]
     rows = []
-    for each in (step.main, memory.main, merge.main, checkpoint.main, overhead.main):
+    for each in (step.main, memory.main, merge.main, checkpoint.main, growth.main, overhead.main):
         rows += quietly(each, few)
     if torch.cuda.is_available() and not args.smoke:
         rows += quietly(gpu.main, [])

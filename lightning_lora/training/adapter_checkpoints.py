@@ -225,14 +225,12 @@ class AdapterCheckpoints:
 
     def _metric_states(self) -> dict[str, Any]:
         """Return the persistent states of torchmetrics, but no frozen weights that a metric may hold."""
+        metrics = {clean_name(name): part for name, part in self.module.named_modules() if isinstance(part, Metric)}
+        if not metrics:
+            return {}  # most modules have none, and names of all parameters take as long as a small save
         frozen = {clean_name(name) for name, _ in self.module.named_parameters()}
-        return {
-            key: value
-            for name, part in self.module.named_modules()
-            if isinstance(part, Metric)
-            for key, value in part.state_dict(prefix=f"{clean_name(name)}.").items()
-            if key not in frozen
-        }
+        states = (part.state_dict(prefix=f"{name}.") for name, part in metrics.items())
+        return {key: value for state in states for key, value in state.items() if key not in frozen}
 
     def _persistent(self) -> dict[str, Tensor]:
         """Return what a full checkpoint of this module holds."""
