@@ -1,4 +1,4 @@
-"""Two machines with one process each, played by two ``torchrun`` on one, as the README says."""
+"""Two machines with one process each, played by two processes on one, started as ``docs/strategies.md`` says."""
 
 from __future__ import annotations
 
@@ -6,68 +6,105 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from tests.distributed import nodes_job, strategy_job
 from tests.distributed.ports import free_port
+from tests.training.test_adapter_checkpoints import read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
-MODES = ["ddp", "fsdp1_policy", "fsdp2"]
+MODES = {"torchrun": ["ddp", "fsdp1_policy", "fsdp2"], "slurm": ["ddp", "fsdp1_wrapped", "fsdp2"]}
+Report = dict[str, Any]
+
+
+class Single(NamedTuple):
+    """Where one process was in the middle of its training, and what it did until the end."""
+
+    half: str
+    whole: Report
 
 
 @pytest.fixture(scope="module")
-def nodes(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """What each machine reports of resuming a single process's checkpoint, and what one process would have done."""
-    directory = tmp_path_factory.mktemp("nodes")
-    half = strategy_job.fit(directory, "half", "single", 1, 1)
-    whole = strategy_job.fit(directory, "whole", "single", 1, 2)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    options = [
-        "--nnodes",
-        "2",
-        "--nproc-per-node",
-        "1",
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        str(free_port()),
-    ]
-    script = [nodes_job.__file__, str(directory), half["last"], *MODES]
+def single(tmp_path_factory: pytest.TempPathFactory) -> Single:
+    directory = tmp_path_factory.mktemp("single")
+    half = strategy_job.fit(directory, "half", "single", 1, 1)["last"]
+    return Single(half, strategy_job.fit(directory, "whole", "single", 1, 2))
+
+
+def run(directory: Path, commands: list[list[str]], environments: list[dict[str, str]]) -> list[Report]:
+    """Run a command for each machine, and return what their processes report."""
+    common = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     machines = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-m",
-                "torch.distributed.run",
-                *options,
-                "--node-rank",
-                str(rank),
-                *script,
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
+        subprocess.Popen(command, env=common | environment, stderr=subprocess.PIPE, text=True)
+        for command, environment in zip(commands, environments, strict=True)
     ]
     errors = [machine.communicate(timeout=300)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], errors
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)], whole
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_two_machines_train_as_one_process(mode: str, nodes: tuple[list[dict[str, Any]], dict[str, Any]]) -> None:
-    reports, whole = nodes
-    losses = torch.tensor([report[mode]["losses"] for report in reports], dtype=torch.float64)
-    assert losses.mean(0).tolist() == pytest.approx(whole["losses"][2:], abs=1e-9)
-    assert losses[0].tolist() != losses[1].tolist()
-    for report in reports:
-        torch.testing.assert_close(report[mode]["output"], whole["output"], rtol=0.0, atol=1e-9)
+def by_torchrun(directory: Path, script: list[str]) -> list[Report]:
+    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+    commands = [[*launcher, *meeting, "--node-rank", str(rank), *script] for rank in range(2)]
+    return run(directory, commands, [{}, {}])
+
+
+def by_slurm(directory: Path, script: list[str]) -> list[Report]:
+    """Set what srun sets for the tasks of ``--nodes=2 --ntasks-per-node=1``; the command that requeues takes notes."""
+    (directory / "bin").mkdir()
+    (directory / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {directory}/scontrol.txt\n')
+    (directory / "bin/scontrol").chmod(0o755)
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1,127.0.0.1"}
+    job |= {"SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_LOCALID": "0"}
+    job |= {"PATH": f"{directory}/bin:{os.environ['PATH']}", "MASTER_PORT": str(free_port())}
+    tasks = [job | {"SLURM_NODEID": str(rank), "SLURM_PROCID": str(rank)} for rank in range(2)]
+    return run(directory, [[sys.executable, "-W", "ignore", *script]] * 2, tasks)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {starter: tmp_path_factory.mktemp(starter) for starter in MODES}
+
+
+@pytest.fixture(scope="module")
+def reports(single: Single, places: dict[str, Path]) -> dict[str, list[Report]]:
+    """What each machine reports of resuming a single process's checkpoint."""
+    starters = {"torchrun": by_torchrun, "slurm": by_slurm}
+    return {
+        name: start(places[name], [nodes_job.__file__, str(places[name]), single.half, *MODES[name]])
+        for name, start in starters.items()
+    }
+
+
+def losses(reports: list[Report], mode: str) -> torch.Tensor:
+    """Return the losses of each machine; their mean is that of the whole batch."""
+    found = [report[mode] for report in reports]
+    return torch.tensor([each["losses"] if isinstance(each, dict) else each for each in found], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("starter", "mode"), [(starter, mode) for starter in MODES for mode in MODES[starter]])
+def test_two_machines_train_as_one_process(
+    starter: str, mode: str, reports: dict[str, list[Report]], single: Single
+) -> None:
+    found = losses(reports[starter], mode)
+    assert found.mean(0).tolist() == pytest.approx(single.whole["losses"][2:], abs=1e-9)
+    assert found[0].tolist() != found[1].tolist()
+    for report in reports[starter]:
+        torch.testing.assert_close(report[mode]["output"], single.whole["output"], rtol=0.0, atol=1e-9)
         assert Path(report[mode]["last"]).is_file()
+
+
+def test_a_job_that_slurm_requeues_goes_on_from_an_adapters_checkpoint(
+    places: dict[str, Path], reports: dict[str, list[Report]], single: Single
+) -> None:
+    found = losses(reports["slurm"], "requeued")
+    assert found.mean(0).tolist() == pytest.approx(single.whole["losses"], abs=1e-9)
+    assert (places["slurm"] / "scontrol.txt").read_text() == "requeue 4711\n"
+    expected = read(single.whole["last"])["state_dict"].keys()
+    assert read(str(places["slurm"] / "hpc_ckpt_1.ckpt"))["state_dict"].keys() == expected
