@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import attach
 import checkpoint
 import gpu
+import growth
 import measuring
 import memory
 import merge
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     args = measuring.parser(__doc__, rounds=7).parse_args(argv)
     few = ["--smoke"] if args.smoke else ["--rounds", str(args.rounds)]
     rows = []
-    for each in (step.main, memory.main, attach.main, merge.main, checkpoint.main, overhead.main):
+    mains = (step.main, memory.main, attach.main, merge.main, checkpoint.main, growth.main, overhead.main)
+    for each in mains:
         rows += quietly(each, few)
     if torch.cuda.is_available() and not args.smoke:
         rows += quietly(gpu.main, [])

@@ -69,9 +69,11 @@ def _held(tensor: Tensor, index: tuple[Tensor, ...], numbers: dict[Any, Tensor])
         return part.reshape(1).cpu().double()
     is_here, at = torch.ones(len(index[0]), dtype=torch.bool), []
     for dimension, wanted in enumerate(index):
-        match = _numbers(tensor, dimension, numbers) == wanted.unsqueeze(1)  # (elements, rows held)
-        is_here &= match.any(1)
-        at.append(match.int().argmax(1) if match.shape[1] else torch.zeros_like(wanted))
+        held = _numbers(tensor, dimension, numbers)  # ascending, since dividing keeps the order
+        place = torch.searchsorted(held, wanted)
+        place[place == len(held)] = 0
+        is_here &= held[place] == wanted if len(held) else False
+        at.append(place)
     found = torch.full((len(is_here),), -torch.inf, dtype=torch.float64)
     found[is_here] = torch.nan_to_num(part[tuple(each[is_here] for each in at)].cpu().double(), posinf=0.0, neginf=0.0)
     return found

@@ -26,7 +26,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 
 @pytest.mark.parametrize(
     "benchmark",
-    ["step", "memory", "weights", "attach", "merge", "checkpoint", "overhead", "scaling", "quality", "gpu"],
+    ["step", "memory", "weights", "attach", "merge", "checkpoint", "growth", "overhead", "scaling", "quality", "gpu"],
     indirect=True,
 )
 def test_it_runs_and_reports(benchmark, tmp_path, capsys):

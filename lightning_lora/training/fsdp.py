@@ -200,15 +200,18 @@ class FSDPLayout(Layout):
 
     def _group(self) -> dist.ProcessGroup | None:
         """Return the processes that a unit's parameters are divided among."""
-        units = units_of(self._model)
+        units = self._units()
         return units[0].process_group if units else None
+
+    def _units(self) -> list[FullyShardedDataParallel]:
+        return units_of(self._model)
 
     @contextmanager
     def _unit_gathered(self, layer: LoRALayer) -> Iterator[None]:
         """Have the whole of one layer's weight and factors for a while; what is written to them stays."""
         units = [
             unit
-            for unit in units_of(self._model)
+            for unit in self._units()
             if any(part is layer for part in own_modules(unit)) or any(unit is part for part in layer.modules())
         ]
         with ExitStack() as stack:
