@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,9 +111,13 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
             "adapter beside it, or merge into the model before it was quantized."
         )
     adapters = [adapter for adapter in layer.adapters().values() if parameter in (adapter.parameter, "bias")]
-    if not all(math.isfinite(_largest(factor)) for adapter in adapters for factor in adapter.parameters()):
+    largest = [
+        [_largest(factor) for factor in adapter._parameters.values() if factor is not None] for adapter in adapters
+    ]
+    if not all(map(math.isfinite, itertools.chain(*largest))):
         raise ValueError(f"The adapter of {name!r} holds NaN or infinity; merging it would destroy the weight.")
-    if _overflows(layer, parameter, adapters):
+    bounds = [_bound(adapter, factors) for adapter, factors in zip(adapters, largest, strict=True)]
+    if _overflows(layer, parameter, max(bounds, default=0.0)):
         raise ValueError(
             f"The update of {name!r} is too large for its weight's precision ({weight.dtype}); merging it would "
             "leave infinities. Convert the model to a wider one first."
@@ -148,12 +153,12 @@ def _computes_the_same_merged(layer: LoRALayer) -> bool:
 
 
 @torch.no_grad()
-def _overflows(layer: LoRALayer, parameter: str, adapters: Sequence[Adapter]) -> bool:
+def _overflows(layer: LoRALayer, parameter: str, bound: float) -> bool:
+    """Return whether a sum is beyond the weight's precision, given what no entry of an update can exceed."""
     weight = base_parameter(layer, parameter)
     limit = torch.finfo(weight.dtype).max
     if weight.is_meta:
         return False
-    bound = max((_bound(adapter) for adapter in adapters), default=0.0)
     # Less than half of the largest number's last digit is rounded away there: no look at the weight is needed.
     if bound < torch.finfo(weight.dtype).eps / 8 * limit or _largest(weight) + bound < limit:
         return False  # whatever the signs; spares forming the update
@@ -161,11 +166,11 @@ def _overflows(layer: LoRALayer, parameter: str, adapters: Sequence[Adapter]) ->
         return not all(bool((total.abs() <= limit).all()) for total in layer.sums(parameter))
 
 
-def _bound(adapter: Adapter) -> float:
-    """Return what no entry of an update can exceed."""
+def _bound(adapter: Adapter, largest: Sequence[float]) -> float:
+    """Return what no entry of an update can exceed, given the largest value of each of its factors."""
     if not isinstance(adapter, LowRankAdapter) or not adapter.is_plain:
         return math.inf
-    return abs(adapter.spec.scaling) * adapter.spec.rank * _largest(adapter.A) * _largest(adapter.B)
+    return abs(adapter.spec.scaling) * adapter.spec.rank * math.prod(largest)
 
 
 def _largest(tensor: Tensor) -> float:

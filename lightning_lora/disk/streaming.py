@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,9 +235,10 @@ def _merged(
 ) -> tuple[Tensor, tuple[float, float, float]]:
     """Return a tensor with its update, in the precision to store, and what the rounding did."""
     weight = stored.read()
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    total = weight.to(wide, copy=True)
-    if not layer.fold(key, total):
+    factors = [factor.dtype for adapter in layer.adapters_of(key) for factor in adapter.parameters()]
+    total = weight.to(reduce(torch.promote_types, factors, torch.promote_types(weight.dtype, torch.float32)), copy=True)
+    # As in memory: in place where the weight has the sum's precision, else by parts from the weight.
+    if not layer.fold(key, total if total.dtype == weight.dtype else weight, into=total):
         before = layer._parameters[key]
         layer._parameters[key] = nn.Parameter(weight, requires_grad=False)
         total = layer.combined(key)

@@ -70,15 +70,17 @@ class InBlocks(NamedTuple):
         matrix: The weight, read as a matrix or a stack of them.
         dtype: Precision of the sum.
         add: Updates a block that is given in that precision, in place.
+        in_one_pass: Whether ``add`` passes over a block once, and copies nothing of it.
     """
 
     matrix: Tensor
     dtype: torch.dtype
     add: Callable[[Tensor, Block], object]
+    in_one_pass: bool
 
 
-# On the CPU what fits its caches, a megabyte of float32; elsewhere what keeps a GPU busy, 16 of them.
-_AT_ONCE_ON_CPU, _AT_ONCE = 1 << 18, 1 << 22
+# Half a megabyte of float32 stays in a CPU's caches for a second pass; 16 are for a single pass, and for a GPU.
+_AT_ONCE_IN_CACHE, _AT_ONCE = 1 << 17, 1 << 22
 
 _EMPTY_MODULE = vars(nn.Module())
 _TABLES = [(name, table) for name, table in _EMPTY_MODULE.items() if isinstance(table, (dict, set))]
@@ -256,17 +258,17 @@ def row_numbers(rows: Sequence[range], device: torch.device | str = "cpu") -> Te
     return torch.cat([torch.arange(part.start, part.stop, part.step, device=device) for part in rows])
 
 
-def at_once(tensor: Tensor) -> int:
-    """Return how many elements of a weight are summed at a time."""
-    return _AT_ONCE_ON_CPU if tensor.is_cpu else _AT_ONCE
+def at_once(weight: Tensor, *, in_one_pass: bool = False) -> int:
+    """Return how many elements of a weight are worked on at a time."""
+    return _AT_ONCE_IN_CACHE if weight.is_cpu and not in_one_pass else _AT_ONCE
 
 
-def blocks(matrix: Tensor) -> Iterator[Block]:
+def blocks(matrix: Tensor, *, in_one_pass: bool) -> Iterator[Block]:
     """Yield the parts of a matrix or of a stack, as they lie in memory, each of about ``at_once`` elements."""
     *stack, rows, columns = matrix.shape
     by_columns = matrix.stride(-2) < matrix.stride(-1)
     width, length = (rows, columns) if by_columns else (columns, rows)
-    step = max(1, at_once(matrix) // max(1, width))
+    step = max(1, at_once(matrix, in_one_pass=in_one_pass) // max(1, width))
     for member in range(stack[0]) if stack else (None,):
         for start in range(0, length, step):
             yield Block(member, by_columns, start, min(step, length - start))

@@ -77,13 +77,19 @@ class LoRALayer(Swapped):
         names = dict.fromkeys(adapter.parameter for adapter in adapters)
         return [*names, "bias"] if any(adapter.spec.lora_bias for adapter in adapters) else list(names)
 
-    @torch.no_grad()
-    def fold(self, parameter: str, value: Tensor) -> bool:
-        """Add the updates of a parameter to a value of it, in place; return False if that cannot be done."""
-        parts = sums(value, self.adapters_of(parameter))
+    def fold(self, parameter: str, value: Tensor, into: Tensor | None = None) -> bool:
+        """Add the updates of a parameter to a value of it; return False if that cannot be done. Without gradients.
+
+        Args:
+            parameter: Which one.
+            value: The parameter as stored: its precision decides how much is summed at once, and so the last bits.
+            into: Where the sum goes, laid out as the value; into the value itself if left out.
+        """
+        parts = sums(value, self.adapters_of(parameter), copied=into is not None and into is not value)
         for part, total in parts or ():
-            if total is not part:
-                part.copy_(total)
+            target = part if into is None else _same_part(into, part, value)
+            if total is not target:
+                target.copy_(total)
         return parts is not None
 
     def sums(self, parameter: str) -> Iterable[Tensor]:
@@ -142,7 +148,8 @@ def sums(
 ) -> Iterator[tuple[Tensor, Tensor]] | None:
     """Return a weight's blocks, each with its sum with the updates of adapters; None if it has to be summed whole.
 
-    A sum is that of all updates, in float32 or better, to be rounded once. To be taken without gradients.
+    A sum is that of all updates, in float32 or better, to be rounded once; the next may take its memory. To be taken
+    without gradients.
 
     Args:
         weight: The weight as it is stored.
@@ -156,11 +163,20 @@ def sums(
 
 
 def _sums(updates: list[InBlocks], copied: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    matrix = updates[0].matrix
+    matrix, scratch = updates[0].matrix, None
     dtype = functools.reduce(torch.promote_types, (update.dtype for update in updates))
-    for block in blocks(matrix):
-        part = block.of(matrix)
-        total = part.to(dtype, copy=copied)
+    in_one_pass = dtype is matrix.dtype and len(updates) == 1 and updates[0].in_one_pass
+    for block in blocks(matrix, in_one_pass=in_one_pass):
+        part = total = block.of(matrix)
+        if copied or dtype is not matrix.dtype:
+            scratch = torch.empty_like(part, dtype=dtype) if scratch is None else scratch
+            total = scratch.narrow(1 if block.by_columns else 0, 0, block.length).copy_(part)
         for update in updates:
             update.add(total, block)
         yield part, total
+
+
+def _same_part(tensor: Tensor, part: Tensor, whole: Tensor) -> Tensor:
+    """Return what lies in a tensor where a part lies in a whole of the same layout."""
+    place = tensor.storage_offset() + part.storage_offset() - whole.storage_offset()
+    return tensor.as_strided(part.shape, part.stride(), place)

@@ -140,7 +140,7 @@ class LowRankAdapter(Adapter):
         """Yield what ``row_norms`` is the root of, for some rows at a time."""
         A, B = self._factors_in_float()
         gram = A @ A.T
-        step = B.shape[0] if is_traced() or is_sharded(matrix) else max(1, at_once(matrix) // max(1, matrix.shape[1]))
+        step = B.shape[0] if is_traced() or is_sharded(matrix) else at_once(matrix) // max(1, matrix.shape[1])
         for start in range(0, B.shape[0], max(1, step)):
             here = slice(start, start + step)
             rows = matrix[here] if index is None else matrix.index_select(0, index[here])
@@ -163,7 +163,6 @@ class LowRankAdapter(Adapter):
         return self.as_stored(matrix.index_put((self.index,), total) if self.spec.rows else total)
 
     @override
-    @torch.no_grad()
     def in_blocks(self, weight: Tensor) -> InBlocks | None:
         if is_sharded(weight):
             return None
@@ -174,7 +173,8 @@ class LowRankAdapter(Adapter):
         if self.spec.use_dora:
             index = self.index if self.spec.rows else None
             ratio = (whole(self.magnitude) / self.row_norms(matrix, index)).unsqueeze(1)
-        return InBlocks(matrix, torch.promote_types(A.dtype, matrix.dtype), partial(self._add_to, A, B, ratio))
+        dtype = torch.promote_types(A.dtype, matrix.dtype)
+        return InBlocks(matrix, dtype, partial(self._add_to, A, B, ratio), in_one_pass=self.is_plain)
 
     def _add_to(self, A: Tensor, B: Tensor, ratio: Tensor | None, total: Tensor, block: Block) -> None:
         """Make of a block of the weight what ``combined`` makes of it, in place."""

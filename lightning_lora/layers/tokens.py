@@ -86,7 +86,7 @@ class TokenAdapter(Adapter):
             return None
         rows = whole(self.rows)
         dtype = torch.promote_types(torch.promote_types(rows.dtype, torch.float32), weight.dtype)
-        return InBlocks(weight, dtype, partial(self._put_into, rows))
+        return InBlocks(weight, dtype, partial(self._put_into, rows), in_one_pass=False)
 
     def _put_into(self, rows: Tensor, total: Tensor, block: Block) -> None:
         places, at = self.rows_in(block)

@@ -254,6 +254,20 @@ def test_every_kind_of_layer_is_merged_as_in_memory(kind: str, tmp_path: Path) -
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), model.state_dict())
 
 
+@pytest.mark.parametrize("adapter_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(600, 900), (2100, 2050)])
+def test_layers_too_large_to_be_summed_at_once_are_merged_as_in_memory(
+    shape: tuple[int, int], dtype: torch.dtype, adapter_dtype: str, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(*shape)).to(dtype)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    write_checkpoint(trained(model, target_modules=["0"], rank=16, adapter_dtype=adapter_dtype), tmp_path / "last.ckpt")
+    assert run("merge", tmp_path / "last.ckpt", tmp_path / "model.safetensors", tmp_path / "out") == 0
+    merge(model)
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), model.state_dict())
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "attention" not in kind])
 def test_every_kind_of_layer_of_a_checkpoint_is_merged_as_in_memory(kind: str, tmp_path: Path) -> None:
     build, _, options = KINDS[kind]
