@@ -253,6 +253,7 @@ new = {name for name in set(sys.modules) - before if name.partition(".")[0] not 
 heavy = {"peft", "transformers", "triton", "safetensors", "torchao", "bitsandbytes", "matplotlib", "numpy"}
 assert not {name.partition(".")[0] for name in new} & heavy, new
 assert len(new) < 20, sorted(new)
+assert "lightning_lora.analysis" not in sys.modules  # as much code as all the rest
 """
     outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from lightning_lora.analysis.diagnostics import Diagnostics
 from lightning_lora.targets import listed
 from lightning_lora.training.verdicts import refuse
+
+if TYPE_CHECKING:
+    from lightning_lora.analysis.diagnostics import Diagnostics
 
 PREFIX = "lora"
 
@@ -34,6 +38,8 @@ class FitDiagnostics:
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Take the norms of the weights, and refuse what would measure or log nothing."""
+        from lightning_lora.analysis.diagnostics import Diagnostics  # takes as long to import as all the rest
+
         option = f"diagnostics_every_n_steps={self.every_n_steps}"
         if trainer.barebones:
             refuse(f"{option}: a Trainer with barebones=True logs nothing. Leave one of them out.")

@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, lora_layers
+from lightning_lora.analysis import diagnostics
 from lightning_lora.analysis.diagnostics import Diagnostics
-from lightning_lora.training import fit_diagnostics
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy
 from tests.test_callback import Duel
 from tests.toys import FEATURES, Toy, loader, network, trainer
@@ -61,7 +61,7 @@ def fit(module: Any, every: int | None, *callbacks: Callback, **options: Any) ->
 
 @pytest.mark.parametrize("every", [None, 0])
 def test_it_is_off_by_default_and_then_costs_nothing(every: int | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fit_diagnostics, "Diagnostics", None)  # would fail if it were made
+    monkeypatch.setattr(diagnostics, "Diagnostics", None)  # would fail if it were made
     assert fit(Toy(), every) == {}
 
 
