@@ -20,7 +20,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = {"torchrun": 4, "slurm": 2}  # of both machines
-MODES = {"torchrun": ["ddp", "fsdp1_policy", "fsdp2", "tp", "tp_fsdp2"], "slurm": ["ddp", "fsdp1_wrapped", "fsdp2"]}
+MODES = {
+    "torchrun": ["ddp", "fsdp1_policy", "fsdp2", "tp", "tp_fsdp2"],
+    "slurm": ["ddp", "fsdp1_wrapped", "fsdp2", "tp"],
+}
 STAGES = list(nodes_job.STAGES) if importlib.util.find_spec("deepspeed") else []
 SHARES = {"tp": 1, "tp_fsdp2": 2}  # of the rows of a batch, that processes see; else each has its own
 
@@ -89,10 +92,10 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def reports(single: Single, single_in_float: Single, places: dict[str, Path]) -> dict[str, list[Report]]:
     """What each process reports of resuming a single process's checkpoint, by what started it."""
     halves = [single.half, single_in_float.half]
-    scripts = {name: [nodes_job.__file__, str(places[name]), *halves, *MODES[name]] for name in MODES}
+    starters = {"torchrun": by_torchrun, "slurm": by_slurm}
     return {
-        "torchrun": by_torchrun(places["torchrun"], [*scripts["torchrun"], *STAGES]),
-        "slurm": by_slurm(places["slurm"], scripts["slurm"]),
+        name: start(places[name], [nodes_job.__file__, str(places[name]), *halves, *MODES[name], *STAGES])
+        for name, start in starters.items()
     }
 
 
@@ -118,10 +121,11 @@ def test_two_machines_train_as_one_process(
 
 
 @pytest.mark.parametrize("mode", STAGES)
+@pytest.mark.parametrize("starter", MODES)
 def test_two_machines_train_as_one_process_under_deepspeed(
-    mode: str, reports: dict[str, list[Report]], single_in_float: Single
+    starter: str, mode: str, reports: dict[str, list[Report]], single_in_float: Single
 ) -> None:
-    assert_equal_to_one_process(reports["torchrun"], mode, single_in_float.whole, 1e-5)
+    assert_equal_to_one_process(reports[starter], mode, single_in_float.whole, 1e-5)
 
 
 def test_a_job_that_slurm_requeues_goes_on_from_an_adapters_checkpoint(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,13 +26,20 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:LoRA. this run may learn little"),
 ]
 
+
+def model_parallel() -> ModelParallelStrategy:
+    return ModelParallelStrategy(
+        data_parallel_size=1, tensor_parallel_size=1, process_group_backend="gloo", save_distributed_checkpoint=False
+    )
+
+
 STRATEGIES: dict[str, Callable[[], Strategy | str]] = {
     "single": lambda: "auto",
     "ddp": lambda: DDPStrategy(process_group_backend="gloo"),
     "fsdp": CPUFSDPStrategy,
-    "fsdp2": lambda: ModelParallelStrategy(
-        data_parallel_size=1, tensor_parallel_size=1, process_group_backend="gloo", save_distributed_checkpoint=False
-    ),
+    "fsdp2": model_parallel,
+    "tensor parallel": model_parallel,
+    "fsdp2, tensor parallel": model_parallel,
 }
 
 
@@ -41,8 +49,8 @@ PICKING = (torch.ops.aten.take.default, torch.ops.aten.index.Tensor, torch.ops.a
 class Loaded(Toy):
     """Carries a frozen base of any size beside the layers that are adapted."""
 
-    def __init__(self, width: int, layers: int) -> None:
-        self.size = width, layers
+    def __init__(self, width: int, layers: int, strategy: str) -> None:
+        self.size, self.divided_by = (width, layers), strategy
         super().__init__()
 
     def build(self) -> None:
@@ -51,8 +59,13 @@ class Loaded(Toy):
         self.base = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(layers))
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if "tensor parallel" in self.divided_by:
+            mesh = self.device_mesh["tensor_parallel"]
+            parallelize_module(self.net, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+            parallelize_module(self.base, mesh, {"*": ColwiseParallel()})
+        if STRATEGIES[self.divided_by] is model_parallel:
             attach(self)
+        if "fsdp2" in self.divided_by:
             for part in (self.net, *self.base):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
@@ -70,8 +83,9 @@ class Work(TorchDispatchMode):
         return result
 
 
-def work_of_saving(module: Loaded, strategy: Strategy | str, path: Path) -> int:
+def work_of_saving(module: Loaded, path: Path) -> int:
     options = {"target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
+    strategy = STRATEGIES[module.divided_by]()
     run = trainer(LoRACallback(rank=2, **options), strategy=strategy, use_distributed_sampler=False)
     run.fit(module, loader())
     with Work() as work:
@@ -93,9 +107,9 @@ def process_group(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_saving_reads_and_makes_as_many_bytes_beside_a_base_of_any_size(strategy: str, tmp_path: Path) -> None:
-    small, large = Loaded(8, 80), Loaded(128, 160)
-    done = [work_of_saving(module, STRATEGIES[strategy](), tmp_path / "a.ckpt") for module in (small, large)]
+    small, large = Loaded(8, 80, strategy), Loaded(128, 160, strategy)
+    done = [work_of_saving(module, tmp_path / "a.ckpt") for module in (small, large)]
     # Which rows and columns a process holds is counted once for each shape: some vectors of int64.
-    spare = 8 * 8 * (128 - 8) if strategy == "fsdp2" else 0
+    spare = 8 * 8 * (128 - 8) if STRATEGIES[strategy] is model_parallel else 0
     assert 0 < done[0] <= done[1] <= done[0] + spare
     assert sum(parameter.nbytes for parameter in large.base.parameters()) > 1000 * spare
