@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _MOST_BITS = 24
+_WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes that one takes
 
 
 def may_draw(dropout: float) -> bool:
@@ -60,8 +61,20 @@ def random_bits(like: Tensor, dropout: float) -> Tensor:
 
 def alive(bits: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """Return the mask that the bits ``(rows, bytes)`` say: ones and zeros, ``(rows, width)``, a tensor of its own."""
+    return _unpacked(bits, width, _table(dtype, bits.device))
+
+
+def dropped(x: Tensor, bits: Tensor) -> Tensor:
+    """Return ``x``, ``(rows, width)``, with zeros where a bit is not set; not as a function for autograd."""
+    # Numbers are as well kept by all ones under a bitwise "and": a fifth of a product's time in bfloat16.
+    whole_numbers = _WHOLE_NUMBERS[x.element_size()]
+    mask = _unpacked(bits, x.shape[1], _table(whole_numbers, bits.device).neg())
+    return mask.bitwise_and_(x.view(whole_numbers)).view(x.dtype)
+
+
+def _unpacked(bits: Tensor, width: int, table: Tensor) -> Tensor:
     rows, length = bits.shape
-    mask = _table(dtype, bits.device).index_select(0, bits.flatten().int())  # faster than shifting, by far
+    mask = table.index_select(0, bits.flatten().int())  # faster than shifting, by far
     return mask.view(rows, 8 * length)[:, :width]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.casts import shared_cast
-from lightning_lora.dropout_bits import alive, kept, may_draw, random_bits
+from lightning_lora.dropout_bits import alive, dropped, kept, may_draw, random_bits
 from lightning_lora.eager import add, is_traced
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -279,8 +279,8 @@ class _Backward(NamedTuple):
             if dx is not None:
                 dx[part].addcmul_(g[part] @ A, mask, value=self.how.alpha)
             if x is not None:
-                dropped = mask * x[part] if torch.is_grad_enabled() else mask.mul_(x[part])
-                dA = dA + g[part].T @ dropped
+                seen = mask * x[part] if torch.is_grad_enabled() else mask.mul_(x[part])
+                dA = dA + g[part].T @ seen
         return None if x is None else (self.how.alpha * dA).to(self.A.dtype)
 
     def _hidden_again(self, A: Tensor, x: Tensor | None, depends_on_x: bool) -> Tensor | None:
@@ -303,7 +303,7 @@ def _dropped_product(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tens
     bits = torch.empty(rows, (width + 7) // 8, dtype=torch.uint8, device=x.device)
     for part in _parts(bits, width):
         bits[part] = random_bits(bits[part], dropout)
-        torch.mm(alive(bits[part], width, x.dtype).mul_(x[part]), A.T, out=h[part])
+        torch.mm(dropped(x[part], bits[part]), A.T, out=h[part])
     return h, bits
 
 

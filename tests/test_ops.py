@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, attach, ops
-from lightning_lora.dropout_bits import alive, random_bits
+from lightning_lora.dropout_bits import alive, dropped, random_bits
 from lightning_lora.ops import lora_add, lora_linear
 
 K, N, R, S = 12, 10, 3, 1.5
@@ -142,6 +142,15 @@ def test_bits_are_set_as_often_as_asked_and_independently(dropout):
     assert (mask.mean(0) - keep).abs().max() < 5 * deviation / math.sqrt(4000)
     correlations = torch.corrcoef(mask.T) - torch.eye(100)
     assert correlations.abs().max() < 6 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("width", [96, 100])
+def test_what_is_dropped_is_zero_and_the_rest_as_it_was(width, dtype):
+    x = torch.randn(40, 2 * width).to(dtype)[:, ::2]
+    bits = random_bits(torch.empty(40, 13, dtype=torch.uint8), 0.3)[:, : (width + 7) // 8]
+    assert torch.equal(dropped(x, bits), x * alive(bits, width, dtype))
+    assert not dropped(torch.full_like(x, math.nan), torch.zeros_like(bits)).any()  # where a product keeps NaN
 
 
 @pytest.mark.usefixtures("small_masks")
