@@ -219,7 +219,10 @@ class LoRACallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when fit has succeeded; not after an exception, and not when only a tuner ran."""
+        """Called when fit has succeeded, not after an exception or a tuner alone: unless it trained nothing."""
+        is_idle = 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches)
+        with self._layout.at_hand():
+            judge(*checks.untrained_fit(pl_module, trainer.global_step, is_wanted=is_idle))
         self._fit_succeeded = True
 
     @override

@@ -78,6 +78,7 @@ def test_a_pattern_that_matches_nothing_stops_the_run_before_it_starts() -> None
     assert not lora_layers(module)
 
 
+@pytest.mark.filterwarnings("ignore:This fit made no optimizer step")
 def test_the_start_is_that_of_the_seed_everything_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def first_factor() -> Tensor:
         module = Toy()
@@ -269,6 +270,50 @@ def test_evaluating_untrained_adapters_is_said_aloud() -> None:
 
 
 # --- heads, norms, precision
+
+
+class StepsNothing(Toy):
+    """Manual optimization that forgets to step."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:Total length of:UserWarning")
+@pytest.mark.parametrize(("kind", "rows"), [(Toy, 0), (StepsNothing, 32)])
+def test_a_fit_without_a_step_is_no_success(kind: type[Toy], rows: int, tmp_path: Any) -> None:
+    module = kind()
+    callback = LoRACallback(rank=4, merge_on_teardown=True, export_dir=str(tmp_path / "adapter"))
+    with pytest.raises(MisconfigurationException, match="no optimizer step, so every LoRA adapter is still at its"):
+        trainer(callback, max_steps=-1, max_epochs=1).fit(module, loader(rows))
+    assert list(lora_layers(module)) == LAYERS
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("none", [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_a_fit_that_is_told_to_make_no_step_says_so(none: dict[str, int]) -> None:
+    with pytest.warns(UserWarning, match="no optimizer step, so every LoRA adapter is still at its start"):
+        trainer(LoRACallback(rank=4), **none).fit(Toy(), loader())
+
+
+def test_adapters_that_no_step_moved_are_spoken_of() -> None:
+    class NoRate(Toy):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    with pytest.warns(UserWarning, match="still at its start after 2 steps. Was the learning rate zero"):
+        trainer(LoRACallback(rank=4)).fit(NoRate(), loader())
+
+
+def test_resuming_what_is_finished_is_fine(tmp_path: Any) -> None:
+    run = trainer(LoRACallback(rank=4))
+    run.fit(Toy(), loader())
+    run.save_checkpoint(tmp_path / "done.ckpt")
+    module = Toy()
+    trainer(LoRACallback(rank=4)).fit(module, loader(), ckpt_path=tmp_path / "done.ckpt")
+    assert adapters_moved(module) == LAYERS
 
 
 def test_modules_to_save_train_in_full() -> None:

@@ -112,5 +112,25 @@ def untrained_adapters(module: nn.Module) -> str | None:
     )
 
 
+def untrained_fit(module: nn.Module, steps: int, *, is_wanted: bool) -> tuple[str | None, bool]:
+    """Return what is to be said of a fit that left all adapters at their start, and whether it failed by that.
+
+    Args:
+        module: The adapted module.
+        steps: How many optimizer steps the Trainer counted.
+        is_wanted: Whether the Trainer was told to make none.
+    """
+    if untrained_adapters(module) is None:
+        return None, False
+    if steps:
+        message = f"Every LoRA adapter is still at its start after {steps} steps. Was the learning rate zero?"
+        return message, False
+    message = (
+        "This fit made no optimizer step, so every LoRA adapter is still at its start. Is the train_dataloader empty, "
+        "or limit_train_batches, max_steps or max_epochs zero? With manual optimization, step the optimizers."
+    )
+    return message, not is_wanted
+
+
 def _has_gradient(adapter: nn.Module) -> bool:
     return any(p.grad is not None and bool(torch.any(local(p.grad) != 0)) for p in adapter.parameters())
