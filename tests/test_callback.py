@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRALayer, attach, detach, lora_layers, merge
+from lightning_lora import LoRACallback, LoRAConfig, LoRALayer, attach, detach, load_adapter, lora_layers, merge
 from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, snapshot, trainer
 
 LAYERS = ["net.0", "net.2", "net.4"]
@@ -323,6 +323,33 @@ def test_modules_to_save_train_in_full() -> None:
     assert held.names[0][-2:] == ["net.4.weight", "net.4.bias"]
     assert not torch.equal(module.net[4].weight, base[4].weight)
     assert torch.equal(module.net[2].weight, base[2].weight)
+
+
+class Centred(nn.Module):
+    """Subtracts an average that it follows while training, as the codebooks of vector quantisation do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average.lerp_(x.detach().mean(0), 0.5)
+        return x - self.average
+
+
+def test_buffers_of_a_module_without_parameters_are_saved_when_it_is_named(tmp_path: Any) -> None:
+    class Centring(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(Centred(), *network())
+
+    module, fresh, run = Centring(), Centring(), trainer(LoRACallback(rank=4, modules_to_save=["net.0"]))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "adapter.ckpt")
+    load_adapter(fresh, tmp_path / "adapter.ckpt")
+    x = torch.ones(2, FEATURES)
+    assert module.net[0].average.any()
+    assert torch.equal(fresh.eval().net(x), module.eval().net(x))
 
 
 class Normed(Toy):
