@@ -98,13 +98,15 @@ def unreached_message(names: Sequence[str], reached: Collection[str]) -> tuple[s
 
 
 def untrained_adapters(module: nn.Module) -> str | None:
-    """A model whose adapters are all at their start: it computes what the bare base does."""
+    """A model whose adapters are all at their start: it computes what the base does. Every process must call this."""
     layers = lora_layers(module).values()
-    if not layers or any(
+    is_trained = any(
         adapter.has_effect(base_parameter(layer, adapter.parameter))
         for layer in layers
         for adapter in layer.adapters().values()
-    ):
+    )
+    # A process may hold nothing of any B.
+    if not layers or any(anywhere([is_trained], next(module.parameters()).device)):
         return None
     return (
         "Every LoRA adapter is still at its start, so this evaluates the bare base model. Pass the checkpoint of a "
