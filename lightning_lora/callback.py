@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -87,8 +88,8 @@ class LoRACallback(Callback):
         **lora: Any,
     ) -> None:
         self.config = LoRAConfig(**lora)
-        if not lr_ratio > 0:
-            raise ValueError(f"LoRACallback.lr_ratio must be positive, got {lr_ratio!r}.")
+        if not 0 < lr_ratio < math.inf:
+            raise ValueError(f"LoRACallback.lr_ratio must be positive and finite, got {lr_ratio!r}.")
         self.merge_on_teardown = merge_on_teardown
         self.export_dir, self.init_from = export_dir, init_from
         self.check_base, self.probe = check_base, probe
@@ -219,7 +220,10 @@ class LoRACallback(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when fit has succeeded; not after an exception, and not when only a tuner ran."""
+        """Called when fit has succeeded, not after an exception or a tuner alone: unless it trained nothing."""
+        is_idle = 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches)
+        with self._layout.at_hand():
+            judge(*checks.untrained_fit(pl_module, trainer.global_step, is_wanted=is_idle))
         self._fit_succeeded = True
 
     @override
@@ -286,7 +290,8 @@ class LoRACallback(Callback):
         for index, optimizer in enumerate(optimizers):
             if not any(group["params"] for group in optimizer.param_groups):
                 rank_zero_warn(
-                    f"LoRA: optimizer {index} ({type(optimizer).__name__}) holds no trainable parameter now."
+                    f"LoRA: optimizer {index} ({type(optimizer).__name__}) holds no trainable parameter now: "
+                    "what it trained is frozen and has no adapter. modules_to_save trains modules in full."
                 )
 
     # --- checks

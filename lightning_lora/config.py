@@ -65,8 +65,8 @@ class LoRAConfig:
             whatever this says: ``A`` zero and ``B`` standard normal.
         adapter_dtype: Precision in which the factors are kept and updated, whatever the base's; the arithmetic follows
             the layer's input. A float64 layer has float64 factors.
-        frozen_norm: What frozen normalisation layers with running statistics do while training: ``"eval"`` keeps the
-            statistics fixed, ``"track"`` lets them move and saves them with the adapter.
+        frozen_norm: What frozen normalisation layers with running statistics, and ``spectral_norm``, do while training:
+            ``"eval"`` keeps the statistics fixed, ``"track"`` lets them move and saves them with the adapter.
 
     Raises:
         TypeError: An option has the wrong type.

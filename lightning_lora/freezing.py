@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from lightning_lora.attachment import Attachment, attachments, fully_trained, set_attachment
-from lightning_lora.layers import FrozenNorm, has_running_statistics, swap_in, swap_out
+from lightning_lora.layers import FrozenNorm, has_running_statistics, spectral_hooks, swap_in, swap_out
 from lightning_lora.planning.planned import Plan
 from lightning_lora.targets import clean_name, join
+
+_ASKED_ITERATIONS = "_lora_asked_iterations"
 
 
 def freeze_parameters(plan: Plan, attachment: Attachment) -> None:
@@ -31,12 +34,23 @@ def freeze_norms(module: nn.Module) -> None:
     for _, owner, attachment in attachments(module):
         for name, norm in _frozen_norms(owner, attachment):
             if attachment.config.frozen_norm == "eval":
-                if not isinstance(norm, FrozenNorm):
-                    swap_in(norm, FrozenNorm)
-                    norm.train(norm.training)
+                _hold(norm)
             else:
                 for key, buffer in norm.named_buffers(recurse=False):
                     attachment.base_values.setdefault(join(name, key), buffer.detach().clone())
+
+
+@contextmanager
+def weights_only_read(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Have weights that ``spectral_norm`` computes read without moving its statistics, as in train mode it would."""
+    moving = [part for part in parts if isinstance(part, _SpectralNorm) and part.training]
+    try:
+        for part in moving:
+            part.training = False
+        yield
+    finally:
+        for part in moving:
+            part.training = True
 
 
 @contextmanager
@@ -54,15 +68,34 @@ def all_training(module: nn.Module) -> Iterator[None]:
 
 def thaw(module: nn.Module) -> None:
     """Undo freezing, and forget that the module was adapted."""
-    for norm in [part for part in module.modules() if isinstance(part, FrozenNorm)]:
-        mode = norm.asked_mode
-        swap_out(norm)
-        del norm.asked_mode
-        norm.train(mode)
+    for part in module.modules():
+        _release(part)
     for _, owner, attachment in list(attachments(module)):
         for name, parameter in owner.named_parameters():
             parameter.requires_grad_(attachment.required_grad.get(clean_name(name), parameter.requires_grad))
         set_attachment(owner, None)
+
+
+def _hold(norm: nn.Module) -> None:
+    """Keep a norm's statistics as they are; safe to repeat."""
+    hooks = spectral_hooks(norm)
+    for hook in hooks:  # its mode is that of its layer, whose adapter must know it
+        if _ASKED_ITERATIONS not in vars(hook):
+            vars(hook)[_ASKED_ITERATIONS], hook.n_power_iterations = hook.n_power_iterations, 0
+    if not hooks and not isinstance(norm, FrozenNorm):
+        swap_in(norm, FrozenNorm)
+        norm.train(norm.training)
+
+
+def _release(part: nn.Module) -> None:
+    """Undo ``_hold``; a norm gets the mode that it was last told."""
+    for hook in spectral_hooks(part):
+        hook.n_power_iterations = vars(hook).pop(_ASKED_ITERATIONS, hook.n_power_iterations)
+    if isinstance(part, FrozenNorm):
+        mode = part.asked_mode
+        swap_out(part)
+        del part.asked_mode
+        part.train(mode)
 
 
 def _frozen_norms(owner: nn.Module, attachment: Attachment) -> Iterator[tuple[str, nn.Module]]:

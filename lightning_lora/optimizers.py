@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -136,8 +137,8 @@ def homeless_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> l
 
 
 def _check_ratio(lr_ratio: float) -> None:
-    if not lr_ratio > 0:
-        raise ValueError(f"lr_ratio must be positive, got {lr_ratio!r}.")
+    if not 0 < lr_ratio < math.inf:
+        raise ValueError(f"lr_ratio must be positive and finite, got {lr_ratio!r}.")
 
 
 def _fast_parameters(module: nn.Module) -> set[int]:

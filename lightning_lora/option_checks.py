@@ -31,7 +31,7 @@ def check_alpha(name: str, value: object) -> None:
     check_number(name, value)
     assert isinstance(value, (int, float))
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"LoRAConfig.{name} must be a positive number, got {value!r}: the update would vanish.")
+        raise ValueError(f"LoRAConfig.{name} must be positive and finite, got {value!r}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

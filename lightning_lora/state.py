@@ -156,7 +156,8 @@ def mismatch_message(what: str, problems: Iterable[str]) -> str:
     """Return the one error for a state that does not fit."""
     lines = "\n".join(f"  - {problem}" for problem in problems)
     return (
-        f"The adapter state does not fit this {what}; nothing was changed:\n{lines}\nAttach with the adapter's config."
+        f"The adapter state does not fit this {what}; nothing was changed:\n{lines}\nAttach with the adapter's config; "
+        "to evaluate in a Trainer, LoRACallback() without options takes it from the file."
     )
 
 

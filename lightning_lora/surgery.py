@@ -21,7 +21,7 @@ from lightning_lora.attachment import (
     set_attachment,
 )
 from lightning_lora.config import LoRAConfig
-from lightning_lora.freezing import freeze_norms, freeze_parameters, thaw
+from lightning_lora.freezing import freeze_norms, freeze_parameters, thaw, weights_only_read
 from lightning_lora.layers import (
     Adapter,
     AdapterGroup,
@@ -73,13 +73,16 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     with _no_garbage_collection(), shapes_shown(module):
         modules = module_names(module)
         _refuse_other_adapters(module, (part for part, _ in modules.values()), config, seed)
-        plan = make_plan(module, modules, config, seed)
-        _refuse_wrapped(module, plan)
-        _refuse_untying_divided(plan)
-        _warn_of_waste(plan)
-        made = [
-            (layer, layer.adapter(layer.module, layer.spec, layer.parameter)) for layer in plan.layers if _is_new(layer)
-        ]
+        with weights_only_read(part for part, _ in modules.values()):
+            plan = make_plan(module, modules, config, seed)
+            _refuse_wrapped(module, plan)
+            _refuse_untying_divided(plan)
+            _warn_of_waste(plan)
+            made = [
+                (layer, layer.adapter(layer.module, layer.spec, layer.parameter))
+                for layer in plan.layers
+                if _is_new(layer)
+            ]
         for name in plan.untied:
             plan.parameters[name] = _untie(plan.modules, name)
         for part, parameters in _by_layer(made).items():

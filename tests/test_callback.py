@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_lora import LoRACallback, LoRAConfig, LoRALayer, attach, detach, lora_layers, merge
+from lightning_lora import LoRACallback, LoRAConfig, LoRALayer, attach, detach, load_adapter, lora_layers, merge
 from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, snapshot, trainer
 
 LAYERS = ["net.0", "net.2", "net.4"]
@@ -78,6 +78,7 @@ def test_a_pattern_that_matches_nothing_stops_the_run_before_it_starts() -> None
     assert not lora_layers(module)
 
 
+@pytest.mark.filterwarnings("ignore:This fit made no optimizer step")
 def test_the_start_is_that_of_the_seed_everything_set(monkeypatch: pytest.MonkeyPatch) -> None:
     def first_factor() -> Tensor:
         module = Toy()
@@ -271,6 +272,50 @@ def test_evaluating_untrained_adapters_is_said_aloud() -> None:
 # --- heads, norms, precision
 
 
+class StepsNothing(Toy):
+    """Manual optimization that forgets to step."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+
+
+@pytest.mark.filterwarnings("ignore:Total length of:UserWarning")
+@pytest.mark.parametrize(("kind", "rows"), [(Toy, 0), (StepsNothing, 32)])
+def test_a_fit_without_a_step_is_no_success(kind: type[Toy], rows: int, tmp_path: Any) -> None:
+    module = kind()
+    callback = LoRACallback(rank=4, merge_on_teardown=True, export_dir=str(tmp_path / "adapter"))
+    with pytest.raises(MisconfigurationException, match="no optimizer step, so every LoRA adapter is still at its"):
+        trainer(callback, max_steps=-1, max_epochs=1).fit(module, loader(rows))
+    assert list(lora_layers(module)) == LAYERS
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("none", [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}])
+def test_a_fit_that_is_told_to_make_no_step_says_so(none: dict[str, int]) -> None:
+    with pytest.warns(UserWarning, match="no optimizer step, so every LoRA adapter is still at its start"):
+        trainer(LoRACallback(rank=4), **none).fit(Toy(), loader())
+
+
+def test_adapters_that_no_step_moved_are_spoken_of() -> None:
+    class NoRate(Toy):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    with pytest.warns(UserWarning, match="still at its start after 2 steps. Was the learning rate zero"):
+        trainer(LoRACallback(rank=4)).fit(NoRate(), loader())
+
+
+def test_resuming_what_is_finished_is_fine(tmp_path: Any) -> None:
+    run = trainer(LoRACallback(rank=4))
+    run.fit(Toy(), loader())
+    run.save_checkpoint(tmp_path / "done.ckpt")
+    module = Toy()
+    trainer(LoRACallback(rank=4)).fit(module, loader(), ckpt_path=tmp_path / "done.ckpt")
+    assert adapters_moved(module) == LAYERS
+
+
 def test_modules_to_save_train_in_full() -> None:
     module, held = Toy(), Held()
     base = network()
@@ -278,6 +323,33 @@ def test_modules_to_save_train_in_full() -> None:
     assert held.names[0][-2:] == ["net.4.weight", "net.4.bias"]
     assert not torch.equal(module.net[4].weight, base[4].weight)
     assert torch.equal(module.net[2].weight, base[2].weight)
+
+
+class Centred(nn.Module):
+    """Subtracts an average that it follows while training, as the codebooks of vector quantisation do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.average.lerp_(x.detach().mean(0), 0.5)
+        return x - self.average
+
+
+def test_buffers_of_a_module_without_parameters_are_saved_when_it_is_named(tmp_path: Any) -> None:
+    class Centring(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(Centred(), *network())
+
+    module, fresh, run = Centring(), Centring(), trainer(LoRACallback(rank=4, modules_to_save=["net.0"]))
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "adapter.ckpt")
+    load_adapter(fresh, tmp_path / "adapter.ckpt")
+    x = torch.ones(2, FEATURES)
+    assert module.net[0].average.any()
+    assert torch.equal(fresh.eval().net(x), module.eval().net(x))
 
 
 class Normed(Toy):

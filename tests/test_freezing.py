@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, adapter_state_dict, attach, detach, disabled, load_adapter_state_dict, merge
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    detach,
+    disabled,
+    load_adapter,
+    load_adapter_state_dict,
+    merge,
+    save_adapter,
+)
 from lightning_lora.freezing import freeze_norms
 from tests.contract import assert_same_bits, assert_unchanged, snapshot
 
@@ -214,6 +224,80 @@ def test_the_frozen_norm_is_still_a_norm_of_its_kind_and_survives_copies(rng):
     detach(twin)
     assert type(twin.norm) is nn.BatchNorm1d
     assert type(model.norm) is not nn.BatchNorm1d
+
+
+SPECTRAL_NORMS = {"spectral_norm": nn.utils.parametrizations.spectral_norm, "older": nn.utils.spectral_norm}
+each_spectral_norm = pytest.mark.parametrize("spectral_norm", SPECTRAL_NORMS.values(), ids=SPECTRAL_NORMS)
+
+
+class Spectral(nn.Module):
+    """Weights divided by the largest singular value, which torch follows by one power iteration a step."""
+
+    def __init__(self, spectral_norm) -> None:
+        super().__init__()
+        self.first = spectral_norm(nn.Linear(6, 6))
+        self.norm = spectral_norm(nn.Conv1d(8, 8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x))
+
+
+@each_spectral_norm
+def test_eval_keeps_what_spectral_norm_knows_of_frozen_weights(spectral_norm, rng):
+    model, x = Spectral(spectral_norm), torch.randn(5, 8, 6, generator=rng)
+    before = snapshot(model.train())
+    with torch.no_grad():  # else the older one leaves a weight that cannot be copied
+        base = model.eval()(x)
+    buffers = statistics(model)
+    attach(model.train(), config(dropout=0.5))
+    copies = [copy.deepcopy(model), model]
+    for each in copies:
+        for _ in range(3):
+            step(each, rng)
+        assert_same_bits(dict(each.named_buffers()), buffers)
+        assert not torch.equal(each.train()(x), each.train()(x))  # the adapter's dropout still knows the mode
+        with disabled(each.eval()):
+            assert torch.equal(each(x), base)
+    detach(model.train())
+    assert_unchanged(model, before)
+    model(x)
+    assert moved_since(buffers, model)  # it follows the weights again
+
+
+@each_spectral_norm
+def test_track_saves_what_spectral_norm_knows(spectral_norm, rng):
+    model = Spectral(spectral_norm)
+    fresh = copy.deepcopy(model)
+    for each in (model, fresh):
+        attach(each, config(frozen_norm="track"))
+    buffers = statistics(model)
+    step(model, rng)
+    assert moved_since(buffers, model)
+    load_adapter_state_dict(fresh, adapter_state_dict(model))
+    x = torch.randn(5, 8, 6, generator=rng)
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+@each_spectral_norm
+def test_loading_a_directory_leaves_what_spectral_norm_knows(spectral_norm, rng, tmp_path):
+    model = Spectral(spectral_norm)
+    fresh, buffers = copy.deepcopy(model).train(), statistics(model)
+    attach(model, config())
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(fresh, tmp_path / "adapter")
+    assert_same_bits(dict(fresh.named_buffers()), buffers)
+
+
+@each_spectral_norm
+def test_spectral_norm_of_a_module_that_trains_in_full_follows_its_weight(spectral_norm, rng):
+    model = Spectral(spectral_norm)
+    attach(model, config(modules_to_save=["norm"]))
+    buffers = statistics(model)
+    step(model, rng)
+    moved = moved_since(buffers, model)
+    assert moved
+    assert all(name.startswith("norm") for name in moved)
+    assert set(adapter_state_dict(model)) > {name for name in buffers if name.startswith("norm")}
 
 
 def test_dropout_of_the_frozen_base_stays_active():

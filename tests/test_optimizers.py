@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import (
     StepLR,
 )
 
-from lightning_lora import LoRAConfig, attach, lora_layers, parameter_groups
+from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers, parameter_groups
 from lightning_lora.optimizers import (
     homeless_parameters,
     optimizer_names,
@@ -238,10 +238,12 @@ def test_parameter_groups_hold_everything_trainable_once() -> None:
     AdamW(groups)
 
 
-@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_ratio_that_makes_no_sense_is_refused(ratio: float) -> None:
-    with pytest.raises(ValueError, match="lr_ratio must be positive"):
+    with pytest.raises(ValueError, match="lr_ratio must be positive and finite"):
         parameter_groups(adapted(), 1e-3, lr_ratio=ratio)
+    with pytest.raises(ValueError, match="lr_ratio must be positive and finite"):
+        LoRACallback(lr_ratio=ratio)
 
 
 def test_a_module_without_adapters_has_no_groups() -> None:

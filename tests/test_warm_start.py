@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, save_adapter
 from lightning_lora.warm_start import start_from
@@ -145,6 +145,17 @@ def test_without_checkpoints_the_last_state_is_exported_also_before_merging(tmp_
     x = torch.ones(2, 8)
     assert not lora_layers(module)
     torch.testing.assert_close(exported.net(x), module.net(x))
+
+
+def test_an_adapter_that_diverged_is_not_exported(tmp_path: Path) -> None:
+    class Diverges(Toy):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    target = tmp_path / "peft"
+    with pytest.raises(ValueError, match=rf"export_dir='{target}': net\.0\.lora\.A.* hold NaN or infinity"):
+        trainer(LoRACallback(rank=4, export_dir=str(target))).fit(Diverges(), loader())
+    assert not target.exists()
 
 
 def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:

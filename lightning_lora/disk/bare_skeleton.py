@@ -27,7 +27,7 @@ from lightning_lora.targets import join, listed, matches
 _REMEDY = "Load the model, load_adapter the file into it, and save it from there."
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _KNOWN_ORDER = ("gate_up_proj", "down_proj")
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "._u", "._v", ".weight_u", ".weight_v")
 
 
 # --- from a checkpoint

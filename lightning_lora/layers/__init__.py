@@ -12,7 +12,7 @@ from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
 from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.layers.low_rank import LowRankAdapter
-from lightning_lora.layers.norm import FrozenNorm, has_running_statistics
+from lightning_lora.layers.norm import FrozenNorm, has_running_statistics, spectral_hooks
 from lightning_lora.layers.swap import Swapped, swap_in, swap_out
 from lightning_lora.layers.tokens import TokenAdapter, swapped_as_follower
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
@@ -95,6 +95,7 @@ __all__ = [
     "has_running_statistics",
     "lora_layers",
     "parameter_adapter",
+    "spectral_hooks",
     "swap_in",
     "swap_out",
     "swapped_as",

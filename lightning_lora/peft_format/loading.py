@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import attachments, get_attachment, named_tensors
+from lightning_lora.freezing import weights_only_read
 from lightning_lora.layers import Adapter, LowRankAdapter, TokenAdapter, all_adapters, lora_layers
 from lightning_lora.peft_format.directory import CONFIG_FILE, parse_base, read_config, read_contents
 from lightning_lora.peft_format.importing import Import, adapted_paths, make_import
@@ -75,7 +76,8 @@ def _read(
     names_of = functools.cache(module_names)
     root = matching_root(module, adapted_paths(tensors), export_root, names_of)
     try:
-        content = make_import(root, config, tensors, names_of(root))
+        with weights_only_read(root.modules()):
+            content = make_import(root, config, tensors, names_of(root))
     except ValueError as error:
         raise ValueError(
             f"The adapter in {str(path)!r} does not fit this {type(root).__name__}; nothing was changed:\n{error}"

@@ -82,14 +82,23 @@ def _missed_targets(
     unknown = unmatched(config.target_modules, everything)
     for entry in unmatched(config.target_modules, adaptable):
         if entry in unknown:
-            yield _miss(config, root, "target_modules", entry, everything)
+            yield _miss(config, root, "target_modules", entry, everything, [names[0] for names in adaptable])
         elif sweeps(config.target_modules, entry):
             yield f"target_modules={entry!r} matched no layer of a kind that has an adapter: {SUPPORTED}."
 
 
-def _miss(config: LoRAConfig, root: str, option: str, entry: str, pool: Sequence[Sequence[str]]) -> str:
+def _miss(
+    config: LoRAConfig,
+    root: str,
+    option: str,
+    entry: str,
+    pool: Sequence[Sequence[str]],
+    layers: Sequence[str] = (),
+) -> str:
     near = near_names(entry, (name for names in pool for name in names))
     hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
+    if layers and not near:
+        hint = f" Its layers are {listed(layers)}."
     if option == "target_modules" and config.target_modules == entry:
         hint += " A string is one regular expression over full names; put a name into a list."
     what = {"rank_pattern": "adapted layer", "alpha_pattern": "adapted layer", "target_parameters": "parameter"}

@@ -18,10 +18,10 @@ def plan_saved_modules(plan: Plan, modules: Modules, config: LoRAConfig, tied: T
         entry = selected(config.modules_to_save, names)
         if entry is None or is_below(name, plan.saved):
             continue
-        if any(True for _ in submodule.parameters()):
+        if any(True for _ in submodule.parameters()) or (not is_glob(entry) and submodule.state_dict()):
             plan.saved[name] = submodule
         elif not is_glob(entry):
-            yield f"modules_to_save: {name!r} is a {type(submodule).__name__} without parameters."
+            yield f"modules_to_save: {name!r} is a {type(submodule).__name__} without parameters and buffers to save."
     for name, submodule in plan.saved.items():
         for key, _ in submodule.named_parameters():
             full = join(name, key)

@@ -44,6 +44,8 @@ def explain(exception: BaseException, module: nn.Module, suspicion: str | None =
         )
     elif _CUT in text and all_adapters(module):
         exception.args = (
-            f"{text}\nLoRA: the loss depends on no adapter. Reentrant activation checkpointing over frozen inputs cuts "
-            "gradients: set use_reentrant=False, or let the first block's input require a gradient.",
+            f"{text}\nLoRA: the loss depends on no adapter. If all that it depends on is frozen, as one of two nets "
+            "may be, adapt a part of that, train it in full with modules_to_save, or leave this loss out. Reentrant "
+            "activation checkpointing over frozen inputs also cuts gradients: set use_reentrant=False, or let the "
+            "first block's input require a gradient.",
         )

@@ -98,18 +98,40 @@ def unreached_message(names: Sequence[str], reached: Collection[str]) -> tuple[s
 
 
 def untrained_adapters(module: nn.Module) -> str | None:
-    """A model whose adapters are all at their start: it computes what the bare base does."""
+    """A model whose adapters are all at their start: it computes what the base does. Every process must call this."""
     layers = lora_layers(module).values()
-    if not layers or any(
+    is_trained = any(
         adapter.has_effect(base_parameter(layer, adapter.parameter))
         for layer in layers
         for adapter in layer.adapters().values()
-    ):
+    )
+    # A process may hold nothing of any B.
+    if not layers or any(anywhere([is_trained], next(module.parameters()).device)):
         return None
     return (
         "Every LoRA adapter is still at its start, so this evaluates the bare base model. Pass the checkpoint of a "
         "trained adapter as ckpt_path."
     )
+
+
+def untrained_fit(module: nn.Module, steps: int, *, is_wanted: bool) -> tuple[str | None, bool]:
+    """Return what is to be said of a fit that left all adapters at their start, and whether it failed by that.
+
+    Args:
+        module: The adapted module.
+        steps: How many optimizer steps the Trainer counted.
+        is_wanted: Whether the Trainer was told to make none.
+    """
+    if untrained_adapters(module) is None:
+        return None, False
+    if steps:
+        message = f"Every LoRA adapter is still at its start after {steps} steps. Was the learning rate zero?"
+        return message, False
+    message = (
+        "This fit made no optimizer step, so every LoRA adapter is still at its start. Is the train_dataloader empty, "
+        "or limit_train_batches, max_steps or max_epochs zero? With manual optimization, step the optimizers."
+    )
+    return message, not is_wanted
 
 
 def _has_gradient(adapter: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.fingerprint import Fingerprint
 from lightning_lora.peft_format.directory import read_tensors
 from lightning_lora.peft_format.files import exported, save_adapter
-from lightning_lora.targets import clean_name, join
+from lightning_lora.targets import clean_name, join, listed
 
 
 def refused_export(module: nn.Module) -> str | None:
@@ -42,9 +42,14 @@ def export_fit(
         base: The fingerprint of the module's base.
 
     Raises:
-        ValueError: PEFT cannot express it. Nothing was written.
+        ValueError: It holds NaN or infinity, or PEFT cannot express it. Nothing was written.
         RuntimeError: What was written is not what was to be written.
     """
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise ValueError(
+            f"export_dir={str(directory)!r}: {listed(broken)} hold NaN or infinity, so training diverged. Nothing was "
+            "written."
+        )
     hidden = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}  # their values are not asked for
     with _in_their_place(module, {**hidden, **state}):
         save_adapter(module, directory, base=base)

@@ -1,22 +1,28 @@
-"""``LightningModule.load_from_checkpoint`` never returns a bare base model from an adapter's file."""
+"""Lightning never takes an adapter's file for a whole model: ``load_from_checkpoint``, and Trainers without LoRA."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from lightning_lora.checkpoint_file import RECORD_KEY
-from lightning_lora.training.import_names import change_both
+from lightning_lora.layers import lora_layers
+from lightning_lora.state import check_not_merged
+from lightning_lora.training.import_names import change_both, overrides
 
 
 def install() -> None:
-    """Have ``load_from_checkpoint`` refuse adapter checkpoints with a remedy.
+    """Have ``load_from_checkpoint``, and Trainers without a LoRACallback, refuse adapter checkpoints with a remedy.
 
-    With ``strict=False`` Lightning would drop the adapter without a word, and no hook of ours runs there: the module is
-    the user's own class, and there is no Trainer.
+    Where loading is not strict, Lightning would drop the adapter without a word, and no hook of ours runs there: the
+    module is the user's own class, and there is no Trainer, or none that knows of adapters.
     """
     change_both("core.saving", _guard)
+    change_both("trainer.connectors.checkpoint_connector", _guard_trainers)
 
 
 def _guard(saving: ModuleType) -> None:
@@ -36,3 +42,34 @@ def _guard(saving: ModuleType) -> None:
 
     load_state._lora_guard = True  # type: ignore[attr-defined]
     saving._load_state = load_state  # type: ignore[attr-defined]
+
+
+def _guard_trainers(connectors: ModuleType) -> None:
+    original = connectors._CheckpointConnector.restore_model
+    if hasattr(original, "_lora_guard"):
+        return
+
+    @functools.wraps(original)
+    def restore_model(connector: Any) -> None:
+        module, checkpoint = connector.trainer.lightning_module, connector._loaded_checkpoint
+        try:
+            if not overrides(module, "on_load_checkpoint"):  # which may attach
+                _refuse_bare(module, checkpoint)
+            original(connector)
+            _refuse_bare(module, checkpoint)
+        except Exception:
+            checkpoint.clear()  # the Trainer keeps it, and would load it again in the next stage
+            raise
+
+    restore_model._lora_guard = True  # type: ignore[attr-defined]
+    connectors._CheckpointConnector.restore_model = restore_model
+
+
+def _refuse_bare(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    if RECORD_KEY not in checkpoint or lora_layers(module):
+        return
+    check_not_merged(module, checkpoint[RECORD_KEY].get("merges", {}))
+    raise RuntimeError(
+        f"This checkpoint holds an adapter, and this {type(module).__name__} has none that could take it. Add the "
+        "LoRACallback to the Trainer's callbacks: to evaluate, LoRACallback() takes all options from the file."
+    )

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,14 @@ def test_a_changed_record_is_one_line_of_error(tmp_path: Path, capsys: pytest.Ca
         torch.save(content | {RECORD_KEY: record}, tmp_path / "odd.ckpt")
         assert run("export", tmp_path / "odd.ckpt", tmp_path / "out") in (0, 1)
         assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spectral_norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_statistics_that_moved_are_refused_by_export(
+    spectral_norm: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(OrderedDict(layer=spectral_norm(nn.Linear(8, 8))))
+    trained(model, target_modules=["layer"], frozen_norm="track")
+    assert run("export", write_checkpoint(model, tmp_path / "adapter.ckpt"), tmp_path / "peft") == 1
+    assert "PEFT saves no running statistics of frozen norms" in capsys.readouterr().err
+    assert not (tmp_path / "peft").exists()

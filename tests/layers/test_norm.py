@@ -23,6 +23,10 @@ from lightning_lora.layers import FrozenNorm, has_running_statistics, swap_in, s
         (nn.LayerNorm(4), False),
         (nn.GroupNorm(2, 4), False),
         (nn.Linear(4, 4), False),
+        (nn.utils.spectral_norm(nn.Linear(4, 4)), True),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)).parametrizations.weight[0], True),
+        (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4), name="bias").parametrizations.bias[0], False),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)).parametrizations.weight[0], False),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -239,6 +239,13 @@ def test_all_misses_of_all_options_are_in_one_error(tiny):
     assert "TinyModel" in message
 
 
+@pytest.mark.parametrize("targets", [["zzz"], "zzz"])
+def test_a_name_that_is_near_to_nothing_is_refused_with_the_layers_there_are(targets: str | list[str]):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with raises_and_changes_nothing(model, ValueError, r"'zzz' matched no module of \w+\. Its layers are 0, 2\."):
+        report(model, target_modules=targets)
+
+
 def test_a_glob_that_matches_nothing_is_refused(tiny):
     with raises_and_changes_nothing(tiny, ValueError, r"target_modules='\*_porj' matched no module"):
         report(tiny, target_modules=["head", "*_porj"])

@@ -54,6 +54,7 @@ def test_a_loss_without_gradient_comes_with_the_remedy() -> None:
     explain(caught.value, model)
     assert "element 0 of tensors does not require grad" in str(caught.value)
     assert "the loss depends on no adapter" in str(caught.value)
+    assert "modules_to_save" in str(caught.value)
     assert "use_reentrant=False" in str(caught.value)
 
 
