@@ -21,6 +21,7 @@ from lightning_lora.layers import Adapter
 from lightning_lora.optimizers import repair_optimizers
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.strategies import layout_of
+from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy, add_cpu_events
 from tests.toys import Toy, loader, network, trainer
 
@@ -151,6 +152,18 @@ def test_stage_3_refuses_by_name_what_one_layer_reads_while_another_runs() -> No
     layout_of(DeepSpeedStrategy(stage=2)).attached(adapted)
     with pytest.raises(NotImplementedError, match=r"stage=3.*the weight itself must carry: attention.*or use stage 2"):
         layout_of(DeepSpeedStrategy(stage=3)).attached(adapted)
+
+
+@needs_deepspeed
+def test_an_optimizer_in_deepspeeds_config_is_refused_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    callback = LoRACallback(rank=2, target_modules=["net.0"])
+    run, module = trainer(callback, strategy=CPUDeepSpeedStrategy(config=config)), Toy()
+    module.trainer = run
+    callback.setup(run, module, "test")
+    with pytest.raises(MisconfigurationException, match=r"'optimizer': .*'AdamW'.*return one from configure"):
+        callback.setup(run, module, "fit")
 
 
 @needs_deepspeed
