@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy, size_based_auto_wrap_policy
@@ -136,6 +136,20 @@ def test_one_process_alone_merges_under_fsdp(tmp_path: Path) -> None:
 # --- DeepSpeed
 
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
+
+
+@pytest.mark.usefixtures("process_group")
+def test_processes_agree_over_the_strategys_device_wherever_parameters_lie() -> None:
+    class OffloadedBase(Toy):
+        def build(self) -> None:
+            self.away = nn.Linear(2, 2, device="meta")  # stands for a device of which processes cannot tell each other
+            super().build()
+
+    module, strategy = OffloadedBase(), SingleDeviceStrategy()
+    attach(module, LoRAConfig(rank=2, target_modules=["net.0", "net.2"]))
+    strategy._lightning_module = module
+    module.net[:1](torch.ones(1, 8, dtype=module.net[0].weight.dtype)).sum().backward()
+    assert layout_of(strategy).reached() == {"net.0"}
 
 
 @needs_deepspeed
