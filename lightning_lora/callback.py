@@ -123,6 +123,7 @@ class LoRACallback(Callback):
             allow_missing_base
         )
         if stage == TrainerFn.FITTING:
+            refuse(self._layout.refused_training())
             if self._diagnostics is not None:
                 refuse(self._layout.refused_diagnostics())
             self._wraps.after(pl_module, "configure_optimizers", self._repair_configured)

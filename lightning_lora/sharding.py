@@ -148,10 +148,12 @@ def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[N
         return
     shown = [(tensor, tensor.data) for tensor in managed if is_divided(tensor)]
     zero = importlib.import_module("deepspeed").zero
-    with zero.GatheredParameters(managed, modifier_rank=0 if to_write else None):
-        yield
-    for tensor, data in shown:
-        tensor.data = data
+    try:
+        with zero.GatheredParameters(managed, modifier_rank=0 if to_write else None):
+            yield
+    finally:
+        for tensor, data in shown:
+            tensor.data = data
 
 
 @contextmanager

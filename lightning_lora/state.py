@@ -126,20 +126,13 @@ def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known
         return ["the module has no adapters; call attach with the adapter's config first"]
     missing = [name for name in tensors if name not in state]
     unknown = [name for name in state if name not in tensors and name not in known]
-    shapes = [
-        f"{name}: file {tuple(state[name].shape)}, model {tuple(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
     problems = []
     if missing:
         problems.append(f"missing from the state: {listed(missing)}")
     if unknown:
         near = near_names(unknown[0], tensors)
         problems.append(f"unknown to the model: {listed(unknown)}" + (f" (closest: {near[0]!r})" if near else ""))
-    if shapes:
-        problems.append(f"other shapes: {listed(shapes)}")
-    return problems
+    return problems + other_shapes(tensors, state)
 
 
 def other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
@@ -147,9 +140,9 @@ def other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[st
     found = [
         f"{name}: file {tuple(value.shape)}, model {tuple(own[name].shape)}"
         for name, value in state.items()
-        if name in own and isinstance(own[name], Tensor) and own[name].shape != value.shape
+        if name in own and own[name].shape != value.shape
     ]
-    return [f"other shapes: {', '.join(found)}"] if found else []
+    return [f"other shapes: {listed(found)}"] if found else []
 
 
 def mismatch_message(what: str, problems: Iterable[str]) -> str:

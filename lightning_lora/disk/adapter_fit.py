@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lora.attachment import named_tensors
 from lightning_lora.checkpoint_file import attach_entry, read_checkpoint, recorded_base
-from lightning_lora.disk.base_folder import BaseFolder
+from lightning_lora.disk.base_folder import BaseFolder, read_json
 from lightning_lora.disk.base_names import Renaming, find_renaming, invert
 from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.disk.skeleton_kinds import kinds_of_checkpoint, kinds_of_peft
@@ -105,7 +104,7 @@ def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
 
 def _fit_peft(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fitted:
     config, tensors = read_config(path / CONFIG_FILE), read_tensors(path)
-    is_transposed = json.loads((path / CONFIG_FILE).read_bytes()).get("fan_in_fan_out") is True
+    is_transposed = read_json(path / CONFIG_FILE).get("fan_in_fan_out") is True
     paths = adapted_paths(tensors)
 
     def resolves(path: str, modules: Collection[str]) -> bool:

@@ -14,19 +14,18 @@ from torch import Tensor, nn
 from lightning_lora.attachment import attachments
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.skeleton import build_skeleton
+from lightning_lora.disk.skeleton_kinds import KNOWN_ORDER
 from lightning_lora.disk.tensor_files import Layout
 from lightning_lora.layers import all_adapters
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.layers import keys_by_path
-from lightning_lora.peft_format.names import PREFIX
+from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
 from lightning_lora.state import adapter_tensors, mismatches, record_problems
 from lightning_lora.surgery import attach
 from lightning_lora.targets import join, listed, matches
 
 _REMEDY = "Load the model, load_adapter the file into it, and save it from there."
-_TOKENS = ".token_adapter.trainable_tokens_delta"
-_KNOWN_ORDER = ("gate_up_proj", "down_proj")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "._u", "._v", ".weight_u", ".weight_v")
 
 
@@ -136,8 +135,8 @@ def skeleton_of_peft(config: PeftConfig, tensors: Mapping[str, Tensor], root: st
         layouts |= _stack_layouts(name, places, known, config)
     repeated = dict[str, Tensor]()
     for key in sorted(known.keys() - {key for keys in by_path.values() for key in keys}):
-        if key.endswith(_TOKENS):
-            name = key.removesuffix(_TOKENS)
+        if key.endswith(TOKENS_SUFFIX):
+            name = key.removesuffix(TOKENS_SUFFIX)
             layouts[f"{name}.weight"] = Layout(torch.float32, (_last_token(name, config) + 1, known[key].shape[-1]))
             kinds[name] = "embedding"
         elif not any(part in f".{key}." for part in (".original_module.", ".modules_to_save.")):
@@ -179,9 +178,9 @@ def _stack_layouts(
     name: str, places: Mapping[int, str], known: Mapping[str, Tensor], config: PeftConfig
 ) -> Iterator[tuple[str, Layout]]:
     keys = _parameters(name, config)
-    if len(keys) > 1 and set(keys) != set(_KNOWN_ORDER):
+    if len(keys) > 1 and set(keys) != set(KNOWN_ORDER):
         raise ValueError(f"{name}: the file does not tell which of its parameters is which ({listed(keys)}). {_REMEDY}")
-    order = list(_KNOWN_ORDER) if len(keys) > 1 else keys
+    order = list(KNOWN_ORDER) if len(keys) > 1 else keys
     for index, key in enumerate(order):
         path = places.get(len(order) - 1 - index)  # PEFT wraps the first registered innermost
         A, B = (known.get(f"{path}.lora_{factor}.weight") for factor in "AB")

@@ -11,12 +11,12 @@ from torch import Tensor
 from lightning_lora.disk.base_names import module_paths
 from lightning_lora.disk.tensor_files import Layout
 from lightning_lora.peft_format.layers import keys_by_path
-from lightning_lora.peft_format.names import PREFIX, without_wrappers
+from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, without_wrappers
 from lightning_lora.targets import join
 
 # Models of transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")
-_KNOWN_ORDER = ("gate_up_proj", "down_proj")
+KNOWN_ORDER = ("gate_up_proj", "down_proj")  # of the stacks in transformers' models with experts
 _MOST_ORDERS = 24
 _ATTENTION = ("in_proj_weight", "q_proj_weight")
 
@@ -43,7 +43,7 @@ def kinds_of_peft(
     """
     known = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     modules, kinds = module_paths(layouts), dict[str, str]()
-    tokens = {key.removesuffix(".token_adapter.trainable_tokens_delta") for key in known if ".token_adapter." in key}
+    tokens = {key.removesuffix(TOKENS_SUFFIX) for key in known if key.endswith(TOKENS_SUFFIX)}
     for name in tokens & modules:
         if f"{name}.weight" in layouts:
             kinds[name] = "embedding"
@@ -190,7 +190,7 @@ def _stack_choice(
     Raises:
         ValueError: More than one choice fits the shapes.
     """
-    orders = [_KNOWN_ORDER] if set(shapes) == set(_KNOWN_ORDER) else list(permutations(shapes))[:_MOST_ORDERS]
+    orders = [KNOWN_ORDER] if set(shapes) == set(KNOWN_ORDER) else list(permutations(shapes))[:_MOST_ORDERS]
     turns = (False, True) if any(len(shape) == 3 for shape in shapes.values()) else (False,)
     fitting = [
         (order, turn)

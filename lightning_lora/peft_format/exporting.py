@@ -12,7 +12,7 @@ from lightning_lora.config import Bias
 from lightning_lora.layers import Adapter, TokenAdapter, lora_layers
 from lightning_lora.layers.linear import Conv1DAdapter
 from lightning_lora.peft_format.factors import Factors, Geometry, to_file
-from lightning_lora.peft_format.names import PREFIX, live_path, tensors_in_full
+from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, live_path, tensors_in_full
 from lightning_lora.peft_format.patterns import Scaled, numbers_for, targets_for
 from lightning_lora.peft_format.support import LAST_KNOWN_PEFT_TEXT
 from lightning_lora.targets import listed, module_names
@@ -139,7 +139,7 @@ class Export:
         for layer, wrapped in self._by_depth(wrappers):
             found |= to_file(wrapped, layer.factors, layer.geometry)
         for name, adapter in self.tokens.items():
-            found[f"{name}.token_adapter.trainable_tokens_delta"] = adapter.rows
+            found[name + TOKENS_SUFFIX] = adapter.rows
         for name, module in self.saved.items():
             found |= tensors_in_full(name, module)
         found |= {live_path(name, wrappers): tensor for name, tensor in self.biases.items()}

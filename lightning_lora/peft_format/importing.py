@@ -22,12 +22,10 @@ from lightning_lora.peft_format.layers import (
     keys_by_path,
     shown,
 )
-from lightning_lora.peft_format.names import PREFIX, tensors_in_full, without_wrappers
+from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, tensors_in_full, without_wrappers
 from lightning_lora.peft_format.patterns import Scaled, lora_config, targets_for
 from lightning_lora.planning.obstacles import Obstacles
 from lightning_lora.targets import ModuleNames, join, listed, module_names, parameter_names, tied_names
-
-_TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Import:
 def adapted_paths(tensors: Mapping[str, Tensor]) -> set[str]:
     """Return the paths of everything that the keys of a file adapt."""
     keys = [key.removeprefix(PREFIX) for key in tensors]
-    return {*keys_by_path(keys), *(key.removesuffix(_TOKENS_SUFFIX) for key in keys if key.endswith(_TOKENS_SUFFIX))}
+    return {*keys_by_path(keys), *(key.removesuffix(TOKENS_SUFFIX) for key in keys if key.endswith(TOKENS_SUFFIX))}
 
 
 def make_import(
@@ -100,7 +98,7 @@ class _Importer:
             self.reader.read(path, mine)
             keys -= set(mine)
         self.problems += self.reader.problems
-        for key in sorted(key for key in keys if key.endswith(_TOKENS_SUFFIX)):
+        for key in sorted(key for key in keys if key.endswith(TOKENS_SUFFIX)):
             self._read_tokens(key)
             keys.remove(key)
         self._check_requested_tokens()
@@ -117,7 +115,7 @@ class _Importer:
     # --- tokens
 
     def _read_tokens(self, key: str) -> None:
-        name, rows = key.removesuffix(_TOKENS_SUFFIX), self.tensors[key]
+        name, rows = key.removesuffix(TOKENS_SUFFIX), self.tensors[key]
         wanted = self._requested_tokens(name)
         module = self.modules.get(name)
         if not isinstance(module, nn.Embedding):

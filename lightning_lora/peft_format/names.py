@@ -10,6 +10,7 @@ from lightning_lora.layers import LoRALayer
 from lightning_lora.targets import clean_name, join, listed, module_names, near_names, walk
 
 PREFIX = "base_model.model."
+TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # of the key of an embedding's trained rows
 _WRAPPER = "base_layer"
 
 

@@ -76,11 +76,15 @@ def held_adapters(module: nn.Module, optimizer: Optimizer) -> list[str]:
     ]
 
 
-def reached_adapters(module: nn.Module) -> set[str]:
-    """Return the names of the adapters that have a gradient, in any process; every process must call this."""
+def reached_adapters(module: nn.Module, device: torch.device) -> set[str]:
+    """Return the names of the adapters that have a gradient, in any process; every process must call this.
+
+    Args:
+        module: The adapted module.
+        device: Where processes talk to each other; offloaded parameters lie elsewhere.
+    """
     adapters = all_adapters(module)
     # A process may hold a part of an adapter, or none of it, so they have to agree.
-    device = next(module.parameters()).device
     flags = anywhere([_has_gradient(adapter) for adapter in adapters.values()], device)
     return {name for name, is_reached in zip(adapters, flags, strict=True) if is_reached}
 

@@ -33,7 +33,7 @@ class DeepSpeedLayout(Layout):
     remembered here, and reads and writes of single ones go through DeepSpeed's own functions for that.
     """
 
-    _groups: list[list[nn.Parameter]] | None = None  # the parameters of each group, as they were configured
+    _groups: list[list[nn.Parameter]]  # the parameters of each group, as they were configured
     _reached: set[int]  # the parameters that a gradient has reached
 
     @override
@@ -59,6 +59,16 @@ class DeepSpeedLayout(Layout):
         if self._stage() == 3:
             refuse_reading_across(module, "DeepSpeedStrategy(stage=3)", "stage 2")
             self._base = _gathered_fingerprint(module)
+
+    @override
+    def refused_training(self) -> str | None:
+        if (own := self._config.get("optimizer")) is None:
+            return None
+        return (
+            f"DeepSpeedStrategy(config={{'optimizer': {own!r}}}): with it Lightning calls no "
+            "configure_optimizers, where LoRACallback gives optimizers the adapters and their rates. Leave 'optimizer' "
+            "out of the config, and return one from configure_optimizers."
+        )
 
     @override
     def refused_diagnostics(self) -> str | None:
@@ -135,13 +145,11 @@ class DeepSpeedLayout(Layout):
     def as_configured(self, optimizers: Sequence[Any]) -> Sequence[Any]:
         if not optimizers:
             return optimizers
-        groups = self._groups
-        if groups is None:  # the optimizer is that of DeepSpeed's config, which was given all that trains
-            groups = [[parameter for parameter in self.module.parameters() if parameter.requires_grad]]
         return [
             SimpleNamespace(
                 param_groups=[
-                    {**group, "params": params} for group, params in zip(optimizer.param_groups, groups, strict=True)
+                    {**group, "params": params}
+                    for group, params in zip(optimizer.param_groups, self._groups, strict=True)
                 ]
             )
             for optimizer in optimizers
@@ -189,9 +197,12 @@ class DeepSpeedLayout(Layout):
 
     # --- parts
 
+    @property
+    def _config(self) -> dict[str, Any]:
+        return cast(DeepSpeedStrategy, self.strategy).config or {}
+
     def _stage(self) -> int:
-        config: dict[str, Any] = cast(DeepSpeedStrategy, self.strategy).config or {}
-        return int(config.get("zero_optimization", {}).get("stage", 0))
+        return int(self._config.get("zero_optimization", {}).get("stage", 0))
 
     def _places(self, optimizer: Any) -> dict[int, int]:
         """Return the position of each parameter in the optimizer, by its identity."""

@@ -110,6 +110,10 @@ class Layout:
             "checkpoint), then save_adapter(model, directory)."
         )
 
+    def refused_training(self) -> str | None:
+        """Return why nothing can be trained as the strategy is set up, though evaluated, or None."""
+        return None
+
     def refused_diagnostics(self) -> str | None:
         """Return why adapters cannot be measured while they train here, or None."""
         return None
@@ -174,7 +178,7 @@ class Layout:
 
     def reached(self) -> set[str]:
         """Return the names of the adapters that gradients have reached, in any process; every process must call."""
-        return reached_adapters(self.module)
+        return reached_adapters(self.module, self.strategy.root_device)
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """Return an optimizer's state with whole tensors; every process must call this."""

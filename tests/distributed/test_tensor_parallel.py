@@ -58,6 +58,23 @@ def test_factors_start_as_without_parallelism() -> None:
         assert torch.equal(lora_layers(model)[name].lora.A.full_tensor(), lora_layers(plain)[name].lora.A)
 
 
+def test_biases_get_the_gradients_of_one_process() -> None:
+    model, plain = parallel(network(), _0=ColwiseParallel(), _2=RowwiseParallel()), network()
+    x = torch.linspace(-1, 1, 24).view(3, 8).to(plain[0].weight.dtype)
+    for each in (model, plain):
+        attach(each, LoRAConfig(rank=2, target_modules=["0", "2"], bias="lora_only"))
+        each(x).square().sum().backward()
+    for layer, like in zip(model[0:3:2], plain[0:3:2], strict=True):
+        torch.testing.assert_close(layer.bias.grad.full_tensor(), like.bias.grad)
+        assert like.bias.grad.count_nonzero()
+
+
+def test_tokens_of_a_divided_embedding_are_refused_by_name() -> None:
+    model = parallel(nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4)), _0=ColwiseParallel())
+    with raises_and_changes_nothing(model, ValueError, "its weight is divided by tensor parallelism"):
+        attach(model, LoRAConfig(rank=2, target_modules=["1"], trainable_token_indices={"0": [2]}))
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy, size_based_auto_wrap_policy
@@ -21,6 +21,7 @@ from lightning_lora.layers import Adapter
 from lightning_lora.optimizers import repair_optimizers
 from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
 from lightning_lora.training.strategies import layout_of
+from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy, add_cpu_events
 from tests.toys import Toy, loader, network, trainer
 
@@ -137,6 +138,20 @@ def test_one_process_alone_merges_under_fsdp(tmp_path: Path) -> None:
 needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed")
 
 
+@pytest.mark.usefixtures("process_group")
+def test_processes_agree_over_the_strategys_device_wherever_parameters_lie() -> None:
+    class OffloadedBase(Toy):
+        def build(self) -> None:
+            self.away = nn.Linear(2, 2, device="meta")  # stands for a device of which processes cannot tell each other
+            super().build()
+
+    module, strategy = OffloadedBase(), SingleDeviceStrategy()
+    attach(module, LoRAConfig(rank=2, target_modules=["net.0", "net.2"]))
+    strategy._lightning_module = module
+    module.net[:1](torch.ones(1, 8, dtype=module.net[0].weight.dtype)).sum().backward()
+    assert layout_of(strategy).reached() == {"net.0"}
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("options", [{"stage": 0}, {"zero_optimization": False}])
 def test_deepspeed_without_zero_is_refused_with_the_alternative(options: dict[str, Any]) -> None:
@@ -151,6 +166,18 @@ def test_stage_3_refuses_by_name_what_one_layer_reads_while_another_runs() -> No
     layout_of(DeepSpeedStrategy(stage=2)).attached(adapted)
     with pytest.raises(NotImplementedError, match=r"stage=3.*the weight itself must carry: attention.*or use stage 2"):
         layout_of(DeepSpeedStrategy(stage=3)).attached(adapted)
+
+
+@needs_deepspeed
+def test_an_optimizer_in_deepspeeds_config_is_refused_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    callback = LoRACallback(rank=2, target_modules=["net.0"])
+    run, module = trainer(callback, strategy=CPUDeepSpeedStrategy(config=config)), Toy()
+    module.trainer = run
+    callback.setup(run, module, "test")
+    with pytest.raises(MisconfigurationException, match=r"'optimizer': .*'AdamW'.*return one from configure"):
+        callback.setup(run, module, "fit")
 
 
 @needs_deepspeed

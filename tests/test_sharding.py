@@ -1,0 +1,39 @@
+"""Parameters that ZeRO-3 divides, with a stand-in for DeepSpeed; the real one is in ``tests/distributed``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.sharding import gathered
+
+
+@contextmanager
+def gathered_parameters(parameters: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
+    """Do what DeepSpeed's does to the values: whole inside, and nothing afterwards, even if an exception passes."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.data = torch.ones(2, 3)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+
+def test_what_a_divided_parameter_shows_is_put_back_even_if_an_exception_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    zero = SimpleNamespace(GatheredParameters=gathered_parameters)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    parameter = nn.Parameter(torch.zeros(()).expand(2, 3))
+    parameter.ds_id, parameter.ds_status = 0, SimpleNamespace(name="NOT_AVAILABLE")
+    with pytest.raises(ValueError, match="all of it is 6"), gathered([parameter]):
+        raise ValueError(f"all of it is {parameter.sum():.0f}")
+    assert parameter.shape == (2, 3)
