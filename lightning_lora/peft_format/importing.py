@@ -211,7 +211,7 @@ class _Importer:
         return lora_config(self.config, layers, **options)
 
     def _carried_by_weight(self) -> Iterator[str]:
-        obstacles = Obstacles(LoRAConfig(target_modules=["?"]), self.modules.values(), {})
+        obstacles = Obstacles(LoRAConfig(target_modules=["?"]), self.modules.values(), (), {})
         for layer in self.layers:
             module = self.modules[layer.name]
             adapter = adapter_type(module)

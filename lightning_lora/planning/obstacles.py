@@ -25,10 +25,16 @@ class Obstacles:
         tied: Parameters that share memory with others -> the others.
     """
 
-    def __init__(self, config: LoRAConfig, modules: Collection[nn.Module], tied: Mapping[str, tuple[str, ...]]) -> None:
+    def __init__(
+        self,
+        config: LoRAConfig,
+        modules: Collection[nn.Module],
+        parameters: Collection[nn.Parameter],
+        tied: Mapping[str, tuple[str, ...]],
+    ) -> None:
         self.config, self.tied = config, tied
-        kinds = {(type(p), p.dtype) for part in modules for p in part._parameters.values() if p is not None}
-        is_common = all(kind is nn.Parameter and dtype.is_floating_point for kind, dtype in kinds)
+        kinds, precisions = set(map(type, parameters)), {parameter.dtype for parameter in parameters}
+        is_common = kinds <= {nn.Parameter} and all(dtype.is_floating_point for dtype in precisions)
         options = config.dropout or config.lora_bias or config.use_dora
         self._asks_for_more = bool(options) or not is_common
         self._automatic = config.target_modules == ALL_LINEAR

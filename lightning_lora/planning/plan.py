@@ -62,7 +62,8 @@ class _Planner:
         self.automatic = config.target_modules == ALL_LINEAR
         self.parts = {name: part for name, (part, _) in self.modules.items()}
         self.parameters = parameter_names(self.parts)
-        self.obstacles = Obstacles(config, self.parts.values(), tied_names(self.parameters))
+        tied = tied_names(self.parameters)
+        self.obstacles = Obstacles(config, self.parts.values(), self.parameters.values(), tied)
         self.adapter_dtype: torch.dtype = getattr(torch, config.adapter_dtype)
         self.extras = config.use_dora + config.lora_bias  # numbers besides the factors, for each output feature
         self.problems: list[str] = []
