@@ -15,10 +15,11 @@ from typing_extensions import override
 
 from lightning_lora.attachment import get_attachment, merges, request
 from lightning_lora.checkpoint_file import read_checkpoint
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import OPTIONS, LoRAConfig
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
+from lightning_lora.option_checks import check_known
 from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
 from lightning_lora.sharding import shapes_shown
@@ -87,6 +88,7 @@ class LoRACallback(Callback):
         diagnostics_every_n_steps: NonNegativeInt | None = None,
         **lora: Any,
     ) -> None:
+        check_known("LoRACallback", lora, {*OPTIONS, *(LoRACallback.__init__.__kwdefaults__ or ())})
         self.config = LoRAConfig(**lora)
         if not 0 < lr_ratio < math.inf:
             raise ValueError(f"LoRACallback.lr_ratio must be positive and finite, got {lr_ratio!r}.")

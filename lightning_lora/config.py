@@ -152,10 +152,13 @@ class LoRAConfig:
         Raises:
             ValueError: A key is no option of this version.
         """
-        unknown = sorted(options.keys() - {option.name for option in fields(cls)})
+        unknown = sorted(options.keys() - OPTIONS)
         if unknown:
             raise ValueError(f"{unknown} are no options of LoRAConfig; was this written by a newer lightning_lora?")
         return cls(**options)
+
+
+OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
 
 
 def _plain(value: Any) -> Any:

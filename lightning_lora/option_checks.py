@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from lightning_lora.targets import parse_slices
+from lightning_lora.targets import near_names, parse_slices
+
+_IN_PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}
+
+
+def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Refuse names that are no options, with the one that may be meant, by PEFT's name of it too."""
+    for name in names:
+        if name not in known:
+            near = [_IN_PEFT[name]] if name in _IN_PEFT else near_names(name, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" There are {', '.join(sorted(known))}."
+            raise TypeError(f"{owner} has no option {name!r}.{hint}")
 
 
 def check_rank(name: str, value: object) -> None:

@@ -41,6 +41,21 @@ class Held(Callback):
         self.names = [[names[id(p)] for g in o.param_groups for p in g["params"]] for o in trainer.optimizers]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ("r", "Did you mean 'rank'"),
+        ("lora_alpha", "Did you mean 'alpha'"),
+        ("target_module", "Did you mean 'target_modules'"),
+        ("lr_ration", "Did you mean 'lr_ratio'"),
+        ("xyz", "There are adapter_dtype, alpha, "),
+    ],
+)
+def test_an_option_that_there_is_not_is_refused_with_the_one_that_may_be_meant(wrong: str, hint: str) -> None:
+    with pytest.raises(TypeError, match=f"LoRACallback has no option '{wrong}'. {hint}"):
+        LoRACallback(**{wrong: 8})
+
+
 # --- attaching at the right moment
 
 
