@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,7 +18,7 @@ from lightning_lora.config import OPTIONS, LoRAConfig
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
-from lightning_lora.option_checks import check_known
+from lightning_lora.option_checks import check_known, check_positive
 from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
 from lightning_lora.sharding import shapes_shown
@@ -90,8 +89,7 @@ class LoRACallback(Callback):
     ) -> None:
         check_known("LoRACallback", lora, {*OPTIONS, *(LoRACallback.__init__.__kwdefaults__ or ())})
         self.config = LoRAConfig(**lora)
-        if not 0 < lr_ratio < math.inf:
-            raise ValueError(f"LoRACallback.lr_ratio must be positive and finite, got {lr_ratio!r}.")
+        check_positive("LoRACallback.lr_ratio", lr_ratio)
         self.merge_on_teardown = merge_on_teardown
         self.export_dir, self.init_from = export_dir, init_from
         self.check_base, self.probe = check_base, probe
@@ -225,8 +223,9 @@ class LoRACallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit has succeeded, not after an exception or a tuner alone: unless it trained nothing."""
         is_idle = 0 in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches)
+        device = trainer.strategy.root_device
         with self._layout.at_hand():
-            judge(*checks.untrained_fit(pl_module, trainer.global_step, is_wanted=is_idle))
+            judge(*checks.untrained_fit(pl_module, device, trainer.global_step, is_wanted=is_idle))
         self._fit_succeeded = True
 
     @override
@@ -301,7 +300,7 @@ class LoRACallback(Callback):
 
     def _warn_of_untrained(self, pl_module: LightningModule) -> None:
         with self._layout.at_hand():
-            warn(checks.untrained_adapters(pl_module))
+            warn(checks.untrained_adapters(pl_module, self._layout.strategy.root_device))
 
 
 # The command line of pytorch_lightning takes callbacks of its own make only; it has been imported before this then.

@@ -40,8 +40,13 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def as_given(device: str) -> AbstractContextManager[Any]:
-    """Return a context in which torch computes in the precision of what it is given, autocast or not."""
+def is_autocast(device: str) -> bool:
+    """Return whether autocast is on for this type of device."""
     # Devices without autocast, such as meta, may not be asked; a compiler of torch 2.6 cannot ask which those are.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known and torch.is_autocast_enabled(device) else nullcontext()
+    return known and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Return a context in which torch computes in the precision of what it is given, in place too."""
+    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.casts import shared_cast
+from lightning_lora.casts import shared_cast, without_autocast
 from lightning_lora.dropout_bits import alive, kept, random_bits
-from lightning_lora.ops import compute_dtype, is_fast, without_autocast
+from lightning_lora.ops import compute_dtype, is_fast
 
 
 class Convolution(NamedTuple):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.casts import shared_cast
+from lightning_lora.casts import is_autocast, shared_cast, without_autocast
 from lightning_lora.dropout_bits import alive, dropped, kept, may_draw, random_bits
 from lightning_lora.eager import add, is_traced
 
@@ -129,19 +128,6 @@ def _is_frozen_linear(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     if is_autocast(x.device.type):
         return W.dtype in _AUTOCAST_TAKES and (b is None or b.dtype in _AUTOCAST_TAKES)
     return W.dtype is x.dtype and (b is None or (b.dtype is x.dtype and type(b) in _PLAIN))
-
-
-def is_autocast(device: str) -> bool:
-    """Return whether autocast is on for this type of device."""
-    # Devices without autocast, such as meta, may not be asked; a compiler of torch 2.6 cannot ask which those are.
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
-    return known and torch.is_autocast_enabled(device)
-
-
-def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return a context in which autocast casts nothing."""
-    # In-place products are not cast by autocast, so all casts are explicit.
-    return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()
 
 
 def _is_small_and_plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> bool:

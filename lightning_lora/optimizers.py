@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer, LowRankAdapter, all_adapters
+from lightning_lora.option_checks import check_positive
 from lightning_lora.targets import clean_name, listed
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
@@ -37,7 +37,7 @@ def parameter_groups(
     Source:
         Hayou et al. 2024, "LoRA+", arXiv:2402.12354.
     """
-    _check_ratio(lr_ratio)
+    check_positive("lr_ratio", lr_ratio)
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError(f"{type(module).__name__} has no trainable parameters; call attach first.")
@@ -67,7 +67,7 @@ def repair_optimizers(
     Raises:
         ValueError: A trainable parameter has no place, or no optimizer is left with one.
     """
-    _check_ratio(lr_ratio)
+    check_positive("lr_ratio", lr_ratio)
     names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
     _adopt_homeless(module, optimizers, names)
     for optimizer in optimizers:
@@ -134,11 +134,6 @@ def homeless_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> l
     """Return the trainable parameters that no optimizer holds."""
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return [clean_name(name) for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
-
-
-def _check_ratio(lr_ratio: float) -> None:
-    if not 0 < lr_ratio < math.inf:
-        raise ValueError(f"lr_ratio must be positive and finite, got {lr_ratio!r}.")
 
 
 def _fast_parameters(module: nn.Module) -> set[int]:

@@ -41,8 +41,13 @@ def check_alpha(name: str, value: object) -> None:
     """Refuse an alpha with which the update would vanish or explode."""
     check_number(name, value)
     assert isinstance(value, (int, float))
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"LoRAConfig.{name} must be positive and finite, got {value!r}.")
+    check_positive(f"LoRAConfig.{name}", value)
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse what is not positive, or infinite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.attachment import Attachment, attachments, copy_values, get_attachment, named_tensors
-from lightning_lora.casts import as_given
+from lightning_lora.casts import without_autocast
 from lightning_lora.layers import (
     Adapter,
     LoRALayer,
@@ -74,7 +74,7 @@ def fold(layer: LoRALayer) -> None:
     """Add the updates to the weights: a float32 (or float64) sum and one rounding, at the end."""
     for name in layer.adapted_parameters():
         parameter = base_parameter(layer, name)
-        with as_given(parameter.device.type):
+        with without_autocast(parameter.device.type):
             if not layer.fold(name, parameter):
                 copy_whole(parameter, layer.combined(name).to(parameter.dtype))
 
@@ -162,7 +162,7 @@ def _overflows(layer: LoRALayer, parameter: str, bound: float) -> bool:
     # Less than half of the largest number's last digit is rounded away there: no look at the weight is needed.
     if bound < torch.finfo(weight.dtype).eps / 8 * limit or _largest(weight) + bound < limit:
         return False  # whatever the signs; spares forming the update
-    with as_given(weight.device.type):
+    with without_autocast(weight.device.type):
         return not all(bool((total.abs() <= limit).all()) for total in layer.sums(parameter))
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.casts import as_given
+from lightning_lora.casts import without_autocast
 from lightning_lora.eager import add, is_traced
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, Block, InBlocks, at_once, base_parameter, row_numbers
@@ -128,7 +128,7 @@ class LowRankAdapter(Adapter):
             matrix: The weight's rows that are adapted; with an ``index``, all of its rows.
             index: Which rows are adapted.
         """
-        with as_given(matrix.device.type):
+        with without_autocast(matrix.device.type):
             total = torch.cat([*self._squared_norms(matrix, index)])
         return _roots(total)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.casts import as_given
+from lightning_lora.casts import without_autocast
 from lightning_lora.eager import is_traced
 from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, base_parameter
@@ -174,7 +174,7 @@ class WeightLoRALayer(LoRALayer):
 
 def _formed(base: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """Return a weight with the updates in it, in its precision."""
-    with as_given(base.device.type):  # it is for the reader to round, as it does with any weight
+    with without_autocast(base.device.type):  # it is for the reader to round, as it does with any weight
         return updated(whole(base), adapters).to(base.dtype)
 
 

@@ -75,9 +75,10 @@ def _read(
     config, (tensors, base) = read_config(path / CONFIG_FILE), read_contents(path)
     names_of = functools.cache(module_names)
     root = matching_root(module, adapted_paths(tensors), export_root, names_of)
+    names = names_of(root)
     try:
-        with weights_only_read(root.modules()):
-            content = make_import(root, config, tensors, names_of(root))
+        with weights_only_read(part for part, _ in names.values()):
+            content = make_import(root, config, tensors, names)
     except ValueError as error:
         raise ValueError(
             f"The adapter in {str(path)!r} does not fit this {type(root).__name__}; nothing was changed:\n{error}"

@@ -101,8 +101,13 @@ def unreached_message(names: Sequence[str], reached: Collection[str]) -> tuple[s
     return message, len(silent) == len(names)
 
 
-def untrained_adapters(module: nn.Module) -> str | None:
-    """A model whose adapters are all at their start: it computes what the base does. Every process must call this."""
+def untrained_adapters(module: nn.Module, device: torch.device) -> str | None:
+    """A model whose adapters are all at their start: it computes what the base does. Every process must call this.
+
+    Args:
+        module: The adapted module.
+        device: Where processes talk to each other.
+    """
     layers = lora_layers(module).values()
     is_trained = any(
         adapter.has_effect(base_parameter(layer, adapter.parameter))
@@ -110,7 +115,7 @@ def untrained_adapters(module: nn.Module) -> str | None:
         for adapter in layer.adapters().values()
     )
     # A process may hold nothing of any B.
-    if not layers or any(anywhere([is_trained], next(module.parameters()).device)):
+    if not layers or any(anywhere([is_trained], device)):
         return None
     return (
         "Every LoRA adapter is still at its start, so this evaluates the bare base model. Pass the checkpoint of a "
@@ -118,15 +123,16 @@ def untrained_adapters(module: nn.Module) -> str | None:
     )
 
 
-def untrained_fit(module: nn.Module, steps: int, *, is_wanted: bool) -> tuple[str | None, bool]:
+def untrained_fit(module: nn.Module, device: torch.device, steps: int, *, is_wanted: bool) -> tuple[str | None, bool]:
     """Return what is to be said of a fit that left all adapters at their start, and whether it failed by that.
 
     Args:
         module: The adapted module.
+        device: Where processes talk to each other.
         steps: How many optimizer steps the Trainer counted.
         is_wanted: Whether the Trainer was told to make none.
     """
-    if untrained_adapters(module) is None:
+    if untrained_adapters(module, device) is None:
         return None, False
     if steps:
         message = f"Every LoRA adapter is still at its start after {steps} steps. Was the learning rate zero?"
