@@ -17,7 +17,7 @@ import measuring
 import step
 from torch import nn
 
-from lightning_lora import ops
+from lightning_lora.ops import linear as ops
 
 REACH = {
     ("fp32", 0.0): 1.00,

@@ -38,7 +38,7 @@ MEASURED = """
 import sys
 from lightning_lora.cli import main
 code = main(sys.argv[1:]) if len(sys.argv) > 1 else 0
-import torch, lightning_lora.disk.streaming
+import torch, lightning_lora.disk.merge
 with open("/proc/self/status") as status:  # getrusage would count the parent's memory at the fork
     print(next(line.split()[1] for line in status if line.startswith("VmHWM")), file=sys.stderr)
 sys.exit(code)

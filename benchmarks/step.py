@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, attach, ops
+from lightning_lora import LoRAConfig, attach
+from lightning_lora.ops import linear as ops
 
 RANK, ALPHA, WARMUP = 8, 16.0, 3
 TARGETS = {"q", "k", "v", "o", "gate", "up", "down"}

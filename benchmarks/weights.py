@@ -19,7 +19,8 @@ import measuring
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, attach, recomputed
+from lightning_lora import LoRAConfig, attach
+from lightning_lora.ops import recompute as recomputed
 
 RANK = 8
 

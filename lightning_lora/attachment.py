@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.names import clean_name, module_names, walk
 from lightning_lora.report import AttachReport
-from lightning_lora.targets import clean_name, module_names, walk
 
 _ATTACHMENT = "_lora_attachment"
 _MERGES = "_lora_merges"

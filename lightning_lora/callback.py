@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.attachment import get_attachment, merges, request
-from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import OPTIONS, LoRAConfig
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
@@ -23,19 +22,21 @@ from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
 from lightning_lora.sharding import shapes_shown
 from lightning_lora.state import allow_missing_base
-from lightning_lora.training import checks, coming_checkpoint, load_guard
-from lightning_lora.training.adapter_checkpoints import adapter_checkpoints
-from lightning_lora.training.advice import explain
-from lightning_lora.training.attaching import Attaching
-from lightning_lora.training.company import bad_company, copies_of_the_base, has_callback, mixed_names
-from lightning_lora.training.fit_diagnostics import diagnostics_of
-from lightning_lora.training.fit_export import export_fit, refused_export
-from lightning_lora.training.guidance import questionable_settings
-from lightning_lora.training.import_names import overrides, with_twins
-from lightning_lora.training.method_wraps import MethodWraps
-from lightning_lora.training.strategies import lost_training
-from lightning_lora.training.verdicts import as_misconfiguration, judge, refuse, warn
-from lightning_lora.warm_start import start_from
+from lightning_lora.storage.checkpoint import read_checkpoint
+from lightning_lora.trainer import checks, coming_checkpoint
+from lightning_lora.trainer import lightning_patches as load_guard
+from lightning_lora.trainer.advice import explain
+from lightning_lora.trainer.attaching import Attaching
+from lightning_lora.trainer.checkpoints import adapter_checkpoints
+from lightning_lora.trainer.company import bad_company, copies_of_the_base, has_callback, mixed_names
+from lightning_lora.trainer.diagnostics import diagnostics_of
+from lightning_lora.trainer.export import export_fit, refused_export
+from lightning_lora.trainer.hints import questionable_settings
+from lightning_lora.trainer.import_names import overrides, with_twins
+from lightning_lora.trainer.method_wraps import MethodWraps
+from lightning_lora.trainer.strategies.choice import lost_training
+from lightning_lora.trainer.verdicts import as_misconfiguration, judge, refuse, warn
+from lightning_lora.trainer.warm_start import start_from
 
 load_guard.install()
 coming_checkpoint.install()

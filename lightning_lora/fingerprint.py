@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.names import listed
 from lightning_lora.sharding import elements, is_sharded, local
-from lightning_lora.targets import listed
 
 T = TypeVar("T", int, float)
 

@@ -10,8 +10,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from lightning_lora.attachment import Attachment, attachments, fully_trained, set_attachment
 from lightning_lora.layers import FrozenNorm, has_running_statistics, spectral_hooks, swap_in, swap_out
-from lightning_lora.planning.planned import Plan
-from lightning_lora.targets import clean_name, join
+from lightning_lora.names import clean_name, join
+from lightning_lora.planning.plan import Plan
 
 _ASKED_ITERATIONS = "_lora_asked_iterations"
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.layers import LoRALayer, LowRankAdapter, all_adapters
+from lightning_lora.names import clean_name, listed
 from lightning_lora.option_checks import check_positive
-from lightning_lora.targets import clean_name, listed
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
 _RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group

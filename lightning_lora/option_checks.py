@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.targets import near_names, parse_slices
+from lightning_lora.names import near_names, parse_slices
 
 _IN_PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}
 

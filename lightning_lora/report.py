@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from typing_extensions import override
 
-from lightning_lora.targets import listed
+from lightning_lora.names import listed
 
 _LEFT_OUT_SHOWN = 4
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_lora.attachment import attachments, fully_trained, get_attachment, merges
 from lightning_lora.fingerprint import Fingerprint, other_base, samples
 from lightning_lora.layers import Adapter, LoRALayer, all_adapters, lora_layers
+from lightning_lora.names import clean_name, join, listed, near_names, walk
 from lightning_lora.peft_format.kinds import file_kind
-from lightning_lora.targets import clean_name, join, listed, near_names, walk
 
 FORMAT_VERSION = 1
 

@@ -33,13 +33,13 @@ from lightning_lora.layers import (
     swapped_as,
     swapped_as_follower,
 )
-from lightning_lora.planning.plan import make_plan
-from lightning_lora.planning.planned import Plan, PlannedLayer
+from lightning_lora.modes import check_mergeable, fold, set_mode
+from lightning_lora.names import listed, module_names
+from lightning_lora.planning.plan import Plan, PlannedLayer
+from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import dead_message
 from lightning_lora.report import AdaptedLayer, AttachReport
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
-from lightning_lora.switching import check_mergeable, fold, set_mode
-from lightning_lora.targets import listed, module_names
 
 
 def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0, probe: object = None) -> AttachReport:

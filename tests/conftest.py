@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_lora import ops, recomputed
+from lightning_lora.ops import linear as ops
+from lightning_lora.ops import recompute as recomputed
 
 
 class TinyModel(nn.Module):

@@ -22,13 +22,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from lightning_lora import LoRACallback, adapter_state_dict, detach, load_adapter, lora_layers
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import raises_and_changes_nothing
 from tests.distributed import killed_job
 from tests.distributed.ports import free_port
 from tests.toys import Toy, digest, loader, network, trainer
-from tests.training.test_adapter_checkpoints import assert_same_bits, fitted, read
+from tests.trainer.test_checkpoints import assert_same_bits, fitted, read
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.peft_format.directory import read_tensors
+from lightning_lora.storage.checkpoint import read_checkpoint
 from tests.test_examples import EXAMPLES, execute
 
 pytest.importorskip("transformers")

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, merge, merged, save_adapter
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.cli import main
 from lightning_lora.fingerprint import digest, fingerprint, from_plain, other_base, places, samples, to_plain
 from lightning_lora.state import base_tensors
-from lightning_lora.warm_start import start_from
+from lightning_lora.storage.checkpoint import RECORD_KEY
+from lightning_lora.trainer.warm_start import start_from
 from tests.contract import raises_and_changes_nothing, train_all
 from tests.toys import Toy, loader, network, trainer
 from tests.toys import digest as bits
-from tests.training.test_adapter_checkpoints import fitted, read
+from tests.trainer.test_checkpoints import fitted, read
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
 

@@ -71,7 +71,7 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_candidates_is_where_the_error_messages_say_it_is():
-    assert callable(importlib.import_module("lightning_lora.targets").candidates)
+    assert callable(importlib.import_module("lightning_lora.names").candidates)
 
 
 def test_the_package_has_a_version():

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from lightning_lora import LoRACallback, LoRAConfig, LoRALayer, attach, detach, lora_layers, merge
 from tests.contract import assert_same_bits, error, train_all
 from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
-from tests.training.test_adapter_checkpoints import read
-from tests.training.test_precision import factors
+from tests.trainer.test_checkpoints import read
+from tests.trainer.test_precision import factors
 
 LAYERS = ["net.0", "net.2", "net.4"]
 Linear = nn.Linear  # torch's, also where a plugin has put its own in its place

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRACallback, load_adapter, lora_layers, merge
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.cli import main
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.toys import FEATURES, Toy, loader
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*", "ignore:.*args parameter.*")

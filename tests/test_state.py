@@ -21,8 +21,8 @@ from lightning_lora import (
     lora_layers,
     merge,
 )
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
 CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj"], modules_to_save=["head"])

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.analysis.spectrum import effective_rank
 from lightning_lora.layers import LoRALayer, LowRankAdapter, base_parameter, lora_layers
+from lightning_lora.names import join
 from lightning_lora.sharding import is_sharded, whole
-from lightning_lora.targets import join
 
 DEAD = 0.01  # of the largest singular value: a direction below has less than 1e-4 of that one's squared norm
 _BLOCK = 2**20  # elements of a weight that are read at once

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_lora.analysis.matrices import AdapterMatrix, frozen_matrix, matrices, refuse_folded, token_rows
 from lightning_lora.analysis.places import in_order
-from lightning_lora.checkpoint_file import read_checkpoint
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import TokenAdapter
+from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.directory import CONFIG_FILE, read_config, read_tensors
 from lightning_lora.peft_format.importing import adapted_paths, make_import
@@ -21,10 +21,10 @@ from lightning_lora.peft_format.layers import keys_by_path
 from lightning_lora.peft_format.loading import matching_root
 from lightning_lora.peft_format.names import PREFIX
 from lightning_lora.peft_format.support import LAST_KNOWN_PEFT, TIMES_PEFT_ADDS_OUT_PROJ
-from lightning_lora.planning.plan import make_plan
-from lightning_lora.planning.planned import PlannedLayer
+from lightning_lora.planning.plan import PlannedLayer
+from lightning_lora.planning.planner import make_plan
 from lightning_lora.state import check_not_merged
-from lightning_lora.targets import join, listed, module_names
+from lightning_lora.storage.checkpoint import read_checkpoint
 
 _WRAPPER = ".base_layer"
 _ATTENTION_OUTPUT = f"{_WRAPPER}.out_proj"

@@ -18,8 +18,8 @@ from lightning_lora.layers import (
     base_parameter,
     lora_layers,
 )
+from lightning_lora.names import listed
 from lightning_lora.sharding import whole
-from lightning_lora.targets import listed
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lightning_lora.targets import join
+from lightning_lora.names import join
 
 _BLOCK = re.compile(r"(.*?(?:^|\.)\d+)\.(.+)$")
 

@@ -11,7 +11,7 @@ from lightning_lora.analysis.page import Page
 from lightning_lora.analysis.report_figures import ABOVE, Figures
 from lightning_lora.analysis.suggestions import RankSuggestion, findings, suggest_ranks
 from lightning_lora.analysis.summary import AdapterAnalysis
-from lightning_lora.targets import listed
+from lightning_lora.names import listed
 
 NO_PLOTS = "The pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
 

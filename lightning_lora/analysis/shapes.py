@@ -11,8 +11,8 @@ from torch import nn
 
 from lightning_lora.disk.base_folder import BaseFolder, open_base
 from lightning_lora.disk.skeleton import build_skeleton
-from lightning_lora.disk.tensor_files import Layout
-from lightning_lora.targets import listed
+from lightning_lora.names import listed
+from lightning_lora.storage.safetensors import Layout
 
 _EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
 _HEADS = ("lm_head", "embed_out")

@@ -13,9 +13,9 @@ from torch import nn
 from lightning_lora.analysis.matrices import AdapterMatrix, adapters_with_layers, matrices_of_adapter
 from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
 from lightning_lora.disk.base_folder import BaseFolder, open_base
-from lightning_lora.disk.tensor_files import StoredTensor
 from lightning_lora.disk.tied_heads import virtual_heads
-from lightning_lora.targets import join, listed
+from lightning_lora.names import join, listed
+from lightning_lora.storage.safetensors import StoredTensor
 
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

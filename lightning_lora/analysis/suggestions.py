@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_lora.analysis.places import kind_of
 from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis
-from lightning_lora.targets import listed
+from lightning_lora.names import listed
 
 _MOST_NAMED = 3
 _USED_UP = 0.8  # of the rank: an update that fills so much of it may want more

@@ -166,7 +166,7 @@ def _merge(options: argparse.Namespace) -> int:
     import torch
 
     from lightning_lora.cli.text import merge_lines, progress_bar
-    from lightning_lora.disk.streaming import merge_files
+    from lightning_lora.disk.merge import merge_files
 
     dtype = getattr(torch, options.dtype) if options.dtype else None
     progress = progress_bar(sys.stderr) if sys.stderr.isatty() else None

@@ -163,7 +163,7 @@ def _plan(options: argparse.Namespace) -> int:
     from lightning_lora.analysis.budget import plan_budget
     from lightning_lora.analysis.shapes import model_of_shapes
     from lightning_lora.config import LoRAConfig
-    from lightning_lora.targets import listed
+    from lightning_lora.names import listed
 
     model = model_of_shapes(options.base)
     left_out = () if options.targets else model.heads

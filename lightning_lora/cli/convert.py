@@ -60,7 +60,7 @@ def run_import(options: argparse.Namespace) -> Result:
 
 
 def _said(path: Path, layers: list[str]) -> Result:
-    from lightning_lora.targets import listed
+    from lightning_lora.names import listed
 
     return {"wrote": str(path), "layers": layers}, [f"wrote {path}: {len(layers)} layers ({listed(layers, 3)})"]
 

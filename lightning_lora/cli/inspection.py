@@ -12,14 +12,14 @@ from torch import Tensor
 
 from lightning_lora.analysis.places import in_order
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
-from lightning_lora.checkpoint_file import read_checkpoint, recorded_base
 from lightning_lora.disk.base_folder import read_json
 from lightning_lora.fingerprint import Fingerprint
+from lightning_lora.names import join
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
 from lightning_lora.peft_format.layers import keys_by_path
 from lightning_lora.peft_format.names import PREFIX
-from lightning_lora.targets import join
+from lightning_lora.storage.checkpoint import read_checkpoint, recorded_base
 
 
 class LayerSummary(NamedTuple):

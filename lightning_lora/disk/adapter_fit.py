@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import named_tensors
-from lightning_lora.checkpoint_file import attach_entry, read_checkpoint, recorded_base
 from lightning_lora.disk.base_folder import BaseFolder, read_json
 from lightning_lora.disk.base_names import Renaming, find_renaming, invert
 from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.disk.skeleton_kinds import kinds_of_checkpoint, kinds_of_peft
-from lightning_lora.disk.tensor_files import Layout, StoredTensor
 from lightning_lora.disk.tied_heads import virtual_heads
 from lightning_lora.fingerprint import Fingerprint, Sample, other_base, places, sample
 from lightning_lora.layers import Adapter, all_adapters
 from lightning_lora.layers.adapter import row_numbers
+from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
 from lightning_lora.peft_format.importing import adapted_paths, make_import
 from lightning_lora.peft_format.loading import import_state
 from lightning_lora.peft_format.names import PREFIX, without_wrappers
 from lightning_lora.state import adapter_tensors, record_problems
+from lightning_lora.storage.checkpoint import attach_entry, read_checkpoint, recorded_base
+from lightning_lora.storage.safetensors import Layout, StoredTensor
 from lightning_lora.surgery import attach
-from lightning_lora.targets import listed
 
 
 @dataclass

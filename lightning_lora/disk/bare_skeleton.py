@@ -15,15 +15,15 @@ from lightning_lora.attachment import attachments
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.disk.skeleton_kinds import KNOWN_ORDER
-from lightning_lora.disk.tensor_files import Layout
 from lightning_lora.layers import all_adapters
 from lightning_lora.layers.adapter import row_numbers
+from lightning_lora.names import join, listed, matches
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.layers import keys_by_path
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
 from lightning_lora.state import adapter_tensors, mismatches, record_problems
+from lightning_lora.storage.safetensors import Layout
 from lightning_lora.surgery import attach
-from lightning_lora.targets import join, listed, matches
 
 _REMEDY = "Load the model, load_adapter the file into it, and save it from there."
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "._u", "._v", ".weight_u", ".weight_v")

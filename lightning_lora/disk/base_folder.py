@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.disk.tensor_files import StoredTensor, TensorFile, read_table
-from lightning_lora.targets import listed
+from lightning_lora.names import listed
+from lightning_lora.storage.safetensors import StoredTensor, TensorFile, read_table
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

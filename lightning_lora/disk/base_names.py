@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import product
 
-from lightning_lora.targets import listed, near_names
+from lightning_lora.names import listed, near_names
 
 _DEEPEST = 3
 

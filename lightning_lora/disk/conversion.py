@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.checkpoint_file import RECORD_KEY, read_checkpoint, recorded_base
 from lightning_lora.config import LoRAConfig
-from lightning_lora.directories import replace_file
 from lightning_lora.disk.bare_skeleton import attach_bare, fill, skeleton_of_checkpoint, skeleton_of_peft
 from lightning_lora.disk.base_folder import read_json
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.layers import all_adapters
+from lightning_lora.names import join
 from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
 from lightning_lora.peft_format.files import exported, write_export
 from lightning_lora.peft_format.importing import Import, make_import
@@ -25,7 +24,8 @@ from lightning_lora.peft_format.loading import import_state
 from lightning_lora.peft_format.names import PREFIX
 from lightning_lora.peft_format.patterns import anchored
 from lightning_lora.state import adapter_tensors, describe, mismatches
-from lightning_lora.targets import join
+from lightning_lora.storage.atomic import replace_file
+from lightning_lora.storage.checkpoint import RECORD_KEY, read_checkpoint, recorded_base
 
 
 def export_checkpoint(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.disk.tensor_files import Layout
+from lightning_lora.storage.safetensors import Layout
 
 _DEEPEST = 64
 

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_lora.disk.base_names import module_paths
-from lightning_lora.disk.tensor_files import Layout
+from lightning_lora.names import join
 from lightning_lora.peft_format.layers import keys_by_path
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, without_wrappers
-from lightning_lora.targets import join
+from lightning_lora.storage.safetensors import Layout
 
 # Models of transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")

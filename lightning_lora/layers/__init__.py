@@ -7,16 +7,16 @@ import functools
 from torch import nn
 
 from lightning_lora.layers.adapter import Adapter, AdapterSpec, base_parameter, base_weight
-from lightning_lora.layers.base import AdapterGroup, LoRALayer, Mode
 from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
 from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
+from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.norm import FrozenNorm, has_running_statistics, spectral_hooks
 from lightning_lora.layers.swap import Swapped, swap_in, swap_out
 from lightning_lora.layers.tokens import TokenAdapter, swapped_as_follower
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
-from lightning_lora.targets import join, walk
+from lightning_lora.names import join, walk
 
 ADAPTERS: tuple[type[Adapter], ...] = (
     LinearAdapter,

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import override
 
-from lightning_lora.conv_ops import Convolution, conv_update, keeps_less, pointwise
 from lightning_lora.layers.adapter import base_weight
 from lightning_lora.layers.low_rank import LowRankAdapter
+from lightning_lora.ops.conv import Convolution, conv_update, keeps_less, pointwise
 
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.initializers import seeded, standard_normal, zeros
+from lightning_lora.layers.initializers import seeded, standard_normal, zeros
 from lightning_lora.layers.low_rank import LowRankAdapter
 
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 from lightning_lora.layers.adapter import base_parameter, base_weight
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.swap import Swapped
-from lightning_lora.ops import lora_add, lora_linear, lora_update
+from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
 
 _KNOWN_FORWARD = nn.Linear.forward  # as torch has it: who patches it wants his own called
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.casts import without_autocast
-from lightning_lora.eager import add, is_traced
-from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, Block, InBlocks, at_once, base_parameter, row_numbers
+from lightning_lora.layers.initializers import INITIALIZERS, seeded, zeros
+from lightning_lora.ops.autocast import without_autocast
+from lightning_lora.ops.inplace import add, is_traced
 from lightning_lora.sharding import copy_whole, gathered, is_sharded, place_factors, whole
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, Block, InBlocks, base_parameter
-from lightning_lora.layers.base import LoRALayer
+from lightning_lora.layers.lora_layer import LoRALayer
 from lightning_lora.layers.swap import Behaviour
 from lightning_lora.layers.weight import WeightLoRALayer
 from lightning_lora.sharding import gathered, is_sharded, whole

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.casts import without_autocast
-from lightning_lora.eager import is_traced
-from lightning_lora.initializers import INITIALIZERS, seeded, zeros
 from lightning_lora.layers.adapter import Adapter, base_parameter
-from lightning_lora.layers.base import LoRALayer, updated
+from lightning_lora.layers.initializers import INITIALIZERS, seeded, zeros
+from lightning_lora.layers.lora_layer import LoRALayer, updated
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.swap import Behaviour
-from lightning_lora.recomputed import recomputed, recomputing
+from lightning_lora.ops.autocast import without_autocast
+from lightning_lora.ops.inplace import is_traced
+from lightning_lora.ops.recompute import recomputed, recomputing
 from lightning_lora.sharding import is_sharded, whole
 
 # What naming a module of these kinds adapts; attention's output projection is a layer of its own.

@@ -18,11 +18,11 @@ from lightning_lora.layers import (
     lora_layers,
 )
 from lightning_lora.layers.linear import Conv1DAdapter
+from lightning_lora.names import join, module_names
 from lightning_lora.peft_format.exporting import Export, ExportedLayer
 from lightning_lora.peft_format.factors import Factors, Geometry, factors_of, no_update, placed
 from lightning_lora.peft_format.support import TIMES_PEFT_ADDS_OUT_PROJ, name_problems, peft_obstacle
 from lightning_lora.state import adapter_tensors
-from lightning_lora.targets import join, module_names
 
 
 def make_export(module: nn.Module, root_name: str, root: nn.Module) -> Export:

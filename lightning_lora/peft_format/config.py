@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
 from lightning_lora.config import Bias
-from lightning_lora.targets import listed
+from lightning_lora.names import listed
 
 # Options under which PEFT computes something else than LoRA does, or changes the base model while it loads.
 _OTHER_METHODS = (

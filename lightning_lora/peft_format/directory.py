@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_lora.disk.tensor_files import Layout, TensorWriter, read_table
 from lightning_lora.fingerprint import Fingerprint, Sample, from_plain, to_plain
 from lightning_lora.peft_format.config import PeftConfig, parse_config, unknown_options_message
+from lightning_lora.storage.safetensors import Layout, TensorWriter, read_table
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"

@@ -10,9 +10,9 @@ from pathlib import Path
 from torch import nn
 
 from lightning_lora.attachment import attachments, merges, named_tensors
-from lightning_lora.directories import replace_directory
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.layers import lora_layers
+from lightning_lora.names import clean_name, listed
 from lightning_lora.peft_format.collect import make_export
 from lightning_lora.peft_format.directory import (
     CONFIG_FILE,
@@ -27,7 +27,7 @@ from lightning_lora.state import (
     adapter_tensors,
     base_tensors,
 )
-from lightning_lora.targets import clean_name, listed
+from lightning_lora.storage.atomic import replace_directory
 
 
 def save_adapter(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora.attachment import named_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import adapter_type
+from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.layers import (
     ImportedLayer,
@@ -25,7 +26,6 @@ from lightning_lora.peft_format.layers import (
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, tensors_in_full, without_wrappers
 from lightning_lora.peft_format.patterns import Scaled, lora_config, targets_for
 from lightning_lora.planning.obstacles import Obstacles
-from lightning_lora.targets import ModuleNames, join, listed, module_names, parameter_names, tied_names
 
 
 @dataclass

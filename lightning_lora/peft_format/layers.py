@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from lightning_lora.layers import Adapter, ParameterAdapter, adapter_type, parameter_adapter
+from lightning_lora.names import ModuleNames, join
 from lightning_lora.peft_format.config import PeftConfig
 from lightning_lora.peft_format.factors import Factors, Geometry, from_file, shapes_in_file
 from lightning_lora.peft_format.names import parameters_named, without_wrappers
@@ -17,7 +18,6 @@ from lightning_lora.peft_format.support import (
     TIMES_PEFT_ADDS_OUT_PROJ,
     peft_obstacle,
 )
-from lightning_lora.targets import ModuleNames, join
 
 _MARK = ".lora_"
 _AFTER_MARK = {"A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector"}

@@ -10,11 +10,11 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.layers import LoRALayer
+from lightning_lora.names import listed
 from lightning_lora.peft_format.exporting import Export
 from lightning_lora.peft_format.files import exported
 from lightning_lora.peft_format.patterns import anchored
 from lightning_lora.peft_format.support import vllm_obstacle
-from lightning_lora.targets import listed
 
 YES = "yes"
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers import SUPPORTED, adapter_type
-from lightning_lora.targets import (
+from lightning_lora.names import (
     is_below,
     is_glob,
     join,

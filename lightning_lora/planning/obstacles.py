@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers import Adapter, LoRALayer, base_parameter, taken_names
+from lightning_lora.names import output_embeddings
 from lightning_lora.sharding import is_sharded
-from lightning_lora.targets import output_embeddings
 
 # Parents that read their children's weights, always or in evaluation, so that the weight must carry the update.
 _WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {

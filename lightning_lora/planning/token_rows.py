@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdapterSpec, TokenAdapter, base_weight
+from lightning_lora.names import input_embeddings, is_below, is_glob, join, listed, matches
 from lightning_lora.planning.misses import Modules
 from lightning_lora.planning.obstacles import Obstacles
-from lightning_lora.planning.planned import Plan, PlannedLayer
+from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
-from lightning_lora.targets import input_embeddings, is_below, is_glob, join, listed, matches
 
 _OPTION = "trainable_token_indices"
 

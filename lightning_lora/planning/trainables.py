@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from lightning_lora.config import LoRAConfig
+from lightning_lora.names import is_below, is_glob, join, listed, selected
 from lightning_lora.planning.misses import Modules
-from lightning_lora.planning.planned import Plan
-from lightning_lora.targets import is_below, is_glob, join, listed, selected
+from lightning_lora.planning.plan import Plan
 
 Ties = Mapping[str, tuple[str, ...]]  # parameter -> those that share its memory
 

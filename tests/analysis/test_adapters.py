@@ -20,8 +20,8 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.analysis import AdapterMatrix, read_matrices
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_unchanged, snapshot
 from tests.peft_format.kinds import KINDS, WARNED, seeded
 from tests.peft_format.models import trained_by_peft

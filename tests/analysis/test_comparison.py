@@ -10,8 +10,8 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, lora_layers, save_adapter
 from lightning_lora.analysis import compare, layer_similarity, thin_svd, update_cosine
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import train_all
 from tests.peft_format.kinds import Experts
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, save_adapter
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.cli import main
 from lightning_lora.state import describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.analysis.test_budget import blocks
 from tests.contract import train_all
 

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_lora import LoRAConfig
 from lightning_lora.analysis import plan_budget
 from lightning_lora.analysis.shapes import model_of_shapes
-from lightning_lora.disk.tensor_files import StoredTensor
+from lightning_lora.storage.safetensors import StoredTensor
 from tests.peft_format.models import QUIET, bert, gpt2, llama, mixtral, t5, tied_llama, vit
 
 pytestmark = QUIET

@@ -15,8 +15,8 @@ from torch import nn
 from lightning_lora import adapter_state_dict, save_adapter
 from lightning_lora.analysis import analyze, read_matrices
 from lightning_lora.analysis.stored import stored_matrices
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.state import describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.peft_format.kinds import KINDS, WARNED, seeded
 from tests.peft_format.models import gpt2, tied_llama, trained
 

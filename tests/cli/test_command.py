@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter, lora_layers, merge, save_adapter
 from lightning_lora.analysis import analyze
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.cli import main
 from lightning_lora.cli.inspection import update_norm
 from lightning_lora.cli.text import progress_bar
 from lightning_lora.state import describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import train_all
 from tests.peft_format.kinds import KINDS, WARNED, seeded
 from tests.peft_format.models import (

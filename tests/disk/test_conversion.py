@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRACallback, adapter_state_dict, load_adapter, merge, save_adapter
-from lightning_lora.checkpoint_file import RECORD_KEY
 from lightning_lora.cli import main
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.state import base_tensors, describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.peft_format.kinds import KINDS, WARNED, output, seeded
 from tests.peft_format.models import (
     CLOSE,
@@ -38,7 +38,7 @@ from tests.peft_format.models import (
 from tests.peft_format.models import MODELS as PEFT_MODELS
 from tests.peft_format.test_written import each_directory
 from tests.toys import Toy, loader, trainer
-from tests.training.test_adapter_checkpoints import fitted, read
+from tests.trainer.test_checkpoints import fitted, read
 
 pytestmark = WARNED
 

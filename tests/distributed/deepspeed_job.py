@@ -15,7 +15,8 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, lora_layers, ops
+from lightning_lora import LoRACallback, lora_layers
+from lightning_lora.ops import linear as ops
 from lightning_lora.sharding import gathered
 from tests.distributed.strategy_job import LORA, PROBE, Watch, Wide, exported
 from tests.toys import Toy, loader, network, trainer

@@ -17,8 +17,10 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora import LoRAConfig, attach, merge, ops, recomputed
+from lightning_lora import LoRAConfig, attach, merge
 from lightning_lora.layers import Adapter
+from lightning_lora.ops import linear as ops
+from lightning_lora.ops import recompute as recomputed
 from tests.distributed.cpu_fsdp import add_cpu_events
 
 ROWS = 4

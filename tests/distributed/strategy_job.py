@@ -25,7 +25,8 @@ from torch.distributed.fsdp.wrap import wrap
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lightning_lora import LoRACallback, attach, disabled, lora_layers, ops
+from lightning_lora import LoRACallback, attach, disabled, lora_layers
+from lightning_lora.ops import linear as ops
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy, DoubleFSDPPrecision
 from tests.toys import Toy, loader, network, trainer
 

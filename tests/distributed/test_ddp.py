@@ -13,7 +13,7 @@ import torch
 
 from tests.distributed import ddp_job
 from tests.distributed.ports import free_port
-from tests.training.test_adapter_checkpoints import assert_same_bits, read
+from tests.trainer.test_checkpoints import assert_same_bits, read
 
 pytestmark = pytest.mark.distributed
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from lightning_lora import load_adapter
-from lightning_lora.checkpoint_file import RECORD_KEY
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.distributed import deepspeed_job
 from tests.distributed.ports import free_port
 from tests.distributed.test_every_strategy import TRAINED
-from tests.training.test_adapter_checkpoints import assert_same_bits, read
+from tests.trainer.test_checkpoints import assert_same_bits, read
 
 pytestmark = [
     pytest.mark.distributed,

@@ -15,7 +15,7 @@ import torch
 from lightning_lora import load_adapter
 from tests.distributed import strategy_job
 from tests.distributed.ports import free_port
-from tests.training.test_adapter_checkpoints import assert_same_bits, read
+from tests.trainer.test_checkpoints import assert_same_bits, read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

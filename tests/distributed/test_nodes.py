@@ -14,7 +14,7 @@ import torch
 
 from tests.distributed import deepspeed_job, nodes_job, strategy_job
 from tests.distributed.ports import free_port
-from tests.training.test_adapter_checkpoints import read
+from tests.trainer.test_checkpoints import read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -14,7 +14,7 @@ import torch
 from tests.distributed import other_name_job, strategy_job
 from tests.distributed.ports import free_port
 from tests.distributed.test_every_strategy import TRAINED, losses
-from tests.training.test_adapter_checkpoints import read
+from tests.trainer.test_checkpoints import read
 
 pytest.importorskip("pytorch_lightning")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

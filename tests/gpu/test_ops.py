@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora import ops
-from lightning_lora.dropout_bits import random_bits
-from lightning_lora.ops import lora_linear, lora_update
+from lightning_lora.ops import linear as ops
+from lightning_lora.ops.dropout import random_bits
+from lightning_lora.ops.linear import lora_linear, lora_update
 from tests.gpu.device import DEVICE, needs_cuda, not_rehearsed
 
 pytestmark = needs_cuda

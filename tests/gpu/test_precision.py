@@ -12,7 +12,7 @@ from torch import nn
 from lightning_lora import LoRACallback, lora_layers, merge
 from tests.gpu.device import DEVICE, needs_cuda, not_rehearsed, on_device
 from tests.toys import Toy, loader
-from tests.training.test_adapter_checkpoints import read
+from tests.trainer.test_checkpoints import read
 
 pytestmark = needs_cuda
 

@@ -16,7 +16,7 @@ from lightning_lora import load_adapter
 from tests.gpu import strategy_job
 from tests.gpu.device import needs_cuda
 from tests.toys import Toy
-from tests.training.test_adapter_checkpoints import read
+from tests.trainer.test_checkpoints import read
 
 pytestmark = [*needs_cuda, pytest.mark.slow]
 

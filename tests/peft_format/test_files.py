@@ -24,7 +24,7 @@ from lightning_lora import (
     merge,
     save_adapter,
 )
-from lightning_lora.disk.tensor_files import TensorWriter
+from lightning_lora.storage.safetensors import TensorWriter
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
 CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj"], modules_to_save=["head"])

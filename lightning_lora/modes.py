@@ -1,0 +1,213 @@
+"""Adapters off, or folded into the weights, for a while or for good; the exact weights come back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_lora.attachment import Attachment, attachments, copy_values, get_attachment, named_tensors
+from lightning_lora.layers import (
+    Adapter,
+    LoRALayer,
+    LowRankAdapter,
+    Mode,
+    WeightLoRALayer,
+    base_parameter,
+    base_weight,
+    lora_layers,
+)
+from lightning_lora.ops.autocast import without_autocast
+from lightning_lora.sharding import copy_whole, is_sharded
+
+
+@contextmanager
+def merged(module: nn.Module) -> Iterator[None]:
+    """Compute with the adapters folded into the weights, and restore the exact weights afterwards.
+
+    Needs a copy of the adapted weights meanwhile. Disabled adapters stay disabled.
+
+    Raises:
+        ValueError: An adapter holds NaN or infinity, or its update is too large for the weight's precision.
+        RuntimeError: A weight cannot take an update.
+    """
+    layers = lora_layers(module)
+    check_mergeable(layers)
+    with _modes(layers, lambda mode: "merged" if mode == "active" else mode):
+        yield
+
+
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[None]:
+    """Compute with the bare base model, bit for bit, and switch the adapters back on afterwards.
+
+    Modules trained in full are not affected.
+    """
+    with _modes(lora_layers(module), lambda _: "disabled"), _base_values(module):
+        yield
+
+
+@torch.no_grad()
+def set_mode(layer: LoRALayer, mode: Mode) -> None:
+    """Switch one layer."""
+    if layer.lora_mode == mode:
+        return
+    if layer.lora_mode == "merged":
+        # The kept copy, not a subtraction: W + dW - dW is not W in floating point.
+        for name, original in vars(layer).pop("lora_original").items():
+            base_parameter(layer, name).copy_(original)
+    if mode == "merged":
+        originals = {name: base_parameter(layer, name).detach().clone() for name in layer.adapted_parameters()}
+        vars(layer)["lora_original"] = originals
+        fold(layer)
+    layer.lora_mode = mode
+
+
+@torch.no_grad()
+def fold(layer: LoRALayer) -> None:
+    """Add the updates to the weights: a float32 (or float64) sum and one rounding, at the end."""
+    for name in layer.adapted_parameters():
+        parameter = base_parameter(layer, name)
+        with without_autocast(parameter.device.type):
+            if not layer.fold(name, parameter):
+                copy_whole(parameter, layer.combined(name).to(parameter.dtype))
+
+
+def check_mergeable(layers: dict[str, LoRALayer]) -> None:
+    """Refuse what would destroy a weight, before any weight is touched."""
+    for name, layer in layers.items():
+        for parameter in layer.adapted_parameters():
+            _check_parameter(name, layer, parameter)
+        if _has_own_forward(layer) and not _computes_the_same_merged(layer):
+            raise RuntimeError(
+                f"The forward of {name!r} ({layer.base_class.__name__}) does more than apply the weight, so with "
+                "the update inside the layer would compute something else. Keep the adapter beside it."
+            )
+
+
+def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
+    if layer._parameters.get(parameter) is None:
+        if parameter == "bias":
+            raise RuntimeError(
+                f"{name!r} has no bias that could take the one of its adapter (lora_bias=True). Keep the adapter "
+                "beside it, or give the layer a bias before attaching."
+            )
+        raise RuntimeError(
+            f"The weight of {name!r} is computed from other parameters, so nothing can be merged into it. "
+            "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
+        )
+    weight = base_parameter(layer, parameter)
+    is_packed = bool(is_traceable_wrapper_subclass(cast(Any, weight))) and not is_sharded(weight)  # as torchao's are
+    if is_packed or not weight.is_floating_point():
+        kind = type(weight).__name__ if is_packed else weight.dtype
+        raise RuntimeError(
+            f"The weight of {name!r} is quantized ({kind}), so nothing can be merged into it. Keep the "
+            "adapter beside it, or merge into the model before it was quantized."
+        )
+    adapters = [adapter for adapter in layer.adapters().values() if parameter in (adapter.parameter, "bias")]
+    largest = [
+        [_largest(factor) for factor in adapter._parameters.values() if factor is not None] for adapter in adapters
+    ]
+    if not all(map(math.isfinite, itertools.chain(*largest))):
+        raise ValueError(f"The adapter of {name!r} holds NaN or infinity; merging it would destroy the weight.")
+    bounds = [_bound(adapter, factors) for adapter, factors in zip(adapters, largest, strict=True)]
+    if _overflows(layer, parameter, max(bounds, default=0.0)):
+        raise ValueError(
+            f"The update of {name!r} is too large for its weight's precision ({weight.dtype}); merging it would "
+            "leave infinities. Convert the model to a wider one first."
+        )
+
+
+def _has_own_forward(layer: LoRALayer) -> bool:
+    adds_to_output = isinstance(layer, nn.Linear) and not isinstance(layer, WeightLoRALayer)
+    return adds_to_output and layer.base_class.forward is not nn.Linear.forward
+
+
+@torch.no_grad()
+def _computes_the_same_merged(layer: LoRALayer) -> bool:
+    """Try a layer whose forward is not ours to know, on one row: does merging leave what the adapter adds?"""
+    weight, mode, training = base_weight(layer), layer.lora_mode, layer.training
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(1, weight.shape[-1], generator=generator).to(weight)
+    outputs: dict[Mode, Tensor] = {}
+    modes: tuple[Mode, ...] = ("disabled", "active", "merged")
+    try:
+        layer.eval()  # dropout would differ from call to call
+        for each in modes:
+            set_mode(layer, each)
+            outputs[each] = layer(row).double()
+    except (TypeError, ValueError, RuntimeError):
+        return False  # its forward wants something else than one row, so nothing is known
+    finally:
+        set_mode(layer, mode)
+        layer.train(training)
+    update = (outputs["active"] - outputs["disabled"]).norm()
+    rounding = 16 * torch.finfo(weight.dtype).eps * outputs["active"].norm()
+    return bool((outputs["merged"] - outputs["active"]).norm() <= 0.01 * update + rounding)
+
+
+@torch.no_grad()
+def _overflows(layer: LoRALayer, parameter: str, bound: float) -> bool:
+    """Return whether a sum is beyond the weight's precision, given what no entry of an update can exceed."""
+    weight = base_parameter(layer, parameter)
+    limit = torch.finfo(weight.dtype).max
+    if weight.is_meta:
+        return False
+    # Less than half of the largest number's last digit is rounded away there: no look at the weight is needed.
+    if bound < torch.finfo(weight.dtype).eps / 8 * limit or _largest(weight) + bound < limit:
+        return False  # whatever the signs; spares forming the update
+    with without_autocast(weight.device.type):
+        return not all(bool((total.abs() <= limit).all()) for total in layer.sums(parameter))
+
+
+def _bound(adapter: Adapter, largest: Sequence[float]) -> float:
+    """Return what no entry of an update can exceed, given the largest value of each of its factors."""
+    if not isinstance(adapter, LowRankAdapter) or not adapter.is_plain:
+        return math.inf
+    return abs(adapter.spec.scaling) * adapter.spec.rank * math.prod(largest)
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest absolute value, or NaN if there is one."""
+    if is_sharded(tensor):
+        return float(tensor.abs().max())
+    if tensor.is_meta or not tensor.numel():
+        return 0.0
+    low, high = (float(end) for end in tensor.detach().aminmax())  # makes no tensor of its size
+    return max(-low, high) if low <= high else math.nan
+
+
+@contextmanager
+def _modes(layers: dict[str, LoRALayer], choose: Callable[[Mode], Mode]) -> Iterator[None]:
+    """Switch layers and put back what was found, however the block ends; nests."""
+    before = [(layer, layer.lora_mode) for layer in layers.values()]
+    try:
+        for layer, mode in before:
+            set_mode(layer, choose(mode))
+        yield
+    finally:
+        for layer, mode in before:
+            if isinstance(layer, LoRALayer):  # not merged for good or detached meanwhile
+                set_mode(layer, mode)
+
+
+@contextmanager
+def _base_values(module: nn.Module) -> Iterator[None]:
+    """Put back the biases and running statistics that training moved, for a while."""
+    moved: list[tuple[nn.Module, Attachment, dict[str, Tensor]]] = []
+    for _, owner, attachment in attachments(module):
+        tensors = named_tensors(owner)
+        moved.append((owner, attachment, {name: tensors[name].detach().clone() for name in attachment.base_values}))
+        copy_values(owner, attachment.base_values)
+    try:
+        yield
+    finally:
+        for owner, attachment, values in moved:
+            if get_attachment(owner) is attachment:  # not detached meanwhile
+                copy_values(owner, values)

@@ -1,0 +1,1 @@
+"""Files: checkpoints, tensors, and how they are written at once or not at all."""

@@ -1,0 +1,1 @@
+"""What differs between Lightning's strategies: one layout for each."""

@@ -1,0 +1,101 @@
+"""Who holds a tensor: one that nobody else does may be written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import vmap
+
+from lightning_lora.ops.inplace import add, is_unheld
+
+held: list[Any] = []
+
+
+def new(x: Tensor) -> Tensor:
+    return F.linear(x, torch.ones(3, 3))
+
+
+def kept_by_python(x: Tensor) -> Tensor:
+    held.append(new(x))
+    return held[-1]
+
+
+def detached_and_kept(x: Tensor) -> Tensor:
+    y = new(x)
+    held.append(y.detach())
+    return y
+
+
+def needed_as_an_input(x: Tensor) -> Tensor:
+    y = new(x)
+    held.append(y.square())
+    return y
+
+
+class KeepsOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return dy * ctx.saved_tensors[0]
+
+
+HELD: dict[str, Callable[[Tensor], Tensor]] = {
+    "the input": lambda x: x,
+    "by python": kept_by_python,
+    "a detached one": detached_and_kept,
+    "a view": lambda x: new(x)[:1],
+    "an output needed for backward": lambda x: new(x).tanh(),
+    "an input needed for backward": needed_as_an_input,
+    "by a function of one's own": lambda x: KeepsOutput.apply(x),
+    "a parameter": lambda x: torch.nn.Parameter(x),
+}
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (2, 4, 3)], ids=str)
+@pytest.mark.parametrize("needs", [True, False])
+def test_a_new_tensor_is_held_by_nobody(shape, needs):
+    output = new(torch.randn(shape, requires_grad=needs))
+    assert is_unheld(output)
+    with torch.no_grad():
+        output = new(torch.randn(shape))
+        assert is_unheld(output)
+
+
+@pytest.mark.parametrize("make", HELD.values(), ids=HELD)
+def test_a_tensor_that_somebody_holds_is_known(make):
+    held.clear()
+    x = torch.randn(2, 3, requires_grad=True)
+    output = make(x)
+    assert not is_unheld(output)
+
+
+def test_what_is_no_tensor_is_nobodys():
+    assert not is_unheld((torch.ones(1),))
+
+
+def test_under_a_transform_nothing_is_known():
+    def seen(x: Tensor) -> Tensor:
+        output = new(x)
+        assert not is_unheld(output)
+        return output
+
+    vmap(seen)(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_sum_is_made_in_place_where_it_may_and_has_the_precision_of_the_first(is_ours):
+    y, update = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3)
+    found = add(y, update, is_ours)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, torch.full((2, 3), 2.0, dtype=torch.bfloat16))
+    assert (found is y) is is_ours

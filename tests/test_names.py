@@ -1,0 +1,172 @@
+"""Which names an entry means: exact, suffix, glob, regular expression; names behind wrappers; tied parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import names as targets
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "expected"),
+    [
+        ("q", "q", True),
+        ("q", "blocks.0.q", True),
+        ("q", "freq", False),
+        ("q", "blocks.0.freq", False),
+        ("q", "q.inner", False),
+        ("0.q", "blocks.0.q", True),
+        ("0.q", "blocks.10.q", False),
+        ("blocks.0.q", "blocks.0.q", True),
+        ("blocks.0.q", "decoder.blocks.0.q", True),
+        ("decoder.blocks.0.q", "blocks.0.q", False),
+        ("Q", "q", False),
+        ("a.b", "a_b", False),
+        ("q*", "blocks.0.q_proj", True),
+        ("*q", "freq", True),
+        ("?_proj", "blocks.0.q_proj", True),
+        ("?_proj", "blocks.0.qk_proj", False),
+        ("[qv]_proj", "blocks.0.v_proj", True),
+        ("[qv]_proj", "blocks.0.k_proj", False),
+        ("blocks.*.q", "blocks.0.q", True),
+        ("blocks.*.q", "model.blocks.0.q", True),
+        ("blocks.*.q", "blocks.0.freq", False),
+        ("blocks.*.q", "myblocks.0.q", False),
+    ],
+)
+def test_a_list_entry_means_a_name_its_end_or_a_glob_over_either(entry: str, name: str, expected: bool):
+    assert targets.matches(entry, name) is expected
+
+
+@pytest.mark.parametrize(
+    ("expression", "name", "expected"),
+    [
+        (r".*\.q", "blocks.0.q", True),
+        (r"q", "blocks.0.q", False),
+        (r"blocks\.\d+\.q", "blocks.12.q", True),
+        (r"blocks\.\d+\.q", "blocks.12.qk", False),
+        (r"blocks\.\d+\.q", "model.blocks.12.q", False),
+    ],
+)
+def test_a_string_is_one_regular_expression_over_the_full_name(expression: str, name: str, expected: bool):
+    assert (targets.selected(expression, [name]) is not None) is expected
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "expected"),
+    [
+        ("q", "blocks.0.q", True),
+        ("q", "freq", False),
+        ("blocks.0.q", "model.blocks.0.q", True),
+        (r"blocks\.[01]\.q", "blocks.1.q", True),
+        (r"blocks\.[01]\.q", "blocks.2.q", False),
+        (r"\d\.q", "blocks.1.q", True),
+        (r"q|v", "blocks.1.v", True),
+        (r"q|v", "blocks.1.vq", False),
+        (r".*q", "freq", True),
+        ("*.q", "blocks.1.q", True),
+        ("blocks.*.q", "blocks.1.q", True),
+    ],
+)
+def test_a_pattern_key_means_an_entry_or_a_regular_expression_over_the_end_of_the_name(key, name, expected):
+    assert targets.matches_pattern(key, name) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "clean"),
+    [
+        ("_orig_mod.layer.weight", "layer.weight"),
+        ("layer._orig_mod.weight", "layer.weight"),
+        ("layer._orig_mod", "layer"),
+        ("_orig_mod", ""),
+        ("_fsdp_wrapped_module.a._checkpoint_wrapped_module.b", "a.b"),
+        ("a._checkpoint_wrapped_module", "a"),
+        ("layer.weight", "layer.weight"),
+        ("my_orig_mod.weight", "my_orig_mod.weight"),
+        ("my_orig_module", "my_orig_module"),
+    ],
+)
+def test_names_do_not_show_wrappers(name: str, clean: str):
+    assert targets.clean_name(name) == clean
+
+
+def test_a_shared_module_appears_once_with_all_its_names(tiny):
+    tiny.alias = tiny.blocks[0]["q_proj"]
+    names = targets.module_names(tiny)
+    assert names["blocks.0.q_proj"] == (tiny.alias, ("blocks.0.q_proj", "alias"))
+    assert "alias" not in names
+
+
+@pytest.mark.parametrize(
+    ("entry", "near"),
+    [("q_porj", "q_proj"), ("blocks.0.q_porj", "blocks.0.q_proj"), ("haed", "head"), ("q_projj", "q_proj")],
+)
+def test_a_misspelt_name_is_answered_with_what_it_may_have_meant(entry: str, near: str, tiny):
+    assert near in targets.near_names(entry, targets.candidates(tiny))
+
+
+def test_candidates_lists_every_module_with_its_class(tiny):
+    found = targets.candidates(tiny)
+    assert found["blocks.1.v_proj"] == "Linear"
+    assert found["embed"] == "Embedding"
+    assert found.keys() == {name for name, _ in tiny.named_modules() if name}
+
+
+@pytest.mark.parametrize("every_name", [False, True])
+def test_walking_finds_the_modules_of_named_modules_in_the_same_order(every_name: bool, tiny):
+    tiny.alias = tiny.blocks
+    tiny.blocks[0]["q_proj"] = torch.compile(tiny.blocks[0]["q_proj"])
+    tiny.register_module("nothing", None)
+    for root in (tiny, torch.compile(tiny)):
+        expected = [(targets.clean_name(n), m) for n, m in root.named_modules(remove_duplicate=not every_name)]
+        assert targets.walk(root, every_name=every_name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "roots", "expected"),
+    [("a.b", ["a"], True), ("a", ["a"], True), ("ab", ["a"], False), ("b.a", ["a"], False), ("a", [], False)],
+)
+def test_below_means_the_root_or_its_descendants(name: str, roots: list[str], expected: bool):
+    assert targets.is_below(name, roots) is expected
+
+
+def tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the ties among all parameters of a model."""
+    return targets.tied_names(targets.parameter_names(dict(model.named_modules())))
+
+
+def test_tied_parameters_are_found_by_identity_and_by_memory():
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4), "d": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    model["c"].weight = nn.Parameter(model["a"].weight.detach())  # another Parameter on the same memory
+    assert tied(model) == {
+        "a.weight": ("b.weight", "c.weight"),
+        "b.weight": ("a.weight", "c.weight"),
+        "c.weight": ("a.weight", "b.weight"),
+    }
+
+
+def test_ties_are_found_on_the_meta_device_and_only_there_where_they_are():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
+    model["b"].weight = model["a"].weight
+    assert tied(model) == {"a.weight": ("b.weight",), "b.weight": ("a.weight",)}
+
+
+def test_a_module_with_two_names_is_not_tied_to_itself(tiny):
+    tiny.alias = tiny.head
+    assert tied(tiny) == {}
+
+
+def test_empty_parameters_are_not_tied():
+    model = nn.ModuleDict({"a": nn.Module(), "b": nn.Module()})
+    for part in model.values():
+        part.weight = nn.Parameter(torch.empty(0, 4))
+    assert tied(model) == {}
+
+
+def test_listed_says_how_many_more_there_are():
+    assert targets.listed(["a", "b"]) == "a, b"
+    assert targets.listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"

@@ -1,0 +1,120 @@
+"""Evaluating an adapter's checkpoint takes ``LoRACallback()`` and the file: the file says how it was made."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import LoRACallback, attach, lora_layers
+from lightning_lora.attachment import get_attachment
+from lightning_lora.storage.checkpoint import RECORD_KEY
+from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
+from tests.trainer.test_checkpoints import fitted, read
+
+OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 5.0, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
+
+
+class AttachesItself(BuiltInConfigureModel):
+    """Attaches in ``configure_model``, as users of sharding strategies do."""
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            super().configure_model()
+            attach(self)
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+@pytest.mark.parametrize("kind", [Toy, BuiltInSetup, BuiltInConfigureModel, AttachesItself])
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_metrics_are_those_of_the_run_that_saved(
+    stage: str, kind: type[Toy], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, module, path = fitted(tmp_path, **OPTIONS)
+    run.limit_val_batches = 4
+    [expected] = getattr(run, stage)(module, loader(), verbose=False)
+    fresh = kind()
+    bare = trainer(LoRACallback(), limit_val_batches=4)
+    with caplog.at_level(logging.INFO):
+        [found] = getattr(bare, stage)(fresh, loader(), ckpt_path=path, verbose=False)
+    assert found == expected
+    assert get_attachment(fresh).config == get_attachment(module).config
+    assert "all other options are those of the checkpoint" in caplog.text
+    assert "LoRA: 2 layers adapted" in caplog.text
+
+
+def test_predictions_are_those_of_the_run_that_saved(tmp_path: Path) -> None:
+    run, module, path = fitted(tmp_path, **OPTIONS)
+    expected = torch.cat(run.predict(module, loader()))
+    found = torch.cat(trainer(LoRACallback()).predict(Toy(), loader(), ckpt_path=path))
+    assert torch.equal(found, expected)
+
+
+def test_a_later_stage_keeps_what_the_first_one_loaded(tmp_path: Path) -> None:
+    run, module, path = fitted(tmp_path, **OPTIONS)
+    [expected] = run.test(module, loader(), verbose=False)
+    fresh, bare = Toy(), trainer(LoRACallback())
+    bare.predict(fresh, loader(), ckpt_path=path)
+    [found] = trainer(LoRACallback()).test(fresh, loader(), verbose=False)
+    assert found == expected
+
+
+def test_layers_that_the_default_would_not_find_are_adapted(tmp_path: Path) -> None:
+    class Convolutional(Toy):
+        def build(self) -> None:
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 2, 3, padding=1), nn.Flatten())
+
+    run, module, path = fitted(tmp_path, Convolutional(), rank=1, target_modules=["net.1"])
+    [expected] = run.test(module, loader(), verbose=False)
+    assert trainer(LoRACallback()).test(Convolutional(), loader(), ckpt_path=path, verbose=False) == [expected]
+
+
+def test_a_checkpoint_with_objects_of_other_classes_is_evaluated(tmp_path: Path) -> None:
+    class Configured(Toy):
+        def __init__(self, options: Namespace) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    options = Namespace(kind=nn.Linear)
+    run, module, path = fitted(tmp_path, Configured(options), **OPTIONS)
+    [expected] = run.test(module, loader(), verbose=False)
+    bare = trainer(LoRACallback())
+    assert bare.test(Configured(options), loader(), ckpt_path=path, verbose=False, weights_only=False) == [expected]
+
+
+def test_options_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match=r"rank: net\.0: checkpoint 3, here 2"):
+        trainer(LoRACallback(**OPTIONS | {"rank": 2})).test(Toy(), loader(), ckpt_path=path)
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+def test_training_goes_by_its_own_options(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, rank=4)
+    with pytest.raises(ValueError, match=r"rank: net\.2: checkpoint 4, here 16"):
+        trainer(LoRACallback(), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+@pytest.mark.parametrize("entries", [None, [], [3], [{}], [{"root": "", "config": {"rank": "x"}, "seed": 0}]])
+def test_a_record_that_says_nothing_leaves_the_default(entries: Any, tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, rank=4)
+    checkpoint = read(path)
+    checkpoint[RECORD_KEY]["adapters"] = entries
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    with pytest.raises(ValueError, match="checkpoint 4, here 16"):
+        trainer(LoRACallback()).test(Toy(), loader(), ckpt_path=str(tmp_path / "odd.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+def test_without_a_file_the_default_is_attached_and_said_to_be_untrained() -> None:
+    module = Toy()
+    with pytest.warns(UserWarning, match="bare base model"):
+        trainer(LoRACallback()).test(module, loader(), verbose=False)
+    assert {layer.lora.spec.rank for layer in lora_layers(module).values()} == {16}

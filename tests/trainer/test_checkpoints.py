@@ -1,0 +1,429 @@
+"""Checkpoints: what is in the file, whichever way Lightning saves, and what is refused when it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lightning_lora import LoRACallback, detach, lora_layers
+from lightning_lora.storage.checkpoint import RECORD_KEY
+from tests.toys import FEATURES, BuiltInConfigureModel, Toy, digest, loader, network, snapshot, trainer
+
+ADAPTER = {f"net.{layer}.lora.{factor}" for layer in (0, 2, 4) for factor in "AB"}
+
+
+def read(path: Any) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def fitted(directory: Path, module: Toy | None = None, *, epochs: int = 2, **lora: Any) -> tuple[Trainer, Toy, str]:
+    """Train a little and return the last checkpoint."""
+    module = Toy() if module is None else module
+    checkpoint = ModelCheckpoint(directory, save_last=True)
+    run = trainer(LoRACallback(**({"rank": 4} | lora)), checkpoint, max_epochs=epochs, max_steps=-1, root=directory)
+    run.fit(module, loader())
+    return run, module, checkpoint.last_model_path
+
+
+# --- saving
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_every_file_of_model_checkpoint_holds_the_adapter_alone(weights_only: bool, tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(
+        tmp_path, monitor="val_loss", save_top_k=2, save_last=True, save_weights_only=weights_only
+    )
+    run = trainer(LoRACallback(rank=4), checkpoint, max_epochs=3, max_steps=-1, limit_val_batches=1)
+    run.fit(Toy(), loader(), loader())
+    files = list(tmp_path.glob("*.ckpt"))
+    assert len(files) == 3  # two best, one last
+    for file in files:
+        saved = read(file)
+        assert set(saved["state_dict"]) == ADAPTER
+        assert RECORD_KEY in saved
+        assert ("optimizer_states" in saved) is not weights_only
+
+
+def test_saving_by_hand_during_and_after_a_fit_holds_the_adapter_alone(tmp_path: Path) -> None:
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "during.ckpt")
+
+    run = trainer(LoRACallback(rank=4), Saves())
+    run.fit(Toy(), loader())
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    for name in ("during", "after", "weights"):
+        assert set(read(tmp_path / f"{name}.ckpt")["state_dict"]) == ADAPTER
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model.*", "ignore:.*no last checkpoint available.*")
+def test_the_checkpoint_of_an_exception_holds_the_adapter_alone(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                raise RuntimeError("boom")
+
+    run = trainer(LoRACallback(rank=4), OnExceptionCheckpoint(tmp_path), Fails(), max_steps=4)
+    with pytest.raises(RuntimeError, match="boom"):
+        run.fit(Toy(), loader())
+    assert set(read(tmp_path / "on_exception.ckpt")["state_dict"]) == ADAPTER
+
+
+def test_the_file_holds_exactly_the_tensors_that_were_trained(tmp_path: Path) -> None:
+    class Headed(Toy):
+        def build(self) -> None:
+            super().build()
+            self.lora_head = nn.Linear(FEATURES, FEATURES)  # a name that looks like an adapter's, and is none
+            self.head = nn.Sequential(nn.BatchNorm1d(FEATURES), nn.Linear(FEATURES, FEATURES))
+
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            x, y = batch
+            return ((self.head(self.lora_head(self.net(x))) - y) ** 2).mean()
+
+    run, module, path = fitted(tmp_path, Headed(), exclude_modules=["lora_head"], modules_to_save=["head"])
+    state = read(path)["state_dict"]
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    statistics = {f"head.0.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert set(state) == set(trained) | statistics
+    saved_bytes = sum(state[name].nbytes for name in trained)
+    assert saved_bytes == sum(p.nbytes for p in trained.values())
+    del run
+
+
+def test_tracked_statistics_travel_with_the_adapter(tmp_path: Path) -> None:
+    class Normed(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(*network()[:1], nn.BatchNorm1d(16), *network()[1:])
+
+    _, module, path = fitted(tmp_path, Normed(), frozen_norm="track")
+    fresh = Normed()
+    trainer(LoRACallback(rank=4, frozen_norm="track")).test(fresh, loader(), ckpt_path=path, verbose=False)
+    x = torch.randn(4, FEATURES)
+    assert torch.equal(fresh.net.eval()(x), module.net.eval()(x))
+
+
+def test_persistent_metric_states_are_kept(tmp_path: Path) -> None:
+    class Counts(Toy):
+        def build(self) -> None:
+            super().build()
+            self.metric = MeanMetric()
+            self.metric.persistent(True)
+
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            loss = super().loss(batch)
+            self.metric.update(loss.detach())
+            return loss
+
+    _, _, path = fitted(tmp_path, Counts())
+    state = read(path)["state_dict"]
+    assert set(state) == ADAPTER | {"metric.mean_value", "metric.weight"}
+    fresh = Counts()
+    trainer(LoRACallback(rank=4), max_epochs=3, max_steps=-1).fit(fresh, loader(), ckpt_path=path)
+    assert float(fresh.metric.weight) > float(state["metric.weight"]) > 0
+
+
+def test_a_small_adapter_of_a_large_base_makes_a_small_file(tmp_path: Path) -> None:
+    class Large(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(nn.Linear(FEATURES, 1024), nn.Linear(1024, 1024), nn.Linear(1024, FEATURES))
+
+    _, module, path = fitted(tmp_path, Large(), target_modules=["net.1"])
+    base_bytes = sum(p.nbytes for p in network().parameters()) + sum(p.nbytes for p in module.parameters())
+    assert Path(path).stat().st_size < 0.05 * base_bytes  # moments and trainer state included
+
+
+def test_without_adapters_the_strategy_saves_whole_models_again(tmp_path: Path) -> None:
+    run, module, _ = fitted(tmp_path)
+    detach(module)
+    run.save_checkpoint(tmp_path / "base.ckpt")
+    saved = read(tmp_path / "base.ckpt")
+    assert set(saved["state_dict"]) == set(module.state_dict())
+    assert RECORD_KEY not in saved
+
+
+# --- loading
+
+
+def test_evaluation_in_a_new_process_needs_the_callback_and_the_file(tmp_path: Path) -> None:
+    run, module, path = fitted(tmp_path)
+    [expected] = run.test(module, loader(), verbose=False)
+    for kind in (Toy, BuiltInConfigureModel):
+        fresh = kind()
+        [metrics] = trainer(LoRACallback(rank=4)).test(fresh, loader(), ckpt_path=path, verbose=False)
+        assert metrics == expected
+
+
+@pytest.mark.parametrize("word", ["best", "last"])
+def test_best_and_last_are_found(word: str, tmp_path: Path) -> None:
+    run, module, _ = fitted(tmp_path)
+    trained = snapshot(module)
+    with torch.no_grad():
+        for layer in lora_layers(module).values():
+            layer.lora.B.zero_()
+    run.test(module, loader(), ckpt_path=word, verbose=False)
+    assert all(torch.equal(value, trained[name]) for name, value in module.state_dict().items())
+
+
+def edited(path: str, edit: Any) -> str:
+    checkpoint = read(path)
+    edit(checkpoint)
+    target = str(Path(path).with_name("edited.ckpt"))
+    torch.save(checkpoint, target)
+    return target
+
+
+def refused(path: str, match: str, module: Toy | None = None, stage: str = "test", **lora: Any) -> None:
+    """Loading raises one error that says so, and leaves the module's bits alone."""
+    module = Toy() if module is None else module
+    base = digest(module.net)
+    with pytest.raises(ValueError, match=match) as error:
+        getattr(trainer(LoRACallback(**({"rank": 4} | lora)), max_steps=20), stage)(module, loader(), ckpt_path=path)
+    assert "nothing was changed" in str(error.value).lower()
+    assert not any(layer.lora.B.any() for layer in lora_layers(module).values())
+    detach(module)
+    assert digest(module.net) == base
+
+
+@pytest.mark.parametrize("stage", ["test", "fit"])
+@pytest.mark.parametrize(
+    ("lora", "match"),
+    [
+        ({"rank": 2}, "rank: net.0: checkpoint 4, here 2"),
+        ({"alpha": 8.0}, r"alpha or use_rslora \(scaling\): net.0: checkpoint 8, here 2"),
+        ({"target_modules": ["net.0"]}, "target_modules: 3 layers adapted in the checkpoint, 1 here.*net.2, net.4"),
+        ({"modules_to_save": ["net.4"]}, "missing from the state: net.4.weight, net.4.bias"),
+    ],
+)
+def test_a_checkpoint_of_another_config_is_refused(lora: Any, match: str, stage: str, tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path)
+    refused(path, match, stage=stage, **lora)
+
+
+def test_a_missing_and_an_unknown_key_are_refused(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path)
+
+    def drop(checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]["net.2.lora.B"]
+
+    refused(edited(path, drop), r"missing from the state: net\.2\.lora\.B")
+
+    def add(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["net.7.lora.B"] = torch.zeros(1)
+
+    refused(edited(path, add), r"unknown to the model: net\.7\.lora\.B \(closest: 'net\.\d\.lora\.B'\)")
+
+
+def test_strict_loading_of_the_user_decides_about_unknown_keys_but_never_about_adapters(tmp_path: Path) -> None:
+    _, trained, path = fitted(tmp_path)
+
+    def add(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["old.weight"] = torch.zeros(1)
+
+    module = Toy()
+    module.strict_loading = False
+    trainer(LoRACallback(rank=4)).test(module, loader(), ckpt_path=edited(path, add), verbose=False)
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in module.state_dict().items())
+    assert module.strict_loading is False
+
+    def drop(checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]["net.2.lora.B"]
+
+    module = Toy()
+    module.strict_loading = False
+    refused(edited(path, drop), "missing from the state", module)
+
+
+def test_base_keys_may_be_there_too(tmp_path: Path) -> None:
+    _, trained, path = fitted(tmp_path)
+
+    def add_base(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {**trained.state_dict()}
+        del checkpoint[RECORD_KEY]
+
+    module = Toy()
+    trainer(LoRACallback(rank=4)).test(module, loader(), ckpt_path=edited(path, add_base), verbose=False)
+    assert digest(module) == digest(trained)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+@pytest.mark.parametrize("stage", ["test", "fit"])
+def test_a_truncated_file_and_something_else_are_refused(content: bytes | None, stage: str, tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path)
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(Path(path).read_bytes()[:-2000] if content is None else content)
+    refused(str(broken), "cannot be read as a Lightning checkpoint", stage=stage)
+
+
+def test_a_file_that_torch_reads_but_lightning_did_not_write_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    refused(str(tmp_path / "tensor.pt"), "no Lightning checkpoint: it has no 'state_dict'")
+
+
+def test_a_full_checkpoint_from_before_lora_is_the_base(tmp_path: Path) -> None:
+    class Before(Toy):
+        def build(self) -> None:
+            self.net = network()
+
+    full = Before()
+    checkpoint = ModelCheckpoint(tmp_path / "full", save_last=True)
+    trainer(checkpoint, max_epochs=3, max_steps=-1).fit(full, loader())
+    path = checkpoint.last_model_path
+
+    module = Toy()
+    with pytest.warns(UserWarning, match="bare base model"):
+        trainer(LoRACallback(rank=4)).test(module, loader(), ckpt_path=path, verbose=False)
+    detach(module)
+    assert digest(module.net) == digest(full.net)
+
+    adapted = Toy()
+    run = trainer(LoRACallback(rank=4), max_epochs=2, max_steps=-1)
+    run.fit(adapted, loader(), ckpt_path=path)
+    assert run.global_step == 8  # training started anew instead of continuing the full run's
+    assert all(layer.lora.B.any() for layer in lora_layers(adapted).values())
+    detach(adapted)
+    assert digest(adapted.net) == digest(full.net)
+
+
+class Reads(Toy):
+    """Reads tokens."""
+
+    def build(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            self.embed = nn.Embedding(20, FEATURES)
+            self.net = network()
+
+    def loss(self, batch: list[Any]) -> Any:
+        tokens = (10 * batch[0]).long().abs() % 20
+        return ((self.net(self.embed(tokens)).mean(1) - batch[1]) ** 2).mean()
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"bias": "all"}, {"trainable_token_indices": {"embed": [3, 7]}}], ids=str
+)
+def test_what_starts_from_the_base_starts_from_the_loaded_one(options: dict[str, Any], tmp_path: Path) -> None:
+    full = Reads()
+    with torch.no_grad():
+        for parameter in full.parameters():
+            parameter.mul_(1.5)
+    run = trainer(max_steps=1)
+    run.fit(full, loader())
+    run.save_checkpoint(tmp_path / "full.ckpt")
+    expected = full.loss(next(iter(loader()))).item()
+
+    module = Reads()
+    trainer(LoRACallback(rank=2, **options), max_steps=1).fit(module, loader(), ckpt_path=tmp_path / "full.ckpt")
+    assert module.losses == [pytest.approx(expected, rel=1e-6)]
+    assert digest(module) != digest(full)
+    detach(module)
+    assert digest(module) == digest(full)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_checkpoint_of_something_else_is_no_base(strict: bool, tmp_path: Path) -> None:
+    class Other(Toy):
+        def build(self) -> None:
+            self.other = network()
+
+        def loss(self, batch: list[Any]) -> Any:
+            return self.other(batch[0]).mean()
+
+    run = trainer()
+    run.fit(Other(), loader())
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    module = Toy()
+    module.strict_loading = strict
+    refused(str(tmp_path / "other.ckpt"), "they share no name", module)
+
+
+def test_a_directory_of_shards_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    refused(str(tmp_path), "is a directory: a sharded checkpoint of a whole model.*Make it one file")
+
+
+def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
+    class Wider(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(nn.Linear(FEATURES, 24), nn.Tanh(), nn.Linear(24, FEATURES))
+
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(checkpoint).fit(Wider(), loader())
+    refused(checkpoint.last_model_path, r"as a base it does not fit Toy.*\n.*missing from the state: net\.4")
+
+
+# --- resuming
+
+
+class Scheduled(Toy):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 16)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@pytest.mark.parametrize("options", [{}, {"lr_ratio": 16.0, "modules_to_save": ["net.4"], "use_rslora": True}])
+def test_resuming_equals_never_having_stopped_bit_for_bit(options: Any, tmp_path: Path) -> None:
+    def run(name: str, epochs: int, ckpt_path: str | None = None) -> tuple[Scheduled, dict[str, Any], str]:
+        module, checkpoint = Scheduled(), ModelCheckpoint(tmp_path / name, save_last=True)
+        fitter = trainer(LoRACallback(rank=4, **options), checkpoint, max_epochs=epochs, max_steps=-1)
+        fitter.fit(module, loader(16), ckpt_path=ckpt_path)  # two steps an epoch
+        return module, read(checkpoint.last_model_path), checkpoint.last_model_path
+
+    whole, at_end, _ = run("whole", 2)
+    half, _, path = run("half", 1)
+    resumed, resumed_at_end, _ = run("resumed", 2, path)
+    assert half.losses + resumed.losses == whole.losses
+    assert len(whole.losses) == at_end["global_step"] == 4
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", RECORD_KEY):
+        assert_same_bits(resumed_at_end[key], at_end[key])
+
+
+def assert_same_bits(left: Any, right: Any) -> None:
+    assert type(left) is type(right)
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_same_bits(left[key], right[key])
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for one, other in zip(left, right, strict=True):
+            assert_same_bits(one, other)
+    else:
+        assert left == right
+
+
+def test_resuming_works_however_the_optimizer_was_given_its_parameters(tmp_path: Path) -> None:
+    class Filters(Toy):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(filter(lambda p: p.requires_grad, self.parameters()), lr=1e-2, weight_decay=0.1)
+
+    class Early(Toy):
+        def build(self) -> None:
+            super().build()
+            self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+
+        def configure_optimizers(self) -> Any:
+            return self.optimizer
+
+    _, whole, _ = fitted(tmp_path / "whole", epochs=3)
+    _, _, path = fitted(tmp_path / "half", epochs=2)
+    for kind in (Toy, Filters, Early):
+        resumed = kind()
+        trainer(LoRACallback(rank=4), max_epochs=3, max_steps=-1).fit(resumed, loader(), ckpt_path=path)
+        assert resumed.losses == whole.losses[8:]
+
+
+def test_moments_of_other_parameters_are_refused(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path)
+    with pytest.raises(ValueError, match=r"groups of \[6\] in the checkpoint, groups of \[3, 3\] here"):
+        trainer(LoRACallback(rank=4, lr_ratio=4.0), max_steps=20).fit(Toy(), loader(), ckpt_path=path)

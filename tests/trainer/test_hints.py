@@ -1,0 +1,225 @@
+"""Settings that look wrong are said once, with the number; sensible ones never are."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
+
+from lightning_lora import LoRACallback, LoRAConfig, attach
+from lightning_lora.trainer.hints import LOWEST_RATE, Coverage, coverage, questionable_settings
+from tests.peft_format.kinds import Experts
+from tests.test_callback import Duel
+from tests.toys import Toy, loader, network, trainer
+
+ALL = Coverage(1, 1, ())
+
+
+def adapted(**options: Any) -> nn.Module:
+    model = network()
+    attach(model, LoRAConfig(**({"rank": 4} | options)))
+    return model
+
+
+def said(
+    model: nn.Module | None = None,
+    optimizer: Callable[[Any], Optimizer] = torch.optim.AdamW,
+    schedule: Callable[[Optimizer], Any] | None = None,
+    lr_ratio: float = 1.0,
+    reach: Coverage = ALL,
+) -> str | None:
+    model = adapted() if model is None else model
+    made = optimizer([p for p in model.parameters() if p.requires_grad])
+    schedulers = [] if schedule is None else [schedule(made)]
+    return questionable_settings(model, [made], schedulers, lr_ratio, reach)
+
+
+def adam(lr: float) -> Callable[[Any], Optimizer]:
+    return lambda parameters: torch.optim.Adam(parameters, lr=lr)
+
+
+# --- learning rates
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
+def test_a_rate_of_full_fine_tuning_is_named_with_what_to_try(kind: Any):
+    message = said(optimizer=lambda parameters: kind(parameters, lr=1e-5))
+    assert message is not None
+    assert f"learning rate of 1e-05 ({kind.__name__})" in message
+    assert "try 0.0001" in message
+
+
+@pytest.mark.parametrize("rate", [LOWEST_RATE, 1e-4, 2e-4, 1e-3, 1e-2])
+def test_rates_of_lora_are_fine(rate: float):
+    assert said(optimizer=adam(rate)) is None
+
+
+def test_other_optimizers_have_other_scales():
+    assert said(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-5)) is None
+
+
+SCHEDULES = {
+    "warm-up by lambda": (2e-4, lambda o: LambdaLR(o, lambda step: min(1.0, step / 100))),
+    "warm-up": (2e-4, lambda o: LinearLR(o, 1e-4, total_iters=100)),
+    "warm-up, then steps": (2e-4, lambda o: SequentialLR(o, [LinearLR(o, 1e-4), StepLR(o, 10)], [5])),
+    "one cycle": (1e-9, lambda o: OneCycleLR(o, max_lr=2e-4, total_steps=100)),
+    "cycles": (1e-9, lambda o: CyclicLR(o, base_lr=1e-6, max_lr=2e-4, cycle_momentum=False)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_counts_is_the_highest_rate_of_a_schedule(name: str):
+    rate, schedule = SCHEDULES[name]
+    model = adapted()
+    optimizer = adam(rate)([p for p in model.parameters() if p.requires_grad])
+    scheduler = schedule(optimizer)
+    assert optimizer.param_groups[0]["lr"] < LOWEST_RATE
+    assert questionable_settings(model, [optimizer], [scheduler], 1.0, ALL) is None
+
+
+def test_a_warm_up_that_is_no_scheduler_of_torchs_is_known_by_the_groups_initial_rate():
+    model = adapted()
+    groups = [{"params": [*model[0].lora.parameters()], "lr": 1e-9, "initial_lr": 2e-4}]
+    assert said(model, optimizer=lambda _: torch.optim.AdamW(groups)) is None
+
+
+@pytest.mark.parametrize("schedule", [lambda o: LinearLR(o, 0.1), lambda o: OneCycleLR(o, 1e-5, total_steps=9)])
+def test_a_schedule_does_not_hide_a_low_rate(schedule: Callable[[Optimizer], Any]):
+    assert "learning rate of 1e-05" in str(said(optimizer=adam(1e-5), schedule=schedule))
+
+
+def test_rates_of_groups_without_adapters_and_rates_set_later_do_not_count():
+    model = network()
+    attach(model, LoRAConfig(rank=4, target_modules=["0"], modules_to_save=["4"]))
+    factors, head = [*model[0].lora.parameters()], [*model[4].parameters()]
+    groups = [{"params": factors, "lr": 2e-4}, {"params": head, "lr": 1e-6}]
+    assert said(model, lambda _: torch.optim.AdamW(groups)) is None
+    assert said(model, lambda _: torch.optim.AdamW([{"params": factors, "lr": 0.0}])) is None
+
+
+# --- scalings, ratios, targets
+
+
+@pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"rank": 1}, {"rank": 2, "use_rslora": True}])
+def test_usual_scalings_are_fine(options: dict[str, Any]):
+    assert said(adapted(**options)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alpha": 0.25}, "scaling of 0.0625 at rank 4 of 0, 2, 4 is small: 1 to 4 is usual. Raise alpha"),
+        ({"alpha": 256.0}, "scaling of 64 at rank 4 of 0, 2, 4 is large: 1 to 4 is usual. Lower alpha"),
+        ({"alpha": 256.0, "use_rslora": True}, "scaling of 128 at rank 4"),
+        ({"alpha_pattern": {"2": 0.1}}, "scaling of 0.025 at rank 4 of 2 is small"),
+    ],
+)
+def test_extreme_scalings_are_named_with_their_layers(options: dict[str, Any], words: str):
+    assert words in str(said(adapted(**options)))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 16.0, 64.0])
+def test_usual_ratios_are_fine(ratio: float):
+    assert said(lr_ratio=ratio) is None
+
+
+@pytest.mark.parametrize(("ratio", "how"), [(0.1, "slower than A"), (500.0, "much faster than A")])
+def test_extreme_ratios_are_named(ratio: float, how: str):
+    assert f"lr_ratio={ratio:g} trains B {how}" in str(said(lr_ratio=ratio))
+
+
+def test_everything_that_looks_wrong_is_one_message():
+    message = said(adapted(alpha=0.25), adam(1e-5), lr_ratio=0.1, reach=Coverage(1, 1000, ("Conv2d", "Linear")))
+    assert str(message).count("\n  - ") == 4
+    assert "reach 0.1% of the weights that could carry one; most of the rest are in Conv2d, Linear layers" in message
+
+
+def test_coverage_counts_every_weight_that_could_carry_an_adapter(rng: torch.Generator):
+    head = nn.Linear(8, 4)
+    model = nn.ModuleDict(
+        {
+            "embed": nn.Embedding(100, 8),
+            "q": nn.Linear(8, 8),
+            "conv": nn.Conv1d(8, 16, 3),
+            "norm": nn.LayerNorm(8),
+            "head": head,
+            "experts": Experts(),
+        }
+    )
+    config = LoRAConfig(rank=2, target_modules=["q"], target_parameters=["experts.up"], modules_to_save=["head"])
+    attach(model, config)
+    trained = 8 * 8 + model["experts"]._parameters["up"].numel() + 4 * 8
+    assert coverage(model) == Coverage(trained, trained + 8 * 16 * 3, ("Conv1d",))
+
+
+def test_a_head_tied_to_the_embedding_is_the_embedding():
+    model = nn.ModuleDict({"embed": nn.Embedding(100, 8), "q": nn.Linear(8, 8), "head": nn.Linear(8, 100, bias=False)})
+    model["head"].weight = model["embed"].weight
+    attach(model, LoRAConfig(rank=2, target_modules=["q"]))
+    assert coverage(model) == Coverage(64, 64, ())
+
+
+@pytest.mark.parametrize("grouped", [1, 8])
+def test_query_and_value_of_a_language_model_are_enough(grouped: int):
+    sizes = {"q": 64, "k": 64 // grouped, "v": 64 // grouped, "o": 64, "up": 224, "gate": 224}
+    block = {name: nn.Linear(64, size) for name, size in sizes.items()} | {"down": nn.Linear(224, 64)}
+    model = nn.ModuleDict(block)
+    attach(model, LoRAConfig(rank=2, target_modules=["q", "v"]))
+    assert said(model, reach=coverage(model)) is None
+
+
+def test_training_tokens_alone_is_no_choice_of_targets():
+    model = nn.ModuleDict({"embed": nn.Embedding(100, 8), "q": nn.Linear(8, 8)})
+    attach(model, LoRAConfig(target_modules=[], trainable_token_indices={"embed": [1]}))
+    assert said(model, reach=coverage(model)) is None
+
+
+# --- in a run
+
+
+class Slow(Toy):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-5)
+
+
+def warned(module: Any, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(LoRACallback(rank=4, **options), max_epochs=2, max_steps=-1).fit(module, loader())
+    return [str(each.message) for each in caught if "may learn little" in str(each.message)]
+
+
+def test_a_run_warns_once():
+    [message] = warned(Slow())
+    assert "1e-05 (AdamW)" in message
+
+
+def test_a_run_looks_at_every_optimizer_and_at_lr_ratio():
+    class Uneven(Duel):
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.Adam(half.parameters(), lr) for half, lr in ((self.left, 1e-2), (self.right, 1e-6))]
+
+    [message] = warned(Uneven(), lr_ratio=0.5)
+    assert "learning rate of 1e-06 (Adam)" in message
+    assert "lr_ratio=0.5" in message
+
+
+def test_a_run_looks_at_its_targets():
+    class Deep(Toy):
+        def build(self) -> None:
+            self.net = network()
+            self.rest = nn.Sequential(*(nn.Linear(32, 32) for _ in range(8)))
+
+    assert "reach 1.5% of the weights" in warned(Deep(), target_modules=["net.4"])[0]
+    assert not warned(Deep(), target_modules=["net.4", "rest.?"])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lr_ratio": 16.0}, {"target_modules": ["net.0"]}])
+def test_a_sensible_run_is_silent(options: dict[str, Any]):
+    assert not warned(Toy(), **options)

@@ -1,0 +1,189 @@
+"""``init_from``: training starts from another adapter, and each layer's update is what it was there."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, save_adapter
+from lightning_lora.trainer.warm_start import start_from
+from tests.contract import raises_and_changes_nothing
+from tests.toys import Toy, loader, trainer
+from tests.trainer.test_checkpoints import fitted
+
+pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+
+
+@pytest.fixture(params=["checkpoint", "directory"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Toy, str]:
+    """A trained module of rank 4, and where its adapter is."""
+    _, module, path = fitted(tmp_path / "source")
+    if request.param == "directory":
+        save_adapter(module, tmp_path / "peft")
+        path = str(tmp_path / "peft")
+    return module, path
+
+
+def updates(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: layer.scaling * layer.lora.B.detach().double() @ layer.lora.A.detach().double()
+        for name, layer in lora_layers(module).items()
+    }
+
+
+def fresh(**options: Any) -> Toy:
+    module = Toy()
+    attach(module, LoRAConfig(**({"rank": 4} | options)))
+    return module
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rank": 6},
+        {"rank_pattern": {"net.0": 7}, "alpha": 5.0},
+        {"use_rslora": True, "rank": 8, "init": "orthogonal"},
+    ],
+)
+def test_every_update_is_what_it_was(options: dict[str, Any], source: tuple[Toy, str]) -> None:
+    module = fresh(**options)
+    start_from(module, source[1])
+    for name, update in updates(source[0]).items():
+        assert update.any()
+        torch.testing.assert_close(updates(module)[name], update, rtol=1e-6, atol=1e-7)
+
+
+def test_the_grown_part_can_learn(source: tuple[Toy, str]) -> None:
+    module = fresh(rank=6)
+    own = {name: layer.lora.A.detach().clone() for name, layer in lora_layers(module).items()}
+    start = start_from(module, source[1])
+    assert start.grown == ["net.0", "net.2", "net.4"]
+    for name, layer in lora_layers(module).items():
+        assert torch.equal(layer.lora.A[4:], own[name][4:])
+        assert not layer.lora.B[:, 4:].any()
+
+
+def test_targets_that_come_and_go_are_said(source: tuple[Toy, str]) -> None:
+    module = Toy()
+    module.other = nn.Linear(8, 8)
+    attach(module, LoRAConfig(rank=4, target_modules=["net.2", "net.4", "other"]))
+    text = str(start_from(module, source[1]))
+    assert "2 as they were (net.2, net.4)" in text
+    assert "1 new (other)" in text
+    assert "2 dropped (net.0.lora.A, net.0.lora.B)" in text
+    torch.testing.assert_close(updates(module)["net.4"], updates(source[0])["net.4"])
+    assert not lora_layers(module)["other"].lora.B.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rank": 3}, r"net\.0\.lora\.A: \(4, 8\) there, \(3, 8\) here"), ({"use_dora": False, "rank": 2}, "there")],
+)
+def test_what_does_not_fit_changes_nothing(options: dict[str, Any], message: str, source: tuple[Toy, str]) -> None:
+    module = fresh(**options)
+    with raises_and_changes_nothing(module, ValueError, message):
+        start_from(module, source[1])
+
+
+def test_a_source_that_shares_nothing_is_refused(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path)
+    other = nn.Sequential(nn.Linear(4, 4))
+    attach(other, LoRAConfig(rank=1))
+    with raises_and_changes_nothing(other, ValueError, "it shares no tensor with this Sequential"):
+        start_from(other, path)
+
+
+def test_the_callback_starts_there_and_says_so(source: tuple[Toy, str], caplog: pytest.LogCaptureFixture) -> None:
+    module = Toy()
+    with caplog.at_level(logging.INFO):
+        run = trainer(LoRACallback(rank=6, init_from=source[1]), max_steps=0)
+        run.fit(module, loader())
+    for name, update in updates(source[0]).items():
+        torch.testing.assert_close(updates(module)[name], update)
+    assert f"LoRA: started from {source[1]}: 3 of grown rank (net.0, net.2, net.4)" in caplog.text
+
+
+def test_resuming_wins_over_starting(source: tuple[Toy, str], tmp_path: Path) -> None:
+    _, resumed, path = fitted(tmp_path / "resumed", epochs=3)
+    module = Toy()
+    trainer(LoRACallback(rank=4, init_from=source[1]), max_steps=0).fit(module, loader(), ckpt_path=path)
+    for name, update in updates(resumed).items():
+        assert torch.equal(updates(module)[name], update)
+
+
+# --- export_dir
+
+
+def test_the_best_checkpoint_is_exported_and_the_module_stays_at_its_last(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    module, checkpoint = Toy(), ModelCheckpoint(tmp_path, monitor="train_loss", mode="max")
+    run = trainer(LoRACallback(rank=4, export_dir=str(tmp_path / "peft")), checkpoint, max_epochs=3, max_steps=-1)
+    run.fit(module, loader())
+    best, exported = Toy(), Toy()
+    load_adapter(best, checkpoint.best_model_path)
+    load_adapter(exported, tmp_path / "peft")
+    for name, update in updates(best).items():
+        torch.testing.assert_close(updates(exported)[name], update)
+    assert checkpoint.best_model_path.endswith("epoch=0-step=4.ckpt")
+    assert not torch.allclose(updates(module)["net.0"], updates(best)["net.0"])
+
+
+def test_without_checkpoints_the_last_state_is_exported_also_before_merging(tmp_path: Path) -> None:
+    module, target = Toy(), tmp_path / "peft"
+    callback = LoRACallback(rank=4, export_dir=str(target), merge_on_teardown=True)
+    trainer(callback, max_steps=6).fit(module, loader())
+    exported = Toy()
+    load_adapter(exported, target)
+    x = torch.ones(2, 8)
+    assert not lora_layers(module)
+    torch.testing.assert_close(exported.net(x), module.net(x))
+
+
+def test_an_adapter_that_diverged_is_not_exported(tmp_path: Path) -> None:
+    class Diverges(Toy):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * float("nan")
+
+    target = tmp_path / "peft"
+    with pytest.raises(ValueError, match=rf"export_dir='{target}': net\.0\.lora\.A.* hold NaN or infinity"):
+        trainer(LoRACallback(rank=4, export_dir=str(target))).fit(Diverges(), loader())
+    assert not target.exists()
+
+
+def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:
+    class Recurrent(Toy):
+        def build(self) -> None:
+            super().build()
+            self.lstm = nn.LSTM(8, 8)
+
+    module = Recurrent()
+    callback = LoRACallback(rank=4, target_modules=["lstm"], export_dir=str(tmp_path / "peft"))
+    with pytest.raises(MisconfigurationException, match=r"(?s)nothing could be exported after training.*lstm"):
+        trainer(callback).fit(module, loader())
+    assert not module.losses
+
+
+def test_nothing_is_exported_after_a_failed_fit(tmp_path: Path) -> None:
+    class Fails(Toy):
+        def training_step(self, *args: Any) -> torch.Tensor:
+            raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        trainer(LoRACallback(rank=4, export_dir=str(tmp_path / "peft"))).fit(Fails(), loader())
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_run_that_resumes_does_not_look_for_the_other_adapter_and_the_next_one_does(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path / "earlier")
+    run = trainer(LoRACallback(rank=4, init_from=str(tmp_path / "missing")), max_steps=0)
+    run.fit(Toy(), loader(), ckpt_path=path)
+    with pytest.raises((ValueError, FileNotFoundError), match="missing"):
+        run.fit(Toy(), loader())
