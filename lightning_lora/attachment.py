@@ -96,11 +96,11 @@ def fully_trained(owner: nn.Module, attachment: Attachment) -> set[int]:
     return {id(part) for name in attachment.saved_modules for part in modules[name][0].modules()}
 
 
-def merges(module: nn.Module) -> dict[str, int]:
-    """Return how many adapters were merged for good into each layer of a model: name -> count."""
-    return {name: count for name, submodule in walk(module) if (count := vars(submodule).get(_MERGES, 0))}
+def merge_count(layer: nn.Module) -> int:
+    """Return how many adapters were merged for good into exactly this layer."""
+    return int(vars(layer).get(_MERGES, 0))
 
 
 def count_merge(layer: nn.Module) -> None:
     """Note that an adapter was merged into this layer for good."""
-    vars(layer)[_MERGES] = vars(layer).get(_MERGES, 0) + 1
+    vars(layer)[_MERGES] = merge_count(layer) + 1

@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.attachment import get_attachment, merges, request
+from lightning_lora.attachment import get_attachment, request
 from lightning_lora.config import OPTIONS, LoRAConfig
 from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
@@ -21,7 +21,7 @@ from lightning_lora.option_checks import check_known, check_positive
 from lightning_lora.option_types import NonNegativeInt, PositiveFloat
 from lightning_lora.probe import dead_message
 from lightning_lora.sharding import shapes_shown
-from lightning_lora.state import allow_missing_base
+from lightning_lora.state import allow_missing_base, merges
 from lightning_lora.storage.checkpoint import read_checkpoint
 from lightning_lora.trainer import checks, coming_checkpoint
 from lightning_lora.trainer import lightning_patches as load_guard

@@ -2,63 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.attachment import attachments, fully_trained, get_attachment, merges
+from lightning_lora.adapted_model import AdaptedModel, base_parameters
+from lightning_lora.attachment import attachments
 from lightning_lora.fingerprint import Fingerprint, other_base, samples
-from lightning_lora.layers import Adapter, LoRALayer, all_adapters, lora_layers
-from lightning_lora.names import clean_name, join, listed, near_names, walk
+from lightning_lora.layers import Adapter, all_adapters, lora_layers
+from lightning_lora.names import clean_name, join, listed, near_names
 from lightning_lora.peft_format.kinds import file_kind
 
 FORMAT_VERSION = 1
 
 
 def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the live tensors of everything that was trained: name -> the model's own tensor.
-
-    These are the factors, the parameters and buffers of ``modules_to_save``, and the biases and running statistics that
-    the config lets move. The names follow from the config alone, never from what happened in training.
-    """
-    found: dict[str, Tensor] = {}
-    parts = walk(module)
-    roots = [(path, part, note) for path, part in parts if (note := get_attachment(part)) is not None]
-    whole = {identity for _, owner, attachment in roots for identity in fully_trained(owner, attachment)}
-    moving = {join(root, name) for root, _, attachment in roots for name in attachment.base_values}
-    for _, part in parts:
-        if isinstance(part, LoRALayer):
-            lora = part.lora
-            whole.update(map(id, lora.modules()) if lora._modules else (id(lora),))
-    for path, part in parts:
-        if id(part) in whole or moving:
-            for key, tensor in _persistent_tensors(part):
-                name = join(path, key)
-                if id(part) in whole or name in moving:
-                    found[name] = tensor
-    return found
+    """Return ``AdaptedModel(module).trained``."""
+    return AdaptedModel(module).trained
 
 
 def base_tensors(module: nn.Module, trained: Iterable[Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the parameters that training leaves as they are: name -> the model's own tensor, by each of its names.
+    """Return ``AdaptedModel(module).base``; of a part of a model, given what the whole trains."""
+    if trained is None:
+        return AdaptedModel(module).base
+    return base_parameters(module, {str(index): tensor for index, tensor in enumerate(trained)})
 
-    Args:
-        module: The module.
-        trained: What is no part of the base; what its adapters train if left out.
-    """
-    trained = adapter_tensors(module).values() if trained is None else trained
-    apart = {id(tensor) for tensor in trained}
-    found: dict[str, Tensor] = {}
-    for path, part in walk(module, every_name=True):
-        own = part._parameters
-        if folded := vars(part).get("lora_original"):  # what the adapters are folded into, inside of `merged`
-            own = own | folded
-        for key, tensor in own.items():
-            if tensor is not None and id(tensor) not in apart:
-                found[join(path, key)] = tensor
-    return found
+
+def merges(module: nn.Module) -> dict[str, int]:
+    """Return ``AdaptedModel(module).merges``."""
+    return AdaptedModel(module).merges
 
 
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -251,16 +225,6 @@ def _rows(adapter: Adapter) -> dict[str, list[list[int]]]:
     """Return which rows an adapter updates, where it is not all."""
     rows = [[part.start, part.stop, part.step] for part in adapter.spec.rows]
     return {"rows": rows} if rows else {}
-
-
-def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the parameters and buffers of one module that its state holds, each once."""
-    seen: set[int] = set()
-    buffers = ((key, buffer) for key, buffer in part._buffers.items() if key not in part._non_persistent_buffers_set)
-    for key, tensor in (*part._parameters.items(), *buffers):
-        if tensor is not None and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield key, tensor
 
 
 def allow_missing_base(module: nn.Module, incompatible: Any) -> None:

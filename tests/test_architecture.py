@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_lora.__file__).parent
 LEVELS = [
     {"names", "ops", "option_types", "sharding"},
     {"option_checks", "config", "fingerprint", "layers", "report"},
-    {"attachment", "optimizers", "planning"},
+    {"adapted_model", "attachment", "optimizers", "planning"},
     {"freezing", "modes", "probe", "surgery", "trial"},
     {"state"},
     {"peft_format", "storage"},

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lightning_lora.attachment import attachments, merges, named_tensors
+from lightning_lora.attachment import attachments, named_tensors
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.layers import lora_layers
 from lightning_lora.names import clean_name, listed
@@ -26,6 +26,7 @@ from lightning_lora.sharding import is_sharded
 from lightning_lora.state import (
     adapter_tensors,
     base_tensors,
+    merges,
 )
 from lightning_lora.storage.atomic import replace_directory
 

@@ -1,0 +1,135 @@
+"""The one view of an adapted model: its layers, their adapters, what was trained, and the frozen base."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from lightning_lora.attachment import Attachment, get_attachment, merge_count
+from lightning_lora.layers import Adapter, AdapterGroup, LoRALayer
+from lightning_lora.names import clean_name, join, module_names, walk
+
+
+class Root(NamedTuple):
+    """A module that was given to ``attach``, its name in the model, and the record of what was done to it."""
+
+    name: str
+    module: nn.Module
+    attachment: Attachment
+
+
+class AdaptedModel:
+    """A view of a model, read in one walk when it is first asked for.
+
+    All tensors are the model's own. The view is valid until layers are adapted, restored or replaced; take a new one
+    after that.
+
+    Args:
+        module: Any module; one without adapters has empty ``layers``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @functools.cached_property
+    def parts(self) -> list[tuple[str, nn.Module]]:
+        """Every submodule once, by its first name; wrappers add nothing to names."""
+        return walk(self.module)
+
+    @functools.cached_property
+    def roots(self) -> list[Root]:
+        """The modules that were given to ``attach``: usually one, the model itself."""
+        found = ((name, part, get_attachment(part)) for name, part in self.parts)
+        return [Root(name, part, attachment) for name, part, attachment in found if attachment is not None]
+
+    @functools.cached_property
+    def layers(self) -> dict[str, LoRALayer]:
+        """The adapted layers: found by type, never by spelling."""
+        return {name: part for name, part in self.parts if isinstance(part, LoRALayer)}
+
+    @functools.cached_property
+    def adapters(self) -> dict[str, Adapter]:
+        """Every adapter, by its layer's name, with the parameter's or slice's name where the layer has several."""
+        return {
+            join(name, key) if isinstance(layer.lora, AdapterGroup) else name: adapter
+            for name, layer in self.layers.items()
+            for key, adapter in layer.adapters().items()
+        }
+
+    @functools.cached_property
+    def trained(self) -> dict[str, Tensor]:
+        """Everything that training changes: what a checkpoint holds.
+
+        These are the factors, the parameters and buffers of ``modules_to_save``, and the biases and running statistics
+        that the config lets move. The names follow from the config alone, never from what happened in training.
+        """
+        whole = {id(part) for root in self.roots for part in _fully_trained(root)}
+        whole |= {id(part) for layer in self.layers.values() for part in layer.lora.modules()}
+        moving = {join(root.name, name) for root in self.roots for name in root.attachment.base_values}
+        found: dict[str, Tensor] = {}
+        for path, part in self.parts:
+            is_whole = id(part) in whole
+            if is_whole or moving:
+                for key, tensor in _persistent_tensors(part):
+                    if is_whole or join(path, key) in moving:
+                        found[join(path, key)] = tensor
+        return found
+
+    @functools.cached_property
+    def base(self) -> dict[str, Tensor]:
+        """The parameters that training leaves as they are, by each of their names."""
+        return base_parameters(self.module, self.trained)
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All parameters and buffers, by each of their names."""
+        named = (
+            *self.module.named_parameters(remove_duplicate=False),
+            *self.module.named_buffers(remove_duplicate=False),
+        )
+        return {clean_name(name): tensor for name, tensor in named}
+
+    @functools.cached_property
+    def merges(self) -> dict[str, int]:
+        """How many adapters were merged for good into each layer."""
+        return {name: count for name, part in self.parts if (count := merge_count(part))}
+
+
+def base_parameters(module: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the parameters of a module that are not among those that train, by each of their names.
+
+    Args:
+        module: The module.
+        trained: What is not part of the base; of a part of a model, what the whole model trains.
+    """
+    apart = {id(tensor) for tensor in trained.values()}
+    found: dict[str, Tensor] = {}
+    for path, part in walk(module, every_name=True):
+        own = part._parameters
+        if folded := vars(part).get("lora_original"):  # inside of `merged` the weights hold the adapters
+            own = own | folded
+        for key, tensor in own.items():
+            if tensor is not None and id(tensor) not in apart:
+                found[join(path, key)] = tensor
+    return found
+
+
+def _fully_trained(root: Root) -> Iterator[nn.Module]:
+    """Yield the modules that train in full."""
+    if root.attachment.saved_modules:
+        modules = module_names(root.module)
+        for name in root.attachment.saved_modules:
+            yield from modules[name][0].modules()
+
+
+def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of one module that its state holds, each once."""
+    seen: set[int] = set()
+    buffers = ((key, buffer) for key, buffer in part._buffers.items() if key not in part._non_persistent_buffers_set)
+    for key, tensor in (*part._parameters.items(), *buffers):
+        if tensor is not None and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield key, tensor
