@@ -144,7 +144,7 @@ def _compare_layers(options: argparse.Namespace) -> int:
     from lightning_lora.analysis import layer_similarity
     from lightning_lora.analysis.report_figures import layers_figures
     from lightning_lora.analysis.reports import layers_page, similarity_rows
-    from lightning_lora.report import table_lines
+    from lightning_lora.attachment import table_lines
 
     _check_outputs(options)
     found = layer_similarity(options.first)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from lightning_lora.attachment import table_lines
 from lightning_lora.cli.inspection import Summary
 from lightning_lora.disk.merge import MergeReport
 from lightning_lora.fingerprint import digest, to_plain
 from lightning_lora.names import listed
-from lightning_lora.report import table_lines
 
 _BAR = 30
 _SHOWN_OPTIONS = 8
