@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.layers import LoRALayer, lora_layers, register_adapter
 from lightning_lora.modes import disabled, merged
 from lightning_lora.optimizers import parameter_groups
 from lightning_lora.peft_format.files import save_adapter
@@ -37,6 +37,7 @@ __all__ = [
     "merged",
     "parameter_groups",
     "preflight",
+    "register_adapter",
     "save_adapter",
 ]
 

@@ -26,6 +26,7 @@ PUBLIC = [
     "merged",
     "parameter_groups",
     "preflight",
+    "register_adapter",
     "save_adapter",
 ]
 

@@ -16,7 +16,6 @@ from lightning_lora.peft_format.support import (
     LAST_KNOWN_PEFT,
     LAST_KNOWN_PEFT_TEXT,
     TIMES_PEFT_ADDS_OUT_PROJ,
-    peft_obstacle,
 )
 
 _MARK = ".lora_"
@@ -71,7 +70,7 @@ class LayerReader:
             self.problems.append(f"{path}: {chosen}")
             return
         adapter, parameter, target = chosen
-        if reason := peft_obstacle(module, adapter, parameter, **self.variant):
+        if reason := adapter.peft_obstacle(module, parameter, **self.variant):
             self.problems.append(f"{path}: {reason}")
             return
         geometry = Geometry.of(adapter, module, parameter)
