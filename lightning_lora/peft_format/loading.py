@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.attachment import attachments, get_attachment, named_tensors
+from lightning_lora.attachment import AttachReport, attachments, get_attachment, named_tensors
 from lightning_lora.freezing import weights_only_read
 from lightning_lora.layers import Adapter, LowRankAdapter, TokenAdapter, all_adapters, lora_layers
 from lightning_lora.names import ModuleNames, listed, module_names
 from lightning_lora.peft_format.directory import CONFIG_FILE, parse_base, read_config, read_contents
 from lightning_lora.peft_format.importing import Import, adapted_paths, make_import
 from lightning_lora.peft_format.names import chosen_root, found_root, without_wrappers
-from lightning_lora.report import AttachReport
 from lightning_lora.state import adapter_tensors, check_not_merged, copy_adapter_state, refuse_other_base
 from lightning_lora.surgery import attach, detach
 

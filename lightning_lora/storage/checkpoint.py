@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_lora.attachment import get_attachment, named_tensors
+from lightning_lora.attachment import AttachReport, get_attachment, named_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.names import module_names
 from lightning_lora.peft_format.directory import is_adapter_directory
 from lightning_lora.peft_format.loading import load_directory
-from lightning_lora.report import AttachReport
 from lightning_lora.state import (
     FORMAT_VERSION,
     check_not_merged,
