@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.disk.base_names import module_paths
+from lightning_lora.disk.base_folder import module_paths
 from lightning_lora.names import join
 from lightning_lora.peft_format.layers import keys_by_path
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, without_wrappers
