@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.attachment import get_attachment, named_tensors
+from lightning_lora.attachment import AttachReport, get_attachment, named_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import module_names
 from lightning_lora.peft_format.directory import PeftFile, read_directory
 from lightning_lora.peft_format.loading import load_directory
-from lightning_lora.report import AttachReport
 from lightning_lora.state import check_not_merged, copy_adapter_state, record_problems, refuse_other_base
 from lightning_lora.storage.checkpoint import CheckpointFile, checkpoint_file
 from lightning_lora.surgery import attach, detach

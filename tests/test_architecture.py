@@ -16,8 +16,8 @@ PACKAGE = Path(lightning_lora.__file__).parent
 
 # Packages and the files beside them, from the ground up; those in one row may import each other, without a circle.
 LEVELS = [
-    {"names", "ops", "option_types", "sharding"},
-    {"option_checks", "config", "fingerprint", "layers", "report"},
+    {"names", "ops", "sharding"},
+    {"config", "fingerprint", "layers"},
     {"adapted_model", "attachment", "optimizers", "planning"},
     {"freezing", "modes", "probe", "surgery", "trial"},
     {"state"},

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.attachment import attachments, get_attachment, named_tensors
+from lightning_lora.attachment import AttachReport, attachments, get_attachment, named_tensors
 from lightning_lora.freezing import weights_only_read
 from lightning_lora.layers import Adapter, LowRankAdapter, TokenAdapter, all_adapters, lora_layers
 from lightning_lora.names import ModuleNames, listed, module_names
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import Import, make_import
 from lightning_lora.peft_format.names import found_root, without_wrappers
-from lightning_lora.report import AttachReport
 from lightning_lora.state import adapter_tensors, copy_adapter_state, refuse_other_base
 from lightning_lora.surgery import attach, detach
 

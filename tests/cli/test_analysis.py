@@ -99,7 +99,7 @@ def test_without_matplotlib_text_and_pages_work_and_pictures_say_what_is_missing
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("report", files / "one", "--out", files / "page.html") == 0
-    assert "without pictures: pip install 'lightning-lora[plots]'" in capsys.readouterr().err
+    assert "without pictures: they need pip install 'lightning-lora[plots]'" in capsys.readouterr().err
     found = Outline((files / "page.html").read_text(encoding="utf-8"))
     assert found.named("table")
     assert not found.named("svg")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli import main
-from lightning_lora.cli.colours import BAD, highlighted, painted, wants_colours
+from lightning_lora.cli.text import BAD, highlighted, painted, wants_colours
 
 
 class Terminal(io.StringIO):
@@ -34,9 +34,13 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"TERM": "xterm"}, True),
     ],
 )
-def test_the_environment_decides_on_a_terminal(environment: dict[str, str], wanted: bool) -> None:
-    assert wants_colours(Terminal(), environment) == wanted
-    assert not wants_colours(io.StringIO(), environment)
+def test_the_environment_decides_on_a_terminal(
+    environment: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert wants_colours(Terminal()) == wanted
+    assert not wants_colours(io.StringIO())
 
 
 def test_what_stands_out_is_painted_and_nothing_else() -> None:
