@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import named_tensors
-from lightning_lora.disk.base_folder import BaseFolder
-from lightning_lora.disk.base_names import Renaming, find_renaming, invert
+from lightning_lora.disk.base_folder import BaseFolder, find_names
 from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.disk.skeleton_kinds import kinds_of_checkpoint, kinds_of_peft
-from lightning_lora.disk.tied_heads import virtual_heads
 from lightning_lora.fingerprint import Fingerprint, Sample, other_base, places, sample
 from lightning_lora.layers import Adapter, all_adapters
 from lightning_lora.layers.adapter import row_numbers
@@ -68,7 +66,7 @@ def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fit
         ValueError: They do not fit, or cannot be read.
         FileNotFoundError: The adapter is not there.
     """
-    heads = virtual_heads(base)
+    heads = base.tied_heads
     stored = base.tensors
     layouts = {name: Layout(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
     layouts |= {name: layouts[source] for name, source in heads.items()}
@@ -112,10 +110,9 @@ def _fit_peft(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fi
     def resolves(path: str, modules: Collection[str]) -> bool:
         return without_wrappers(path, modules) is not None
 
-    renaming = find_renaming(paths, layouts, resolves)
-    names = invert(layouts, renaming)
+    names, before = find_names(paths, layouts, resolves)
     mine = {name: layouts[each] for name, each in names.items()}
-    added = _new_modules(tensors, config.modules_to_save, mine, renaming)
+    added = _new_modules(tensors, config.modules_to_save, mine, before)
     mine |= {name: _layout(tensors[PREFIX + name]) for name in added}
     kinds, mine = kinds_of_peft(tensors, config.target_parameters, mine, base.config, is_transposed=is_transposed)
     skeleton = build_skeleton(mine, kinds)
@@ -128,7 +125,7 @@ def _fit_peft(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fi
 
 
 def _new_modules(
-    tensors: Mapping[str, Tensor], saved: Collection[str], mine: Collection[str], renaming: Renaming
+    tensors: Mapping[str, Tensor], saved: Collection[str], mine: Collection[str], before: str
 ) -> dict[str, str]:
     """Return the tensors of modules trained in full that the base lacks, such as a new head's."""
     keys = [key.removeprefix(PREFIX) for key in tensors if key.startswith(PREFIX)]
@@ -138,7 +135,7 @@ def _new_modules(
         if key not in mine and any(f".{entry}." in f".{key}" for entry in saved) and "lora_" not in key
         if not any(part in key for part in (".original_module.", ".modules_to_save.", ".base_layer."))
     ]
-    return {key: renaming.back(key) for key in found}
+    return {key: key.removeprefix(before) for key in found}
 
 
 def _layout(tensor: Tensor) -> Layout:
@@ -183,8 +180,7 @@ def _fit_record(
     paths = {key.partition(".lora.")[0] for key in state if ".lora." in key}
     if not paths:
         raise ValueError("The checkpoint holds no adapter.")
-    renaming = find_renaming(paths, layouts, lambda path, modules: path in modules)
-    names = invert(layouts, renaming)
+    names, _ = find_names(paths, layouts, lambda path, modules: path in modules)
     mine = {name: layouts[each] for name, each in names.items()}
     kinds = kinds_of_checkpoint(record, state, mine, base.config)
     skeleton = build_skeleton(mine, kinds)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.disk.base_names import module_paths
+from lightning_lora.disk.base_folder import module_paths
 from lightning_lora.names import join
 from lightning_lora.peft_format.config import KNOWN_ORDER
 from lightning_lora.peft_format.directory import keys_by_path
