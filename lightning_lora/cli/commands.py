@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lightning_lora.attachment import table_lines
 from lightning_lora.cli.text import (
     WARNING,
     about_base,
@@ -23,7 +24,6 @@ from lightning_lora.cli.text import (
     summary_object,
 )
 from lightning_lora.names import listed
-from lightning_lora.report import table_lines
 
 if TYPE_CHECKING:
     from lightning_lora.analysis.page import Page

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from lightning_lora.attachment import table_lines
 from lightning_lora.fingerprint import digest, to_plain
 from lightning_lora.names import listed
-from lightning_lora.report import table_lines
 
 if TYPE_CHECKING:
     from lightning_lora.cli.inspection import Summary

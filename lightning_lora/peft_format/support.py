@@ -8,12 +8,6 @@ from torch import nn
 
 from lightning_lora.layers import Adapter
 
-# PEFT's MultiheadAttention folds the update of the output projection into the weight itself, and then has the
-# projection's own adapter do it again: in training, in evaluation and when merging. Measured up to this version.
-TIMES_PEFT_ADDS_OUT_PROJ = 2
-LAST_KNOWN_PEFT = (0, 21, 2)
-LAST_KNOWN_PEFT_TEXT = ".".join(map(str, LAST_KNOWN_PEFT))
-
 
 def vllm_obstacle(
     module: nn.Module, adapter: type[Adapter], *, use_dora: bool, lora_bias: bool, like_default: bool
