@@ -14,12 +14,11 @@ from torch import Tensor, nn
 from lightning_lora.attachment import attachments
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.skeleton import build_skeleton
-from lightning_lora.disk.skeleton_kinds import KNOWN_ORDER
 from lightning_lora.layers import all_adapters
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.names import join, listed, matches
-from lightning_lora.peft_format.config import PeftConfig
-from lightning_lora.peft_format.layers import keys_by_path
+from lightning_lora.peft_format.config import KNOWN_ORDER, PeftConfig
+from lightning_lora.peft_format.directory import keys_by_path
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
 from lightning_lora.state import adapter_tensors, mismatches, record_problems
 from lightning_lora.storage.safetensors import Layout

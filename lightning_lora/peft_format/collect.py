@@ -19,9 +19,10 @@ from lightning_lora.layers import (
 )
 from lightning_lora.layers.linear import Conv1DAdapter
 from lightning_lora.names import join, module_names
+from lightning_lora.peft_format.config import TIMES_PEFT_ADDS_OUT_PROJ
 from lightning_lora.peft_format.exporting import Export, ExportedLayer
 from lightning_lora.peft_format.factors import Factors, Geometry, factors_of, no_update, placed
-from lightning_lora.peft_format.support import TIMES_PEFT_ADDS_OUT_PROJ, name_problems, peft_obstacle
+from lightning_lora.peft_format.support import name_problems, peft_obstacle
 from lightning_lora.state import adapter_tensors
 
 

@@ -11,12 +11,6 @@ from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
 from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import LinearAdapter
 
-# PEFT's MultiheadAttention folds the update of the output projection into the weight itself, and then has the
-# projection's own adapter do it again: in training, in evaluation and when merging. Measured up to this version.
-TIMES_PEFT_ADDS_OUT_PROJ = 2
-LAST_KNOWN_PEFT = (0, 21, 2)
-LAST_KNOWN_PEFT_TEXT = ".".join(map(str, LAST_KNOWN_PEFT))
-
 
 def peft_obstacle(
     module: nn.Module, adapter: type[Adapter], parameter: str, *, use_dora: bool, lora_bias: bool
