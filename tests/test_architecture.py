@@ -21,7 +21,9 @@ LEVELS = [
     {"adapted_model", "attachment", "optimizers", "planning"},
     {"modes", "probe", "surgery", "trial"},
     {"state"},
-    {"peft_format", "storage"},
+    {"storage"},
+    {"peft_format"},
+    {"loading"},
     {"disk", "trainer"},
     {"callback"},
     {"analysis"},
@@ -29,8 +31,8 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
-STILL_UPWARD = {("state", "peft_format"), ("trainer", "analysis"), ("peft_format", "disk")}
-CORE = set().union(*LEVELS[:6])
+STILL_UPWARD = {("trainer", "analysis")}
+CORE = set().union(*LEVELS[:8])
 TOOLS = {"analysis", "cli", "disk"}
 KNOWS_LIGHTNING = {"trainer", "callback"}
 LONGEST_FILE = 500

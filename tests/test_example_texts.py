@@ -61,7 +61,7 @@ def test_predict_answers_and_finds_the_export_equal_in_peft(classifier):
     printed = execute("text_classification/predict.py", *arguments, folder=classifier.folder)
     for sentence in (praise, complaint):
         assert re.search(rf"^(positive|negative) +\d+\.\d% +{sentence}$", printed, flags=re.M)
-    compared, difference = re.search(r"PEFT, (\d+) sentences: logits differ by (\S+) at most", printed).groups()
+    compared, difference = re.search(r"PEFT, (\d+) sentences: logits differ by at most (\S+)", printed).groups()
     assert int(compared) == len(sentences())
     assert float(difference) <= 1e-5
 

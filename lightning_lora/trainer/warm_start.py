@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers import Adapter, LowRankAdapter, all_adapters
+from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed
-from lightning_lora.peft_format.directory import is_adapter_directory
+from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.loading import imported
 from lightning_lora.sharding import copy_whole, whole
 from lightning_lora.state import adapter_tensors, check_not_merged, refuse_other_base
-from lightning_lora.storage.checkpoint import read_checkpoint, recorded_base
 
 
 @dataclass
@@ -76,14 +76,13 @@ def _read(
     module: nn.Module, path: str | PathLike[str], *, check_base: bool
 ) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
     """Return the source's tensors under the names of this module, and the scalings of its adapters."""
-    if not is_adapter_directory(path):
-        record, state = read_checkpoint(path)
-        check_not_merged(module, record["merges"])
+    file = read_adapter(path)
+    check_not_merged(module, file.merges)
+    if not isinstance(file, PeftFile):
         if check_base:
-            refuse_other_base(module, recorded_base(record))
-        return state, {name: layer["scaling"] for name, layer in record["layers"].items()}
-    check_not_merged(module, {})
-    root_name, content = imported(module, path, check_base=check_base)
+            refuse_other_base(module, file.base)
+        return file.tensors, {name: layer["scaling"] for name, layer in file.record["layers"].items()}
+    root_name, content = imported(module, file, check_base=check_base)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
     names = _names(module)
