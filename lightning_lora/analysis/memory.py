@@ -15,8 +15,8 @@ from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import all_training
 from lightning_lora.layers import all_adapters
+from lightning_lora.probe import RandomState, arguments_for, left_as_it_was, tensors_in
 from lightning_lora.surgery import attach, detach
-from lightning_lora.trial import RandomState, arguments_for, left_as_it_was, tensors_in
 
 _MEGA = 1e6
 _PARTS = ("weights", "gradients", "optimizer", "activations")

@@ -8,7 +8,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from typing_extensions import override
 
-from lightning_lora.layers.swap import Swapped
+from lightning_lora.layers.lora_layer import Swapped
 
 
 class FrozenNorm(Swapped):
