@@ -19,7 +19,7 @@ LEVELS = [
     {"names", "ops", "sharding"},
     {"config", "fingerprint", "layers"},
     {"adapted_model", "attachment", "optimizers", "planning"},
-    {"freezing", "modes", "probe", "surgery"},
+    {"modes", "probe", "surgery"},
     {"state"},
     {"storage"},
     {"peft_format"},

@@ -28,6 +28,8 @@ from lightning_lora import (
 from tests.contract import (
     CASES,
     PADDING,
+    RANK,
+    SCALING,
     Case,
     Holder,
     assert_same_bits,

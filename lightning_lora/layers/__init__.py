@@ -20,7 +20,14 @@ from lightning_lora.layers.embedding import EmbeddingAdapter, TokenAdapter, swap
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode, Swapped, swap_in, swap_out
 from lightning_lora.layers.low_rank import LowRankAdapter
-from lightning_lora.layers.norm import FrozenNorm, has_running_statistics, spectral_hooks
+from lightning_lora.layers.norm import (
+    NORMALISING,
+    FrozenNorm,
+    has_running_statistics,
+    hold_statistics,
+    release_statistics,
+    weights_only_read,
+)
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
 from lightning_lora.names import join, walk
 
@@ -65,6 +72,7 @@ def all_adapters(module: nn.Module) -> dict[str, Adapter]:
 
 
 __all__ = [
+    "NORMALISING",
     "SUPPORTED",
     "Adapter",
     "AdapterGroup",
@@ -88,13 +96,15 @@ __all__ = [
     "base_parameter",
     "base_weight",
     "has_running_statistics",
+    "hold_statistics",
     "lora_layers",
     "parameter_adapter",
     "register_adapter",
-    "spectral_hooks",
+    "release_statistics",
     "swap_in",
     "swap_out",
     "swapped_as",
     "swapped_as_follower",
     "taken_names",
+    "weights_only_read",
 ]
