@@ -1,4 +1,4 @@
-"""What two processes do in ``test_deepspeed.py``: Lightning starts this script once for each.
+"""Script of the processes in ``test_deepspeed.py``; Lightning starts it once per process.
 
 Arguments: the directory for results, and the checkpoint of a single process. The directory has those of whole models.
 """
