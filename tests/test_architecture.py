@@ -19,7 +19,7 @@ LEVELS = [
     {"names", "ops", "sharding"},
     {"config", "fingerprint", "layers"},
     {"adapted_model", "attachment", "optimizers", "planning"},
-    {"freezing", "modes", "probe", "surgery", "trial"},
+    {"modes", "probe", "surgery", "trial"},
     {"state"},
     {"storage"},
     {"peft_format"},

@@ -12,7 +12,14 @@ from lightning_lora.layers.embedding import EmbeddingAdapter
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode
 from lightning_lora.layers.low_rank import LowRankAdapter
-from lightning_lora.layers.norm import FrozenNorm, has_running_statistics, spectral_hooks
+from lightning_lora.layers.norm import (
+    NORMALISING,
+    FrozenNorm,
+    has_running_statistics,
+    hold_statistics,
+    release_statistics,
+    weights_only_read,
+)
 from lightning_lora.layers.swap import Swapped, swap_in, swap_out
 from lightning_lora.layers.tokens import TokenAdapter, swapped_as_follower
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
@@ -75,6 +82,7 @@ def all_adapters(module: nn.Module) -> dict[str, Adapter]:
 
 
 __all__ = [
+    "NORMALISING",
     "SUPPORTED",
     "Adapter",
     "AdapterGroup",
@@ -93,12 +101,14 @@ __all__ = [
     "base_parameter",
     "base_weight",
     "has_running_statistics",
+    "hold_statistics",
     "lora_layers",
     "parameter_adapter",
-    "spectral_hooks",
+    "release_statistics",
     "swap_in",
     "swap_out",
     "swapped_as",
     "swapped_as_follower",
     "taken_names",
+    "weights_only_read",
 ]

@@ -204,10 +204,8 @@ class RecurrentLoRALayer(WeightLoRALayer):
         module.flatten_parameters()
 
 
-def swapped_as(module: nn.Module, parameters: Iterable[str], *, in_weight: bool) -> Behaviour:
-    """Return what ``swap_in`` needs to make this module an adapted layer: the mixin and what it computes."""
-    if not in_weight:
-        return LoRALayer, ()
+def swapped_as(module: nn.Module, parameters: Iterable[str]) -> Behaviour:
+    """Return what ``swap_in`` needs to have this module read the parameters with their updates."""
     computed = tuple(dict.fromkeys(parameters))
     if isinstance(module, nn.RNNBase):
         return RecurrentLoRALayer, (*computed, "_flat_weights")
