@@ -289,7 +289,7 @@ def _recorded_weights(base: nn.Module, record: Mapping[str, Any]) -> dict[str, T
 def _planned_weights(root: nn.Module, config: LoRAConfig) -> dict[str, Tensor | None]:
     """Return the frozen matrices that this config would adapt, by the adapters' names."""
     _refuse_merged(root)
-    return {layer.label: _planned_weight(layer) for layer in make_plan(root, module_names(root), config, 0).layers}
+    return {layer.label: _planned_weight(layer) for layer in make_plan(root, config).layers}
 
 
 def _planned_weight(layer: PlannedLayer) -> Tensor | None:

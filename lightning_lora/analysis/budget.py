@@ -22,7 +22,7 @@ from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.base_folder import BaseFolder, open_base
 from lightning_lora.disk.skeleton import build_skeleton
-from lightning_lora.names import listed, module_names
+from lightning_lora.names import listed
 from lightning_lora.planning.plan import PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.storage.safetensors import Layout
@@ -157,7 +157,7 @@ def adapter_size(module: nn.Module, config: LoRAConfig | None = None, *, bytes_p
         bytes_per_state: Bytes of optimizer state per trained parameter.
     """
     config = config or LoRAConfig()
-    plan = make_plan(module, module_names(module), config, 0)
+    plan = make_plan(module, config)
     names = dict.fromkeys(_group(layer) for layer in plan.layers)
     size, ranks = sum(layer.size for layer in plan.layers), [layer.spec.rank for layer in plan.layers]
     prices = _Prices(config.adapter_dtype, bytes_per_state, plan.base_parameters)
@@ -230,7 +230,7 @@ def _only_budget(budgets: Mapping[str, int | None]) -> tuple[str, int]:
 def _groups(module: nn.Module, config: LoRAConfig) -> tuple[Mapping[str, _Cost], int]:
     """Return the cost of each group of layers, by an entry that names exactly its layers, and the model's size."""
     at_rank_one = replace(config, rank=1, rank_pattern={}, alpha_pattern={}, trainable_token_indices=())
-    plan = make_plan(module, module_names(module), at_rank_one, 0)
+    plan = make_plan(module, at_rank_one)
     groups: dict[str, _Cost] = {}
     for layer in plan.layers:
         groups[_group(layer)] = groups.get(_group(layer), _Cost()) + _cost(layer)

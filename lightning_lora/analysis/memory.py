@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -15,7 +16,6 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.budget import ADAM_BYTES
 from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
-from lightning_lora.freezing import all_training
 from lightning_lora.surgery import attach, detach
 from lightning_lora.trial import RandomState, arguments_for, left_as_it_was, tensors_in
 
@@ -122,7 +122,7 @@ def forecast_memory(
     if AdaptedModel(module).layers:
         raise ValueError("forecast_memory needs the model without adapters: call it before attach, or detach first.")
     run = None if batch is None else _runner(module, batch, step)
-    with all_training(module):
+    with _all_training(module):
         full = _use(module, run, bytes_per_state)
     attach(module, config or LoRAConfig())
     try:
@@ -130,6 +130,19 @@ def forecast_memory(
     finally:
         detach(module)
     return MemoryForecast(lora, full)
+
+
+@contextmanager
+def _all_training(module: nn.Module) -> Iterator[None]:
+    """Let every parameter require a gradient temporarily, as full fine-tuning does."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(parameter.is_floating_point())
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 def _use(module: nn.Module, run: Callable[[], object] | None, bytes_per_state: int) -> MemoryUse:
