@@ -29,7 +29,7 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
-STILL_UPWARD = {("state", "peft_format"), ("trainer", "analysis"), ("peft_format", "disk")}
+STILL_UPWARD = {("state", "peft_format"), ("peft_format", "disk")}
 CORE = set().union(*LEVELS[:6])
 TOOLS = {"analysis", "cli", "disk"}
 KNOWS_LIGHTNING = {"trainer", "callback"}

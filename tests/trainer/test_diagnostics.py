@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, lora_layers
-from lightning_lora.analysis import diagnostics
-from lightning_lora.analysis.diagnostics import Diagnostics
+from lightning_lora.trainer import diagnostics
+from lightning_lora.trainer.diagnostics import Diagnostics
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy
 from tests.test_callback import Duel
 from tests.toys import FEATURES, Toy, loader, network, trainer
@@ -154,7 +154,7 @@ def test_metrics_can_be_monitored(tmp_path: Any):
 def test_nothing_of_the_module_is_kept_after_the_fit():
     callback = LoRACallback(rank=4, diagnostics_every_n_steps=1)
     trainer(callback).fit(Toy(), loader())
-    assert callback._diagnostics._diagnostics is None
+    assert callback._session is None
 
 
 # --- what is refused
@@ -169,7 +169,7 @@ def test_nonsense_is_refused_by_name(value: Any, kind: type[Exception]):
 def test_a_trainer_that_logs_nothing_is_refused():
     callback = LoRACallback(rank=4, diagnostics_every_n_steps=1)
     options = {"barebones": True, "logger": None, "enable_checkpointing": None, "limit_val_batches": None}
-    with pytest.raises(MisconfigurationException, match="barebones=True logs nothing"):
+    with pytest.raises(MisconfigurationException, match="barebones Trainer logs nothing"):
         trainer(callback, **options).fit(Toy(), loader())
 
 
