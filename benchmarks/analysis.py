@@ -1,10 +1,10 @@
-"""Time and peak memory of looking inside an adapter of a 7B model: 224 layers, rank 16, from files.
+"""Time and peak memory of analysing an adapter of a 7B model: 224 layers, rank 16, from files.
 
     python benchmarks/analysis.py [folder for about 2 GB]
 
-The adapter is a PEFT directory with random factors of Llama 7B's shapes, whose directions fall off. Each job runs in a
-process of its own, and its peak is compared with that of a process that only imports. With a base, the weights are read
-from disk one at a time; four of the 32 blocks are enough to tell what a gigabyte costs.
+The adapter is a PEFT directory with random factors in the shapes of Llama 7B and a decaying spectrum. Each job runs in
+its own process, and its peak is compared with that of a process that only imports. With a base, the weights are read
+from disk one at a time; four of the 32 blocks are enough to measure the cost per gigabyte.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def write_base(path: Path) -> Path:
 
 
 def measured(code: str) -> tuple[float, float]:
-    """Return the seconds and the peak megabytes of a process that runs this."""
+    """Return the seconds and the peak megabytes of a process that runs the code."""
     started = time.perf_counter()
     command = [sys.executable, "-c", PREAMBLE + code + PEAK]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more wait for each other where cores are shared
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # more threads would wait for each other on shared cores
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return time.perf_counter() - started, int(done.stderr.split()[-1]) / 1e3
 

@@ -1,8 +1,8 @@
-"""How long attaching takes: 2,000 linear layers, beside drawing their starts, a bare ``nn.Module()`` and PEFT.
+"""Time of attaching: 2,000 linear layers, compared with drawing ``A``, a bare ``nn.Module()`` and PEFT.
 
     python benchmarks/attach.py
 
-CPU time of one thread in microseconds a layer, all measured in turn.
+CPU time of one thread in microseconds per layer, measured in turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RANK = 16
 
 
 class Stack(nn.Module):
-    """Linear layers and nothing else."""
+    """Only linear layers."""
 
     def __init__(self, layers: int, width: int) -> None:
         super().__init__()
@@ -31,14 +31,14 @@ class Stack(nn.Module):
 
 
 def peft_attach(model: nn.Module) -> None:
-    """Do the same with PEFT."""
+    """Attach with PEFT."""
     from peft import LoraConfig, inject_adapter_in_model
 
     inject_adapter_in_model(LoraConfig(r=RANK, target_modules=r"layers\.\d+"), model)
 
 
 def measured(args: argparse.Namespace) -> measuring.Times:
-    """Return the microseconds a layer of every job in every round but the first, which imports."""
+    """Return the microseconds per layer of every job and round, without the first round, which imports."""
     times: measuring.Times = {}
 
     def measure(name: str, job: Callable[[], object]) -> None:
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     beyond = [whole - drawing for whole, drawing in zip(times["attach"], times["drawing A"], strict=True)]
     rows = [measuring.spread(f"{name}, microseconds a layer", values) for name, values in times.items()]
     rows.append(measuring.spread("attach beyond drawing A, microseconds a layer", beyond))
-    # The limit was measured so: what is slower than the fastest round is the machine, since the work is the same.
+    # The target refers to the fastest round: all rounds do the same work, so slower ones measure the machine.
     fastest = min(times["attach"]) - min(times["drawing A"])
     rows.append(measuring.Row("the same, fastest rounds", fastest, reach=None if args.smoke else 25))
     if step.HAS_PEFT:

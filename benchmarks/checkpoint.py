@@ -1,11 +1,11 @@
-"""Saving and loading: sizes, and times beside a full checkpoint and beside PEFT.
+"""Saving and loading: sizes, and times compared with a full checkpoint and with PEFT.
 
     python benchmarks/checkpoint.py
 
-The run is a Lightning fit of one step with AdamW. A full checkpoint is what the Trainer would save of the same run
-without the callback: every weight and the same optimizer states, by Lightning's own writer. Ours waits for the disk
-(``fsync``) and Lightning does not, so two rows more have the full one wait too, and have torch write it without
-Lightning. Files are written to a temporary folder.
+The run is a Lightning fit of one step with AdamW. The full checkpoint is what the Trainer saves for the same run
+without the callback: every weight and the same optimizer states, by Lightning's own writer. Our save waits for the
+disk (``fsync``) and Lightning's does not, so two more rows measure the full one with waiting, and with ``torch.save``
+alone. Files are written to a temporary folder.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
 
 
 def on_disk(write: Callable[[Path], object], path: Path) -> None:
-    """Write a file, and wait until the disk has it."""
+    """Write a file and flush it to disk."""
     write(path)
     with path.open("rb") as file:
         os.fsync(file.fileno())

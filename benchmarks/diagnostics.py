@@ -1,8 +1,8 @@
-"""What live diagnostics cost: one measurement beside a training step, on a GPT of 24 layers.
+"""Cost of live diagnostics: one measurement compared with a training step, on a GPT of 24 layers.
 
     python benchmarks/diagnostics.py
 
-Prints medians of CPU time, one thread, both measured in turn in one process.
+Prints medians of CPU time of one thread, measured in turn in one process.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LAYERS, WIDTH, TOKENS, RANK, ROUNDS, EVERY = 24, 512, 512, 16, 7, 50
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each with a residual."""
+    """Attention and an MLP, each with a residual."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""What the base's fingerprint costs beside loading a base of 1.1 billion parameters.
+"""Cost of the base's fingerprint, compared with loading a base of 1.1 billion parameters.
 
     python benchmarks/fingerprint.py [folder for 2.2 GB]
 
-The base has the layers of a Llama in bfloat16. Loading is reading it from safetensors into memory of its own, from the
-disk's cache, which is the fastest there is.
+The base has the layers of a Llama in bfloat16. Loading means the fastest way: reading safetensors from the disk cache
+into new memory.
 """
 
 from __future__ import annotations

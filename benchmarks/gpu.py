@@ -1,11 +1,11 @@
-"""A training step on one GPU, beside every peer's way of computing it: one command, under eight minutes.
+"""A training step on one GPU, compared with other libraries: one command, under eight minutes.
 
     python benchmarks/gpu.py [--budget 420] [--json gpu.json]
 
-First single layers of Llama's shapes in bfloat16, 8,192 tokens: forward and backward, and peak memory above what rests.
-Then two blocks under a Lightning Trainer: tokens a second and peak memory. The peers' operations are written anew here,
-so that nothing need be installed but PEFT; each does what the peer's own code does, in torch's operations. Whatever
-does not fit into the budget is left out, and said. ``--smoke`` runs all of it on the CPU with tiny sizes.
+First single layers in the shapes of Llama in bfloat16, 8,192 tokens: forward and backward, and peak memory above the
+idle level. Then two blocks under a Lightning Trainer: tokens per second and peak memory. The operations of the other
+libraries are reimplemented here in torch, so only PEFT must be installed. Whatever does not fit into the budget is
+skipped and reported. ``--smoke`` runs everything on the CPU with tiny sizes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from lightning_lora.ops import linear as ops
 
 SHAPES = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
 RANKS, DROPOUTS = (16, 64), (0.0, 0.1)
-# Targets of the 4096 x 4096 layer with rank 16 and without dropout: ours over each.
+# Targets for the 4096 x 4096 layer with rank 16 and without dropout: ours over each.
 REACH = {"frozen": 1.20, "PEFT": 0.80, "PEFT, bf16 adapters": 0.90}
 SCALING = 2.0
 
 
 class Case(NamedTuple):
-    """A layer, with the factors in the precisions that peers keep them in."""
+    """A layer, with factors in the precisions that other libraries use."""
 
     x: Tensor
     W: Tensor
@@ -57,7 +57,7 @@ def case(k: int, n: int, rank: int, dropout: float, tokens: int, device: str) ->
     return Case(x, W, A, torch.randn(n, rank, device=device).requires_grad_(), dropout)
 
 
-# --- the operations of the peers
+# --- the operations of other libraries
 
 
 def frozen(c: Case) -> Tensor:
@@ -78,14 +78,14 @@ def composed(c: Case) -> Tensor:
 
 
 def peft(c: Case) -> Tensor:
-    """PEFT's Linear.forward: x in the factors' precision, a sum of the output's size, cast back."""
+    """PEFT's Linear.forward: casts x to the factors' precision, sums in the output's size, casts back."""
     result = F.linear(c.x, c.W)
     x = F.dropout(c.x.to(c.A.dtype), c.dropout) if c.dropout else c.x.to(c.A.dtype)
     return (result + F.linear(F.linear(x, c.A), c.B) * SCALING).to(c.x.dtype)
 
 
 def torchtune(c: Case) -> Tensor:
-    """The operations of torchtune's LoRALinear.forward, torchtitan's likewise."""
+    """The operations of torchtune's and torchtitan's LoRALinear.forward."""
     out = F.linear(c.x, c.W)
     x = F.dropout(c.x, c.dropout) if c.dropout else c.x
     return out + SCALING * F.linear(F.linear(x, c.A), c.B)
@@ -118,7 +118,7 @@ def unsloth(c: Case) -> Tensor:
     return UnslothLinear.apply(c.x, dropped, c.W, c.A, c.B)
 
 
-VARIANTS: dict[str, tuple[Callable[[Case], Tensor], bool]] = {  # with factors in bfloat16 or not
+VARIANTS: dict[str, tuple[Callable[[Case], Tensor], bool]] = {  # True: factors in bfloat16
     "frozen": (frozen, False),
     "full fine-tuning": (full, False),
     "ours": (ours, False),
@@ -141,7 +141,7 @@ def run(function: Callable[[Case], Tensor], c: Case, dy: Tensor) -> None:
 
 
 def device_seconds(job: Callable[[], object]) -> float:
-    """Return the time of a run, the device's work included."""
+    """Return the time of a run, including the device's work."""
     if not torch.cuda.is_available():
         return measuring.wall_seconds(job)
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -153,7 +153,7 @@ def device_seconds(job: Callable[[], object]) -> float:
 
 
 def peak_above(job: Callable[[], object]) -> float:
-    """Return the MiB that a run takes above what rests; nothing is known without a GPU."""
+    """Return the MiB that a run takes above the idle level; unknown without a GPU."""
     if not torch.cuda.is_available():
         return float("nan")
     torch.cuda.synchronize()
@@ -203,7 +203,7 @@ class Module(LightningModule):
 
 
 class Clock(Callback):
-    """Notes when each step is over."""
+    """Records when each step ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -215,7 +215,7 @@ class Clock(Callback):
 
 
 def tokens_per_second(model: nn.Module, args: argparse.Namespace) -> tuple[float, float]:
-    """Return the tokens a second of a fit, and its peak memory in MiB."""
+    """Return the tokens per second of a fit, and its peak memory in MiB."""
     clock, length = Clock(), args.tokens // 4
     data = DataLoader(torch.randn(4 * args.steps, length, args.width), batch_size=4)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}

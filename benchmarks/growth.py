@@ -1,10 +1,10 @@
-"""Whether saving an adapter takes longer as the base grows: the same adapter, beside 4 and 16 times the weights.
+"""Time of saving an adapter as the base grows: the same adapter with 4 and 16 times the weights.
 
     python benchmarks/growth.py
 
-CPU time of ``trainer.save_checkpoint`` with AdamW's states, over that for the smallest base; the disk, which gets the
-same file, is left out. The base grows by wider layers that carry no adapter, also under FSDP2 in two processes, or by
-more of them.
+CPU time of ``trainer.save_checkpoint`` with AdamW's states, relative to the smallest base; the disk, which gets the
+same file, is excluded. The base grows by wider layers without adapters, also under FSDP2 in two processes, or by more
+layers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Module(LightningModule):
 
 
 def wider(factor: int, args: argparse.Namespace) -> Module:
-    """Return a base with so many times the weights, all the more of them in layers that carry no adapter."""
+    """Return a base with this many times the weights; all additional ones are in layers without adapters."""
     attention = 4 * args.width**2
     block = factor * (attention + 3 * args.width * args.hidden)
     return Module(args.layers, args.width, (block - attention) // (3 * args.width))

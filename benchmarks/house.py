@@ -1,9 +1,9 @@
-"""The figures of the code itself: how much there is, and how much of it one simple use passes through.
+"""The size and structure of the code: how much there is, and how much of it one simple use runs through.
 
     python benchmarks/house.py [--package FOLDER]
 
-Counted with the standard library alone: lines and imports from the source, functions that run by ``sys.setprofile``.
-Another checkout's package can be counted for comparison.
+Uses only the standard library: lines and imports are counted in the source, calls by ``sys.setprofile``. It can also
+measure the package of another checkout, for comparison.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OWN = Path(__file__).parents[1] / NAME
 
 
 class Figure(NamedTuple):
-    """One line of the table: what was counted, the number, and what it should be at most."""
+    """One row of the table: the quantity, its value and its target, an upper bound."""
 
     quantity: str
     value: int
@@ -40,7 +40,7 @@ class Figure(NamedTuple):
 
 
 def sources(package: Path) -> dict[str, ast.Module]:
-    """Return the parsed source of every file, by the name of its module; the package itself is ``lightning_lora``."""
+    """Return the parsed source of every file by module name."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = [NAME, *path.relative_to(package).with_suffix("").parts]
@@ -49,7 +49,7 @@ def sources(package: Path) -> dict[str, ast.Module]:
 
 
 def imported(tree: ast.Module, modules: Sequence[str]) -> set[str]:
-    """Return which of the modules a source imports, wherever in it."""
+    """Return the given modules that a source imports, at any place."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -66,7 +66,7 @@ def _lines(package: Path) -> dict[Path, int]:
 
 
 def _methods(trees: dict[str, ast.Module], suffix: str, name: str) -> int:
-    """Return how many methods and properties the class of this name has in the first module that ends so."""
+    """Count the methods and properties of a class in the first module whose name ends like this."""
     for module, tree in trees.items():
         for node in tree.body:
             if module.endswith(suffix) and isinstance(node, ast.ClassDef) and node.name == name:
@@ -76,12 +76,12 @@ def _methods(trees: dict[str, ast.Module], suffix: str, name: str) -> int:
 
 
 def _own_imports(tree: ast.Module) -> int:
-    """Return how many import statements of the package's own modules stand at the top of a source."""
+    """Count the import statements of the package's own modules at the top level of a source."""
     return sum(1 for node in tree.body if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(NAME))
 
 
 def _exports(tree: ast.Module) -> int:
-    """Return how many names ``__all__`` lists."""
+    """Count the names in ``__all__``."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets):
             return len(ast.literal_eval(node.value))
@@ -89,7 +89,7 @@ def _exports(tree: ast.Module) -> int:
 
 
 def _sentences(trees: dict[str, ast.Module]) -> list[str]:
-    """Return the functions outside of planning that return a sentence or None, for somebody else to raise."""
+    """Return the functions outside planning that return a sentence or None for the caller to raise."""
     return [
         f"{module.removeprefix(f'{NAME}.')}.{node.name}"
         for module, tree in trees.items()
@@ -101,7 +101,7 @@ def _sentences(trees: dict[str, ast.Module]) -> list[str]:
 
 
 def source_figures(package: Path) -> list[Figure]:
-    """Return what the source alone tells."""
+    """Return the figures of the source."""
     trees, lines = sources(package), _lines(package)
     users = {module: sum(module in imported(tree, list(trees)) for tree in trees.values()) for module in trees}
     callback = trees[f"{NAME}.callback"]
@@ -123,23 +123,23 @@ def source_figures(package: Path) -> list[Figure]:
 
 
 class Calls(NamedTuple):
-    """What ran of the package: every call in order, as (file, function)."""
+    """The package's calls in order, as (file, function)."""
 
     calls: list[tuple[str, str]]
 
     @property
     def functions(self) -> int:
-        """How many different functions."""
+        """Number of distinct functions."""
         return len(set(self.calls))
 
     @property
     def files(self) -> int:
-        """In how many files."""
+        """Number of files they are in."""
         return len({file for file, _ in self.calls})
 
 
 def calls_of(package: Path, run: Callable[[], Any]) -> Calls:
-    """Return the calls of the package's functions, comprehensions and generator expressions included."""
+    """Return the calls of the package's functions, including comprehensions and generator expressions."""
     found: list[tuple[str, str]] = []
 
     def note(frame: Any, event: str, _: Any) -> None:
@@ -157,7 +157,7 @@ def calls_of(package: Path, run: Callable[[], Any]) -> Calls:
 
 
 def run_figures(package: Path) -> list[Figure]:
-    """Return what attaching, a forward pass and ``LoRACallback.setup`` pass through."""
+    """Return the figures of attaching, a forward pass and ``LoRACallback.setup``."""
     sys.path.insert(0, str(package.parent))
     import torch
     from torch import nn

@@ -1,7 +1,7 @@
-"""What all benchmarks share: jobs in turn in one process, medians of ratios, a table with targets, and JSON.
+"""Shared by all benchmarks: jobs in turn in one process, medians of ratios, a table with targets, and JSON.
 
-The speed of shared machines changes by half from minute to minute. So every job runs once in every round, and what
-counts is the median of the rounds' ratios; the quartiles beside it say how far to trust it.
+The speed of shared machines changes by half from minute to minute. So every job runs once per round, and the result is
+the median of the rounds' ratios; the quartiles show how reliable it is.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Row:
     """One line of a table.
 
     Attributes:
-        quantity: What was measured.
+        quantity: Name of the quantity.
         value: The median, or the number itself.
-        low: First quartile, where there are rounds.
+        low: First quartile, if there are rounds.
         high: Third quartile.
-        reach: What it is to be at most, where there is a target.
+        reach: Target, as an upper bound, if there is one.
     """
 
     quantity: str
@@ -43,7 +43,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Whether the target is reached; the quartiles show how surely."""
+        """Whether the target is reached."""
         if self.reach is None:
             return ""
         return "reached" if self.value <= self.reach else "missed"
@@ -76,7 +76,7 @@ def cpu_seconds(job: Callable[[], object]) -> float:
 
 
 def wall_seconds(job: Callable[[], object]) -> float:
-    """Return the time of one run, waiting included."""
+    """Return the wall time of one run."""
     started = time.perf_counter()
     job()
     return time.perf_counter() - started
@@ -89,12 +89,12 @@ def in_turn(
     warmup: int = 2,
     clock: Callable[[Callable[[], object]], float] = cpu_seconds,
 ) -> Times:
-    """Run every job once in every round, and return the times, a list of rounds for each."""
+    """Run every job once per round, and return the times of all rounds by job."""
     times: Times = {name: [] for name in jobs}
     for turn in range(warmup + rounds):
         gc.collect()
         names = [*jobs]
-        first = turn % len(names)  # everybody comes first as often: after a pause the caches are cold
+        first = turn % len(names)  # each job comes first equally often: after a pause, the caches are cold
         for name in names[first:] + names[:first]:
             taken = clock(jobs[name])
             if turn >= warmup:
@@ -103,9 +103,9 @@ def in_turn(
 
 
 def saved_bytes(call: Callable[[], object], known: Sequence[torch.Tensor]) -> int:
-    """Return the bytes that a call keeps for backward, each memory counted once, without what is known."""
+    """Return the bytes that a call keeps for backward, each storage counted once, without the known tensors."""
     seen: dict[int, int] = {}
-    alive = []  # so that no memory is used again meanwhile
+    alive = []  # so that no memory is reused in the meantime
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -120,17 +120,17 @@ def saved_bytes(call: Callable[[], object], known: Sequence[torch.Tensor]) -> in
 
 
 def parser(description: str | None, **sizes: int) -> argparse.ArgumentParser:
-    """Return a parser with the options of all benchmarks, and one for each size."""
+    """Return a parser with the options shared by all benchmarks, and one per size."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in sizes.items():
         found.add_argument(f"--{name}", type=int, default=default)
-    found.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs; the numbers say nothing")
+    found.add_argument("--smoke", action="store_true", help="run with tiny sizes, only to test the script")
     found.add_argument("--json", help="file to write the rows to")
     return found
 
 
 def versions() -> str:
-    """Return what was measured with what."""
+    """Return the date, the versions and the device."""
     there = [name for name in ("torch", "lightning", "peft") if find_spec(name)]
     found = [f"Python {platform.python_version()}", *(f"{name} {metadata.version(name)}" for name in there)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU thread(s)"
@@ -138,7 +138,7 @@ def versions() -> str:
 
 
 def report(rows: Sequence[Row], args: argparse.Namespace) -> list[Row]:
-    """Print a table, write the JSON that was asked for, and return the rows."""
+    """Print a table, write the JSON if requested, and return the rows."""
     print(f"{versions()}\n\n| quantity | median [quartiles] | reach | |\n|---|---|---|---|")
     for row in rows:
         print(row)

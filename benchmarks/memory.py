@@ -1,10 +1,10 @@
-"""What a training step keeps for backward above the frozen model: ours beside PEFT, and beside the formula.
+"""Memory kept for backward beyond the frozen model: ours compared with PEFT and with the formula.
 
     python benchmarks/memory.py
 
-Bytes are counted, not sampled: each memory that autograd keeps, once, without parameters. The formula is ``x`` once for
-every distinct input, ``h`` for every layer, and with dropout a bit for every element of ``x``; attention keeps its
-output, the input of ``o``, anyway.
+Bytes are counted, not sampled: each block of memory that autograd keeps, once, without parameters. The formula is ``x``
+once per distinct input, ``h`` per layer, and with dropout one bit per element of ``x``. Attention keeps its output, the
+input of ``o``, anyway.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REACH = {
 
 
 def formula(precision: str, dropout: float, args: argparse.Namespace) -> int:
-    """Return the bytes that the seven adapters of every block must keep."""
+    """Return the bytes that the seven adapters per block must keep."""
     tokens, element = args.batch * args.length, 4 if precision == "fp32" else 2
     inputs = 2 * args.width + args.hidden  # of q, k and v; of gate and up; of down
     bits = (6 * ((args.width + 7) // 8) + (args.hidden + 7) // 8) if dropout else 0
@@ -39,7 +39,7 @@ def formula(precision: str, dropout: float, args: argparse.Namespace) -> int:
 
 def kept(model: nn.Module, precision: str, args: argparse.Namespace) -> int:
     _, x, context = step.setting(precision, args)
-    # Both bounds to zero, so that the fast path is measured and not the choice of it.
+    # Both bounds are zero, so that the fast path is always taken.
     with context(), mock.patch.multiple(ops, _FEW=0, _FEW_TO_DROP=0):
         return measuring.saved_bytes(lambda: model(x), [x, *model.parameters()])
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
         what = f"kept above frozen, {precision}, dropout {dropout}"
         if step.HAS_PEFT:
             rows.append(measuring.Row(f"{what}: ours / PEFT", above["ours"] / above["PEFT"], reach=reach))
-        if precision != "bf16-mixed":  # there the frozen model keeps copies of its weights, and ours does not
+        if precision != "bf16-mixed":  # where the frozen model keeps copies of its weights and ours does not
             exact = formula(precision, dropout, args)
             rows.append(measuring.Row(f"{what}: ours / formula", above["ours"] / exact, reach=1.01))
         rows.append(measuring.Row(f"{what}: ours, MiB", above["ours"] / 2**20))

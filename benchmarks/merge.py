@@ -1,11 +1,11 @@
-"""Merging: in memory beside PEFT, and with ``--disk`` the ``lightning-lora merge`` of a generated base of about 2 GB.
+"""Merging: in memory compared with PEFT, and with ``--disk`` on a generated base of about 2 GB.
 
     python benchmarks/merge.py [--disk [--folder PLACE FOR ABOUT 5 GB]]
 
-In memory the CPU time of one thread counts, and the largest tensor that is made on the way. On disk the base has the
-layers of a Llama of 1 B parameters in bfloat16, in four shards; the command runs in a process of its own, and its
-peak is compared with that of a process that only imports what it needs. Then every merged weight is compared with what
-``merge`` gives in memory, layer by layer.
+In memory, it measures the CPU time of one thread and the largest tensor created. On disk, the base has the layers of a
+Llama of 1 B parameters in bfloat16, in four shards. ``lightning-lora merge`` runs in its own process, and its peak is
+compared with that of a process that only imports the same. Then every merged weight is compared with the result of
+``merge`` in memory, layer by layer.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ def peak(*arguments: object) -> tuple[int, float]:
 
 @torch.no_grad()
 def differing(base: Path, adapter: Path, out: Path) -> int:
-    """Return how many tensors differ from what merging in memory gives."""
+    """Count the tensors that differ from the result of merging in memory."""
     factors, wrong = load_file(adapter / "adapter_model.safetensors"), 0
     for path in sorted(base.glob("*.safetensors")):
         with safe_open(path, "pt") as before, safe_open(out / path.name, "pt") as after:
-            for name in before.keys():  # noqa: SIM118 - a file is no dict
+            for name in before.keys():  # noqa: SIM118 - a file is not a dict
                 expected, prefix = before.get_tensor(name), f"base_model.model.{name.removesuffix('.weight')}"
                 if f"{prefix}.lora_A.weight" in factors:
                     model = nn.Sequential(nn.Linear(*expected.shape[::-1], bias=False, dtype=torch.bfloat16))
@@ -110,7 +110,7 @@ def differing(base: Path, adapter: Path, out: Path) -> int:
 
 
 def on_disk(folder_for_all: str | None) -> list[measuring.Row]:
-    """Merge on disk, and return what it took."""
+    """Merge on disk, and return the measurements."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory(dir=folder_for_all) as folder:
         base, adapter, out = (Path(folder) / name for name in ("base", "adapter", "out"))
@@ -151,14 +151,14 @@ def merge_jobs(base: nn.Module) -> dict[str, Callable[[], object]]:
 
 
 def largest_made(model: nn.Module) -> int:
-    """Return the bytes of the largest tensor that merging makes."""
+    """Return the bytes of the largest tensor that merging creates."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         merge(model)
     return max(event.self_cpu_memory_usage for event in seen.events())
 
 
 def in_memory(args: argparse.Namespace) -> list[measuring.Row]:
-    """Merge models in memory, and return what it took."""
+    """Merge models in memory, and return the measurements."""
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         base = step.decoder(args.layers, args.width, args.hidden).to(dtype)

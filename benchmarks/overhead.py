@@ -1,9 +1,9 @@
-"""What the package costs besides its work: importing it, and the callback's hooks in every training step.
+"""Overhead of the package: importing it, and the callback's hooks in every training step.
 
     python benchmarks/overhead.py
 
-Importing is timed in fresh processes after lightning is there. The callback's share is the time of a step of a fit
-with it less that of a fit of the same adapted module without it.
+Importing is timed in fresh processes, after lightning. The callback's share is the step time of a fit with it, minus
+that of a fit of the same adapted module without it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, attach
 
-STEP = 10e-3  # the step, in seconds, of which the callback's share is to be small
+STEP = 10e-3  # seconds per step, of which the callback's share should be small
 IMPORT = """
 import time, lightning.pytorch
 started = time.process_time()
@@ -48,7 +48,7 @@ class Module(LightningModule):
 
 
 class Clock(Callback):
-    """Notes when each batch ends."""
+    """Records when each batch ends."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -76,7 +76,7 @@ def step_times(layers: int, steps: int, *, with_callback: bool) -> list[float]:
 
 
 def import_times() -> tuple[float, float]:
-    """Return the milliseconds that the package takes, and those with the callback."""
+    """Return the milliseconds of importing the package, and of importing it with the callback."""
     outcome = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
     package, callback = outcome.stdout.split()[-2:]
     return 1e3 * float(package), 1e3 * float(callback)

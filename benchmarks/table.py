@@ -1,8 +1,8 @@
-"""Every quantity with a target, measured and judged in one table; the other scripts show more of each.
+"""Every quantity with a target, measured and judged in one table; the other scripts show the details.
 
     python benchmarks/table.py
 
-Takes some minutes on a CPU. Where there is a GPU, ``gpu.py`` adds its rows.
+Takes some minutes on a CPU. With a GPU, ``gpu.py`` adds its rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 
 
 def quietly(main: Callable[[Sequence[str]], list[measuring.Row]], argv: list[str]) -> list[measuring.Row]:
-    """Return the rows of a benchmark that have a target."""
+    """Return the rows with a target."""
     with contextlib.redirect_stdout(io.StringIO()):
         return [row for row in main(argv) if row.reach is not None]
 

@@ -1,9 +1,9 @@
-"""Layers that read their weight with the update in it: what they keep for backward, and the time of a step.
+"""Layers whose weight carries the update: memory kept for backward, and the time of a step.
 
     python benchmarks/weights.py [--rounds 15]
 
-The weight is formed again for backward instead of being kept; *kept* is the same model with this switched off. Bytes
-are counted above those of the frozen model, each memory once; what a trained weight needs of the inputs is among them.
+The weight is formed again in backward instead of being kept; *kept* is the same model without this. Bytes are counted
+beyond the frozen model, each block of memory once; they include the inputs that a trained weight needs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RANK = 8
 
 
 class First(nn.Module):
-    """A layer that returns several tensors, of which the first counts."""
+    """A layer that returns several tensors; only the first is used."""
 
     def __init__(self, layer: nn.Module, times: int = 1) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ def rows_of(kind: str, args: argparse.Namespace) -> list[measuring.Row]:
 def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     parser = measuring.parser(__doc__, rounds=15, width=512, length=64, batch=8)
     parser.add_argument("--only", default=",".join(KINDS))
-    parser.add_argument("--always", action="store_true", help="form small weights again, too")
+    parser.add_argument("--always", action="store_true", help="also form small weights again")
     args = parser.parse_args(argv)
     if args.smoke:
         vars(args).update(rounds=2, width=32, length=4, batch=8)

@@ -1,15 +1,15 @@
-"""LoRA on real handwritten digits: adapt one small vision transformer to two new tasks, from 200 images each.
+"""LoRA on handwritten digits: adapt one small vision transformer to two new tasks, with 200 images each.
 
     python examples/digits.py
 
 1. A base model learns scikit-learn's 8x8 digits.
-2. The world changes: the scanner now delivers the digits inverted and turned by 90 degrees. The frozen base fails.
-3. LoRA adapts it with one callback, and is compared with training all weights.
+2. The input changes: the digits are now inverted and rotated by 90 degrees. The frozen base fails.
+3. LoRA adapts it with one callback, compared with training all weights.
 4. A second adapter on the same base answers another question, "odd or even?". Adapters are swapped in memory.
-5. Detaching gives the exact base back; merging makes an ordinary model that knows the new domain.
+5. Detaching restores the exact base; merging gives an ordinary model for the new domain.
 
-It prints one table and writes ``digits.json`` and the picture ``digits.png`` to ``examples/output``. All accuracies are
-those of 397 test images that no training saw; the learning rates were chosen on other images.
+It prints a table and writes ``digits.json`` and the picture ``digits.png`` to ``examples/output``. All accuracies are
+measured on 397 test images that were never used for training; the learning rates were chosen on other images.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from lightning_lora import (
 )
 
 OUTPUT = Path(__file__).parent / "output"
-LORA = {"rank": 4, "alpha": 8.0}  # of every linear layer; all other options keep their defaults
+LORA = {"rank": 4, "alpha": 8.0}  # on every linear layer; all other options keep their defaults
 BASE_STEPS, STEPS = 600, 300
-# LoRA wants a higher rate than full training: each is the best of 1e-3, 3e-3 and 1e-2 on the validation images.
+# LoRA needs a higher rate than full training. Each is the best of 1e-3, 3e-3 and 1e-2 on the validation images.
 LORA_RATE, FULL_RATE, BASE_RATE = 1e-2, 3e-3, 2e-3
 
 Task = Literal["clean", "shifted", "parity"]
@@ -59,21 +59,21 @@ Task = Literal["clean", "shifted", "parity"]
 
 
 class Digits(LightningDataModule):
-    """Scikit-learn's 1797 handwritten digits, 8x8 pixels: 1000 for the base, 400 for adaptation, 397 for tests.
+    """Scikit-learn's 1797 handwritten digits of 8x8 pixels: 1000 for the base, 400 for adaptation, 397 for testing.
 
     Args:
-        task: ``"clean"``: which digit? ``"shifted"``: which digit, inverted and turned? ``"parity"``: odd or even?
-        shots: Labelled images per digit to adapt with; the other adaptation images are for validation. The clean task
-            has a thousand instead.
-        steps: Training steps; all training is one epoch of so many random batches.
-        batch_size: Images in a batch.
+        task: ``"clean"``: which digit? ``"shifted"``: which digit, inverted and rotated? ``"parity"``: odd or even?
+        shots: Labelled images per digit to adapt with; the remaining adaptation images are for validation. The clean
+            task uses all thousand images of the base instead.
+        steps: Training steps; training is one epoch of this many random batches.
+        batch_size: Images per batch.
     """
 
     def __init__(self, task: Task = "shifted", shots: int = 20, steps: int = STEPS, batch_size: int = 32) -> None:
         super().__init__()
         self.steps, self.batch_size = steps, batch_size
         digits = load_digits()
-        images = torch.tensor(digits.images / 16, dtype=torch.float32)  # (images, 8, 8), ink is 1
+        images = torch.tensor(digits.images / 16, dtype=torch.float32)  # (images, 8, 8); 1 is ink
         labels = torch.tensor(digits.target)
         base, rest = split(torch.arange(len(labels)), labels, 1000)
         pool, test = split(rest, labels, 400)
@@ -109,7 +109,7 @@ def split(indices: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 class Block(nn.Module):
-    """A transformer block of plain linear layers: LoRA reaches layers that are called, each under its own name."""
+    """A transformer block of plain linear layers, so LoRA can target each by its own name."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.proj = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, tokens, width), also inside
+    def forward(self, x: Tensor) -> Tensor:  # (batch, tokens, width) throughout
         y = self.norm1(x)
         # four heads: (batch, 4, tokens, width / 4)
         q, k, v = (layer(y).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
@@ -126,7 +126,7 @@ class Block(nn.Module):
 
 
 class DigitClassifier(LightningModule):
-    """A vision transformer for 8x8 images: 16 overlapping patches of 4x4 pixels, two blocks. It knows no LoRA."""
+    """A vision transformer for 8x8 images: 16 overlapping patches of 4x4 pixels, two blocks, no LoRA code."""
 
     def __init__(self, learning_rate: float = LORA_RATE, width: int = 64, depth: int = 2) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class DigitClassifier(LightningModule):
         self.log(name, (self(images).argmax(dim=1) == labels).float().mean(), prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # All parameters, as without LoRA: the callback has the optimizer hold those that train.
+        # All parameters, as without LoRA: the callback keeps those that train.
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=steps)
@@ -170,7 +170,7 @@ class DigitClassifier(LightningModule):
 
 
 class StepTimer(Callback):
-    """Notes how long each training step takes: forward, backward and optimizer, without loading data."""
+    """Measures each training step: forward, backward and optimizer, without loading data."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -183,7 +183,7 @@ class StepTimer(Callback):
 
 
 def train(model: DigitClassifier, data: Digits, rate: float, directory: Path, *callbacks: Callback) -> dict[str, Any]:
-    """Train, save a checkpoint, and return what it took."""
+    """Train, save a checkpoint, and return the cost."""
     print(f"\n{directory.name}: {len(data.train)} labelled images, {data.steps} steps", flush=True)
     model.learning_rate = rate
     timer = StepTimer()
@@ -205,7 +205,7 @@ def train(model: DigitClassifier, data: Digits, rate: float, directory: Path, *c
 
 @torch.no_grad()
 def logits(model: nn.Module, data: Digits) -> Tensor:
-    return model(data.test.tensors[0])  # nothing here depends on train or eval mode
+    return model(data.test.tensors[0])  # the model computes the same in train and eval mode
 
 
 def accuracy(model: nn.Module, data: Digits) -> float:
@@ -235,12 +235,12 @@ def run(output: Path, base_steps: int, steps: int) -> dict[str, Any]:
 
 
 def compare(model: DigitClassifier, tasks: dict[str, Digits], output: Path) -> list[dict[str, Any]]:
-    """Adapt the base to the new domain in full and with LoRA, which is one callback more."""
+    """Adapt the base to the new domain: all weights, then LoRA, which is one additional callback."""
     full = copy.deepcopy(model)
     full_cost = train(full, tasks["shifted"], FULL_RATE, output / "full")
     cost = train(model, tasks["shifted"], LORA_RATE, output / "lora_shifted", LoRACallback(**LORA))
     table = [row("full fine-tuning", full, tasks, full_cost), row("LoRA, switched on", model, tasks, cost)]
-    with disabled(model):  # the base is still there
+    with disabled(model):  # the base is unchanged
         return [*table, row("LoRA, switched off", model, tasks, cost)]
 
 
@@ -249,14 +249,14 @@ def row(method: str, model: nn.Module, tasks: dict[str, Digits], cost: dict[str,
 
 
 def swap(model: DigitClassifier, tasks: dict[str, Digits], output: Path) -> dict[str, Any]:
-    """Learn a second task on the same base, and change between the two adapters."""
+    """Learn a second task on the same base, and swap the two adapters."""
     adapters, trained = {"shifted": adapter_state_dict(model)}, {"shifted": logits(model, tasks["shifted"])}
     detach(model)  # a new adapter starts on the bare base
     train(model, tasks["parity"], LORA_RATE, output / "lora_parity", LoRACallback(**LORA))
     adapters["parity"], trained["parity"] = adapter_state_dict(model), logits(model, tasks["parity"])
     swaps, exact = {}, []
     for name in adapters:
-        load_adapter_state_dict(model, adapters[name])  # no file, no training: only the small factors change
+        load_adapter_state_dict(model, adapters[name])  # no file, no training: only the factors change
         swaps[name] = {task: accuracy(model, tasks[task]) for task in adapters}
         exact.append(torch.equal(logits(model, tasks[name]), trained[name]))
     answers = {name: trained[name].argmax(dim=1).tolist() for name in trained}
@@ -264,8 +264,8 @@ def swap(model: DigitClassifier, tasks: dict[str, Digits], output: Path) -> dict
 
 
 def load_and_merge(model: DigitClassifier, data: Digits, path: Path) -> dict[str, Any]:
-    """Bring an adapter back from its file and fold it into the weights."""
-    load_adapter(model, path)  # attaches as well: the file knows rank, targets and all the rest
+    """Load an adapter from its file and merge it into the weights."""
+    load_adapter(model, path)  # attaches as well: the file holds rank, targets and all other options
     before = logits(model, data)
     merge(model)
     return {
@@ -277,8 +277,8 @@ def load_and_merge(model: DigitClassifier, data: Digits, path: Path) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of checkpoints, numbers and picture")
-    parser.add_argument("--fast", action="store_true", help="train for less long, with worse numbers")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="folder for checkpoints, numbers and the picture")
+    parser.add_argument("--fast", action="store_true", help="train for fewer steps, with worse results")
     options = parser.parse_args()
     quiet_lightning()
     seed_everything(0, verbose=False)
@@ -292,8 +292,8 @@ def main() -> None:
 
 
 def quiet_lightning() -> None:
-    """Turn off hints that mean nothing for data in memory on a CPU; real warnings and LoRA's report stay."""
-    notes = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # devices found, tips for other products
+    """Silence hints that do not matter for data in memory on a CPU; keep real warnings and LoRA's report."""
+    notes = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # devices, tips for other products
     notes.addFilter(lambda record: record.levelno > logging.INFO or record.getMessage().startswith("LoRA"))
     disable_possible_user_warnings()  # "does not have many workers"
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)  # Lightning's use of a new torch

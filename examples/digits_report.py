@@ -1,4 +1,4 @@
-"""What ``digits.py`` shows at its end: the table and the picture. Nothing about LoRA itself."""
+"""The table and the picture of ``digits.py``. Nothing about LoRA itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # no window, also on a machine without a screen
+matplotlib.use("Agg")  # works without a display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
@@ -36,11 +36,11 @@ def print_report(results: dict[str, Any]) -> None:
         print(
             f"  {name + ' adapter':16}  shifted digits {scores['shifted']:6.1%}   odd or even {scores['parity']:6.1%}"
         )
-    print(f"  after each swap, every logit as after training, bit for bit: {_yes(results['swap_is_exact'])}")
-    print(f"Detached: every logit of the base, bit for bit: {_yes(results['detach_is_exact'])}")
+    print(f"  logits after each swap equal those after training, bit for bit: {_yes(results['swap_is_exact'])}")
+    print(f"Detached: logits equal those of the base, bit for bit: {_yes(results['detach_is_exact'])}")
     print(
         f"Merged: {merged['accuracy']:.1%} on the new domain with {merged['lora_layers']} LoRA layers left; "
-        f"logits differ by {merged['largest_difference']:.0e} at most"
+        f"logits differ by at most {merged['largest_difference']:.0e}"
     )
 
 
@@ -57,7 +57,7 @@ def _yes(fact: bool) -> str:
 
 
 def draw(results: dict[str, Any], clean: TensorDataset, shifted: TensorDataset, path: Path) -> None:
-    """Draw digits with answers above, accuracies and the sizes of the updates below."""
+    """Draw digits with answers on top, accuracies and update sizes below."""
     plt.rcParams.update({"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#8a98a5"})
     figure = plt.figure(figsize=(12.5, 9.6), dpi=130, facecolor="white")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.2, 1))
@@ -74,7 +74,7 @@ def _draw_digits(
     figure: SubFigure, answers: dict[str, list[int]], clean: TensorDataset, shifted: TensorDataset
 ) -> None:
     truth = clean.tensors[1]
-    shown = [int((truth == digit).nonzero()[0]) for digit in range(10)]  # the first of each in the test set
+    shown = [int((truth == digit).nonzero()[0]) for digit in range(10)]  # the first of each digit in the test set
     figure.suptitle("One base model, two adapters", fontsize=17, fontweight="bold", y=0.985)
     figure.text(0.905, 0.945, "■ right", color=RIGHT, ha="right")
     figure.text(0.97, 0.945, "■ wrong", color=WRONG, ha="right")
@@ -121,7 +121,7 @@ def _draw_accuracies(axis: Axes, table: list[dict[str, Any]]) -> None:
     axis.set_xticks(range(len(table)), [row["method"].replace(" ", "\n", 1) for row in table])
     axis.set(ylim=(0, 112), ylabel="accuracy on 397 test images (%)", yticks=range(0, 101, 25))
     axis.set_title(
-        "Switched off, LoRA has forgotten nothing",
+        "With LoRA switched off, nothing is forgotten",
         fontweight="bold",
         fontsize=12,
         loc="left",
@@ -145,7 +145,7 @@ def _draw_updates(axis: Axes, figure: Figure | SubFigure, updates: dict[str, flo
             axis.text(x, y, f"{size:.0f}%", ha="center", va="center", color="white" if size > dark else INK)
     axis.set_title("Where the new domain changed the model", fontweight="bold", fontsize=12, loc="left", pad=32)
     axis.text(0, 1.03, _outside(updates), transform=axis.transAxes, va="bottom")
-    figure.colorbar(image, ax=axis, label="size of the update, % of the weight's", pad=0.03)
+    figure.colorbar(image, ax=axis, label="norm of the update, % of the weight's norm", pad=0.03)
 
 
 def _outside(updates: dict[str, float]) -> str:

@@ -1,13 +1,13 @@
-"""Section 7 of the LoRA paper on real data: which matrices to adapt, which rank, and what an update is to its weight.
+"""Section 7 of the LoRA paper on real data: which matrices, which rank, and how the update relates to the weight.
 
     python examples/paper_section7.py
 
-The vision transformer of ``digits.py`` learns scikit-learn's digits, and is then adapted, many times, to the same
-digits inverted and turned: under one budget of parameters with other matrices (the paper's 7.1), at several ranks and
-from several seeds (7.2). What the updates are to the weights is 7.3. The findings are written from the measured
-numbers, and say where the paper's do not show at this size. It takes about two minutes on 2 cores.
+The vision transformer of ``digits.py`` learns scikit-learn's digits and is then adapted many times to the same digits,
+inverted and rotated: with one parameter budget for different matrices (section 7.1 of the paper), and with several
+ranks and seeds (7.2). Then the updates are related to the weights (7.3). The findings are generated from the measured
+numbers, and say where those of the paper do not show at this size. It takes about two minutes on 2 cores.
 
-It writes ``section7.html``, one page to open offline, ``section7.json`` and pictures to ``examples/output/section7``.
+It writes ``section7.html`` (one offline page), ``section7.json`` and pictures to ``examples/output/section7``.
 Source: Hu et al. 2021, "LoRA", arXiv:2106.09685.
 """
 
@@ -41,26 +41,26 @@ from lightning_lora.analysis import (
     update_similarity,
 )
 
-WIDTH = 96  # more than in digits.py: in a space of 64 dimensions, random directions share too much
+WIDTH = 96  # more than in digits.py: in 64 dimensions, random directions overlap too much
 KINDS = ("q", "k", "v", "proj", "fc1", "fc2")
-SCALING = 2.0  # of every update, whatever its rank: alpha is twice the rank
+SCALING = 2.0  # of every update: alpha is twice the rank
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained."""
+    """The size of the study."""
 
     base_steps: int = 500
     steps: int = 150
     seeds: tuple[int, ...] = (0, 1, 2)
-    budget: int = 6144  # parameters: rank 16 of one kind of attention's matrices in both blocks
+    budget: int = 6144  # parameters: rank 16 on one kind of attention matrix in both blocks
     groups: tuple[tuple[str, ...], ...] = (
         *(("q",), ("k",), ("v",), ("proj",), ("q", "k"), ("q", "v"), ("q", "k", "v", "proj")),
         *(("fc1",), ("fc1", "fc2"), KINDS),
     )
     ranks: tuple[int, ...] = (1, 2, 4, 8, 32)
     rank_targets: tuple[str, ...] = ("q", "v")
-    pair: tuple[int, int] = (8, 32)  # the ranks that are compared, and the one whose seeds are
+    pair: tuple[int, int] = (8, 32)  # the ranks to compare; seeds are compared at the second
     relation_ranks: tuple[int, int] = (4, 32)
 
 
@@ -76,7 +76,7 @@ QUICK = Size(
 
 @dataclass
 class Run:
-    """One adapter, after its training."""
+    """One trained adapter."""
 
     targets: tuple[str, ...]
     rank: int
@@ -89,7 +89,7 @@ class Run:
 
 @dataclass
 class Lab:
-    """A base model that is adapted again and again; nothing is trained twice."""
+    """A base model and its adapters; no adapter is trained twice."""
 
     base: nn.Module
     data: Digits
@@ -100,14 +100,14 @@ class Lab:
         key = targets, rank, seed
         if key not in self.runs:
             self.bar.set_description(f"{'+'.join(targets)}, rank {rank}, seed {seed}")
-            seed_everything(seed, verbose=False)  # the callback draws A from it
+            seed_everything(seed, verbose=False)  # the callback derives A from it
             callback = LoRACallback(rank=rank, alpha=SCALING * rank, target_modules=list(targets))
             fit(self.base, self.data, LORA_RATE, callback)
             size = sum(p.numel() for p in self.base.parameters() if p.requires_grad)
             found = {matrix.name: matrix for matrix in read_matrices(self.base)}
             done = Run(*key, size, accuracy(self.base, self.data), found, analyze(self.base))
             self.runs[key] = done
-            detach(self.base)  # the exact base is back for the next one
+            detach(self.base)  # restores the exact base for the next run
             self.bar.set_postfix_str(f"{done.accuracy:.1%}")
             self.bar.update()
         return self.runs[key]
@@ -131,7 +131,7 @@ def fit(model: Any, data: Digits, rate: float, *callbacks: Callback) -> None:
 
 
 def study_budget(lab: Lab, size: Size, ranks: dict[tuple[str, ...], int]) -> list[dict[str, Any]]:
-    """7.1: one budget of parameters, spent on other matrices."""
+    """7.1: one parameter budget, spent on different matrices."""
     return [row([lab.run(targets, rank, seed) for seed in size.seeds]) for targets, rank in ranks.items()]
 
 
@@ -161,9 +161,9 @@ def row(runs: list[Run]) -> dict[str, Any]:
 
 
 def study_subspaces(lab: Lab, size: Size) -> tuple[list[dict[str, Any]], dict[str, dict[str, Tensor]]]:
-    """7.2, figures 3 and 4: what two ranks share, and what two seeds share."""
+    """7.2, figures 3 and 4: overlap between two ranks, and between two seeds."""
     low, high = size.pair
-    # Two ranks from other seeds: from one seed, A at the low rank begins as the first rows of A at the high one.
+    # Different seeds, because with one seed, A at the low rank starts as the first rows of A at the high rank.
     pairs = {
         "ranks": (lab.run(size.rank_targets, low, size.seeds[0]), lab.run(size.rank_targets, high, size.seeds[1])),
         "seeds": (lab.run(size.rank_targets, high, size.seeds[0]), lab.run(size.rank_targets, high, size.seeds[1])),
@@ -187,7 +187,7 @@ def overlaps(phis: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for what, phi in phis.items():
         chance = random_baseline(*phi.shape, shape[0] if what == "outputs" else shape[1])
-        half = [length // 2 for length in phi.shape]  # of all directions at the full rank, most are what A began with
+        half = [length // 2 for length in phi.shape]  # at the full rank, most directions are A's initial ones
         found[what] = {
             "first": float(phi[0, 0]),
             "half": float(phi[half[0] - 1, half[1] - 1]) if min(half) else float(phi[0, 0]),
@@ -198,7 +198,7 @@ def overlaps(phis: dict[str, Tensor], shape: tuple[int, int]) -> dict[str, Any]:
 
 
 def study_relation(lab: Lab, size: Size) -> list[dict[str, Any]]:
-    """7.3, table 7: what the update, the weight itself and random directions catch of the weight."""
+    """7.3, table 7: the weight projected on the directions of the update, of itself, and random ones."""
     rows = []
     for rank in size.relation_ranks:
         run = lab.run(size.rank_targets, rank, size.seeds[0])
@@ -214,7 +214,7 @@ def study_relation(lab: Lab, size: Size) -> list[dict[str, Any]]:
 
 
 def run_all(size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train everything; return the numbers, and what only pictures need."""
+    """Train everything; return the numbers, and the data for the pictures."""
     model, clean = DigitClassifier(width=WIDTH), Digits("clean", steps=size.base_steps)
     data = Digits("shifted", steps=size.steps)
     bought = affordable(model, size)
@@ -246,8 +246,10 @@ def run_all(size: Size) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT / "section7", help="folder of page, numbers and pictures")
-    parser.add_argument("--quick", action="store_true", help="train a little of it for a moment, with poor numbers")
+    parser.add_argument(
+        "--output", type=Path, default=OUTPUT / "section7", help="folder for page, numbers and pictures"
+    )
+    parser.add_argument("--quick", action="store_true", help="train less and for a shorter time, with poor results")
     options = parser.parse_args()
     quiet_lightning()
     silence_reports()
@@ -264,7 +266,7 @@ def main() -> None:
 
 
 def silence_reports() -> None:
-    """Keep LoRA's own table from being printed for each of dozens of runs."""
+    """Suppress LoRA's report, which would be printed for each of dozens of runs."""
     import logging
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)

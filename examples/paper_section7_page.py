@@ -1,4 +1,4 @@
-"""What ``paper_section7.py`` says and shows: findings from its numbers, tables, pictures and the page."""
+"""The output of ``paper_section7.py``: findings, tables, pictures and the page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ATTENTION = ("q", "k", "v", "proj")
 SHOWS, SHOWS_NOT = "It shows here.", "It does not show at this size."
 
 
-# --- findings: each is the paper's claim, what was measured, and whether the two agree
+# --- findings: the paper's claim, the measurement, and whether they agree
 
 
 def findings(numbers: dict[str, Any]) -> list[dict[str, str]]:
@@ -37,7 +37,7 @@ def _of_matrices(rows: Rows) -> Iterator[tuple[str, str, str, str]]:
         best = max(single, key=lambda row: row["mean"])
         yield (
             "7.1",
-            "More kinds of attention's matrices at a lower rank do better than one kind at a higher rank.",
+            "More kinds of attention matrices at a lower rank do better than one kind at a higher rank.",
             f"All four kinds at rank {every['rank']} reach {_score(every)}; the best single kind, {_names(best)} at "
             f"rank {best['rank']}, reaches {_score(best)}.",
             _verdict(every["mean"] - best["mean"], _noise(every, best)),
@@ -47,15 +47,15 @@ def _of_matrices(rows: Rows) -> Iterator[tuple[str, str, str, str]]:
         yield (
             "7.1",
             "q and v together do better than q alone.",
-            f"q and v at rank {qv['rank']} reach {_score(qv)}, q alone at rank {q['rank']} {_score(q)}.",
+            f"q and v at rank {qv['rank']} reach {_score(qv)}; q alone at rank {q['rank']} reaches {_score(q)}.",
             _verdict(qv["mean"] - q["mean"], _noise(q, qv)),
         )
     best = max(rows, key=lambda row: row["mean"])
     if any(not set(row["targets"]) <= set(ATTENTION) for row in rows):
         yield (
             "7.1",
-            "(The paper adapts attention only; later work finds the MLP's matrices at least as good.)",
-            f"The best of all under this budget: {_names(best)} at rank {best['rank']}, {_score(best)}.",
+            "(The paper adapts only attention; later work finds the MLP matrices at least as good.)",
+            f"The best choice under this budget is {_names(best)} at rank {best['rank']}, with {_score(best)}.",
             "The MLP is among the best." if not set(best["targets"]) <= set(ATTENTION) else "Attention alone is best.",
         )
 
@@ -66,8 +66,8 @@ def _of_ranks(rows: Rows) -> Iterator[tuple[str, str, str, str]]:
     yield (
         "7.2",
         "A very small rank is enough: rank 1 or 2 does as well as rank 64.",
-        f"Rank {lowest['rank']} reaches {_score(lowest)}, the best, rank {best['rank']}, {_score(best)}; rank "
-        f"{enough['rank']} is the first within the noise of it.",
+        f"Rank {lowest['rank']} reaches {_score(lowest)}. The best, rank {best['rank']}, reaches {_score(best)}. Rank "
+        f"{enough['rank']} is the lowest within the noise of the best.",
         SHOWS if enough["rank"] <= 2 else f"{SHOWS_NOT} Rank {enough['rank']} is needed.",
     )
 
@@ -78,7 +78,7 @@ def _of_subspaces(rows: Rows, pair: Sequence[int]) -> Iterator[tuple[str, str, s
     update = _middle(ranks, "inputs", "first")
     yield (
         "7.2",
-        "The top direction of A is shared between a low and a high rank (phi above 0.5), others much less.",
+        "A low and a high rank share the top direction of A (phi above 0.5), and others much less.",
         f"Between ranks {pair[0]} and {pair[1]} from two seeds, the top directions of A share {first:.2f} (chance "
         f"{_middle(ranks, 'factors', 'first_by_chance'):.2f}), half of all directions {half:.2f} (chance "
         f"{_middle(ranks, 'factors', 'half_by_chance'):.2f}); the top input directions of the updates themselves share "
@@ -93,8 +93,8 @@ def _of_subspaces(rows: Rows, pair: Sequence[int]) -> Iterator[tuple[str, str, s
     }
     yield (
         "7.2",
-        "From other seeds, updates share some directions, beyond chance; those of q more than those of v.",
-        "Above chance, half of the updates' input directions share "
+        "Updates from different seeds share some directions beyond chance, in q more than in v.",
+        "Beyond chance, the first half of the updates' input directions share "
         + ", ".join(f"{share:+.2f} in {kind}" for kind, share in by_kind.items())
         + f"; the top ones share {_middle(seeds, 'inputs', 'first'):.2f}.",
         _seeds_verdict(by_kind),
@@ -105,8 +105,8 @@ def _top_verdict(first: float, half: float, update: float) -> str:
     if first > 0.5 and first > half:
         return SHOWS
     if first > 0.5:
-        return "The top direction is shared here; that others are less does not show."
-    return f"{SHOWS_NOT} It does for the updates themselves." if update > 0.5 else SHOWS_NOT
+        return "The top direction is shared here; that others are shared less does not show."
+    return f"{SHOWS_NOT} It shows for the updates themselves." if update > 0.5 else SHOWS_NOT
 
 
 def _seeds_verdict(by_kind: dict[str, float]) -> str:
@@ -114,7 +114,7 @@ def _seeds_verdict(by_kind: dict[str, float]) -> str:
     more_in_q = by_kind.get("q", 0.0) > by_kind.get("v", 0.0) + 0.02
     if shared and more_in_q:
         return SHOWS
-    return "Sharing shows here, more in q does not." if shared else SHOWS_NOT
+    return "The overlap shows here; that it is larger in q does not." if shared else SHOWS_NOT
 
 
 def _of_relation(rows: Rows) -> Iterator[tuple[str, str, str, str]]:
@@ -124,9 +124,9 @@ def _of_relation(rows: Rows) -> Iterator[tuple[str, str, str, str]]:
     of_top = statistics.median(row["projection"] / row["own_projection"] for row in at_low)
     yield (
         "7.3",
-        "Updates amplify directions that are in the weight, but not its top ones.",
-        f"At rank {low} the weight has {alignment:.1f} times as much in the updates' directions as in random ones, and "
-        f"{of_top:.0%} of what it has in its own top directions.",
+        "Updates amplify directions that are present in the weight, but not its top ones.",
+        f"At rank {low}, the weight has {alignment:.1f} times as much in the updates' directions as in random ones, "
+        f"and {of_top:.0%} of what it has in its own top directions.",
         SHOWS if alignment > 1.5 and of_top < 0.5 else SHOWS_NOT,
     )
     factors = [statistics.median(row["amplification"] for row in each) for each in (at_low, at_high)]
@@ -145,7 +145,7 @@ def _verdict(gain: float, noise: float) -> str:
 
 
 def _noise(*rows: dict[str, Any]) -> float:
-    """Return two standard errors of the difference of two means."""
+    """Return two standard errors of the difference between two means."""
     return 2 * sum(row["deviation"] ** 2 / len(row["accuracies"]) for row in rows) ** 0.5
 
 
@@ -172,27 +172,28 @@ def write_page(numbers: dict[str, Any], pictures: dict[str, Any], output: Path) 
     page = Page(
         "The LoRA paper's section 7, on handwritten digits",
         f"A vision transformer that knows scikit-learn's digits ({numbers['base']['old']:.1%}) is adapted to the same "
-        f"digits inverted and turned, where it starts at {numbers['base']['new']:.1%}, from {numbers['images']} images "
-        f"in {numbers['steps']} steps. All scores are accuracies on 397 test images, mean and standard deviation over "
-        f"{len(numbers['seeds'])} seeds of A.",
+        f"digits, inverted and rotated, where it starts at {numbers['base']['new']:.1%}, from {numbers['images']} "
+        f"images in {numbers['steps']} steps. All scores are accuracies on 397 test images, mean and standard "
+        f"deviation over {len(numbers['seeds'])} seeds of A.",
     )
     page.heading("Findings")
     for each in found:
         page.text(f"{each['section']} — the paper: {each['claim']}")
         page.points([each["found"], each["verdict"]])
-    page.heading("7.1 Which matrices, under one budget")
-    page.text(f"Every choice has at most {numbers['budget']:,} parameters; the rank follows from it.")
+    page.heading("7.1 Which matrices under one budget")
+    page.text(f"Every choice has at most {numbers['budget']:,} parameters, which determines the rank.")
     _add(page, figures, "budget")
-    page.table(list(_score_rows(numbers["7.1 matrices"])), "One budget of parameters, spent on other matrices")
+    page.table(list(_score_rows(numbers["7.1 matrices"])), "One parameter budget, spent on different matrices")
     page.heading("7.2 Which rank")
     _add(page, figures, "ranks")
     page.table(list(_score_rows(numbers["7.2 ranks"])), "The same matrices at several ranks")
     _add(page, figures, "phi_ranks", "phi_seeds")
     page.table(
-        list(_overlap_rows(numbers["7.2 subspaces"])), "phi of the first direction and of half of them, and chance"
+        list(_overlap_rows(numbers["7.2 subspaces"])),
+        "phi of the first direction and of half of all, with chance levels",
     )
     page.heading("7.3 The update and its weight")
-    page.table(list(_relation_rows(numbers["7.3 relation"])), "As in table 7: what is in the update's directions")
+    page.table(list(_relation_rows(numbers["7.3 relation"])), "As in table 7: the weight in the update's directions")
     _add(page, figures, "effective_rank", "ratio", "amplification", "alignment")
     page.write(output / "section7.html")
     return found
@@ -206,26 +207,23 @@ def _figures(numbers: dict[str, Any], pictures: dict[str, Any]) -> dict[str, tup
     low, high = numbers["pair"]
     budget = [(f"{_names(row)}, rank {row['rank']}", row) for row in numbers["7.1 matrices"]]
     ranks = [(f"rank {row['rank']}", row) for row in numbers["7.2 ranks"]]
-    words = "Bars of accuracies, a dot for each seed. The numbers are in the table below."
+    scores = "Accuracy on the new domain, one dot per seed."
+    words = "Bars of accuracies with a dot per seed. The numbers are in the table below."
     found = {
-        "budget": (_bars(budget, "one budget, other matrices"), words, "Accuracy on the new domain; a dot for a seed."),
-        "ranks": (
-            _bars(ranks, "the same matrices, other ranks"),
-            words,
-            "Accuracy on the new domain; a dot for a seed.",
-        ),
+        "budget": (_bars(budget, "one budget, different matrices"), words, scores),
+        "ranks": (_bars(ranks, "the same matrices, different ranks"), words, scores),
     }
     for what, labels, said in (
         ("ranks", (f"i (rank {low})", f"j (rank {high})"), f"Rank {low} and rank {high}, from two seeds (figure 3)"),
         ("seeds", ("i (one seed)", "j (another)"), f"Two seeds at rank {high}, and two random matrices (figure 4)"),
     ):
-        caption = f"{said}: phi(i, j) of the factors A, what their i and j leading directions share."
+        caption = f"{said}: phi(i, j), the overlap of the leading i and j directions of the factors A."
         figure = plot_similarities(pictures["maps"][what], labels=labels)
-        found[f"phi_{what}"] = (figure, f"A heat map for each layer. {caption} The numbers are in a table.", caption)
+        found[f"phi_{what}"] = (figure, f"A heat map per layer. {caption} The numbers are in a table.", caption)
     targets = " + ".join(pictures["groups"])
     for metric in ("effective_rank", "ratio", "amplification", "alignment"):
         figure = plot_layers(pictures["widest"], metric)  # type: ignore[arg-type]
-        caption = f"Each layer of {targets} adapted under the budget."
+        caption = f"Each layer of {targets}, adapted under the budget."
         found[metric] = (figure, f"A heat map by block and kind of layer. {caption}", caption)
     return found
 
@@ -249,7 +247,7 @@ def _bars(rows: list[tuple[str, dict[str, Any]]], name: str) -> Any:
 
 
 def _score_rows(rows: Rows) -> Iterator[tuple[str, ...]]:
-    yield ("matrices", "rank", "parameters", "accuracy", "deviation", "of each seed")
+    yield ("matrices", "rank", "parameters", "accuracy", "deviation", "per seed")
     for row in rows:
         scores = ", ".join(f"{score:.1%}" for score in row["accuracies"])
         numbers = (str(row["rank"]), f"{row['parameters']:,}", f"{row['mean']:.1%}", f"{row['deviation']:.1%}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.layers import LoRALayer, lora_layers, register_adapter
+from lightning_lora.loading import load_adapter
 from lightning_lora.modes import disabled, merged
+from lightning_lora.names import target_names
 from lightning_lora.optimizers import parameter_groups
 from lightning_lora.peft_format.files import save_adapter
 from lightning_lora.peft_format.preflight import Preflight, preflight
-from lightning_lora.report import AttachReport
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
-from lightning_lora.storage.checkpoint import load_adapter
 from lightning_lora.surgery import attach, detach, merge
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ __all__ = [
     "merged",
     "parameter_groups",
     "preflight",
+    "register_adapter",
     "save_adapter",
+    "target_names",
 ]
 
 

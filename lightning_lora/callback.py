@@ -9,9 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.config import OPTIONS, LoRAConfig
-from lightning_lora.option_checks import check_known, check_positive
-from lightning_lora.option_types import NonNegativeInt, PositiveFloat
+from lightning_lora.config import OPTIONS, LoRAConfig, NonNegativeInt, PositiveFloat, check_known, check_positive
 from lightning_lora.trainer import checks, lightning_patches
 from lightning_lora.trainer.diagnostics import check_interval
 from lightning_lora.trainer.hints import explain_torch_error

@@ -1,24 +1,34 @@
-"""What the user asked for: one frozen value that validates itself."""
+"""What is asked of one LoRA adaptation: the options, their types and their checks.
+
+The types of numbers are plain in code, and on the command line ranges that jsonargparse checks: ``--lora.rank=0`` is a
+one-line usage error. ``LoRAConfig`` checks the same ranges for everybody else.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from lightning_lora.option_checks import (
-    check_alpha,
-    check_choice,
-    check_number,
-    check_rank,
-    names_of,
-    numbers_by_name,
-    regular_expression,
-    slices_by_layer,
-    tokens_of,
-)
-from lightning_lora.option_types import PositiveFloat, PositiveInt, Probability
+from torch import nn
+
+from lightning_lora.names import near_names, parse_slices
+
+if TYPE_CHECKING:
+    NonNegativeInt = int
+    PositiveInt = int
+    PositiveFloat = float
+    Probability = float
+else:
+    try:
+        from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt, restricted_number_type
+
+        Probability = restricted_number_type("Probability", float, [(">=", 0.0), ("<", 1.0)])
+    except ImportError:  # the command line is an extra
+        NonNegativeInt, PositiveInt, PositiveFloat, Probability = int, int, float, float
 
 ALL_LINEAR = "all-linear"
 
@@ -70,7 +80,7 @@ class LoRAConfig:
 
     Raises:
         TypeError: An option has the wrong type.
-        ValueError: An option has a value that makes no sense.
+        ValueError: An option has an invalid value.
 
     Source:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, eq. 3.
@@ -97,45 +107,14 @@ class LoRAConfig:
     frozen_norm: FrozenNorm = "eval"
 
     def __post_init__(self) -> None:
-        check_rank("rank", self.rank)
-        check_alpha("alpha", self.alpha)
-        check_number("dropout", self.dropout)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRAConfig.dropout must be in [0, 1), got {self.dropout!r}.")
-        # Plain numbers, since jsonargparse hands over types of its own and checkpoints must hold none.
-        for name, kind in (("rank", int), ("alpha", float), ("dropout", float)):
-            self._set(name, kind(getattr(self, name)))
-        self._check_targets()
-        self._set("rank_pattern", numbers_by_name("rank_pattern", self.rank_pattern, check_rank, int))
-        self._set("alpha_pattern", numbers_by_name("alpha_pattern", self.alpha_pattern, check_alpha, float))
-        for name in ("use_rslora", "use_dora", "lora_bias", "untie_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"LoRAConfig.{name} must be True or False, got {getattr(self, name)!r}.")
-        for name, choices in (
-            ("bias", Bias),
-            ("init", Init),
-            ("adapter_dtype", AdapterDtype),
-            ("frozen_norm", FrozenNorm),
-        ):
-            check_choice(name, getattr(self, name), get_args(choices))
-
-    def _check_targets(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            self._set(name, regular_expression(name, value) if isinstance(value, str) else names_of(name, value))
-        for name in ("target_parameters", "modules_to_save"):
-            if isinstance(getattr(self, name), str):
-                raise TypeError(f"LoRAConfig.{name} must be a list of names, got {getattr(self, name)!r}.")
-            self._set(name, names_of(name, getattr(self, name)))
-        self._set("target_slices", slices_by_layer(self.target_slices))
-        self._set("trainable_token_indices", tokens_of(self.trainable_token_indices))
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is not option.default:  # defaults need no check
+                object.__setattr__(self, option.name, _CHECKS[option.name](option.name, value))
         if not (self.target_modules or self.target_parameters or self.target_slices or self.trainable_token_indices):
             raise ValueError(
                 f"LoRAConfig.target_modules={self.target_modules!r} names nothing. Use {ALL_LINEAR!r} or names."
             )
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the factor of ``B @ A`` for a layer of this rank and alpha."""
@@ -147,14 +126,14 @@ class LoRAConfig:
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
-        """Build a config from what ``to_dict`` gave.
+        """Build a config from the result of ``to_dict``.
 
         Raises:
-            ValueError: A key is no option of this version.
+            ValueError: This version does not know an option.
         """
         unknown = sorted(options.keys() - OPTIONS)
         if unknown:
-            raise ValueError(f"{unknown} are no options of LoRAConfig; was this written by a newer lightning_lora?")
+            raise ValueError(f"LoRAConfig has no options {unknown}. Was this written by a newer lightning_lora?")
         return cls(**options)
 
 
@@ -165,3 +144,147 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, tuple) else value
+
+
+# --- checks: each returns the value as it is kept, or raises an error that names the option and the value
+
+
+def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Reject unknown options and suggest the closest one (PEFT's spelling included)."""
+    for name in names:
+        if name not in known:
+            near = [_IN_PEFT[name]] if name in _IN_PEFT else near_names(name, known, 1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Options are {', '.join(sorted(known))}."
+            raise TypeError(f"{owner} has no option {name!r}. {hint}")
+
+
+_IN_PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}
+
+
+def check_positive(name: str, value: float) -> None:
+    """Reject numbers that are not positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+
+
+def _rank(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"LoRAConfig.{name} must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"LoRAConfig.{name} must be >= 1, got {value!r}.")
+    return int(value)  # jsonargparse has types of its own, and checkpoints must hold none
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"LoRAConfig.{name} must be a number, got {value!r}.")
+    return float(value)
+
+
+def _alpha(name: str, value: Any) -> float:
+    number = _number(name, value)
+    check_positive(f"LoRAConfig.{name}", value)  # the update would vanish or explode
+    return number
+
+
+def _dropout(name: str, value: Any) -> float:
+    if not 0.0 <= _number(name, value) < 1.0:
+        raise ValueError(f"LoRAConfig.{name} must be in [0, 1), got {value!r}.")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"LoRAConfig.{name} must be True or False, got {value!r}.")
+    return value
+
+
+def _choice(name: str, value: Any, *, of: Any) -> str:
+    if value not in get_args(of):
+        raise ValueError(f"LoRAConfig.{name}={value!r} is unknown; choose one of {', '.join(map(repr, get_args(of)))}.")
+    return str(value)
+
+
+def _names(name: str, values: Any) -> tuple[str, ...]:
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"LoRAConfig.{name} must be a list of names, got {values!r}.")
+    if not all(values):
+        raise ValueError(f"LoRAConfig.{name} holds an empty name: {list(values)!r}.")
+    return tuple(values)
+
+
+def _regex_or_names(name: str, value: Any) -> str | tuple[str, ...]:
+    if not isinstance(value, str):
+        return _names(name, value)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"LoRAConfig.{name}={value!r} is not a valid regular expression ({error}). A string is read as a regex; "
+            "pass names and globs as a list."
+        ) from error
+    return value
+
+
+def _numbers_by_name(name: str, values: Any, *, check: Callable[[str, Any], float]) -> dict[str, float]:
+    if not isinstance(values, Mapping):
+        raise TypeError(f"LoRAConfig.{name} must map names to numbers, got {values!r}.")
+    return {str(key): check(f"{name}[{key!r}]", value) for key, value in values.items()}
+
+
+def _slices(name: str, values: Any) -> dict[str, dict[str, str]]:
+    if not isinstance(values, Mapping) or not all(isinstance(parts, Mapping) for parts in values.values()):
+        raise TypeError(f"LoRAConfig.{name} must map layers to {{name: slices}}, got {values!r}.")
+    for layer, parts in values.items():
+        if not parts:
+            raise ValueError(f"LoRAConfig.{name}[{layer!r}] names no slice, got {parts!r}.")
+        for part, text in parts.items():
+            if not (isinstance(part, str) and part.isidentifier()) or hasattr(nn.ModuleDict(), part):
+                raise ValueError(f"LoRAConfig.{name}[{layer!r}]: {part!r} cannot name a slice; choose another.")
+            try:
+                parse_slices(text)
+            except ValueError as error:
+                raise ValueError(f"LoRAConfig.{name}[{layer!r}][{part!r}]: {error}") from None
+    return {str(layer): dict(parts) for layer, parts in values.items()}
+
+
+def _tokens(name: str, values: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """Return the tokens in ascending order."""
+    if isinstance(values, Mapping):
+        for key, tokens in values.items():
+            if isinstance(tokens, Sequence) and not tokens:
+                raise ValueError(f"LoRAConfig.{name}[{key!r}] names no token, got {tokens!r}.")
+        return {str(key): _token_list(f"{name}[{key!r}]", tokens) for key, tokens in values.items()}
+    return _token_list(name, values)
+
+
+def _token_list(name: str, tokens: Any) -> tuple[int, ...]:
+    if not isinstance(tokens, Sequence) or not all(type(token) is int for token in tokens):
+        raise TypeError(f"LoRAConfig.{name} must be a list of token numbers, got {tokens!r}.")
+    if min(tokens, default=0) < 0 or len(set(tokens)) < len(tokens):
+        raise ValueError(f"LoRAConfig.{name} must hold different numbers from 0 on, got {tokens!r}.")
+    return tuple(sorted(tokens))
+
+
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "rank": _rank,
+    "alpha": _alpha,
+    "dropout": _dropout,
+    "target_modules": _regex_or_names,
+    "exclude_modules": _regex_or_names,
+    "target_parameters": _names,
+    "target_slices": _slices,
+    "trainable_token_indices": _tokens,
+    "modules_to_save": _names,
+    "bias": partial(_choice, of=Bias),
+    "rank_pattern": partial(_numbers_by_name, check=_rank),
+    "alpha_pattern": partial(_numbers_by_name, check=_alpha),
+    "use_rslora": _flag,
+    "use_dora": _flag,
+    "lora_bias": _flag,
+    "untie_weights": _flag,
+    "init": partial(_choice, of=Init),
+    "adapter_dtype": partial(_choice, of=AdapterDtype),
+    "frozen_norm": partial(_choice, of=FrozenNorm),
+}

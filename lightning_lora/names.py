@@ -185,8 +185,8 @@ def listed(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def candidates(module: nn.Module) -> dict[str, str]:
-    """Return all module names that a config may use, with the class of each."""
+def target_names(module: nn.Module) -> dict[str, str]:
+    """Return every module name that ``LoRAConfig`` can use, with the name of its class."""
     return {name: type(submodule).__name__ for name, (submodule, _) in module_names(module).items() if name}
 
 

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.attachment import (
+    AdaptedLayer,
     Attachment,
+    AttachReport,
     attachments,
     copy_values,
     count_merge,
@@ -38,7 +40,6 @@ from lightning_lora.names import listed, module_names
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import dead_message
-from lightning_lora.report import AdaptedLayer, AttachReport
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
 
 

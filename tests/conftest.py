@@ -1,16 +1,21 @@
-"""Fixtures that every test may use: seeded randomness and a tiny model."""
+"""Fixtures that every test may use: seeded randomness, a tiny model, and an adapter of it in files."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_lora import LoRAConfig, attach, save_adapter
 from lightning_lora.ops import linear as ops
 from lightning_lora.ops import recompute as recomputed
+from tests.contract import train_all
 
 
 class TinyModel(nn.Module):
@@ -68,3 +73,21 @@ def tiny() -> nn.Module:
 @pytest.fixture
 def tokens(rng: torch.Generator) -> Tensor:
     return torch.randint(20, (3, 6), generator=rng)
+
+
+@pytest.fixture
+def files(tiny: nn.Module, rng: torch.Generator, tmp_path: Path) -> tuple[Path, Path]:
+    """A PEFT directory and its base, in two shards."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    state = dict(tiny.state_dict())
+    names = list(state)
+    parts = {"a.safetensors": names[:3], "b.safetensors": names[3:]}
+    for file, mine in parts.items():
+        save_file({name: state[name] for name in mine}, base / file, metadata={"format": "pt"})
+    where = {name: file for file, mine in parts.items() for name in mine}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    attach(tiny, LoRAConfig(rank=2, alpha=3.0, target_modules=["q_proj", "v_proj"]))
+    train_all(tiny, rng)
+    save_adapter(tiny, adapter)
+    return adapter, base

@@ -1,4 +1,4 @@
-"""Activation checkpointing over a frozen base: the gradients of the whole graph, or a word about what is missing."""
+"""Activation checkpointing over a frozen base: gradients match the whole graph, or missing ones are named."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ def assert_equal_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -
     ],
     ids=str,
 )
-def test_non_reentrant_gradients_are_those_of_the_whole_graph(lora: dict[str, Any], block: type[nn.Module]) -> None:
+def test_non_reentrant_gradients_match_plain_backward(lora: dict[str, Any], block: type[nn.Module]) -> None:
     truth = adapted_gradients(Stack(block=block), **lora)
     assert_equal_gradients(adapted_gradients(Stack(non_reentrant, block), **lora), truth)
 
 
 @each_kind
-def test_dropout_is_the_same_when_a_block_runs_again(runs: Runs) -> None:
+def test_recomputed_block_uses_same_dropout(runs: Runs) -> None:
     lora = {"dropout": 0.5}
     truth = adapted_gradients(Stack(), **lora)
     assert_equal_gradients(adapted_gradients(Stack(runs), **lora), truth)
@@ -137,13 +137,13 @@ def test_dropout_is_the_same_when_a_block_runs_again(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("block", [Residual, Encoder])
-def test_reentrant_gradients_are_right_where_an_adapter_comes_first(block: type[nn.Module]) -> None:
+def test_reentrant_works_when_adapter_comes_first(block: type[nn.Module]) -> None:
     lora = {"target_modules": ["first", "blocks.*"]}
     truth = adapted_gradients(Stack(block=block), **lora)
     assert_equal_gradients(adapted_gradients(Stack(reentrant, block), **lora), truth)
 
 
-def test_reentrant_gradients_are_right_where_the_user_makes_the_inputs_require_them() -> None:
+def test_reentrant_works_with_inputs_that_require_grad() -> None:
     model = Stack(reentrant)
     model.first.register_forward_hook(lambda module, args, output: output.requires_grad_())
     lora = {"target_modules": ["blocks.*"]}
@@ -199,14 +199,14 @@ BLOCKS = {"target_modules": ["blocks.*"]}
 @pytest.mark.parametrize("lora", [BLOCKS, BLOCKS | {"modules_to_save": ["head"]}], ids=["blocks", "and a head"])
 @pytest.mark.parametrize("which", [{0, 1, 2}, {0}, {2}, {0, 2}], ids=str)
 @each_kind
-def test_no_gradient_goes_missing_in_silence(runs: Runs, which: set[int], lora: dict[str, Any], kind: Any) -> None:
+def test_missing_gradients_are_reported(runs: Runs, which: set[int], lora: dict[str, Any], kind: Any) -> None:
     outcome = assert_right_or_said(kind(dict.fromkeys(which, runs)), kind(), loader(), **lora)
     if runs is non_reentrant or which == {2}:  # block 2 comes after adapters that train
         assert outcome == "right"
 
 
 @pytest.mark.parametrize("kind", [Stack, ByHand])
-def test_an_adapter_alone_in_a_reentrant_block_over_frozen_inputs_is_not_silent(kind: type[Stack]) -> None:
+def test_lone_adapter_in_reentrant_block_is_reported(kind: type[Stack]) -> None:
     lora = {"target_modules": ["blocks.1.*"], "modules_to_save": ["head"]}
     assert assert_right_or_said(kind({1: reentrant}), kind(), loader(), **lora) in ("right", "said")
 
@@ -252,7 +252,7 @@ class Language(LightningModule):
 @pytest.mark.parametrize("lora", [{}, {"modules_to_save": ["lm_head"]}], ids=["adapters", "and a head"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("is_reentrant", [True, False])
-def test_models_of_transformers_train_right_or_name_the_remedy(family: str, is_reentrant: bool, lora: Any) -> None:
+def test_transformers_checkpointing_trains_or_names_remedy(family: str, is_reentrant: bool, lora: Any) -> None:
     if family == "gpt2" and lora:
         lora = {"modules_to_save": ["ln_f"]}  # its head is tied to the embedding
     module = Language(family, use_reentrant=is_reentrant)
@@ -262,7 +262,7 @@ def test_models_of_transformers_train_right_or_name_the_remedy(family: str, is_r
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_models_of_transformers_train_right_with_inputs_that_require_gradients(family: str) -> None:
+def test_transformers_checkpointing_trains_with_input_grads(family: str) -> None:
     module = Language(family, use_reentrant=True)
     module.model.enable_input_require_grads()
     assert assert_right_or_said(module, Language(family), tokens()) == "right"

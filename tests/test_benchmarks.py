@@ -1,4 +1,4 @@
-"""The benchmarks run, with sizes so small that their numbers say nothing, and name every target."""
+"""Run the benchmarks with tiny sizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     ["step", "memory", "weights", "attach", "merge", "checkpoint", "growth", "overhead", "scaling", "quality", "gpu"],
     indirect=True,
 )
-def test_it_runs_and_reports(benchmark, tmp_path, capsys):
+def test_benchmark_runs_and_reports(benchmark, tmp_path, capsys):
     rows = benchmark.main(["--smoke", "--json", str(tmp_path / "rows.json")])
     printed, written = capsys.readouterr().out, json.loads((tmp_path / "rows.json").read_text())
     assert rows
@@ -38,14 +38,14 @@ def test_it_runs_and_reports(benchmark, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("benchmark", ["memory"], indirect=True)
-def test_what_is_kept_for_backward_is_the_formula(benchmark):
+def test_memory_for_backward_matches_formula(benchmark):
     rows = [row for row in benchmark.main(["--smoke"]) if row.quantity.endswith("ours / formula")]
     assert len(rows) == 4
     assert all(0.99 <= row.value <= row.reach for row in rows)
 
 
 @pytest.mark.parametrize("benchmark", ["measuring"], indirect=True)
-def test_a_row_shows_its_target_beside_it(benchmark):
+def test_row_shows_target(benchmark):
     row = benchmark.ratio({"a": [1.0, 2.0, 3.0], "b": [2.0, 2.0, 2.0]}, "a", "b", 0.9)
     assert (row.value, row.verdict) == (1.0, "missed")
     assert str(row) == "| a / b | 1.000 [0.500, 1.500] | 0.9 | missed |"

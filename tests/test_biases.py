@@ -1,4 +1,4 @@
-"""Biases of the base that train beside the adapters (``bias``), and biases on B (``lora_bias``)."""
+"""Trained base biases (``bias``) and the bias on ``B`` (``lora_bias``)."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ each_mode = pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
     ],
     ids=lambda value: "" if isinstance(value, set) else str(value),
 )
-def test_each_mode_trains_and_saves_the_biases_it_names(bias: str, options: dict[str, Any], only: set[str]):
+def test_bias_mode_selects_trained_and_saved_biases(bias: str, options: dict[str, Any], only: set[str]):
     _, model, _ = make(bias=bias, **options)
     head = {"head.weight", "head.bias"} if "modules_to_save" in options else set()
     expected = {"none": set(), "lora_only": only, "all": EVERY}[bias] | head
@@ -97,7 +97,7 @@ def test_each_mode_trains_and_saves_the_biases_it_names(bias: str, options: dict
 
 
 @each_mode
-def test_output_and_gradients_are_those_of_the_dense_model_with_the_trained_biases(bias: str, rng):
+def test_trained_biases_match_dense_model(bias: str, rng):
     _, model, x = make(bias=bias)
     train_everything(model, rng)
     (output := model(x)).square().sum().backward()
@@ -115,7 +115,7 @@ def test_output_and_gradients_are_those_of_the_dense_model_with_the_trained_bias
 
 @each_mode
 @pytest.mark.parametrize("change", [lambda model: model, nn.Module.double, nn.Module.bfloat16], ids=["", "up", "down"])
-def test_disabling_and_detaching_give_the_biases_of_the_base_back_bit_for_bit(bias: str, change, rng):
+def test_disable_and_detach_restore_base_biases(bias: str, change, rng):
     base, model, x = make(torch.float32, bias=bias)
     assert error(model(x), base(x)) <= 1e-6
     train_everything(model, rng)
@@ -133,7 +133,7 @@ def test_disabling_and_detaching_give_the_biases_of_the_base_back_bit_for_bit(bi
 
 
 @each_mode
-def test_detaching_leaves_no_trace(bias: str, rng):
+def test_detach_leaves_no_trace(bias: str, rng):
     model = Net()
     model.norm.bias.requires_grad_(False)
     before = contract.snapshot(model)
@@ -144,7 +144,7 @@ def test_detaching_leaves_no_trace(bias: str, rng):
 
 
 @each_mode
-def test_merging_keeps_the_trained_biases(bias: str, rng):
+def test_merge_keeps_trained_biases(bias: str, rng):
     base, model, x = make(bias=bias)
     train_everything(model, rng)
     output, before = model(x), contract.snapshot(model)
@@ -162,7 +162,7 @@ def test_merging_keeps_the_trained_biases(bias: str, rng):
 
 
 @each_mode
-def test_state_copies_and_pickles_carry_the_biases(bias: str, rng):
+def test_state_copy_and_pickle_include_biases(bias: str, rng):
     base, model, x = make(bias=bias)
     fresh = copy.deepcopy(base)
     attach(fresh, LoRAConfig(rank=2, alpha=3.0, target_modules=ADAPTED, bias=bias))
@@ -176,7 +176,7 @@ def test_state_copies_and_pickles_carry_the_biases(bias: str, rng):
 
 
 @each_mode
-def test_a_full_state_that_is_loaded_brings_trained_biases_and_leaves_those_of_the_base(bias: str, rng):
+def test_loading_full_state_sets_trained_biases_only(bias: str, rng):
     base, model, x = make(bias=bias)
     fresh = copy.deepcopy(model)
     train_everything(model, rng)
@@ -186,7 +186,7 @@ def test_a_full_state_that_is_loaded_brings_trained_biases_and_leaves_those_of_t
     assert_base(fresh, base, x)
 
 
-def test_a_model_on_the_meta_device_gets_its_biases_back_or_is_refused():
+def test_meta_device_biases_are_restored_or_rejected():
     with torch.device("meta"):
         model = Net()
     with suppress(ValueError):
@@ -196,7 +196,7 @@ def test_a_model_on_the_meta_device_gets_its_biases_back_or_is_refused():
     assert_base(model, loaded, torch.randn(3, 5, 8))
 
 
-def test_a_bias_that_a_layer_outside_has_too_is_refused():
+def test_bias_shared_with_other_layer_is_rejected():
     model = Net()
     model.conv.bias = model.linear.bias
     with refuses(model, ValueError, r"'linear.bias' is tied to \['conv.bias'\]"):
@@ -227,7 +227,7 @@ def dense(case: Case, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor, c: Tens
 
 
 @each_case
-def test_it_starts_at_zero_and_what_it_adds_goes_with_the_adapter_and_comes_with_its_state(case: Case, rng):
+def test_lora_bias_starts_at_zero_and_travels_with_adapter(case: Case, rng):
     base, x = case.base(), case.inputs(rng)
     model, fresh, output = with_bias(case, copy.deepcopy(base)), copy.deepcopy(base), base(x)
     assert [name for name, start in model.layer.lora.state_dict().items() if start.any()] == ["A"]
@@ -246,7 +246,7 @@ def test_it_starts_at_zero_and_what_it_adds_goes_with_the_adapter_and_comes_with
 
 @each_case
 @pytest.mark.parametrize("training", [True, False])
-def test_forward_and_gradients_are_those_of_the_dense_sum(case: Case, training: bool, rng):
+def test_lora_bias_matches_dense_model(case: Case, training: bool, rng):
     model, x = with_bias(case).train(training), case.inputs(rng)
     train_everything(model, rng)
     lora = model.layer.lora
@@ -265,7 +265,7 @@ def test_forward_and_gradients_are_those_of_the_dense_sum(case: Case, training: 
 
 
 @each_case
-def test_merging_folds_it_into_the_bias_or_is_refused_where_there_is_none(case: Case, rng):
+def test_merge_adds_lora_bias_or_rejects_layer_without_bias(case: Case, rng):
     model, x = with_bias(case), case.inputs(rng)
     train_everything(model, rng)
     lora, before = model.layer.lora, contract.snapshot(model)
@@ -290,7 +290,7 @@ def test_merging_folds_it_into_the_bias_or_is_refused_where_there_is_none(case: 
     [(kind, spec.build) for kind, spec in KINDS.items() if kind not in PLAIN]
     + [(type(layer).__name__, lambda layer=layer: layer) for layer in UNFIT],
 )
-def test_kinds_whose_weight_carries_the_update_are_refused_by_name_and_left_out_of_all_linear(name: str, make: Any):
+def test_lora_bias_rejects_weight_adapters(name: str, make: Any):
     model = nn.ModuleDict({"odd": make(), "linear": nn.Linear(8, 8)})
     with refuses(model, ValueError, "'odd.*lora_bias"):
         attach(model, LoRAConfig(rank=1, target_modules=["odd"], lora_bias=True))
@@ -299,7 +299,7 @@ def test_kinds_whose_weight_carries_the_update_are_refused_by_name_and_left_out_
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "Conv2d"])
-def test_forward_and_merged_layer_are_those_of_peft(kind: str, rng):
+def test_lora_bias_matches_peft(kind: str, rng):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of PEFT's optional dependencies
         peft = pytest.importorskip("peft")

@@ -48,10 +48,10 @@ class Held(Callback):
         ("lora_alpha", "Did you mean 'alpha'"),
         ("target_module", "Did you mean 'target_modules'"),
         ("lr_ration", "Did you mean 'lr_ratio'"),
-        ("xyz", "There are adapter_dtype, alpha, "),
+        ("xyz", "Options are adapter_dtype, alpha, "),
     ],
 )
-def test_an_option_that_there_is_not_is_refused_with_the_one_that_may_be_meant(wrong: str, hint: str) -> None:
+def test_unknown_option_suggests_closest(wrong: str, hint: str) -> None:
     with pytest.raises(TypeError, match=f"LoRACallback has no option '{wrong}'. {hint}"):
         LoRACallback(**{wrong: 8})
 

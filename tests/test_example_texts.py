@@ -1,4 +1,4 @@
-"""The examples that fine-tune transformers models, as a user runs them: from YAML, in processes of their own."""
+"""Run the transformers examples as a user does: from YAML, in separate processes."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def classifier(_minilm: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, execute("text_classification/train.py", *arguments, folder=folder))
 
 
-def test_one_command_adapts_tests_and_exports_the_classifier(classifier):
+def test_classifier_fits_tests_and_exports(classifier):
     assert re.search(r"all-linear +37 +8 ", classifier.printed)  # six linear layers in six blocks, and the pooler
     assert float(re.search(r"test_accuracy\D+(\d\.\d+)", classifier.printed)[1]) > 0.6
     assert "12/12" in classifier.printed  # the progress bar
     assert not re.findall(r".*\.py:\d+: .*", classifier.printed)  # how Lightning and Python print warnings
 
 
-def test_predict_answers_and_finds_the_export_equal_in_peft(classifier):
+def test_predict_matches_peft(classifier):
     pytest.importorskip("peft")
     output = Path("examples/output/text_classification")
     praise, complaint = "This is the best soup in town.", "They broke my lamp and never apologised."
@@ -61,13 +61,13 @@ def test_predict_answers_and_finds_the_export_equal_in_peft(classifier):
     printed = execute("text_classification/predict.py", *arguments, folder=classifier.folder)
     for sentence in (praise, complaint):
         assert re.search(rf"^(positive|negative) +\d+\.\d% +{sentence}$", printed, flags=re.M)
-    compared, difference = re.search(r"PEFT, (\d+) sentences: logits differ by (\S+) at most", printed).groups()
+    compared, difference = re.search(r"PEFT, (\d+) sentences: logits differ by at most (\S+)", printed).groups()
     assert int(compared) == len(sentences())
     assert float(difference) <= 1e-5
 
 
 @needs_minilm
-def test_compare_judges_three_methods_on_a_file_of_the_user(tmp_path):
+def test_compare_three_methods_on_user_file(tmp_path):
     (tmp_path / "mine.tsv").write_text("\n".join(sentences()[:60]))
     config = str(EXAMPLES / "text_classification" / "lora.yaml")
     arguments = ("--config", config, "--data.file=mine.tsv", "--trainer.max_epochs=1")
@@ -86,7 +86,7 @@ def test_compare_judges_three_methods_on_a_file_of_the_user(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"), [("no label here", "line 1: expected sentence<TAB>label"), ("a\tb\nc\tb", "at least two")]
 )
-def test_a_file_that_cannot_be_learnt_from_is_refused(text, message, tmp_path, monkeypatch):
+def test_invalid_sentence_file_is_rejected(text, message, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES / "text_classification"))
     import data
 
@@ -115,7 +115,7 @@ def last_loss(printed: str) -> float:
 
 
 @pytest.mark.distributed
-def test_two_processes_shard_train_and_resume(language_model):
+def test_llm_shards_trains_and_resumes_in_two_processes(language_model):
     path = language_model.folder / "examples" / "output" / "llm" / "last.ckpt"
     steps = torch.load(path, weights_only=True)["global_step"]
     assert "GLOBAL_RANK: 1, MEMBER: 2/2" in language_model.printed
@@ -127,7 +127,7 @@ def test_two_processes_shard_train_and_resume(language_model):
 
 
 @pytest.mark.distributed
-def test_one_process_exports_what_two_have_trained(language_model):
+def test_llm_exports_in_one_process(language_model):
     checkpoint = Path("examples/output/llm/last.ckpt")
     printed = execute("llm/export.py", str(checkpoint), "peft", folder=language_model.folder)
     assert "Adapter written to peft" in printed

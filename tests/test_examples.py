@@ -1,4 +1,4 @@
-"""The examples as a user runs them: processes of their own, judged by what they print and write."""
+"""Run the examples as a user does, in separate processes, and check what they print and write."""
 
 from __future__ import annotations
 
@@ -54,32 +54,32 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, printed, json.loads((folder / "digits.json").read_text()))
 
 
-def test_the_frozen_base_knows_the_old_domain_only(digits):
+def test_frozen_base_knows_only_old_domain(digits):
     base = digits.row("frozen base")
     assert base["old"] > 0.9
     assert base["new"] < 0.3
 
 
-def test_lora_learns_the_new_domain_about_as_well_as_full_fine_tuning(digits):
+def test_lora_matches_full_fine_tuning_on_new_domain(digits):
     lora, full = digits.row("LoRA, switched on"), digits.row("full fine-tuning")
     assert lora["new"] > digits.row("frozen base")["new"] + 0.4
     assert lora["new"] > full["new"] - 0.1
 
 
-def test_switching_lora_off_gives_the_accuracy_of_the_base(digits):
+def test_disabled_lora_has_base_accuracy(digits):
     off, base = digits.row("LoRA, switched off"), digits.row("frozen base")
     assert (off["old"], off["new"]) == (base["old"], base["new"])
     assert digits.row("full fine-tuning")["old"] < base["old"] - 0.2  # so there was something to keep
 
 
-def test_lora_trains_and_stores_a_small_part_of_the_model(digits):
+def test_lora_trains_and_stores_small_share(digits):
     lora, full = digits.row("LoRA, switched on"), digits.row("full fine-tuning")
     assert 0 < lora["trainable"] < full["trainable"] / 10
     assert lora["bytes"] == (digits.folder / "lora_shifted" / "last.ckpt").stat().st_size
     assert lora["bytes"] < full["bytes"] / 5
 
 
-def test_each_adapter_masters_its_own_task_on_the_one_base(digits):
+def test_each_adapter_solves_its_own_task(digits):
     swaps = digits.results["swaps"]
     assert swaps["shifted"]["shifted"] == digits.row("LoRA, switched on")["new"]
     assert swaps["shifted"]["shifted"] > swaps["parity"]["shifted"] + 0.4
@@ -87,20 +87,20 @@ def test_each_adapter_masters_its_own_task_on_the_one_base(digits):
     assert swaps["parity"]["parity"] > swaps["shifted"]["parity"] + 0.4
 
 
-def test_swapping_and_detaching_change_no_bit(digits):
+def test_swap_and_detach_are_exact(digits):
     assert digits.results["swap_is_exact"] is True
     assert digits.results["detach_is_exact"] is True
     assert digits.printed.count("bit for bit: yes") == 2
 
 
-def test_the_merged_model_answers_as_the_adapted_one_without_adapters(digits):
+def test_merged_model_matches_adapted_model(digits):
     merged = digits.results["merged"]
     assert merged["lora_layers"] == 0
     assert merged["largest_difference"] < 1e-3
     assert merged["accuracy"] == pytest.approx(digits.row("LoRA, switched on")["new"], abs=0.005)
 
 
-def test_the_table_shows_the_measured_numbers(digits):
+def test_table_shows_measured_numbers(digits):
     lora = digits.row("LoRA, switched on")
     [line] = [line for line in digits.printed.splitlines() if line.startswith("LoRA, switched on")]
     shown = line.removeprefix("LoRA, switched on").split()
@@ -108,12 +108,12 @@ def test_the_table_shows_the_measured_numbers(digits):
     assert shown == [*numbers, f"{lora['step_ms']:.1f}", "ms"]
 
 
-def test_the_output_has_progress_bars_and_no_warnings(digits):
+def test_output_has_progress_bars_and_no_warnings(digits):
     assert "150/150" in digits.printed
     assert not re.findall(r".*\.py:\d+: .*", digits.printed)  # how Lightning and Python print warnings
 
 
-def test_the_picture_is_a_png_of_a_size_to_look_at(digits):
+def test_picture_is_large_png(digits):
     head = (digits.folder / "digits.png").read_bytes()[:24]
     assert head.startswith(b"\x89PNG")
     width, height = struct.unpack(">II", head[16:])
@@ -125,7 +125,7 @@ def cli(command: str, *arguments: str, folder: Path) -> str:
     return execute("digits_cli.py", command, "--config", str(EXAMPLES / "digits.yaml"), *arguments, folder=folder)
 
 
-def test_the_yaml_file_trains_an_adapter_that_a_second_run_tests(digits, tmp_path):
+def test_yaml_trains_adapter_for_second_run(digits, tmp_path):
     base = f"--model.base={digits.folder / 'base'}"
     printed = cli("fit", base, "--data.steps=150", folder=tmp_path)
     assert re.search(r"all-linear +14 +4 ", printed)  # 14 layers of rank 4
@@ -135,7 +135,7 @@ def test_the_yaml_file_trains_an_adapter_that_a_second_run_tests(digits, tmp_pat
     assert accuracy > digits.row("frozen base")["new"] + 0.4
 
 
-def test_flags_change_the_options_of_the_yaml_file(digits, tmp_path):
+def test_flags_override_yaml(digits, tmp_path):
     base = f"--model.base={digits.folder / 'base'}"
     flags = ("--data.steps=2", "--trainer.callbacks.rank=2", "--trainer.callbacks.target_modules=[q,v]")
     printed = cli("fit", base, *flags, folder=tmp_path)
@@ -143,7 +143,7 @@ def test_flags_change_the_options_of_the_yaml_file(digits, tmp_path):
     assert re.search(r"v +2 +2 ", printed)
 
 
-def test_the_cli_trains_the_base_where_there_is_none(tmp_path):
+def test_cli_trains_missing_base(tmp_path):
     printed = cli("fit", "--model.base=new/base", "--data.steps=2", folder=tmp_path)
     assert "base: 1000 labelled images" in printed
     assert (tmp_path / "new" / "base" / "last.ckpt").is_file()
@@ -156,7 +156,7 @@ def section7(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(folder, printed, json.loads((folder / "section7.json").read_text()))
 
 
-def test_the_papers_studies_spend_one_budget_and_learn_different_things(section7):
+def test_section7_spends_one_budget(section7):
     rows = section7.results["7.1 matrices"]
     assert [(row["targets"], row["rank"]) for row in rows] == [
         (["q"], 16),
@@ -169,7 +169,7 @@ def test_the_papers_studies_spend_one_budget_and_learn_different_things(section7
     assert shared == [row for row in section7.results["7.2 ranks"] if row["rank"] == 8]  # trained once
 
 
-def test_the_findings_are_written_from_the_numbers(section7):
+def test_section7_findings_come_from_numbers(section7):
     found = section7.results["findings"]
     assert [finding["section"] for finding in found] == ["7.1", "7.1", "7.2", "7.2", "7.2", "7.3", "7.3"]
     rows = section7.results["7.3 relation"]
@@ -180,7 +180,7 @@ def test_the_findings_are_written_from_the_numbers(section7):
         assert finding["found"] in section7.printed
 
 
-def test_the_page_of_the_papers_studies_is_one_file_with_pictures(section7):
+def test_section7_page_is_one_file_with_pictures(section7):
     html = (section7.folder / "section7.html").read_text(encoding="utf-8")
     pictures = {path.stem for path in section7.folder.glob("*.png")}
     assert pictures == {
@@ -200,7 +200,7 @@ def test_the_page_of_the_papers_studies_is_one_file_with_pictures(section7):
     assert "9/9" in section7.printed  # the base, three groups and one more rank, from two seeds
 
 
-def test_every_command_of_the_readme_runs_on_what_the_example_wrote(digits, tmp_path, monkeypatch, capsys):
+def test_readme_commands_run_on_example_output(digits, tmp_path, monkeypatch, capsys):
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""The tests for a GPU run through on the CPU, so that they are not found wrong when there is a GPU at last."""
+"""Run the GPU tests on the CPU, so that they work once there is a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-def test_the_tests_for_a_gpu_pass_where_a_cpu_can_take_its_place() -> None:
+def test_gpu_tests_pass_on_cpu() -> None:
     """FSDP and DeepSpeed are rehearsed by hand, with the same variable: other tests run them on CPUs already."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     command += ["-k", "not fsdp] and not deepspeed"]

@@ -1,4 +1,4 @@
-"""LightningCLI: flags, YAML, help and bad values, as a user types them."""
+"""LightningCLI: flags, YAML, help and invalid values."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return run
 
 
-def test_flags_train_the_adapters_with_an_optimizer_and_a_scheduler_from_the_command_line(run: Run) -> None:
+def test_flags_train_with_cli_optimizer_and_scheduler(run: Run) -> None:
     flags = [*CALLBACK, "--trainer.callbacks.target_modules=[net.0,net.2]", "--trainer.callbacks.lr_ratio=4"]
     rates = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--lr_scheduler=CosineAnnealingLR"]
     outcome = run("fit", *RUN, *flags, *rates, "--lr_scheduler.T_max=5")
@@ -100,7 +100,7 @@ def test_flags_train_the_adapters_with_an_optimizer_and_a_scheduler_from_the_com
     assert digest(outcome.model.net) == digest(network())
 
 
-def test_a_yaml_file_says_it_all_and_evaluation_needs_no_more_options_than_the_file(run: Run, tmp_path: Path) -> None:
+def test_yaml_trains_and_checkpoint_evaluates_without_options(run: Run, tmp_path: Path) -> None:
     options = {"rank": 2, "alpha": 8.0, "dropout": 0.1, "rank_pattern": {"net.2": 4}, "modules_to_save": ["net.4"]}
     callbacks = [
         {"class_path": "lightning_lora.LoRACallback", "init_args": options},
@@ -118,7 +118,7 @@ def test_a_yaml_file_says_it_all_and_evaluation_needs_no_more_options_than_the_f
     assert float(validated.cli.trainer.callback_metrics["val_loss"]) == pytest.approx(loss)
 
 
-def test_options_can_live_at_the_top_level(run: Run) -> None:
+def test_options_work_at_top_level(run: Run) -> None:
     flags = ["--lora.rank=3", "--lora.alpha=6", "--lora.target_modules", "net\\.[02]", "--lora.init", "orthogonal"]
     outcome = run("fit", *RUN, *flags, forced=True)
     assert outcome.moved == ["net.0", "net.2"]
@@ -126,7 +126,7 @@ def test_options_can_live_at_the_top_level(run: Run) -> None:
     assert type(outcome.callback.config.rank) is int  # not jsonargparse's type, which no checkpoint could hold
 
 
-def test_the_printed_config_is_read_back(run: Run, tmp_path: Path) -> None:
+def test_printed_config_can_be_read_back(run: Run, tmp_path: Path) -> None:
     flags = [*CALLBACK, "--trainer.callbacks.rank_pattern={net.0: 2}", "--trainer.callbacks.target_modules=[net.*]"]
     first = run("fit", *flags, "--print_config")
     (tmp_path / "printed.yaml").write_text(first.output)
@@ -160,7 +160,7 @@ def test_help_explains_every_option(run: Run) -> None:
         ("--lora.rnak=4", ["rnak"]),
     ],
 )
-def test_a_bad_value_is_a_usage_error_that_names_it(flag: str, words: list[str], run: Run) -> None:
+def test_invalid_value_is_usage_error(flag: str, words: list[str], run: Run) -> None:
     outcome = run("fit", flag, forced=True)
     assert outcome.code == 2
     [error] = [line for line in outcome.errors.splitlines() if line.startswith("error: ")]
@@ -177,7 +177,7 @@ under_the_other_name("tests.cli_app").main()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [["-m", "tests.cli_app"], ["-c", UNDER_THE_OTHER_NAME]])
-def test_it_works_from_a_real_shell_under_both_of_lightnings_names(script: list[str], tmp_path: Path) -> None:
+def test_cli_works_from_shell_with_both_lightning_names(script: list[str], tmp_path: Path) -> None:
     if "-c" in script:
         pytest.importorskip("pytorch_lightning")
     command = [sys.executable, *script, "fit", *RUN, *CALLBACK]

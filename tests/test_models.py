@@ -1,4 +1,4 @@
-"""Whole models of different families: train with Lightning, save, reload into a fresh base, and compute the same."""
+"""Models of different families: train, save, reload into a fresh base, compute the same."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class Classifier(LightningModule):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_model_trains_saves_and_computes_the_same_from_a_fresh_base(name: str, tmp_path: Path) -> None:
+def test_model_reloads_to_same_outputs(name: str, tmp_path: Path) -> None:
     _, make_inputs, lora, count = MODELS[name]
     torch.manual_seed(0)
     x, labels = make_inputs(), torch.randint(5, (16,))

@@ -104,11 +104,11 @@ def test_a_shared_module_appears_once_with_all_its_names(tiny):
     [("q_porj", "q_proj"), ("blocks.0.q_porj", "blocks.0.q_proj"), ("haed", "head"), ("q_projj", "q_proj")],
 )
 def test_a_misspelt_name_is_answered_with_what_it_may_have_meant(entry: str, near: str, tiny):
-    assert near in targets.near_names(entry, targets.candidates(tiny))
+    assert near in targets.near_names(entry, targets.target_names(tiny))
 
 
-def test_candidates_lists_every_module_with_its_class(tiny):
-    found = targets.candidates(tiny)
+def test_target_names_lists_every_module_with_its_class(tiny):
+    found = targets.target_names(tiny)
     assert found["blocks.1.v_proj"] == "Linear"
     assert found["embed"] == "Embedding"
     assert found.keys() == {name for name, _ in tiny.named_modules() if name}

@@ -1,4 +1,4 @@
-"""PEFT as the oracle: with the same factors the same function, and the same words mean the same layers."""
+"""Parity with PEFT: the same factors give the same function, the same options the same layers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def pair(base: nn.Module, rng: torch.Generator, **peft_options: Any) -> tuple[nn
 
 @each_kind
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_forward_gradients_and_merged_weight_are_those_of_peft(kind: str, use_rslora: bool, rng):
+def test_forward_gradients_and_merge_match_peft(kind: str, use_rslora: bool, rng):
     case = Case(kind, torch.float32)
     fan = {"fan_in_fan_out": True} if kind == "conv1d" else {}
     ours, theirs = pair(case.base(), rng, use_rslora=use_rslora, **fan)
@@ -75,7 +75,7 @@ def test_forward_gradients_and_merged_weight_are_those_of_peft(kind: str, use_rs
 
 
 @each_kind
-def test_starts_have_the_same_zero_factor_and_the_same_spread(kind: str):
+def test_initial_values_match_peft(kind: str):
     case = Case(kind, torch.float32)
     ours = case.attached()
     fan = {"fan_in_fan_out": True} if kind == "conv1d" else {}
@@ -122,14 +122,14 @@ def adapted_by_peft(**options: Any) -> dict[str, tuple[int, float]]:
     ],
     ids=str,
 )
-def test_names_and_patterns_mean_the_same_layers_ranks_and_scalings(options: dict[str, Any]):
+def test_names_and_patterns_select_same_layers_as_peft(options: dict[str, Any]):
     model = Words()
     attach(model, LoRAConfig(**{"rank": 2, "alpha": 3.0, **options}))
     found = {name: (layer.rank, layer.scaling) for name, layer in lora_layers(model).items()}
     assert found == adapted_by_peft(**options)
 
 
-def test_all_linear_means_the_same_layers_of_a_language_model():
+def test_all_linear_selects_same_layers_as_peft():
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = transformers.LlamaConfig(vocab_size=64, num_hidden_layers=2, max_position_embeddings=16, **sizes)
@@ -140,7 +140,7 @@ def test_all_linear_means_the_same_layers_of_a_language_model():
     assert list(lora_layers(ours)) == names
 
 
-def test_the_holder_of_the_contract_is_what_peft_sees(rng):
+def test_contract_model_is_the_one_peft_wraps(rng):
     ours, theirs = pair(Holder(nn.Linear(24, 20)), rng)
     assert not torch.equal(ours.layer.weight, theirs.layer.get_delta_weight("default"))
     assert error(ours.layer.delta_weight(), theirs.layer.get_delta_weight("default")) <= CLOSE

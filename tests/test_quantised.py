@@ -1,4 +1,4 @@
-"""Layers that a precision plugin replaces, and quantised layers: adapted over their own class, trained, saved."""
+"""Layers replaced by precision plugins, and quantised layers: adapted, trained, saved."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class StandsIn(Replaces):
 
 @pytest.mark.parametrize("plugin", [Replaces, StandsIn])
 @pytest.mark.parametrize("kind", [Toy, BuiltInSetup, BuiltInConfigureModel])
-def test_a_plugin_replaces_layers_first_and_each_is_adapted_once(kind, plugin, tmp_path: Path) -> None:
+def test_plugin_replaces_layers_before_attaching(kind, plugin, tmp_path: Path) -> None:
     module, checkpoint = kind(), ModelCheckpoint(tmp_path, save_last=True)
     run = trainer(LoRACallback(rank=4), checkpoint, plugins=[plugin()], max_epochs=1, max_steps=-1)
     run.fit(module, loader())
@@ -89,7 +89,7 @@ def test_a_plugin_replaces_layers_first_and_each_is_adapted_once(kind, plugin, t
     assert_adapted_once(module)
 
 
-def test_a_plugin_never_throws_away_adapters_that_were_attached_and_trained_before(rng) -> None:
+def test_plugin_keeps_existing_adapters(rng) -> None:
     module, callback = Toy(), LoRACallback(rank=4)
     attach(module, callback.config)
     train_all(module, rng)
@@ -110,7 +110,7 @@ def assert_adapted_once(module: nn.Module) -> None:
         assert not any(isinstance(part, LoRALayer) for part in layer.lora.modules())
 
 
-def test_a_plugin_whose_layers_are_no_linear_never_leaves_a_bare_base_in_training() -> None:
+def test_plugin_without_linear_layers_never_trains_bare_base() -> None:
     class Foreign(nn.Module):
         """A layer as TransformerEngine's: no nn.Linear, with its names."""
 
@@ -185,7 +185,7 @@ def quantised(quantise: Callable[[nn.Linear], nn.Module]) -> Toy:
 
 
 @each_quantiser
-def test_an_adapter_on_a_quantised_layer_adds_its_update_to_the_layers_output(quantise, rng):
+def test_update_is_added_to_quantised_output(quantise, rng):
     layer, x = quantise(nn.Linear(64, 32)), torch.randn(5, 64, generator=rng)
     base = layer(x).double()
     model = nn.ModuleDict({"layer": layer})
@@ -198,7 +198,7 @@ def test_an_adapter_on_a_quantised_layer_adds_its_update_to_the_layers_output(qu
 
 
 @each_quantiser
-def test_adapters_of_quantised_layers_train_save_and_reload(quantise, tmp_path: Path) -> None:
+def test_quantised_model_trains_saves_and_reloads(quantise, tmp_path: Path) -> None:
     module, checkpoint = quantised(quantise), ModelCheckpoint(tmp_path, save_last=True)
     run = trainer(LoRACallback(**MIDDLE), checkpoint, max_steps=60, max_epochs=-1)
     run.fit(module, loader())
@@ -217,7 +217,7 @@ def test_adapters_of_quantised_layers_train_save_and_reload(quantise, tmp_path: 
 
 
 @each_quantiser
-def test_merging_into_quantised_weights_is_refused(quantise, rng) -> None:
+def test_merge_into_quantised_weight_is_rejected(quantise, rng) -> None:
     module = quantised(quantise)
     attach(module, LoRAConfig(**MIDDLE))
     train_all(module, rng)

@@ -1,4 +1,4 @@
-"""The code in the README runs, in order, as it stands there."""
+"""Run the code blocks of README.md, in order and unchanged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", README, 
 
 
 class LitModel(Toy):
-    """A model with the names that the README uses."""
+    """A model whose layer names appear in the README."""
 
     def build(self) -> None:
         with torch.random.fork_rng():
@@ -57,7 +57,7 @@ def code(title: str, language: str = "python") -> str:
 
 @pytest.fixture
 def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What a reader has before the first line: a module, its data, quiet defaults, an adapter's file."""
+    """Return the names a reader has before the first line: a module, data, a quiet Trainer and an adapter file."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -84,29 +84,29 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-def test_the_shortest_use(names: dict[str, Any]) -> None:
+def test_quickstart(names: dict[str, Any]) -> None:
     exec(code("# lightning-lora" if "# lightning-lora" in SECTIONS else next(iter(SECTIONS))), names)
     assert len(names["model"].losses) == 3 * 4
     names["trainer"].save_checkpoint("first.ckpt")
     assert RECORD_KEY in torch.load("first.ckpt", weights_only=True)
 
 
-def test_choosing(names: dict[str, Any]) -> None:
-    exec(code("Choose what is adapted"), names)
+def test_choosing_targets(names: dict[str, Any]) -> None:
+    exec(code("Choose what to adapt"), names)
     names["Trainer"](max_epochs=1, callbacks=[names["callback"]]).fit(names["model"], loader())
     adapted = {name for name, module in names["model"].named_modules() if type(module).__name__ == "LoRALinear"}
     assert adapted == {"blocks.1.q_proj", "blocks.1.v_proj", "blocks.1.mlp.fc1"}
 
 
 @pytest.mark.filterwarnings("ignore:.*no last checkpoint available.*")
-def test_resuming_evaluating_and_swapping(names: dict[str, Any]) -> None:
+def test_resume_evaluate_swap(names: dict[str, Any]) -> None:
     names["trainer"] = names["Trainer"](max_epochs=1, callbacks=[LoRACallback(rank=2)])
     exec(code("Resume, evaluate, swap"), names)
     assert not torch.equal(names["base_prediction"], names["model"](names["x"]))
     assert torch.equal(names["base_prediction"], LitModel()(names["x"]))
 
 
-def test_merging(names: dict[str, Any]) -> None:
+def test_merge(names: dict[str, Any]) -> None:
     model = names["model"]
     load_adapter(model, "adapter.ckpt")
     expected = model(names["x"])
@@ -116,7 +116,7 @@ def test_merging(names: dict[str, Any]) -> None:
     assert all(type(module).__name__ != "LoRALinear" for module in model.modules())
 
 
-def test_sharing(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_share_with_peft(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     from lightning_lora import adapter_state_dict
 
     load_adapter(names["model"], "adapter.ckpt")
@@ -127,7 +127,7 @@ def test_sharing(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> N
         load_adapter(fresh, directory)
         assert adapter_state_dict(fresh).keys() == adapter_state_dict(names["model"]).keys()
         torch.testing.assert_close(fresh(names["x"]), names["model"](names["x"]))
-    names["callback"].config = dataclasses.replace(names["callback"].config, rank=4)  # as the model is small
+    names["callback"].config = dataclasses.replace(names["callback"].config, rank=4)  # the model is small
     tuned = LitModel()
     names["Trainer"](max_epochs=1, callbacks=[names["callback"]]).fit(tuned, loader())
     again = LitModel()
@@ -135,7 +135,7 @@ def test_sharing(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> N
     torch.testing.assert_close(again(names["x"]), tuned(names["x"]))
 
 
-def test_the_command(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     Path("base").mkdir()
     save_file(LitModel().state_dict(), "base/model.safetensors")
     Path("base/config.json").write_text('{"model_type": "toy"}')
@@ -151,17 +151,17 @@ def test_the_command(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) 
     assert [name for name, value in model.state_dict().items() if not torch.equal(written[name], value)] == []
 
 
-def test_the_command_line(names: dict[str, Any]) -> None:
-    [callback] = yaml.safe_load(code("From the command line", "yaml"))["trainer"]["callbacks"]
+def test_lightning_cli(names: dict[str, Any]) -> None:
+    [callback] = yaml.safe_load(code("LightningCLI", "yaml"))["trainer"]["callbacks"]
     assert callback["class_path"] == "lightning_lora.LoRACallback"
     assert LoRACallback(**callback["init_args"]).config.rank == 8
-    exec(code("From the command line"), names)
+    exec(code("LightningCLI"), names)
     cli = names["CLI"](LitModel, run=False, args=["--lora.rank", "8"], trainer_class=Trainer)
     assert any(isinstance(c, LoRACallback) and c.config.rank == 8 for c in cli.trainer.callbacks)
 
 
 @pytest.mark.distributed
-def test_several_devices(names: dict[str, Any]) -> None:
+def test_several_gpus(names: dict[str, Any]) -> None:
     names["LitModel"] = Toy  # whose net is a Sequential
     whole = code("Several GPUs")
     exec(whole[: whole.index("import lightning_lora")], names)
@@ -178,19 +178,19 @@ def test_several_devices(names: dict[str, Any]) -> None:
             torch.distributed.destroy_process_group()
 
 
-def test_without_a_trainer(names: dict[str, Any]) -> None:
+def test_without_trainer(names: dict[str, Any]) -> None:
     exec(code("Without a Trainer"), names)
     assert [group["lr"] for group in names["optimizer"].param_groups] == pytest.approx([1e-3, 16e-3])
     assert "LoRA: 7 layers adapted" in str(names["report"])
 
 
-def test_every_python_block_is_covered() -> None:
+def test_every_python_block_is_tested() -> None:
     tested = re.findall(r'code\("([^"]+)"\)', Path(__file__).read_text())
     with_code = [title for title, part in SECTIONS.items() if "```python" in part]
     assert set(with_code[1:]) <= set(tested)
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_resolve() -> None:
     root = Path(__file__).parent.parent
-    missing = [link for link in re.findall(r"\]\(([\w./-]+)\)", README) if not (root / link).exists()]
+    missing = [link for link in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", README) if not (root / link).exists()]
     assert not missing

@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 divides, with a stand-in for DeepSpeed; the real one is in ``tests/distributed``."""
+"""Parameters sharded by ZeRO-3, with a stand-in for DeepSpeed; the real one is in ``tests/distributed``."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def gathered_parameters(parameters: Iterable[Tensor], modifier_rank: int | None 
             parameter.data = torch.empty(0)
 
 
-def test_what_a_divided_parameter_shows_is_put_back_even_if_an_exception_passes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_gathered_shape_is_restored_after_exception(monkeypatch: pytest.MonkeyPatch) -> None:
     zero = SimpleNamespace(GatheredParameters=gathered_parameters)
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
     parameter = nn.Parameter(torch.zeros(()).expand(2, 3))

@@ -1,4 +1,4 @@
-"""Tied weights: layers that leave a tie, and language models, which tie head and embedding, under every option."""
+"""Tied weights: untied layers, and language models with tied head and embedding under every option."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def dense(model: nn.Module, base: nn.Module, kind: str = "embedding") -> nn.Modu
 
 
 @pytest.mark.parametrize("name", ["head", "embed"])
-def test_a_tied_layer_is_refused_when_named_unless_it_may_be_untied(name: str):
+def test_named_tied_layer_is_rejected_unless_untied(name: str):
     model = Tied()
     with raises_and_changes_nothing(model, ValueError, f"'{name}' cannot be adapted: its weight is tied to"):
         attach(model, LoRAConfig(rank=4, target_modules=[name]))
 
 
 @pytest.mark.parametrize("untie", [False, True])
-def test_all_linear_leaves_a_tied_layer_out_and_says_so(untie: bool):
+def test_all_linear_skips_and_reports_tied_layer(untie: bool):
     model = Tied()
     report = str(attach(model, LoRAConfig(rank=4, untie_weights=untie)))
     assert list(all_adapters(model)) == ["mix"]
@@ -81,7 +81,7 @@ def test_all_linear_leaves_a_tied_layer_out_and_says_so(untie: bool):
 @each
 @each_kind
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_a_named_layer_gets_a_copy_of_its_own_and_the_model_starts_as_the_base(named, kind: str, dtype, rng):
+def test_untied_layer_gets_own_copy(named, kind: str, dtype, rng):
     base, x = Tied(kind).to(dtype), inputs(rng)
     shared, keys, output = base.embed.weight, list(base.state_dict()), base(x)
     report = str(attach(base, LoRAConfig(target_modules=named, **SPEC)))
@@ -97,7 +97,7 @@ def test_a_named_layer_gets_a_copy_of_its_own_and_the_model_starts_as_the_base(n
 
 @each
 @each_kind
-def test_only_the_adapted_side_computes_and_merges_with_the_update(named: list[str], kind: str, rng):
+def test_update_affects_only_adapted_side(named: list[str], kind: str, rng):
     (model, base), x = untied(named, kind), inputs(rng)
     train_everything(model, rng)
     truth, before = dense(model, base, kind), snapshot(model)
@@ -117,7 +117,7 @@ def test_only_the_adapted_side_computes_and_merges_with_the_update(named: list[s
 
 
 @each
-def test_training_with_weight_decay_moves_the_adapters_and_neither_copy_nor_shared_weight(named: list[str], rng):
+def test_weight_decay_changes_only_adapters(named: list[str], rng):
     (model, base), x = untied(named), inputs(rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     for _ in range(2):
@@ -130,7 +130,7 @@ def test_training_with_weight_decay_moves_the_adapters_and_neither_copy_nor_shar
 
 @each
 @each_kind
-def test_disabling_gives_the_base_and_detaching_the_tie_back(named: list[str], kind: str, rng):
+def test_disable_gives_base_and_detach_restores_tie(named: list[str], kind: str, rng):
     model, x = Tied(kind), inputs(rng)
     before, output = snapshot(model), model(x)
     attach(model, LoRAConfig(target_modules=named, **SPEC))
@@ -146,7 +146,7 @@ def test_disabling_gives_the_base_and_detaching_the_tie_back(named: list[str], k
 
 @each
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_a_copy_and_a_fresh_tied_base_with_the_state_compute_the_same_and_have_ties_of_their_own(named, copied, rng):
+def test_copy_and_reloaded_base_have_own_ties(named, copied, rng):
     (model, base), x = untied(named), inputs(rng)
     fresh = copy.deepcopy(base)
     train_everything(model, rng)
@@ -162,7 +162,7 @@ def test_a_copy_and_a_fresh_tied_base_with_the_state_compute_the_same_and_have_t
 
 
 @each
-def test_weights_that_are_loaded_after_attaching_are_the_base(named: list[str], rng):
+def test_weights_loaded_after_attaching_become_base(named: list[str], rng):
     (model, _), loaded, x = untied(named), Tied().double(), inputs(rng)
     model.load_state_dict(loaded.state_dict(), strict=False)
     for change in (lambda model: None, detach):
@@ -170,7 +170,7 @@ def test_weights_that_are_loaded_after_attaching_are_the_base(named: list[str], 
         assert torch.equal(model(x), loaded(x))
 
 
-def test_of_many_that_share_a_weight_the_others_stay_tied_and_what_is_not_tied_is_not_copied():
+def test_other_layers_stay_tied_and_untied_weights_are_not_copied():
     model = Sides()
     shared = model.embed.weight
     mix = model.mix.weight
@@ -213,7 +213,7 @@ def peft() -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chosen_tokens_compute_and_merge_as_in_the_dense_model_and_in_peft(family: str, peft: Any, rng):
+def test_trained_tokens_match_dense_model_and_peft(family: str, peft: Any, rng):
     model = language_model(family)
     reference, theirs = copy.deepcopy(model).double(), copy.deepcopy(model)
     attach(model, LoRAConfig(target_modules=[], trainable_token_indices=CHOSEN))
@@ -234,7 +234,7 @@ def test_chosen_tokens_compute_and_merge_as_in_the_dense_model_and_in_peft(famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_head_that_leaves_the_tie_computes_and_merges_as_in_the_dense_model(family: str, rng):
+def test_untied_head_matches_dense_model(family: str, rng):
     model = language_model(family)
     reference, shared = copy.deepcopy(model).double(), model.lm_head.weight
     attach(model, LoRAConfig(target_modules=["lm_head"], **SPEC))
@@ -250,7 +250,7 @@ def test_a_head_that_leaves_the_tie_computes_and_merges_as_in_the_dense_model(fa
 
 @pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
 @pytest.mark.parametrize("family", ["GPT2", "Bart"])
-def test_the_same_biases_train_as_in_peft(family: str, bias: str, peft: Any):
+def test_trained_biases_match_peft(family: str, bias: str, peft: Any):
     layers = {"GPT2": ["c_attn", "c_fc"], "Bart": ["q_proj", "fc1"]}[family]
     ours, base = language_model(family), language_model(family)
     attach(ours, LoRAConfig(rank=2, target_modules=layers, bias=bias))
@@ -292,7 +292,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 @pytest.mark.parametrize("loads", [False, True])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_fit_trains_saves_resumes_and_reloads_what_the_option_says(option: str, loads: bool, tmp_path: Path):
+def test_fit_saves_resumes_and_reloads_option(option: str, loads: bool, tmp_path: Path):
     def fit(epochs: int, last: Path | None = None) -> tuple[Speaker, Path]:
         module, held, checkpoint = (
             Speaker(loads),

@@ -1,4 +1,4 @@
-"""A vision transformer whose query and value are slices of one fused layer trains, saves, and is the same again."""
+"""A vision transformer with query and value as slices of one fused layer: train, save, reload."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["proj"], "dropout": 0.1}], ids=str)
-def test_query_and_value_train_and_compute_the_same_from_a_fresh_base(options: dict[str, Any], make, tmp_path: Path):
+def test_query_and_value_slices_reload_to_same_outputs(options: dict[str, Any], make, tmp_path: Path):
     torch.manual_seed(0)
     x, labels = images(), torch.randint(5, (16,))
     module, fresh = make(), make()

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into a PEFT directory, in one process and on the CPU.
+"""Convert a checkpoint to a PEFT directory, in one process on the CPU.
 
 python examples/llm/export.py examples/output/llm/last.ckpt examples/output/llm/peft
 """
@@ -16,14 +16,14 @@ from lightning_lora import load_adapter, save_adapter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="of train.py")
-    parser.add_argument("directory", type=Path, help="where to write the adapter")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint written by train.py")
+    parser.add_argument("directory", type=Path, help="output folder")
     options = parser.parse_args()
     hyperparameters = torch.load(options.checkpoint, weights_only=True)["hyper_parameters"]
-    hyperparameters.pop("_instantiator", None)  # LightningCLI's note to itself
+    hyperparameters.pop("_instantiator", None)  # added by LightningCLI
     model = CausalLM(**hyperparameters)
-    torch.set_default_dtype(torch.bfloat16)  # the base as it was trained on, at half of float32's memory
-    model.build()  # the base alone: nothing is sharded here
+    torch.set_default_dtype(torch.bfloat16)  # the precision used in training, half the memory of float32
+    model.build()  # only the base; nothing is sharded here
     print(load_adapter(model, options.checkpoint))
     save_adapter(model, options.directory)
     print(f"Adapter written to {options.directory}")

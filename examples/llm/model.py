@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lightning_lora
 
-# A Llama small enough for a laptop, with random weights: 256 tokens are the bytes.
+# A Llama small enough for a laptop, with random weights. Its 256 tokens are bytes.
 TOY = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -27,13 +27,13 @@ TOY = {
 
 
 class CausalLM(LightningModule):
-    """A transformers model whose decoder layers are found at ``model.layers``: Llama, Mistral, Qwen, Gemma and others.
+    """A transformers model with its decoder layers in ``model.layers``: Llama, Mistral, Qwen, Gemma and others.
 
     Args:
         pretrained: A folder or a name on the Hugging Face Hub; ``toy`` for a small random Llama.
-        learning_rate: Rate after the warm-up; constant from then on.
-        warmup_steps: Steps in which the rate rises to it.
-        checkpointing: Compute each layer's activations again in backward instead of keeping them.
+        learning_rate: Learning rate after the warm-up; constant from then on.
+        warmup_steps: Steps of the warm-up.
+        checkpointing: Recompute each layer's activations in backward instead of keeping them.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class CausalLM(LightningModule):
         self.net: Any = None
 
     def build(self) -> None:
-        """Make the base model, whole and on the host. Only the adapter is in checkpoints, so it comes from here."""
+        """Build the whole base model on the host. Checkpoints hold only the adapter, never the base."""
         if self.hparams.pretrained == "toy":
             with torch.random.fork_rng():
                 torch.manual_seed(0)  # the same base in every process and every run
                 self.net = AutoModelForCausalLM.from_config(LlamaConfig(**TOY))
-        else:  # the default precision is what the Trainer's `precision` asks for
+        else:  # the default dtype follows the Trainer's `precision`
             self.net = AutoModelForCausalLM.from_pretrained(self.hparams.pretrained, dtype=torch.get_default_dtype())
-        self.net.train()  # from_pretrained leaves evaluation mode, and Lightning leaves modes as they are
+        self.net.train()  # from_pretrained returns eval mode, and Lightning keeps modes
         if self.hparams.checkpointing:
             self.net.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -63,13 +63,13 @@ class CausalLM(LightningModule):
         if self.net is not None:
             return  # Lightning calls this for every stage
         self.build()
-        lightning_lora.attach(self)  # before fully_shard; with the options of the Trainer's LoRACallback
+        lightning_lora.attach(self)  # before fully_shard; takes the options of the Trainer's LoRACallback
         if self.device_mesh is None:
-            return  # one device has nothing to shard
+            return  # one device: nothing to shard
         mesh = self.device_mesh["data_parallel"]
-        for layer in self.net.model.layers:  # the units that are gathered one after another
+        for layer in self.net.model.layers:  # the units, gathered one after another
             fully_shard(layer, mesh=mesh)
-        fully_shard(self.net, mesh=mesh)  # the rest: embeddings, last norm, output head
+        fully_shard(self.net, mesh=mesh)  # the rest: embeddings, final norm, output head
 
     def forward(self, tokens: Tensor) -> Tensor:  # (batch, length) -> (batch, length, vocabulary)
         return self.net(input_ids=tokens, use_cache=False).logits
@@ -83,11 +83,11 @@ class CausalLM(LightningModule):
         self.log("val_loss", self.next_token_loss(tokens), prog_bar=True, sync_dist=True)
 
     def next_token_loss(self, tokens: Tensor) -> Tensor:
-        logits = self(tokens[:, :-1]).float()  # bfloat16 is too coarse for a sum over a vocabulary
+        logits = self(tokens[:, :-1]).float()  # bfloat16 is too coarse for a sum over the vocabulary
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # All parameters, as without LoRA: the callback has the optimizer hold those that train.
+        # All parameters, as without LoRA: the callback keeps those that train.
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate, weight_decay=0.0)
         warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=self.hparams.warmup_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}

@@ -1,4 +1,4 @@
-"""Fine-tune a causal language model with LoRA over FSDP2, from a YAML file.
+"""Fine-tune a causal language model with LoRA and FSDP2, from a YAML file.
 
 python examples/llm/train.py fit --config examples/llm/toy.yaml
 """
@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)  #
 
 
 class CLI(LightningCLI):
-    """Gives the data the model's tokenizer."""
+    """Passes the model's tokenizer to the data."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.pretrained", "data.tokenizer")

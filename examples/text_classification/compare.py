@@ -1,9 +1,9 @@
-"""What does LoRA bring? A frozen encoder, LoRA and full fine-tuning on the same sentences, in one table.
+"""Compare a frozen encoder, LoRA and full fine-tuning on the same sentences, in one table.
 
     python examples/text_classification/compare.py --config examples/text_classification/lora.yaml
 
-It takes the options of ``train.py``. Each method is judged on the test sentences, once, by the epoch or the strength of
-regularisation that was best on the validation sentences.
+It takes the options of ``train.py``. Each method is evaluated once on the test sentences, with the epoch or the
+strength of regularisation that was best on the validation sentences.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from train import CLI, build
 
 from lightning_lora import LoRACallback
 
-FULL_RATE = 5e-5  # LoRA wants a higher rate; this did better on the validation sentences than 1e-4
+FULL_RATE = 5e-5  # LoRA needs a higher rate; this did better on the validation sentences than 1e-4
 ROW = "{:18}  {:>13}  {:>11}  {:>16}  {:>7}"
 
 
 def frozen(cli: CLI) -> dict[str, Any]:
-    """The pretrained encoder as it is: logistic regression on the mean of each sentence's token vectors."""
+    """Evaluate the pretrained encoder as it is: logistic regression on the mean of each sentence's token vectors."""
     data = cli.datamodule
     train, validation, test = (
         features(cli.model.net.base_model, loader)
@@ -75,7 +75,7 @@ def main() -> None:
         cli = build(sys.argv[1:], run=False)
         for part in cli.trainer.callbacks:
             if isinstance(part, LoRACallback):
-                part.export_dir = None  # the best of train.py stays where it is
+                part.export_dir = None  # keep the export of train.py
         cli.trainer.checkpoint_callback.dirpath += f"/compare/{method.__name__}"
         started = time.perf_counter()
         found = method(cli)

@@ -18,11 +18,11 @@ class Sentences(LightningDataModule):
     """Sentences with labels: 60 % to train on, 20 % to choose the best epoch, 20 % for the final test.
 
     Args:
-        file: UTF-8 text, one ``sentence<TAB>label`` a line. Labels are any words.
-        pretrained: Whose tokenizer; the command line hands on the model's.
-        batch_size: Sentences in a batch.
-        max_tokens: Longer sentences are cut here.
-        split_seed: Which sentences fall into which part.
+        file: UTF-8 text with one ``sentence<TAB>label`` per line. Labels are any words.
+        pretrained: Model whose tokenizer is used; the command line passes the model's.
+        batch_size: Sentences per batch.
+        max_tokens: Longer sentences are truncated.
+        split_seed: Seed of the split.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Sentences(LightningDataModule):
         return DataLoader(part, self.batch_size, shuffle=shuffle, collate_fn=self.collate)
 
     def collate(self, rows: list[tuple[str, str]]) -> dict[str, Any]:
-        """Return the model's inputs; each batch is padded to its own longest sentence."""
+        """Return the model's inputs, padded to the longest sentence of the batch."""
         sentences, labels = zip(*rows, strict=True)
         batch = self.tokenizer(
             list(sentences), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
@@ -66,7 +66,7 @@ def read(file: Path) -> list[tuple[str, str]]:
     """Return the sentences with their labels.
 
     Raises:
-        ValueError: A line has no label, or there is nothing to tell apart.
+        ValueError: A line has no label, or all labels are the same.
     """
     rows = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):

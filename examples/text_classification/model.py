@@ -1,4 +1,4 @@
-"""A transformers classifier as a LightningModule. It knows no LoRA."""
+"""A transformers classifier as a LightningModule. It does not know about LoRA."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class TextClassifier(LightningModule):
     Args:
         labels: Names of the classes; the command line takes them from the data.
         pretrained: A folder or a name on the Hugging Face Hub, or ``minilm``.
-        learning_rate: Highest rate of the schedule.
-        warmup: Share of all steps in which the rate rises to it.
+        learning_rate: Highest learning rate of the schedule.
+        warmup: Share of all steps used for the warm-up.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class TextClassifier(LightningModule):
         self.net = AutoModelForSequenceClassification.from_pretrained(
             find(pretrained), id2label=dict(enumerate(labels)), label2id={label: i for i, label in enumerate(labels)}
         )
-        self.net.train()  # from_pretrained leaves evaluation mode, and Lightning leaves modes as they are
+        self.net.train()  # from_pretrained returns eval mode, and Lightning keeps modes
         self.val_accuracy = MulticlassAccuracy(len(labels), average="micro")
         self.test_accuracy = MulticlassAccuracy(len(labels), average="micro")
 
@@ -51,7 +51,7 @@ class TextClassifier(LightningModule):
         self.log("test_accuracy", self.test_accuracy)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        # All parameters, as without LoRA: the callback has the optimizer hold those that train.
+        # All parameters, as without LoRA: the callback keeps those that train.
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.hparams.learning_rate)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -1,4 +1,4 @@
-"""Classify sentences with a fine-tuned adapter, and check that PEFT computes the same with its export.
+"""Classify sentences with a fine-tuned adapter, and check that PEFT computes the same from its export.
 
 python examples/text_classification/predict.py "What a lovely day." "I want my money back."
 python examples/text_classification/predict.py --peft examples/output/text_classification/peft
@@ -27,14 +27,14 @@ TOLERANCE = 1e-5
 def load(path: Path) -> TextClassifier:
     """Build the base that a checkpoint names, and load the adapter into it."""
     options: dict[str, Any] = torch.load(path, weights_only=True)["hyper_parameters"]
-    options.pop("_instantiator", None)  # LightningCLI's note to itself
+    options.pop("_instantiator", None)  # added by LightningCLI
     model = TextClassifier(**options)
-    load_adapter(model, path)  # attaches as well: the file knows rank, targets and all the rest
+    load_adapter(model, path)  # attaches as well: the file holds rank, targets and all other options
     return model
 
 
 def load_in_peft(directory: Path, options: dict[str, Any]) -> nn.Module:
-    """Do what somebody does who has PEFT and the directory, and neither Lightning nor this package."""
+    """Load the export with PEFT alone, without Lightning or this package."""
     from peft import PeftModel
 
     base = AutoModelForSequenceClassification.from_pretrained(
@@ -53,10 +53,10 @@ def logits(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sentences", nargs="*", help="to classify")
-    parser.add_argument("--checkpoint", type=Path, default=OUTPUT / "best.ckpt", help="of train.py")
+    parser.add_argument("sentences", nargs="*", help="sentences to classify")
+    parser.add_argument("--checkpoint", type=Path, default=OUTPUT / "best.ckpt", help="checkpoint written by train.py")
     parser.add_argument("--peft", type=Path, metavar="DIR", help="load this export in PEFT and compare")
-    parser.add_argument("--file", type=Path, default=SENTENCES, help="the sentences to compare with")
+    parser.add_argument("--file", type=Path, default=SENTENCES, help="sentences to compare on")
     options = parser.parse_args()
 
     model = load(options.checkpoint)
@@ -70,7 +70,7 @@ def main() -> None:
         ours = logits(model.net, tokenizer, sentences)
         theirs = logits(load_in_peft(options.peft, model.hparams), tokenizer, sentences)
         difference = (ours - theirs).abs().max().item()
-        print(f"PEFT, {len(sentences)} sentences: logits differ by {difference:.0e} at most")
+        print(f"PEFT, {len(sentences)} sentences: logits differ by at most {difference:.0e}")
         if difference > TOLERANCE:
             sys.exit(f"That is more than {TOLERANCE:.0e}: {options.peft} is not the export of {options.checkpoint}.")
 

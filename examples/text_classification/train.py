@@ -15,7 +15,7 @@ warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated", FutureWarning)  #
 
 
 class CLI(LightningCLI):
-    """Lets model and data agree, and tests the best checkpoint after a fit."""
+    """Links the options of model and data, and tests the best checkpoint after a fit."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.pretrained", "data.pretrained")
@@ -26,7 +26,7 @@ class CLI(LightningCLI):
 
 
 def build(args: list[str] | None = None, run: bool = True) -> CLI:
-    """Read the options and, unless told otherwise, run the command among them."""
+    """Read the options and, unless ``run`` is False, run their command."""
     return CLI(TextClassifier, Sentences, seed_everything_default=0, save_config_callback=None, args=args, run=run)
 
 

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed, module_names
 from lightning_lora.planning.plan import PlannedLayer
 from lightning_lora.planning.planner import make_plan
-from lightning_lora.report import table_lines
 
 ADAM_BYTES = 8  # of each trained parameter: two averages in float32
 _ALL_SUBSETS_UP_TO = 4

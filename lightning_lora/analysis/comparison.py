@@ -22,8 +22,8 @@ from lightning_lora.analysis.matrices import AdapterMatrix
 from lightning_lora.analysis.places import kind_of, place
 from lightning_lora.analysis.similarity import above_baseline, subspace_similarity, update_similarity
 from lightning_lora.analysis.spectrum import ThinSVD, numerical_rank
+from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed
-from lightning_lora.report import table_lines
 
 _HEADER = ("layer", "ranks", "cosine", "in: first", "in: all", "chance", "out: first", "out: all", "chance")
 

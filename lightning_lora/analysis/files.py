@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,13 +13,10 @@ from lightning_lora.analysis.places import in_order
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import TokenAdapter
 from lightning_lora.names import join, listed, module_names
-from lightning_lora.peft_format.config import PeftConfig
-from lightning_lora.peft_format.directory import CONFIG_FILE, read_config, read_tensors
-from lightning_lora.peft_format.importing import adapted_paths, make_import
-from lightning_lora.peft_format.layers import keys_by_path
+from lightning_lora.peft_format.config import LAST_KNOWN_PEFT, TIMES_PEFT_ADDS_OUT_PROJ, PeftConfig
+from lightning_lora.peft_format.directory import keys_by_path, read_directory
+from lightning_lora.peft_format.importing import make_import
 from lightning_lora.peft_format.loading import matching_root
-from lightning_lora.peft_format.names import PREFIX
-from lightning_lora.peft_format.support import LAST_KNOWN_PEFT, TIMES_PEFT_ADDS_OUT_PROJ
 from lightning_lora.planning.plan import PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.state import check_not_merged
@@ -102,14 +98,13 @@ def matrices_of_directory(
         ValueError: The files cannot be read, do not fit the base, or need one to be understood.
         FileNotFoundError: They are not there.
     """
-    path = Path(directory)
-    config, tensors = read_config(path / CONFIG_FILE), read_tensors(path)
+    file = read_directory(directory)
     if base is None:
-        return list(_Directory(config, tensors).matrices())
+        return list(_Directory(file.config, file.tensors).matrices())
     check_not_merged(base, {})
-    root = matching_root(base, adapted_paths(tensors))
+    root = matching_root(base, file.paths)
     prefix = next(name for name, (part, _) in module_names(base).items() if part is root)
-    content = make_import(root, config, tensors)
+    content = make_import(root, file)
     weights = _planned_weights(root, content.config)
     _check_known([layer.label for layer in content.layers], weights, base)
     found: list[AdapterMatrix] = []
@@ -126,7 +121,7 @@ class _Directory:
 
     def __init__(self, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
         self.config = config
-        self.tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+        self.tensors = tensors
         self.by_path = keys_by_path(list(self.tensors))
         if config.target_parameters and (config.rank_pattern or config.alpha_pattern):
             raise ValueError(

@@ -11,10 +11,10 @@ from typing_extensions import override
 
 from lightning_lora.analysis.budget import ADAM_BYTES
 from lightning_lora.analysis.saved import Memory, saved_bytes
+from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
 from lightning_lora.freezing import all_training
 from lightning_lora.layers import all_adapters
-from lightning_lora.report import table_lines
 from lightning_lora.surgery import attach, detach
 from lightning_lora.trial import RandomState, arguments_for, left_as_it_was, tensors_in
 

@@ -13,7 +13,6 @@ from torch import nn
 from lightning_lora.analysis.matrices import AdapterMatrix, adapters_with_layers, matrices_of_adapter
 from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
 from lightning_lora.disk.base_folder import BaseFolder, open_base
-from lightning_lora.disk.tied_heads import virtual_heads
 from lightning_lora.names import join, listed
 from lightning_lora.storage.safetensors import StoredTensor
 
@@ -65,7 +64,7 @@ def _matrices(
 
 def _stored_weights(fitted: Fitted, base: BaseFolder) -> dict[str, StoredTensor]:
     """Return where the weight of each adapter lies, by its name in the skeleton."""
-    tensors, sources = base.tensors, virtual_heads(base)
+    tensors, sources = base.tensors, base.tied_heads
     called = fitted.names | {name: sources[mine] for name, mine in fitted.heads.items()}
     paths = {id(module): path for path, module in fitted.root.named_modules()}
     names = [join(paths[id(layer)], each.parameter) for each, layer in adapters_with_layers(fitted.root).values()]

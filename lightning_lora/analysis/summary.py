@@ -19,8 +19,8 @@ from lightning_lora.analysis.matrices import AdapterMatrix
 from lightning_lora.analysis.relation import Relation, relate
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, numerical_rank, stable_rank
 from lightning_lora.analysis.stored import stored_matrices
+from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed
-from lightning_lora.report import table_lines
 
 _HEADER = ("layer", "shape", "rank", "|dW|", "|dW|/|W|", "effective", "stable", "suggested", "amplification", "aligned")
 

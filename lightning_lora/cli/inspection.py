@@ -12,13 +12,10 @@ from torch import Tensor
 
 from lightning_lora.analysis.places import in_order
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
-from lightning_lora.disk.base_folder import read_json
 from lightning_lora.fingerprint import Fingerprint
 from lightning_lora.names import join
 from lightning_lora.peft_format.config import PeftConfig
-from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
-from lightning_lora.peft_format.layers import keys_by_path
-from lightning_lora.peft_format.names import PREFIX
+from lightning_lora.peft_format.directory import keys_by_path, read_directory
 from lightning_lora.storage.checkpoint import read_checkpoint, recorded_base
 
 
@@ -176,10 +173,9 @@ _NAMES: tuple[tuple[str, str], ...] = (
 
 
 def _of_peft(path: Path) -> Summary:
-    config, tensors = read_config(path / CONFIG_FILE), read_tensors(path)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    summary = Summary("PEFT directory", size, read_json(path / CONFIG_FILE), base=read_base(path))
-    left = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    file = read_directory(path)
+    config, left = file.config, dict(file.tensors)
+    summary = Summary("PEFT directory", file.size, dict(file.options), base=file.base)
     for layer, keys in sorted(keys_by_path(left).items(), key=lambda item: in_order(item[0])):
         factors = {short: left.pop(layer + end) for end, short in _NAMES if layer + end in keys}
         if not {"A", "B"} <= factors.keys() or min(factors["A"].ndim, factors["B"].ndim) < 2:

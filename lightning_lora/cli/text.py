@@ -1,19 +1,56 @@
-"""What the command shows of its results, and its progress."""
+"""Results as text: tables, colours and the progress bar."""
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from lightning_lora.cli.inspection import Summary
-from lightning_lora.disk.merge import MergeReport
+from lightning_lora.attachment import table_lines
 from lightning_lora.fingerprint import digest, to_plain
 from lightning_lora.names import listed
-from lightning_lora.report import table_lines
+
+if TYPE_CHECKING:
+    from lightning_lora.cli.inspection import Summary
+    from lightning_lora.disk.merge import MergeReport
 
 _BAR = 30
 _SHOWN_OPTIONS = 8
+BAD, WARNING, GOOD, FAINT = "31;1", "33;1", "32", "2"
+_MARKS = (
+    (re.compile(r"\bnot finite\b"), BAD),
+    (re.compile(r"^(?:the adapter fits|the adapters are equal|wrote)\b"), GOOD),
+    (re.compile(r"^-[- ]*$"), FAINT),
+)
+
+
+def wants_colours(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal whose user wants colours.
+
+    Source:
+        https://no-color.org: ``NO_COLOR``, if set to anything, disables them.
+    """
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def painted(text: str, style: str, stream: TextIO) -> str:
+    """Return a text in a colour, if the stream wants colours."""
+    return f"\x1b[{style}m{text}\x1b[0m" if wants_colours(stream) else text
+
+
+def say(label: str, style: str, text: object) -> None:
+    """Print an error or a warning to the standard error stream."""
+    print(f"lightning-lora: {painted(label, style, sys.stderr)} {text}", file=sys.stderr)
+
+
+def highlighted(line: str, stream: TextIO) -> str:
+    """Return a line with its important words in colour."""
+    for pattern, style in _MARKS:
+        line = pattern.sub(lambda match, style=style: painted(match[0], style, stream), line)  # type: ignore[misc]
+    return line
 
 
 def summary_object(summary: Summary) -> dict[str, Any]:

@@ -13,21 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import named_tensors
-from lightning_lora.disk.base_folder import BaseFolder, read_json
-from lightning_lora.disk.base_names import Renaming, find_renaming, invert
+from lightning_lora.disk.base_folder import BaseFolder, find_names
 from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.disk.skeleton_kinds import kinds_of_checkpoint, kinds_of_peft
-from lightning_lora.disk.tied_heads import virtual_heads
 from lightning_lora.fingerprint import Fingerprint, Sample, other_base, places, sample
 from lightning_lora.layers import Adapter, all_adapters
 from lightning_lora.layers.adapter import row_numbers
+from lightning_lora.loading import attach_entry, read_adapter
 from lightning_lora.names import listed
-from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
-from lightning_lora.peft_format.importing import adapted_paths, make_import
+from lightning_lora.peft_format.directory import read_directory
+from lightning_lora.peft_format.importing import make_import
 from lightning_lora.peft_format.loading import import_state
 from lightning_lora.peft_format.names import PREFIX, without_wrappers
 from lightning_lora.state import adapter_tensors, record_problems
-from lightning_lora.storage.checkpoint import attach_entry, read_checkpoint, recorded_base
+from lightning_lora.storage.checkpoint import read_checkpoint
 from lightning_lora.storage.safetensors import Layout, StoredTensor
 from lightning_lora.surgery import attach
 
@@ -67,7 +66,7 @@ def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fit
         ValueError: They do not fit, or cannot be read.
         FileNotFoundError: The adapter is not there.
     """
-    heads = virtual_heads(base)
+    heads = base.tied_heads
     stored = base.tensors
     layouts = {name: Layout(tensor.dtype, tensor.shape) for name, tensor in stored.items()}
     layouts |= {name: layouts[source] for name, source in heads.items()}
@@ -84,7 +83,7 @@ def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fit
 
 def read_fingerprint(path: Path) -> dict[str, Sample]:
     """Return the fingerprint of the base in a PEFT directory or a ``.ckpt``; empty if there is none."""
-    return read_base(path) if path.is_dir() else recorded_base(read_checkpoint(path)[0])
+    return dict(read_adapter(path).base)
 
 
 def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
@@ -103,30 +102,30 @@ def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
 
 
 def _fit_peft(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fitted:
-    config, tensors = read_config(path / CONFIG_FILE), read_tensors(path)
-    is_transposed = read_json(path / CONFIG_FILE).get("fan_in_fan_out") is True
-    paths = adapted_paths(tensors)
+    file = read_directory(path)
+    config, paths = file.config, file.paths
+    tensors = {PREFIX + key: tensor for key, tensor in file.tensors.items()}
+    is_transposed = file.options.get("fan_in_fan_out") is True
 
     def resolves(path: str, modules: Collection[str]) -> bool:
         return without_wrappers(path, modules) is not None
 
-    renaming = find_renaming(paths, layouts, resolves)
-    names = invert(layouts, renaming)
+    names, before = find_names(paths, layouts, resolves)
     mine = {name: layouts[each] for name, each in names.items()}
-    added = _new_modules(tensors, config.modules_to_save, mine, renaming)
+    added = _new_modules(tensors, config.modules_to_save, mine, before)
     mine |= {name: _layout(tensors[PREFIX + name]) for name in added}
     kinds, mine = kinds_of_peft(tensors, config.target_parameters, mine, base.config, is_transposed=is_transposed)
     skeleton = build_skeleton(mine, kinds)
     # Values of the frozen base that the file repeats must be the base's own: there they are compared.
     with _real_values(skeleton, base, {name: names[name] for name in names if PREFIX + name in tensors}):
-        content = make_import(skeleton, config, tensors)
+        content = make_import(skeleton, file)
     attach(skeleton, content.config)
     state = import_state(skeleton, content, adapter_tensors(skeleton), all_adapters(skeleton))
     return _fitted(skeleton, names, state, added)
 
 
 def _new_modules(
-    tensors: Mapping[str, Tensor], saved: Collection[str], mine: Collection[str], renaming: Renaming
+    tensors: Mapping[str, Tensor], saved: Collection[str], mine: Collection[str], before: str
 ) -> dict[str, str]:
     """Return the tensors of modules trained in full that the base lacks, such as a new head's."""
     keys = [key.removeprefix(PREFIX) for key in tensors if key.startswith(PREFIX)]
@@ -136,7 +135,7 @@ def _new_modules(
         if key not in mine and any(f".{entry}." in f".{key}" for entry in saved) and "lora_" not in key
         if not any(part in key for part in (".original_module.", ".modules_to_save.", ".base_layer."))
     ]
-    return {key: renaming.back(key) for key in found}
+    return {key: key.removeprefix(before) for key in found}
 
 
 def _layout(tensor: Tensor) -> Layout:
@@ -181,8 +180,7 @@ def _fit_record(
     paths = {key.partition(".lora.")[0] for key in state if ".lora." in key}
     if not paths:
         raise ValueError("The checkpoint holds no adapter.")
-    renaming = find_renaming(paths, layouts, lambda path, modules: path in modules)
-    names = invert(layouts, renaming)
+    names, _ = find_names(paths, layouts, lambda path, modules: path in modules)
     mine = {name: layouts[each] for name, each in names.items()}
     kinds = kinds_of_checkpoint(record, state, mine, base.config)
     skeleton = build_skeleton(mine, kinds)

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.bare_skeleton import attach_bare, fill, skeleton_of_checkpoint, skeleton_of_peft
-from lightning_lora.disk.base_folder import read_json
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.layers import all_adapters
 from lightning_lora.names import join
-from lightning_lora.peft_format.directory import CONFIG_FILE, read_base, read_config, read_tensors
+from lightning_lora.peft_format.directory import read_directory
 from lightning_lora.peft_format.files import exported, write_export
 from lightning_lora.peft_format.importing import Import, make_import
 from lightning_lora.peft_format.loading import import_state
@@ -87,13 +86,14 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
     """
     if checkpoint.exists():
         raise ValueError(f"{str(checkpoint)!r} exists already. Name a new file.")
-    options, tensors = read_config(directory / CONFIG_FILE), read_tensors(directory)
+    file = read_directory(directory)
+    options, tensors = file.config, file.tensors
     with _sense_of(directory):
-        is_transposed = read_json(directory / CONFIG_FILE).get("fan_in_fan_out") is True
+        is_transposed = file.options.get("fan_in_fan_out") is True
         skeleton = skeleton_of_peft(options, tensors, root, is_transposed=is_transposed)
         part = skeleton.get_submodule(root)
-        content = make_import(part, options, tensors)
-        base = {join(root, name): sample for name, sample in read_base(directory).items()}
+        content = make_import(part, file)
+        base = {join(root, name): sample for name, sample in file.base.items()}
         base |= fingerprint(_repeated(part, root, content, tensors))
         attach_bare(skeleton, _with_full_names(content, root))
         state = import_state(part, content, adapter_tensors(skeleton), all_adapters(part))

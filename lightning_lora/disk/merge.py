@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
-from lightning_lora.disk.base_folder import CONFIG_FILE, INDEX_FILE, BaseFolder, open_base
-from lightning_lora.disk.tied_heads import OPTION, embedding_names, virtual_heads
+from lightning_lora.disk.base_folder import INDEX_FILE, MODEL_CONFIG_FILE, TIE_OPTION, BaseFolder, open_base
 from lightning_lora.layers import LoRALayer, TokenAdapter
 from lightning_lora.names import join, listed
 from lightning_lora.storage.atomic import replace_directory
@@ -95,7 +94,7 @@ def merge_files(
     folder = open_base(base)
     fitted = fit_adapter(adapter, folder, check_base=check_base)
     merger = _Merger(folder, fitted, dtype, progress or (lambda _done, _all: None))
-    replace_directory(out, merger.write, marker=CONFIG_FILE, stale=())
+    replace_directory(out, merger.write, marker=MODEL_CONFIG_FILE, stale=())
     return merger.report
 
 
@@ -130,16 +129,16 @@ class _Merger:
         """Return the tied output layers that will be others than the embedding -> the embedding's tensor."""
         return {
             head: source
-            for head, source in virtual_heads(self.base).items()
+            for head, source in self.base.tied_heads.items()
             if self._changes(head) or self._changes(source)
         }
 
     def _unties(self) -> bool:
-        tied = embedding_names(self.base)
+        tied = self.base.tied_names
         return bool(self.heads) or any(self._changes(name) for name in tied)
 
     def _check(self) -> None:
-        tied = embedding_names(self.base)
+        tied = self.base.tied_names
         changed = [name for name in tied if self._changes(name)]
         rows = [name for name in tied if self._layer(name) and name not in changed]
         alone = changed if not (self.heads or "lm_head.weight" in tied) else []
@@ -214,12 +213,12 @@ class _Merger:
     def _write_small_files(self, folder: Path, where: dict[str, str]) -> None:
         for path in self.base.carried:
             (folder / path.name).write_bytes(path.read_bytes())
-        changes: dict[str, Any] = {OPTION: False} if self.report.untied else {}
+        changes: dict[str, Any] = {TIE_OPTION: False} if self.report.untied else {}
         if self.dtype is not None:
             text = str(self.dtype).removeprefix("torch.")
             changes |= dict.fromkeys({"dtype", "torch_dtype"} & self.base.config.keys(), text)
         if changes and self.base.config:
-            _write_json(folder / CONFIG_FILE, dict(self.base.config) | changes)
+            _write_json(folder / MODEL_CONFIG_FILE, dict(self.base.config) | changes)
         if self.base.index is not None:
             known = self.base.index.get("metadata")
             metadata = (known if isinstance(known, dict) else {}) | {"total_size": self.report.size}

@@ -8,15 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lora.disk.base_names import module_paths
+from lightning_lora.disk.base_folder import module_paths
 from lightning_lora.names import join
-from lightning_lora.peft_format.layers import keys_by_path
+from lightning_lora.peft_format.config import KNOWN_ORDER
+from lightning_lora.peft_format.directory import keys_by_path
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, without_wrappers
 from lightning_lora.storage.safetensors import Layout
 
 # Models of transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")
-KNOWN_ORDER = ("gate_up_proj", "down_proj")  # of the stacks in transformers' models with experts
 _MOST_ORDERS = 24
 _ATTENTION = ("in_proj_weight", "q_proj_weight")
 

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_lora.fingerprint import Fingerprint, Sample, from_plain, to_plain
-from lightning_lora.peft_format.config import PeftConfig, parse_config, unknown_options_message
+from lightning_lora.peft_format.config import (
+    KNOWN_ORDER,
+    LAST_KNOWN_PEFT,
+    TIMES_PEFT_ADDS_OUT_PROJ,
+    PeftConfig,
+    parse_config,
+    unknown_options_message,
+)
+from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
+from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight
 from lightning_lora.storage.safetensors import Layout, TensorWriter, read_table
 
 CONFIG_FILE = "adapter_config.json"
@@ -22,32 +36,188 @@ TENSORS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
 _BASE_KEY = "lightning_lora_base"
 _LARGEST_CONFIG = 64 * 2**20
+_ATTENTION_OUTPUT = ".base_layer.out_proj"
+_SHORT = {
+    **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"},
+    **{".lora_embedding_A": "A", ".lora_embedding_B": "B", ".lora_magnitude_vector": "magnitude"},
+}
 _UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, LookupError, ValueError, OSError)
 
 
-def is_adapter_directory(path: str | PathLike[str]) -> bool:
-    """Return whether there is a directory, which may hold an adapter as PEFT writes it."""
-    return Path(path).is_dir()
+@dataclass(frozen=True)
+class PeftFile(AdapterFile):
+    """A PEFT directory, read without its model; names are relative to the model that PEFT wrapped.
+
+    Attributes:
+        config: What the options mean.
+        alien: Names in the file that do not begin as PEFT's do.
+        base_text: The fingerprint of the base, as the file holds it.
+    """
+
+    config: PeftConfig
+    alien: tuple[str, ...] = ()
+    base_text: str = ""
+
+    @functools.cached_property
+    @override
+    def base(self) -> dict[str, Sample]:
+        return parse_base(self.base_text, self.path)
+
+    @functools.cached_property
+    def keys_by_path(self) -> dict[str, list[str]]:
+        """The names of the factors, by the paths of their layers; a path holds ``base_layer`` where PEFT wraps."""
+        return keys_by_path(self.tensors)
+
+    @functools.cached_property
+    @override
+    def paths(self) -> set[str]:
+        tokens = (key.removesuffix(TOKENS_SUFFIX) for key in self.tensors if key.endswith(TOKENS_SUFFIX))
+        return {*self.keys_by_path, *tokens}
+
+    @functools.cached_property
+    @override
+    def tokens(self) -> dict[str, StoredTokens]:
+        found = {}
+        for key in sorted(key for key in self.tensors if key.endswith(TOKENS_SUFFIX)):
+            name, rows = key.removesuffix(TOKENS_SUFFIX), self.tensors[key]
+            tokens = self.config.tokens_of(name)
+            shape = (max(tokens) + 1, rows.shape[-1]) if tokens and rows.ndim else ()
+            found[name] = StoredTokens(rows, tokens, StoredWeight(f"{name}.weight", "embedding", shape), key)
+        return found
+
+    @functools.cached_property
+    @override
+    def layers(self) -> dict[str, StoredLayer]:
+        return {path: self._layer(path, keys) for path, keys in sorted(self.keys_by_path.items())}
+
+    def _layer(self, path: str, keys: Collection[str]) -> StoredLayer:
+        found = {_SHORT[key[len(path) :]]: self.tensors[key] for key in keys}
+        if not {"A", "B"} <= found.keys() or min(found["A"].ndim, found["B"].ndim) < 2:
+            raise ValueError(f"{str(self.path)!r}: the update of {path!r} is incomplete.")
+        rank, scaling = self._numbers(path)
+        A, B = self._matrices(found["A"].flatten(1), found["B"].flatten(1), rank)
+        if A.shape[-2] != B.shape[-1]:
+            raise ValueError(f"{str(self.path)!r}: the factors of {path!r} do not fit each other.")
+        label = path.replace(_ATTENTION_OUTPUT, ".out_proj")
+        if f"{path}{_ATTENTION_OUTPUT}" in self.keys_by_path:
+            label = f"{path}.in_proj_weight"
+        weight = self._weight(path, f"{path}.lora_embedding_A" in keys, found["A"], found["B"])
+        return StoredLayer(
+            label, A, B, rank, scaling, found.get("magnitude"), found.get("bias"), weight, keys=tuple(keys)
+        )
+
+    def _numbers(self, path: str) -> tuple[int | None, float | None]:
+        """Return the rank and the scaling of a layer, or None where they depend on what the file does not say."""
+        module, is_inside, _ = path.partition(".base_layer.")
+        module = module if is_inside else _unwrapped(path)  # of attention's output, patterns match the attention's name
+        names = self.config.parameters_of(module) or [module]
+        names += [f"{module}.{entry}" for entry in self.config.target_parameters if "." not in entry]
+        found = {(self.config.rank_of(each), self.config.scaling_of(each)) for each in names}
+        if len(found) != 1:
+            return None, None
+        rank, scaling = found.pop()
+        if not path.endswith(_ATTENTION_OUTPUT):
+            return rank, scaling
+        is_known = self.config.peft_version <= LAST_KNOWN_PEFT
+        return rank, TIMES_PEFT_ADDS_OUT_PROJ * scaling if is_known else None
+
+    def _matrices(self, A: Tensor, B: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+        """Return the factors as matrices, or of experts as stacks of them."""
+        experts = len(A) // rank if rank and self.config.target_parameters else 1
+        if rank and experts > 1 and len(A) == experts * rank == B.shape[1]:
+            return A.reshape(experts, rank, -1), B.reshape(len(B), rank, experts).permute(2, 0, 1)
+        return A, B
+
+    def _weight(self, path: str, is_embedding: bool, A: Tensor, B: Tensor) -> StoredWeight:
+        if _ATTENTION_OUTPUT in path or f"{path}{_ATTENTION_OUTPUT}" in self.keys_by_path:
+            return StoredWeight()
+        module = _unwrapped(path)
+        if parameters := self.config.parameters_of(module):
+            names = _registered(parameters)
+            index = len(names) - 1 - path.count(".base_layer")  # PEFT wraps the first registered innermost
+            if not 0 <= index < len(names):
+                return StoredWeight()
+            experts = len(A) // self.config.rank_of(names[index])
+            shape = (len(B), A.shape[1]) if experts <= 1 else (experts, len(B), A.shape[1])
+            return StoredWeight(names[index], "parameter", shape, index)
+        name = f"{module}.weight"
+        if is_embedding:
+            return StoredWeight(name, "embedding", (A.shape[1], len(B)))
+        if A.ndim > 2:
+            return StoredWeight(name, "conv", (len(B), *A.shape[1:]))
+        if self.options.get("fan_in_fan_out") is True:
+            return StoredWeight(name, "conv1d", (A.shape[1], len(B)))
+        return StoredWeight(name, "linear", (len(B), A.shape[1]))
+
+
+def _unwrapped(path: str) -> str:
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    return path
+
+
+def _registered(names: list[str]) -> list[str]:
+    """Return the parameters of one module in the order in which it registers them; empty if that is unknown."""
+    by_key = {name.rpartition(".")[2]: name for name in names}
+    if len(names) > 1:
+        return [by_key[key] for key in KNOWN_ORDER] if by_key.keys() == {*KNOWN_ORDER} else []
+    return names
+
+
+def keys_by_path(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Return the names of factors by the paths of their layers."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        path, mark, last = key.rpartition(".lora_")
+        if mark and f"{mark}{last}" in _SHORT:
+            found.setdefault(path, []).append(key)
+    return found
+
+
+def read_directory(directory: str | PathLike[str]) -> PeftFile:
+    """Return the adapter in a PEFT directory.
+
+    Raises:
+        ValueError: The files cannot be read, or use options that have no equal here.
+        FileNotFoundError: They do not exist.
+    """
+    path = Path(directory)
+    options = _read_options(path / CONFIG_FILE)
+    config = _understood(options, path / CONFIG_FILE)
+    tensors, base = read_contents(path)
+    alien = tuple(key for key in tensors if not key.startswith(PREFIX))
+    named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    return PeftFile(path, named, options, {}, config, alien, base)
+
+
+def _read_options(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} is not there; a PEFT directory holds {CONFIG_FILE} and {TENSORS_FILE}.")
+    with _unreadable_config(path):
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        return json.loads(path.read_bytes())
+
+
+def _understood(options: Any, path: Path) -> PeftConfig:
+    with _unreadable_config(path):
+        config, unknown = parse_config(options)
+    if unknown:
+        warnings.warn(unknown_options_message(unknown), stacklevel=5)
+    return config
+
+
+@contextmanager
+def _unreadable_config(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is no config that can be loaded: {error}. Nothing was changed.") from error
 
 
 def read_config(path: Path) -> PeftConfig:
-    """Return the config of a PEFT directory.
-
-    Raises:
-        ValueError: It cannot be read, or uses options that have no equal here.
-        FileNotFoundError: It is not there.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is not there; a PEFT directory holds {CONFIG_FILE} and {TENSORS_FILE}.")
-    try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        config, unknown = parse_config(json.loads(path.read_bytes()))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no config that can be loaded: {error}. Nothing was changed.") from error
-    if unknown:
-        warnings.warn(unknown_options_message(unknown), stacklevel=4)
-    return config
+    """Return the config of a PEFT directory; see ``read_directory``."""
+    return _understood(_read_options(path), path)
 
 
 def read_tensors(directory: Path) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from lightning_lora.config import Bias
 from lightning_lora.layers import Adapter, TokenAdapter, lora_layers
 from lightning_lora.layers.linear import Conv1DAdapter
 from lightning_lora.names import listed, module_names
+from lightning_lora.peft_format.config import LAST_KNOWN_PEFT_TEXT
 from lightning_lora.peft_format.factors import Factors, Geometry, to_file
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, live_path, tensors_in_full
 from lightning_lora.peft_format.patterns import Scaled, numbers_for, targets_for
-from lightning_lora.peft_format.support import LAST_KNOWN_PEFT_TEXT
 
 
 class ExportedLayer(NamedTuple):

@@ -15,17 +15,12 @@ from lightning_lora.attachment import named_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import adapter_type
 from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names
-from lightning_lora.peft_format.config import PeftConfig
-from lightning_lora.peft_format.layers import (
-    ImportedLayer,
-    LayerReader,
-    differences,
-    keys_by_path,
-    shown,
-)
-from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, tensors_in_full, without_wrappers
+from lightning_lora.peft_format.directory import PeftFile
+from lightning_lora.peft_format.layers import ImportedLayer, LayerReader, differences, shown
+from lightning_lora.peft_format.names import PREFIX, tensors_in_full, without_wrappers
 from lightning_lora.peft_format.patterns import Scaled, lora_config, targets_for
 from lightning_lora.planning.obstacles import Obstacles
+from lightning_lora.storage.adapter_file import StoredTokens
 
 
 @dataclass
@@ -50,27 +45,18 @@ class Import:
         return self.make_config()
 
 
-def adapted_paths(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the paths of everything that the keys of a file adapt."""
-    keys = [key.removeprefix(PREFIX) for key in tensors]
-    return {*keys_by_path(keys), *(key.removesuffix(TOKENS_SUFFIX) for key in keys if key.endswith(TOKENS_SUFFIX))}
-
-
-def make_import(
-    root: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], names: ModuleNames | None = None
-) -> Import:
+def make_import(root: nn.Module, file: PeftFile, names: ModuleNames | None = None) -> Import:
     """Return what a file means for a model.
 
     Args:
         root: The model to which the file's names are relative.
-        config: The file's config.
-        tensors: Its tensors.
+        file: The adapter.
         names: The root's ``module_names``, where they are at hand.
 
     Raises:
         ValueError: They do not fit; one error lists all.
     """
-    reader = _Importer(root, config, tensors, module_names(root) if names is None else names)
+    reader = _Importer(root, file, module_names(root) if names is None else names)
     found = reader.read()
     if reader.problems:
         raise ValueError("\n".join(f"  - {problem}" for problem in reader.problems))
@@ -78,15 +64,14 @@ def make_import(
 
 
 class _Importer:
-    def __init__(self, root: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], names: ModuleNames) -> None:
-        self.root, self.config = root, config
+    def __init__(self, root: nn.Module, file: PeftFile, names: ModuleNames) -> None:
+        self.root, self.file, self.config, self.tensors = root, file, file.config, file.tensors
         self.problems: list[str] = []
-        self.tensors = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-        if alien := [key for key in tensors if not key.startswith(PREFIX)]:
-            self.problems.append(f"keys that do not begin with {PREFIX!r}: {listed(alien)}")
-        if broken := [key for key, tensor in tensors.items() if tensor.is_complex() or tensor.is_quantized]:
+        if file.alien:
+            self.problems.append(f"keys that do not begin with {PREFIX!r}: {listed(file.alien)}")
+        if broken := [key for key, tensor in self.tensors.items() if tensor.is_complex() or tensor.is_quantized]:
             self.problems.append(f"tensors of a kind that no adapter has: {listed(broken)}")
-        self.reader = LayerReader(names, config, self.tensors)
+        self.reader = LayerReader(names, file.config, self.tensors)
         self.names, self.modules, self.first = self.reader.names, self.reader.modules, self.reader.first
         self.layers = self.reader.layers
         self.tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
@@ -94,13 +79,13 @@ class _Importer:
 
     def read(self) -> Import:
         keys = set(self.tensors)
-        for path, mine in sorted(keys_by_path(keys).items()):
+        for path, mine in sorted(self.file.keys_by_path.items()):
             self.reader.read(path, mine)
             keys -= set(mine)
         self.problems += self.reader.problems
-        for key in sorted(key for key in keys if key.endswith(TOKENS_SUFFIX)):
-            self._read_tokens(key)
-            keys.remove(key)
+        for name, stored in self.file.tokens.items():
+            self._read_tokens(name, stored)
+            keys.remove(stored.key)
         self._check_requested_tokens()
         keys -= self._read_saved_modules(keys)
         biases = self._read_the_rest(keys)
@@ -114,9 +99,8 @@ class _Importer:
 
     # --- tokens
 
-    def _read_tokens(self, key: str) -> None:
-        name, rows = key.removesuffix(TOKENS_SUFFIX), self.tensors[key]
-        wanted = self._requested_tokens(name)
+    def _read_tokens(self, name: str, stored: StoredTokens) -> None:
+        rows, wanted, _, key = stored
         module = self.modules.get(name)
         if not isinstance(module, nn.Embedding):
             self.problems.append(f"{key}: the model has no embedding {name!r}")
@@ -129,12 +113,6 @@ class _Importer:
         else:
             order = sorted(range(len(wanted)), key=wanted.__getitem__)
             self.tokens[self.first[name]] = (tuple(sorted(wanted)), rows[torch.tensor(order)])
-
-    def _requested_tokens(self, name: str) -> tuple[int, ...] | None:
-        wanted = self.config.trainable_token_indices
-        if isinstance(wanted, Mapping):
-            return next((tokens for entry, tokens in wanted.items() if name.endswith(entry)), None)
-        return wanted or None
 
     def _check_requested_tokens(self) -> None:
         wanted = self.config.trainable_token_indices

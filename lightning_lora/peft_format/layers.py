@@ -9,18 +9,14 @@ from torch import Tensor, nn
 
 from lightning_lora.layers import Adapter, ParameterAdapter, adapter_type, parameter_adapter
 from lightning_lora.names import ModuleNames, join
-from lightning_lora.peft_format.config import PeftConfig
-from lightning_lora.peft_format.factors import Factors, Geometry, from_file, shapes_in_file
-from lightning_lora.peft_format.names import parameters_named, without_wrappers
-from lightning_lora.peft_format.support import (
+from lightning_lora.peft_format.config import (
     LAST_KNOWN_PEFT,
     LAST_KNOWN_PEFT_TEXT,
     TIMES_PEFT_ADDS_OUT_PROJ,
-    peft_obstacle,
+    PeftConfig,
 )
-
-_MARK = ".lora_"
-_AFTER_MARK = {"A.weight", "B.weight", "B.bias", "embedding_A", "embedding_B", "magnitude_vector"}
+from lightning_lora.peft_format.factors import Factors, Geometry, from_file, shapes_in_file
+from lightning_lora.peft_format.names import parameters_named, without_wrappers
 
 
 class ImportedLayer(NamedTuple):
@@ -71,7 +67,7 @@ class LayerReader:
             self.problems.append(f"{path}: {chosen}")
             return
         adapter, parameter, target = chosen
-        if reason := peft_obstacle(module, adapter, parameter, **self.variant):
+        if reason := adapter.peft_obstacle(module, parameter, **self.variant):
             self.problems.append(f"{path}: {reason}")
             return
         geometry = Geometry.of(adapter, module, parameter)
@@ -122,16 +118,6 @@ class LayerReader:
         of_attention = isinstance(parent, nn.MultiheadAttention) and path != name
         target = name.rpartition(".")[0] if of_attention else name
         return adapter, adapter.parameters_of(module)[0], target
-
-
-def keys_by_path(keys: Collection[str]) -> dict[str, list[str]]:
-    """Return the keys of factors by the paths of their layers."""
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        path, mark, last = key.rpartition(_MARK)
-        if mark and last in _AFTER_MARK:
-            found.setdefault(path, []).append(key)
-    return found
 
 
 def differences(

@@ -5,98 +5,68 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.attachment import attachments, get_attachment, named_tensors
+from lightning_lora.attachment import AttachReport, attachments, get_attachment, named_tensors
 from lightning_lora.freezing import weights_only_read
 from lightning_lora.layers import Adapter, LowRankAdapter, TokenAdapter, all_adapters, lora_layers
 from lightning_lora.names import ModuleNames, listed, module_names
-from lightning_lora.peft_format.directory import CONFIG_FILE, parse_base, read_config, read_contents
-from lightning_lora.peft_format.importing import Import, adapted_paths, make_import
-from lightning_lora.peft_format.names import chosen_root, found_root, without_wrappers
-from lightning_lora.report import AttachReport
-from lightning_lora.state import adapter_tensors, check_not_merged, copy_adapter_state, refuse_other_base
+from lightning_lora.peft_format.directory import PeftFile
+from lightning_lora.peft_format.importing import Import, make_import
+from lightning_lora.peft_format.names import found_root, without_wrappers
+from lightning_lora.state import adapter_tensors, copy_adapter_state, refuse_other_base
 from lightning_lora.surgery import attach, detach
 
 
-def load_directory(
-    module: nn.Module, directory: str | PathLike[str], export_root: str | None = None, *, check_base: bool = True
-) -> AttachReport:
-    """Attach and load the adapter of a PEFT directory, written by PEFT or by ``save_adapter``.
-
-    Args:
-        module: The base model, or a module that holds it; adapted in the same way or not at all.
-        directory: The directory.
-        export_root: Name of the submodule to which the names in the files are relative; found if left out.
-        check_base: As in ``load_adapter``.
-
-    Returns:
-        What was adapted.
-
-    Raises:
-        ValueError: The files cannot be read, use options that have no equal here, or do not fit the module. Nothing
-            was changed.
-        FileNotFoundError: They are not there.
-        RuntimeError: Another adapter was merged into this module for good.
-    """
-    check_not_merged(module, {})
+def load_directory(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> AttachReport:
+    """Attach and load the adapter of a PEFT directory, as ``load_adapter`` does."""
     tensors = adapter_tensors(module)
-    root, content = _read(module, Path(directory), export_root, tensors if check_base else None)
+    root, content = _import_into(module, file, tensors if check_base else None)
     return _attach_and_load(module, root, content, tensors)
 
 
-def imported(module: nn.Module, directory: str | PathLike[str], *, check_base: bool = True) -> tuple[str, Import]:
+def imported(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> tuple[str, Import]:
     """Return what a directory means for a module: the name of the model inside it, and what is for that.
 
     Raises:
-        ValueError: The files cannot be read, use options that have no equal here, or do not fit the module.
-        FileNotFoundError: They are not there.
+        ValueError: The file does not fit the module.
     """
-    root, content = _read(module, Path(directory), None, adapter_tensors(module) if check_base else None)
+    root, content = _import_into(module, file, adapter_tensors(module) if check_base else None)
     return next(name for name, part in module.named_modules() if part is root), content
 
 
-def _read(
-    module: nn.Module, path: Path, export_root: str | None, apart: Mapping[str, Tensor] | None
-) -> tuple[nn.Module, Import]:
+def _import_into(module: nn.Module, file: PeftFile, apart: Mapping[str, Tensor] | None) -> tuple[nn.Module, Import]:
     """Return the model to which a directory's names are relative, and what is for it.
 
     Args:
         module: The module that holds the model.
-        path: The directory.
-        export_root: The model's name, if it was given.
+        file: The directory.
         apart: What of the module is no base to be compared; None compares nothing.
     """
-    config, (tensors, base) = read_config(path / CONFIG_FILE), read_contents(path)
     names_of = functools.cache(module_names)
-    root = matching_root(module, adapted_paths(tensors), export_root, names_of)
+    root = matching_root(module, file.paths, names_of)
     names = names_of(root)
     try:
         with weights_only_read(part for part, _ in names.values()):
-            content = make_import(root, config, tensors, names)
+            content = make_import(root, file, names)
     except ValueError as error:
         raise ValueError(
-            f"The adapter in {str(path)!r} does not fit this {type(root).__name__}; nothing was changed:\n{error}"
+            f"The adapter in {str(file.path)!r} does not fit this {type(root).__name__}; nothing was changed:\n{error}"
         ) from None
     if apart is not None:
-        refuse_other_base(root, parse_base(base, path), apart.values())
+        refuse_other_base(root, file.base, apart.values())
     return root, content
 
 
 def matching_root(
     module: nn.Module,
     paths: set[str],
-    export_root: str | None = None,
     names_of: Callable[[nn.Module], ModuleNames] = module_names,
 ) -> nn.Module:
     """Return the model in which all these paths of a file name modules; ValueError if several may be meant."""
-    if export_root is not None:
-        return chosen_root(module, export_root)[1]
 
     @functools.cache
     def has_all(part: nn.Module) -> bool:

@@ -308,7 +308,7 @@ class _Planner:
         lines = "\n".join(f"  - {problem}" for problem in self.problems)
         return (
             f"LoRA cannot be attached to {self._root()}; nothing was changed:\n{lines}\n"
-            "lightning_lora.names.candidates(model) lists all names."
+            "lightning_lora.target_names(model) lists all names."
         )
 
 

@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from typing_extensions import override
 
-from lightning_lora.attachment import get_attachment, named_tensors
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
-from lightning_lora.names import module_names
-from lightning_lora.peft_format.directory import is_adapter_directory
-from lightning_lora.peft_format.loading import load_directory
-from lightning_lora.report import AttachReport
-from lightning_lora.state import (
-    FORMAT_VERSION,
-    check_not_merged,
-    copy_adapter_state,
-    record_problems,
-    refuse_other_base,
-)
-from lightning_lora.surgery import attach, detach
+from lightning_lora.names import join
+from lightning_lora.state import FORMAT_VERSION
+from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
 RECORD_KEY = "lightning_lora"
 
@@ -86,33 +79,7 @@ def check_is_checkpoint(checkpoint: object, path: object) -> None:
         raise ValueError(f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'. Nothing was changed.")
 
 
-def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bool = True) -> AttachReport:
-    """Attach and load a saved adapter; the file alone says everything needed.
-
-    Args:
-        module: A base model of the trained kind with its pretrained weights, adapted in the same way or not at all.
-        path: A ``.ckpt`` written under a ``LoRACallback``, or a directory written by ``save_adapter`` or by PEFT. The
-            model that a directory's names are relative to is found in the module by those names.
-        check_base: Refuse a base whose values are not those that the adapter was trained on, as far as the file says;
-            another precision of the same is none.
-
-    Returns:
-        What was adapted.
-
-    Raises:
-        ValueError: The file is no such checkpoint, or does not fit the module, or its base. Nothing was changed.
-        RuntimeError: Another adapter was merged into this module for good.
-    """
-    if is_adapter_directory(path):
-        return load_directory(module, path, check_base=check_base)
-    record, state = read_checkpoint(path)
-    check_not_merged(module, record["merges"])
-    if check_base:
-        refuse_other_base(module, recorded_base(record))
-    return _attach_and_load(module, record, state)
-
-
-def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the record and the state of the adapter in a ``.ckpt``.
 
     Raises:
@@ -131,6 +98,90 @@ def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str
         raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")
     check_record(record, path)
     return record, checkpoint["state_dict"]
+
+
+@dataclass(frozen=True)
+class CheckpointFile(AdapterFile):
+    """The adapter of a ``.ckpt`` that was written under a LoRACallback.
+
+    Attributes:
+        record: What was written beside the tensors.
+    """
+
+    record: Mapping[str, Any]
+
+    @property
+    @override
+    def paths(self) -> set[str]:
+        return {key.partition(".lora.")[0] for key in self.tensors if ".lora." in key}
+
+    @functools.cached_property
+    @override
+    def base(self) -> dict[str, Sample]:
+        return recorded_base(self.record)
+
+    @functools.cached_property
+    @override
+    def layers(self) -> dict[str, StoredLayer]:
+        with damage_named(self.path):
+            records = self.record["layers"].items()
+            return {name: self._layer(name, said) for name, said in records if self._rows_key(name) not in self.tensors}
+
+    @functools.cached_property
+    @override
+    def tokens(self) -> dict[str, StoredTokens]:
+        with damage_named(self.path):
+            found = {name: (self._rows_key(name), said) for name, said in self.record["layers"].items()}
+            return {
+                name: StoredTokens(self.tensors[key], None, _weight(name, said), key)
+                for name, (key, said) in found.items()
+                if key in self.tensors
+            }
+
+    @staticmethod
+    def _rows_key(name: str) -> str:
+        return f"{name}.lora.rows"
+
+    def _layer(self, name: str, said: Mapping[str, Any]) -> StoredLayer:
+        """Return one update; an adapter is its layer's only one, or one of a group below the layer's ``lora``."""
+        above, _, last = name.rpartition(".")
+        for begin in (f"{name}.lora.", join(above, f"lora.{last}.")):
+            names = [key for key in ("A", "B", "magnitude", "bias") if begin + key in self.tensors]
+            if {"A", "B"} <= {*names}:
+                return StoredLayer(
+                    name,
+                    **{key: self.tensors[begin + key] for key in names},
+                    rank=said["rank"],
+                    scaling=said["scaling"],
+                    weight=_weight(name, said),
+                    rows=tuple(map(tuple, said.get("rows", ()))),
+                    keys=tuple(begin + key for key in names),
+                )
+        raise ValueError(f"{str(self.path)!r} holds no factors of {name!r}; the file was changed or damaged.")
+
+
+def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
+    if (kind := said.get("kind")) is None:
+        return StoredWeight(said.get("weight"))
+    shape = said["shape"]
+    if not (isinstance(shape, list) and 1 < len(shape) < 6 and all(type(s) is int and 0 < s < 2**31 for s in shape)):
+        raise ValueError(f"The record of {name!r} holds the shape {shape!r}; the file was damaged.")
+    return StoredWeight(said["weight"], kind, tuple(shape), int(said.get("order", 0)))
+
+
+def checkpoint_file(path: str | PathLike[str]) -> CheckpointFile:
+    """Return the adapter in a ``.ckpt``.
+
+    Raises:
+        ValueError: It cannot be read, or holds no adapter.
+        FileNotFoundError: It does not exist.
+    """
+    record, state = read_checkpoint(path)
+    tensors = {name: each for name, each in state.items() if isinstance(each, Tensor)}  # metrics may hold other objects
+    with damage_named(path):
+        entries = record["adapters"]
+        options = entries[0]["config"] if len(entries) == 1 else {"adapters": list(entries)}
+    return CheckpointFile(Path(path), tensors, options, record["merges"], record)
 
 
 def check_record(record: Any, path: object) -> None:
@@ -165,39 +216,3 @@ def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | 
         return (LoRAConfig.from_dict(entry["config"]), int(entry["seed"])) if entry["root"] == "" else None
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _attach_and_load(module: nn.Module, record: dict[str, Any], state: dict[str, torch.Tensor]) -> AttachReport:
-    """Attach what the record says, or nothing at all."""
-    with ExitStack() as undo:
-        reports = [attach_entry(module, entry, undo) for entry in record["adapters"]]
-        if problems := record_problems(module, record):
-            raise ValueError("The checkpoint does not fit this model:\n" + "\n".join(f"  - {p}" for p in problems))
-        known = named_tensors(module).keys()
-        if not state.keys() <= known:  # states of metrics, say; walking all that a model would save takes longer
-            known = module.state_dict().keys()
-        copy_adapter_state(module, state, known=known)
-        undo.pop_all()
-    return reports[0]
-
-
-def attach_entry(module: nn.Module, entry: dict[str, Any], undo: ExitStack) -> AttachReport:
-    """Attach what one entry of a record says; ``undo`` takes it back.
-
-    Raises:
-        ValueError: It does not fit the module.
-    """
-    modules = module_names(module)
-    if entry["root"] not in modules:
-        raise ValueError(
-            f"The adapter was attached to {entry['root']!r}, which {type(module).__name__} does not have. Load it "
-            "into a module of the trained kind."
-        )
-    target = modules[entry["root"]][0]
-    before = get_attachment(target)
-    report = attach(
-        target, LoRAConfig.from_dict(entry["config"]), seed=entry["seed"] if before is None else before.seed
-    )
-    if before is None:
-        undo.callback(detach, target)
-    return report

@@ -1,4 +1,4 @@
-"""``export`` and ``import``: checkpoints become PEFT directories and back, from files alone, and compute the same."""
+"""``lightning-lora export`` and ``import``: conversion between checkpoints and PEFT directories."""
 
 from __future__ import annotations
 
@@ -15,11 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, adapter_state_dict, load_adapter, merge, save_adapter
-from lightning_lora.cli import main
-from lightning_lora.fingerprint import fingerprint, to_plain
-from lightning_lora.state import base_tensors, describe
+from lightning_lora import LoRACallback, load_adapter, merge, save_adapter
 from lightning_lora.storage.checkpoint import RECORD_KEY
+from tests.files import run, write_checkpoint
 from tests.peft_format.kinds import KINDS, WARNED, output, seeded
 from tests.peft_format.models import (
     CLOSE,
@@ -65,12 +63,6 @@ def inside(model: nn.Module) -> nn.Module:
     return nn.ModuleDict({"model": model})
 
 
-def write_checkpoint(module: nn.Module, path: Path) -> Path:
-    record = describe(module) | {"base": to_plain(fingerprint(base_tensors(module)))}
-    torch.save({"state_dict": adapter_state_dict(module), RECORD_KEY: record}, path)
-    return path
-
-
 def prefixed(options: dict[str, Any]) -> dict[str, Any]:
     tokens = options.get("trainable_token_indices")
     return options | (
@@ -78,12 +70,8 @@ def prefixed(options: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def run(*arguments: object) -> int:
-    return main([str(each) for each in arguments])
-
-
 @pytest.mark.parametrize("case", MODELS)
-def test_an_exported_checkpoint_computes_the_same_in_peft_and_here(case: str, tmp_path: Path) -> None:
+def test_exported_checkpoint_computes_the_same_in_peft(case: str, tmp_path: Path) -> None:
     make, options = MODELS[case]
     module = trained(inside(make()), **prefixed(options))
     checkpoint = write_checkpoint(module, tmp_path / "last.ckpt")
@@ -95,7 +83,7 @@ def test_an_exported_checkpoint_computes_the_same_in_peft_and_here(case: str, tm
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_an_imported_directory_computes_the_same(case: str, tmp_path: Path) -> None:
+def test_imported_directory_computes_the_same(case: str, tmp_path: Path) -> None:
     make, options = MODELS[case]
     model = trained(make(), **options)
     save_adapter(model, tmp_path / "peft")
@@ -106,7 +94,7 @@ def test_an_imported_directory_computes_the_same(case: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("case", MODELS)
-def test_there_and_back_gives_the_same_bits(case: str, tmp_path: Path) -> None:
+def test_round_trip_is_bitwise(case: str, tmp_path: Path) -> None:
     make, options = MODELS[case]
     module = trained(inside(make()), **prefixed(options))
     checkpoint = write_checkpoint(module, tmp_path / "last.ckpt")
@@ -122,7 +110,7 @@ def test_there_and_back_gives_the_same_bits(case: str, tmp_path: Path) -> None:
         assert all(torch.equal(back["state_dict"][name], value) for name, value in before["state_dict"].items())
 
 
-def test_the_files_are_those_that_save_adapter_writes(tmp_path: Path) -> None:
+def test_export_writes_the_files_of_save_adapter(tmp_path: Path) -> None:
     module = trained(inside(llama()), target_modules=["q_proj"])
     save_adapter(module, tmp_path / "live", export_root="model")
     assert run("export", write_checkpoint(module, tmp_path / "last.ckpt"), tmp_path / "files") == 0
@@ -135,7 +123,7 @@ def test_the_files_are_those_that_save_adapter_writes(tmp_path: Path) -> None:
 
 
 @each_directory
-def test_directories_of_peft_are_imported(model: str, name: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_peft_directory_is_imported(model: str, name: str, options: dict[str, Any], tmp_path: Path) -> None:
     make = PEFT_MODELS[model]
     tuned = trained_by_peft(make(), **options)
     tuned.save_pretrained(tmp_path / "peft")
@@ -149,7 +137,7 @@ def test_directories_of_peft_are_imported(model: str, name: str, options: dict[s
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "attention" not in kind and "expert" not in kind])
-def test_every_kind_of_layer_goes_there_and_back(kind: str, tmp_path: Path) -> None:
+def test_each_kind_round_trips(kind: str, tmp_path: Path) -> None:
     build, inputs, options = KINDS[kind]
     model = trained(seeded(build), **({"target_modules": ["layer"]} | options))
     checkpoint = write_checkpoint(model, tmp_path / "last.ckpt")
@@ -162,9 +150,7 @@ def test_every_kind_of_layer_goes_there_and_back(kind: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "attention" in kind])
-def test_what_files_do_not_tell_is_refused_with_the_remedy(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_attention_is_refused_with_remedy(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build, _, options = KINDS[kind]
     model = trained(seeded(build), **({"target_modules": ["layer"]} | options))
     assert run("export", write_checkpoint(model, tmp_path / "last.ckpt"), tmp_path / "peft") == 1
@@ -176,9 +162,7 @@ def test_what_files_do_not_tell_is_refused_with_the_remedy(
     assert not (tmp_path / "back.ckpt").exists()
 
 
-def test_convolutions_that_peft_cannot_hold_and_merged_bases_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_grouped_convolution_and_merged_base_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     grouped = nn.ModuleDict({"conv": nn.Conv2d(4, 4, 3, groups=2)})
     trained(grouped, target_modules=["conv"], rank=1)
     assert run("export", write_checkpoint(grouped, tmp_path / "grouped.ckpt"), tmp_path / "peft") == 1
@@ -190,7 +174,7 @@ def test_convolutions_that_peft_cannot_hold_and_merged_bases_are_refused(
     assert "another one merged into it" in capsys.readouterr().err
 
 
-def test_an_imported_file_is_a_checkpoint_for_the_trainer(tmp_path: Path) -> None:
+def test_imported_file_works_as_ckpt_path(tmp_path: Path) -> None:
     run_before, module, path = fitted(tmp_path / "run", modules_to_save=["net.4"])
     [expected] = run_before.test(module, loader(), verbose=False)
     assert run("export", path, tmp_path / "peft") == 0
@@ -201,7 +185,7 @@ def test_an_imported_file_is_a_checkpoint_for_the_trainer(tmp_path: Path) -> Non
     assert run("diff", path, tmp_path / "back.ckpt") == 0
 
 
-def test_an_existing_checkpoint_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_checkpoint_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_adapter(trained(gpt2()), tmp_path / "peft")
     (tmp_path / "mine.ckpt").write_text("years of work")
     assert run("import", tmp_path / "peft", tmp_path / "mine.ckpt") == 1
@@ -209,7 +193,7 @@ def test_an_existing_checkpoint_is_never_replaced(tmp_path: Path, capsys: pytest
     assert (tmp_path / "mine.ckpt").read_text() == "years of work"
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_adapter(trained(gpt2()), tmp_path / "peft")
 
     def full(*_: Any) -> None:
@@ -220,7 +204,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in tmp_path.iterdir()] == ["peft"]
 
 
-def test_a_changed_record_is_one_line_of_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_record_gives_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = trained(inside(llama()), target_modules=["q_proj"], modules_to_save=["lm_head"])
     content = torch.load(write_checkpoint(module, tmp_path / "last.ckpt"), weights_only=True)
     draw = random.Random(3)
@@ -241,7 +225,7 @@ def test_a_changed_record_is_one_line_of_error(tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("spectral_norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
-def test_statistics_that_moved_are_refused_by_export(
+def test_tracked_statistics_are_refused_by_export(
     spectral_norm: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = nn.Sequential(OrderedDict(layer=spectral_norm(nn.Linear(8, 8))))

@@ -1,4 +1,4 @@
-"""DeepSpeed on the CPU: what Lightning leaves to GPUs, so that DeepSpeed is tested where there is none."""
+"""DeepSpeed on the CPU: lift what Lightning restricts to GPUs."""
 
 from __future__ import annotations
 

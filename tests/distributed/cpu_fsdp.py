@@ -1,4 +1,4 @@
-"""FSDP on the CPU: what Lightning and torch lack for it, so that FSDP is tested where there is no GPU."""
+"""FSDP on the CPU: add what Lightning and torch lack for it."""
 
 from __future__ import annotations
 

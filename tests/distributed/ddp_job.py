@@ -1,4 +1,4 @@
-"""What two processes do in ``test_ddp.py``: Lightning starts this script once for each."""
+"""Script of the processes in ``test_ddp.py``; Lightning starts it once per process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of ``test_damage.py`` do until they are killed: ``python killed_job.py DIRECTORY MOMENT``."""
+"""Script of the processes in ``test_damage.py`` until they are killed: ``python killed_job.py DIRECTORY MOMENT``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes do in ``test_kinds.py``: train every kind of adapted layer under DDP, FSDP2 and FSDP."""
+"""Script of the processes in ``test_kinds.py``: train every layer kind under DDP, FSDP2 and FSDP."""
 
 from __future__ import annotations
 

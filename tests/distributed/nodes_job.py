@@ -1,4 +1,4 @@
-"""What the processes of two "machines" do in ``test_nodes.py``, each started by ``torchrun`` or as SLURM does."""
+"""Script of the processes of two "machines" in ``test_nodes.py``, started by ``torchrun`` or as in SLURM."""
 
 from __future__ import annotations
 

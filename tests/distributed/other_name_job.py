@@ -1,4 +1,4 @@
-"""What the processes do in ``test_other_name.py``: the job of all strategies, with Lightning under its other name.
+"""Script of the processes in ``test_other_name.py``: the job of ``test_every_strategy.py`` with ``pytorch_lightning``.
 
 Arguments: the directory for results, the number of processes, the checkpoint of a single process, and the modes.
 """

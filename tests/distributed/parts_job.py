@@ -1,4 +1,4 @@
-"""What two processes under FSDP, each with a part of the adapter, say of a fit and of an evaluation that are fine."""
+"""Script of two FSDP processes, each with a part of the adapter: report the warnings of a good fit and evaluation."""
 
 from __future__ import annotations
 

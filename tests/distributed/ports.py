@@ -1,4 +1,4 @@
-"""Ports at which the processes of one job find each other, while other jobs run beside it."""
+"""Free ports for distributed jobs that run in parallel."""
 
 from __future__ import annotations
 

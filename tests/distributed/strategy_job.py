@@ -1,4 +1,4 @@
-"""What the processes do in ``test_every_strategy.py``: Lightning starts this script once for each.
+"""Script of the processes in ``test_every_strategy.py``; Lightning starts it once per process.
 
 Arguments: the directory for results, the number of processes, that of whole models, the checkpoint of a single process,
 and the modes.

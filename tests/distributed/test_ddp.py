@@ -1,4 +1,4 @@
-"""Two real processes under DDP equal one process on the joined batch."""
+"""Two DDP processes equal one process on the joined batch."""
 
 from __future__ import annotations
 
@@ -38,35 +38,33 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return ddp_job.fit(tmp_path_factory.mktemp("single"), "whole", 2, devices=1)
 
 
-def test_ranks_start_and_end_with_the_same_bits(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_stay_bit_identical(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["whole"] for rank in ranks)
     assert_same_bits(first["start"], second["start"])
     assert_same_bits(first["state"], second["state"])
     assert first["losses"] != second["losses"]  # they did see different data
 
 
-def test_the_start_does_not_depend_on_the_number_of_processes(
-    ranks: list[dict[str, Any]], single: dict[str, Any]
-) -> None:
+def test_initial_values_do_not_depend_on_world_size(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
     assert_same_bits(ranks[0]["whole"]["start"], single["start"])
 
 
-def test_two_processes_equal_one_on_the_joined_batch(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
+def test_two_processes_match_one(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:
     both = ranks[0]["whole"]["state"]
     assert any(both[name].any() for name in both if name.endswith("lora.B"))
     for name, value in single["state"].items():
         torch.testing.assert_close(both[name], value, rtol=0, atol=1e-10)
 
 
-def test_only_adapters_travel_between_processes(ranks: list[dict[str, Any]]) -> None:
+def test_only_adapter_gradients_are_synchronised(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["whole"]["bucket_bytes"] == ranks[0]["whole"]["adapter_bytes"] > 0
 
 
-def test_the_file_holds_the_adapter_alone(ranks: list[dict[str, Any]]) -> None:
+def test_checkpoint_holds_only_adapter(ranks: list[dict[str, Any]]) -> None:
     assert set(read(ranks[0]["whole"]["last"])["state_dict"]) == ADAPTER
 
 
-def test_resuming_equals_never_having_stopped_bit_for_bit(ranks: list[dict[str, Any]]) -> None:
+def test_resume_is_bit_exact(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         assert rank["half"]["losses"] + rank["resumed"]["losses"] == rank["whole"]["losses"]
         assert len(rank["whole"]["losses"]) == 4
@@ -76,7 +74,7 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(ranks: list[dict[str, 
         assert_same_bits(resumed[key], whole[key])
 
 
-def test_a_checkpoint_of_two_processes_resumes_in_one(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_checkpoint_resumes_in_one_process(ranks: list[dict[str, Any]], tmp_path: Path) -> None:
     resumed = ddp_job.fit(tmp_path, "resumed", 2, ranks[0]["half"]["last"], devices=1)
     for name, value in ranks[0]["whole"]["state"].items():
         torch.testing.assert_close(resumed["state"][name], value, rtol=0, atol=1e-10)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 1 to 3: two processes on the CPU equal one, and resume one another's checkpoints."""
+"""DeepSpeed ZeRO stages 1 to 3: two CPU processes equal one, and checkpoints are interchangeable."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def losses(ranks: Ranks, *keys: str) -> list[float]:
 
 
 @each_mode
-def test_losses_are_those_of_one_process(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
+def test_losses_match_one_process(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
     assert losses(ranks, mode, "whole") == pytest.approx(single["whole"]["losses"], abs=1e-5)
     assert ranks[0][mode]["whole"]["losses"] != ranks[1][mode]["whole"]["losses"]  # they saw different rows
 
 
 @each_mode
-def test_the_file_holds_what_one_process_would_have_saved(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
+def test_checkpoint_matches_one_process(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
     place = Path(ranks[0][mode]["whole"]["last"])
     assert place.is_file()
     theirs, ours = read(place), read(single["whole"]["last"])
@@ -99,7 +99,7 @@ def test_the_file_holds_what_one_process_would_have_saved(mode: str, ranks: Rank
 
 
 @each_mode
-def test_resuming_equals_never_having_stopped_bit_for_bit(mode: str, ranks: Ranks) -> None:
+def test_resume_is_bit_exact(mode: str, ranks: Ranks) -> None:
     for rank in ranks:
         assert rank[mode]["half"]["losses"] + rank[mode]["resumed"]["losses"] == rank[mode]["whole"]["losses"]
     whole, resumed = (read(ranks[0][mode][name]["last"]) for name in ("whole", "resumed"))
@@ -108,7 +108,7 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(mode: str, ranks: Rank
 
 
 @pytest.mark.parametrize("mode", ["2", "3"])
-def test_offloading_the_optimizer_changes_no_bit(mode: str, ranks: Ranks) -> None:
+def test_optimizer_offload_is_bit_exact(mode: str, ranks: Ranks) -> None:
     for rank in ranks:
         offloaded = rank[f"{mode} offloaded"]
         assert offloaded["whole"]["losses"] == rank[mode]["whole"]["losses"]
@@ -121,22 +121,18 @@ def test_offloading_the_optimizer_changes_no_bit(mode: str, ranks: Ranks) -> Non
 
 
 @each_mode
-def test_a_checkpoint_of_one_process_resumes_under_deepspeed(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
+def test_resumes_checkpoint_of_one_process(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
     assert losses(ranks, mode, "from single") == pytest.approx(single["whole"]["losses"][2:], abs=1e-5)
 
 
 @each_mode
-def test_a_checkpoint_of_deepspeed_resumes_in_one_process(
-    mode: str, ranks: Ranks, single: dict[str, Any], tmp_path: Path
-) -> None:
+def test_checkpoint_resumes_in_one_process(mode: str, ranks: Ranks, single: dict[str, Any], tmp_path: Path) -> None:
     resumed = deepspeed_job.fit(tmp_path, "resumed", "single", 2, ranks[0][mode]["half"]["last"])
     assert resumed["losses"] == pytest.approx(single["whole"]["losses"][2:], abs=1e-5)
 
 
 @each_mode
-def test_merging_leaves_no_adapter_and_the_outputs_of_one_process(
-    mode: str, ranks: Ranks, single: dict[str, Any]
-) -> None:
+def test_merge_matches_one_process(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
     for rank in ranks:
         assert (rank[mode]["half"]["adapters"], rank[mode]["whole"]["adapters"]) == (2, 0)
         torch.testing.assert_close(rank[mode]["whole"]["output"], single["whole"]["output"], **CLOSE)
@@ -144,7 +140,7 @@ def test_merging_leaves_no_adapter_and_the_outputs_of_one_process(
 
 @each_mode
 @pytest.mark.parametrize("run", ["whole", "from_single"])
-def test_the_best_checkpoint_and_the_last_state_are_exported_as_a_peft_directory(
+def test_exports_best_checkpoint_and_last_state(
     mode: str, run: str, directory: Path, ranks: Ranks, single: dict[str, Any]
 ) -> None:
     module = deepspeed_job.Single()
@@ -153,7 +149,7 @@ def test_the_best_checkpoint_and_the_last_state_are_exported_as_a_peft_directory
 
 
 @each_mode
-def test_frozen_parameters_get_no_gradients_and_saving_gathers_what_was_trained_alone(mode: str, ranks: Ranks) -> None:
+def test_frozen_parameters_get_no_gradients_and_are_not_gathered(mode: str, ranks: Ranks) -> None:
     file = read(ranks[0][mode]["whole"]["last"])
     trained = sum(tensor.nbytes for tensor in file["state_dict"].values())
     moments = sum(t.nbytes for entry in file["optimizer_states"][0]["state"].values() for t in entry.values())
@@ -163,16 +159,14 @@ def test_frozen_parameters_get_no_gradients_and_saving_gathers_what_was_trained_
 
 
 @each_mode
-def test_a_checkpoint_is_evaluated_without_repeating_its_options(
-    mode: str, ranks: Ranks, single: dict[str, Any]
-) -> None:
+def test_checkpoint_evaluates_without_options(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
     expected = deepspeed_job.validation_loss("single", single["half"]["last"])
     for rank in ranks:
         assert rank[mode]["validation"] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["kinds", "attention"])
-def test_other_kinds_of_layers_train_as_in_one_process(kind: str, ranks: Ranks, single: dict[str, Any]) -> None:
+def test_layer_kinds_match_one_process(kind: str, ranks: Ranks, single: dict[str, Any]) -> None:
     """In stage 3, which divides each layer as it is built, and in stage 2 where the weight carries the update."""
     assert losses(ranks, kind) == pytest.approx(single[kind]["losses"], abs=1e-5)
     theirs, ours = (read(run["last"])["state_dict"] for run in (ranks[0][kind], single[kind]))
@@ -182,24 +176,20 @@ def test_other_kinds_of_layers_train_as_in_one_process(kind: str, ranks: Ranks, 
 
 
 @each_mode
-def test_the_checkpoint_says_the_same_of_the_base_as_that_of_one_process(
-    mode: str, ranks: Ranks, single: dict[str, Any]
-) -> None:
+def test_fingerprint_matches_one_process(mode: str, ranks: Ranks, single: dict[str, Any]) -> None:
     theirs, ours = (read(run["last"])[RECORD_KEY]["base"] for run in (ranks[0][mode]["whole"], single["whole"]))
     assert theirs == ours
     assert ours
 
 
 @each_mode
-def test_another_base_is_refused_by_name_in_every_process(mode: str, ranks: Ranks) -> None:
+def test_other_base_is_rejected_in_every_process(mode: str, ranks: Ranks) -> None:
     for rank in ranks:
         assert "1 of 4 compared tensors differ, first net.2.weight." in rank[mode]["other base"]
 
 
 @pytest.mark.parametrize(("mode", "kind"), [*((mode, "net") for mode in deepspeed_job.MODES), ("3", "kinds")])
-def test_a_checkpoint_of_a_whole_model_becomes_the_base(
-    mode: str, kind: str, ranks: Ranks, single: dict[str, Any]
-) -> None:
+def test_whole_checkpoint_becomes_base(mode: str, kind: str, ranks: Ranks, single: dict[str, Any]) -> None:
     """Where layers are built late, they are asked for on the meta device."""
     theirs, ours = ranks[0][mode]["whole models"][kind], single["whole models"][kind]
     assert losses(ranks, mode, "whole models", kind) == pytest.approx(ours["losses"], abs=1e-5)
@@ -208,22 +198,22 @@ def test_a_checkpoint_of_a_whole_model_becomes_the_base(
     assert found[RECORD_KEY]["base"] == expected[RECORD_KEY]["base"]
 
 
-def test_a_whole_model_that_does_not_fit_is_refused_by_the_shapes_of_the_whole_weights(ranks: Ranks) -> None:
+def test_whole_checkpoint_with_wrong_shapes_is_rejected(ranks: Ranks) -> None:
     for rank in ranks:
         assert "net.2.weight: file (17, 16), model (16, 16), net.2.bias: file (17,)" in rank["misfit"]
 
 
-def test_what_stays_on_the_meta_device_is_refused_by_name(ranks: Ranks) -> None:
+def test_parameters_left_on_meta_are_rejected(ranks: Ranks) -> None:
     for rank in ranks:
         assert all("built on the meta device: net.0.weight" in text for text in rank["on meta"])
 
 
-def test_an_adapter_that_no_gradient_reaches_is_named(ranks: Ranks) -> None:
+def test_adapter_without_gradient_is_named(ranks: Ranks) -> None:
     assert [text for text in ranks[0]["warned"] if "No gradient reached the adapters of idle in" in text]
 
 
 @pytest.mark.parametrize("mode", ["2", "3 built late"])
-def test_in_bfloat16_the_float32_masters_are_saved_and_resumed_bit_for_bit(mode: str, ranks: Ranks) -> None:
+def test_bfloat16_saves_and_resumes_float32_masters(mode: str, ranks: Ranks) -> None:
     whole, resumed = (read(ranks[0][mode]["bf16"][name]["last"]) for name in ("whole", "resumed"))
     for key in WHOLE_STATE:
         assert_same_bits(resumed[key], whole[key])

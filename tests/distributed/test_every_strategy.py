@@ -1,4 +1,4 @@
-"""The same laws under every strategy: two processes (four for both kinds of parallelism) equal one."""
+"""The same laws under every strategy: several processes equal one."""
 
 from __future__ import annotations
 
@@ -80,19 +80,19 @@ def losses(ranks: Ranks, run: str) -> list[float]:
 
 
 @each_mode
-def test_losses_are_those_of_one_process(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
+def test_losses_match_one_process(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
     assert losses(runs[mode], "whole") == pytest.approx(single["whole"]["losses"], abs=1e-9)
     assert len(set(single["whole"]["losses"])) == 4
 
 
 @each_mode
-def test_processes_see_different_rows_where_they_should(mode: str, runs: dict[str, Ranks]) -> None:
+def test_data_parallel_processes_see_different_rows(mode: str, runs: dict[str, Ranks]) -> None:
     seen = {tuple(rank["whole"]["losses"]) for rank in runs[mode]}
     assert len(seen) == (1 if mode == "tp" else 2)
 
 
 @pytest.mark.parametrize("mode", [mode for mode in [*TWO, *FOUR] if not mode.startswith("fsdp1")])
-def test_every_process_logs_the_diagnostics_of_one(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
+def test_diagnostics_match_one_process(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
     expected = single["whole"]["metrics"]
     assert len(expected) == 2 * 5
     for rank in runs[mode]:
@@ -101,9 +101,7 @@ def test_every_process_logs_the_diagnostics_of_one(mode: str, runs: dict[str, Ra
 
 
 @each_mode
-def test_the_file_holds_what_one_process_would_have_saved(
-    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
-) -> None:
+def test_checkpoint_matches_one_process(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
     theirs, ours = read(runs[mode][0]["whole"]["last"]), read(single["whole"]["last"])
     assert theirs["state_dict"].keys() == TRAINED
     for name, tensor in ours["state_dict"].items():
@@ -118,7 +116,7 @@ def test_the_file_holds_what_one_process_would_have_saved(
 
 
 @each_mode
-def test_resuming_equals_never_having_stopped_bit_for_bit(mode: str, runs: dict[str, Ranks]) -> None:
+def test_resume_is_bit_exact(mode: str, runs: dict[str, Ranks]) -> None:
     for rank in runs[mode]:
         assert rank["half"]["losses"] + rank["resumed"]["losses"] == rank["whole"]["losses"]
     whole, resumed = (read(runs[mode][0][name]["last"]) for name in ("whole", "resumed"))
@@ -127,14 +125,12 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(mode: str, runs: dict[
 
 
 @each_mode
-def test_a_checkpoint_of_one_process_resumes_in_several(
-    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
-) -> None:
+def test_resumes_checkpoint_of_one_process(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
     assert losses(runs[mode], "from single") == pytest.approx(single["whole"]["losses"][2:], abs=1e-9)
 
 
 @each_mode
-def test_a_checkpoint_of_several_processes_resumes_in_one(
+def test_checkpoint_resumes_in_one_process(
     mode: str, runs: dict[str, Ranks], single: dict[str, Any], tmp_path: Path
 ) -> None:
     resumed = strategy_job.fit(tmp_path, "resumed", "single", 1, 2, runs[mode][0]["half"]["last"])
@@ -142,16 +138,14 @@ def test_a_checkpoint_of_several_processes_resumes_in_one(
 
 
 @each_mode
-def test_a_checkpoint_is_evaluated_without_repeating_its_options(
-    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
-) -> None:
+def test_checkpoint_evaluates_without_options(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
     expected = strategy_job.evaluated("single", 1, single["half"]["last"])
     for rank in runs[mode]:
         assert rank["evaluated"] == pytest.approx(expected, abs=1e-9)
 
 
 @each_mode
-def test_another_base_is_refused_by_name_in_every_process(mode: str, runs: dict[str, Ranks]) -> None:
+def test_other_base_is_rejected_in_every_process(mode: str, runs: dict[str, Ranks]) -> None:
     for rank in runs[mode]:
         assert "1 of 4 compared tensors differ, first net.2.weight." in rank["other base"]
 
@@ -168,19 +162,17 @@ def test_another_base_is_refused_by_name_in_every_process(mode: str, runs: dict[
         ("all", r"^$"),
     ],
 )
-def test_what_processes_would_train_by_themselves_is_refused(run: str, expected: str, runs: dict[str, Ranks]) -> None:
+def test_unsynchronised_parameters_are_rejected(run: str, expected: str, runs: dict[str, Ranks]) -> None:
     for rank in runs["said in 2"]:
         assert re.search(expected, rank[run])
 
 
-def test_processes_that_train_alike_are_mentioned(runs: dict[str, Ranks]) -> None:
+def test_processes_on_same_data_cause_warning(runs: dict[str, Ranks]) -> None:
     assert "so groups of 2 processes train on the same data" in runs["said in 4"][0]["two kinds"]
 
 
 @each_mode
-def test_merging_leaves_no_adapter_and_the_same_outputs(
-    mode: str, runs: dict[str, Ranks], single: dict[str, Any]
-) -> None:
+def test_merge_keeps_outputs(mode: str, runs: dict[str, Ranks], single: dict[str, Any]) -> None:
     for rank in runs[mode]:
         assert (rank["whole"]["adapters"], rank["merged"]["adapters"]) == (2, 0)
         assert not [kind for kind in rank["merged"]["kinds"] if "LoRA" in kind]
@@ -190,7 +182,7 @@ def test_merging_leaves_no_adapter_and_the_same_outputs(
 
 @each_mode
 @pytest.mark.parametrize("run", ["whole", "merged"])
-def test_the_best_checkpoint_and_the_last_state_are_exported_as_a_peft_directory(
+def test_exports_best_checkpoint_and_last_state(
     mode: str, run: str, directory: Path, runs: dict[str, Ranks], single: dict[str, Any]
 ) -> None:
     module = strategy_job.Wide()
@@ -204,7 +196,7 @@ def test_frozen_parameters_get_no_gradients(mode: str, runs: dict[str, Ranks]) -
 
 
 @each_mode
-def test_saving_gathers_at_most_twice_what_was_trained(mode: str, runs: dict[str, Ranks]) -> None:
+def test_save_gathers_at_most_twice_the_trained_bytes(mode: str, runs: dict[str, Ranks]) -> None:
     file = read(runs[mode][0]["whole"]["last"])
     trained = sum(tensor.nbytes for tensor in file["state_dict"].values())
     moments = sum(t.nbytes for entry in file["optimizer_states"][0]["state"].values() for t in entry.values())
@@ -215,7 +207,7 @@ def test_saving_gathers_at_most_twice_what_was_trained(mode: str, runs: dict[str
 
 
 @pytest.mark.parametrize("mode", strategy_job.ON_META)
-def test_a_module_built_on_the_meta_device_trains_as_one_with_memory_when_its_weights_are_loaded(
+def test_module_built_on_meta_trains_after_loading(
     mode: str, runs: dict[str, Ranks], on_a_whole_model: dict[bool, dict[str, Any]]
 ) -> None:
     truth = on_a_whole_model[False]
@@ -227,7 +219,7 @@ def test_a_module_built_on_the_meta_device_trains_as_one_with_memory_when_its_we
 
 
 @pytest.mark.parametrize("mode", strategy_job.ON_WHOLE_MODELS)
-def test_a_checkpoint_of_a_whole_model_becomes_the_base(
+def test_whole_checkpoint_becomes_base(
     mode: str, runs: dict[str, Ranks], on_a_whole_model: dict[bool, dict[str, Any]]
 ) -> None:
     truth = on_a_whole_model["tp" not in mode]
@@ -240,7 +232,7 @@ def test_a_checkpoint_of_a_whole_model_becomes_the_base(
 
 
 @pytest.mark.parametrize("mode", strategy_job.ON_WHOLE_MODELS)
-def test_a_whole_model_that_does_not_fit_changes_nothing(mode: str, runs: dict[str, Ranks]) -> None:
+def test_unfitting_whole_checkpoint_changes_nothing(mode: str, runs: dict[str, Ranks]) -> None:
     for rank in runs[mode]:
         found = rank["on a whole model"]
         assert "net.2.weight: file (17, 16), model (16, 16), net.2.bias: file (17,)" in found["refused"]

@@ -1,4 +1,4 @@
-"""Every kind of adapted layer trains and merges in two processes as in one, under DDP, FSDP2 and FSDP."""
+"""Every layer kind trains and merges in two processes as in one, under DDP, FSDP2 and FSDP."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ CASES = [
 
 @pytest.mark.parametrize(("strategy", "kind"), CASES)
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
-def test_a_layer_of_several_processes_trains_and_merges_as_in_one_process(
-    strategy: str, kind: str, ranks: list[dict[str, Any]]
-) -> None:
+def test_layer_kind_matches_one_process(strategy: str, kind: str, ranks: list[dict[str, Any]]) -> None:
     truth = kinds_job.train(kinds_job.CASES[kind])
     for rank in ranks:
         found = rank[strategy][kind]

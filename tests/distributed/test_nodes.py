@@ -1,4 +1,4 @@
-"""Two machines, played by processes of one, started as ``docs/strategies.md`` says."""
+"""Two machines, simulated by processes on one, started as in ``docs/strategies.md``."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def assert_equal_to_one_process(reports: list[Report], mode: str, whole: Report,
 
 
 @pytest.mark.parametrize(("starter", "mode"), [(starter, mode) for starter in MODES for mode in MODES[starter]])
-def test_two_machines_train_as_one_process(
+def test_two_machines_match_one_process(
     starter: str, mode: str, reports: dict[str, list[Report]], single: Single
 ) -> None:
     assert_equal_to_one_process(reports[starter], mode, single.whole, 1e-9)
@@ -122,13 +122,13 @@ def test_two_machines_train_as_one_process(
 
 @pytest.mark.parametrize("mode", STAGES)
 @pytest.mark.parametrize("starter", MODES)
-def test_two_machines_train_as_one_process_under_deepspeed(
+def test_two_machines_match_one_process_under_deepspeed(
     starter: str, mode: str, reports: dict[str, list[Report]], single_in_float: Single
 ) -> None:
     assert_equal_to_one_process(reports[starter], mode, single_in_float.whole, 1e-5)
 
 
-def test_a_job_that_slurm_requeues_goes_on_from_an_adapters_checkpoint(
+def test_requeued_slurm_job_continues(
     places: dict[str, Path], reports: dict[str, list[Report]], single: Single
 ) -> None:
     assert losses(reports["slurm"], "requeued").mean(0).tolist() == pytest.approx(single.whole["losses"], abs=1e-9)

@@ -1,4 +1,4 @@
-"""Two processes with all of Lightning from ``pytorch_lightning``: the numbers are those of ``lightning.pytorch``."""
+"""Two processes with ``pytorch_lightning`` give the numbers of ``lightning.pytorch``."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ def runs(directory: Path, single: dict[str, Any]) -> Runs:
 
 
 @each_mode
-def test_the_trainer_is_of_the_other_package(mode: str, runs: Runs) -> None:
+def test_trainer_comes_from_pytorch_lightning(mode: str, runs: Runs) -> None:
     assert {rank["Trainer"] for rank in runs[mode]} == {"pytorch_lightning.trainer.trainer"}
 
 
 @each_mode
-def test_losses_are_those_of_one_process_under_the_first_name(mode: str, runs: Runs, single: dict[str, Any]) -> None:
+def test_losses_match_lightning_pytorch(mode: str, runs: Runs, single: dict[str, Any]) -> None:
     assert losses(runs[mode], "whole") == pytest.approx(single["whole"]["losses"], abs=1e-9)
 
 
 @each_mode
-def test_a_checkpoint_of_the_first_name_resumes_under_the_other(mode: str, runs: Runs, single: dict[str, Any]) -> None:
+def test_resumes_checkpoint_of_lightning_pytorch(mode: str, runs: Runs, single: dict[str, Any]) -> None:
     assert losses(runs[mode], "from single") == pytest.approx(single["whole"]["losses"][2:], abs=1e-9)
 
 
 @each_mode
-def test_checkpoints_hold_the_adapter_alone(mode: str, runs: Runs) -> None:
+def test_checkpoint_holds_only_adapter(mode: str, runs: Runs) -> None:
     assert set(read(runs[mode][0]["whole"]["last"])["state_dict"]) == TRAINED

@@ -1,4 +1,4 @@
-"""Processes that hold a part of an adapter each judge it together."""
+"""Processes that each hold a part of an adapter agree on whether it was trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_a_process_without_any_of_b_does_not_call_the_adapter_untrained(tmp_path: Path) -> None:
+def test_process_without_part_of_b_does_not_warn(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, parts_job.__file__, str(tmp_path / "adapter.ckpt")]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: where the factors lie, and what is refused; one process is enough for both."""
+"""Tensor parallelism: placement of the factors, and rejected options; one process is enough."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def placements(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.placements
 
 
-def test_factors_are_divided_as_their_weight_is() -> None:
+def test_factors_are_sharded_like_weight() -> None:
     model = parallel(network(), _0=ColwiseParallel(), _2=RowwiseParallel())
     attach(model, LoRAConfig(rank=2))
     layers = lora_layers(model)
@@ -50,7 +50,7 @@ def test_factors_are_divided_as_their_weight_is() -> None:
     assert not isinstance(layers["4"].lora.A, DTensor)
 
 
-def test_factors_start_as_without_parallelism() -> None:
+def test_initial_values_match_unsharded() -> None:
     model, plain = parallel(network(), _0=ColwiseParallel(), _2=RowwiseParallel()), network()
     for each in (model, plain):
         attach(each, LoRAConfig(rank=2))
@@ -58,7 +58,7 @@ def test_factors_start_as_without_parallelism() -> None:
         assert torch.equal(lora_layers(model)[name].lora.A.full_tensor(), lora_layers(plain)[name].lora.A)
 
 
-def test_biases_get_the_gradients_of_one_process() -> None:
+def test_bias_gradients_match_one_process() -> None:
     model, plain = parallel(network(), _0=ColwiseParallel(), _2=RowwiseParallel()), network()
     x = torch.linspace(-1, 1, 24).view(3, 8).to(plain[0].weight.dtype)
     for each in (model, plain):
@@ -69,7 +69,7 @@ def test_biases_get_the_gradients_of_one_process() -> None:
         assert like.bias.grad.count_nonzero()
 
 
-def test_tokens_of_a_divided_embedding_are_refused_by_name() -> None:
+def test_tokens_of_sharded_embedding_are_rejected() -> None:
     model = parallel(nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4)), _0=ColwiseParallel())
     with raises_and_changes_nothing(model, ValueError, "its weight is divided by tensor parallelism"):
         attach(model, LoRAConfig(rank=2, target_modules=["1"], trainable_token_indices={"0": [2]}))
@@ -84,7 +84,7 @@ def test_tokens_of_a_divided_embedding_are_refused_by_name() -> None:
         ({"target_modules": [], "target_parameters": ["0.weight"]}, "only nn.Linear with its own forward"),
     ],
 )
-def test_what_tensor_parallelism_cannot_do_is_refused_by_name(options: dict[str, Any], reason: str) -> None:
+def test_unsupported_option_is_rejected(options: dict[str, Any], reason: str) -> None:
     model = parallel(network(), _0=ColwiseParallel())
     with raises_and_changes_nothing(model, ValueError, reason) as caught:
         attach(model, LoRAConfig(**({"rank": 2, "target_modules": ["0"]} | options)))

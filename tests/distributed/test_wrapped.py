@@ -1,4 +1,4 @@
-"""Attaching to a module that is already wrapped would train unsynchronised adapters; it is refused."""
+"""Attaching to an already wrapped module is rejected: its adapters would not be synchronised."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def fully_sharded(model: nn.Module) -> nn.Module:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_sharded])
-def test_a_wrapped_module_is_refused_whole_or_as_a_part(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_wrapped_module_is_rejected(wrap: Callable[[nn.Module], nn.Module]) -> None:
     wrapped = wrap(network())
     for module in (wrapped, nn.Sequential(wrapped)):
         with pytest.raises(RuntimeError, match="Call attach first and wrap afterwards"):

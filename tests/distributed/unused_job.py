@@ -1,4 +1,4 @@
-"""A layer that is adapted and never runs: what two processes under DDP say of it."""
+"""Script of two DDP processes with an adapted layer that never runs."""
 
 from __future__ import annotations
 

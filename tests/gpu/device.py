@@ -1,4 +1,4 @@
-"""Where these tests run: on one CUDA device, or not at all.
+"""The device of these tests: a CUDA device, or skip.
 
 With ``REHEARSE_GPU_TESTS=1`` they run on the CPU, to see that the tests themselves are right.
 """

@@ -1,4 +1,4 @@
-"""What one process on one GPU does in ``test_strategies.py``: ``python strategy_job.py DIRECTORY MODE``."""
+"""Script of one process on one GPU in ``test_strategies.py``: ``python strategy_job.py DIRECTORY MODE``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LoRA linear as one operation on CUDA: the dense formula in float64, dropout's bits included, and less memory."""
+"""The fused LoRA linear operation on CUDA: equal to the dense float64 formula, with less memory."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def exact(inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_outputs_and_gradients_are_those_of_the_dense_formula(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_outputs_and_gradients_match_dense_formula(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_FEW", 0)
     inputs = tensors(dtype, dtype)
     assert ops.is_fast(inputs[0], *inputs[3:], 0.0)
@@ -61,9 +59,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_formula(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_float32_factors_compute_in_its_precision(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_autocast_casts_float32_factors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_FEW", 0)
     inputs = tensors(torch.float32, torch.float32)
     with torch.autocast(DEVICE, dtype):
@@ -78,7 +74,7 @@ def test_under_autocast_float32_factors_compute_in_its_precision(
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
-def test_dropout_has_one_mask_in_both_passes(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward_and_backward_share_dropout_mask(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_FEW", "_FEW_TO_DROP"):
         monkeypatch.setattr(ops, name, 0)
 
@@ -95,7 +91,7 @@ def test_dropout_has_one_mask_in_both_passes(dropout: float, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
-def test_as_many_bits_are_set_as_asked(dropout: float) -> None:
+def test_dropout_bits_have_requested_rate(dropout: float) -> None:
     bits = random_bits(torch.empty(1 << 16, 16, dtype=torch.uint8, device=DEVICE), dropout)
     elements = bits.numel() * 8
     kept = sum(int(((bits >> place) & 1).sum()) for place in range(8))
@@ -105,7 +101,7 @@ def test_as_many_bits_are_set_as_asked(dropout: float) -> None:
 
 @not_rehearsed
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_step_takes_less_memory_than_the_composition(dropout: float) -> None:
+def test_step_takes_less_memory_than_composed(dropout: float) -> None:
     rows, width, rank = 4096, 2048, 16
     x = torch.randn(rows, width, device=DEVICE, requires_grad=True)
     W = torch.randn(width, width, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Precision plugins on a GPU: factors stay float32, scaling and clipping work, and resuming is exact."""
+"""Precision plugins on a GPU: float32 factors, loss scaling, clipping, exact resumption."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PRECISIONS = ["32-true", "16-mixed", "bf16-mixed", "bf16-true"]
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-def test_a_run_trains_float32_factors_as_in_float32_and_resumes(precision: str, tmp_path: Path) -> None:
+def test_precision_trains_float32_factors_and_resumes(precision: str, tmp_path: Path) -> None:
     def fit(name: str, epochs: int, ckpt_path: str | None = None, precision: str = precision) -> tuple[Toy, str]:
         module, checkpoint = Toy(), ModelCheckpoint(tmp_path / name, save_last=True)
         run = on_device(LoRACallback(rank=4), checkpoint, max_epochs=epochs, precision=precision, gradient_clip_val=1.0)
@@ -40,7 +40,7 @@ def test_a_run_trains_float32_factors_as_in_float32_and_resumes(precision: str, 
 
 
 @not_rehearsed
-def test_float16_is_scaled_and_the_scale_is_in_the_checkpoint(tmp_path: Path) -> None:
+def test_float16_loss_scale_is_saved(tmp_path: Path) -> None:
     module, checkpoint = Toy(), ModelCheckpoint(tmp_path, save_last=True)
     run = on_device(LoRACallback(rank=4), checkpoint, precision="16-mixed")
     run.fit(module, loader())
@@ -50,7 +50,7 @@ def test_float16_is_scaled_and_the_scale_is_in_the_checkpoint(tmp_path: Path) ->
 
 @not_rehearsed
 @pytest.mark.parametrize("mode", ["nf4", "int8"])
-def test_layers_of_bitsandbytes_train_save_and_reload(mode: str, tmp_path: Path) -> None:
+def test_bitsandbytes_trains_saves_and_reloads(mode: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from lightning.pytorch.plugins import BitsandbytesPrecision
 
@@ -86,7 +86,7 @@ def test_layers_of_bitsandbytes_train_save_and_reload(mode: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_inductor_compiles_adapted_layers_to_the_same_numbers(before: bool) -> None:
+def test_inductor_matches_eager(before: bool) -> None:
     pytest.importorskip("triton")
     from lightning_lora import LoRAConfig, attach
 

@@ -1,4 +1,4 @@
-"""FSDP, FSDP2 and DeepSpeed on one GPU: the losses of a single device, exact resumption, one file, merging."""
+"""FSDP, FSDP2 and DeepSpeed on one GPU match a single device."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(directory: Path, mode: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", strategy_job.MODES[1:])
-def test_a_strategy_trains_saves_resumes_exports_and_merges_as_a_single_device_does(mode: str, directory: Path) -> None:
+def test_strategy_matches_single_device(mode: str, directory: Path) -> None:
     single, found = run(directory, "single"), run(directory, mode)
     assert found["whole"]["losses"] == pytest.approx(single["whole"]["losses"], rel=1e-2)
     assert found["half"]["losses"] + found["resumed"]["losses"] == pytest.approx(found["whole"]["losses"], rel=1e-5)

@@ -1,4 +1,4 @@
-"""``lightning-lora report``, ``compare`` and ``plan``: what they print, write and refuse."""
+"""``lightning-lora report``, ``compare`` and ``plan``: their output, files and errors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, attach, save_adapter
 from lightning_lora.analysis import analyze, compare, layer_similarity
-from lightning_lora.cli import main
 from tests.analysis.test_page import Outline
 from tests.contract import train_all
+from tests.files import run
 from tests.peft_format.models import QUIET, mixtral, trained
 
 pytestmark = QUIET
-
-COMMANDS = ("report", "compare", "plan")
 
 
 def model() -> nn.Module:
@@ -49,10 +47,6 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(*arguments: object) -> int:
-    return main([str(each) for each in arguments])
-
-
 def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     capsys.readouterr()
     assert run(*arguments, "--json") == 0
@@ -63,7 +57,7 @@ def as_json(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str,
 # --- report
 
 
-def test_a_report_is_what_analyze_finds(files: Path, capsys: pytest.CaptureFixture[str]):
+def test_report_matches_analyze(files: Path, capsys: pytest.CaptureFixture[str]):
     analysis = analyze(adapted(2, 0), intruders=True)
     found = as_json(capsys, "report", files / "one", "--base", files / "base.safetensors", "--intruders")
     assert found["rank_pattern"] == {"up": 2, "down": 2}
@@ -79,7 +73,7 @@ def test_a_report_is_what_analyze_finds(files: Path, capsys: pytest.CaptureFixtu
     assert "- Of rank 2, the median update uses" in said
 
 
-def test_a_page_and_pictures_are_written(files: Path, capsys: pytest.CaptureFixture[str]):
+def test_report_writes_page_and_pictures(files: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     out = ("--out", files / "page.html", "--pictures", files / "new" / "pictures")
     assert run("report", files / "one", "--base", files / "base.safetensors", *out) == 0
@@ -93,13 +87,13 @@ def test_a_page_and_pictures_are_written(files: Path, capsys: pytest.CaptureFixt
         assert min(struct.unpack(">II", head[16:])) > 150
 
 
-def test_without_matplotlib_text_and_pages_work_and_pictures_say_what_is_missing(
+def test_pictures_need_matplotlib_and_text_does_not(
     files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("report", files / "one", "--out", files / "page.html") == 0
-    assert "without pictures: pip install 'lightning-lora[plots]'" in capsys.readouterr().err
+    assert "without pictures: they need pip install 'lightning-lora[plots]'" in capsys.readouterr().err
     found = Outline((files / "page.html").read_text(encoding="utf-8"))
     assert found.named("table")
     assert not found.named("svg")
@@ -111,7 +105,7 @@ def test_without_matplotlib_text_and_pages_work_and_pictures_say_what_is_missing
 # --- compare
 
 
-def test_comparing_two_is_what_compare_finds(files: Path, capsys: pytest.CaptureFixture[str]):
+def test_compare_matches_analysis(files: Path, capsys: pytest.CaptureFixture[str]):
     expected = {layer.name: layer for layer in compare(adapted(2, 0), adapted(3, 1)).layers}
     found = as_json(capsys, "compare", files / "one", files / "other")
     assert {layer["name"] for layer in found["layers"]} == expected.keys()
@@ -123,7 +117,7 @@ def test_comparing_two_is_what_compare_finds(files: Path, capsys: pytest.Capture
     assert "What two adapters share" in (files / "page.html").read_text(encoding="utf-8")
 
 
-def test_comparing_one_is_about_its_layers(files: Path, capsys: pytest.CaptureFixture[str]):
+def test_compare_of_one_adapter_compares_layers(files: Path, capsys: pytest.CaptureFixture[str]):
     expected = layer_similarity(adapted(2, 0))
     found = as_json(capsys, "compare", files / "one")
     assert [kind["kind"] for kind in found["kinds"]] == ["down", "up"]
@@ -141,7 +135,7 @@ def test_comparing_one_is_about_its_layers(files: Path, capsys: pytest.CaptureFi
 # --- plan
 
 
-def test_a_plan_is_made_of_the_files_of_a_base(files: Path, capsys: pytest.CaptureFixture[str]):
+def test_plan_reads_base_files(files: Path, capsys: pytest.CaptureFixture[str]):
     found = as_json(capsys, "plan", files / "base.safetensors", "--rank", 2)
     costs = {tuple(choice["targets"]): choice["parameters"] for choice in found["choices"]}
     assert costs == {("down", "up"): 2 * 3 * 2 * 32, ("down",): 2 * 3 * 32, ("up",): 2 * 3 * 32}
@@ -162,14 +156,12 @@ def test_a_plan_is_made_of_the_files_of_a_base(files: Path, capsys: pytest.Captu
         (("--optimizer-bytes", "1e6"), "1.0 MB of optimizer state"),
     ],
 )
-def test_budgets_are_written_as_people_write_them(
-    option: tuple[str, ...], words: str, files: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_budget_accepts_units(option: tuple[str, ...], words: str, files: Path, capsys: pytest.CaptureFixture[str]):
     assert run("plan", files / "base.safetensors", *option) == 0
     assert capsys.readouterr().out.startswith(f"A budget of {words} for")
 
 
-def test_targets_choose_and_heads_are_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_plan_names_heads_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     names = ("layers.0.q", "layers.0.v", "lm_head")
     save_file({f"{name}.weight": torch.zeros(16, 16) for name in names}, tmp_path / "model.safetensors")
     assert as_json(capsys, "plan", tmp_path, "--rank", 2)["left_out"] == ["lm_head"]
@@ -180,27 +172,10 @@ def test_targets_choose_and_heads_are_left_out_aloud(tmp_path: Path, capsys: pyt
     assert "left out, as output layers: lm_head" in capsys.readouterr().out
 
 
-# --- what is refused
+# --- errors
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["plan", "base"],
-        ["plan", "base", "--parameters", "1", "--rank", "1"],
-        ["plan", "base", "--bytes", "3 apples"],
-        ["plan", "base", "--rank", "0"],
-        ["report"],
-        ["report", "a", "--energy", "2"],
-        ["compare"],
-    ],
-)
-def test_misspelt_commands_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]):
-    assert main(arguments) == 2
-    assert "usage: lightning-lora" in capsys.readouterr().err
-
-
-def test_problems_are_one_line_and_exit_with_1(files: Path, capsys: pytest.CaptureFixture[str]):
+def test_problem_is_one_line_and_exits_with_1(files: Path, capsys: pytest.CaptureFixture[str]):
     for arguments, said in (
         (("report", files / "nowhere"), "nowhere"),
         (("report", files / "one", "--intruders"), "give --base"),
@@ -219,7 +194,7 @@ def test_problems_are_one_line_and_exit_with_1(files: Path, capsys: pytest.Captu
         assert said in err
 
 
-def test_a_diverged_adapter_is_named(files: Path, capsys: pytest.CaptureFixture[str]):
+def test_layer_with_nan_is_named(files: Path, capsys: pytest.CaptureFixture[str]):
     tensors = load_file(files / "one" / "adapter_model.safetensors")
     tensors["base_model.model.h.1.up.lora_B.weight"][0, 0] = torch.nan
     save_file(tensors, files / "one" / "adapter_model.safetensors")
@@ -230,7 +205,7 @@ def test_a_diverged_adapter_is_named(files: Path, capsys: pytest.CaptureFixture[
     assert "not finite" in capsys.readouterr().out
 
 
-def test_layers_that_only_the_base_tells_apart_are_reported_with_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_report_of_ambiguous_experts_needs_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     model = mixtral()
     save_file(dict(model.state_dict()), tmp_path / "base.safetensors")
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -243,13 +218,7 @@ def test_layers_that_only_the_base_tells_apart_are_reported_with_it(tmp_path: Pa
     assert "Give it as base" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]):
-    assert main([command, "--help"]) == 0
-    assert "--json" in capsys.readouterr().out
-
-
-def test_progress_is_drawn_where_someone_watches(
+def test_progress_is_drawn_on_terminal(
     files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     class Terminal(io.StringIO):
@@ -263,7 +232,7 @@ def test_progress_is_drawn_where_someone_watches(
     assert "\ranalysing [" in watched.getvalue()
 
 
-def test_the_commands_run_without_lightning_and_matplotlib(files: Path):
+def test_analysis_commands_run_without_matplotlib(files: Path):
     script = f"""
 import sys
 from lightning_lora.cli import main
@@ -277,9 +246,7 @@ assert not loaded & {{"lightning", "pytorch_lightning", "transformers", "peft", 
     assert outcome.returncode == 0, outcome.stderr
 
 
-def test_a_report_on_another_base_is_refused_unless_any_is_accepted(
-    files: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_report_refuses_other_base_unless_allowed(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({name: tensor + 1 for name, tensor in model().state_dict().items()}, files / "second.safetensors")
     assert run("report", files / "one", "--base", files / "second.safetensors") == 1
     assert "was trained on another base" in capsys.readouterr().err

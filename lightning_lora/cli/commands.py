@@ -1,0 +1,451 @@
+"""The commands, each declared once: its options, its help (the docstring) and what it does.
+
+They import the tools that they need when they run, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lightning_lora.attachment import table_lines
+from lightning_lora.cli.text import (
+    WARNING,
+    about_base,
+    merge_lines,
+    progress_bar,
+    say,
+    summary_lines,
+    summary_object,
+)
+from lightning_lora.names import listed
+
+if TYPE_CHECKING:
+    from lightning_lora.analysis.page import Page
+    from lightning_lora.analysis.report_figures import Figures
+
+OK, PROBLEM = 0, 1
+
+
+class Result(NamedTuple):
+    """The outcome of a command: an object for ``--json``, the same as lines of text, and the exit code."""
+
+    content: dict[str, Any]
+    lines: Sequence[str]
+    code: int = OK
+
+
+Run = Callable[[argparse.Namespace], Result]
+
+
+class Option(NamedTuple):
+    """The arguments of one ``add_argument``."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+class OneOf(NamedTuple):
+    """Options of which exactly one must be given."""
+
+    options: tuple[Option, ...]
+
+
+class Command(NamedTuple):
+    """One command of ``lightning-lora``."""
+
+    help: str
+    options: tuple[Option | OneOf, ...]
+    run: Run
+
+
+COMMANDS: dict[str, Command] = {}
+
+
+def command(*options: Option | OneOf) -> Callable[[Run], Run]:
+    """Register a function as the command of its name, with its docstring as the help."""
+
+    def register(run: Run) -> Run:
+        COMMANDS[run.__name__.rstrip("_")] = Command(run.__doc__ or "", options, run)
+        return run
+
+    return register
+
+
+def option(*names: str, **settings: Any) -> Option:
+    """Return an option, declared as for ``add_argument``."""
+    return Option(names, settings)
+
+
+# --- the values of options
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in re.split(r"[,+\s]+", text) if name]
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return share
+
+
+def _count(text: str) -> int:
+    return _amount(text, {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12})
+
+
+def _size(text: str) -> int:
+    return _amount(text, {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30})
+
+
+def _amount(text: str, units: dict[str, float]) -> int:
+    found = re.fullmatch(r"([\d.,_]+(?:e\d+)?)\s*([a-z]*)", text.strip().lower())
+    try:
+        amount = float(found[1].replace(",", "").replace("_", "")) * units[found[2]] if found else 0
+    except (ValueError, KeyError):
+        amount = 0
+    if amount < 1:
+        known = ", ".join(each for each in units if each)
+        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of at least 1, such as 4.7M; units: {known}")
+    return round(amount)
+
+
+def _dtype(text: str) -> str:
+    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}.get(text, text)
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_AN_ADAPTER, _A_BASE = "a PEFT directory or a .ckpt", "a model folder with safetensors, or one such file"
+ADAPTER = option("adapter", type=Path, metavar="ADAPTER", help=_AN_ADAPTER)
+BASE = option("base", type=Path, metavar="BASE", help=_A_BASE)
+ANY_BASE = option(
+    "--any-base",
+    dest="check_base",
+    action="store_false",
+    help="accept a base whose values differ from those that the adapter was trained on",
+)
+OUT = option("--out", type=Path, metavar="PAGE", help="write a self-contained HTML page")
+PICTURES = option("--pictures", type=Path, metavar="FOLDER", help="write each picture as a PNG into this folder")
+
+
+# --- the files of one adapter or two
+
+
+@command(ADAPTER)
+def inspect(options: argparse.Namespace) -> Result:
+    """Show the contents of an adapter: layers, ranks, scalings, norms and size."""
+    from lightning_lora.cli.inspection import summarize
+
+    summary = summarize(options.adapter)
+    code = OK if all(layer.finite for layer in summary.layers) else PROBLEM
+    return Result(summary_object(summary), summary_lines(options.adapter, summary), code)
+
+
+@command(
+    option("first", type=Path, metavar="A", help=_AN_ADAPTER),
+    option("second", type=Path, metavar="B", help="another adapter"),
+)
+def diff(options: argparse.Namespace) -> Result:
+    """List how two adapters differ; the exit code is 1 if they do."""
+    from lightning_lora.cli.inspection import differences, summarize
+
+    found = list(differences(summarize(options.first), summarize(options.second)))
+    content = {"equal": not found, "differences": found}
+    return Result(content, found or ["the adapters are equal"], PROBLEM if found else OK)
+
+
+@command(
+    option("checkpoint", type=Path, metavar="CKPT", help="a .ckpt written under LoRACallback"),
+    option("directory", type=Path, metavar="DIR", help="the directory to write; an adapter in it is replaced"),
+    option(
+        "--root",
+        metavar="NAME",
+        help="attribute of the LightningModule that holds the model; names in the directory are relative to it "
+        "(default: the attribute that holds all adapters)",
+    ),
+    option("--base-name", metavar="NAME", help="name of the base model to record"),
+    option("--uniform-rank", action="store_true", help="pad all layers to one rank, for loaders that ignore patterns"),
+)
+def export(options: argparse.Namespace) -> Result:
+    """Convert a .ckpt to a PEFT directory, without the model."""
+    from lightning_lora.disk.conversion import export_checkpoint
+
+    layers = export_checkpoint(
+        options.checkpoint,
+        options.directory,
+        root=options.root,
+        base_model_name_or_path=options.base_name,
+        uniform_rank=options.uniform_rank,
+    )
+    return _converted(options.directory, layers)
+
+
+@command(
+    option("directory", type=Path, metavar="DIR", help="a PEFT directory"),
+    option("checkpoint", type=Path, metavar="CKPT", help="the .ckpt to write; it must not exist"),
+    option(
+        "--root",
+        default="model",
+        metavar="NAME",
+        help='attribute of the LightningModule that holds the model (default: model); "" if it is the module itself',
+    ),
+)
+def import_(options: argparse.Namespace) -> Result:
+    """Convert a PEFT directory to a .ckpt, without the model."""
+    from lightning_lora.disk.conversion import import_directory
+
+    return _converted(options.checkpoint, import_directory(options.directory, options.checkpoint, root=options.root))
+
+
+def _converted(path: Path, layers: list[str]) -> Result:
+    return Result({"wrote": str(path), "layers": layers}, [f"wrote {path}: {len(layers)} layers ({listed(layers, 3)})"])
+
+
+# --- an adapter and its base
+
+
+@command(ADAPTER, BASE, ANY_BASE)
+def verify(options: argparse.Namespace) -> Result:
+    """Check that an adapter fits a base: names, shapes and finite values."""
+    from lightning_lora.adapted_model import AdaptedModel
+    from lightning_lora.disk.adapter_fit import fit_adapter
+    from lightning_lora.disk.base_folder import open_base
+
+    fitted = fit_adapter(options.adapter, open_base(options.base), check_base=options.check_base)
+    layers = sorted(AdaptedModel(fitted.root).adapters)
+    content = {
+        "fits": True,
+        "layers": layers,
+        "trained_in_full": sorted(fitted.values),
+        "ignored": fitted.ignored,
+        "base_tensors_compared": fitted.compared,
+    }
+    lines = [
+        f"the adapter fits: {len(layers)} layers, {len(fitted.values)} tensors trained in full, all values finite",
+        about_base(fitted.compared),
+        *(f"ignored, not in the base: {name}" for name in fitted.ignored),
+    ]
+    return Result(content, lines)
+
+
+@command(
+    ADAPTER,
+    BASE,
+    option("out", type=Path, metavar="OUT", help="the folder to write; it must be empty or not exist"),
+    option(
+        "--dtype",
+        type=_dtype,
+        choices=(*_DTYPES, "float64"),
+        help="precision of the floating point tensors (default: each keeps its own); short: bf16, fp16, fp32",
+    ),
+    ANY_BASE,
+)
+def merge(options: argparse.Namespace) -> Result:
+    """Write a base model with an adapter merged into it, one tensor at a time."""
+    import torch
+
+    from lightning_lora.disk.merge import merge_files
+
+    report = merge_files(
+        options.adapter,
+        options.base,
+        options.out,
+        dtype=getattr(torch, options.dtype) if options.dtype else None,
+        check_base=options.check_base,
+        progress=progress_bar(sys.stderr) if sys.stderr.isatty() else None,
+    )
+    content = asdict(report) | {"merged": [each._asdict() for each in report.merged]}
+    return Result(content, merge_lines(report))
+
+
+# --- analysis
+
+
+@command(
+    ADAPTER,
+    option("--base", type=Path, help=f"{_A_BASE}; adds the relation of the updates to the weights"),
+    option(
+        "--energy",
+        type=_share,
+        default=0.99,
+        help="share of the squared norm that a suggested rank must hold (default: 0.99)",
+    ),
+    ANY_BASE,
+    option("--intruders", action="store_true", help="count intruder dimensions; slow, needs --base"),
+    OUT,
+    PICTURES,
+)
+def report(options: argparse.Namespace) -> Result:
+    """Show what an adapter learned: ranks, sizes and relation to the weights; optionally as an HTML page."""
+    from lightning_lora.analysis import analyze, layer_similarity
+    from lightning_lora.analysis.report_figures import analysis_figures
+    from lightning_lora.analysis.reports import analysis_page, rank_pattern
+    from lightning_lora.analysis.suggestions import findings, suggest_ranks
+
+    if options.intruders and options.base is None:
+        raise ValueError("--intruders needs the weights: give --base.")
+    _check_outputs(options)
+    analysis = analyze(
+        options.adapter,
+        options.base,
+        energy=options.energy,
+        intruders=options.intruders,
+        progress=progress_bar(sys.stderr, "analysing", str) if options.base and sys.stderr.isatty() else None,
+        check_base=options.check_base,
+    )
+    similarities = []
+    if options.out or options.pictures:
+        try:
+            similarities = layer_similarity(options.adapter)
+        except ValueError as error:  # the file alone may not tell layers apart that the base did
+            say("warning:", WARNING, f"layers are not compared with each other: {error}")
+    facts = [f"Adapter: {options.adapter}"] + ([f"Base: {options.base}"] if options.base else [])
+    _write_outputs(
+        options,
+        lambda: analysis_figures(analysis, similarities),
+        lambda figures: analysis_page(
+            analysis, options.adapter.name, similarities=similarities, facts=facts, figures=figures
+        ),
+    )
+    suggestions, found = suggest_ranks(analysis), findings(analysis)
+    content = analysis.to_dict() | {
+        "findings": found,
+        "suggestions": [each.to_dict() for each in suggestions],
+        "rank_pattern": rank_pattern(suggestions),
+    }
+    return Result(content, [str(analysis), "", *(f"- {each}" for each in found)])
+
+
+@command(
+    option("first", type=Path, metavar="A", help=_AN_ADAPTER),
+    option("second", type=Path, metavar="B", nargs="?", help="another adapter (default: compare the layers of A)"),
+    OUT,
+    PICTURES,
+)
+def compare(options: argparse.Namespace) -> Result:
+    """Show what two adapters share, or the layers of one; optionally as an HTML page."""
+    _check_outputs(options)
+    return _compare_layers(options) if options.second is None else _compare_adapters(options)
+
+
+def _compare_adapters(options: argparse.Namespace) -> Result:
+    from lightning_lora.analysis import compare
+    from lightning_lora.analysis.report_figures import comparison_figures
+    from lightning_lora.analysis.reports import comparison_page, likeness
+
+    comparison = compare(options.first, options.second)
+    names = str(options.first), str(options.second)
+    _write_outputs(
+        options,
+        lambda: comparison_figures(comparison),
+        lambda figures: comparison_page(comparison, names, figures=figures),
+    )
+    found = likeness(comparison)
+    return Result(comparison.to_dict() | {"findings": found}, [str(comparison), "", *(f"- {each}" for each in found)])
+
+
+def _compare_layers(options: argparse.Namespace) -> Result:
+    from lightning_lora.analysis import layer_similarity
+    from lightning_lora.analysis.report_figures import layers_figures
+    from lightning_lora.analysis.reports import layers_page, similarity_rows
+
+    found = layer_similarity(options.first)
+    if not found:
+        raise ValueError(f"{str(options.first)!r} has no two layers of one kind and shape in different blocks.")
+    _write_outputs(
+        options, lambda: layers_figures(found), lambda figures: layers_page(found, options.first.name, figures=figures)
+    )
+    table = table_lines([*similarity_rows(found), ("",) * 4])[:-2]
+    lines = ["between two blocks, the median of all pairs: 0 is chance, 1 the same directions", *table]
+    return Result({"kinds": [each.to_dict() for each in found]}, lines)
+
+
+@command(
+    BASE,
+    OneOf(
+        (
+            option("--parameters", type=_count, metavar="N", help="budget in parameters, such as 4.7M"),
+            option("--bytes", type=_size, metavar="N", help="budget in bytes of the factors, such as 35MB"),
+            option("--optimizer-bytes", type=_size, metavar="N", help="budget in bytes of optimizer state"),
+            option("--rank", type=_count, metavar="R", help="no budget: show what this rank costs"),
+        )
+    ),
+    option("--targets", type=_names, metavar="A,B", help="layers to choose from (default: all linear layers)"),
+    option("--group", type=_names, action="append", metavar="A,B", help="a combination to consider; may be repeated"),
+    option("--dtype", choices=_DTYPES, default="float32", help="precision of the factors (default: float32)"),
+    option(
+        "--bytes-per-state",
+        type=_count,
+        default=8,
+        help="bytes of optimizer state per parameter (default: 8, as for Adam)",
+    ),
+)
+def plan(options: argparse.Namespace) -> Result:
+    """Show which layers a budget can adapt and at which rank; reads shapes, not weights."""
+    from lightning_lora.analysis.budget import plan_budget
+    from lightning_lora.analysis.shapes import model_of_shapes
+    from lightning_lora.config import LoRAConfig
+
+    model = model_of_shapes(options.base)
+    left_out = () if options.targets else model.heads
+    config = LoRAConfig(
+        target_modules=options.targets or "all-linear", exclude_modules=left_out, adapter_dtype=options.dtype
+    )
+    found = plan_budget(
+        model.module,
+        config,
+        parameters=options.parameters,
+        file_bytes=options.bytes,
+        optimizer_bytes=options.optimizer_bytes,
+        rank=options.rank,
+        bytes_per_state=options.bytes_per_state,
+        groups=options.group,
+    )
+    notes = [f"left out, as output layers: {listed(left_out)}"] if left_out else []
+    if model.experts:
+        notes.append(f"{model.experts} experts counted as layers; if they load as stacks, name target_parameters")
+    return Result(found.to_dict() | {"left_out": list(left_out), "experts": model.experts}, [str(found), *notes])
+
+
+# --- pages and pictures
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Raise before anything is computed if the outputs could not be written."""
+    if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
+        raise ValueError(f"--out={str(options.out)!r} must be a file in a folder that exists.")
+    if options.pictures and options.pictures.is_file():
+        raise ValueError(f"--pictures={str(options.pictures)!r} is a file; name a folder.")
+    if options.pictures and not _can_draw():
+        raise RuntimeError("--pictures needs matplotlib: pip install 'lightning-lora[plots]'.")
+
+
+def _can_draw() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _write_outputs(
+    options: argparse.Namespace, draw: Callable[[], Figures], lay_out: Callable[[Figures | None], Page]
+) -> None:
+    if not (options.out or options.pictures):
+        return
+    figures = draw() if _can_draw() else None
+    if options.pictures:
+        options.pictures.mkdir(parents=True, exist_ok=True)
+        for name, (figure, _, _) in (figures or {}).items():
+            figure.savefig(options.pictures / f"{name}.png")
+        print(f"lightning-lora: wrote {len(figures or {})} pictures into {options.pictures}", file=sys.stderr)
+    if options.out:
+        lay_out(figures).write(options.out)
+        without = "" if figures is not None else ", without pictures: they need pip install 'lightning-lora[plots]'"
+        print(f"lightning-lora: wrote {options.out}{without}", file=sys.stderr)

@@ -1,0 +1,97 @@
+"""``lightning-lora inspect`` and ``diff``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_lora import lora_layers, save_adapter
+from lightning_lora.analysis import analyze
+from lightning_lora.cli.inspection import update_norm
+from tests.files import FACTOR, change_tensors, run, write_checkpoint
+from tests.peft_format.kinds import KINDS, WARNED, seeded
+from tests.peft_format.models import (
+    trained,
+)
+
+pytestmark = WARNED
+
+
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["a layer", "experts"])
+def test_norm_matches_dense_update(stack: tuple[int, ...], rng: torch.Generator) -> None:
+    A, B = torch.randn(*stack, 4, 30, generator=rng), torch.randn(*stack, 20, 4, generator=rng)
+    assert update_norm(A, B, -0.7) == pytest.approx(float((0.7 * B.double() @ A.double()).norm()))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "bias" not in kind and "slices" not in kind])
+@pytest.mark.parametrize("form", ["directory", "checkpoint"])
+def test_inspect_shows_ranks_scalings_and_norms(
+    form: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, _, options = KINDS[kind]
+    model = trained(seeded(build), **({"target_modules": ["layer"]} | options | {"use_dora": False}))
+    path = tmp_path / "adapter"
+    (save_adapter if form == "directory" else write_checkpoint)(model, path)
+    assert run("inspect", path, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    norms = [layer.delta_weight(key).norm() for layer in lora_layers(model).values() for key in adapted(layer)]
+    if form == "directory" and "attention" in kind:
+        norms = norms[:1]  # PEFT's file holds half of the other
+        found["layers"] = [layer for layer in found["layers"] if "out_proj" not in layer["name"]] or found["layers"]
+    if form == "directory" and kind == "transposed experts":  # of several ranks, in an order that the file lacks
+        assert {layer["norm"] for layer in found["layers"]} == {None}
+    elif kind != "attention, its output alone":
+        assert sorted(layer["norm"] for layer in found["layers"]) == pytest.approx(sorted(map(float, norms)), rel=1e-5)
+    assert run("inspect", path) == 0
+    assert "norm of update" in capsys.readouterr().out
+
+
+def adapted(layer: Any) -> list[str]:
+    return [adapter.parameter for adapter in layer.adapters().values()]
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "experts"])
+def test_inspect_shows_used_ranks(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build, _, options = KINDS[kind]
+    model = trained(seeded(build), **({"target_modules": ["layer"]} | options))
+    save_adapter(model, tmp_path / "adapter")
+    assert run("inspect", tmp_path / "adapter", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["layers"]
+    matrices = analyze(model).layers
+    for layer in found if kind != "experts" else []:
+        [expected] = [each for each in matrices if each.name == layer["name"]]
+        assert layer["effective_rank"] == pytest.approx(expected.effective_rank, rel=1e-5)
+        assert layer["stable_rank"] == pytest.approx(expected.stable_rank, rel=1e-5)
+        assert layer["suggested_rank"] == expected.suggested_rank
+    mean = sum(layer["effective_rank"] for layer in found) / len(found)
+    assert mean == pytest.approx(sum(each.effective_rank for each in matrices) / len(matrices), rel=1e-5)
+    assert max(layer["suggested_rank"] for layer in found) == max(each.suggested_rank for each in matrices)
+
+
+def test_inspect_fails_on_nonfinite_values(files: tuple[Path, Path]) -> None:
+    assert run("inspect", files[0]) == 0
+    change_tensors(files[0], lambda tensors: tensors[FACTOR].fill_(torch.inf))
+    assert run("inspect", files[0]) == 1
+
+
+def test_diff_lists_differences(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(files[0], other)
+    assert run("diff", files[0], other) == 0
+    assert capsys.readouterr().out == "the adapters are equal\n"
+    change_tensors(other, lambda tensors: tensors[FACTOR].view(-1)[3:4].add_(0.5))
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {"blocks.1.v_proj": 12}}))
+    v = "base_model.model.blocks.0.v_proj"
+    change_tensors(other, lambda t: (t.pop(f"{v}.lora_A.weight"), t.pop(f"{v}.lora_B.weight")))
+    assert run("diff", files[0], other) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "blocks.0.v_proj: layer only in the first",
+        "blocks.0.q_proj.A: largest difference 0.5",
+        "blocks.1.v_proj: scaling 1.5 and 6.0",
+    ]

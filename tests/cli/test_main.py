@@ -1,0 +1,144 @@
+"""The ``lightning-lora`` command itself: usage, exit codes, errors and JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_lora.cli import main
+from lightning_lora.cli.commands import COMMANDS
+from tests.files import run
+from tests.peft_format.kinds import WARNED
+
+pytestmark = WARNED
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["merge"],
+        ["inspect"],
+        ["merge", "a", "b", "c", "--dtype", "x"],
+        ["plan", "base"],
+        ["plan", "base", "--parameters", "1", "--rank", "1"],
+        ["plan", "base", "--bytes", "3 apples"],
+        ["plan", "base", "--rank", "0"],
+        ["report"],
+        ["report", "a", "--energy", "2"],
+        ["compare"],
+    ],
+)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert "usage: lightning-lora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect {missing}",
+        "merge {missing} {base} {out}",
+        "merge {adapter} {missing} {out}",
+        "export {missing} {out}",
+        "import {missing} {out}",
+        "diff {adapter} {missing}",
+        "verify {missing} {base}",
+        "verify {adapter} {missing}",
+        "report {missing}",
+        "report {adapter} --base {missing}",
+        "compare {adapter} {missing}",
+        "plan {missing} --rank 4",
+    ],
+)
+def test_missing_file_is_named_in_one_line(
+    command: str, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base = files
+    places = {"adapter": adapter, "base": base, "missing": tmp_path / "missing.ckpt", "out": tmp_path / "out"}
+    assert main([word.format(**places) for word in command.split()]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"lightning-lora: error: '{tmp_path / 'missing.ckpt'}")
+    assert "is not there" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_system_error_is_shown_without_number(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(files[0]))
+
+    monkeypatch.setattr("lightning_lora.cli.inspection.summarize", refuse)
+    assert run("inspect", files[0]) == 1
+    assert capsys.readouterr().err == f"lightning-lora: error: '{files[0]}': Permission denied.\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_options(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_json_output(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("merge", *files, tmp_path / "out", "--json", "--dtype", "bf16") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {entry["name"] for entry in report["merged"]} == {
+        f"blocks.{i}.{part}.weight" for i in range(2) for part in ("q_proj", "v_proj")
+    }
+    assert all(0 < entry["rounding"] < 0.1 * entry["update"] for entry in report["merged"])
+    assert run("verify", *files, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+    assert run("diff", files[0], files[0], "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"equal": True, "differences": []}
+
+
+def test_commands_run_without_lightning(files: tuple[Path, Path]) -> None:
+    script = f"""
+import sys
+from lightning_lora.cli import main
+assert main(["inspect", {str(files[0])!r}]) == 0
+assert main(["verify", {str(files[0])!r}, {str(files[1])!r}]) == 0
+loaded = {{name.partition(".")[0] for name in sys.modules}}
+assert not loaded & {{"lightning", "pytorch_lightning", "transformers", "peft"}}, loaded
+"""
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes of POSIX")
+def test_closed_pipe_gives_no_traceback(files: tuple[Path, Path]) -> None:
+    command = [sys.executable, "-m", "lightning_lora", "inspect", str(files[0])]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_package_runs_command() -> None:
+    outcome = subprocess.run([sys.executable, "-m", "lightning_lora"], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 2
+    assert outcome.stderr.startswith("usage: lightning-lora")
+
+
+@pytest.mark.slow
+def test_help_is_fast() -> None:
+    script = """
+import time, torch
+started = time.process_time()
+from lightning_lora.cli import main
+main(["--help"])
+print("seconds", time.process_time() - started)
+"""
+    runs = [
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True) for _ in range(3)
+    ]
+    assert min(float(run.stdout.split()[-1]) for run in runs) < 0.3

@@ -1,0 +1,94 @@
+"""Base folders: damaged files give one line of error and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.files import run
+from tests.peft_format.kinds import WARNED
+
+pytestmark = WARNED
+
+
+def change_index(base: Path, name: str, file: str) -> None:
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = file
+    path.write_text(json.dumps(index))
+
+
+def put_header(path: Path, header: object, data: bytes = b"") -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+HUGE = {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}
+WRONG = {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}
+DAMAGES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
+    "a shard elsewhere": (lambda a, b: change_index(b, "head.bias", "../b.safetensors"), "outside this folder"),
+    "a shard at the root": (lambda a, b: change_index(b, "head.bias", "/b.safetensors"), "outside this folder"),
+    "a shard of windows": (lambda a, b: change_index(b, "head.bias", "..\\b.safetensors"), "outside this folder"),
+    "a shard of pickles": (lambda a, b: change_index(b, "head.bias", "b.bin"), "outside this folder"),
+    "a missing shard": (lambda a, b: (b / "b.safetensors").unlink(), "which its index names"),
+    "a name in the wrong shard": (lambda a, b: change_index(b, "head.bias", "a.safetensors"), "in other files than"),
+    "a name in no shard": (lambda a, b: change_index(b, "head.more", "a.safetensors"), "do not hold"),
+    "an index of nothing": (lambda a, b: (b / "model.safetensors.index.json").write_text("[]"), "not an object"),
+    "an index that is cut": (lambda a, b: (b / "model.safetensors.index.json").write_text("{"), "as JSON"),
+    "an empty shard": (lambda a, b: (b / "a.safetensors").write_bytes(b""), "cannot be read as safetensors"),
+    "a cut shard": (
+        lambda a, b: (b / "a.safetensors").write_bytes((b / "a.safetensors").read_bytes()[:-1]),
+        "its tensors need",
+    ),
+    "a long header": (lambda a, b: (b / "a.safetensors").write_bytes(b"\xff" * 9), "longer than the file"),
+    "a header of nothing": (lambda a, b: put_header(b / "a.safetensors", b"[]"), "makes no sense"),
+    "a deep header": (lambda a, b: put_header(b / "a.safetensors", b"[" * 100_000), "makes no sense"),
+    "a huge tensor": (lambda a, b: put_header(b / "a.safetensors", {"x": HUGE}), "makes no sense"),
+    "a tensor of another size": (lambda a, b: put_header(b / "a.safetensors", {"x": WRONG}, b"1234"), "does not fit"),
+    "no config": (lambda a, b: (a / "adapter_config.json").unlink(), "is not there"),
+    "a cut adapter": (lambda a, b: (a / "adapter_model.safetensors").write_bytes(b"1234"), "truncated"),
+    "no base": (lambda a, b: shutil.rmtree(b), "is not there"),
+    "no adapter": (lambda a, b: shutil.rmtree(a), "is not there"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["merge", "verify"])
+def test_damaged_files_give_one_line_error(
+    command: str, damage: str, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    do, expected = DAMAGES[damage]
+    do(*files)
+    assert run(command, *files, *[tmp_path / "out"] * (command == "merge")) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("lightning-lora: error: ")
+    assert err.count("\n") == 1
+    assert expected in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "model.safetensors.index.json", "config.json"])
+def test_changed_bytes_give_no_traceback(
+    name: str, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, draw = files[1] / name, random.Random(1)
+    if name == "config.json":
+        config = {"architectures": ["ToyForCausalLM"], "tie_word_embeddings": True, "model_type": "toy"}
+        path.write_text(json.dumps(config))
+    original = path.read_bytes()
+    for _ in range(150):
+        changed = bytearray(original)
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(min(len(changed), 700))  # of a shard, the header
+            changed[at : at + draw.randint(0, 2)] = draw.choice([b"0", b"9", b"[", b'"', b"{}", b"\xff", b"-", b"null"])
+        path.write_bytes(changed)
+        assert run("verify", *files) in (0, 1)
+    assert "Traceback" not in capsys.readouterr().err
