@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, attach, lora_layers
-from lightning_lora.analysis import effective_rank, read_matrices
+from lightning_lora.analysis import read_matrices
+from lightning_lora.analysis.spectrum import effective_rank
 from lightning_lora.trainer import diagnostics
 from lightning_lora.trainer.diagnostics import DEAD, Diagnostics, factor_grams, group_of, singular_values
 from tests.contract import train_all
