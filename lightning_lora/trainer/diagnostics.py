@@ -254,7 +254,7 @@ def _to_floats(scalars: list[Tensor]) -> list[float]:
 
 
 def _effective_rank(values: Tensor) -> float:
-    """Return what ``analysis.spectrum.effective_rank`` does, without importing analysis; NaN if a factor is not finite."""
+    """Return the effective rank, as ``analysis.spectrum`` does; NaN if a factor is not finite."""
     if not values.isfinite().all():
         return math.nan
     total = values.sum()

@@ -11,11 +11,10 @@ from lightning.pytorch.callbacks import LearningRateFinder
 
 from lightning_lora.attachment import request
 from lightning_lora.config import LoRAConfig
-from lightning_lora.freezing import freeze_norms
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import dead_message
 from lightning_lora.state import allow_missing_base
-from lightning_lora.surgery import merge
+from lightning_lora.surgery import freeze_norms, merge
 from lightning_lora.trainer.attaching import Attaching, MethodWraps
 from lightning_lora.trainer.checkpoints import adapter_checkpoints
 from lightning_lora.trainer.checks import GradientCheck, check_before_training, check_trained, has_callback
