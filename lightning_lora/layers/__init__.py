@@ -16,9 +16,9 @@ from lightning_lora.layers.adapter import (
     register_adapter,
 )
 from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
-from lightning_lora.layers.embedding import EmbeddingAdapter
+from lightning_lora.layers.embedding import EmbeddingAdapter, TokenAdapter, swapped_as_follower
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
-from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode
+from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode, Swapped, swap_in, swap_out
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.norm import (
     NORMALISING,
@@ -28,8 +28,6 @@ from lightning_lora.layers.norm import (
     release_statistics,
     weights_only_read,
 )
-from lightning_lora.layers.swap import Swapped, swap_in, swap_out
-from lightning_lora.layers.tokens import TokenAdapter, swapped_as_follower
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
 from lightning_lora.names import join, walk
 

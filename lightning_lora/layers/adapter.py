@@ -107,6 +107,7 @@ class Adapter(nn.Module, ABC):
     has_output_rows: ClassVar[bool] = True  # the rows of the weight, read as a matrix, are the output's features
     takes_bias: ClassVar[bool] = False  # `lora_bias` applies to this kind
     vllm_takes: ClassVar[bool] = False  # vLLM serves this kind, where PEFT can hold it
+    replaces: ClassVar[Callable[..., Tensor] | None] = None  # the forward of layers that `forward` computes as well
     spec: AdapterSpec
     parameter: str
     index: Tensor
@@ -143,11 +144,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
-        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``."""
+        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``.
 
-    def computes_base(self, layer: nn.Module) -> bool:  # noqa: ARG002 - most do not
-        """Return whether ``forward`` takes None for ``output`` and computes what the layer does, too."""
-        return False
+        Of layers whose forward the adapter ``replaces``, the output is None.
+        """
 
     @abstractmethod
     def combined(self, weight: Tensor) -> Tensor:
