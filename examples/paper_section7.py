@@ -28,14 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_lora import LoRACallback, LoRAConfig, detach
-from lightning_lora.analysis import (
-    AdapterAnalysis,
-    AdapterMatrix,
-    analyze,
+from lightning_lora.analysis import AdapterAnalysis, AdapterMatrix, analyze, plan_budget, read_matrices
+from lightning_lora.analysis.spectrum import (
     own_projection,
-    plan_budget,
     random_baseline,
-    read_matrices,
     relate,
     subspace_similarity,
     update_similarity,

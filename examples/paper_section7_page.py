@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_lora.analysis.drawing import INK, as_svg, axis_names, hue, new_figure, title
-from lightning_lora.analysis.page import Page
 from lightning_lora.analysis.plots import plot_layers, plot_similarities
+from lightning_lora.analysis.reports import Page
 
 Rows = list[dict[str, Any]]
 ATTENTION = ("q", "k", "v", "proj")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import Attachment, get_attachment, merge_count
@@ -19,6 +20,20 @@ class Root(NamedTuple):
     name: str
     module: nn.Module
     attachment: Attachment
+
+    def trained_modules(self) -> Iterator[nn.Module]:
+        """Yield the modules that train in full, with everything below them."""
+        if self.attachment.saved_modules:
+            modules = module_names(self.module)
+            for name in self.attachment.saved_modules:
+                yield from modules[name][0].modules()
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Copy values into the parameters and buffers of these names."""
+        tensors = AdaptedModel(self.module).tensors if values else {}
+        for name, value in values.items():
+            tensors[name].copy_(value)
 
 
 class AdaptedModel:
@@ -66,7 +81,7 @@ class AdaptedModel:
         These are the factors, the parameters and buffers of ``modules_to_save``, and the biases and running statistics
         that the config lets move. The names follow from the config alone, never from what happened in training.
         """
-        whole = {id(part) for root in self.roots for part in _fully_trained(root)}
+        whole = {id(part) for root in self.roots for part in root.trained_modules()}
         whole |= {id(part) for layer in self.layers.values() for part in layer.lora.modules()}
         moving = {join(root.name, name) for root in self.roots for name in root.attachment.base_values}
         found: dict[str, Tensor] = {}
@@ -115,14 +130,6 @@ def base_parameters(module: nn.Module, trained: dict[str, Tensor]) -> dict[str, 
             if tensor is not None and id(tensor) not in apart:
                 found[join(path, key)] = tensor
     return found
-
-
-def _fully_trained(root: Root) -> Iterator[nn.Module]:
-    """Yield the modules that train in full."""
-    if root.attachment.saved_modules:
-        modules = module_names(root.module)
-        for name in root.attachment.saved_modules:
-            yield from modules[name][0].modules()
 
 
 def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.names import clean_name, listed, module_names, walk
+from lightning_lora.names import clean_name, listed, walk
 
 _ATTACHMENT = "_lora_attachment"
 _MERGES = "_lora_merges"
@@ -160,26 +159,10 @@ def attachments(module: nn.Module) -> Iterator[tuple[str, nn.Module, Attachment]
             yield name, submodule, attachment
 
 
-@torch.no_grad()
-def copy_values(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into the parameters and buffers of these names."""
-    tensors = named_tensors(module) if values else {}
-    for name, value in values.items():
-        tensors[name].copy_(value)
-
-
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of a module by their names."""
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     return {clean_name(name): tensor for name, tensor in named}
-
-
-def fully_trained(owner: nn.Module, attachment: Attachment) -> set[int]:
-    """Return the identities of the modules that train in full, by any of their names."""
-    if not attachment.saved_modules:
-        return set()
-    modules = module_names(owner)
-    return {id(part) for name in attachment.saved_modules for part in modules[name][0].modules()}
 
 
 def merge_count(layer: nn.Module) -> int:

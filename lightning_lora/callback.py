@@ -14,13 +14,13 @@ from typing_extensions import override
 
 from lightning_lora.attachment import get_attachment, request
 from lightning_lora.config import OPTIONS, LoRAConfig, NonNegativeInt, PositiveFloat, check_known, check_positive
-from lightning_lora.freezing import freeze_norms
 from lightning_lora.layers import all_adapters, lora_layers
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import dead_message
 from lightning_lora.sharding import shapes_shown
 from lightning_lora.state import allow_missing_base, merges
 from lightning_lora.storage.checkpoint import read_checkpoint
+from lightning_lora.surgery import freeze_norms
 from lightning_lora.trainer import checks, coming_checkpoint
 from lightning_lora.trainer import lightning_patches as load_guard
 from lightning_lora.trainer.advice import explain

@@ -230,13 +230,19 @@ def _regex_or_names(name: str, value: Any) -> str | tuple[str, ...]:
 def _numbers_by_name(name: str, values: Any, *, check: Callable[[str, Any], float]) -> dict[str, float]:
     if not isinstance(values, Mapping):
         raise TypeError(f"LoRAConfig.{name} must map names to numbers, got {values!r}.")
-    return {str(key): check(f"{name}[{key!r}]", value) for key, value in values.items()}
+    kept = {}
+    for key, value in values.items():
+        kept[str(key)] = check(f"{name}[{key!r}]", value)
+    return kept
 
 
 def _slices(name: str, values: Any) -> dict[str, dict[str, str]]:
-    if not isinstance(values, Mapping) or not all(isinstance(parts, Mapping) for parts in values.values()):
-        raise TypeError(f"LoRAConfig.{name} must map layers to {{name: slices}}, got {values!r}.")
+    kept, wrong = {}, TypeError(f"LoRAConfig.{name} must map layers to {{name: slices}}, got {values!r}.")
+    if not isinstance(values, Mapping):
+        raise wrong
     for layer, parts in values.items():
+        if not isinstance(parts, Mapping):
+            raise wrong
         if not parts:
             raise ValueError(f"LoRAConfig.{name}[{layer!r}] names no slice, got {parts!r}.")
         for part, text in parts.items():
@@ -246,7 +252,8 @@ def _slices(name: str, values: Any) -> dict[str, dict[str, str]]:
                 parse_slices(text)
             except ValueError as error:
                 raise ValueError(f"LoRAConfig.{name}[{layer!r}][{part!r}]: {error}") from None
-    return {str(layer): dict(parts) for layer, parts in values.items()}
+        kept[str(layer)] = dict(parts)
+    return kept
 
 
 def _tokens(name: str, values: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:

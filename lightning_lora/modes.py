@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_lora.attachment import Attachment, attachments, copy_values, get_attachment, named_tensors
+from lightning_lora.adapted_model import AdaptedModel, Root
+from lightning_lora.attachment import get_attachment
 from lightning_lora.layers import (
     Adapter,
     LoRALayer,
@@ -49,7 +50,8 @@ def disabled(module: nn.Module) -> Iterator[None]:
 
     Modules trained in full are not affected.
     """
-    with _modes(lora_layers(module), lambda _: "disabled"), _base_values(module):
+    model = AdaptedModel(module)
+    with _modes(model.layers, lambda _: "disabled"), _base_values(model):
         yield
 
 
@@ -198,16 +200,17 @@ def _modes(layers: dict[str, LoRALayer], choose: Callable[[Mode], Mode]) -> Iter
 
 
 @contextmanager
-def _base_values(module: nn.Module) -> Iterator[None]:
-    """Put back the biases and running statistics that training moved, for a while."""
-    moved: list[tuple[nn.Module, Attachment, dict[str, Tensor]]] = []
-    for _, owner, attachment in attachments(module):
-        tensors = named_tensors(owner)
-        moved.append((owner, attachment, {name: tensors[name].detach().clone() for name in attachment.base_values}))
-        copy_values(owner, attachment.base_values)
+def _base_values(model: AdaptedModel) -> Iterator[None]:
+    """Put back the biases and running statistics that training moved, temporarily."""
+    moved: list[tuple[Root, dict[str, Tensor]]] = []
+    for root in model.roots:
+        names = root.attachment.base_values
+        tensors = AdaptedModel(root.module).tensors if names else {}
+        moved.append((root, {name: tensors[name].detach().clone() for name in names}))
+        root.put(names)
     try:
         yield
     finally:
-        for owner, attachment, values in moved:
-            if get_attachment(owner) is attachment:  # not detached meanwhile
-                copy_values(owner, values)
+        for root, values in moved:
+            if get_attachment(root.module) is root.attachment:  # not detached meanwhile
+                root.put(values)

@@ -1,10 +1,10 @@
-"""Which names of a model a config speaks of; pure: it looks at a model and changes nothing."""
+"""Names: which modules and parameters of a model the entries of a config mean. Nothing here changes a model."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ def clean_name(name: str) -> str:
 
 
 def join(path: str, key: str) -> str:
-    """Return the dotted name of what ``key`` is in the module at ``path``; the root's path is empty."""
+    """Return the dotted name of ``key`` in the module at ``path``; the root's path is empty."""
     return f"{path}.{key}" if path else key
 
 
@@ -74,38 +74,40 @@ def walk(module: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.M
         module: Where to begin.
         every_name: Whether a submodule that is reached by several paths comes once for each.
     """
-    found, seen = [("", module)], {module}
-
-    def go_below(path: str, part: nn.Module) -> None:
-        for key, child in part._modules.items():
-            if child is None or (child in seen and not every_name):
+    found, seen, pending = [], set[nn.Module](), [("", module)]
+    while pending:
+        path, part = pending.pop()
+        if not every_name:
+            if part in seen:
                 continue
-            seen.add(child)
-            name = path if key in _WRAPPERS else f"{path}.{key}" if path else key
-            found.append((name, child))
-            if child._modules:
-                go_below(name, child)
-
-    go_below("", module)
+            seen.add(part)
+        found.append((path, part))
+        for key, child in reversed(part._modules.items()):
+            if child is not None:
+                pending.append((path if key in _WRAPPERS else f"{path}.{key}" if path else key, child))
     return found
 
 
 def module_names(module: nn.Module) -> ModuleNames:
     """Return every submodule once, by its first name, with all its names."""
-    found: dict[nn.Module, tuple[str, ...]] = {}
+    first: dict[nn.Module, str] = {}
+    found: ModuleNames = {}
     for name, part in walk(module, every_name=True):
-        found[part] = (*found[part], name) if part in found else (name,)
-    return {names[0]: (part, names) for part, names in found.items()}
+        if part in first:
+            found[first[part]] = (part, (*found[first[part]][1], name))
+        else:
+            first[part], found[name] = name, (part, (name,))
+    return found
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """Return the parameters of modules that were given by their names; one in two modules has two names."""
-    return {
-        join(path, key): parameter
-        for path, part in modules.items()
-        for key, parameter in part._parameters.items()
-        if parameter is not None
-    }
+    found = {}
+    for path, part in modules.items():
+        for key, parameter in part._parameters.items():
+            if parameter is not None:
+                found[f"{path}.{key}" if path else key] = parameter
+    return found
 
 
 def is_below(name: str, roots: Collection[str]) -> bool:
@@ -135,16 +137,16 @@ def unmatched(entries: str | Sequence[str], all_names: Iterable[Sequence[str]]) 
 
 
 def parse_slices(text: object) -> list[slice]:
-    """Return the slices that a text such as ``"0:64, 192:256"`` or ``"::3"`` stands for.
+    """Parse slices such as ``"0:64, 192:256"`` or ``"::3"``.
 
     Raises:
-        ValueError: It is no such text.
+        ValueError: The text is malformed.
     """
     found = []
     for part in text.split(",") if isinstance(text, str) else [""]:
         numbers = part.strip().split(":")
         if not 2 <= len(numbers) <= 3 or not all(re.fullmatch(r"\s*(-?\d+)?\s*", number) for number in numbers):
-            raise ValueError(f"{text!r} is no slice; write 'start:stop' or 'start:stop:step', joined by commas.")
+            raise ValueError(f"{text!r} is not a slice; write 'start:stop' or 'start:stop:step', joined by commas.")
         found.append(slice(*(int(number) if number.strip() else None for number in numbers)))
     if any(part.step == 0 for part in found):
         raise ValueError(f"{text!r} has a step of 0.")
@@ -171,7 +173,7 @@ def rows_of_slices(text: str, count: int) -> tuple[range, ...]:
 
 
 def near_names(entry: str, names: Iterable[str], limit: int = 4) -> list[str]:
-    """Return names that a misspelt entry may have meant, whole or by their last part."""
+    """Return the names closest to a misspelt entry, whole or by their last part."""
     names = [name for name in names if name]
     if "." in entry:
         return difflib.get_close_matches(entry, names, limit, 0.5)
@@ -180,7 +182,7 @@ def near_names(entry: str, names: Iterable[str], limit: int = 4) -> list[str]:
 
 
 def listed(names: Sequence[str], limit: int = 6) -> str:
-    """Return the first names and how many more there are, for messages."""
+    """Return the first names and the number of further ones, for messages."""
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
@@ -191,49 +193,18 @@ def target_names(module: nn.Module) -> dict[str, str]:
 
 
 def tied_names(parameters: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return those of the parameters that share memory with another one: name -> the other names.
+    """Return the parameters that share memory with another one: name -> the other names.
 
-    A module that is reached by two paths is one module: its parameters are not tied by that.
+    A module that is reached by two paths is one module: that alone does not tie its parameters.
     """
-    places = [_memory(parameter) for parameter in parameters.values()]
-    if len(set(places)) == len(places):
-        return {}
     owners: dict[int, list[str]] = {}
-    for name, place in zip(parameters, places, strict=True):
-        owners.setdefault(place, []).append(name)
+    for name, parameter in parameters.items():
+        try:
+            memory = parameter.data_ptr() or id(parameter)  # tensors without memory, as on the meta device, have 0
+        except (RuntimeError, ValueError):  # tensor subclasses without an address, and parameters without a shape yet
+            memory = id(parameter)
+        owners.setdefault(memory, []).append(name)
+    if len(owners) == len(parameters):
+        return {}
     groups = [group for group in owners.values() if len(group) > 1]
     return {name: tuple(other for other in group if other != name) for group in groups for name in group}
-
-
-def _memory(parameter: Tensor) -> int:
-    try:
-        return parameter.data_ptr() or id(parameter)  # tensors without memory, as on the meta device, have address 0
-    except (RuntimeError, ValueError):  # tensor subclasses without one, and parameters without a shape yet
-        return id(parameter)
-
-
-def output_embeddings(modules: Collection[nn.Module]) -> Iterator[nn.Module]:
-    """Yield the output embeddings that transformers models among the modules declare."""
-    kinds = {type(part) for part in modules}  # far fewer than modules
-    declaring = tuple(kind for kind in kinds if hasattr(kind, "get_output_embeddings"))
-    for part in modules if declaring else ():
-        if isinstance(part, declaring):
-            head = part.get_output_embeddings()  # type: ignore[operator]
-            if isinstance(head, nn.Module):
-                yield head
-
-
-def input_embeddings(modules: Collection[nn.Module]) -> list[nn.Module]:
-    """Return the input embeddings that transformers models among the modules declare, else every ``nn.Embedding``.
-
-    Of models inside models, as an encoder is, the outermost speaks.
-    """
-    found: list[nn.Module] = []
-    spoken_for: set[int] = set()
-    for part in modules:
-        if id(part) not in spoken_for and hasattr(type(part), "get_input_embeddings"):
-            spoken_for |= {id(below) for below in part.modules()}
-            embedding = part.get_input_embeddings()  # type: ignore[operator]
-            if isinstance(embedding, nn.Embedding) and embedding not in found:
-                found.append(embedding)
-    return found or [part for part in modules if isinstance(part, nn.Embedding)]

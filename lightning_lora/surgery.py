@@ -1,42 +1,45 @@
-"""Attach, detach, merge: the code that changes what a model is made of."""
+"""Attach, detach, merge: the only code that changes what a model is made of."""
 
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import (
     AdaptedLayer,
     Attachment,
     AttachReport,
-    attachments,
-    copy_values,
     count_merge,
     get_attachment,
     requested,
     set_attachment,
 )
 from lightning_lora.config import LoRAConfig
-from lightning_lora.freezing import freeze_norms, freeze_parameters, thaw, weights_only_read
 from lightning_lora.layers import (
     Adapter,
     AdapterGroup,
     FrozenNorm,
     LoRALayer,
-    lora_layers,
+    has_running_statistics,
+    hold_statistics,
+    release_statistics,
     swap_in,
     swap_out,
     swapped_as,
     swapped_as_follower,
+    weights_only_read,
 )
 from lightning_lora.modes import check_mergeable, fold, set_mode
-from lightning_lora.names import listed, module_names
+from lightning_lora.names import clean_name, join, listed, module_names
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import dead_message
@@ -71,26 +74,23 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     """
     if config is None:
         config, seed = requested(module) or (LoRAConfig(), seed)
-    with _no_garbage_collection(), shapes_shown(module):
-        modules = module_names(module)
-        _refuse_other_adapters(module, (part for part, _ in modules.values()), config, seed)
-        with weights_only_read(part for part, _ in modules.values()):
-            plan = make_plan(module, modules, config, seed)
-            _refuse_wrapped(module, plan)
-            _refuse_untying_divided(plan)
-            _warn_of_waste(plan)
-            made = [
-                (layer, layer.adapter(layer.module, layer.spec, layer.parameter))
-                for layer in plan.layers
-                if _is_new(layer)
-            ]
+    old = get_attachment(module)
+    if old is not None:
+        _refuse_other_options(module, old, config, seed)
+    with _no_garbage_collection(), shapes_shown(module) if "deepspeed" in sys.modules else nullcontext():
+        plan = make_plan(module, config, seed)
+        new = [layer for layer in plan.layers if not isinstance(layer.module, LoRALayer)]
+        _check(module, plan, new, is_adapted=old is not None)
+        with weights_only_read(plan.normalising.values()) if plan.normalising else nullcontext():
+            made = _make_adapters(new)
+        # Nothing was changed before, and nothing can fail from here on.
         for name in plan.untied:
             plan.parameters[name] = _untie(plan.modules, name)
-        for part, parameters in _by_layer(made).items():
-            _swap_in_adapters(part, parameters)
-        old = get_attachment(module)
-        attachment = _noted(module, plan, config, seed)
-        freeze_parameters(plan, attachment)
+        for layer, adapters in made.items():
+            _swap_in_adapters(layer, adapters)
+        attachment = _record(plan, config, seed, old)
+        set_attachment(module, attachment)
+        _freeze_parameters(plan, attachment)
         if plan.norms:
             freeze_norms(module)
     if probe is not None:
@@ -106,34 +106,34 @@ def detach(module: nn.Module) -> None:
     Raises:
         ValueError: The adapters were attached to a parent of this module.
     """
-    _refuse_part(module)
-    for layer in lora_layers(module).values():
+    model = AdaptedModel(module)
+    _refuse_part(model)
+    for layer in model.layers.values():
         set_mode(layer, "disabled")
         _swap_out_adapter(layer)
-    for _, owner, attachment in attachments(module):
-        copy_values(owner, attachment.base_values)
-        modules = {path: part for path, (part, _) in module_names(owner).items()} if attachment.untied else {}
-        for name, other in attachment.untied.items():
-            _tie(modules, name, other)
-    thaw(module)
+    for root in model.roots:
+        root.put(root.attachment.base_values)
+        _tie_again(root)
+    _thaw(model)
 
 
 def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextManager[object]] = nullcontext) -> None:
     """Fold every adapter into its layer's weight for good; an ordinary model without inference cost remains.
 
-    The sum is made in float32 (float64 for float64) and rounded once. There is no way back: keep the adapter's file, or
-    use ``merged`` for a while only. Loading an adapter into a merged model raises.
+    The sum is formed in float32 (float64 for float64) and rounded once. This cannot be undone: keep the adapter's file,
+    or use ``merged`` to fold it temporarily. Loading an adapter into a merged model raises.
 
     Args:
         module: An adapted module.
-        whole: Context in which the whole of a layer's tensors is at hand, for modules that FSDP has divided.
+        whole: Context in which a layer's tensors are whole, for modules that FSDP has divided.
 
     Raises:
-        ValueError: An adapter holds NaN or infinity, or there is none. Nothing was changed.
+        ValueError: An adapter holds NaN or infinity, or the module has none. Nothing was changed.
         RuntimeError: A weight cannot take the update. Nothing was changed.
     """
-    _refuse_part(module)
-    layers = lora_layers(module)
+    model = AdaptedModel(module)
+    _refuse_part(model)
+    layers = model.layers
     if not layers:
         raise ValueError(f"merge: {type(module).__name__} has no adapters.")
     for name, layer in layers.items():
@@ -146,16 +146,67 @@ def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextMana
     for layer in layers.values():
         _swap_out_adapter(layer)
         count_merge(layer)
-    thaw(module)
+    _thaw(model)
 
 
-def _warn_of_waste(plan: Plan) -> None:
+def freeze_norms(module: nn.Module) -> None:
+    """Fix the running statistics of frozen norms where the config says so; safe to repeat."""
+    for root in AdaptedModel(module).roots:
+        attachment, trained = root.attachment, {id(part) for part in root.trained_modules()}
+        for name, norm in root.module.named_modules():
+            if not has_running_statistics(norm) or id(norm) in trained:
+                continue
+            if attachment.config.frozen_norm == "eval":
+                hold_statistics(norm)
+            else:
+                for key, buffer in norm.named_buffers(recurse=False):
+                    attachment.base_values.setdefault(join(clean_name(name), key), buffer.detach().clone())
+
+
+# --- what attach refuses
+
+
+def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig, seed: int) -> None:
+    if (old.config, old.seed) != (config, seed):
+        before, after = old.config.to_dict() | {"seed": old.seed}, config.to_dict() | {"seed": seed}
+        changed = [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
+        raise ValueError(
+            f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). "
+            "Call detach(module) first, or use the same config."
+        )
+
+
+def _check(module: nn.Module, plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
+    """Refuse what planning does not know of, and warn of waste."""
+    kind = type(module).__name__
+    if not is_adapted and (names := [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]):
+        raise ValueError(
+            f"{len(names)} layers of {kind} already carry adapters, such as {names[0]!r}, attached to another module. "
+            "Call detach on that module first."
+        )
+    if new and torch.distributed.is_available() and torch.distributed.is_initialized():
+        _refuse_wrapped(kind, plan.modules.values())
+    if plan.untied and (divided := [name for name in plan.untied if hasattr(plan.parameters[name], "ds_id")]):
+        raise ValueError(
+            f"untie_weights: {listed(divided)} are divided by DeepSpeed's ZeRO-3 already, so they cannot be copied. "
+            "Untie them where the model is built, or use ZeRO stage 2."
+        )
     if plan.wasteful:
         warnings.warn(
             f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
             "with rank_pattern, or train the layers in full with modules_to_save.",
-            stacklevel=4,
+            stacklevel=3,
         )
+
+
+def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
+    for part in modules:
+        if isinstance(part, DistributedDataParallel) or is_fully_sharded(part):
+            raise RuntimeError(
+                f"{kind} is already wrapped for several processes (by {type(part).__name__}). Adapters attached now "
+                "would not be synchronised between them. Call attach first and wrap afterwards: in configure_model, "
+                "lightning_lora.attach(self) before fully_shard takes the LoRACallback's options."
+            )
 
 
 def _refuse_dead(module: nn.Module, batch: object, *, is_new: bool) -> None:
@@ -168,45 +219,17 @@ def _refuse_dead(module: nn.Module, batch: object, *, is_new: bool) -> None:
         raise
 
 
-def _is_new(layer: PlannedLayer) -> bool:
-    return not isinstance(layer.module, LoRALayer)
-
-
-def _refuse_other_adapters(module: nn.Module, parts: Iterable[nn.Module], config: LoRAConfig, seed: int) -> None:
-    own = get_attachment(module)
-    if own is not None and (own.config, own.seed) != (config, seed):
-        before, after = own.config.to_dict() | {"seed": own.seed}, config.to_dict() | {"seed": seed}
-        changed = [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
-        raise ValueError(
-            f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). "
-            "Call detach(module) first, or use the same config."
-        )
-    if own is None and any(isinstance(part, LoRALayer) for part in parts):
-        layers = lora_layers(module)
-        raise ValueError(
-            f"{len(layers)} layers of {type(module).__name__} already carry adapters, such as {next(iter(layers))!r}, "
-            "attached to another module. Call detach on that module first."
-        )
-
-
-def _refuse_wrapped(module: nn.Module, plan: Plan) -> None:
-    if not any(_is_new(layer) for layer in plan.layers):
-        return
-    for part in plan.modules.values():
-        if isinstance(part, DistributedDataParallel) or is_fully_sharded(part):
-            raise RuntimeError(
-                f"{type(module).__name__} is already wrapped for several processes (by {type(part).__name__}). "
-                "Adapters attached now would not be synchronised between them. Call attach first and wrap afterwards: "
-                "in configure_model, lightning_lora.attach(self) before fully_shard takes the LoRACallback's options."
+def _refuse_part(model: AdaptedModel) -> None:
+    covered = {id(part) for root in model.roots for part in root.module.modules()}
+    for _, part in model.parts:
+        if isinstance(part, (LoRALayer, FrozenNorm)) and id(part) not in covered:
+            raise ValueError(
+                f"This {type(model.module).__name__} holds a {type(part).__name__} that was attached to a parent of "
+                "it; call this on the module that was given to attach."
             )
 
 
-def _refuse_untying_divided(plan: Plan) -> None:
-    if names := [name for name in plan.untied if hasattr(plan.parameters[name], "ds_id")]:
-        raise ValueError(
-            f"untie_weights: {listed(names)} are divided by DeepSpeed's ZeRO-3 already, so they cannot be copied. "
-            "Untie them where the model is built, or use ZeRO stage 2."
-        )
+# --- the steps of attach and detach
 
 
 @contextmanager
@@ -225,19 +248,23 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _by_layer(made: list[tuple[PlannedLayer, Adapter]]) -> dict[nn.Module, list[tuple[PlannedLayer, Adapter]]]:
-    layers: dict[nn.Module, list[tuple[PlannedLayer, Adapter]]] = {}
-    for planned, adapter in made:
-        layers.setdefault(planned.module, []).append((planned, adapter))
-    return layers
+def _make_adapters(layers: list[PlannedLayer]) -> dict[nn.Module, list[tuple[PlannedLayer, Adapter]]]:
+    """Return the adapters of each layer, not yet in place."""
+    made: dict[nn.Module, list[tuple[PlannedLayer, Adapter]]] = {}
+    for layer in layers:
+        adapter = layer.adapter(layer.module, layer.spec, layer.parameter)
+        made.setdefault(layer.module, []).append((layer, adapter))
+    return made
 
 
 def _swap_in_adapters(module: nn.Module, made: list[tuple[PlannedLayer, Adapter]]) -> None:
     first, lora = made[0][0], cast(nn.Module, made[0][1])
     if first.key:
         lora = AdapterGroup({planned.key: adapter for planned, adapter in made}).train(module.training)
-    parameters = (planned.parameter for planned, _ in made)
-    swap_in(module, *swapped_as(module, parameters, in_weight=first.in_weight))
+    if first.in_weight:
+        swap_in(module, *swapped_as(module, [planned.parameter for planned, _ in made]))
+    else:
+        swap_in(module, LoRALayer)
     module._modules["lora"] = lora
     for follower in first.followers:
         swap_in(follower, *swapped_as_follower(follower))
@@ -258,9 +285,11 @@ def _untie(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
     return copy
 
 
-def _tie(modules: Mapping[str, nn.Module], name: str, other: str) -> None:
-    """Make a weight another one again."""
-    _set_parameter(modules, name, _parameter_of(modules, other))
+def _tie_again(root: Root) -> None:
+    untied = root.attachment.untied
+    modules = {path: part for path, (part, _) in module_names(root.module).items()} if untied else {}
+    for name, other in untied.items():
+        _set_parameter(modules, name, _parameter_of(modules, other))
 
 
 def _parameter_of(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
@@ -273,21 +302,13 @@ def _set_parameter(modules: Mapping[str, nn.Module], name: str, parameter: nn.Pa
     modules[owner]._parameters[key] = parameter
 
 
-def _noted(module: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> Attachment:
-    dtype_names = {
-        dtype: str(dtype).removeprefix("torch.") for dtype in {planned.spec.dtype for planned in plan.layers}
-    }
-    layers = [
-        AdaptedLayer(
-            planned.label,
-            planned.pattern,
-            planned.spec.rank,
-            planned.spec.scaling,
-            planned.size,
-            dtype_names[planned.spec.dtype],
-        )
-        for planned in plan.layers
-    ]
+def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -> Attachment:
+    """Return the record of an attach, which goes on from that of an earlier one."""
+    layers = []
+    for each in plan.layers:
+        spec = each.spec
+        dtype = "float64" if spec.dtype is torch.float64 else config.adapter_dtype
+        layers.append(AdaptedLayer(each.label, each.pattern, spec.rank, spec.scaling, each.size, dtype))
     report = AttachReport(
         layers=layers,
         saved={name: sum(p.numel() for p in part.parameters()) for name, part in plan.saved.items()},
@@ -298,19 +319,33 @@ def _noted(module: nn.Module, plan: Plan, config: LoRAConfig, seed: int) -> Atta
         biases={name: plan.parameters[name].numel() for name in plan.biases},
         untied=plan.untied,
     )
-    attachment = Attachment(config, seed, report, tuple(plan.saved), untied=dict(plan.untied))
-    if (old := get_attachment(module)) is not None:
-        attachment.required_grad, attachment.base_values = old.required_grad, old.base_values
-        attachment.untied |= old.untied
-    set_attachment(module, attachment)
-    return attachment
+    record = Attachment(config, seed, report, tuple(plan.saved), untied=dict(plan.untied))
+    if old is not None:
+        record.required_grad, record.base_values = old.required_grad, old.base_values
+        record.untied |= old.untied
+    return record
 
 
-def _refuse_part(module: nn.Module) -> None:
-    covered = {id(part) for _, owner, _ in attachments(module) for part in owner.modules()}
-    for part in module.modules():
-        if isinstance(part, (LoRALayer, FrozenNorm)) and id(part) not in covered:
-            raise ValueError(
-                f"This {type(module).__name__} holds a {type(part).__name__} that was attached to a parent of it; call "
-                "this on the module that was given to attach."
-            )
+def _freeze_parameters(plan: Plan, record: Attachment) -> None:
+    """Leave gradients to the adapters and to what trains in full, and record what required one."""
+    trained = set[int]()
+    for name in plan.biases:
+        record.base_values.setdefault(name, plan.parameters[name].detach().clone())
+        trained.add(id(plan.parameters[name]))
+    for part in plan.saved.values():
+        trained.update(map(id, part.parameters()))
+    for name, parameter in plan.parameters.items():
+        before, wanted = parameter.requires_grad, id(parameter) in trained and parameter.is_floating_point()
+        record.required_grad.setdefault(name, before)
+        if before != wanted:
+            parameter.requires_grad_(wanted)
+
+
+def _thaw(model: AdaptedModel) -> None:
+    """Undo freezing, and forget that the model was adapted."""
+    for _, part in model.parts:
+        release_statistics(part)
+    for root in model.roots:
+        for name, parameter in root.module.named_parameters():
+            parameter.requires_grad_(root.attachment.required_grad.get(clean_name(name), parameter.requires_grad))
+        set_attachment(root.module, None)

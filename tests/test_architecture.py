@@ -19,7 +19,7 @@ LEVELS = [
     {"names", "ops", "sharding"},
     {"config", "fingerprint", "layers"},
     {"adapted_model", "attachment", "optimizers", "planning"},
-    {"freezing", "modes", "probe", "surgery", "trial"},
+    {"modes", "probe", "surgery", "trial"},
     {"state"},
     {"storage"},
     {"peft_format"},
@@ -31,7 +31,7 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
-STILL_UPWARD = {("trainer", "analysis")}
+STILL_UPWARD = {("state", "peft_format"), ("trainer", "analysis")}
 CORE = set().union(*LEVELS[:8])
 TOOLS = {"analysis", "cli", "disk"}
 KNOWS_LIGHTNING = {"trainer", "callback"}

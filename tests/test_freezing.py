@@ -19,7 +19,7 @@ from lightning_lora import (
     merge,
     save_adapter,
 )
-from lightning_lora.freezing import freeze_norms
+from lightning_lora.surgery import freeze_norms
 from tests.contract import assert_same_bits, assert_unchanged, snapshot
 
 NORMS = {

@@ -25,7 +25,6 @@ PUBLIC = [
     "merged",
     "parameter_groups",
     "preflight",
-    "register_adapter",
     "save_adapter",
     "target_names",
 ]

@@ -1,14 +1,14 @@
-"""Two adapters of one model, layer by layer: of other seeds, ranks, data or moments of a training.
+"""Compare two adapters of one model, or the layers of one adapter with each other.
 
-The LoRA paper's section 7.2 compares ranks (figure 3) and seeds (figure 4) by what their factors ``A`` share. Here the
-updates themselves are compared besides, so that it does not matter how they are split into factors.
+The LoRA paper's section 7.2 compares ranks (figure 3) and seeds (figure 4) by what the factors ``A`` share. The updates
+themselves are compared here too, which does not depend on how they are split into factors.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any, NamedTuple
@@ -17,29 +17,41 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.analysis.adapters import read_matrices
-from lightning_lora.analysis.matrices import AdapterMatrix
-from lightning_lora.analysis.places import kind_of, place
-from lightning_lora.analysis.similarity import above_baseline, subspace_similarity, update_similarity
-from lightning_lora.analysis.spectrum import ThinSVD, numerical_rank
+from lightning_lora.analysis.adapters import AdapterMatrix, kind_of, place, read_matrices
+from lightning_lora.analysis.spectrum import (
+    above_baseline,
+    known_median,
+    numerical_rank,
+    subspace_similarity,
+    update_cosine,
+    update_similarity,
+)
 from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed
 
 _HEADER = ("layer", "ranks", "cosine", "in: first", "in: all", "chance", "out: first", "out: all", "chance")
 
 
+# --- two adapters
+
+
 class Overlap(NamedTuple):
     """How much two sets of directions share.
 
     Attributes:
-        first: ``phi(1, 1)``: the squared cosine of the two leading directions.
+        first: ``phi(1, 1)``: the squared cosine between the two leading directions.
         all: ``phi`` of all directions that the updates have: 1 if one set lies inside the other.
-        chance: What ``all`` would be of random directions.
+        chance: The value of ``all`` for random directions.
     """
 
     first: float
     all: float
     chance: float
+
+    @property
+    def above_chance(self) -> float:
+        """``all`` rescaled so that 0 is chance and 1 the same directions; NaN where chance leaves no room."""
+        return (self.all - self.chance) / (1 - self.chance) if self.chance < 1 else math.nan
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,10 +63,10 @@ class LayerComparison:
         shape: ``(out, in)``.
         ranks: The numerical ranks of the updates: how many directions each has.
         norms: Their Frobenius norms.
-        cosine: Of the angle between the updates as vectors: 1 the same, 0 nothing in common; NaN if one is zero.
-        inputs: ``phi(i, j)`` of the directions of the input, ``(q1, q2)``; NaN beyond the numerical ranks.
-        outputs: The same of the output.
-        factors: The same of the factors ``A``, as in the paper; it depends on how the updates are split.
+        cosine: Cosine of the angle between the updates as vectors: 1 the same, 0 nothing in common; NaN if one is zero.
+        inputs: ``phi(i, j)`` of the input directions, ``(q1, q2)``; NaN beyond the numerical ranks.
+        outputs: ``phi(i, j)`` of the output directions.
+        factors: ``phi(i, j)`` of the factors ``A``, as in the paper; it depends on how the updates are split.
     """
 
     name: str
@@ -68,13 +80,18 @@ class LayerComparison:
 
     @property
     def of_inputs(self) -> Overlap:
-        """What the directions of the input share."""
+        """Overlap of the input directions."""
         return self._overlap(self.inputs, self.shape[1])
 
     @property
     def of_outputs(self) -> Overlap:
-        """What the directions of the output share."""
+        """Overlap of the output directions."""
         return self._overlap(self.outputs, self.shape[0])
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The cosine and both overlaps, as in the table."""
+        return (self.cosine, *self.of_inputs, *self.of_outputs)
 
     def _overlap(self, phi: Tensor, dimension: int) -> Overlap:
         if not min(self.ranks):
@@ -83,16 +100,16 @@ class LayerComparison:
         return Overlap(float(phi[0, 0]), float(last), max(self.ranks) / dimension)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON; what cannot be told is None."""
+        """Return plain values, for JSON; unknown ones are None."""
         return {
             "name": self.name,
             "shape": list(self.shape),
             "ranks": list(self.ranks),
             "norms": list(self.norms),
-            "cosine": _plain(self.cosine),
-            "of_inputs": {key: _plain(value) for key, value in self.of_inputs._asdict().items()},
-            "of_outputs": {key: _plain(value) for key, value in self.of_outputs._asdict().items()},
-            "phi": {what: _rows(getattr(self, what)) for what in ("inputs", "outputs", "factors")},
+            "cosine": _or_none(self.cosine),
+            "of_inputs": {key: _or_none(value) for key, value in self.of_inputs._asdict().items()},
+            "of_outputs": {key: _or_none(value) for key, value in self.of_outputs._asdict().items()},
+            "phi": {side: _nested(getattr(self, side)) for side in ("inputs", "outputs", "factors")},
         }
 
 
@@ -102,8 +119,8 @@ class AdapterComparison:
 
     Attributes:
         layers: One entry for each matrix that both update.
-        only_first: Names of those that only the first updates.
-        only_second: Names of those that only the second updates.
+        only_first: Names of the matrices that only the first updates.
+        only_second: Names of the matrices that only the second updates.
     """
 
     layers: tuple[LayerComparison, ...]
@@ -117,8 +134,8 @@ class AdapterComparison:
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table as text: a header, a row for each layer, and the medians."""
-        rows = [(each.name, f"{each.ranks[0]}, {each.ranks[1]}", *map(_cell, _numbers(each))) for each in self.layers]
-        medians = [_median([_numbers(layer)[at] for layer in self.layers]) for at in range(len(_HEADER) - 2)]
+        rows = [(each.name, f"{each.ranks[0]}, {each.ranks[1]}", *map(_cell, each.numbers)) for each in self.layers]
+        medians = (known_median(layer.numbers[at] for layer in self.layers) for at in range(len(_HEADER) - 2))
         return [_HEADER, *rows, ("median", "", *map(_cell, medians))]
 
     @override
@@ -138,12 +155,12 @@ def compare(
 
     Args:
         one: An adapted module, a ``.ckpt`` written under a ``LoRACallback``, or a PEFT directory.
-        other: Another one: of the same model, whatever its ranks.
-        tokens: Whether to include trained rows of embeddings; modules only, since files do not say what changed.
+        other: Another adapter of the same model, of any ranks.
+        tokens: Whether to include trained embedding rows; modules only, since files do not contain the change.
 
     Raises:
-        ValueError: One has no adapters, cannot be read or is not finite, they share no layer, or are of other models.
-        FileNotFoundError: There is no such file.
+        ValueError: An adapter cannot be read or is not finite, or the two share no layer or are of different models.
+        FileNotFoundError: A file does not exist.
 
     Source:
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 7.2 and appendix H.
@@ -153,10 +170,10 @@ def compare(
     if not both:
         found = f"{listed(list(first), 3)} and {listed(list(second), 3)}"
         raise ValueError(f"The two adapters have no layer in common: they update {found}.")
-    if other_shapes := [name for name in both if first[name].shape != second[name].shape]:
-        name = other_shapes[0]
+    if differing := [name for name in both if first[name].shape != second[name].shape]:
+        name = differing[0]
         raise ValueError(
-            f"The adapters are of two models: {listed(other_shapes)} have other shapes, of {name} "
+            f"The adapters are of different models: the shapes of {listed(differing)} differ; {name} is "
             f"{first[name].shape} and {second[name].shape}."
         )
     return AdapterComparison(
@@ -166,20 +183,6 @@ def compare(
     )
 
 
-@torch.no_grad()
-def update_cosine(one: ThinSVD, other: ThinSVD) -> float:
-    """Return the cosine of the angle between two updates as vectors, without forming them; NaN if one is zero.
-
-    Args:
-        one: ``thin_svd`` of one update of ``(out, in)``.
-        other: The same of the other.
-    """
-    scale = float(torch.linalg.vector_norm(one.values) * torch.linalg.vector_norm(other.values))
-    # <U1 S1 V1', U2 S2 V2'> = sum over i, j of s1_i s2_j (U1'U2)_ij (V1'V2)_ij
-    shared = (one.U.T @ other.U) * (one.V.T @ other.V)
-    return float(one.values @ shared @ other.values) / scale if scale else math.nan
-
-
 def _compared(one: AdapterMatrix, other: AdapterMatrix) -> LayerComparison:
     first, second = one.svd(), other.svd()
     similarity = update_similarity(first, second)
@@ -187,7 +190,7 @@ def _compared(one: AdapterMatrix, other: AdapterMatrix) -> LayerComparison:
         name=one.name,
         shape=one.shape,
         ranks=(numerical_rank(first.values), numerical_rank(second.values)),
-        norms=(float(torch.linalg.vector_norm(first.values)), float(torch.linalg.vector_norm(second.values))),
+        norms=(first.norm, second.norm),
         cosine=update_cosine(first, second),
         inputs=similarity.inputs,
         outputs=similarity.outputs,
@@ -195,18 +198,43 @@ def _compared(one: AdapterMatrix, other: AdapterMatrix) -> LayerComparison:
     )
 
 
-# --- between the layers of one adapter
+def likeness(comparison: AdapterComparison) -> list[str]:
+    """Return what a comparison means, in a sentence for each question."""
+    live = [layer for layer in comparison.layers if min(layer.ranks)]
+    if not live:
+        return ["No layer has two nonzero updates: there is nothing to compare."]
+    lines = []
+    for side, of in (("input", "of_inputs"), ("output", "of_outputs")):
+        overlaps = [getattr(layer, of) for layer in live]
+        first, every, chance = (statistics.median([each[at] for each in overlaps]) for at in range(3))
+        lines.append(
+            f"The leading {side} directions share {first:.3f}, all {side} directions {every:.3f}; random ones would "
+            f"share {chance:.3f} (medians over {len(live)} layers)."
+        )
+    cosines = {layer.name: layer.cosine for layer in live}
+    middle, ordered = statistics.median(cosines.values()), sorted(cosines, key=cosines.__getitem__)
+    least, most = ordered[0], ordered[-1]
+    lines.append(
+        f"As vectors, the updates have a median cosine of {middle:.2f}: {most} is most alike ({cosines[most]:.2f}), "
+        f"{least} least ({cosines[least]:.2f})."
+    )
+    for which, names in (("first", comparison.only_first), ("second", comparison.only_second)):
+        lines += [f"Only in the {which}: {listed(names)}."] if names else []
+    return lines
+
+
+# --- the layers of one adapter
 
 
 class KindSimilarity(NamedTuple):
     """What the updates of one kind of layer share from block to block.
 
     Attributes:
-        kind: What the layers are in their blocks.
+        kind: The name of the layers within their blocks.
         blocks: The blocks, in their order.
-        inputs: ``(blocks, blocks)``: ``phi`` of all directions of the input, with chance taken off: 0 is chance,
-            1 the same. NaN where an update is zero.
-        outputs: The same of the output.
+        inputs: ``(blocks, blocks)``: ``phi`` of all input directions above chance: 0 is chance, 1 the same directions.
+            NaN where an update is zero.
+        outputs: The same for the output directions.
     """
 
     kind: str
@@ -215,8 +243,8 @@ class KindSimilarity(NamedTuple):
     outputs: Tensor
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON; what cannot be told is None."""
-        tables = {"inputs": _rows(self.inputs), "outputs": _rows(self.outputs)}
+        """Return plain values, for JSON; unknown ones are None."""
+        tables = {"inputs": _nested(self.inputs), "outputs": _nested(self.outputs)}
         return {"kind": self.kind, "blocks": list(self.blocks)} | tables
 
 
@@ -227,7 +255,7 @@ def layer_similarity(source: nn.Module | str | PathLike[str]) -> list[KindSimila
         source: An adapted module, a ``.ckpt`` written under a ``LoRACallback``, or a PEFT directory.
 
     Returns:
-        One entry for each kind of layer that is in several blocks with one shape, experts left out.
+        One entry for each kind of layer that several blocks have with the same shape, without experts.
     """
     groups: dict[tuple[str, tuple[int, int]], list[AdapterMatrix]] = {}
     for matrix in read_matrices(source):
@@ -243,36 +271,35 @@ def _between(kind: str, alike: Sequence[AdapterMatrix]) -> KindSimilarity:
         for to, other in enumerate(found[: at + 1]):
             if len(one.values) and len(other.values):
                 both = update_similarity(one, other)
-                pair = [_above(both.inputs, alike[at].shape[1]), _above(both.outputs, alike[at].shape[0])]
+                pair = [_above_chance(both.inputs, alike[at].shape[1]), _above_chance(both.outputs, alike[at].shape[0])]
                 tables[:, at, to] = tables[:, to, at] = torch.tensor(pair, dtype=torch.float64)
     blocks = tuple(place(each.name)[0] for each in alike)
     return KindSimilarity(kind, blocks, tables[0], tables[1])
 
 
-def _above(phi: Tensor, dimension: int) -> float:
+def _above_chance(phi: Tensor, dimension: int) -> float:
     # Two sets that fill the space are the same by necessity: nothing can be above chance.
     return float(above_baseline(phi, dimension)[-1, -1]) if max(phi.shape) < dimension else math.nan
 
 
-# --- showing
+def similarity_rows(similarities: Sequence[KindSimilarity]) -> Iterator[tuple[str, ...]]:
+    """Yield the rows of a table of what layers share, the header first."""
+    yield ("kind of layer", "blocks", "inputs", "outputs")
+    for each in similarities:
+        pairs = ([float(t[at, to]) for at in range(len(t)) for to in range(at)] for t in (each.inputs, each.outputs))
+        yield (each.kind, str(len(each.blocks)), *(_cell(known_median(values)) for values in pairs))
 
 
-def _numbers(layer: LayerComparison) -> tuple[float, ...]:
-    return (layer.cosine, *layer.of_inputs, *layer.of_outputs)
-
-
-def _median(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.median(known) if known else math.nan
+# --- showing numbers
 
 
 def _cell(value: float) -> str:
     return "-" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"  # no minus before a zero
 
 
-def _plain(value: float) -> float | None:
+def _or_none(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _rows(phi: Tensor) -> list[list[float | None]]:
-    return [[_plain(round(value, 4)) for value in row] for row in phi.tolist()]
+def _nested(phi: Tensor) -> list[list[float | None]]:
+    return [[_or_none(round(value, 4)) for value in row] for row in phi.tolist()]

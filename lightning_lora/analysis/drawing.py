@@ -1,7 +1,7 @@
-"""Figures, colours and ticks for ``plots``; matplotlib, the optional extra ``plots``, is needed here and nowhere else.
+"""Figures, colours and ticks for ``plots``; the only file that imports matplotlib, the optional extra ``plots``.
 
-A figure is a value: there is no ``pyplot``, so nothing global changes and no window opens. Its ink is one colour that
-nothing else has, so that a page can give it the colour of its own text, in light and in dark.
+Figures are made without ``pyplot``, so nothing global changes and no window opens. The ink is one unique colour, which
+a page replaces by the colour of its own text, light or dark.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import Any
 from torch import Tensor
 
 INK = "#1c2127"
-UNKNOWN = "#9aa0a6"  # the colour for "cannot be told"
-MOST_NUMBERS = 160  # cells that are still large enough to be written into
+UNKNOWN = "#9aa0a6"
+MOST_NUMBERS = 160  # with more cells, numbers do not fit into them
 _SCALE = "viridis"
-# Of a middle lightness, to be seen on white, on black and in grey print.
+# Of medium lightness, to be visible on white, on black and in grey print.
 _LINES = ("#3b7dd8", "#dd6b35", "#2a9d6f", "#a565c9", "#b98a12", "#d1495b")
-_MOST_TICKS = 16
 _DOTS_PER_INCH = 130
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """Return a figure and its axes, ``(rows, columns)`` of them.
+    """Return a figure and a ``(rows, columns)`` array of its axes.
 
     Args:
         width: In inches.
@@ -34,12 +33,12 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         columns: Columns of panels.
 
     Raises:
-        ImportError: There is no matplotlib.
+        ImportError: matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'lightning-lora[plots]'. Tables do without.") from error
+        raise ImportError("Plots need matplotlib: pip install 'lightning-lora[plots]'. Tables do not.") from error
     figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
@@ -67,13 +66,13 @@ def legend(axes: Any, **options: Any) -> None:
 
 
 def heat_map(axes: Any, table: Tensor, *, lowest: float | None = None, highest: float | None = None) -> Any:
-    """Draw a table as colours, unknown cells in grey, and return the image.
+    """Draw a table as colours, with unknown cells in grey, and return the image.
 
     Args:
-        axes: Where.
+        axes: The axes to draw into.
         table: ``(rows, columns)``; NaN is unknown.
-        lowest: The value of the darkest colour; that of the table if left out.
-        highest: The value of the lightest colour.
+        lowest: The value of the darkest colour; by default the lowest of the table.
+        highest: The value of the lightest colour; by default the highest of the table.
     """
     import matplotlib
 
@@ -83,7 +82,7 @@ def heat_map(axes: Any, table: Tensor, *, lowest: float | None = None, highest: 
 
 
 def colour_bar(figure: Any, image: Any, panels: Any, name: str = "") -> None:
-    """Draw the scale of one or several heat maps."""
+    """Draw the colour scale of one or several heat maps."""
     bar = figure.colorbar(image, ax=panels, pad=0.02)
     bar.set_label(name, color=INK, fontsize=9)
     bar.ax.tick_params(colors=INK, labelsize=8)
@@ -97,24 +96,23 @@ def hue(at: int) -> str:
 
 
 def dash(at: int) -> str:
-    """Return the stroke of a line, another one when the colours begin again."""
+    """Return the dash pattern of a line, which changes when the colours repeat."""
     return ("-", "--", ":")[at // len(_LINES) % 3]
 
 
-def count_ticks(axis: Any, count: int, *, most: int = _MOST_TICKS) -> None:
-    """Number the cells of an axis from 1, as many as can be read."""
-    step = max(1, math.ceil(count / most))
-    axis.set_ticks(range(0, count, step), [str(at + 1) for at in range(0, count, step)])
+def count_ticks(axis: Any, count: int, *, first: int, most: int) -> None:
+    """Number the cells of an axis from ``first``, at most so many of them."""
+    name_ticks(axis, [str(first + at) for at in range(count)], most=most)
 
 
-def name_ticks(axis: Any, names: Sequence[str], *, most: int = 2 * _MOST_TICKS) -> None:
-    """Name the cells of an axis, all of them or evenly some."""
+def name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
+    """Name the cells of an axis, at most so many of them, evenly spaced."""
     step = max(1, math.ceil(len(names) / most))
     axis.set_ticks(range(0, len(names), step), [names[at] for at in range(0, len(names), step)])
 
 
 def slanted(axes: Any) -> None:
-    """Turn the names below, where straight ones would run into each other."""
+    """Rotate the names below the axes, so that they do not overlap."""
     axes.tick_params(axis="x", rotation=30)
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("right")
@@ -122,13 +120,13 @@ def slanted(axes: Any) -> None:
 
 
 def write_numbers(axes: Any, image: Any, table: Tensor, decimals: int | None = None) -> None:
-    """Write the number into each cell that is known, in an ink that stands out from its colour.
+    """Write its number into each known cell, in an ink that stands out from the cell's colour.
 
     Args:
-        axes: Where the heat map is.
+        axes: The axes of the heat map.
         image: The heat map.
         table: Its numbers.
-        decimals: How many to write; three digits of whatever size if left out.
+        decimals: How many to write; by default three significant digits.
     """
     for row in range(table.shape[0]):
         for column in range(table.shape[1]):
@@ -144,18 +142,18 @@ def _short(value: float) -> str:
 
 
 def as_svg(figure: Any, name: str) -> str:
-    """Return a figure for a page: text stays text, and the ink takes the colour of what is around.
+    """Return a figure as SVG for a page: text stays text, and the ink takes the colour of the page's text.
 
     Args:
-        figure: Any of this package's.
-        name: What no other figure of the page is called; parts of a figure go by it.
+        figure: Any figure of this package.
+        name: A name that is unique on the page; the ids of the figure's parts begin with it.
     """
     import matplotlib
 
     file = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", transparent=True, metadata=nothing)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)

@@ -1,20 +1,21 @@
-"""What a training step will take of memory, with LoRA and in full, and which part of it dominates."""
+"""Forecast the memory of a training step, with LoRA and in full, and which part dominates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.budget import ADAM_BYTES
-from lightning_lora.analysis.saved import Memory, saved_bytes
 from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
-from lightning_lora.freezing import all_training
-from lightning_lora.layers import all_adapters
 from lightning_lora.surgery import attach, detach
 from lightning_lora.trial import RandomState, arguments_for, left_as_it_was, tensors_in
 
@@ -30,14 +31,14 @@ _CURES = {
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """The bytes of one way to train.
+    """The bytes that one way of training takes.
 
     Attributes:
-        weights: Parameters, adapters included, and buffers.
-        gradients: Gradients of what trains, each in its parameter's precision.
-        optimizer: State of the optimizer.
-        activations: What autograd keeps of one batch for the backward pass, the batch itself where it is needed; None
-            if no batch was given.
+        weights: Parameters, including adapters, and buffers.
+        gradients: Gradients of the trained parameters, each in its parameter's precision.
+        optimizer: Optimizer state.
+        activations: What autograd saves of one batch for the backward pass, including the batch where needed; None
+            without a batch.
     """
 
     weights: int
@@ -47,7 +48,7 @@ class MemoryUse:
 
     @property
     def total(self) -> int:
-        """Bytes of all parts. The peak of a step is a little lower, as activations go while gradients come."""
+        """Bytes of all parts. The peak of a step is slightly lower: activations are freed as gradients arrive."""
         return self.weights + self.gradients + self.optimizer + (self.activations or 0)
 
     @property
@@ -58,7 +59,7 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class MemoryForecast:
-    """What a training step takes; ``print(forecast)`` shows a table.
+    """The memory of a training step; ``print(forecast)`` shows a table.
 
     Attributes:
         lora: With the adapters.
@@ -70,7 +71,7 @@ class MemoryForecast:
 
     @property
     def verdict(self) -> str:
-        """What dominates with LoRA and what would help, in one sentence."""
+        """One sentence: which part dominates with LoRA, and what would reduce it."""
         part, use = self.lora.largest, self.lora
         share = getattr(use, part) / use.total if use.total else 0.0
         verb = "dominates" if part == "optimizer" else "dominate"
@@ -99,30 +100,29 @@ def forecast_memory(
     step: Callable[[nn.Module, Any], object] | None = None,
     bytes_per_state: int = ADAM_BYTES,
 ) -> MemoryForecast:
-    """Return what a training step takes with LoRA and with full fine-tuning, activations measured on a batch.
+    """Return the memory of a training step with LoRA and with full fine-tuning; activations are measured on a batch.
 
-    The model is run forward twice in training mode, once without adapters and once with them, which are removed again.
-    Parameters, buffers, gradients, modes and the random state are left as they were. What operators need for a moment
-    is not seen, nor what a loss keeps that is not part of ``step``.
+    The model runs forward twice in training mode, without adapters and with them; they are removed again. Parameters,
+    buffers, gradients, modes and the random state stay as they were. Temporary memory of operators is not counted, nor
+    what a loss outside of ``step`` saves.
 
     Args:
-        module: The model without adapters; the meta device will do, with a batch on it.
-        config: What to adapt; if left out, ``LoRAConfig()``.
-        batch: A batch of the size to train with: a tensor, the entries of a tuple or list that ``forward`` requires, or
-            those of a dict that it accepts. Without it activations are unknown.
-        step: What to run instead of ``forward``: it is given the module and the batch, and returns a loss; autocast
-            and a ``training_step`` go here.
-        bytes_per_state: Bytes of optimizer state for each trained parameter: 8 for Adam, 0 for SGD, 2 for an Adam of 8
-            bits.
+        module: The model without adapters; it may be on the meta device, with a batch on it.
+        config: Which layers to adapt; ``LoRAConfig()`` by default.
+        batch: A batch of the size to train with: a tensor; a tuple or list, from which ``forward`` gets the arguments
+            it requires; or a dict, from which it gets those it accepts. Without it activations are unknown.
+        step: Called with the module and the batch in place of ``forward``, and returns a loss; for autocast or a
+            ``training_step``.
+        bytes_per_state: Bytes of optimizer state per trained parameter: 8 for Adam, 0 for SGD, 2 for 8-bit Adam.
 
     Raises:
-        ValueError: The module is adapted already, the config does not fit it, or there is nothing to run.
-        TypeError: What was run returned no tensor with a gradient.
+        ValueError: The module is already adapted, the config does not fit it, or it has no forward.
+        TypeError: The forward pass or the step returned no tensor with a gradient.
     """
-    if all_adapters(module):
+    if AdaptedModel(module).layers:
         raise ValueError("forecast_memory needs the model without adapters: call it before attach, or detach first.")
     run = None if batch is None else _runner(module, batch, step)
-    with all_training(module):
+    with _all_training(module):
         full = _use(module, run, bytes_per_state)
     attach(module, config or LoRAConfig())
     try:
@@ -132,28 +132,98 @@ def forecast_memory(
     return MemoryForecast(lora, full)
 
 
+@contextmanager
+def _all_training(module: nn.Module) -> Iterator[None]:
+    """Let every parameter require a gradient temporarily, as full fine-tuning does."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(parameter.is_floating_point())
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
 def _use(module: nn.Module, run: Callable[[], object] | None, bytes_per_state: int) -> MemoryUse:
-    there = Memory([*module.parameters(), *module.buffers()])
+    weights = Memory([*module.parameters(), *module.buffers()])
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     activations = None
     if run is not None:
         with left_as_it_was(module), RandomState():
             module.train()
-            activations = saved_bytes(run, there)
+            activations = saved_bytes(run, weights)
     elements = sum(parameter.numel() for parameter in trained)
-    return MemoryUse(there.nbytes, sum(p.nbytes for p in trained), elements * bytes_per_state, activations)
+    return MemoryUse(weights.nbytes, sum(p.nbytes for p in trained), elements * bytes_per_state, activations)
 
 
 def _runner(module: nn.Module, batch: object, step: Callable[[nn.Module, Any], object] | None) -> Callable[[], object]:
     if step is None and getattr(module.forward, "__name__", "") == "_forward_unimplemented":
-        raise ValueError(f"{type(module).__name__} has no forward to run a batch through. Give step.")
+        raise ValueError(f"{type(module).__name__} has no forward to run a batch through. Pass step.")
 
     def run() -> list[Tensor]:
         args, kwargs = arguments_for(module, batch) if step is None else ((), {})
         found = list(tensors_in(module(*args, **kwargs) if step is None else step(module, batch)))
         if not any(tensor.requires_grad for tensor in found):
             what = type(module).__name__ if step is None else "step"
-            raise TypeError(f"forecast_memory: {what} returned no tensor that has a gradient, so nothing would train.")
+            raise TypeError(f"forecast_memory: {what} returned no tensor with a gradient, so nothing would train.")
         return found
 
     return run
+
+
+# --- counting memory
+
+
+class Memory:
+    """The memory that tensors occupy; views of one another share theirs, and it counts once.
+
+    Counted memory is kept alive, so that its address is not reused meanwhile.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors:
+            self.add(tensor)
+
+    @property
+    def nbytes(self) -> int:
+        """Total bytes; on the meta device, what they would be."""
+        return sum(storage.nbytes() for storage in self._storages.values())
+
+    def add(self, tensor: Tensor, apart_from: Memory | None = None) -> None:
+        """Add the memory of a tensor, unless ``apart_from`` contains it."""
+        for inner in _inner_tensors(tensor):
+            storage = inner.untyped_storage()
+            if apart_from is None or storage._cdata not in apart_from._storages:
+                self._storages[storage._cdata] = storage
+
+
+def saved_bytes(run: Callable[[], object], apart_from: Memory) -> int:
+    """Return the bytes that autograd saves for the backward pass of a computation, which does not run.
+
+    Whatever checkpointing recomputes is not saved, and not counted.
+
+    Args:
+        run: The forward pass; its result is dropped.
+        apart_from: Memory that does not count: the parameters and buffers, which exist anyway.
+    """
+    kept = Memory()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor, apart_from)
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return kept.nbytes
+
+
+def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that hold the values; a packed weight wraps several."""
+    wrapper = cast(Any, tensor)
+    if not is_traceable_wrapper_subclass(wrapper):
+        yield tensor
+        return
+    for name in wrapper.__tensor_flatten__()[0]:
+        yield from _inner_tensors(getattr(wrapper, name))

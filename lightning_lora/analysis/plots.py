@@ -1,7 +1,6 @@
-"""Pictures of what ``analyze`` and ``compare`` found; they need matplotlib, the optional extra ``plots``.
+"""Draw what ``analyze`` and ``compare`` found; requires matplotlib, the optional extra ``plots``.
 
-Every function draws into one figure and returns it; nothing is shown or saved. Scales of one hue say "more"; the colour
-for "cannot be told" is grey.
+Each function returns one figure; nothing is shown or saved. A scale of one hue means "more"; unknown values are grey.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_lora.analysis.adapters import place
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, LayerComparison
 from lightning_lora.analysis.drawing import (
     INK,
@@ -30,31 +30,30 @@ from lightning_lora.analysis.drawing import (
     title,
     write_numbers,
 )
-from lightning_lora.analysis.places import place
-from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis
+from lightning_lora.analysis.summary import METRICS, AdapterAnalysis, LayerAnalysis
 
 Metric = Literal["effective_rank", "stable_rank", "suggested_rank", "norm", "ratio", "amplification", "alignment"]
 Likeness = Literal["cosine", "inputs", "outputs"]
 Side = Literal["inputs", "outputs"]
 
-_METRICS: dict[str, tuple[str, Callable[[LayerAnalysis], float | None]]] = {
-    "effective_rank": ("effective rank of the update", lambda layer: layer.effective_rank),
-    "stable_rank": ("stable rank of the update", lambda layer: layer.stable_rank),
-    "suggested_rank": ("suggested rank", lambda layer: layer.suggested_rank),
-    "norm": ("norm of the update", lambda layer: layer.norm),
-    "ratio": ("norm of the update over the weight's", lambda layer: layer.relation and layer.relation.ratio),
-    "amplification": ("amplification factor", lambda layer: layer.relation and layer.relation.amplification),
-    "alignment": ("alignment with the weight (1 = chance)", lambda layer: layer.relation and layer.relation.alignment),
+_TITLES: dict[str, str] = {
+    "effective_rank": "effective rank of the update",
+    "stable_rank": "stable rank of the update",
+    "suggested_rank": "suggested rank",
+    "norm": "norm of the update",
+    "ratio": "norm of the update over the weight's",
+    "amplification": "amplification factor",
+    "alignment": "alignment with the weight (1 = chance)",
 }
 _LIKENESSES: dict[str, tuple[str, Callable[[LayerComparison], float]]] = {
     "cosine": ("cosine between the updates", lambda layer: layer.cosine),
-    "inputs": ("directions of the input shared, chance taken off", lambda layer: _above(layer.of_inputs)),
-    "outputs": ("directions of the output shared, chance taken off", lambda layer: _above(layer.of_outputs)),
+    "inputs": ("shared input directions, above chance", lambda layer: layer.of_inputs.above_chance),
+    "outputs": ("shared output directions, above chance", lambda layer: layer.of_outputs.above_chance),
 }
 _MOST_NAMES = 12  # lines that a legend can tell apart
 _ACROSS = 4
 _OUTSIDE = "no block"
-_WIDEST, _TALLEST = 24, 80  # cells; of more, as of many experts, each is thinner
+_WIDEST, _TALLEST = 24, 80  # cells; with more, such as many experts, each becomes thinner
 
 
 # --- subspace similarity
@@ -72,46 +71,44 @@ def plot_similarity(phi: Tensor, *, title: str = "", labels: tuple[str, str] = (
 
 
 def plot_similarities(phis: Mapping[str, Tensor], *, labels: tuple[str, str] = ("i", "j")) -> Any:
-    """Return several heat maps of ``phi(i, j)`` on one scale, for example one of each layer.
+    """Return several heat maps of ``phi(i, j)`` on one scale, for example one for each layer.
 
     Args:
         phis: What is compared -> ``(r1, r2)`` from ``subspace_similarity`` or ``update_similarity``.
         labels: Names of the rows and the columns.
 
     Raises:
-        ValueError: There is nothing to draw.
+        ValueError: ``phis`` is empty.
     """
-    return _tables(phis, labels, "$\\phi(i, j)$", _number_cells)
+    return _tables(phis, labels, "$\\phi(i, j)$", first=1)
 
 
 def plot_blocks(similarities: Sequence[KindSimilarity], side: Side = "inputs") -> Any:
     """Return what the updates of each kind of layer share between blocks: 0 is chance, 1 the same directions.
 
     Args:
-        similarities: From ``layer_similarity``.
-        side: Directions of the input or of the output.
+        similarities: The result of ``layer_similarity``.
+        side: Input or output directions.
 
     Raises:
-        ValueError: There is nothing to draw.
+        ValueError: ``similarities`` is empty.
     """
     tables = {each.kind: getattr(each, side) for each in similarities}
-    return _tables(tables, ("block", "block"), "shared, above chance", _number_cells_from_0)
+    return _tables(tables, ("block", "block"), "shared, above chance", first=0)
 
 
-def _tables(
-    tables: Mapping[str, Tensor], labels: tuple[str, str], scale: str, number: Callable[[Any, Tensor], None]
-) -> Any:
+def _tables(tables: Mapping[str, Tensor], labels: tuple[str, str], scale: str, *, first: int) -> Any:
     if not tables:
         raise ValueError("There is nothing to draw.")
     columns = min(_ACROSS, len(tables))
     rows = math.ceil(len(tables) / columns)
-    figure, panels = new_figure(
-        *((5.2, 4.4) if len(tables) == 1 else (2.3 * columns + 0.9, 2.2 * rows + 0.2)), rows, columns
-    )
+    size = (5.2, 4.4) if len(tables) == 1 else (2.3 * columns + 0.9, 2.2 * rows + 0.2)
+    figure, panels = new_figure(*size, rows, columns)
     small = len(tables) > 1
     for at, (axes, (name, table)) in enumerate(zip(panels.flat, tables.items(), strict=False)):
         image = heat_map(axes, table, lowest=0.0, highest=1.0)
-        number(axes, table)
+        for axis, count in zip((axes.yaxis, axes.xaxis), table.shape, strict=True):
+            count_ticks(axis, count, first=first, most=9 if first else 8)
         title(axes, name, size=8 if small else 10)
         is_lowest = at + columns >= len(tables)
         axis_names(axes, labels[1] if is_lowest else "", labels[0] if at % columns == 0 else "", size=8 if small else 9)
@@ -121,24 +118,13 @@ def _tables(
     return figure
 
 
-def _number_cells(axes: Any, table: Tensor) -> None:
-    count_ticks(axes.yaxis, table.shape[0], most=9)
-    count_ticks(axes.xaxis, table.shape[1], most=9)
-
-
-def _number_cells_from_0(axes: Any, table: Tensor) -> None:
-    for axis, count in zip((axes.yaxis, axes.xaxis), table.shape, strict=True):
-        step = max(1, math.ceil(count / 8))
-        axis.set_ticks(range(0, count, step))
-
-
 # --- singular values
 
 
 def plot_spectra(analysis: AdapterAnalysis) -> Any:
-    """Return the singular values of every update over their index, on a logarithmic scale.
+    """Return the singular values of every update by index, on a logarithmic scale.
 
-    Up to a dozen updates have a line and a name each; of more there are the median, the middle half and the range.
+    Up to a dozen updates get a line and a name each; more are shown as median, middle half and range.
     """
     layers = [layer for layer in analysis.layers if layer.numerical_rank]
     figure, axes = _curves(layers, lambda layer: layer.singular_values[: layer.numerical_rank])
@@ -149,9 +135,9 @@ def plot_spectra(analysis: AdapterAnalysis) -> Any:
 
 
 def plot_energy(analysis: AdapterAnalysis) -> Any:
-    """Return what share of an update's squared norm its leading directions hold, over their number.
+    """Return the share of an update's squared norm in its leading directions, by their number.
 
-    Where a curve crosses the dotted line is the suggested rank. Lines are drawn as in ``plot_spectra``.
+    The suggested rank is where a curve crosses the dotted line. Lines are drawn as in ``plot_spectra``.
     """
     layers = [layer for layer in analysis.layers if layer.numerical_rank]
     figure, axes = _curves(layers, _held)
@@ -194,7 +180,7 @@ def _draw_ranges(axes: Any, curves: Sequence[Sequence[float]]) -> None:
     lowest, lower, middle, upper, highest = torch.stack(quantiles, 1).tolist()
     index = range(1, longest + 1)
     axes.fill_between(index, lowest, highest, color=hue(0), alpha=0.2, linewidth=0, label="all")
-    axes.fill_between(index, lower, upper, color=hue(0), alpha=0.4, linewidth=0, label="the middle half")
+    axes.fill_between(index, lower, upper, color=hue(0), alpha=0.4, linewidth=0, label="middle half")
     axes.plot(index, middle, color=hue(1), marker="o", markersize=3, label="median")
     legend(axes, fontsize=8)
 
@@ -203,35 +189,34 @@ def _draw_ranges(axes: Any, curves: Sequence[Sequence[float]]) -> None:
 
 
 def plot_layers(analysis: AdapterAnalysis, metric: Metric = "effective_rank") -> Any:
-    """Return a heat map of one number: a row for each block, a column for each kind of layer in it.
+    """Return a heat map of one metric: a row for each block, a column for each kind of layer.
 
     Args:
-        analysis: What ``analyze`` found.
-        metric: Which number.
+        analysis: The result of ``analyze``.
+        metric: The metric.
 
     Raises:
-        ValueError: There is no such metric.
+        ValueError: The metric does not exist.
     """
-    if metric not in _METRICS:
-        raise ValueError(f"metric={metric!r} is none of {', '.join(_METRICS)}.")
-    name, of = _METRICS[metric]
-    # Ranks are shown on a scale up to all that could be used, so that small differences look small.
+    if metric not in _TITLES:
+        raise ValueError(f"metric={metric!r} must be one of {', '.join(_TITLES)}.")
+    # Ranks are shown on a scale up to the full rank, so that small differences look small.
     highest = max((layer.rank for layer in analysis.layers), default=1) if metric.endswith("rank") else None
-    return _by_place({layer.name: of(layer) for layer in analysis.layers}, name, highest)
+    return _by_place({layer.name: METRICS[metric](layer) for layer in analysis.layers}, _TITLES[metric], highest)
 
 
 def plot_comparison(comparison: AdapterComparison, of: Likeness = "cosine") -> Any:
-    """Return a heat map of what two adapters share: a row for each block, a column for each kind of layer in it.
+    """Return a heat map of what two adapters share: a row for each block, a column for each kind of layer.
 
     Args:
-        comparison: What ``compare`` found.
-        of: The cosine between the updates, or what the directions of inputs or outputs share above chance.
+        comparison: The result of ``compare``.
+        of: The cosine between the updates, or the share of input or output directions above chance.
 
     Raises:
-        ValueError: There is no such number.
+        ValueError: ``of`` is something else.
     """
     if of not in _LIKENESSES:
-        raise ValueError(f"of={of!r} is none of {', '.join(_LIKENESSES)}.")
+        raise ValueError(f"of={of!r} must be one of {', '.join(_LIKENESSES)}.")
     name, number = _LIKENESSES[of]
     return _by_place({layer.name: number(layer) for layer in comparison.layers}, name, 1.0, decimals=2)
 
@@ -260,7 +245,3 @@ def _by_place(
     if len(columns) <= _WIDEST and table.numel() <= MOST_NUMBERS * 2:
         write_numbers(axes, image, table, decimals)
     return figure
-
-
-def _above(overlap: Any) -> float:
-    return (overlap.all - overlap.chance) / (1 - overlap.chance) if overlap.chance < 1 else math.nan

@@ -1,26 +1,33 @@
-"""Pages that show an analysis or a comparison; with matplotlib they have figures, without it words and tables."""
+"""HTML pages that show an analysis or a comparison; pictures need matplotlib, words and tables do not."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any, get_args
 
-from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity
-from lightning_lora.analysis.page import Page
-from lightning_lora.analysis.report_figures import ABOVE, Figures
-from lightning_lora.analysis.suggestions import RankSuggestion, findings, suggest_ranks
-from lightning_lora.analysis.summary import AdapterAnalysis
-from lightning_lora.names import listed
+from lightning_lora.analysis import plots
+from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, likeness, similarity_rows
+from lightning_lora.analysis.drawing import as_svg
+from lightning_lora.analysis.summary import AdapterAnalysis, RankSuggestion, findings, suggest_ranks
 
-NO_PLOTS = "The pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
+NO_PLOTS = "Pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
 
 _COLUMNS = (
-    "|dW| is the Frobenius norm of the update, |dW|/|W| over the weight's; effective is exp of the entropy of its "
-    "singular values, stable its squared norm over the squared largest one, suggested the directions that hold the "
-    "energy; amplification is |dW| over what the weight has in the update's directions; aligned is what the weight has "
-    "there over what it has in random directions (Hu et al. 2021, section 7.3; Roy and Vetterli 2007)."
+    "|dW| is the Frobenius norm of the update, |dW|/|W| that norm over the weight's; effective is exp of the entropy "
+    "of the update's singular values, stable its squared norm over its squared largest singular value, suggested the "
+    "number of directions that hold the energy; amplification is |dW| over the norm of the weight in the update's "
+    "directions; aligned is that norm over the norm of the weight in random directions (Hu et al. 2021, section 7.3; "
+    "Roy and Vetterli 2007)."
 )
+_ABOVE_CHANCE = "0 is what random directions share, 1 the same directions; grey is unknown."
+_MOST_PANELS = 12
+Figures = dict[str, tuple[Any, str, str]]  # name of a file -> figure, its description, its caption
+
+
+# --- the page of one adapter
 
 
 def analysis_page(
@@ -34,11 +41,11 @@ def analysis_page(
     """Return the page of one adapter.
 
     Args:
-        analysis: What ``analyze`` found.
-        name: What to call the adapter.
-        similarities: What ``layer_similarity`` found.
-        facts: What to say of the files.
-        figures: From ``analysis_figures``; None where there is no matplotlib.
+        analysis: The result of ``analyze``.
+        name: The adapter's name.
+        similarities: The result of ``layer_similarity``.
+        facts: Facts about the files.
+        figures: The result of ``analysis_figures``; None without matplotlib.
     """
     page = Page(f"What {name} learned", ". ".join(facts))
     page.heading("In short")
@@ -46,10 +53,9 @@ def analysis_page(
     if figures is None:
         page.text(NO_PLOTS)
     page.heading("Where and how much")
-    related = any(layer.relation for layer in analysis.layers)
-    if not related:
+    if not any(layer.relation for layer in analysis.layers):
         page.text(
-            "How the updates relate to the weights is told with the base: lightning-lora report ADAPTER --base BASE."
+            "To see how the updates relate to the weights, give the base: lightning-lora report ADAPTER --base BASE."
         )
     _add(page, figures, ("ratio", "norm", "amplification", "alignment"))
     page.heading("Which rank")
@@ -58,8 +64,8 @@ def analysis_page(
     page.table(list(suggestion_rows(suggestions)), f"Ranks that hold {analysis.energy:.0%} of the squared norm")
     if pattern := rank_pattern(suggestions):
         page.text(
-            "As options of the next run. Where the rank was used up, a higher one may do better; and as the scaling is "
-            "alpha / rank, keep that quotient by alpha and alpha_pattern."
+            "As options of the next run. Where the rank is used up, a higher one may do better. The scaling is alpha / "
+            "rank: keep that quotient by setting alpha and alpha_pattern."
         )
         page.code(next_run(pattern))
     if similarities:
@@ -70,82 +76,40 @@ def analysis_page(
     return page
 
 
-def comparison_page(comparison: AdapterComparison, names: tuple[str, str], *, figures: Figures | None = None) -> Page:
-    """Return the page of two adapters.
+def analysis_figures(analysis: AdapterAnalysis, similarities: Sequence[KindSimilarity] = ()) -> Figures:
+    """Return the figures of an analysis: name -> figure, its description, its caption.
 
     Args:
-        comparison: What ``compare`` found.
-        names: What to call them.
-        figures: From ``comparison_figures``; None where there is no matplotlib.
+        analysis: The result of ``analyze``.
+        similarities: The result of ``layer_similarity``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
     """
-    page = Page("What two adapters share", f"First: {names[0]}. Second: {names[1]}.")
-    page.heading("In short")
-    page.points(likeness(comparison))
-    if figures is None:
-        page.text(NO_PLOTS)
-    else:
-        page.heading("Layer by layer")
-        _add(page, figures, ("cosine", "inputs", "outputs"))
-        page.heading("Direction by direction")
-        page.text(
-            "Each cell says how much the i leading directions of the first and the j leading directions of the second "
-            "share: 1 if the smaller set lies inside the larger, max(i, j) over the width if both are random. "
-            "Conclusions are safer from the updates' directions; those of the factors depend on how an update is split."
-        )
-        _add(page, figures, ("phi_inputs", "phi_outputs", "phi_factors"))
-    page.heading("All layers")
-    page.table(comparison.rows(), "Every layer in numbers; in and out are phi of the first and of all directions")
-    return page
-
-
-def layers_page(similarities: Sequence[KindSimilarity], name: str, *, figures: Figures | None = None) -> Page:
-    """Return the page of the layers of one adapter.
-
-    Args:
-        similarities: What ``layer_similarity`` found.
-        name: What to call the adapter.
-        figures: From ``layers_figures``; None where there is no matplotlib.
-    """
-    page = Page(f"What the layers of {name} share")
-    if figures is None:
-        page.text(NO_PLOTS)
-    _add_similarities(page, similarities, figures)
-    return page
-
-
-def _add_similarities(page: Page, similarities: Sequence[KindSimilarity], figures: Figures | None) -> None:
-    page.heading("Layers like each other")
-    _add(page, figures, ("blocks_inputs", "blocks_outputs"))
-    page.table(list(similarity_rows(similarities)), f"Between two blocks, the median of all pairs. {ABOVE}")
-
-
-def likeness(comparison: AdapterComparison) -> list[str]:
-    """Return what a comparison says, a sentence for each question."""
-    live = [layer for layer in comparison.layers if min(layer.ranks)]
-    if not live:
-        return ["No layer has two updates that are not zero: there is nothing to compare."]
-    said = []
-    for side, of in (("input", "of_inputs"), ("output", "of_outputs")):
-        overlaps = [getattr(layer, of) for layer in live]
-        first, every, chance = (statistics.median([each[at] for each in overlaps]) for at in range(3))
-        said.append(
-            f"Of the {side}, the leading directions share {first:.3f} and all directions {every:.3f}, where random "
-            f"ones would share {chance:.3f} (medians over {len(live)} layers)."
-        )
-    cosines = {layer.name: layer.cosine for layer in live}
-    middle, ordered = statistics.median(cosines.values()), sorted(cosines, key=cosines.__getitem__)
-    least, most = ordered[0], ordered[-1]
-    said.append(
-        f"As vectors, the updates have a median cosine of {middle:.2f}: most alike is {most} ({cosines[most]:.2f}), "
-        f"least {least} ({cosines[least]:.2f})."
-    )
-    for which, names in (("first", comparison.only_first), ("second", comparison.only_second)):
-        said += [f"Only in the {which}: {listed(names)}."] if names else []
-    return said
+    captions: dict[plots.Metric, str] = {
+        "ratio": "Relative size of each update: its Frobenius norm over that of the weight.",
+        "norm": "Frobenius norm of each update.",
+        "amplification": "How much larger each update is than the weight in the update's own directions.",
+        "alignment": "Norm of the weight in the update's directions over that in random ones; 1 is chance.",
+        "effective_rank": "How many directions each update uses: exp of the entropy of its singular values.",
+        "suggested_rank": f"How many directions hold {analysis.energy:.0%} of the squared norm of each update.",
+    }
+    related = any(layer.relation for layer in analysis.layers)
+    left_out = ("norm",) if related else ("ratio", "amplification", "alignment")
+    found: Figures = {}
+    for metric, caption in captions.items():
+        if metric not in left_out:
+            words = f"Heat map by block and kind of layer. {caption} The table of all updates has the numbers."
+            found[metric] = plots.plot_layers(analysis, metric), words, caption
+    caption = "Singular values of the updates, largest first."
+    found["spectra"] = plots.plot_spectra(analysis), f"Falling curves on a logarithmic scale. {caption}", caption
+    caption = "Share of the squared norm in the leading directions; the dotted line is what a suggested rank holds."
+    found["energy"] = plots.plot_energy(analysis), f"Rising curves. {caption}", caption
+    return found | (layers_figures(similarities) if similarities else {})
 
 
 def rank_pattern(suggestions: Sequence[RankSuggestion]) -> dict[str, int]:
-    """Return the suggested ranks as ``LoRAConfig.rank_pattern`` takes them, without kinds that learned nothing."""
+    """Return the suggested ranks as a ``LoRAConfig.rank_pattern``, without kinds that learned nothing."""
     return {each.kind: each.suggested for each in suggestions if each.suggested}
 
 
@@ -157,16 +121,8 @@ def next_run(pattern: Mapping[str, int]) -> str:
 
 
 def suggestion_rows(suggestions: Sequence[RankSuggestion]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of a table of suggestions, the header first and sums last."""
-    yield (
-        "kind of layer",
-        "updates",
-        "rank now",
-        "median needed",
-        "suggested",
-        "parameters now",
-        "suggested parameters",
-    )
+    """Yield the rows of a table of suggestions: the header first, the sums last."""
+    yield ("kind of layer", "updates", "rank now", "median needed", "suggested", "parameters now", "then")
     for each in suggestions:
         counts = (str(each.updates), str(each.rank), f"{each.median:g}", str(each.suggested))
         yield (each.kind, *counts, f"{each.parameters:,}", f"{each.parameters_suggested:,}")
@@ -174,22 +130,261 @@ def suggestion_rows(suggestions: Sequence[RankSuggestion]) -> Iterator[tuple[str
     yield ("all", str(sum(each.updates for each in suggestions)), "", "", "", f"{now:,}", f"{then:,}")
 
 
-def similarity_rows(similarities: Sequence[KindSimilarity]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of a table of what layers share, the header first."""
-    yield ("kind of layer", "blocks", "inputs", "outputs")
-    for each in similarities:
-        medians = []
-        for table in (each.inputs, each.outputs):
-            pairs = [float(table[at, to]) for at in range(len(table)) for to in range(at)]
-            known = [value for value in pairs if not math.isnan(value)]
-            medians.append(f"{round(statistics.median(known), 3) + 0.0:.3f}" if known else "-")
-        yield (each.kind, str(len(each.blocks)), *medians)
+# --- the page of two adapters
+
+
+def comparison_page(comparison: AdapterComparison, names: tuple[str, str], *, figures: Figures | None = None) -> Page:
+    """Return the page of two adapters.
+
+    Args:
+        comparison: The result of ``compare``.
+        names: The names of the adapters.
+        figures: The result of ``comparison_figures``; None without matplotlib.
+    """
+    page = Page("What two adapters share", f"First: {names[0]}. Second: {names[1]}.")
+    page.heading("In short")
+    page.points(likeness(comparison))
+    if figures is None:
+        page.text(NO_PLOTS)
+    else:
+        page.heading("Layer by layer")
+        _add(page, figures, ("cosine", "inputs", "outputs"))
+        page.heading("Direction by direction")
+        page.text(
+            "Each cell shows how much the i leading directions of the first and the j leading directions of the second "
+            "share: 1 if the smaller set lies inside the larger, max(i, j) over the width if both are random. Base "
+            "conclusions on the directions of the updates; those of the factors depend on how an update is split."
+        )
+        _add(page, figures, ("phi_inputs", "phi_outputs", "phi_factors"))
+    page.heading("All layers")
+    page.table(comparison.rows(), "Every layer in numbers; in and out are phi of the first and of all directions")
+    return page
+
+
+def comparison_figures(comparison: AdapterComparison, names: tuple[str, str] = ("first", "second")) -> Figures:
+    """Return the figures of a comparison: name -> figure, its description, its caption.
+
+    Args:
+        comparison: The result of ``compare``.
+        names: The names of the adapters.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    captions: dict[plots.Likeness, str] = {
+        "cosine": "Cosine between the two updates of each layer as vectors: 1 is the same update, 0 nothing in common.",
+        "inputs": f"What all input directions share in each layer. {_ABOVE_CHANCE}",
+        "outputs": f"What all output directions share in each layer. {_ABOVE_CHANCE}",
+    }
+    found: Figures = {}
+    for of, caption in captions.items():
+        words = f"Heat map by block and kind of layer. {caption} The table of all layers has the numbers."
+        found[of] = plots.plot_comparison(comparison, of), words, caption
+    shown = evenly([layer for layer in comparison.layers if min(layer.ranks)], _MOST_PANELS)
+    which = "" if len(shown) == len(comparison.layers) else f", {len(shown)} of the {len(comparison.layers)} layers"
+    labels = (f"i ({names[0]})", f"j ({names[1]})")
+    for side, of_what in (
+        ("inputs", "the updates' input directions"),
+        ("outputs", "the updates' output directions"),
+        ("factors", "the factors A, as in figures 3 and 4 of the LoRA paper"),
+    ):
+        if shown:
+            caption = f"phi(i, j) of {of_what}{which}: what the i and the j leading directions share."
+            figure = plots.plot_similarities({layer.name: getattr(layer, side) for layer in shown}, labels=labels)
+            found[f"phi_{side}"] = figure, f"One heat map per layer, on one scale from 0 to 1. {caption}", caption
+    return found
+
+
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """Return at most ``most`` of the items, from the first to the last in even steps."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
+
+
+# --- the page of the layers of one adapter
+
+
+def layers_page(similarities: Sequence[KindSimilarity], name: str, *, figures: Figures | None = None) -> Page:
+    """Return the page of the layers of one adapter.
+
+    Args:
+        similarities: The result of ``layer_similarity``.
+        name: The adapter's name.
+        figures: The result of ``layers_figures``; None without matplotlib.
+    """
+    page = Page(f"What the layers of {name} share")
+    if figures is None:
+        page.text(NO_PLOTS)
+    _add_similarities(page, similarities, figures)
+    return page
+
+
+def layers_figures(similarities: Sequence[KindSimilarity]) -> Figures:
+    """Return the figures of the layers of one adapter: name -> figure, its description, its caption.
+
+    Args:
+        similarities: The result of ``layer_similarity``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    found: Figures = {}
+    for side in get_args(plots.Side):
+        caption = f"What the updates of one kind share between blocks, by {side[:-1]} directions. {_ABOVE_CHANCE}"
+        figure = plots.plot_blocks(similarities[:_MOST_PANELS], side)
+        found[f"blocks_{side}"] = figure, f"One heat map, block by block, per kind of layer. {caption}", caption
+    return found
+
+
+def _add_similarities(page: Page, similarities: Sequence[KindSimilarity], figures: Figures | None) -> None:
+    page.heading("Similarity between layers")
+    _add(page, figures, ("blocks_inputs", "blocks_outputs"))
+    page.table(list(similarity_rows(similarities)), f"Median over all pairs of blocks. {_ABOVE_CHANCE}")
 
 
 def _add(page: Page, figures: Figures | None, names: Sequence[str]) -> None:
-    if figures is None:
-        return
-    from lightning_lora.analysis.drawing import as_svg
+    if figures is not None:
+        chosen = [(name, figures[name]) for name in names if name in figures]
+        page.figures((as_svg(figure, name), words, caption) for name, (figure, words, caption) in chosen)
 
-    chosen = [(name, figures[name]) for name in names if name in figures]
-    page.figures((as_svg(figure, name), words, caption) for name, (figure, words, caption) in chosen)
+
+# --- HTML
+
+_SHORT = 25  # rows of a table that is kept together in print
+_STYLE = """
+:root { color-scheme: light dark;
+  --paper: #ffffff; --ink: #1c2127; --quiet: #5b6570; --line: #d5dae0; --soft: #f4f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #14171a; --ink: #e6e9ec; --quiet: #a3adb8; --line: #3a4149; --soft: #1e2328; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
+p, li { max-width: 46rem; }
+.lead { color: var(--quiet); overflow-wrap: anywhere; }
+figure { margin: 1.25rem 0; }
+figure svg { display: block; max-width: 100%; height: auto; }
+figure svg text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif !important; }
+figcaption, caption { color: var(--quiet); font-size: .875rem; text-align: left; max-width: 46rem; }
+figcaption { margin-top: .5rem; }
+caption { padding-bottom: .5rem; caption-side: top; }
+.figures { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: flex-start; }
+.figures figure { flex: 0 1 auto; max-width: 100%; }
+.wide { overflow-x: auto; margin: 1.25rem 0; }
+table { min-width: min(100%, 30rem); border-collapse: collapse; font-size: .875rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
+tbody th { font-weight: normal; }
+pre { background: var(--soft); padding: .75rem 1rem; white-space: pre-wrap; font-size: .875rem; }
+@page { margin: 1.6cm; }
+@media print {
+  :root { --paper: #ffffff; --ink: #000000; --quiet: #444444; --line: #bbbbbb; --soft: #ffffff; color-scheme: light; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  body { font-size: 10.5pt; padding: 0; max-width: none; }
+  h2 { break-after: avoid; }
+  figure, pre, tr { break-inside: avoid; }
+  .figures { display: block; }
+  .wide { overflow: visible; }
+  .short { break-inside: avoid; }
+  caption { break-after: avoid; }
+  table { font-size: 7.5pt; }
+  th, td { padding: .12rem .45rem; }
+  thead { display: table-header-group; }
+  pre { border: 1px solid var(--line); }
+}
+"""
+
+
+class Page:
+    """One HTML page under construction; it needs no other file, on screen or in print.
+
+    Args:
+        title: Its heading, and the title of the window.
+        lead: A line below the heading.
+    """
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        self._title = title
+        self._parts = [f"<h1>{escape(title)}</h1>"]
+        if lead:
+            self._parts.append(f'<p class="lead">{escape(lead)}</p>')
+
+    def heading(self, text: str) -> None:
+        """Start a section."""
+        self._parts.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        """Add a paragraph."""
+        self._parts.append(f"<p>{escape(text)}</p>")
+
+    def points(self, texts: Iterable[str]) -> None:
+        """Add a list."""
+        self._parts.append("<ul>" + "".join(f"<li>{escape(text)}</li>" for text in texts) + "</ul>")
+
+    def code(self, text: str) -> None:
+        """Add preformatted text."""
+        self._parts.append(f"<pre><code>{escape(text)}</code></pre>")
+
+    def table(self, rows: Sequence[Sequence[str]], caption: str) -> None:
+        """Add a table.
+
+        Args:
+            rows: The header first; the first cell of each row names the row.
+            caption: The caption, which is also read by screen readers.
+        """
+        header, *body = rows
+        head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
+        kind = "wide short" if len(body) <= _SHORT else "wide"
+        lines = [
+            f'<tr><th scope="row">{escape(row[0])}</th>'
+            + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+            + "</tr>"
+            for row in body
+        ]
+        self._parts.append(
+            f'<div class="{kind}" role="region" tabindex="0" aria-label="{escape(caption)}"><table>'
+            f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>"
+            f"<tbody>{''.join(lines)}</tbody></table></div>"
+        )
+
+    def figures(self, figures: Iterable[tuple[str, str, str]]) -> None:
+        """Add figures, side by side where there is room.
+
+        Args:
+            figures: For each its SVG, its description for screen readers, and its caption.
+        """
+        parts = [
+            f"<figure{_width(svg)}>{_labelled(svg, description)}<figcaption>{escape(caption)}</figcaption></figure>"
+            for svg, description, caption in figures
+        ]
+        self._parts.append(f'<div class="figures">{"".join(parts)}</div>')
+
+    def html(self) -> str:
+        """Return the page."""
+        body = "\n".join(self._parts)
+        return (
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            '<meta name="color-scheme" content="light dark">\n'
+            f"<title>{escape(self._title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+            f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the page to a file."""
+        path.write_text(self.html(), encoding="utf-8")
+
+
+def _width(svg: str) -> str:
+    """Return the style that keeps a figure, with its caption, as wide as its picture."""
+    found = re.search(r'<svg [^>]*\bwidth="([\d.]+)pt"', svg)
+    return f' style="width: min(100%, {float(found[1]):.0f}pt)"' if found else ""
+
+
+def _labelled(svg: str, description: str) -> str:
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)

@@ -26,8 +26,7 @@ from lightning_lora.cli.text import (
 from lightning_lora.names import listed
 
 if TYPE_CHECKING:
-    from lightning_lora.analysis.page import Page
-    from lightning_lora.analysis.report_figures import Figures
+    from lightning_lora.analysis.reports import Figures, Page
 
 OK, PROBLEM = 0, 1
 
@@ -283,10 +282,8 @@ def merge(options: argparse.Namespace) -> Result:
 )
 def report(options: argparse.Namespace) -> Result:
     """Show what an adapter learned: ranks, sizes and relation to the weights; optionally as an HTML page."""
-    from lightning_lora.analysis import analyze, layer_similarity
-    from lightning_lora.analysis.report_figures import analysis_figures
-    from lightning_lora.analysis.reports import analysis_page, rank_pattern
-    from lightning_lora.analysis.suggestions import findings, suggest_ranks
+    from lightning_lora.analysis import analyze, findings, layer_similarity, suggest_ranks
+    from lightning_lora.analysis.reports import analysis_figures, analysis_page, rank_pattern
 
     if options.intruders and options.base is None:
         raise ValueError("--intruders needs the weights: give --base.")
@@ -335,9 +332,8 @@ def compare(options: argparse.Namespace) -> Result:
 
 
 def _compare_adapters(options: argparse.Namespace) -> Result:
-    from lightning_lora.analysis import compare
-    from lightning_lora.analysis.report_figures import comparison_figures
-    from lightning_lora.analysis.reports import comparison_page, likeness
+    from lightning_lora.analysis.comparison import compare, likeness
+    from lightning_lora.analysis.reports import comparison_figures, comparison_page
 
     comparison = compare(options.first, options.second)
     names = str(options.first), str(options.second)
@@ -351,9 +347,8 @@ def _compare_adapters(options: argparse.Namespace) -> Result:
 
 
 def _compare_layers(options: argparse.Namespace) -> Result:
-    from lightning_lora.analysis import layer_similarity
-    from lightning_lora.analysis.report_figures import layers_figures
-    from lightning_lora.analysis.reports import layers_page, similarity_rows
+    from lightning_lora.analysis.comparison import layer_similarity, similarity_rows
+    from lightning_lora.analysis.reports import layers_figures, layers_page
 
     found = layer_similarity(options.first)
     if not found:
@@ -388,8 +383,7 @@ def _compare_layers(options: argparse.Namespace) -> Result:
 )
 def plan(options: argparse.Namespace) -> Result:
     """Show which layers a budget can adapt and at which rank; reads shapes, not weights."""
-    from lightning_lora.analysis.budget import plan_budget
-    from lightning_lora.analysis.shapes import model_of_shapes
+    from lightning_lora.analysis.budget import model_of_shapes, plan_budget
     from lightning_lora.config import LoRAConfig
 
     model = model_of_shapes(options.base)

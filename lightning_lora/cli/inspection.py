@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_lora.analysis.places import in_order
+from lightning_lora.analysis.adapters import in_order
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
 from lightning_lora.fingerprint import Fingerprint
 from lightning_lora.names import join

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import register_adapter
 from lightning_lora.layers.initializers import seeded, standard_normal, zeros
-from lightning_lora.layers.lora_layer import reads_weight
 from lightning_lora.layers.low_rank import LowRankAdapter
 
 
@@ -23,37 +19,18 @@ class EmbeddingAdapter(LowRankAdapter):
     meaning here, as there.
     """
 
-    kind = "embedding"
     drops_input = False
-    vllm_takes = True
 
     @classmethod
     @override
-    def matrix_of(cls, shape: Sequence[int]) -> tuple[int, int]:
-        return shape[-1], shape[-2]
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Embedding)
 
     @classmethod
     @override
     def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         assert isinstance(module, nn.Embedding)
         return module.embedding_dim, module.num_embeddings
-
-    @override
-    def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:
-        return None if _has_unknown_forward(layer, type(self)) else self.matrix_shape(layer)[::-1]
-
-    @classmethod
-    @override
-    def stand_in(cls, shape: Sequence[int]) -> nn.Module:
-        tokens, features = shape
-        return nn.Embedding(tokens, features)
-
-    @classmethod
-    @override
-    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
-        if _has_unknown_forward(layer, cls):
-            return "it has a forward of its own, which PEFT's adapter for embeddings does not know"
-        return "PEFT's adapter for embeddings has no bias (lora_bias)" if lora_bias else None
 
     @classmethod
     @override
@@ -99,10 +76,3 @@ class EmbeddingAdapter(LowRankAdapter):
     @override
     def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
         return zeros(self.spec.rank, in_features), standard_normal(out_features, self.spec.rank, seeded(self.spec.seed))
-
-
-def _has_unknown_forward(layer: nn.Module, adapter: type[EmbeddingAdapter]) -> bool:
-    return reads_weight(layer, adapter) and not hasattr(layer, "embed_scale")  # the one that PEFT knows
-
-
-register_adapter(nn.Embedding, EmbeddingAdapter)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import base_parameter, base_weight, register_adapter
+from lightning_lora.layers.adapter import base_parameter, base_weight
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.swap import Swapped
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
@@ -20,9 +18,7 @@ _KNOWN_FORWARD = nn.Linear.forward  # as torch has it: who patches it wants his 
 class LinearAdapter(LowRankAdapter):
     """``y += scaling * dropout(x) @ A.T @ B.T`` beside any ``nn.Linear``."""
 
-    kind = "linear"
     takes_bias = True
-    vllm_takes = True
 
     @classmethod
     @override
@@ -31,9 +27,14 @@ class LinearAdapter(LowRankAdapter):
 
     @classmethod
     @override
+    def accepts(cls, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    @classmethod
+    @override
     def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        layer = cast(nn.Linear, module)
-        return layer.out_features, layer.in_features
+        assert isinstance(module, nn.Linear)
+        return module.out_features, module.in_features
 
     @classmethod
     @override
@@ -63,78 +64,24 @@ class LinearAdapter(LowRankAdapter):
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         return lora_update(inputs, self.A, self.B, scaling=self.spec.scaling, dropout=self.dropout_now())
 
-    @override
-    def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:
-        # Attention's output projection is one: PEFT adapts it with the attention alone.
-        return None if isinstance(layer, NonDynamicallyQuantizableLinear) else self.matrix_shape(layer)
-
-    @classmethod
-    @override
-    def stand_in(cls, shape: Sequence[int]) -> nn.Module:
-        out_features, in_features = shape
-        return nn.Linear(in_features, out_features, bias=False)
-
-    @classmethod
-    @override
-    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
-        if not isinstance(layer, nn.Linear):
-            return super().peft_obstacle(layer, parameter, use_dora=use_dora, lora_bias=lora_bias)
-        return _DORA_AND_BIAS if use_dora and lora_bias else None
-
-
-_DORA_AND_BIAS = "PEFT does not combine lora_bias with DoRA"
-
-
-class StoredConv1D(nn.Module):
-    """A stand-in for transformers' ``Conv1D``, with the two attributes by which such a layer is recognised."""
-
-    weight: Tensor
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.nx, self.nf = in_features, out_features
-
 
 class Conv1DAdapter(LinearAdapter):
     """The same for transformers' ``Conv1D``, a linear layer that stores its weight as ``(in, out)``."""
 
-    kind = "conv1d"
-
-    @classmethod
-    @override
-    def recognises(cls, layer_class: type[nn.Module]) -> bool:
-        return layer_class.__name__.endswith("Conv1D")  # by structure, so that transformers need not be installed
-
     @classmethod
     @override
     def accepts(cls, module: nn.Module) -> bool:
+        # By structure, so that transformers need not be installed.
         weight, out_features = getattr(module, "weight", None), getattr(module, "nf", None)
-        return isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == out_features
-
-    @classmethod
-    @override
-    def matrix_of(cls, shape: Sequence[int]) -> tuple[int, int]:
-        return shape[-1], shape[-2]
+        if not (type(module).__name__.endswith("Conv1D") and isinstance(weight, Tensor)):
+            return False
+        return weight.ndim == 2 and weight.shape[1] == out_features
 
     @classmethod
     @override
     def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        return cls.matrix_of(base_weight(module).shape)
-
-    @override
-    def recorded_shape(self, layer: Any) -> Sequence[int] | None:
-        return (layer.nx, layer.nf) if hasattr(layer, "nx") else None
-
-    @classmethod
-    @override
-    def stand_in(cls, shape: Sequence[int]) -> nn.Module:
-        in_features, out_features = shape
-        return StoredConv1D(in_features, out_features)
-
-    @classmethod
-    @override
-    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
-        return _DORA_AND_BIAS if use_dora and lora_bias else None
+        in_features, out_features = base_weight(module).shape
+        return out_features, in_features
 
     @override
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -143,7 +90,3 @@ class Conv1DAdapter(LinearAdapter):
     @override
     def as_stored(self, matrix: Tensor) -> Tensor:
         return matrix.T
-
-
-register_adapter(nn.Linear, LinearAdapter)
-register_adapter(StoredConv1D, Conv1DAdapter)

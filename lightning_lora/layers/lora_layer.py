@@ -136,11 +136,6 @@ class LoRALayer(Swapped):
             return torch.stack([adapter.delta_weight(weight) for adapter in found]).sum(0)
 
 
-def reads_weight(layer: nn.Module, adapter: type[Adapter]) -> bool:
-    """Return whether a layer, adapted or not, has its update in its weight instead of beside it."""
-    return bool(layer.computed) if isinstance(layer, LoRALayer) else adapter.needs_weight(layer)
-
-
 def updated(weight: Tensor, adapters: Iterable[Adapter]) -> Tensor:
     """Return a weight with the updates of adapters in it; float32, or float64 if either is."""
     for adapter in adapters:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from typing_extensions import override
 
-from lightning_lora.layers.swap import Swapped
+from lightning_lora.layers.swap import Swapped, swap_in, swap_out
+
+NORMALISING = (_NormBase, _SpectralNorm)  # these, and layers with hooks, may have running statistics
+_ASKED_ITERATIONS = "_lora_asked_iterations"
 
 
 class FrozenNorm(Swapped):
@@ -43,3 +49,38 @@ def spectral_hooks(module: nn.Module) -> list[SpectralNorm]:
     """Return what ``torch.nn.utils.spectral_norm``, the older of the two, leaves on a layer: its buffers are there."""
     hooks = module._forward_pre_hooks
     return [hook for hook in hooks.values() if isinstance(hook, SpectralNorm)] if hooks else []
+
+
+def hold_statistics(norm: nn.Module) -> None:
+    """Keep a norm's statistics as they are; safe to repeat."""
+    hooks = spectral_hooks(norm)
+    for hook in hooks:  # its mode is that of its layer, whose adapter must know it
+        if _ASKED_ITERATIONS not in vars(hook):
+            vars(hook)[_ASKED_ITERATIONS], hook.n_power_iterations = hook.n_power_iterations, 0
+    if not hooks and not isinstance(norm, FrozenNorm):
+        swap_in(norm, FrozenNorm)
+        norm.train(norm.training)
+
+
+def release_statistics(part: nn.Module) -> None:
+    """Undo ``hold_statistics``, on any module; a norm gets the mode that it was last told."""
+    for hook in spectral_hooks(part):
+        hook.n_power_iterations = vars(hook).pop(_ASKED_ITERATIONS, hook.n_power_iterations)
+    if isinstance(part, FrozenNorm):
+        mode = part.asked_mode
+        swap_out(part)
+        del part.asked_mode
+        part.train(mode)
+
+
+@contextmanager
+def weights_only_read(parts: Iterable[nn.Module]) -> Iterator[None]:
+    """Read weights that ``spectral_norm`` computes without moving its statistics, as reading in train mode would."""
+    moving = [part for part in parts if isinstance(part, _SpectralNorm) and part.training]
+    try:
+        for part in moving:
+            part.training = False
+        yield
+    finally:
+        for part in moving:
+            part.training = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -23,10 +22,20 @@ class TokenAdapter(Adapter):
     Shapes: ``rows`` is ``(number of tokens, features)``; ``index`` holds the tokens, in ascending order.
     """
 
-    kind = "embedding"
     drops_input = False
     has_output_rows = False
     rows: nn.Parameter
+
+    @classmethod
+    @override
+    def accepts(cls, module: nn.Module) -> bool:
+        return False  # chosen by trainable_token_indices, never by target_modules
+
+    @classmethod
+    @override
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
+        tokens, features = base_parameter(module, parameter).shape
+        return tokens, features
 
     @classmethod
     @override
@@ -83,10 +92,6 @@ class TokenAdapter(Adapter):
         places, at = self.rows_in(block)
         rows = block.of(rows) if block.by_columns else rows
         total.index_copy_(0, at, rows[places].to(total.dtype))
-
-    @override
-    def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:
-        return (layer.num_embeddings, layer.embedding_dim) if isinstance(layer, nn.Embedding) else None
 
     @override
     def has_effect(self, weight: Tensor) -> bool:

@@ -19,7 +19,7 @@ from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.layers import ImportedLayer, LayerReader, differences, shown
 from lightning_lora.peft_format.names import PREFIX, tensors_in_full, without_wrappers
 from lightning_lora.peft_format.patterns import Scaled, lora_config, targets_for
-from lightning_lora.planning.obstacles import Obstacles
+from lightning_lora.planning.obstacles import weight_readers
 from lightning_lora.storage.adapter_file import StoredTokens
 
 
@@ -189,9 +189,9 @@ class _Importer:
         return lora_config(self.config, layers, **options)
 
     def _carried_by_weight(self) -> Iterator[str]:
-        obstacles = Obstacles(LoRAConfig(target_modules=["?"]), self.modules.values(), (), {})
+        readers = weight_readers(self.modules.values())
         for layer in self.layers:
             module = self.modules[layer.name]
             adapter = adapter_type(module)
-            if obstacles.is_read_by_parent(module) or layer.by_parameter or (adapter and adapter.needs_weight(module)):
+            if id(module) in readers or layer.by_parameter or (adapter and adapter.needs_weight(module)):
                 yield layer.label

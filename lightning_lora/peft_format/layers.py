@@ -17,6 +17,7 @@ from lightning_lora.peft_format.config import (
 )
 from lightning_lora.peft_format.factors import Factors, Geometry, from_file, shapes_in_file
 from lightning_lora.peft_format.names import parameters_named, without_wrappers
+from lightning_lora.peft_format.support import peft_obstacle
 
 
 class ImportedLayer(NamedTuple):
@@ -67,7 +68,7 @@ class LayerReader:
             self.problems.append(f"{path}: {chosen}")
             return
         adapter, parameter, target = chosen
-        if reason := adapter.peft_obstacle(module, parameter, **self.variant):
+        if reason := peft_obstacle(module, adapter, parameter, **self.variant):
             self.problems.append(f"{path}: {reason}")
             return
         geometry = Geometry.of(adapter, module, parameter)

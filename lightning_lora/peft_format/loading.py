@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import AttachReport, attachments, get_attachment, named_tensors
-from lightning_lora.freezing import weights_only_read
-from lightning_lora.layers import Adapter, LowRankAdapter, TokenAdapter, all_adapters, lora_layers
+from lightning_lora.layers import Adapter, LowRankAdapter, TokenAdapter, all_adapters, lora_layers, weights_only_read
 from lightning_lora.names import ModuleNames, listed, module_names
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import Import, make_import

@@ -1,14 +1,26 @@
-"""Why a layer cannot be adapted although it is of a kind that can: each reason in half a sentence."""
+"""Reasons why a config and a model do not fit: layers that cannot be adapted, and entries that reach nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import attrgetter
 
 from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
-from lightning_lora.layers import Adapter, LoRALayer, base_parameter, taken_names
-from lightning_lora.names import output_embeddings
+from lightning_lora.layers import SUPPORTED, Adapter, LoRALayer, adapter_type, base_parameter, taken_names
+from lightning_lora.names import (
+    is_below,
+    is_glob,
+    join,
+    listed,
+    matches_pattern,
+    near_names,
+    selected,
+    sweeps,
+    unmatched,
+)
+from lightning_lora.planning.plan import Plan, Target
 from lightning_lora.sharding import is_sharded
 
 # Parents that read their children's weights, always or in evaluation, so that the weight must carry the update.
@@ -19,10 +31,12 @@ _WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Obstacles:
-    """What stands between a request and the layers of one model.
+    """Reasons why layers of one model cannot be adapted although there are adapters for their kinds.
 
     Attributes:
         tied: Parameters that share memory with others -> the others.
+        readers: Identities of layers whose weight the parent reads instead of calling them -> the parent's class.
+        is_common: Whether all parameters are ordinary ones, in floating point.
     """
 
     def __init__(
@@ -32,60 +46,36 @@ class Obstacles:
         parameters: Collection[nn.Parameter],
         tied: Mapping[str, tuple[str, ...]],
     ) -> None:
-        self.config, self.tied = config, tied
-        kinds, precisions = set(map(type, parameters)), {parameter.dtype for parameter in parameters}
-        is_common = kinds <= {nn.Parameter} and all(dtype.is_floating_point for dtype in precisions)
-        options = config.dropout or config.lora_bias or config.use_dora
-        self._asks_for_more = bool(options) or not is_common
-        self._automatic = config.target_modules == ALL_LINEAR
-        self._heads = {id(head) for head in output_embeddings(modules)}
-        readers = tuple(_WEIGHT_READERS)
-        self._readers = {
-            id(getattr(parent, child)): type(parent).__name__
-            for parent in modules
-            if isinstance(parent, readers)
-            for kind, children in _WEIGHT_READERS.items()
-            if isinstance(parent, kind)
-            for child in children
-        }
+        self.config, self.tied, self.readers = config, tied, weight_readers(modules)
+        precisions = set(map(attrgetter("dtype"), parameters))  # far fewer than parameters, as are the classes
+        is_ordinary = set(map(type, parameters)) <= {nn.Parameter}
+        self.is_common = is_ordinary and all(map(attrgetter("is_floating_point"), precisions))
+        self._asks_for_more = bool(config.dropout or config.lora_bias or config.use_dora) or not self.is_common
+        self._heads = _output_embeddings(modules) if config.target_modules == ALL_LINEAR else set[int]()
 
-    def is_read_by_parent(self, module: nn.Module) -> bool:
-        """Return whether a parent reads this layer's weight instead of calling it."""
-        return id(module) in self._readers
-
-    def of(
-        self,
-        weight_name: str,
-        module: nn.Module,
-        adapter: type[Adapter],
-        rank: int,
-        shape: tuple[int, int],
-        *,
-        named: bool,
-    ) -> str | None:
-        """Return why this layer cannot be adapted, or None; ``named`` tells a request from a sweep."""
+    def of(self, target: Target, rank: int, shape: tuple[int, int]) -> str | None:
+        """Return why an adapter cannot be made, or None."""
+        module = target.module
         if isinstance(module, LoRALayer):
             return None  # it was judged when it was adapted
-        if reason := adapter.obstacle(module) or self.of_instance(module):
+        if reason := target.adapter.obstacle(module) or instance_obstacle(module):
             return reason
-        if (others := self.tied.get(weight_name)) and not (named and self.config.untie_weights):
-            remedy = "; untie_weights=True gives it a copy of its own" if named else ""
-            return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it{remedy}"
-        if self._automatic and id(module) in self._heads:
+        if self.tied and (reason := self._of_tie(target)):
+            return reason
+        if id(module) in self._heads:
             return "output embedding of a transformers model"
         if rank > shape[0] or rank > shape[1]:
-            return f"rank {rank} is above {min(shape)}, the highest rank of its weight; give it less with rank_pattern"
+            return f"rank {rank} is above {min(shape)}, the highest rank of its weight; lower it with rank_pattern"
         if self._asks_for_more:
-            return self._of_options(weight_name.rpartition(".")[2], module, adapter)
+            return self._of_options(target.parameter, module, target.adapter)
         return None
 
-    def of_instance(self, module: nn.Module) -> str | None:
-        """Return what this very module has that an adapted layer cannot have, or None."""
-        if "forward" in vars(module):
-            return "its forward was replaced on the instance, so an adapter would never run"
-        if not isinstance(module, LoRALayer) and (taken := taken_names(module)):
-            return f"it has attributes of its own named {sorted(taken)}, which an adapted layer needs"
-        return None
+    def _of_tie(self, target: Target) -> str | None:
+        others, named = self.tied.get(join(target.names[0], target.parameter)), target.pattern != ALL_LINEAR
+        if not others or (named and self.config.untie_weights):
+            return None
+        remedy = "; untie_weights=True gives it a copy of its own" if named else ""
+        return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it{remedy}"
 
     def _of_options(self, parameter: str, module: nn.Module, adapter: type[Adapter]) -> str | None:
         """Return what keeps an option beyond plain LoRA, or an uncommon kind of weight, from working here."""
@@ -100,15 +90,14 @@ class Obstacles:
             if why := self._carried_by_weight(module, adapter):
                 return f"{why}; that needs lora_bias=False"
             if not adapter.takes_bias:
-                return f"lora_bias has no meaning for a {type(module).__name__}"
+                return f"lora_bias does not apply to a {type(module).__name__}"
         return self._of_dora(parameter, module, adapter) if self.config.use_dora else None
 
     def _of_dora(self, parameter: str, module: nn.Module, adapter: type[Adapter]) -> str | None:
         weight = base_parameter(module, parameter)
         if not adapter.has_output_rows or isinstance(module, nn.EmbeddingBag):
-            return (
-                f"use_dora is not defined where {parameter!r} of a {type(module).__name__} has no row for each output"
-            )
+            kind = type(module).__name__
+            return f"use_dora needs a row for each output, and {parameter!r} of a {kind} has none"
         if weight.is_meta:
             return "use_dora starts from the weights' norms, and this one is on the meta device; attach later"
         if not weight.is_floating_point():
@@ -123,8 +112,119 @@ class Obstacles:
         return None
 
     def _carried_by_weight(self, module: nn.Module, adapter: type[Adapter]) -> str | None:
-        if reader := self._readers.get(id(module)):
+        if reader := self.readers.get(id(module)):
             return f"its parent, a {reader}, reads the weight, which must carry the update"
         if adapter.needs_weight(module):
             return f"a {type(module).__name__} has a forward of its own, so its weight must carry the update"
         return None
+
+
+def instance_obstacle(module: nn.Module) -> str | None:
+    """Return what this very module has that an adapted layer cannot have, or None."""
+    if "forward" in vars(module):
+        return "its forward was replaced on the instance, so an adapter would never run"
+    if not isinstance(module, LoRALayer) and (taken := taken_names(module)):
+        return f"it has attributes of its own named {sorted(taken)}, which an adapted layer needs"
+    return None
+
+
+def weight_readers(modules: Collection[nn.Module]) -> dict[int, str]:
+    """Return the identities of layers whose weight the parent reads, with the parent's class."""
+    found, readers = dict[int, str](), tuple(_WEIGHT_READERS)
+    for parent in modules:
+        if isinstance(parent, readers):
+            for kind, children in _WEIGHT_READERS.items():
+                for child in children if isinstance(parent, kind) else ():
+                    found[id(getattr(parent, child))] = type(parent).__name__
+    return found
+
+
+def _output_embeddings(modules: Collection[nn.Module]) -> set[int]:
+    """Return the identities of the output embeddings that transformers models among the modules declare."""
+    found = set[int]()
+    for kind in set(map(type, modules)):  # far fewer than modules
+        if hasattr(kind, "get_output_embeddings"):
+            heads = [part.get_output_embeddings() for part in modules if type(part) is kind]  # type: ignore[operator]
+            found |= {id(head) for head in heads if isinstance(head, nn.Module)}
+    return found
+
+
+# --- entries that reach nothing
+
+
+def missed_entries(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
+    """Yield a sentence for every entry of the config that did nothing.
+
+    Args:
+        plan: The plan with its layers and modules.
+        config: The request.
+        root: What to call the model.
+    """
+    everything = list(plan.names.values())
+    if config.target_modules != ALL_LINEAR:
+        yield from _missed_targets(plan, config, root)
+    elif not (plan.layers or plan.left_out or config.target_parameters or config.trainable_token_indices):
+        yield f"target_modules={ALL_LINEAR!r}: {root} has no linear layer."
+    for option, entries in (
+        ("exclude_modules", config.exclude_modules),
+        ("modules_to_save", config.modules_to_save),
+        ("target_slices", tuple(config.target_slices)),
+    ):
+        for entry in unmatched(entries, everything) if entries else ():
+            yield _miss(config, root, option, entry, everything)
+    if config.target_parameters:
+        parameters = [[join(n, key) for n in plan.names[p]] for p, m in plan.modules.items() for key in m._parameters]
+        for entry in unmatched(config.target_parameters, parameters):
+            yield _miss(config, root, "target_parameters", entry, parameters)
+    if config.modules_to_save:
+        yield from _empty_saves(plan, config)
+    if config.rank_pattern or config.alpha_pattern:
+        yield from _missed_patterns(plan, config, root)
+
+
+def _missed_targets(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
+    everything = list(plan.names.values())
+    adaptable = [plan.names[name] for name, module in plan.modules.items() if adapter_type(module)]
+    unknown = unmatched(config.target_modules, everything)
+    for entry in unmatched(config.target_modules, adaptable):
+        if entry in unknown:
+            yield _miss(config, root, "target_modules", entry, everything, [names[0] for names in adaptable])
+        elif sweeps(config.target_modules, entry):
+            yield f"target_modules={entry!r} matched no layer of a kind that has an adapter: {SUPPORTED}."
+
+
+def _missed_patterns(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
+    reached = [layer.label for layer in plan.layers]
+    covered = {*reached, *plan.left_out}
+    layers = {layer.name for layer in plan.layers} | (plan.left_out.keys() & plan.names.keys())
+    covered |= {alias for name in layers for alias in plan.names[name]}
+    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for key in patterns:
+            if not any(matches_pattern(key, name) for name in covered):
+                yield _miss(config, root, option, key, [(name,) for name in reached])
+
+
+def _empty_saves(plan: Plan, config: LoRAConfig) -> Iterator[str]:
+    """A glob may sweep over modules without parameters, but it must reach one with some."""
+    for entry in filter(is_glob, config.modules_to_save):
+        found = [name for name, names in plan.names.items() if selected((entry,), names)]
+        if found and not any(is_below(name, plan.saved) for name in found):
+            yield f"modules_to_save={entry!r} matched no module with parameters: {listed(found)}."
+
+
+def _miss(
+    config: LoRAConfig,
+    root: str,
+    option: str,
+    entry: str,
+    pool: Sequence[Sequence[str]],
+    layers: Sequence[str] = (),
+) -> str:
+    near = near_names(entry, (name for names in pool for name in names))
+    hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
+    if layers and not near:
+        hint = f" Its layers are {listed(layers)}."
+    if option == "target_modules" and config.target_modules == entry:
+        hint += " A string is one regular expression over full names; pass names as a list."
+    what = {"rank_pattern": "adapted layer", "alpha_pattern": "adapted layer", "target_parameters": "parameter"}
+    return f"{option}={entry!r} matched no {what.get(option, 'module')} of {root}.{hint}"

@@ -1,4 +1,4 @@
-"""What attaching will do, as a value."""
+"""The plan of an attach: a value that says every change before the first one is made."""
 
 from __future__ import annotations
 
@@ -9,19 +9,42 @@ from torch import nn
 from lightning_lora.layers import Adapter, AdapterSpec
 
 
-@dataclass(slots=True)  # made by the thousand: half the time of a NamedTuple
+@dataclass(slots=True)  # both are made by the thousand: half the time of a NamedTuple
+class Target:
+    """An adapter that the config asks for.
+
+    Attributes:
+        names: All names of the layer; the first one counts.
+        module: The layer.
+        pattern: The entry of the config that chose it.
+        adapter: The kind of adapter.
+        parameter: The parameter that it updates.
+        part: The name of a slice of that parameter; empty for all of it.
+        rows: The rows of that slice.
+    """
+
+    names: tuple[str, ...]
+    module: nn.Module
+    pattern: str
+    adapter: type[Adapter]
+    parameter: str
+    part: str = ""
+    rows: tuple[range, ...] = ()
+
+
+@dataclass(slots=True)
 class PlannedLayer:
-    """One adapter to be: its layer, the entry of the config that chose it, the parameter it updates.
+    """An adapter that attaching will make.
 
     Attributes:
         name: The layer's name.
         module: The layer.
-        pattern: The entry that chose it.
+        pattern: The entry of the config that chose it.
         adapter: The kind of adapter.
-        spec: All that decides the adapter.
+        spec: Everything that decides the adapter.
         parameter: The parameter that it updates.
         key: Its name in the layer's group of adapters; empty where the layer has one.
-        in_weight: Whether the update must be read from the weight, not added to the output.
+        in_weight: Whether the update is read from the weight instead of being added to the output.
         label: The adapter's name: the layer's, with the key where there is one.
         size: Number of the adapter's parameters.
         followers: Layers that share the adapter, because they share the weight.
@@ -42,28 +65,32 @@ class PlannedLayer:
 
 @dataclass
 class Plan:
-    """All that attaching will do.
+    """Everything that attaching will do.
 
     Attributes:
+        modules: Every module of the base, by its first name.
+        names: First name of a module -> all its names.
+        parameters: Every parameter of the base, by the name of its module; one in two modules has two names.
+        base_parameters: Number of parameters without adapters.
         layers: The layers to adapt.
-        saved: The modules trained in full.
+        saved: The modules to train in full.
         biases: Names of the base's biases that train.
         untied: Weights that get a copy of their own -> what they are tied to.
-        left_out: Layers that the targets cover but that get no adapter, and why.
-        wasteful: Adapters that are as large as the weights they adapt.
-        modules: Every module of the base, by its first name.
-        parameters: Every parameter of the base, by the name of its module; one in two modules has two names.
-        base_parameters: Parameters of the model without adapters.
-        norms: Frozen normalisation layers that have running statistics.
+        left_out: Layers that the targets cover but that get no adapter -> the reason.
+        wasteful: Adapters that are at least as large as the weights they adapt.
+        normalising: Modules that may have running statistics.
+        norms: Number of frozen modules that have running statistics.
     """
 
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    base_parameters: int = 0
     layers: list[PlannedLayer] = field(default_factory=list)
     saved: dict[str, nn.Module] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
     untied: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     wasteful: list[str] = field(default_factory=list)
-    modules: dict[str, nn.Module] = field(default_factory=dict)
-    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
-    base_parameters: int = 0
+    normalising: dict[str, nn.Module] = field(default_factory=dict)
     norms: int = 0

@@ -1,12 +1,16 @@
-"""From a config and a model to the exact list of changes; everything that can go wrong goes wrong here."""
+"""Resolve a config against a model; whatever can go wrong in an attach goes wrong here, before any change."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from operator import methodcaller
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, LoRAConfig
 from lightning_lora.layers import (
+    NORMALISING,
     SUPPORTED,
     Adapter,
     AdapterSpec,
@@ -16,6 +20,7 @@ from lightning_lora.layers import (
     base_parameter,
     has_running_statistics,
     parameter_adapter,
+    weights_only_read,
 )
 from lightning_lora.layers.initializers import layer_seed
 from lightning_lora.names import (
@@ -25,158 +30,166 @@ from lightning_lora.names import (
     is_glob,
     join,
     listed,
+    module_names,
     parameter_names,
     rows_of_slices,
     selected,
     sweeps,
     tied_names,
 )
-from lightning_lora.planning.misses import Modules, missed_entries
-from lightning_lora.planning.obstacles import Obstacles
-from lightning_lora.planning.plan import Plan, PlannedLayer
-from lightning_lora.planning.token_rows import plan_token_rows
-from lightning_lora.planning.trainables import plan_biases, plan_saved_modules
+from lightning_lora.planning.obstacles import Obstacles, missed_entries
+from lightning_lora.planning.other_trainables import plan_biases, plan_saved_modules, plan_token_rows
+from lightning_lora.planning.plan import Plan, PlannedLayer, Target
 from lightning_lora.sharding import is_sharded
 
 
-def make_plan(module: nn.Module, modules: Modules, config: LoRAConfig, seed: int) -> Plan:
+def make_plan(module: nn.Module, config: LoRAConfig, seed: int = 0) -> Plan:
     """Resolve a config against a model without changing it.
 
     Args:
         module: The model.
-        modules: What ``module_names`` says of it.
         config: The request.
         seed: The seed of the starts.
 
     Raises:
         ValueError: Entries match nothing or name layers that cannot be adapted; one error lists them all.
     """
-    return _Planner(module, modules, config, seed).plan()
+    planner = _Planner(module, config, seed)
+    normalising = planner.plan.normalising.values()
+    with weights_only_read(normalising) if normalising else nullcontext():
+        return planner.planned()
 
 
 class _Planner:
-    def __init__(self, module: nn.Module, found: Modules, config: LoRAConfig, seed: int) -> None:
-        self.module, self.config, self.seed = module, config, seed
-        own = {id(part) for layer, _ in found.values() if isinstance(layer, LoRALayer) for part in layer.lora.modules()}
-        self.modules = {name: entry for name, entry in found.items() if id(entry[0]) not in own} if own else found
+    def __init__(self, module: nn.Module, config: LoRAConfig, seed: int) -> None:
+        self.root, self.config, self.seed = type(module).__name__, config, seed
+        self.plan, self.problems = Plan(), list[str]()
+        found = module_names(module)
+        own = set[int]()  # the adapters of an earlier attach are no targets
+        for part, _ in found.values():
+            if isinstance(part, LoRALayer):
+                own.update(map(id, part.lora.modules()))
+        for name, (part, names) in found.items():
+            if id(part) not in own:
+                self.plan.modules[name], self.plan.names[name] = part, names
+                if part._forward_pre_hooks or isinstance(part, NORMALISING):
+                    self.plan.normalising[name] = part
+        self.plan.parameters = parameter_names(self.plan.modules)
+        parameters = self.plan.parameters.values()
+        self.tied = tied_names(self.plan.parameters)
+        self.obstacles = Obstacles(config, self.plan.modules.values(), parameters, self.tied)
         self.automatic = config.target_modules == ALL_LINEAR
-        self.parts = {name: part for name, (part, _) in self.modules.items()}
-        self.parameters = parameter_names(self.parts)
-        tied = tied_names(self.parameters)
-        self.obstacles = Obstacles(config, self.parts.values(), self.parameters.values(), tied)
         self.adapter_dtype: torch.dtype = getattr(torch, config.adapter_dtype)
         self.extras = config.use_dora + config.lora_bias  # numbers besides the factors, for each output feature
-        self.problems: list[str] = []
 
-    def plan(self) -> Plan:
-        plan = Plan(modules=self.parts, parameters=self.parameters, base_parameters=self._count_parameters())
-        tied = self.obstacles.tied
-        self.problems += plan_saved_modules(plan, self.modules, self.config, tied)
-        self._add_target_modules(plan)
-        self._add_target_parameters(plan)
-        self.problems += plan_token_rows(plan, self.modules, self.config, self.obstacles)
-        self.problems += plan_biases(plan, self.config, tied)
-        norms = [name for name, part in self.parts.items() if has_running_statistics(part)]
-        plan.norms = sum(1 for name in norms if not is_below(name, plan.saved))
-        self._explain_misses(plan)
+    def planned(self) -> Plan:
+        plan, config = self.plan, self.config
+        plan.base_parameters = self._count_parameters()
+        if config.modules_to_save:
+            self.problems += plan_saved_modules(plan, config, self.tied)
+        self._add_target_modules()
+        if config.target_parameters:
+            self._add_target_parameters()
+        if config.trainable_token_indices:
+            self.problems += plan_token_rows(plan, config, self.tied)
+        if config.bias != "none":
+            self.problems += plan_biases(plan, config, self.tied)
+        for name, part in plan.normalising.items():
+            plan.norms += has_running_statistics(part) and not is_below(name, plan.saved)
+        self.problems += missed_entries(plan, config, self.root)
+        if not (plan.layers or self.problems):
+            reasons = listed([f"{name}: {reason}" for name, reason in plan.left_out.items()])
+            self.problems.append(f"target_modules={config.target_modules!r} left out every layer ({reasons}).")
         if self.problems:
-            raise ValueError(self._message())
+            lines = "\n".join(f"  - {problem}" for problem in self.problems)
+            raise ValueError(
+                f"LoRA cannot be attached to {self.root}; nothing was changed:\n{lines}\n"
+                "lightning_lora.target_names(model) lists all names."
+            )
         return plan
 
     def _count_parameters(self) -> int:
-        parameters = self.parameters.values()
-        if any(issubclass(kind, nn.UninitializedParameter) for kind in set(map(type, parameters))):
-            self._refuse_shapeless()
-        unique = {id(p): p for p in parameters}.values() if self.obstacles.tied else parameters
-        return sum(p.numel() for p in unique)
-
-    def _refuse_shapeless(self) -> None:
-        shapeless = [
-            n.rpartition(".")[0] for n, p in self.parameters.items() if isinstance(p, nn.UninitializedParameter)
-        ]
-        raise ValueError(
-            f"The weights of {listed(list(dict.fromkeys(shapeless)))} have no shape yet; run one batch through the "
-            f"{self._root()} first."
-        )
+        parameters = self.plan.parameters
+        if not self.obstacles.is_common:
+            shapeless = [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]
+            if owners := list(dict.fromkeys(name.rpartition(".")[0] for name in shapeless)):
+                raise ValueError(
+                    f"The weights of {listed(owners)} have no shape yet; run one batch through the {self.root} first."
+                )
+        unique = {id(p): p for p in parameters.values()} if self.tied else parameters
+        return sum(map(methodcaller("numel"), unique.values()))
 
     # --- target_modules and target_slices
 
-    def _add_target_modules(self, plan: Plan) -> None:
-        excluded = {n for n, (_, names) in self.modules.items() if selected(self.config.exclude_modules, names)}
-        for name, (submodule, names) in self.modules.items():
-            adapter = adapter_type(submodule)
-            pattern = self._choosing_pattern(adapter, submodule, names)
-            key = self._slicing_key(names)
+    def _add_target_modules(self) -> None:
+        plan, config, excluded = self.plan, self.config, set[str]()
+        if config.exclude_modules:
+            excluded |= {name for name, names in plan.names.items() if selected(config.exclude_modules, names)}
+        for name, module in plan.modules.items():
+            names, adapter = plan.names[name], adapter_type(module)
+            if self.automatic:
+                pattern = ALL_LINEAR if adapter is not None and adapter.in_all_linear(module) else None
+            else:
+                pattern = self._choosing_entry(names, is_adaptable=adapter is not None)
+            key = self._slicing_key(names) if config.target_slices else None
             if pattern is None and key is None:
                 continue
-            if isinstance(submodule, LoRALayer) and not submodule.adapters():
+            if isinstance(module, LoRALayer) and not module.adapters():
                 plan.left_out[name] = "it shares its weight with an embedding that has trained tokens"
-                continue
-            if any_below(names, plan.saved):
+            elif plan.saved and any_below(names, plan.saved):
                 plan.left_out[name] = "in modules_to_save"
-            elif any_below(names, excluded):
+            elif excluded and any_below(names, excluded):
                 plan.left_out[name] = "in exclude_modules"
             else:
-                self._add(plan, names, submodule, pattern, adapter, key)
+                self._add(names, module, adapter, pattern, key)
 
-    def _choosing_pattern(
-        self, adapter: type[Adapter] | None, submodule: nn.Module, names: tuple[str, ...]
-    ) -> str | None:
-        if self.automatic:
-            return ALL_LINEAR if adapter is not None and adapter.in_all_linear(submodule) else None
+    def _choosing_entry(self, names: tuple[str, ...], *, is_adaptable: bool) -> str | None:
         pattern = selected(self.config.target_modules, names)
         # Globs and regular expressions sweep over containers and activations; only a name insists on its module.
         insists = pattern is not None and not sweeps(self.config.target_modules, pattern)
-        return pattern if adapter is not None or insists else None
+        return pattern if is_adaptable or insists else None
 
     def _slicing_key(self, names: tuple[str, ...]) -> str | None:
-        if not self.config.target_slices:
-            return None
         keys = [key for key in self.config.target_slices if selected((key,), names)]
         if len(keys) > 1:
-            self.problems.append(
-                f"target_slices: {names[0]!r} is named by {keys}; put all its slices under one of them."
-            )
+            self.problems.append(f"target_slices: {keys} all name {names[0]!r}; put all its slices under one of them.")
         return keys[0] if keys else None
 
     def _add(
         self,
-        plan: Plan,
         names: tuple[str, ...],
-        submodule: nn.Module,
-        pattern: str | None,
+        module: nn.Module,
         adapter: type[Adapter] | None,
+        pattern: str | None,
         key: str | None = None,
     ) -> None:
         if key is not None:
-            self._add_slices(plan, names, submodule, key, adapter)
+            self._add_slices(names, module, adapter, key)
         elif adapter is None:
-            self.problems.append(f"target_modules={pattern!r}: {self._unsupported(names[0], submodule)}")
+            self.problems.append(f"target_modules={pattern!r}: {_unsupported(names[0], module)}")
         else:
-            for parameter in adapter.parameters_of(submodule):
-                self._add_parameter(plan, names, submodule, str(pattern), adapter, parameter)
-        if not self.automatic and pattern is not None and isinstance(submodule, nn.MultiheadAttention):
+            for parameter in adapter.parameters_of(module):
+                self._add_parameter(Target(names, module, str(pattern), adapter, parameter))
+        if not self.automatic and pattern is not None and isinstance(module, nn.MultiheadAttention):
             projection = tuple(join(alias, "out_proj") for alias in names)
             left_alone = selected(self.config.exclude_modules, projection)
             if not (left_alone or selected(self.config.target_modules, projection)):
-                self._add(plan, projection, submodule.out_proj, pattern, adapter_type(submodule.out_proj))
+                self._add(projection, module.out_proj, adapter_type(module.out_proj), pattern)
 
-    def _add_slices(
-        self, plan: Plan, names: tuple[str, ...], submodule: nn.Module, key: str, adapter: type[Adapter] | None
-    ) -> None:
+    def _add_slices(self, names: tuple[str, ...], module: nn.Module, adapter: type[Adapter] | None, key: str) -> None:
         option, name = f"target_slices={key!r}", names[0]
-        parameter = None if adapter is None else adapter.sliced_parameter(submodule)
+        parameter = None if adapter is None else adapter.sliced_parameter(module)
         if adapter is None or parameter is None:
             if not is_glob(key):
                 self.problems.append(
-                    f"{option}: {name!r} is a {type(submodule).__name__}; slices divide the output features of "
-                    "nn.Linear, transformers' Conv1D and the packed projection of nn.MultiheadAttention."
+                    f"{option}: {name!r} is a {type(module).__name__}; slices divide the output features of nn.Linear, "
+                    "transformers' Conv1D and the packed projection of nn.MultiheadAttention."
                 )
             return
-        if is_sharded(base_parameter(submodule, parameter)):
-            self.problems.append(f"{option}: {name!r} is divided by tensor parallelism, which target_slices cannot be.")
+        if is_sharded(base_parameter(module, parameter)):
+            self.problems.append(f"{option}: {name!r} is divided by tensor parallelism, so it cannot be sliced.")
             return
-        features, taken = adapter.matrix_shape(submodule, parameter)[0], set[int]()
+        features, taken = adapter.matrix_shape(module, parameter)[0], set[int]()
         for part, text in self.config.target_slices[key].items():
             try:
                 rows = rows_of_slices(text, features)
@@ -187,17 +200,15 @@ class _Planner:
             if taken & chosen:
                 self.problems.append(f"{option}: {part!r} of {name!r} overlaps with another slice.")
             taken |= chosen
-            self._add_parameter(plan, names, submodule, option, adapter, parameter, part, rows)
+            self._add_parameter(Target(names, module, option, adapter, parameter, part, rows))
 
     # --- target_parameters
 
-    def _add_target_parameters(self, plan: Plan) -> None:
-        """Plan the parameters that are named by themselves."""
-        if not self.config.target_parameters:
-            return
-        adapted = {layer.name for layer in plan.layers}
-        for name, (submodule, names) in self.modules.items():
-            for key, parameter in submodule._parameters.items():
+    def _add_target_parameters(self) -> None:
+        adapted = {layer.name for layer in self.plan.layers}
+        for name, module in self.plan.modules.items():
+            names = self.plan.names[name]
+            for key, parameter in module._parameters.items():
                 entry = selected(self.config.target_parameters, [join(alias, key) for alias in names])
                 if entry is None or parameter is None or (parameter.ndim < 2 and is_glob(entry)):
                     continue
@@ -209,107 +220,73 @@ class _Planner:
                 elif name in adapted:
                     self.problems.append(f"{option}: target_modules adapts {name!r} already; exclude it there.")
                 else:
-                    self._add_parameter(plan, names, submodule, option, parameter_adapter(submodule, key), key)
+                    self._add_parameter(Target(names, module, option, parameter_adapter(module, key), key))
 
     # --- one adapter
 
-    def _add_parameter(
-        self,
-        plan: Plan,
-        names: tuple[str, ...],
-        submodule: nn.Module,
-        pattern: str,
-        adapter: type[Adapter],
-        parameter: str,
-        part: str = "",
-        rows: tuple[range, ...] = (),
-    ) -> None:
-        """Plan one adapter: of a whole parameter, or of the rows of it that are called ``part``."""
-        name = names[0]
-        key = part or (parameter if issubclass(adapter, ParameterAdapter) else "")
+    def _add_parameter(self, target: Target) -> None:
+        """Plan one adapter, or note why it cannot be made."""
+        plan, module, adapter, parameter = self.plan, target.module, target.adapter, target.parameter
+        name = target.names[0]
+        key = target.part or (parameter if issubclass(adapter, ParameterAdapter) else "")
         label = join(name, key) if key else name
-        known_as = (*names, *(join(alias, key) for alias in names)) if key else names
-        shape = adapter.matrix_shape(submodule, parameter)
-        if rows:
-            shape = sum(map(len, rows)), shape[1]
+        known_as = (*target.names, *(join(alias, key) for alias in target.names)) if key else target.names
+        out_features, in_features = adapter.matrix_shape(module, parameter)
+        if target.rows:
+            out_features = sum(map(len, target.rows))
         rank = first_match(self.config.rank_pattern, known_as, self.config.rank)
-        weight_name = join(name, parameter)
-        reason = self.obstacles.of(weight_name, submodule, adapter, rank, shape, named=pattern != ALL_LINEAR)
-        if reason is None:
-            size = rank * (shape[0] + shape[1])
-            plan.layers.append(
-                PlannedLayer(
-                    name=name,
-                    module=submodule,
-                    pattern=pattern,
-                    adapter=adapter,
-                    spec=self._spec(base_parameter(submodule, parameter), known_as, label, rank, rows),
-                    parameter=parameter,
-                    key=key,
-                    in_weight=adapter.needs_weight(submodule) or self.obstacles.is_read_by_parent(submodule),
-                    label=label,
-                    size=adapter.stack(submodule, parameter) * size + shape[0] * self.extras,
-                )
+        reason = self.obstacles.of(target, rank, (out_features, in_features))
+        if reason is not None:
+            self._leave_out(target, label, reason)
+            return
+        size = rank * (out_features + in_features)
+        plan.layers.append(
+            PlannedLayer(
+                name=name,
+                module=module,
+                pattern=target.pattern,
+                adapter=adapter,
+                spec=self._spec(target, known_as, label, rank),
+                parameter=parameter,
+                key=key,
+                in_weight=adapter.needs_weight(module) or id(module) in self.obstacles.readers,
+                label=label,
+                size=adapter.stack(module, parameter) * size + out_features * self.extras,
             )
-            if self.obstacles.tied:
-                self._untie(plan, weight_name)
-            if size >= shape[0] * shape[1]:
-                plan.wasteful.append(f"{label} (rank {rank}, weight {shape[0]} x {shape[1]})")
-        elif pattern == ALL_LINEAR:
-            plan.left_out[label] = reason
-        else:
-            option = pattern if pattern.startswith(_OPTIONS) else f"target_modules={pattern!r}"
-            self.problems.append(f"{option}: {label!r} cannot be adapted: {reason}.")
+        )
+        if self.tied:
+            self._untie(join(name, parameter))
+        if size >= out_features * in_features:
+            plan.wasteful.append(f"{label} (rank {rank}, weight {out_features} x {in_features})")
 
-    def _untie(self, plan: Plan, weight_name: str) -> None:
-        others = [other for other in self.obstacles.tied.get(weight_name, ()) if other not in plan.untied]
-        if others:
-            plan.untied[weight_name] = others[0]
-
-    def _spec(
-        self, weight: Tensor, known_as: tuple[str, ...], label: str, rank: int, rows: tuple[range, ...]
-    ) -> AdapterSpec:
-        config = self.config
+    def _spec(self, target: Target, known_as: tuple[str, ...], label: str, rank: int) -> AdapterSpec:
+        config, weight = self.config, base_parameter(target.module, target.parameter)
         scaling = config.scaling(rank, first_match(config.alpha_pattern, known_as, config.alpha))
         # A float32 adapter would quietly lower the precision of a float64 layer.
         dtype = weight.dtype if weight.dtype == torch.float64 else self.adapter_dtype
         seed = layer_seed(self.seed, label, weight.shape)
         return AdapterSpec(
-            rank, scaling, config.dropout, config.init, dtype, seed, config.use_dora, config.lora_bias, rows
+            rank, scaling, config.dropout, config.init, dtype, seed, config.use_dora, config.lora_bias, target.rows
         )
 
-    # --- errors
+    def _leave_out(self, target: Target, label: str, reason: str) -> None:
+        if target.pattern == ALL_LINEAR:
+            self.plan.left_out[label] = reason
+        else:
+            names_option = target.pattern.startswith(("target_parameters=", "target_slices="))
+            option = target.pattern if names_option else f"target_modules={target.pattern!r}"
+            self.problems.append(f"{option}: {label!r} cannot be adapted: {reason}.")
 
-    def _unsupported(self, name: str, submodule: nn.Module) -> str:
-        kind = type(submodule).__name__
-        if any(True for _ in submodule.children()):
-            return f"{name!r} is a {kind} that contains layers; name them, for example {f'{name}.*'!r}."
-        return (
-            f"{name!r} is a {kind}; adapters exist for {SUPPORTED}. target_parameters adapts any parameter of two or "
-            "more dimensions, modules_to_save trains a module in full."
-        )
-
-    def _explain_misses(self, plan: Plan) -> None:
-        reached = [layer.label for layer in plan.layers]
-        covered = [*reached, *plan.left_out]
-        first_names = {layer.name for layer in plan.layers} | (plan.left_out.keys() & self.modules.keys())
-        covered += [alias for name in first_names for alias in self.modules[name][1]]
-        self.problems += missed_entries(
-            self.config, self._root(), self.modules, reached=reached, covered=covered, saved=plan.saved
-        )
-        if not (plan.layers or self.problems):
-            reasons = listed([f"{name}: {reason}" for name, reason in plan.left_out.items()])
-            self.problems.append(f"target_modules={self.config.target_modules!r} left out every layer ({reasons}).")
-
-    def _root(self) -> str:
-        return type(self.module).__name__
-
-    def _message(self) -> str:
-        lines = "\n".join(f"  - {problem}" for problem in self.problems)
-        return (
-            f"LoRA cannot be attached to {self._root()}; nothing was changed:\n{lines}\n"
-            "lightning_lora.target_names(model) lists all names."
-        )
+    def _untie(self, weight_name: str) -> None:
+        if others := [other for other in self.tied.get(weight_name, ()) if other not in self.plan.untied]:
+            self.plan.untied[weight_name] = others[0]
 
 
-_OPTIONS = ("target_parameters=", "target_slices=")  # what a pattern says by itself if it is not of target_modules
+def _unsupported(name: str, module: nn.Module) -> str:
+    kind = type(module).__name__
+    if any(True for _ in module.children()):
+        return f"{name!r} is a {kind} that contains layers; name them, for example {f'{name}.*'!r}."
+    return (
+        f"{name!r} is a {kind}; adapters exist for {SUPPORTED}. target_parameters adapts any parameter of two or more "
+        "dimensions, modules_to_save trains a module in full."
+    )

@@ -1,12 +1,15 @@
-"""One reader: the same matrices from the module, from its checkpoint and from its PEFT directory."""
+"""The same matrices from a module, its checkpoint and its PEFT directory, with the base in memory or on disk."""
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_lora import (
@@ -19,12 +22,13 @@ from lightning_lora import (
     merged,
     save_adapter,
 )
-from lightning_lora.analysis import AdapterMatrix, read_matrices
+from lightning_lora.analysis import AdapterMatrix, analyze, read_matrices
+from lightning_lora.analysis.adapters import in_order, kind_of, place, stored_matrices
 from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_unchanged, snapshot
 from tests.peft_format.kinds import KINDS, WARNED, seeded
-from tests.peft_format.models import trained_by_peft
+from tests.peft_format.models import gpt2, tied_llama, trained, trained_by_peft
 from tests.toys import Toy, loader, trainer
 
 pytestmark = [*WARNED, pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")]
@@ -78,7 +82,7 @@ PRODUCTS = [kind for kind, (_, options) in EVERY.items() if not options.get("use
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
-def test_the_matrices_of_a_module_add_up_to_its_updates(kind: str):
+def test_module_matrices_match_delta_weights(kind: str):
     build, options = EVERY[kind]
     model = adapted(build, options)
     found = read_matrices(model)
@@ -97,7 +101,7 @@ def test_the_matrices_of_a_module_add_up_to_its_updates(kind: str):
 
 @pytest.mark.parametrize("kind", EVERY)
 @pytest.mark.parametrize("with_base", [True, False])
-def test_a_checkpoint_holds_the_same_matrices(kind: str, with_base: bool, tmp_path: Path):
+def test_checkpoint_matrices_match_module(kind: str, with_base: bool, tmp_path: Path):
     build, options = EVERY[kind]
     model, base = adapted(build, options), seeded(build) if with_base else None
     before = {} if base is None else snapshot(base)
@@ -108,7 +112,7 @@ def test_a_checkpoint_holds_the_same_matrices(kind: str, with_base: bool, tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_peft_directory_with_its_base_holds_the_same_matrices(kind: str, tmp_path: Path):
+def test_peft_directory_with_base_matches_module(kind: str, tmp_path: Path):
     build, options = EVERY[kind]
     model = adapted(build, options)
     save_adapter(model, tmp_path / "a")
@@ -126,7 +130,7 @@ def test_a_peft_directory_with_its_base_holds_the_same_matrices(kind: str, tmp_p
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_peft_directory_alone_holds_the_same_updates(kind: str, tmp_path: Path):
+def test_peft_directory_without_base_matches_norms(kind: str, tmp_path: Path):
     build, options = EVERY[kind]
     model = adapted(build, options)
     save_adapter(model, tmp_path / "a")
@@ -144,7 +148,7 @@ def test_a_peft_directory_alone_holds_the_same_updates(kind: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("with_base", [True, False])
-def test_a_directory_that_peft_wrote(with_base: bool, tmp_path: Path):
+def test_directory_written_by_peft(with_base: bool, tmp_path: Path):
     def build() -> nn.Module:
         return nn.Sequential(nn.Linear(8, 12), nn.Embedding(20, 8), nn.Conv2d(3, 8, 3))
 
@@ -165,7 +169,7 @@ def test_a_directory_that_peft_wrote(with_base: bool, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["attention", "experts", "conv3d", "padded embedding", "conv2d with DoRA"])
-def test_what_peft_wrote_is_the_same_with_and_without_the_base(kind: str, tmp_path: Path):
+def test_directory_written_by_peft_with_and_without_base(kind: str, tmp_path: Path):
     build, options = EVERY[kind]
     options = {"target_modules": ["layer"]} | options
     trained_by_peft(seeded(build), **options).save_pretrained(tmp_path / "a")
@@ -178,7 +182,7 @@ def test_what_peft_wrote_is_the_same_with_and_without_the_base(kind: str, tmp_pa
     assert min(norms[0]) > 0
 
 
-def test_a_checkpoint_of_a_run(tmp_path: Path):
+def test_checkpoint_of_fit(tmp_path: Path):
     run = trainer(LoRACallback(rank=2), root=tmp_path)
     model = Toy()
     run.fit(model, loader())
@@ -188,7 +192,7 @@ def test_a_checkpoint_of_a_run(tmp_path: Path):
     assert_same(read_matrices(str(tmp_path / "run.ckpt"), model), read_matrices(model), with_weights=True)
 
 
-def test_tokens_are_rows_that_changed(tmp_path: Path):
+def test_tokens_are_changed_rows(tmp_path: Path):
     def build() -> nn.Module:
         return nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8))
 
@@ -206,14 +210,14 @@ def test_tokens_are_rows_that_changed(tmp_path: Path):
         read_matrices(checkpoint, tokens=True)
 
 
-def test_weights_without_memory_are_unknown():
+def test_meta_weights_are_unknown():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(8, 8))
     attach(model, LoRAConfig(rank=2))
     assert read_matrices(model)[0].weight is None
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path):
+def test_unreadable_sources_raise(tmp_path: Path):
     build, options = EVERY["linear"]
     model = adapted(build, options)
     path = write_checkpoint(model, tmp_path / "a.ckpt")
@@ -234,3 +238,134 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path):
     torch.save(state, path)
     with pytest.raises(ValueError, match="no factors of 'layer'"):
         read_matrices(path)
+
+
+# --- a base on disk
+
+
+def written(model: nn.Module, folder: Path, form: str) -> Path:
+    if form == "directory":
+        save_adapter(model, folder / "adapter")
+        return folder / "adapter"
+    torch.save({"state_dict": adapter_state_dict(model), RECORD_KEY: describe(model)}, folder / "last.ckpt")
+    return folder / "last.ckpt"
+
+
+# Of experts, a directory does not hold the order, and is refused as merging refuses it.
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("experts", "checkpoint")]
+    + [
+        (kind, form)
+        for kind in ("linear", "conv2d", "padded embedding", "conv2d with DoRA")
+        for form in ("directory", "checkpoint")
+    ],
+)
+def test_base_on_disk_matches_module(kind: str, form: str, tmp_path: Path):
+    build, _, options = KINDS[kind]
+    model = seeded(build)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    trained(model, **({"target_modules": ["layer"]} | options))
+    found = analyze(written(model, tmp_path, form), tmp_path / "model.safetensors")
+    assert_same_numbers(found.to_dict(), analyze(model).to_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["lm_head", "q_proj"], "untie_weights": True}], ids=str)
+def test_tied_base_in_shards(options: dict[str, Any], tmp_path: Path):
+    model = tied_llama()
+    model.save_pretrained(tmp_path / "base", max_shard_size="6KB")
+    save_adapter(trained(model, **options), tmp_path / "adapter")
+    found = analyze(tmp_path / "adapter", str(tmp_path / "base"))
+    assert_same_numbers(found.to_dict(), analyze(model).to_dict())
+
+
+def assert_same_numbers(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    ours, theirs = ({layer["name"]: layer for layer in each["layers"]} for each in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, layer in theirs.items():
+        assert layer["relation"] is not None
+        assert ours[name].pop("relation") == pytest.approx(layer.pop("relation"), rel=1e-9)
+        assert ours[name].pop("singular_values") == pytest.approx(layer.pop("singular_values"), rel=1e-9)
+        assert {k: round(v, 8) if isinstance(v, float) else v for k, v in ours[name].items()} == {
+            k: round(v, 8) if isinstance(v, float) else v for k, v in layer.items()
+        }
+
+
+def test_tokens_with_base_on_disk(tmp_path: Path):
+    model = gpt2()
+    model.save_pretrained(tmp_path / "base")
+    options = {"target_modules": ["c_attn"], "trainable_token_indices": {"transformer.wte": [5, 2]}}
+    save_adapter(trained(model, **options), tmp_path / "adapter")
+    found = {each.name: each for each in stored_matrices(tmp_path / "adapter", tmp_path / "base", tokens=True)}
+    rows = next(each for each in read_matrices(model, tokens=True) if each.name == "transformer.wte")
+    torch.testing.assert_close(found["transformer.wte"].A, rows.A)
+    assert "transformer.wte" not in {each.name for each in stored_matrices(tmp_path / "adapter", tmp_path / "base")}
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    model = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(12, 20), "down": nn.Linear(20, 12)}) for _ in range(2))
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    return written(trained(model), tmp_path, "directory"), tmp_path / "model.safetensors"
+
+
+def test_one_weight_in_memory_and_progress(files: tuple[Path, Path]):
+    steps: list[tuple[int, int]] = []
+    seen: list[torch.Tensor] = []
+    for matrix in stored_matrices(*files, progress=lambda done, todo: steps.append((done, todo))):
+        assert matrix.weight is not None
+        seen.append(matrix.weight)
+    assert steps == [(done, 4) for done in range(5)]
+    assert len({weight.data_ptr() for weight in seen}) == 4
+    assert all(float(weight.std()) > 0 for weight in seen)
+
+
+def test_mismatched_base_on_disk_raises_first(files: tuple[Path, Path], tmp_path: Path):
+    adapter, _ = files
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        stored_matrices(adapter, tmp_path / "nowhere")
+    other = {f"{block}.{name}.weight": torch.ones(20, 20) for block in range(2) for name in ("up", "down")}
+    save_file(other, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="expected"):
+        stored_matrices(adapter, tmp_path / "other.safetensors")
+    whole = {"up": (20, 12), "down": (12, 20)}
+    quantized = {f"{b}.{n}.weight": torch.ones(*s, dtype=torch.int8) for b in range(2) for n, s in whole.items()}
+    save_file(quantized, tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match="quantized"):
+        stored_matrices(adapter, tmp_path / "small.safetensors")
+
+
+def test_module_with_base_on_disk_raises(files: tuple[Path, Path]):
+    with pytest.raises(ValueError, match="leave base out"):
+        analyze(trained(nn.ModuleDict({"layer": nn.Linear(12, 20)})), files[1])
+
+
+def test_intruders_with_base_on_disk(files: tuple[Path, Path]):
+    found = analyze(*files, intruders=True)
+    assert all(layer.intruders is not None for layer in found.layers)
+    assert not math.isnan(json.loads(json.dumps(found.to_dict()))["layers"][0]["relation"]["amplification"])
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "kind"),
+    [
+        ("h.3.attn.q", ("h.3", "attn.q"), "attn.q"),
+        ("encoder.layers.2.blocks.1.fc1", ("encoder.layers.2", "blocks.1.fc1"), "blocks.1.fc1"),
+        ("head", ("", "head"), "head"),
+        ("body.head", ("", "body.head"), "body.head"),
+        ("0.experts.up[12]", ("0", "experts.up[12]"), "experts.up"),
+        ("net.0", ("", "net.0"), "net.0"),
+        ("blocks.1.net.2", ("blocks.1", "net.2"), "net.2"),
+    ],
+)
+def test_block_and_kind_of_layer(name: str, found: tuple[str, str], kind: str):
+    assert place(name) == found
+    assert kind_of(name) == kind
+
+
+def test_names_sort_by_number():
+    names = ["h.10.q", "h.9.v", "h.9.q", "body", "h.1.q", "h.10.down"]
+    assert sorted(names, key=in_order) == ["body", "h.1.q", "h.9.q", "h.9.v", "h.10.down", "h.10.q"]

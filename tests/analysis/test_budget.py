@@ -1,14 +1,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.analysis import adapter_size, plan_budget
+from lightning_lora.analysis.budget import model_of_shapes
+from lightning_lora.storage.safetensors import StoredTensor
 from tests.peft_format.kinds import Experts
+from tests.peft_format.models import QUIET, bert, gpt2, llama, mixtral, t5, tied_llama, vit
+
+# --- budgets
+
 
 TABLE_5 = 18_874_368  # of the LoRA paper: "18M"
 
@@ -32,7 +41,7 @@ def gpt3() -> nn.Module:
         return blocks(96, 12288)
 
 
-def test_table_5_of_the_paper(gpt3: nn.Module):
+def test_table_5_of_paper(gpt3: nn.Module):
     plan = plan_budget(gpt3, LoRAConfig(adapter_dtype="bfloat16"), parameters=TABLE_5)
     found = {choice.targets: choice for choice in plan.choices}
     assert len(found) == 15
@@ -51,7 +60,7 @@ def test_table_5_of_the_paper(gpt3: nn.Module):
     assert plan.choices[0].targets == ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-def test_the_inverse_gives_the_same_count(gpt3: nn.Module):
+def test_adapter_size_inverts_budget(gpt3: nn.Module):
     for targets, rank in ((["q_proj"], 8), (["q_proj", "v_proj"], 4), (["q_proj", "k_proj", "v_proj", "o_proj"], 2)):
         choice = adapter_size(gpt3, LoRAConfig(rank=rank, target_modules=targets))
         assert choice.parameters == TABLE_5
@@ -60,7 +69,7 @@ def test_the_inverse_gives_the_same_count(gpt3: nn.Module):
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}])
 @pytest.mark.parametrize("budget", ["parameters", "file_bytes", "optimizer_bytes"])
-def test_a_choice_is_what_attaching_makes_and_a_higher_rank_is_too_much(options: dict[str, bool], budget: str):
+def test_choice_matches_attach_and_is_maximal(options: dict[str, bool], budget: str):
     config = LoRAConfig(**options)
     limit = {"parameters": 4000, "file_bytes": 16000, "optimizer_bytes": 32000}[budget]
     for choice in plan_budget(blocks(2, 64), config, **{budget: limit}).choices:
@@ -73,7 +82,7 @@ def test_a_choice_is_what_attaching_makes_and_a_higher_rank_is_too_much(options:
                 assert len(made.layers) == choice.layers
 
 
-def test_experts_and_slices_are_counted_as_they_are():
+def test_experts_and_slices_are_counted():
     model = nn.ModuleDict({"experts": Experts(), "qkv": nn.Linear(8, 24)})
     config = LoRAConfig(
         rank=2,
@@ -88,7 +97,7 @@ def test_experts_and_slices_are_counted_as_they_are():
     assert {c.targets: (c.rank, c.parameters) for c in plan.choices} == {("up",): (2, 120), ("q", "v"): (3, 96)}
 
 
-def test_the_rank_stays_within_the_smallest_layer():
+def test_rank_is_capped_by_smallest_layer():
     model = nn.ModuleDict({"head": nn.Linear(64, 2), "body": nn.Linear(64, 64)})
     plan = plan_budget(model, parameters=1280)
     assert {c.targets: (c.rank, c.capped) for c in plan.choices} == {
@@ -99,25 +108,25 @@ def test_the_rank_stays_within_the_smallest_layer():
     assert "rank limited by the size of: head" in str(plan)
 
 
-def test_many_groups_are_combined_in_pairs_and_all():
+def test_many_groups_are_combined_in_pairs():
     model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abcdef"})
     assert len(plan_budget(model, parameters=1000).choices) == 6 + 15 + 1
 
 
-def test_layers_that_only_have_numbers_go_by_their_full_names():
+def test_numbered_layers_keep_full_names():
     model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))})
     found = {choice.targets for choice in plan_budget(model, parameters=100).choices}
     assert found == {("net.0", "net.2"), ("net.0",), ("net.2",)}
 
 
-def test_a_budget_that_buys_nothing_says_so():
+def test_budget_too_small_for_anything():
     plan = plan_budget(blocks(2, 16), parameters=10)
     assert plan.choices == ()
     assert "nothing fits" in str(plan)
     assert "q_proj + k_proj" in str(plan)
 
 
-def test_the_table_and_json(gpt3: nn.Module):
+def test_table_and_json(gpt3: nn.Module):
     plan = plan_budget(gpt3, parameters=TABLE_5)
     lines = str(plan).splitlines()
     assert lines[0] == "A budget of 18,874,368 parameters for a base of 57,982,058,496 parameters:"
@@ -125,7 +134,7 @@ def test_the_table_and_json(gpt3: nn.Module):
     assert json.loads(json.dumps(plan.to_dict()))["choices"][0]["rank"] == 2
 
 
-def test_a_rank_is_turned_into_sizes(gpt3: nn.Module):
+def test_rank_instead_of_budget(gpt3: nn.Module):
     plan = plan_budget(gpt3, rank=4, groups=[["q_proj"], ["q_proj", "v_proj"]])
     assert str(plan).startswith("A budget of rank 4 for a base of")
     assert {choice.targets: choice.parameters for choice in plan.choices} == {
@@ -138,7 +147,7 @@ def test_a_rank_is_turned_into_sizes(gpt3: nn.Module):
     assert ranks[("body",)] == (5, ())
 
 
-def test_bad_requests_are_refused():
+def test_invalid_budgets_raise():
     with pytest.raises(ValueError, match="got parameters, rank"):
         plan_budget(blocks(1, 8), parameters=1, rank=1)
     with pytest.raises(ValueError, match="rank must be at least 1, got 0"):
@@ -149,3 +158,46 @@ def test_bad_requests_are_refused():
         plan_budget(blocks(1, 8), parameters=1, file_bytes=1)
     with pytest.raises(ValueError, match="q_porj"):
         plan_budget(blocks(1, 8), parameters=100, groups=[["q_porj"]])
+
+
+# --- a model from the headers of its files
+
+
+pytestmark = QUIET
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, tied_llama, bert, t5, vit], ids=lambda make: make.__name__)
+def test_shapes_on_disk_cost_same_as_loaded_model(
+    make: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make()
+    model.save_pretrained(tmp_path, max_shard_size="6KB")
+    monkeypatch.setattr(StoredTensor, "read", None)  # no weight is read
+    found = model_of_shapes(tmp_path)
+    by_shapes = plan_budget(found.module, LoRAConfig(exclude_modules=found.heads), rank=2)
+    loaded = plan_budget(model, rank=2)
+    assert by_shapes.base_parameters == loaded.base_parameters
+    assert by_shapes.choices[0].parameters == loaded.choices[0].parameters
+
+
+def test_output_layers_by_name_or_vocabulary(tmp_path: Path):
+    weights = {"embed_tokens.weight": (50, 8), "blocks.0.q.weight": (8, 8), "unembed_out.weight": (50, 8)}
+    tensors = {name: torch.zeros(shape) for name, shape in weights.items()}
+    save_file(tensors | {"lm_head.weight": torch.zeros(49, 8)}, tmp_path / "model.safetensors")
+    assert model_of_shapes(tmp_path).heads == ("lm_head",)
+    tensors["output.weight"] = torch.zeros(50, 8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"vocab_size": 50}')
+    assert model_of_shapes(tmp_path).heads == ("output",)
+
+
+def test_experts_on_disk_are_counted(tmp_path: Path):
+    mixtral().save_pretrained(tmp_path)
+    found = model_of_shapes(tmp_path)
+    assert found.experts == sum(".experts." in name for name, _ in found.module.named_parameters()) > 0
+
+
+def test_quantized_base_raises(tmp_path: Path):
+    save_file({"layer.weight": torch.zeros(8, 8, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="layer are quantized"):
+        model_of_shapes(tmp_path)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, lora_layers, save_adapter
-from lightning_lora.analysis import compare, layer_similarity, thin_svd, update_cosine
+from lightning_lora.analysis import compare, layer_similarity
+from lightning_lora.analysis.spectrum import thin_svd, update_cosine
 from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import train_all
@@ -28,7 +29,7 @@ def dense(model: nn.Module, name: str) -> torch.Tensor:
     return lora_layers(model)[name].delta_weight().double()
 
 
-def test_every_number_is_that_of_the_formed_updates():
+def test_comparison_matches_dense_updates():
     one, other = adapted(2, 0), adapted(5, 1)
     found = compare(one, other)
     assert [layer.name for layer in found.layers] == [f"h.{b}.{n}" for b in range(3) for n in ("up", "down")]
@@ -49,7 +50,7 @@ def test_every_number_is_that_of_the_formed_updates():
         assert float(layer.factors[1, 4]) == pytest.approx(float((spans[0].T @ spans[1]).norm() ** 2 / 2), abs=1e-5)
 
 
-def test_the_same_adapter_is_the_same_however_it_is_split():
+def test_comparison_is_invariant_to_factorization():
     one, other = adapted(3, 0), adapted(3, 0)
     with torch.no_grad():
         for layer in lora_layers(other).values():
@@ -63,7 +64,7 @@ def test_the_same_adapter_is_the_same_however_it_is_split():
         assert float(layer.factors[0, 0]) < 0.99  # the paper's measure sees the split
 
 
-def test_the_cosine_sees_signs_and_orthogonal_updates(rng: torch.Generator):
+def test_cosine_of_negated_and_orthogonal_updates(rng: torch.Generator):
     A, B = torch.randn(2, 9, generator=rng), torch.randn(7, 2, generator=rng)
     svd = thin_svd(A, B)
     assert update_cosine(svd, thin_svd(A, B, -3.0)) == pytest.approx(-1)
@@ -72,7 +73,7 @@ def test_the_cosine_sees_signs_and_orthogonal_updates(rng: torch.Generator):
     assert math.isnan(update_cosine(svd, thin_svd(A, torch.zeros(7, 2))))
 
 
-def test_files_of_every_form_are_compared(tmp_path: Path):
+def test_compare_reads_files_and_modules_alike(tmp_path: Path):
     one, other = adapted(2, 0), adapted(2, 1)
     save_adapter(one, tmp_path / "one")
     torch.save({"state_dict": adapter_state_dict(other), RECORD_KEY: describe(other)}, tmp_path / "other.ckpt")
@@ -81,14 +82,14 @@ def test_files_of_every_form_are_compared(tmp_path: Path):
     assert cosines[0] == pytest.approx(cosines[1], abs=1e-6)
 
 
-def test_layers_of_one_adapter_alone_are_named():
+def test_layers_of_only_one_adapter_are_listed():
     found = compare(adapted(2, 0, ("up",)), adapted(2, 1, ("h.0.up", "down")))
     assert found.only_first == ("h.1.up", "h.2.up")
     assert found.only_second == ("h.0.down", "h.1.down", "h.2.down")
     assert "only in the first: h.1.up, h.2.up" in str(found)
 
 
-def test_the_table_and_json():
+def test_table_and_json():
     found = compare(adapted(2, 0), adapted(3, 1))
     lines = str(found).splitlines()
     assert lines[0].startswith("6 updates in both")
@@ -101,7 +102,7 @@ def test_the_table_and_json():
     assert plain["layers"][0]["phi"]["inputs"][1][2] == pytest.approx(layer.of_inputs.all, abs=1e-4)
 
 
-def test_an_update_of_zeros_resembles_nothing():
+def test_zero_update_has_no_similarity():
     one, other = adapted(2, 0), adapted(2, 1)
     with torch.no_grad():
         lora_layers(other)["h.0.up"].lora.B.zero_()
@@ -111,19 +112,19 @@ def test_an_update_of_zeros_resembles_nothing():
     assert " - " in str(found).splitlines()[3]
 
 
-def test_adapters_of_other_models_are_refused():
+def test_adapters_of_different_models_raise():
     model = nn.ModuleDict({"other": nn.Linear(24, 40)})
     attach(model, LoRAConfig(rank=2))
     with pytest.raises(ValueError, match=r"no layer in common: they update h.0.up, .* and other"):
         compare(adapted(2, 0), model)
-    with pytest.raises(ValueError, match=r"of two models: .* of h.0.up \(40, 24\) and \(40, 28\)"):
+    with pytest.raises(ValueError, match=r"different models: .* h.0.up is \(40, 24\) and \(40, 28\)"):
         compare(adapted(2, 0), adapted(2, 0, width=28))
 
 
 # --- between layers
 
 
-def test_layers_of_one_kind_are_compared_between_blocks():
+def test_layer_similarity_matches_dense_updates():
     model = adapted(2, 0)
     with torch.no_grad():  # block 2 repeats block 0 up to its outputs
         lora_layers(model)["h.2.up"].lora.A.copy_(lora_layers(model)["h.0.up"].lora.A)
@@ -140,7 +141,7 @@ def test_layers_of_one_kind_are_compared_between_blocks():
     assert float(up.outputs[0, 2]) == pytest.approx((phi - 2 / 40) / (1 - 2 / 40), abs=1e-5)
 
 
-def test_layers_that_have_no_like_are_left_out():
+def test_layer_similarity_skips_single_layers_and_experts():
     model = nn.ModuleDict({"head": nn.Linear(8, 8), "experts": Experts()})
     attach(model, LoRAConfig(rank=2, target_modules=["head"], target_parameters=["experts.up"]))
     assert layer_similarity(model) == []

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, attach, lora_layers
-from lightning_lora.analysis import diagnostics, effective_rank, read_matrices
+from lightning_lora.analysis import diagnostics, read_matrices
 from lightning_lora.analysis.diagnostics import DEAD, Diagnostics, factor_grams, group_of, singular_values
+from lightning_lora.analysis.spectrum import effective_rank
 from tests.contract import train_all
 from tests.peft_format.kinds import Experts
 

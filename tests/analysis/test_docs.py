@@ -33,7 +33,7 @@ def adapted(seed: int) -> nn.Module:
     return model
 
 
-def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     planning, *rest = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
@@ -53,14 +53,12 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert said.startswith("Memory of a training step:")
     assert "8 updates; the suggested rank holds 99% of the squared norm" in said
     assert len(re.findall(r"^1\.o_proj \S+ tensor", said, flags=re.M)) == 1
-    assert "Of rank 4, the median update uses" in said
+    assert "At rank 4, the median update uses" in said
     assert {path.stem for path in tmp_path.glob("*.png")} == {"layers", "spectra", "energy", "phi", "cosine"}
     assert "What my adapter learned" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_the_commands_of_the_page_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.chdir(tmp_path)
     Path("base").mkdir()
     save_file(dict(base().state_dict()), "base/model.safetensors")

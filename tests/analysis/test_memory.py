@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, attach
-from lightning_lora.analysis import MemoryForecast, MemoryUse, forecast_memory
+from lightning_lora.analysis.memory import MemoryForecast, MemoryUse, forecast_memory
 from tests.contract import assert_unchanged, snapshot
 from tests.test_quantised import eight_bit
 from tests.toys import FEATURES, Toy, loader
@@ -29,7 +29,7 @@ def total(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def test_weights_gradients_and_optimizer_are_those_of_the_parameters():
+def test_weights_gradients_and_optimizer_bytes():
     model = mlp()
     forecast = forecast_memory(model, CONFIG)
     base = total(model.parameters())
@@ -39,7 +39,7 @@ def test_weights_gradients_and_optimizer_are_those_of_the_parameters():
     assert forecast.lora.total == base + 4 * factors
 
 
-def test_what_is_saved_is_what_a_hand_counts():
+def test_activations_match_hand_count():
     forecast = forecast_memory(mlp(), CONFIG, torch.randn(ROWS, IN))
     # The inputs of both layers: the batch, and the output of tanh, which tanh needs too.
     assert forecast.full.activations == 4 * ROWS * (IN + HIDDEN)
@@ -47,7 +47,7 @@ def test_what_is_saved_is_what_a_hand_counts():
     assert forecast.lora.activations == 4 * ROWS * (IN + HIDDEN + 2 * RANK)
 
 
-def test_layers_that_read_one_tensor_keep_it_once():
+def test_shared_activation_counts_once():
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -113,7 +113,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], LoRAConfig]] =
 
 @pytest.mark.parametrize("in_full", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_sum_is_what_lives_in_a_real_step(name: str, in_full: bool):
+def test_total_matches_live_memory_of_real_step(name: str, in_full: bool):
     build, shape, config = MODELS[name]
     model, x = build(), torch.randn(shape)
     forecast = forecast_memory(model, config, x)
@@ -130,7 +130,7 @@ def test_the_sum_is_what_lives_in_a_real_step(name: str, in_full: bool):
     assert expected.total == pytest.approx(found - output.nbytes, rel=0.1)
 
 
-def test_checkpointing_is_seen():
+def test_checkpointing_reduces_activations():
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -148,7 +148,7 @@ def test_checkpointing_is_seen():
     assert forecast_memory(plain, CONFIG, x).lora.activations > 5 * kept
 
 
-def test_the_meta_device_gives_the_same_numbers():
+def test_meta_device_matches_cpu():
     with torch.device("meta"):
         far, batch = mlp(), torch.empty(ROWS, IN)
     assert forecast_memory(far, CONFIG, batch) == forecast_memory(mlp(), CONFIG, torch.randn(ROWS, IN))
@@ -172,7 +172,7 @@ class Everything(nn.Module):
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(fails: bool):
+def test_forecast_restores_model(fails: bool):
     model = Everything()
     before, modes = snapshot(model), {name: part.training for name, part in model.named_modules()}
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -190,14 +190,14 @@ def test_the_model_is_left_as_it_was(fails: bool):
     assert model.last.bias.grad is None
 
 
-def test_a_step_of_ones_own_runs_instead_of_forward():
+def test_step_replaces_forward():
     module, batch = Toy(), next(iter(loader(32, 32)))
     with_loss = forecast_memory(module, CONFIG, batch, step=lambda module, batch: module.loss(batch))
     without = forecast_memory(module.net, CONFIG, batch[0])
     assert with_loss.lora.activations - without.lora.activations == 4 * 32 * FEATURES  # what the square keeps
 
 
-def test_packed_weights_count_as_they_lie_in_memory():
+def test_packed_weights_count_stored_bytes():
     model = nn.Sequential(eight_bit(nn.Linear(64, 64)))
     assert forecast_memory(model, CONFIG).full.weights == total([*model.parameters(), *model.buffers()])
 
@@ -208,7 +208,7 @@ def test_tied_weights_count_once():
     assert forecast_memory(model, LoRAConfig(rank=2, target_modules=["q"])).full.weights == total(model.parameters())
 
 
-def test_the_optimizer_can_be_another():
+def test_optimizer_without_state():
     assert forecast_memory(mlp(), CONFIG, bytes_per_state=0).full.optimizer == 0
 
 
@@ -222,11 +222,11 @@ def test_the_optimizer_can_be_another():
         (MemoryUse(7, 1, 2, None), "weights dominate (70% of what is known without a batch)"),
     ],
 )
-def test_one_sentence_says_what_dominates(use: MemoryUse, words: str):
+def test_verdict_names_largest_part(use: MemoryUse, words: str):
     assert MemoryForecast(use, use).verdict.startswith(words)
 
 
-def test_it_prints_a_table_and_gives_plain_values():
+def test_table_and_json():
     forecast = forecast_memory(mlp(), CONFIG, torch.randn(4096, IN))
     text = str(forecast)
     assert f"activations   {forecast.lora.activations / 1e6:.1f}" in text
@@ -240,18 +240,18 @@ def test_it_prints_a_table_and_gives_plain_values():
 # --- what is refused
 
 
-def test_an_adapted_model_is_refused():
+def test_adapted_model_raises():
     model = mlp()
     attach(model, CONFIG)
     with pytest.raises(ValueError, match="before attach, or detach first"):
         forecast_memory(model, CONFIG)
 
 
-def test_a_model_without_forward_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"ModuleDict has no forward to run a batch through\. Give step"):
+def test_model_without_forward_raises():
+    with pytest.raises(ValueError, match=r"ModuleDict has no forward to run a batch through\. Pass step"):
         forecast_memory(nn.ModuleDict({"q": nn.Linear(8, 8)}), CONFIG, torch.randn(2, 8))
 
 
-def test_what_has_no_gradient_is_refused():
-    with pytest.raises(TypeError, match="step returned no tensor that has a gradient"):
+def test_step_without_gradient_raises():
+    with pytest.raises(TypeError, match="step returned no tensor with a gradient"):
         forecast_memory(mlp(), CONFIG, torch.randn(2, IN), step=lambda module, batch: batch)

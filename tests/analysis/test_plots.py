@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach
-from lightning_lora.analysis import AdapterAnalysis, analyze, compare, layer_similarity, subspace_similarity
+from lightning_lora.analysis import AdapterAnalysis, analyze, compare, layer_similarity
 from lightning_lora.analysis.plots import (
     plot_blocks,
     plot_comparison,
@@ -18,6 +18,7 @@ from lightning_lora.analysis.plots import (
     plot_similarity,
     plot_spectra,
 )
+from lightning_lora.analysis.spectrum import subspace_similarity
 from tests.contract import train_all
 
 
@@ -44,7 +45,7 @@ def drawn(figure: object) -> int:
     return len(file.getvalue())
 
 
-def test_phi_is_drawn_as_it_is_with_what_is_unknown_left_out(rng: torch.Generator):
+def test_similarity_heat_map(rng: torch.Generator):
     pytest.importorskip("matplotlib")
     phi = subspace_similarity(torch.randn(8, 30, generator=rng), torch.randn(40, 64, generator=rng)[:, :30])
     figure = plot_similarity(phi, title="r=8 and r=40", labels=("i (r=8)", "j (r=40)"))
@@ -56,7 +57,7 @@ def test_phi_is_drawn_as_it_is_with_what_is_unknown_left_out(rng: torch.Generato
 
 
 @pytest.mark.parametrize("blocks", [2, 12])
-def test_spectra_have_a_line_each_or_ranges_of_many(blocks: int, rng: torch.Generator):
+def test_spectra_lines_or_ranges(blocks: int, rng: torch.Generator):
     pytest.importorskip("matplotlib")
     figure = plot_spectra(analysis(blocks, rng))
     assert len(figure.axes[0].lines) == (5 if blocks == 2 else 1)
@@ -64,7 +65,7 @@ def test_spectra_have_a_line_each_or_ranges_of_many(blocks: int, rng: torch.Gene
     assert drawn(figure) > 5000
 
 
-def test_layers_are_placed_by_block_and_kind(rng: torch.Generator):
+def test_layers_by_block_and_kind(rng: torch.Generator):
     pytest.importorskip("matplotlib")
     found = analysis(2, rng)
     figure = plot_layers(found, "effective_rank")
@@ -77,7 +78,7 @@ def test_layers_are_placed_by_block_and_kind(rng: torch.Generator):
     assert drawn(figure) > 5000
 
 
-def test_ranks_are_shown_on_a_scale_up_to_all_that_could_be_used(rng: torch.Generator):
+def test_rank_scale_goes_to_full_rank(rng: torch.Generator):
     pytest.importorskip("matplotlib")
     found = analysis(2, rng)
     assert plot_layers(found, "suggested_rank").axes[0].images[0].get_clim() == (0, 3)
@@ -86,7 +87,7 @@ def test_ranks_are_shown_on_a_scale_up_to_all_that_could_be_used(rng: torch.Gene
 
 
 @pytest.mark.parametrize("blocks", [2, 12])
-def test_energy_rises_to_one_and_the_line_is_what_was_asked_for(blocks: int, rng: torch.Generator):
+def test_energy_curve_and_threshold(blocks: int, rng: torch.Generator):
     pytest.importorskip("matplotlib")
     found = analysis(blocks, rng)
     curve, *others = plot_energy(found).axes[0].lines
@@ -99,7 +100,7 @@ def test_energy_rises_to_one_and_the_line_is_what_was_asked_for(blocks: int, rng
         assert values[0] == pytest.approx(float(squares[0] / squares.sum()), rel=1e-5)
 
 
-def test_what_two_adapters_share_is_placed_by_block_and_kind(rng: torch.Generator):
+def test_comparison_by_block_and_kind(rng: torch.Generator):
     pytest.importorskip("matplotlib")
     found = compare(adapted(2, rng), adapted(2, rng))
     for of, value in (("cosine", found.layers[2].cosine), ("inputs", None), ("outputs", None)):
@@ -115,7 +116,7 @@ def test_what_two_adapters_share_is_placed_by_block_and_kind(rng: torch.Generato
         plot_comparison(found, "beauty")
 
 
-def test_each_kind_of_layer_has_a_panel_on_one_scale(rng: torch.Generator):
+def test_blocks_have_one_panel_per_kind(rng: torch.Generator):
     pytest.importorskip("matplotlib")
     figure = plot_blocks(layer_similarity(adapted(3, rng)))
     panels = [axes for axes in figure.axes if axes.images]
@@ -126,7 +127,7 @@ def test_each_kind_of_layer_has_a_panel_on_one_scale(rng: torch.Generator):
         plot_similarities({})
 
 
-def test_a_stack_of_many_experts_is_no_wall():
+def test_many_experts_stay_narrow():
     pytest.importorskip("matplotlib")
     model = nn.ModuleDict({"experts": nn.Module()})
     model["experts"].register_parameter("up", nn.Parameter(torch.randn(200, 6, 5)))
@@ -137,12 +138,12 @@ def test_a_stack_of_many_experts_is_no_wall():
     assert len(figure.axes[0].get_xticklabels()) <= 24
 
 
-def test_an_unknown_metric_is_refused(rng: torch.Generator):
+def test_unknown_metric_raises(rng: torch.Generator):
     with pytest.raises(ValueError, match="effective_rank"):
         plot_layers(analysis(1, rng), "beauty")
 
 
-def test_without_matplotlib_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+def test_missing_matplotlib_raises_with_install_hint(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-lora\[plots\]'"):
         plot_similarity(torch.ones(2, 2))

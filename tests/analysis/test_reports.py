@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,108 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.analysis import analyze, compare, layer_similarity
-from lightning_lora.analysis.reports import NO_PLOTS, analysis_page, comparison_page, layers_page, likeness
-from tests.analysis.test_page import Outline
+from lightning_lora.analysis.comparison import likeness
+from lightning_lora.analysis.reports import (
+    NO_PLOTS,
+    Page,
+    analysis_figures,
+    analysis_page,
+    comparison_figures,
+    comparison_page,
+    evenly,
+    layers_page,
+)
 from tests.contract import train_all
+
+# --- HTML
+
+
+SVG = '<svg width="300pt" height="200pt" viewBox="0 0 300 200"><text>phi</text></svg>'
+
+
+class Outline(HTMLParser):
+    """What a page is made of; it fails on tags that are left open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(html)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def named(self, tag: str) -> list[dict[str, str | None]]:
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def page() -> Page:
+    page = Page("A <title> & more", "of <b>")
+    page.heading("One")
+    page.text("a < b")
+    page.points(["x", "y & z"])
+    page.code("LoRACallback(rank=2)")
+    page.table([("layer", "rank"), ("h.0.<q>", "<4>")], "What <they> have")
+    page.figures([(SVG, "A picture of <phi>", "Caption & words")])
+    return page
+
+
+def test_page_escapes_everything(tmp_path: Path):
+    page().write(tmp_path / "page.html")
+    found = Outline((tmp_path / "page.html").read_text(encoding="utf-8"))
+    for words in (
+        "A <title> & more",
+        "of <b>",
+        "a < b",
+        "y & z",
+        "h.0.<q>",
+        "<4>",
+        "What <they> have",
+        "Caption & words",
+    ):
+        assert words in found.words
+    assert not found.named("b")
+
+
+def test_page_is_self_contained():
+    html = page().html()
+    found = Outline(html)
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in found.tags}
+    assert "http" not in html.replace("http://www.w3.org", "")  # names of namespaces are no addresses
+    assert "@import" not in html
+    assert "url(" not in html
+
+
+def test_page_is_accessible():
+    found = Outline(page().html())
+    assert found.named("html") == [{"lang": "en"}]
+    assert [(svg["role"], svg["aria-label"]) for svg in found.named("svg")] == [("img", "A picture of <phi>")]
+    assert {attrs.get("scope") for attrs in found.named("th")} == {"col", "row"}
+    assert found.named("caption")
+    assert len(found.named("h1")) == len(found.named("main")) == 1
+
+
+def test_page_styles_dark_mode_and_print():
+    html = page().html()
+    assert "prefers-color-scheme: dark" in html
+    assert "@media print" in html
+    assert '<figure style="width: min(100%, 300pt)">' in html
+
+
+# --- pages
 
 
 def adapted(seed: int, blocks: int = 2, rank: int = 3) -> nn.Module:
@@ -26,11 +127,11 @@ def adapted(seed: int, blocks: int = 2, rank: int = 3) -> nn.Module:
     return model
 
 
-def test_the_page_of_an_adapter_has_all_numbers_and_figures():
-    figures = pytest.importorskip("lightning_lora.analysis.report_figures")
+def test_adapter_page_has_all_numbers_and_figures():
+    pytest.importorskip("matplotlib")
     model = adapted(0)
     analysis, alike = analyze(model), layer_similarity(model)
-    drawn = figures.analysis_figures(analysis, alike)
+    drawn = analysis_figures(analysis, alike)
     found = Outline(analysis_page(analysis, "mine", similarities=alike, figures=drawn).html())
     assert len(found.named("svg")) == len(drawn) == 9
     assert all(len(svg["aria-label"] or "") > 40 for svg in found.named("svg"))
@@ -40,10 +141,10 @@ def test_the_page_of_an_adapter_has_all_numbers_and_figures():
     assert NO_PLOTS not in words
 
 
-def test_parts_of_figures_do_not_get_mixed_up_and_their_ink_is_the_pages():
-    figures = pytest.importorskip("lightning_lora.analysis.report_figures")
+def test_figure_ids_are_unique_and_ink_follows_page():
+    pytest.importorskip("matplotlib")
     comparison = compare(adapted(0), adapted(1, rank=2))
-    drawn = figures.comparison_figures(comparison)
+    drawn = comparison_figures(comparison)
     html = comparison_page(comparison, ("one", "other"), figures=drawn).html()
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)) > 100
@@ -56,7 +157,7 @@ def test_parts_of_figures_do_not_get_mixed_up_and_their_ink_is_the_pages():
     assert not re.findall(r'(?:src|href)="(?!#|data:)', html)  # nothing is fetched
 
 
-def test_without_matplotlib_pages_have_words_and_tables():
+def test_pages_without_figures():
     model = adapted(0)
     for page in (
         analysis_page(analyze(model), "mine"),
@@ -69,33 +170,32 @@ def test_without_matplotlib_pages_have_words_and_tables():
         assert not found.named("svg")
 
 
-def test_an_untrained_adapter_has_a_page_too():
-    figures = pytest.importorskip("lightning_lora.analysis.report_figures")
+def test_pages_of_untrained_adapter():
+    pytest.importorskip("matplotlib")
     model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(2))})
     attach(model, LoRAConfig(rank=2))
     analysis, alike = analyze(model), layer_similarity(model)
-    page = analysis_page(analysis, "new", similarities=alike, figures=figures.analysis_figures(analysis, alike))
+    page = analysis_page(analysis, "new", similarities=alike, figures=analysis_figures(analysis, alike))
     found = Outline(page.html())
     assert "Every update is zero: this adapter was never trained, or learned nothing." in found.words
     comparison = compare(model, model)
-    html = comparison_page(comparison, ("new", "new"), figures=figures.comparison_figures(comparison)).html()
+    html = comparison_page(comparison, ("new", "new"), figures=comparison_figures(comparison)).html()
     assert "nothing to compare" in html
 
 
-def test_many_layers_are_shown_in_even_steps():
-    figures = pytest.importorskip("lightning_lora.analysis.report_figures")
-    assert figures.evenly(list(range(30)), 4) == [0, 10, 19, 29]
-    assert figures.evenly([1, 2], 4) == [1, 2]
+def test_many_layers_are_thinned_evenly():
+    assert evenly(list(range(30)), 4) == [0, 10, 19, 29]
+    assert evenly([1, 2], 4) == [1, 2]
 
 
-def test_likeness_is_put_into_words():
+def test_likeness_in_words():
     one, other = adapted(0), adapted(1)
     comparison = compare(one, other)
     said = likeness(comparison)
     middle = sorted(layer.of_inputs.all for layer in comparison.layers)[2]
-    assert f"all directions {middle:.3f}" in said[0]
+    assert f"all input directions {middle:.3f}" in said[0]
     cosines = {layer.name: layer.cosine for layer in comparison.layers}
-    assert f"most alike is {max(cosines, key=lambda name: cosines[name])} (" in said[2]
+    assert f"{max(cosines, key=lambda name: cosines[name])} is most alike (" in said[2]
     untrained = nn.ModuleDict({"neck": nn.Linear(24, 16)})
     attach(untrained, LoRAConfig(rank=2))
     assert "nothing to compare" in likeness(compare(untrained, one))[0]

@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach, lora_layers
-from lightning_lora.analysis import analyze
+from lightning_lora.analysis import analyze, findings, suggest_ranks
+from lightning_lora.analysis.reports import next_run, rank_pattern
 from tests.contract import train_all
 from tests.peft_format.kinds import Experts
+
+# --- analyze
 
 
 @pytest.fixture
@@ -23,7 +26,7 @@ def model(rng: torch.Generator) -> nn.Module:
     return model
 
 
-def test_each_row_is_that_of_the_formed_update(model: nn.Module):
+def test_numbers_match_dense_updates(model: nn.Module):
     analysis = analyze(model, energy=0.9)
     assert [layer.name for layer in analysis.layers] == ["body", "idle", *(f"experts.up[{e}]" for e in range(3))]
     dense = {
@@ -48,13 +51,13 @@ def test_each_row_is_that_of_the_formed_update(model: nn.Module):
     assert body.relation.ratio == pytest.approx(body.norm / float(weight.norm()), rel=1e-5)
 
 
-def test_updates_that_learned_nothing_are_named(model: nn.Module):
+def test_zero_updates_are_listed(model: nn.Module):
     analysis = analyze(model)
     assert analysis.idle == ["idle"]
     assert "zero, as if never trained: idle" in str(analysis)
 
 
-def test_the_table_has_a_row_for_each_and_the_medians(model: nn.Module):
+def test_table_has_rows_and_medians(model: nn.Module):
     lines = str(analyze(model)).splitlines()
     assert lines[0] == "5 updates; the suggested rank holds 99% of the squared norm"
     assert lines[1].split()[:3] == ["layer", "shape", "rank"]
@@ -63,7 +66,7 @@ def test_the_table_has_a_row_for_each_and_the_medians(model: nn.Module):
     assert max(map(len, lines)) <= 120
 
 
-def test_json_holds_everything_in_plain_values(model: nn.Module):
+def test_to_dict_is_json(model: nn.Module):
     found = json.loads(json.dumps(analyze(model).to_dict(), allow_nan=False))
     assert found["idle"] == ["idle"]
     assert found["layers"][0]["shape"] == [20, 30]
@@ -71,7 +74,7 @@ def test_json_holds_everything_in_plain_values(model: nn.Module):
     assert found["layers"][0]["relation"]["amplification"] > 0
 
 
-def test_intruders_are_counted_if_asked_for(model: nn.Module):
+def test_intruders_are_counted_on_request(model: nn.Module):
     assert analyze(model).layers[0].intruders is None
     analysis = analyze(model, intruders=True)
     assert [layer.intruders is not None for layer in analysis.layers] == [True] * 5
@@ -80,7 +83,7 @@ def test_intruders_are_counted_if_asked_for(model: nn.Module):
     assert "intruder dimensions: body (" in str(analysis)
 
 
-def test_without_weights_the_rest_is_there(model: nn.Module, tmp_path: Path):
+def test_analysis_without_weights(model: nn.Module, tmp_path: Path):
     from lightning_lora import save_adapter
 
     save_adapter(model, tmp_path / "a")
@@ -93,13 +96,13 @@ def test_without_weights_the_rest_is_there(model: nn.Module, tmp_path: Path):
         analyze(tmp_path / "a", intruders=True)
 
 
-def test_dora_is_said():
+def test_dora_is_mentioned():
     model = nn.Sequential(nn.Linear(8, 8))
     attach(model, LoRAConfig(rank=2, use_dora=True))
     assert "rescaled by DoRA's magnitudes" in str(analyze(model))
 
 
-def test_no_number_depends_on_how_the_update_is_split(model: nn.Module, rng: torch.Generator):
+def test_analysis_is_invariant_to_factorization(model: nn.Module, rng: torch.Generator):
     before = analyze(model, intruders=True).to_dict()
     with torch.no_grad():
         for layer in lora_layers(model).values():
@@ -116,3 +119,89 @@ def test_no_number_depends_on_how_the_update_is_split(model: nn.Module, rng: tor
             assert new[key] == old[key]
         for key in ("norm", "effective_rank", "stable_rank"):
             assert new[key] == pytest.approx(old[key], rel=1e-3)
+
+
+# --- suggestions and findings
+
+
+@pytest.fixture
+def trained() -> nn.Module:
+    """Blocks whose updates are of rank 1 and 3 for ``up``, 2 and 2 for ``down``, and 0 for the head."""
+    model = nn.ModuleDict(
+        {
+            "h": nn.ModuleList(nn.ModuleDict({"up": nn.Linear(20, 30), "down": nn.Linear(30, 20)}) for _ in range(2)),
+            "head": nn.Linear(20, 9),
+        }
+    )
+    attach(model, LoRAConfig(rank=4))
+    train_all(model, torch.Generator().manual_seed(0))
+    ranks = {"h.0.up": 1, "h.1.up": 3, "h.0.down": 2, "h.1.down": 2, "head": 0}
+    with torch.no_grad():
+        for name, rank in ranks.items():
+            lora = lora_layers(model)[name].lora
+            lora.A.copy_(torch.linalg.qr(lora.A.T)[0].T)
+            lora.B.copy_(torch.linalg.qr(lora.B)[0] * (torch.arange(4) < rank))
+    return model
+
+
+def test_suggestion_covers_every_layer_of_kind(trained: nn.Module):
+    up, down, head = suggest_ranks(analyze(trained))
+    assert (up.kind, up.updates, up.rank, up.median, up.suggested) == ("up", 2, 4, 2, 3)
+    assert (up.parameters, up.parameters_suggested) == (2 * 4 * 50, 2 * 3 * 50)
+    assert (down.kind, down.suggested, down.parameters_suggested) == ("down", 2, 2 * 2 * 50)
+    assert (head.kind, head.suggested, head.parameters_suggested) == ("head", 0, 0)
+
+
+def test_rank_pattern_applies_to_next_run(trained: nn.Module):
+    pattern = rank_pattern(suggest_ranks(analyze(trained)))
+    assert pattern == {"up": 3, "down": 2}
+    assert next_run(pattern) == "LoRACallback(rank=3, rank_pattern={'down': 2})"
+    assert next_run({"up": 3}) == "LoRACallback(rank=3)"
+    fresh = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(20, 30), "down": nn.Linear(30, 20)})])})
+    made = attach(fresh, LoRAConfig(rank=3, target_modules=["up", "down"], rank_pattern={"down": 2}))
+    assert [layer.rank for layer in made.layers] == [3, 2]
+
+
+def test_findings_contain_numbers(trained: nn.Module):
+    analysis = analyze(trained)
+    said = "\n".join(findings(analysis))
+    live = [layer for layer in analysis.layers if layer.name != "head"]
+    assert "At rank 4, the median update uses 2.0 directions" in said
+    assert "h.1.up needs the most: 3." in said
+    assert "A and B have 500 parameters instead of 916" in said
+    ratios = {layer.name: layer.relation.ratio for layer in live if layer.relation}
+    assert f"the largest are {max(ratios, key=lambda name: ratios[name])} (" in said
+    assert "1 of 5 updates are zero, as if never trained: head." in said
+    assert "intruder" not in said
+    assert "intruder" in "\n".join(findings(analyze(trained, intruders=True)))
+
+
+def test_findings_describe_alignment(trained: nn.Module):
+    with torch.no_grad():
+        for layer in lora_layers(trained).values():
+            U, _, Vh = torch.linalg.svd(layer._parameters["weight"].detach(), full_matrices=False)
+            layer.lora.A.copy_(Vh[:4])
+            layer.lora.B.copy_(U[:, :4])
+    assert "the updates amplify what the weights already do" in "\n".join(findings(analyze(trained)))
+    with torch.no_grad():
+        for layer in lora_layers(trained).values():
+            U, _, Vh = torch.linalg.svd(layer._parameters["weight"].detach(), full_matrices=False)
+            layer.lora.A.copy_(Vh[-4:])
+            layer.lora.B.copy_(U[:, :4])
+    assert "the updates avoid what the weights do" in "\n".join(findings(analyze(trained)))
+
+
+def test_findings_mention_used_up_rank():
+    model = nn.ModuleDict({"layer": nn.Linear(20, 20)})
+    attach(model, LoRAConfig(rank=2))
+    with torch.no_grad():
+        lora = lora_layers(model)["layer"].lora
+        lora.A.copy_(torch.eye(20)[:2])
+        lora.B.copy_(torch.eye(20)[:, :2])
+    assert "1 of 1 updates use more than 80% of their rank" in "\n".join(findings(analyze(model)))
+
+
+def test_findings_of_untrained_adapter():
+    model = nn.ModuleDict({"layer": nn.Linear(20, 20)})
+    attach(model, LoRAConfig(rank=2))
+    assert findings(analyze(model)) == ["Every update is zero: this adapter was never trained, or learned nothing."]

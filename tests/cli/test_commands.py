@@ -17,7 +17,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, attach, save_adapter
 from lightning_lora.analysis import analyze, compare, layer_similarity
-from tests.analysis.test_page import Outline
+from tests.analysis.test_reports import Outline
 from tests.contract import train_all
 from tests.files import run
 from tests.peft_format.models import QUIET, mixtral, trained
@@ -70,7 +70,7 @@ def test_report_matches_analyze(files: Path, capsys: pytest.CaptureFixture[str])
     assert run("report", files / "one", "--energy", "0.5") == 0
     said = capsys.readouterr().out
     assert "holds 50% of the squared norm" in said
-    assert "- Of rank 2, the median update uses" in said
+    assert "- At rank 2, the median update uses" in said
 
 
 def test_report_writes_page_and_pictures(files: Path, capsys: pytest.CaptureFixture[str]):
@@ -113,7 +113,7 @@ def test_compare_matches_analysis(files: Path, capsys: pytest.CaptureFixture[str
         assert layer["cosine"] == pytest.approx(expected[layer["name"]].cosine, abs=1e-6)
         assert layer["of_inputs"]["all"] == pytest.approx(expected[layer["name"]].of_inputs.all, abs=1e-6)
     assert run("compare", files / "one", files / "other", "--out", files / "page.html") == 0
-    assert "- Of the input, the leading directions share" in capsys.readouterr().out
+    assert "- The leading input directions share" in capsys.readouterr().out
     assert "What two adapters share" in (files / "page.html").read_text(encoding="utf-8")
 
 
@@ -183,7 +183,7 @@ def test_problem_is_one_line_and_exits_with_1(files: Path, capsys: pytest.Captur
         (("report", files / "one", "--pictures", files / "base.safetensors"), "is a file; name a folder"),
         (("report", files / "one", "--base", files / "nowhere"), "is not there"),
         (("plan", files / "nowhere", "--rank", "2"), "is not there"),
-        (("plan", files / "base.safetensors", "--rank", "2", "--group", "upp"), "none of the model's groups"),
+        (("plan", files / "base.safetensors", "--rank", "2", "--group", "upp"), "the model has no upp; its groups are"),
         (("plan", files / "base.safetensors", "--rank", "2", "--targets", "upp"), "Closest names: 'up'"),
     ):
         assert run(*arguments) == 1
@@ -200,7 +200,7 @@ def test_layer_with_nan_is_named(files: Path, capsys: pytest.CaptureFixture[str]
     save_file(tensors, files / "one" / "adapter_model.safetensors")
     for command in (("report", files / "one"), ("compare", files / "other", files / "one"), ("compare", files / "one")):
         assert run(*command) == 1
-        assert "The factors of 'h.1.up' hold NaN or infinity" in capsys.readouterr().err
+        assert "The factors of 'h.1.up' contain NaN or infinity" in capsys.readouterr().err
     assert run("inspect", files / "one") == 1
     assert "not finite" in capsys.readouterr().out
 
