@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer, lora_layers
+from lightning_lora.layers import LoRALayer, lora_layers, register_adapter
 from lightning_lora.loading import load_adapter
 from lightning_lora.modes import disabled, merged
 from lightning_lora.names import target_names
@@ -38,6 +38,7 @@ __all__ = [
     "merged",
     "parameter_groups",
     "preflight",
+    "register_adapter",
     "save_adapter",
     "target_names",
 ]

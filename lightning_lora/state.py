@@ -13,7 +13,6 @@ from lightning_lora.attachment import attachments
 from lightning_lora.fingerprint import Fingerprint, other_base, samples
 from lightning_lora.layers import Adapter, all_adapters, lora_layers
 from lightning_lora.names import clean_name, join, listed, near_names
-from lightning_lora.peft_format.kinds import file_kind
 
 FORMAT_VERSION = 1
 
@@ -191,7 +190,7 @@ def _described_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
     for name, adapter in all_adapters(module).items():
         path, layer = owners[id(adapter)]
         numbers = {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling}
-        place = {"weight": join(path, adapter.parameter)} | file_kind(layer, adapter)
+        place = {"weight": join(path, adapter.parameter)} | adapter.record(layer)
         found[name] = numbers | place | _rows(adapter)
     return found
 

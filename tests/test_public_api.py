@@ -25,6 +25,7 @@ PUBLIC = [
     "merged",
     "parameter_groups",
     "preflight",
+    "register_adapter",
     "save_adapter",
     "target_names",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from lightning_lora.attachment import attachments
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.skeleton import build_skeleton
-from lightning_lora.layers import all_adapters
+from lightning_lora.layers import adapter_of_kind, all_adapters
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.names import join, listed, matches
 from lightning_lora.peft_format.config import KNOWN_ORDER, PeftConfig
@@ -81,18 +80,10 @@ def _layout(name: str, said: Mapping[str, Any], state: Mapping[str, Tensor]) -> 
     for begin in (f"{name}.lora.", join(above, f"lora.{last}.")):
         if f"{begin}A" in state:
             found = (state[f"{begin}B"].shape[-2], state[f"{begin}A"].shape[-1])
-            rows, columns = _matrix(said["kind"], shape)
+            rows, columns = adapter_of_kind(said["kind"]).matrix_of(shape)
             if found[1] != columns or (found[0] != rows and not said.get("rows")):
                 raise ValueError(f"{name}: a weight of the shape {tuple(shape)} does not fit factors of {found}.")
     return Layout(torch.float32, tuple(shape))
-
-
-def _matrix(kind: str, shape: Sequence[int]) -> tuple[int, int]:
-    """Return ``(out, in)`` of a weight of this kind and shape."""
-    if kind == "conv" or (kind == "parameter" and len(shape) != 3):
-        return shape[0], math.prod(shape[1:])
-    first, second = shape[-2:]
-    return (second, first) if kind in ("conv1d", "embedding", "transposed stack") else (first, second)
 
 
 def _trains(name: str, config: LoRAConfig) -> bool:

@@ -6,11 +6,19 @@ import functools
 
 from torch import nn
 
-from lightning_lora.layers.adapter import Adapter, AdapterSpec, base_parameter, base_weight
+from lightning_lora.layers.adapter import (
+    Adapter,
+    AdapterSpec,
+    adapter_of_kind,
+    adapter_type,
+    base_parameter,
+    base_weight,
+    register_adapter,
+)
 from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
-from lightning_lora.layers.embedding import EmbeddingAdapter
+from lightning_lora.layers.embedding import EmbeddingAdapter, TokenAdapter, swapped_as_follower
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
-from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode
+from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode, Swapped, swap_in, swap_out
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.norm import (
     NORMALISING,
@@ -20,31 +28,13 @@ from lightning_lora.layers.norm import (
     release_statistics,
     weights_only_read,
 )
-from lightning_lora.layers.swap import Swapped, swap_in, swap_out
-from lightning_lora.layers.tokens import TokenAdapter, swapped_as_follower
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
 from lightning_lora.names import join, walk
 
-ADAPTERS: tuple[type[Adapter], ...] = (
-    LinearAdapter,
-    Conv1DAdapter,
-    EmbeddingAdapter,
-    ConvAdapter,
-    ConvTransposeAdapter,
-    ParameterAdapter,
-)
 SUPPORTED = (
     "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.EmbeddingBag, nn.Conv1d/2d/3d, "
     "nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, nn.LSTM/GRU/RNN and their cells, nn.Bilinear"
 )
-
-
-def adapter_type(module: nn.Module) -> type[Adapter] | None:
-    """Return the adapter for this kind of module, or None if the kind cannot be adapted."""
-    for adapter in ADAPTERS:
-        if adapter.accepts(module):
-            return adapter
-    return None
 
 
 _NEEDED = frozenset(
@@ -87,6 +77,10 @@ __all__ = [
     "Adapter",
     "AdapterGroup",
     "AdapterSpec",
+    "Conv1DAdapter",
+    "ConvAdapter",
+    "ConvTransposeAdapter",
+    "EmbeddingAdapter",
     "FrozenNorm",
     "LinearAdapter",
     "LoRALayer",
@@ -96,6 +90,7 @@ __all__ = [
     "Swapped",
     "TokenAdapter",
     "WeightLoRALayer",
+    "adapter_of_kind",
     "adapter_type",
     "all_adapters",
     "base_parameter",
@@ -104,6 +99,7 @@ __all__ = [
     "hold_statistics",
     "lora_layers",
     "parameter_adapter",
+    "register_adapter",
     "release_statistics",
     "swap_in",
     "swap_out",

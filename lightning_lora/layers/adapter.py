@@ -1,10 +1,12 @@
-"""What an adapter is, whatever it trains: the child module ``lora`` of an adapted layer."""
+"""The adapter: the child module ``lora`` of an adapted layer, and which class of adapter a layer gets."""
 
 from __future__ import annotations
 
+import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,21 +91,31 @@ _TABLES = [(name, table) for name, table in _EMPTY_MODULE.items() if isinstance(
 class Adapter(nn.Module, ABC):
     """What one layer learns beside its frozen weight, as the layer's child module ``lora``.
 
-    A child of its own lets FSDP give the trainable factors units apart from the frozen weight. Subclasses say how one
-    kind of layer uses the factors.
+    A child of its own lets FSDP give the trainable factors units apart from the frozen weight. A subclass states one
+    kind of layer: how it uses the factors, and everything else that depends on the kind.
 
     Attributes:
+        kind: Name of the kind in checkpoints. A subclass that states none is recorded without one: its files can be
+            loaded into the model, but not used without it.
         spec: All that decides it.
         parameter: Name of the layer's parameter that it updates.
         index: Numbers of the rows that ``spec.rows`` names.
     """
 
+    kind: ClassVar[str | None] = None
     drops_input: ClassVar[bool] = True  # `dropout` applies to this kind
     has_output_rows: ClassVar[bool] = True  # the rows of the weight, read as a matrix, are the output's features
     takes_bias: ClassVar[bool] = False  # `lora_bias` applies to this kind
+    vllm_takes: ClassVar[bool] = False  # vLLM serves this kind, where PEFT can hold it
+    replaces: ClassVar[Callable[..., Tensor] | None] = None  # the forward of layers that `forward` computes as well
     spec: AdapterSpec
     parameter: str
     index: Tensor
+
+    @override
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.kind = vars(cls).get("kind")  # not inherited: a subclass may store its weight in another way
 
     def __init__(self, module: nn.Module, spec: AdapterSpec, parameter: str = "weight") -> None:
         # What nn.Module.__init__ sets, copied: it sets a dozen tables one by one, for a tenth of attaching's time.
@@ -132,11 +144,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
-        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``."""
+        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``.
 
-    def computes_base(self, layer: nn.Module) -> bool:  # noqa: ARG002 - most do not
-        """Return whether ``forward`` takes None for ``output`` and computes what the layer does, too."""
-        return False
+        Of layers whose forward the adapter ``replaces``, the output is None.
+        """
 
     @abstractmethod
     def combined(self, weight: Tensor) -> Tensor:
@@ -181,14 +192,24 @@ class Adapter(nn.Module, ABC):
     # --- what planning asks of a kind
 
     @classmethod
-    @abstractmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        """Return whether this is the adapter for such a module."""
+    def recognises(cls, layer_class: type[nn.Module]) -> bool:  # noqa: ARG003 - most kinds are registered by class
+        """Return whether this is the adapter for a class that nobody registered."""
+        return False
 
     @classmethod
-    @abstractmethod
+    def accepts(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds take all
+        """Return whether a module of the right class can have this adapter."""
+        return True
+
+    @classmethod
+    def matrix_of(cls, shape: Sequence[int]) -> tuple[int, int]:
+        """Return ``(out, in)`` of a weight that is stored with this shape, read as a matrix."""
+        return shape[0], math.prod(shape[1:])
+
+    @classmethod
     def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
         """Return ``(out, in)`` of the module's weight, read as a matrix."""
+        return cls.matrix_of(base_parameter(module, parameter).shape)
 
     @classmethod
     def stack(cls, module: nn.Module, parameter: str) -> int:  # noqa: ARG003 - most kinds hold one
@@ -220,6 +241,48 @@ class Adapter(nn.Module, ABC):
         """Return whether the update must be read from such a module's weight, not added to its output."""
         return False
 
+    # --- the kind in files
+
+    def record(self, layer: nn.Module) -> dict[str, Any]:
+        """Return what a checkpoint says of the layer's kind, so that the file can be used without the model.
+
+        Returns:
+            ``kind`` and ``shape``, or a kind of None where these do not say everything about the layer.
+        """
+        shape = None if self.kind is None else self.recorded_shape(layer)
+        return {"kind": None} if shape is None else {"kind": self.kind, "shape": list(shape)}
+
+    def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:  # noqa: ARG002 - most kinds have none
+        """Return the shape of the layer's stored weight, or None where a stand-in of it could not be used as the layer.
+
+        From attributes, not from the weight itself: FSDP hides its shape, and quantisation packs it.
+        """
+        return None
+
+    @classmethod
+    def stand_in(cls, shape: Sequence[int]) -> nn.Module:  # noqa: ARG003 - some kinds need no shape
+        """Return a layer of this kind on the meta device, without a bias, in place of one whose model is not there.
+
+        Args:
+            shape: What ``recorded_shape`` says, or nothing for a kind whose parameters are not called ``weight``.
+
+        Raises:
+            ValueError: No weight of this kind has such a shape.
+        """
+        return nn.Module()
+
+    @classmethod
+    def peft_obstacle(
+        cls,
+        layer: nn.Module,
+        parameter: str,  # noqa: ARG003 - of a layer with several
+        *,
+        use_dora: bool,  # noqa: ARG003 - some adapters in PEFT lack it
+        lora_bias: bool,  # noqa: ARG003 - likewise
+    ) -> str | None:
+        """Return why PEFT has no adapter that computes the same for this layer, adapted or not; None if it has one."""
+        return f"PEFT has no adapter for {getattr(layer, 'base_class', type(layer)).__name__}"
+
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         """Follow the module to another device, but keep the factors' precision; only float64 is followed."""
@@ -240,6 +303,52 @@ class Adapter(nn.Module, ABC):
     @override
     def extra_repr(self) -> str:
         return f"rank={self.spec.rank}, scaling={self.spec.scaling:g}, dropout={self.spec.dropout:g}"
+
+
+_by_class: dict[type[nn.Module], type[Adapter]] = {}
+_by_kind: dict[str, type[Adapter]] = {}
+
+
+def register_adapter(layer_class: type[nn.Module], adapter_class: type[Adapter]) -> None:
+    """Adapt layers of a class with adapters of a class: how a new kind of layer is added.
+
+    Args:
+        layer_class: The layers, with all subclasses for which nothing more specific is registered.
+        adapter_class: A subclass of ``Adapter``, usually of ``LinearAdapter`` or ``LowRankAdapter`` in
+            ``lightning_lora.layers``. ``docs/layers.md`` shows what it states.
+    """
+    _by_class[layer_class] = adapter_class
+    if adapter_class.kind is not None:
+        _by_kind[adapter_class.kind] = adapter_class
+    _adapter_of_class.cache_clear()
+
+
+def adapter_type(module: nn.Module) -> type[Adapter] | None:
+    """Return the adapter for this kind of module, or None if the kind cannot be adapted."""
+    adapter = _adapter_of_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
+    return adapter if adapter is not None and adapter.accepts(module) else None
+
+
+@functools.cache
+def _adapter_of_class(layer_class: type[nn.Module]) -> type[Adapter] | None:
+    for each in layer_class.__mro__:
+        if each in _by_class:
+            return _by_class[each]
+    return next((adapter for adapter in _by_kind.values() if adapter.recognises(layer_class)), None)
+
+
+def adapter_of_kind(kind: str) -> type[Adapter]:
+    """Return the adapter whose checkpoints call its layers so.
+
+    Raises:
+        ValueError: None is registered.
+    """
+    if kind not in _by_kind:
+        raise ValueError(
+            f"No adapter is registered for layers of the kind {kind!r}. Import the package that registers it with "
+            "register_adapter."
+        )
+    return _by_kind[kind]
 
 
 def base_parameter(module: nn.Module, name: str) -> Tensor:

@@ -7,8 +7,7 @@ that of loralib and PEFT for one group; for several, ``A`` is shared by the grou
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch.nn.functional as F
@@ -16,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import base_weight
+from lightning_lora.layers.adapter import base_weight, register_adapter
+from lightning_lora.layers.lora_layer import reads_weight
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.ops.conv import Convolution, conv_update, keeps_less, pointwise
 
+_LAYERS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
     1: F.conv_transpose1d,
@@ -30,12 +31,6 @@ _CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
 
 class _KernelAdapter(LowRankAdapter):
     """What both have in common: the options of the convolution, and a kernel that is read as a matrix."""
-
-    @classmethod
-    @override
-    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        kernel = base_weight(module)
-        return kernel.shape[0], math.prod(kernel.shape[1:])
 
     @override
     def prepare(self, module: nn.Module, parameter: str) -> None:
@@ -77,12 +72,8 @@ class ConvAdapter(_KernelAdapter):
     ``A`` is ``(r, in/g * prod(K))`` and ``B`` is ``(out, r)``.
     """
 
+    kind = "conv"
     takes_bias = True
-
-    @classmethod
-    @override
-    def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd)
 
     @classmethod
     @override
@@ -116,6 +107,38 @@ class ConvAdapter(_KernelAdapter):
         """Return the kernels of both convolutions."""
         return self.for_groups(A), B.view(*B.shape, *[1] * self.trailing_dimensions)  # (out, r, 1...)
 
+    @override
+    def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:
+        return None if _differs_from_plain(cast(_ConvNd, layer)) or reads_weight(layer, type(self)) else self.kernel
+
+    @classmethod
+    @override
+    def stand_in(cls, shape: Sequence[int]) -> nn.Module:
+        layer_class = _LAYERS.get(len(shape) - 2)
+        if layer_class is None:
+            raise ValueError(f"A kernel has three to five dimensions, not {len(shape)}.")
+        return layer_class(shape[1], shape[0], tuple(shape[2:]), bias=False)
+
+    @classmethod
+    @override
+    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
+        if why := _differs_from_plain(cast(_ConvNd, layer)):
+            return why
+        if reads_weight(layer, cls):
+            return "it has a forward of its own, which PEFT's adapter for convolutions does not know"
+        return None
+
+
+def _differs_from_plain(layer: _ConvNd) -> str | None:
+    """Return the option for which PEFT's adapter of convolutions is not the same, or None."""
+    if layer.groups > 1:
+        return f"groups={layer.groups}: PEFT's factors mix the groups and are no update of the kernel"
+    if any(step > 1 for step in layer.dilation):
+        return f"dilation={layer.dilation}: PEFT's adapter leaves it out"
+    if layer.padding_mode != "zeros":
+        return f"padding_mode={layer.padding_mode!r}: PEFT's adapter pads with zeros"
+    return None
+
 
 class ConvTransposeAdapter(_KernelAdapter):
     """``y += scaling * conv_transpose(B.T @ dropout(x), A)``: a 1x1 convolution to ``r`` channels a group first.
@@ -127,8 +150,8 @@ class ConvTransposeAdapter(_KernelAdapter):
 
     @classmethod
     @override
-    def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, _ConvTransposeNd)
+    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
+        return "PEFT has no adapter for transposed convolutions"
 
     @classmethod
     @override
@@ -177,3 +200,7 @@ def _has_own_forward(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> b
     """Return whether a subclass pads, standardises its kernel or does whatever else in a forward of its own."""
     methods = [name for name in ("forward", "_conv_forward") if hasattr(kinds[0], name)]
     return not any(all(getattr(type(module), m) is getattr(kind, m) for m in methods) for kind in kinds)
+
+
+register_adapter(_ConvNd, ConvAdapter)
+register_adapter(_ConvTransposeNd, ConvTransposeAdapter)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import base_parameter, base_weight
+from lightning_lora.layers.adapter import base_weight, register_adapter
 from lightning_lora.layers.low_rank import LowRankAdapter
-from lightning_lora.layers.swap import Swapped
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
-
-_KNOWN_FORWARD = nn.Linear.forward  # as torch has it: who patches it wants his own called
 
 
 class LinearAdapter(LowRankAdapter):
     """``y += scaling * dropout(x) @ A.T @ B.T`` beside any ``nn.Linear``."""
 
+    kind = "linear"
+    replaces = staticmethod(nn.Linear.forward)  # as torch defines it: one that is patched later is called
     takes_bias = True
+    vllm_takes = True
 
     @classmethod
     @override
@@ -27,14 +29,9 @@ class LinearAdapter(LowRankAdapter):
 
     @classmethod
     @override
-    def accepts(cls, module: nn.Module) -> bool:
-        return isinstance(module, nn.Linear)
-
-    @classmethod
-    @override
     def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        assert isinstance(module, nn.Linear)
-        return module.out_features, module.in_features
+        layer = cast(nn.Linear, module)
+        return layer.out_features, layer.in_features
 
     @classmethod
     @override
@@ -42,17 +39,26 @@ class LinearAdapter(LowRankAdapter):
         return "weight"
 
     @override
-    def computes_base(self, layer: nn.Module) -> bool:
-        return not self.spec.rows and cast(Swapped, layer).base_class.forward is _KNOWN_FORWARD
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        if self.spec.rows:
+            vars(self)["replaces"] = None  # the other rows are the layer's to compute
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor | None, layer: nn.Module, is_ours: bool = False) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor | None, layer: Any, is_ours: bool = False) -> Tensor:
         if output is not None:
             return super().forward(inputs, output, layer, is_ours)
-        # Read here, not at attaching: FSDP and whoever loads or moves a model puts other tensors in their places.
-        weight, bias = base_weight(layer), cast("Tensor | None", base_parameter(layer, "bias"))
-        options = {"scaling": self.spec.scaling, "dropout": self.dropout_now()}
-        total = lora_linear(inputs, weight, bias, self.A, self.B, **options)
+        # Read at every call: FSDP, and whoever loads or moves a model, puts other tensors in their places.
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        spec = self.spec
+        total = lora_linear(
+            inputs,
+            layer.weight if weight is None else weight,  # computed, if it is parametrized
+            layer.bias if bias is None else bias,
+            self.A,
+            self.B,
+            scaling=spec.scaling,
+            dropout=spec.dropout if spec.dropout and self.training else 0.0,
+        )
         return total if self.is_plain else self.with_extras(total, layer)
 
     @override
@@ -64,24 +70,78 @@ class LinearAdapter(LowRankAdapter):
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         return lora_update(inputs, self.A, self.B, scaling=self.spec.scaling, dropout=self.dropout_now())
 
+    @override
+    def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:
+        # Attention's output projection is one: PEFT adapts it with the attention alone.
+        return None if isinstance(layer, NonDynamicallyQuantizableLinear) else self.matrix_shape(layer)
+
+    @classmethod
+    @override
+    def stand_in(cls, shape: Sequence[int]) -> nn.Module:
+        out_features, in_features = shape
+        return nn.Linear(in_features, out_features, bias=False)
+
+    @classmethod
+    @override
+    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
+        if not isinstance(layer, nn.Linear):
+            return super().peft_obstacle(layer, parameter, use_dora=use_dora, lora_bias=lora_bias)
+        return _DORA_AND_BIAS if use_dora and lora_bias else None
+
+
+_DORA_AND_BIAS = "PEFT does not combine lora_bias with DoRA"
+
+
+class StoredConv1D(nn.Module):
+    """A stand-in for transformers' ``Conv1D``, with the two attributes by which such a layer is recognised."""
+
+    weight: Tensor
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.nx, self.nf = in_features, out_features
+
 
 class Conv1DAdapter(LinearAdapter):
     """The same for transformers' ``Conv1D``, a linear layer that stores its weight as ``(in, out)``."""
 
+    kind = "conv1d"
+
+    @classmethod
+    @override
+    def recognises(cls, layer_class: type[nn.Module]) -> bool:
+        return layer_class.__name__.endswith("Conv1D")  # by structure, so that transformers need not be installed
+
     @classmethod
     @override
     def accepts(cls, module: nn.Module) -> bool:
-        # By structure, so that transformers need not be installed.
         weight, out_features = getattr(module, "weight", None), getattr(module, "nf", None)
-        if not (type(module).__name__.endswith("Conv1D") and isinstance(weight, Tensor)):
-            return False
-        return weight.ndim == 2 and weight.shape[1] == out_features
+        return isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == out_features
+
+    @classmethod
+    @override
+    def matrix_of(cls, shape: Sequence[int]) -> tuple[int, int]:
+        return shape[-1], shape[-2]
 
     @classmethod
     @override
     def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        in_features, out_features = base_weight(module).shape
-        return out_features, in_features
+        return cls.matrix_of(base_weight(module).shape)
+
+    @override
+    def recorded_shape(self, layer: Any) -> Sequence[int] | None:
+        return (layer.nx, layer.nf) if hasattr(layer, "nx") else None
+
+    @classmethod
+    @override
+    def stand_in(cls, shape: Sequence[int]) -> nn.Module:
+        in_features, out_features = shape
+        return StoredConv1D(in_features, out_features)
+
+    @classmethod
+    @override
+    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
+        return _DORA_AND_BIAS if use_dora and lora_bias else None
 
     @override
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -90,3 +150,7 @@ class Conv1DAdapter(LinearAdapter):
     @override
     def as_stored(self, matrix: Tensor) -> Tensor:
         return matrix.T
+
+
+register_adapter(nn.Linear, LinearAdapter)
+register_adapter(StoredConv1D, Conv1DAdapter)

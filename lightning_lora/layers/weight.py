@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -11,18 +10,17 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import Adapter, base_parameter
+from lightning_lora.layers.adapter import Adapter, base_parameter, register_adapter
 from lightning_lora.layers.initializers import INITIALIZERS, seeded, zeros
-from lightning_lora.layers.lora_layer import LoRALayer, updated
+from lightning_lora.layers.lora_layer import Behaviour, LoRALayer, updated
 from lightning_lora.layers.low_rank import LowRankAdapter
-from lightning_lora.layers.swap import Behaviour
-from lightning_lora.ops.autocast import without_autocast
-from lightning_lora.ops.inplace import is_traced
+from lightning_lora.ops.eager import is_traced, without_autocast
 from lightning_lora.ops.recompute import recomputed, recomputing
 from lightning_lora.sharding import is_sharded, whole
 
 # What naming a module of these kinds adapts; attention's output projection is a layer of its own.
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_OWN_KINDS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag)
 
 
 class ParameterAdapter(LowRankAdapter):
@@ -30,6 +28,8 @@ class ParameterAdapter(LowRankAdapter):
 
     All dimensions but the first are flattened: ``B`` is ``(W.shape[0], rank)``, ``A`` is ``(rank, the rest)``.
     """
+
+    kind = "parameter"
 
     @classmethod
     @override
@@ -53,9 +53,8 @@ class ParameterAdapter(LowRankAdapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        shape = base_parameter(module, parameter).shape
-        return shape[0], math.prod(shape[1:])
+    def matrix_of(cls, shape: Sequence[int]) -> tuple[int, int]:
+        return (shape[1], shape[2]) if len(shape) == 3 else super().matrix_of(shape)  # three mean a stack of matrices
 
     @classmethod
     @override
@@ -91,15 +90,51 @@ class ParameterAdapter(LowRankAdapter):
     def as_stored(self, matrix: Tensor) -> Tensor:
         return matrix.view(self.parameter_shape)
 
+    @override
+    def record(self, layer: nn.Module) -> dict[str, Any]:
+        order = list(layer._parameters).index(self.parameter) if self.parameter in layer._parameters else 0
+        found = super().record(layer)
+        return found | {"order": order} if found["kind"] else found
+
+    @override
+    def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:
+        return None if isinstance(layer, _OWN_KINDS) else self.parameter_shape
+
+    @classmethod
+    @override
+    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
+        is_attention = isinstance(layer, nn.MultiheadAttention)
+        if isinstance(layer, _OWN_KINDS) and not is_attention:
+            return super().peft_obstacle(layer, parameter, use_dora=use_dora, lora_bias=lora_bias)
+        if is_attention and parameter != "in_proj_weight":
+            return "PEFT adapts attention only if query, key and value have the same size"
+        what = "attention" if is_attention else "parameters"
+        if use_dora or lora_bias:
+            return f"PEFT has no {'DoRA' if use_dora else 'lora_bias'} for {what}"
+        weight = base_parameter(layer, parameter)
+        if weight.ndim > 3:
+            return f"PEFT adapts parameters of two or three dimensions, not of {weight.ndim}"
+        return None
+
+
+class BilinearAdapter(ParameterAdapter):
+    """The same for ``nn.Bilinear``: a row for each output, although its weight has three dimensions."""
+
+    @classmethod
+    @override
+    def matrix_of(cls, shape: Sequence[int]) -> tuple[int, int]:
+        return shape[0], shape[1] * shape[2]
+
 
 class ExpertsAdapter(ParameterAdapter):
     """``W[e] + scaling * B[e] @ A[e]`` for every expert ``e`` of a stack ``(experts, out, in)``.
 
-    ``A`` is ``(experts, rank, in)`` and ``B`` is ``(experts, out, rank)``. A module whose ``is_transposed`` is true
-    stores ``(experts, in, out)``, as some in transformers do.
+    ``A`` is ``(experts, rank, in)`` and ``B`` is ``(experts, out, rank)``.
     """
 
+    kind = "parameter"
     has_output_rows = False
+    vllm_takes = True
 
     @classmethod
     @override
@@ -108,19 +143,8 @@ class ExpertsAdapter(ParameterAdapter):
 
     @classmethod
     @override
-    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
-        _, out_features, in_features = base_parameter(module, parameter).shape
-        return (in_features, out_features) if _is_transposed(module) else (out_features, in_features)
-
-    @classmethod
-    @override
     def stack(cls, module: nn.Module, parameter: str) -> int:
         return base_parameter(module, parameter).shape[0]
-
-    @override
-    def prepare(self, module: nn.Module, parameter: str) -> None:
-        super().prepare(module, parameter)
-        self.is_transposed = _is_transposed(module)
 
     @override
     def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
@@ -130,20 +154,58 @@ class ExpertsAdapter(ParameterAdapter):
 
     @override
     def as_matrix(self, weight: Tensor) -> Tensor:
-        return weight.transpose(1, 2) if self.is_transposed else weight
+        return weight
 
     @override
     def as_stored(self, matrix: Tensor) -> Tensor:
-        return matrix.transpose(1, 2) if self.is_transposed else matrix
+        return matrix
+
+
+class TransposedStack(nn.Module):
+    """A stand-in for experts whose weights are stored as ``(in, out)``."""
+
+    is_transposed = True
+
+
+class TransposedExpertsAdapter(ExpertsAdapter):
+    """The same for a stack ``(experts, in, out)``, as modules in transformers hold whose ``is_transposed`` is true."""
+
+    kind = "transposed stack"
+    vllm_takes = True
+
+    @classmethod
+    @override
+    def matrix_of(cls, shape: Sequence[int]) -> tuple[int, int]:
+        return shape[-1], shape[-2]
+
+    @override
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2)
+
+    @override
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        return matrix.transpose(1, 2)
+
+    @classmethod
+    @override
+    def stand_in(cls, shape: Sequence[int]) -> nn.Module:
+        return TransposedStack()
+
+    @classmethod
+    @override
+    def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
+        if why := super().peft_obstacle(layer, parameter, use_dora=use_dora, lora_bias=lora_bias):
+            return why
+        if base_parameter(layer, parameter).shape[0] == 1:
+            return "PEFT reads a transposed stack of one expert as a matrix of another shape"
+        return None
 
 
 def parameter_adapter(module: nn.Module, parameter: str) -> type[ParameterAdapter]:
     """Return the adapter for a parameter named by itself."""
-    return ExpertsAdapter if base_parameter(module, parameter).ndim == 3 else ParameterAdapter
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    return bool(getattr(module, "is_transposed", False))
+    if base_parameter(module, parameter).ndim != 3:
+        return ParameterAdapter
+    return TransposedExpertsAdapter if getattr(module, "is_transposed", False) else ExpertsAdapter
 
 
 class WeightLoRALayer(LoRALayer):
@@ -210,3 +272,9 @@ def swapped_as(module: nn.Module, parameters: Iterable[str]) -> Behaviour:
     if isinstance(module, nn.RNNBase):
         return RecurrentLoRALayer, (*computed, "_flat_weights")
     return WeightLoRALayer, computed
+
+
+for _own in _OWN_KINDS:
+    register_adapter(_own, ParameterAdapter)
+register_adapter(nn.Bilinear, BilinearAdapter)
+register_adapter(TransposedStack, TransposedExpertsAdapter)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_lora.ops.autocast import shared_cast, without_autocast
 from lightning_lora.ops.dropout import alive, kept, random_bits
+from lightning_lora.ops.eager import shared_cast, without_autocast
 from lightning_lora.ops.linear import compute_dtype, is_fast
 
 

@@ -22,7 +22,7 @@ from lightning_lora.names import join, module_names
 from lightning_lora.peft_format.config import TIMES_PEFT_ADDS_OUT_PROJ
 from lightning_lora.peft_format.exporting import Export, ExportedLayer
 from lightning_lora.peft_format.factors import Factors, Geometry, factors_of, no_update, placed
-from lightning_lora.peft_format.support import name_problems, peft_obstacle
+from lightning_lora.peft_format.support import name_problems
 from lightning_lora.state import adapter_tensors
 
 
@@ -104,7 +104,7 @@ class _Collector:
 
     def _obstacle(self, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
         options = {"use_dora": self.result.use_dora, "lora_bias": self.result.lora_bias}
-        return peft_obstacle(layer, adapter, parameter, **options)
+        return adapter.peft_obstacle(layer, parameter, **options)
 
     def _add_attention(self, name: str, attention: nn.MultiheadAttention) -> None:
         """PEFT adapts both projections at one rank and scaling; one that is not adapted gets an update of zero."""

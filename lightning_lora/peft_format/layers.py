@@ -17,7 +17,6 @@ from lightning_lora.peft_format.config import (
 )
 from lightning_lora.peft_format.factors import Factors, Geometry, from_file, shapes_in_file
 from lightning_lora.peft_format.names import parameters_named, without_wrappers
-from lightning_lora.peft_format.support import peft_obstacle
 
 
 class ImportedLayer(NamedTuple):
@@ -68,7 +67,7 @@ class LayerReader:
             self.problems.append(f"{path}: {chosen}")
             return
         adapter, parameter, target = chosen
-        if reason := peft_obstacle(module, adapter, parameter, **self.variant):
+        if reason := adapter.peft_obstacle(module, parameter, **self.variant):
             self.problems.append(f"{path}: {reason}")
             return
         geometry = Geometry.of(adapter, module, parameter)

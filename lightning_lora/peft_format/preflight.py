@@ -103,7 +103,6 @@ def _layer_rows(export: Export) -> list[PreflightRow]:
         vllm = vllm_obstacle(
             layer.module,
             layer.adapter,
-            layer.parameter,
             use_dora=export.use_dora,
             lora_bias=export.lora_bias,
             like_default=anchored(layer.target) not in patterns,

@@ -6,78 +6,19 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
-from lightning_lora.layers import Adapter, LoRALayer, ParameterAdapter, WeightLoRALayer, base_parameter
-from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
-from lightning_lora.layers.embedding import EmbeddingAdapter
-from lightning_lora.layers.linear import LinearAdapter
-
-
-def peft_obstacle(
-    module: nn.Module, adapter: type[Adapter], parameter: str, *, use_dora: bool, lora_bias: bool
-) -> str | None:
-    """Return why PEFT has no adapter that computes the same for this layer, or None."""
-    if issubclass(adapter, ConvTransposeAdapter):
-        return "PEFT has no adapter for transposed convolutions"
-    if issubclass(adapter, ConvAdapter):
-        return _of_convolution(module, adapter)
-    if issubclass(adapter, EmbeddingAdapter):
-        if _reads_weight(module, adapter) and not hasattr(module, "embed_scale"):
-            return "it has a forward of its own, which PEFT's adapter for embeddings does not know"
-        return "PEFT's adapter for embeddings has no bias (lora_bias)" if lora_bias else None
-    if issubclass(adapter, ParameterAdapter):
-        return _of_parameter(module, parameter, use_dora=use_dora, lora_bias=lora_bias)
-    return "PEFT does not combine lora_bias with DoRA" if use_dora and lora_bias else None
-
-
-def _of_convolution(module: nn.Module, adapter: type[Adapter]) -> str | None:
-    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    if module.groups > 1:
-        return f"groups={module.groups}: PEFT's factors mix the groups and are no update of the kernel"
-    if any(step > 1 for step in module.dilation):
-        return f"dilation={module.dilation}: PEFT's adapter leaves it out"
-    if module.padding_mode != "zeros":
-        return f"padding_mode={module.padding_mode!r}: PEFT's adapter pads with zeros"
-    if _reads_weight(module, adapter):
-        return "it has a forward of its own, which PEFT's adapter for convolutions does not know"
-    return None
-
-
-def _of_parameter(module: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag)):
-        return f"PEFT has no adapter for {_base_class(module).__name__}"
-    is_attention = isinstance(module, nn.MultiheadAttention)
-    if is_attention and parameter != "in_proj_weight":
-        return "PEFT adapts attention only if query, key and value have the same size"
-    what = "attention" if is_attention else "parameters"
-    if use_dora or lora_bias:
-        return f"PEFT has no {'DoRA' if use_dora else 'lora_bias'} for {what}"
-    weight = base_parameter(module, parameter)
-    if weight.ndim > 3:
-        return f"PEFT adapts parameters of two or three dimensions, not of {weight.ndim}"
-    if weight.ndim == 3 and weight.shape[0] == 1 and getattr(module, "is_transposed", False):
-        return "PEFT reads a transposed stack of one expert as a matrix of another shape"
-    return None
-
-
-def _reads_weight(module: nn.Module, adapter: type[Adapter]) -> bool:
-    return isinstance(module, WeightLoRALayer) if isinstance(module, LoRALayer) else adapter.needs_weight(module)
-
-
-def _base_class(module: nn.Module) -> type[nn.Module]:
-    return module.base_class if isinstance(module, LoRALayer) else type(module)
+from lightning_lora.layers import Adapter
 
 
 def vllm_obstacle(
-    module: nn.Module, adapter: type[Adapter], parameter: str, *, use_dora: bool, lora_bias: bool, like_default: bool
+    module: nn.Module, adapter: type[Adapter], *, use_dora: bool, lora_bias: bool, like_default: bool
 ) -> str | None:
     """Return why vLLM would refuse this layer or compute something else with it, or None."""
     if use_dora:
         return "no DoRA"
     if lora_bias:
         return "no bias in lora_B"
-    is_stack = issubclass(adapter, ParameterAdapter) and base_parameter(module, parameter).ndim == 3
-    if not (is_stack or issubclass(adapter, (LinearAdapter, EmbeddingAdapter))):
-        return f"no adapter for {_base_class(module).__name__}"
+    if not adapter.vllm_takes:
+        return f"no adapter for {getattr(module, 'base_class', type(module)).__name__}"
     if not like_default:
         return "ignores patterns: save with uniform_rank=True"
     return None

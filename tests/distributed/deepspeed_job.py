@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
@@ -214,7 +215,7 @@ def refused(directory: Path, mode: str, checkpoint: str | None, module: Single |
     """Return the error of a fit."""
     try:
         fit(directory, "other", mode, 2, checkpoint, module=module)
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, MisconfigurationException) as error:
         return f"{error}\n{error.__context__}"  # Lightning then moves the module to the CPU, which fails on meta
     return "nothing"
 
