@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lightning_lora.peft_format.directory import read_tensors
 from lightning_lora.storage.checkpoint import read_checkpoint
+from lightning_lora.storage.safetensors import read_file
 from tests.test_examples import EXAMPLES, execute
 
 pytest.importorskip("transformers")
@@ -132,7 +132,7 @@ def test_llm_exports_in_one_process(language_model):
     printed = execute("llm/export.py", str(checkpoint), "peft", folder=language_model.folder)
     assert "Adapter written to peft" in printed
     _, trained = read_checkpoint(str(language_model.folder / checkpoint))
-    exported = read_tensors(language_model.folder / "peft")
+    exported = read_file(language_model.folder / "peft" / "adapter_model.safetensors")[0]
     assert len(exported) == len(trained) == 2 * 14
     for name, tensor in trained.items():
         layer, _, factor = name.removeprefix("net.").partition(".lora.")
