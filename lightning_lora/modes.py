@@ -24,7 +24,7 @@ from lightning_lora.layers import (
     base_weight,
     lora_layers,
 )
-from lightning_lora.ops.autocast import without_autocast
+from lightning_lora.ops.eager import without_autocast
 from lightning_lora.sharding import copy_whole, is_sharded
 
 

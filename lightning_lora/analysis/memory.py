@@ -16,8 +16,8 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.budget import ADAM_BYTES
 from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
+from lightning_lora.probe import RandomState, arguments_for, left_as_it_was, tensors_in
 from lightning_lora.surgery import attach, detach
-from lightning_lora.trial import RandomState, arguments_for, left_as_it_was, tensors_in
 
 _MEGA = 1e6
 _PARTS = ("weights", "gradients", "optimizer", "activations")

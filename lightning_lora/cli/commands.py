@@ -21,7 +21,6 @@ from lightning_lora.cli.text import (
     progress_bar,
     say,
     summary_lines,
-    summary_object,
 )
 from lightning_lora.names import listed
 
@@ -32,7 +31,7 @@ OK, PROBLEM = 0, 1
 
 
 class Result(NamedTuple):
-    """The outcome of a command: an object for ``--json``, the same as lines of text, and the exit code."""
+    """The outcome of a command: an object for ``--json``, the same content as text, and the exit code."""
 
     content: dict[str, Any]
     lines: Sequence[str]
@@ -140,10 +139,11 @@ PICTURES = option("--pictures", type=Path, metavar="FOLDER", help="write each pi
 def inspect(options: argparse.Namespace) -> Result:
     """Show the contents of an adapter: layers, ranks, scalings, norms and size."""
     from lightning_lora.cli.inspection import summarize
+    from lightning_lora.loading import read_adapter
 
-    summary = summarize(options.adapter)
+    summary = summarize(read_adapter(options.adapter))
     code = OK if all(layer.finite for layer in summary.layers) else PROBLEM
-    return Result(summary_object(summary), summary_lines(options.adapter, summary), code)
+    return Result(summary.to_dict(), summary_lines(summary), code)
 
 
 @command(
@@ -152,9 +152,10 @@ def inspect(options: argparse.Namespace) -> Result:
 )
 def diff(options: argparse.Namespace) -> Result:
     """List how two adapters differ; the exit code is 1 if they do."""
-    from lightning_lora.cli.inspection import differences, summarize
+    from lightning_lora.cli.inspection import differences
+    from lightning_lora.loading import read_adapter
 
-    found = list(differences(summarize(options.first), summarize(options.second)))
+    found = list(differences(read_adapter(options.first), read_adapter(options.second)))
     content = {"equal": not found, "differences": found}
     return Result(content, found or ["the adapters are equal"], PROBLEM if found else OK)
 

@@ -6,11 +6,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from lightning_lora.attachment import table_lines
-from lightning_lora.fingerprint import digest, to_plain
+from lightning_lora.fingerprint import digest
 from lightning_lora.names import listed
 
 if TYPE_CHECKING:
@@ -53,50 +52,37 @@ def highlighted(line: str, stream: TextIO) -> str:
     return line
 
 
-def summary_object(summary: Summary) -> dict[str, Any]:
-    """Return a summary as JSON shows it."""
-    return {
-        "kind": summary.kind,
-        "bytes": summary.size,
-        "parameters": _parameters(summary),
-        "layers": [layer._asdict() for layer in summary.layers],
-        "trained_in_full": {name: list(tensor.shape) for name, tensor in sorted(summary.others.items())},
-        "base": {"fingerprint": digest(summary.base), "tensors": to_plain(summary.base)} if summary.base else None,
-        "config": summary.config,
-    }
-
-
-def summary_lines(path: Path, summary: Summary) -> list[str]:
-    """Return a summary as text: a line of what it is, a table of the layers, the options."""
+def summary_lines(summary: Summary) -> list[str]:
+    """Return the contents of an adapter file as text: one line about it, a table of the layers, the options."""
     rows = [
         (
             layer.name,
             _number(layer.rank),
             _number(layer.scaling),
             _number(layer.norm) if layer.finite else "not finite",
-            *(_number(each) if layer.finite else "-" for each in (layer.effective_rank, layer.stable_rank)),
-            _number(layer.suggested_rank) if layer.finite else "-",
+            *(_number(each) if layer.finite else "-" for each in layer[-3:]),
             f"{layer.parameters:,}",
             layer.dtype,
         )
         for layer in summary.layers
     ]
     total = ("all", "", "", "", "", "", "", f"{sum(layer.parameters for layer in summary.layers):,}", "")
-    lines = [f"{path}: {summary.kind}, {_parameters(summary):,} parameters, {_size(summary.size)}"]
+    file = summary.file
+    lines = [f"{file.path}: {summary.kind}, {summary.parameters:,} parameters, {_size(file.size)}"]
     header = ("layer", "rank", "scaling", "norm of update", "effective", "stable", "suggested", "parameters", "dtype")
     lines += table_lines([header, *rows, total])
     lines += [
         f"in full: {name} {tuple(tensor.shape)}, {str(tensor.dtype).removeprefix('torch.')}"
-        for name, tensor in sorted(summary.others.items())
+        for name, tensor in summary.others.items()
     ]
-    if summary.base:
-        lines.append(f"base: fingerprint {digest(summary.base)}, of {len(summary.base)} tensors")
-    said = {key: value for key, value in sorted(summary.config.items()) if value not in (None, False, "", [], {}, ())}
+    if file.base:
+        lines.append(f"base: fingerprint {digest(file.base)}, of {len(file.base)} tensors")
+    said = {key: value for key, value in sorted(file.options.items()) if value not in (None, False, "", [], {}, ())}
     return lines + [f"{key}: {_shortened(value)}" for key, value in said.items()]
 
 
 def merge_lines(report: MergeReport) -> list[str]:
-    """Return what merging did as text: a table of updates and of what rounding lost."""
+    """Return the report of a merge as text: a table of the updates and their rounding errors."""
     rows = [
         (m.name, f"{m.update:.4g}", f"{m.rounding:.3g}", f"{100 * m.rounding / m.update:.2g} %" if m.update else "-")
         for m in report.merged
@@ -106,29 +92,29 @@ def merge_lines(report: MergeReport) -> list[str]:
     for what, names in (("replaced", report.replaced), ("added", report.added)):
         lines += [f"{what}: {listed(names)}"] if names else []
     if report.ignored:
-        lines.append(f"ignored, without a place in the base: {listed(report.ignored)}")
+        lines.append(f"ignored, not in the base: {listed(report.ignored)}")
     if report.untied:
-        lines.append("the output layer has a weight of its own now: config.json says tie_word_embeddings=false")
+        lines.append("the output layer is untied now: config.json has tie_word_embeddings=false")
     lines.append(about_base(report.compared))
     return [*lines, f"wrote {len(report.files)} files of tensors, {_size(report.size)}"]
 
 
 def about_base(compared: int) -> str:
-    """Return what comparing the base with the one that the adapter was trained on has shown."""
+    """Return the outcome of comparing the base with the adapter's fingerprint."""
     if compared:
-        return f"the base is the one that the adapter was trained on, by samples of {compared} tensors"
-    return "whether the adapter was trained on this base is unknown: no values were compared"
+        return f"the base is the one that the adapter was trained on, judging by samples of {compared} tensors"
+    return "unknown whether the adapter was trained on this base: no values were compared"
 
 
 def progress_bar(
     stream: TextIO, doing: str = "merging", shown: Callable[[int], str] | None = None
 ) -> Callable[[int, int], None]:
-    """Return a function that draws a bar from what is done and what is to do.
+    """Return a function that draws a progress bar, given the amount done and the total.
 
     Args:
-        stream: Where.
-        doing: What is being done.
-        shown: How to write an amount; as a size in bytes if left out.
+        stream: The terminal.
+        doing: The label of the bar.
+        shown: Formats an amount; as a size in bytes by default.
     """
     write = shown or _size
     drawn = -1
@@ -144,10 +130,6 @@ def progress_bar(
             stream.flush()
 
     return draw
-
-
-def _parameters(summary: Summary) -> int:
-    return sum(layer.parameters for layer in summary.layers) + sum(t.numel() for t in summary.others.values())
 
 
 def _number(number: float | None) -> str:

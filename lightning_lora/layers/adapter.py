@@ -107,6 +107,7 @@ class Adapter(nn.Module, ABC):
     has_output_rows: ClassVar[bool] = True  # the rows of the weight, read as a matrix, are the output's features
     takes_bias: ClassVar[bool] = False  # `lora_bias` applies to this kind
     vllm_takes: ClassVar[bool] = False  # vLLM serves this kind, where PEFT can hold it
+    replaces: ClassVar[Callable[..., Tensor] | None] = None  # the forward of layers that `forward` computes as well
     spec: AdapterSpec
     parameter: str
     index: Tensor
@@ -143,11 +144,10 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
-        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``."""
+        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``.
 
-    def computes_base(self, layer: nn.Module) -> bool:  # noqa: ARG002 - most do not
-        """Return whether ``forward`` takes None for ``output`` and computes what the layer does, too."""
-        return False
+        Of layers whose forward the adapter ``replaces``, the output is None.
+        """
 
     @abstractmethod
     def combined(self, weight: Tensor) -> Tensor:
@@ -190,11 +190,6 @@ class Adapter(nn.Module, ABC):
         """Go back to the start; called after a module on the meta device has been given memory."""
 
     # --- what planning asks of a kind
-
-    @classmethod
-    def recognises(cls, layer_class: type[nn.Module]) -> bool:  # noqa: ARG003 - most kinds are registered by class
-        """Return whether this is the adapter for a class that nobody registered."""
-        return False
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds take all
@@ -307,15 +302,16 @@ class Adapter(nn.Module, ABC):
 
 _by_class: dict[type[nn.Module], type[Adapter]] = {}
 _by_kind: dict[str, type[Adapter]] = {}
+KNOWN_BY_NAME: dict[str, type[Adapter]] = {}  # by the end of a class's name, for libraries that need not be installed
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[Adapter]) -> None:
-    """Adapt layers of a class with adapters of a class: how a new kind of layer is added.
+    """Register the adapter for a kind of layer.
 
     Args:
-        layer_class: The layers, with all subclasses for which nothing more specific is registered.
-        adapter_class: A subclass of ``Adapter``, usually of ``LinearAdapter`` or ``LowRankAdapter`` in
-            ``lightning_lora.layers``. ``docs/layers.md`` shows what it states.
+        layer_class: The class of the layers. Subclasses have the same adapter, unless one is registered for them.
+        adapter_class: A subclass of ``LinearAdapter``, or of another adapter in ``lightning_lora.layers``. See
+            ``docs/layers.md`` for what it states.
     """
     _by_class[layer_class] = adapter_class
     if adapter_class.kind is not None:
@@ -334,7 +330,10 @@ def _adapter_of_class(layer_class: type[nn.Module]) -> type[Adapter] | None:
     for each in layer_class.__mro__:
         if each in _by_class:
             return _by_class[each]
-    return next((adapter for adapter in _by_kind.values() if adapter.recognises(layer_class)), None)
+    for end, adapter in KNOWN_BY_NAME.items():
+        if layer_class.__name__.endswith(end):
+            return adapter
+    return None
 
 
 def adapter_of_kind(kind: str) -> type[Adapter]:

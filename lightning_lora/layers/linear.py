@@ -9,18 +9,16 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import base_parameter, base_weight, register_adapter
+from lightning_lora.layers.adapter import KNOWN_BY_NAME, base_weight, register_adapter
 from lightning_lora.layers.low_rank import LowRankAdapter
-from lightning_lora.layers.swap import Swapped
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
-
-_KNOWN_FORWARD = nn.Linear.forward  # as torch has it: who patches it wants his own called
 
 
 class LinearAdapter(LowRankAdapter):
     """``y += scaling * dropout(x) @ A.T @ B.T`` beside any ``nn.Linear``."""
 
     kind = "linear"
+    replaces = staticmethod(nn.Linear.forward)  # as torch defines it: one that is patched later is called
     takes_bias = True
     vllm_takes = True
 
@@ -41,17 +39,26 @@ class LinearAdapter(LowRankAdapter):
         return "weight"
 
     @override
-    def computes_base(self, layer: nn.Module) -> bool:
-        return not self.spec.rows and cast(Swapped, layer).base_class.forward is _KNOWN_FORWARD
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        if self.spec.rows:
+            vars(self)["replaces"] = None  # the other rows are the layer's to compute
 
     @override
-    def forward(self, inputs: Tensor, output: Tensor | None, layer: nn.Module, is_ours: bool = False) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor | None, layer: Any, is_ours: bool = False) -> Tensor:
         if output is not None:
             return super().forward(inputs, output, layer, is_ours)
-        # Read here, not at attaching: FSDP and whoever loads or moves a model puts other tensors in their places.
-        weight, bias = base_weight(layer), cast("Tensor | None", base_parameter(layer, "bias"))
-        options = {"scaling": self.spec.scaling, "dropout": self.dropout_now()}
-        total = lora_linear(inputs, weight, bias, self.A, self.B, **options)
+        # Read at every call: FSDP, and whoever loads or moves a model, puts other tensors in their places.
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        spec = self.spec
+        total = lora_linear(
+            inputs,
+            layer.weight if weight is None else weight,  # computed, if it is parametrized
+            layer.bias if bias is None else bias,
+            self.A,
+            self.B,
+            scaling=spec.scaling,
+            dropout=spec.dropout if spec.dropout and self.training else 0.0,
+        )
         return total if self.is_plain else self.with_extras(total, layer)
 
     @override
@@ -102,11 +109,6 @@ class Conv1DAdapter(LinearAdapter):
 
     @classmethod
     @override
-    def recognises(cls, layer_class: type[nn.Module]) -> bool:
-        return layer_class.__name__.endswith("Conv1D")  # by structure, so that transformers need not be installed
-
-    @classmethod
-    @override
     def accepts(cls, module: nn.Module) -> bool:
         weight, out_features = getattr(module, "weight", None), getattr(module, "nf", None)
         return isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == out_features
@@ -147,3 +149,4 @@ class Conv1DAdapter(LinearAdapter):
 
 register_adapter(nn.Linear, LinearAdapter)
 register_adapter(StoredConv1D, Conv1DAdapter)
+KNOWN_BY_NAME["Conv1D"] = Conv1DAdapter

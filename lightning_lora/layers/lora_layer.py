@@ -1,32 +1,136 @@
-"""The adapted layer: what every kind of layer has in common."""
+"""The adapted layer, and how a layer becomes one.
+
+The whole mechanism::
+
+    # attach: the layer changes its class, and gets a child with the trainable factors
+    layer.__class__ = LoRALinear             # made at run time: class LoRALinear(LoRALayer, nn.Linear)
+    layer.lora = LinearAdapter(layer, spec)  # A (rank, in) starts random, B (out, rank) at zero
+
+    # forward: what the layer computes, and the update beside it
+    def forward(self, x):
+        output = super().forward(x)          # W x + b, frozen
+        return output + scaling * (dropout(x) @ A.T @ B.T)
+
+    # merge: the update moves into the weight, and the layer is an ordinary one again
+    layer.weight += scaling * B @ A
+
+    # detach: as if nothing had been
+    del layer.lora
+    layer.__class__ = nn.Linear
+
+The layer stays the same object with the same parameters under the same names. Optimizers, tied weights, hooks, FSDP
+and state dicts see nothing new but the child ``lora``. Where the update cannot be added to an output, ``weight.py``
+has the weight itself read as ``W + scaling * B @ A``.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, InBlocks, base_parameter, blocks
-from lightning_lora.layers.swap import Swapped
-from lightning_lora.ops.inplace import is_traced, is_unheld
+from lightning_lora.ops.eager import is_traced, is_unheld
 from lightning_lora.sharding import unwrapped, whole
 
 Mode = Literal["active", "disabled", "merged"]
+
+# --- the class swap
+
+
+class Swapped(nn.Module):
+    """Mixin of every class that ``swap_in`` makes; the module's own class comes next in the method order."""
+
+    class_prefix: ClassVar[str]
+    base_class: ClassVar[type[nn.Module]]
+    mixin: ClassVar[type[Swapped]]
+    computed: ClassVar[tuple[str, ...]] = ()  # attributes that the class computes: `read` gives their values
+
+    @override
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A class made at run time cannot be pickled by name: rebuild it from the two that can.
+        _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(max(2, int(protocol))))
+        return (_rebuild, (self.mixin, self.base_class, self.computed, *arguments[1:]), *state)
+
+    def read(self, name: str) -> Any:
+        """Return the value of a computed attribute."""
+        raise NotImplementedError
+
+    def restored(self) -> None:
+        """Put right what the base class keeps besides its parameters; called when it has its own class again."""
+
+
+Behaviour: TypeAlias = tuple[type[Swapped], tuple[str, ...]]  # a mixin, and the attributes that it computes
+
+_classes: dict[tuple[type, type, tuple[str, ...]], type[Swapped]] = {}
+
+
+def swap_in(module: nn.Module, mixin: type[Swapped], computed: tuple[str, ...] = ()) -> None:
+    """Give ``module`` the mixin's behaviour on top of its own class.
+
+    Args:
+        module: Changed in place.
+        mixin: The behaviour.
+        computed: Attributes whose values ``mixin.read`` computes from now on.
+    """
+    # Past nn.Module.__setattr__, which would look for a parameter, a module and a buffer of that name.
+    object.__setattr__(module, "__class__", _swapped_class(mixin, type(module), computed))
+
+
+def swap_out(module: Swapped) -> None:
+    """Give ``module`` its own class back."""
+    cls = type(module)
+    object.__setattr__(module, "__class__", _without(cls))
+    cls.restored(module)
+
+
+def _without(cls: type[Swapped]) -> type[nn.Module]:
+    """Return a swapped class without its mixin, also where ``fully_shard`` has made a class of its own on top."""
+    if "base_class" in vars(cls):
+        return cls.base_class
+    bases = tuple(_without(base) if issubclass(base, Swapped) else base for base in cls.__bases__)
+    return type(cls.__name__.replace(cls.class_prefix, "", 1), bases, dict(vars(cls)))
+
+
+def _swapped_class(mixin: type[Swapped], base: type[nn.Module], computed: tuple[str, ...]) -> type[Swapped]:
+    key = (mixin, base, computed)
+    if key not in _classes:
+        namespace: dict[str, Any] = dict(zip(computed, map(_computed, computed), strict=True))
+        namespace |= {
+            # The base's module: TransformerEngine's plugin recognises its layers by it.
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+            "base_class": base,
+            "mixin": mixin,
+            "computed": computed,
+        }
+        _classes[key] = type(f"{mixin.class_prefix}{base.__name__}", (mixin, base), namespace)
+    return _classes[key]
+
+
+def _computed(name: str) -> property:
+    return property(lambda self: self.read(name))
+
+
+def _rebuild(mixin: type[Swapped], base: type[nn.Module], computed: tuple[str, ...], *arguments: Any) -> Swapped:
+    cls = _swapped_class(mixin, base, computed)
+    return cls.__new__(cls, *arguments)
+
+
+# --- the layer
 
 
 class AdapterGroup(nn.ModuleDict):
     """The adapters of a layer that has several, by the names of the parameters or of the slices that they update."""
 
+    replaces: ClassVar[None] = None  # read as that of an Adapter: each adds to the output of those before it
+
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         super().__init__(dict(adapters))
-
-    def computes_base(self, layer: nn.Module) -> bool:  # noqa: ARG002 - asked as an Adapter is
-        """Return False: each adapter adds to the output of those before it."""
-        return False
 
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
@@ -53,10 +157,9 @@ class LoRALayer(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.lora_mode != "active":
             return cast(Tensor, super().forward(*args, **kwargs))
-        inputs = args[0] if args else next(iter(kwargs.values()))
-        lora = self.lora
-        if lora.computes_base(self):
-            return cast(Tensor, lora(inputs, None, self))
+        lora, inputs = self.lora, args[0] if args else next(iter(kwargs.values()))
+        if lora.replaces is self.base_class.forward:
+            return cast(Tensor, lora(inputs, None, self))  # W x + b and the update in one
         output = super().forward(*args, **kwargs)
         return cast(Tensor, lora(inputs, output, self, is_unheld(output)))
 
@@ -141,6 +244,9 @@ def reads_weight(layer: nn.Module, adapter: type[Adapter]) -> bool:
     return bool(layer.computed) if isinstance(layer, LoRALayer) else adapter.needs_weight(layer)
 
 
+# --- sums of a weight and its updates
+
+
 def updated(weight: Tensor, adapters: Iterable[Adapter]) -> Tensor:
     """Return a weight with the updates of adapters in it; float32, or float64 if either is."""
     for adapter in adapters:
@@ -185,3 +291,24 @@ def _same_part(tensor: Tensor, part: Tensor, whole: Tensor) -> Tensor:
     """Return what lies in a tensor where a part lies in a whole of the same layout."""
     place = tensor.storage_offset() + part.storage_offset() - whole.storage_offset()
     return tensor.as_strided(part.shape, part.stride(), place)
+
+
+# --- names that an adapted layer needs
+
+_NEEDED = frozenset(
+    {"lora", "lora_original", "read"} | {name for name in vars(LoRALayer) if not name.startswith("_")} - {"forward"}
+)
+
+
+def taken_names(module: nn.Module) -> frozenset[str]:
+    """Return the names of an adapted layer's own attributes that this module already uses for something else."""
+    taken = _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
+    for table in (vars(module), module._parameters, module._buffers, module._modules):
+        if not _NEEDED.isdisjoint(table):
+            taken |= _NEEDED & table.keys()
+    return taken
+
+
+@functools.cache
+def _taken_by_class(layer_class: type) -> frozenset[str]:
+    return frozenset(filter(functools.partial(hasattr, layer_class), _NEEDED))

@@ -1,35 +1,39 @@
-"""The low-rank update ``scaling * B @ A``, with DoRA's magnitude, a bias or a choice of rows on top."""
+"""Plain LoRA: the factors ``A`` and ``B``, the update ``scaling * B @ A`` in a weight, and how ``A`` starts.
+
+``dora.py`` holds DoRA's magnitude. The layers' own files say how a kind of layer adds the update to its output.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import Adapter, Block, InBlocks, at_once, base_parameter, row_numbers
-from lightning_lora.layers.initializers import INITIALIZERS, seeded, zeros
-from lightning_lora.ops.autocast import without_autocast
-from lightning_lora.ops.inplace import add, is_traced
+from lightning_lora.layers import dora
+from lightning_lora.layers.adapter import Adapter, Block, InBlocks, base_parameter, row_numbers
+from lightning_lora.ops.eager import add, is_traced
 from lightning_lora.sharding import copy_whole, gathered, is_sharded, place_factors, whole
 
 
 class LowRankAdapter(Adapter):
     """The factors of one layer's update ``scaling * B @ A``.
 
-    With ``use_dora`` each row of the sum is rescaled to a trained norm: ``m * (W + scaling * B @ A) / n``, where ``n``
-    is the row's own norm and gets no gradient.
+    Options add to that: ``use_dora`` a magnitude for each row of the sum, ``lora_bias`` a bias of ``B``, and ``rows``
+    restricts the update to some rows of the weight.
 
     Shapes: ``A`` is ``(rank, in)`` and ``B`` is ``(out, rank)``, with ``(out, in)`` from ``matrix_shape``, or fewer
     rows where only some are adapted; ``magnitude`` and ``bias`` are ``(out,)``.
 
     Source:
-        Hu et al. 2021, arXiv:2106.09685, eq. 3; Liu et al. 2024, "DoRA", arXiv:2402.09353, eq. 5 and section 4.3.
+        Hu et al. 2021, arXiv:2106.09685, eq. 3.
     """
 
     trailing_dimensions: int = 0  # of the output, after the one that holds the features
@@ -39,6 +43,8 @@ class LowRankAdapter(Adapter):
     magnitude: nn.Parameter
     bias: nn.Parameter
 
+    # --- the start
+
     @override
     def build(self, module: nn.Module, parameter: str) -> None:
         spec, weight = self.spec, base_parameter(module, parameter)
@@ -46,7 +52,7 @@ class LowRankAdapter(Adapter):
         A, B = self.start(len(self.index) if spec.rows else out_features, in_features)
         if spec.dtype != A.dtype or not weight.is_cpu:
             A, B = A.to(weight.device, spec.dtype), B.to(weight.device, spec.dtype)
-        if is_sharded(weight):
+        if type(weight) is not nn.Parameter and is_sharded(weight):
             A, B = place_factors(A, B, self.as_matrix(weight))
         # Straight into the tables: nn.Module.__setattr__ asks what is known here, for a third of attaching's time.
         self._parameters["A"], self._parameters["B"] = nn.Parameter(A), nn.Parameter(B)
@@ -58,25 +64,45 @@ class LowRankAdapter(Adapter):
             bias = B.new_zeros(B.shape[0])
             self._parameters["bias"] = nn.Parameter(bias.to(self.kept_dtype(bias)))
 
+    def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
+        """Return ``A`` and ``B`` as they start, on the CPU: the same for the same spec, on any device and rank."""
+        A = INITIALIZERS[self.spec.init](self.spec.rank, in_features, seeded(self.spec.seed))
+        return A, zeros(out_features, self.spec.rank)
+
     @override
     @torch.no_grad()
     def starts(self, weight: Tensor) -> dict[str, Tensor]:
         if not self.spec.use_dora:
             return {}
-        norms = _roots(self._squares(self._rows(self.as_matrix(weight))))
+        norms = dora.norms(self._rows(self.as_matrix(weight)), torch.promote_types(self.A.dtype, torch.float32))
         return {"magnitude": norms.to(self.kept_dtype(norms))}
+
+    @override
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.spec.use_dora:
+            raise RuntimeError("use_dora starts from the norms of the weights: attach after the weights are loaded.")
+        A, B = self.start(self.B.shape[-2], self.A.shape[-1])
+        copy_whole(self.A, A)
+        copy_whole(self.B, B)
+        if self.spec.lora_bias:
+            self.bias.zero_()
+        if self.spec.rows:
+            self.index.copy_(row_numbers(self.spec.rows))
+
+    def zero_factor(self) -> nn.Parameter:
+        """Return the factor that starts at zero, so that the model starts unchanged."""
+        return self.B
+
+    @override
+    def has_effect(self, weight: Tensor) -> bool:
+        return bool(torch.any(self.zero_factor() != 0))
+
+    # --- beside the layer
 
     @abstractmethod
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         """Return what ``scaling * B @ A`` adds to the layer's ``output`` for ``inputs``."""
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return a weight as the layer stores it, read as ``(out, in)``."""
-        return weight
-
-    def as_stored(self, matrix: Tensor) -> Tensor:
-        """Return an ``(out, in)`` matrix in the layout in which the layer stores its weight."""
-        return matrix
 
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
@@ -92,27 +118,15 @@ class LowRankAdapter(Adapter):
         return add(output, self.update(inputs, output), is_ours)
 
     def with_extras(self, total: Tensor, layer: nn.Module) -> Tensor:
-        """Return what DoRA and a bias on ``B`` make of a sum of output and update, which nobody else holds."""
+        """Return a sum of output and update, which nobody else holds, with DoRA and the bias of ``B`` applied."""
         if self.spec.use_dora:
-            total = self._rescaled(total, layer)
+            norms = self.row_norms(self._rows(self.as_matrix(base_parameter(layer, self.parameter))))
+            bias = layer._parameters.get("bias")
+            own = None if bias is None else self._along_features(self._rows(bias))
+            total = dora.rescaled(total, self._along_features(self.magnitude / norms), own)
         if self.spec.lora_bias:
             total = add(total, self._along_features(self.spec.scaling * self.bias), not is_traced())
         return total
-
-    def _rescaled(self, total: Tensor, layer: nn.Module) -> Tensor:
-        """Return the sum with every feature rescaled by ``m / n``; the layer's bias is not."""
-        matrix = self._rows(self.as_matrix(base_parameter(layer, self.parameter)))
-        ratio = self._along_features(self.magnitude / self.row_norms(matrix))
-        bias = layer._parameters.get("bias")
-        # One tensor of the output's size is kept for backward: the product of input and summed weight.
-        if bias is None:
-            return (total * ratio).to(total.dtype)
-        own = self._along_features(self._rows(bias)).to(total.dtype)
-        # As a change of the sum, not rounded: a magnitude at its start leaves the output as it was, bit for bit.
-        if is_traced():
-            return (total + (ratio - 1.0) * (total - own)).to(total.dtype)
-        arguments = total.detach(), total - own.detach(), ratio, own
-        return cast(Tensor, _Rescaled.apply(*arguments))  # type: ignore[no-untyped-call]
 
     def _along_features(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *[1] * self.trailing_dimensions)
@@ -120,34 +134,30 @@ class LowRankAdapter(Adapter):
     def _rows(self, tensor: Tensor) -> Tensor:
         return tensor.index_select(0, self.index) if self.spec.rows else tensor
 
-    @torch.no_grad()
-    def row_norms(self, matrix: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return the norms of the rows of ``matrix + scaling * B @ A`` without forming that sum; no gradient.
+    def dropout_now(self) -> float:
+        """Return the probability of dropping an element in the present mode."""
+        # Asking for the mode only where it matters spares torch.compile a graph for each.
+        return self.spec.dropout if self.spec.dropout and self.training else 0.0
 
-        Args:
-            matrix: The weight's rows that are adapted; with an ``index``, all of its rows.
-            index: Which rows are adapted.
-        """
-        with without_autocast(matrix.device.type):
-            total = torch.cat([*self._squared_norms(matrix, index)])
-        return _roots(total)
+    def dropped(self, inputs: Tensor) -> Tensor:
+        """Return the adapter's input after dropout; the frozen layer's own input is never touched."""
+        return F.dropout(inputs, self.spec.dropout, self.training) if self.spec.dropout else inputs
 
-    def _squares(self, matrix: Tensor) -> Tensor:
-        dtype = torch.promote_types(self.A.dtype, torch.float32)
-        return cast(Tensor, torch.linalg.vector_norm(matrix, dim=1, dtype=dtype)).square()
+    def factors_as(self, dtype: torch.dtype, device_type: str) -> tuple[Tensor, Tensor]:
+        """Return the factors in the layer's compute dtype; under autocast the operators cast by themselves."""
+        if self.A.dtype == dtype or torch.is_autocast_enabled(device_type):
+            return self.A, self.B
+        return self.A.to(dtype), self.B.to(dtype)
 
-    def _squared_norms(self, matrix: Tensor, index: Tensor | None) -> Iterator[Tensor]:
-        """Yield what ``row_norms`` is the root of, for some rows at a time."""
-        A, B = self._factors_in_float()
-        gram = A @ A.T
-        step = B.shape[0] if is_traced() or is_sharded(matrix) else at_once(matrix) // max(1, matrix.shape[1])
-        for start in range(0, B.shape[0], max(1, step)):
-            here = slice(start, start + step)
-            rows = matrix[here] if index is None else matrix.index_select(0, index[here])
-            # In float32: where the update cancels most of a row, bfloat16 would leave nothing but rounding.
-            crossed = ((rows.to(A.dtype) @ A.T) * B[here]).sum(1)
-            update = ((B[here] @ gram) * B[here]).sum(1)
-            yield self._squares(rows) + 2 * self.spec.scaling * crossed + self.spec.scaling**2 * update
+    # --- in the weight
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight as the layer stores it, read as ``(out, in)``."""
+        return weight
+
+    def as_stored(self, matrix: Tensor) -> Tensor:
+        """Return an ``(out, in)`` matrix in the layout in which the layer stores its weight."""
+        return matrix
 
     @override
     def combined(self, weight: Tensor) -> Tensor:
@@ -155,8 +165,7 @@ class LowRankAdapter(Adapter):
         dtype = torch.promote_types(torch.promote_types(self.A.dtype, torch.float32), matrix.dtype)
         matrix = matrix.to(dtype)
         part, (A, B) = self._rows(matrix), self._factors_in_float()
-        add = torch.addmm if part.ndim == 2 else torch.baddbmm
-        total = add(part, B.to(dtype), A.to(dtype), alpha=self.spec.scaling)
+        total = _sum(part, A.to(dtype), B.to(dtype), self.spec.scaling)
         if self.spec.use_dora:
             total = total * (whole(self.magnitude) / self.row_norms(part)).unsqueeze(1)
         # Not index_copy: its backward keeps what was copied, for the shape.
@@ -177,7 +186,7 @@ class LowRankAdapter(Adapter):
         return InBlocks(matrix, dtype, partial(self._add_to, A, B, ratio), in_one_pass=self.is_plain)
 
     def _add_to(self, A: Tensor, B: Tensor, ratio: Tensor | None, total: Tensor, block: Block) -> None:
-        """Make of a block of the weight what ``combined`` makes of it, in place."""
+        """Do to a block of the weight what ``combined`` does, in place."""
         if A.dtype is not total.dtype:
             A, B = A.to(total.dtype), B.to(total.dtype)
         if not self.spec.rows:
@@ -195,89 +204,89 @@ class LowRankAdapter(Adapter):
     def delta_weight(self, weight: Tensor) -> Tensor:
         if self.spec.use_dora:
             return super().delta_weight(weight)
-        delta = self.matrix_delta()
+        A, B = self._factors_in_float()
+        delta = self.spec.scaling * (B @ A)
         if self.spec.rows:
             delta = torch.zeros_like(self.as_matrix(weight), dtype=delta.dtype).index_copy(0, self.index, delta)
         return self.as_stored(delta)
-
-    def matrix_delta(self) -> Tensor:
-        """Return ``scaling * B @ A``, ``(out, in)``, summed in float32 or better."""
-        A, B = self._factors_in_float()
-        return self.spec.scaling * (B @ A)
 
     @override
     def bias_delta(self) -> Tensor | None:
         return self.spec.scaling * whole(self.bias) if self.spec.lora_bias else None
 
+    def row_norms(self, matrix: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return DoRA's ``n``, the norms of the rows of ``matrix + scaling * B @ A``; see ``dora.norms_of_sum``."""
+        return dora.norms_of_sum(matrix, *self._factors_in_float(), self.spec.scaling, index)
+
     def _factors_in_float(self) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         return whole(self.A).to(dtype), whole(self.B).to(dtype)
 
-    def zero_factor(self) -> nn.Parameter:
-        """Return the factor that starts at zero, so that the model starts unchanged."""
-        return self.B
 
-    @override
-    def has_effect(self, weight: Tensor) -> bool:
-        return bool(torch.any(self.zero_factor() != 0))
-
-    def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        """Return ``A`` and ``B`` as they start, on the CPU: the same for the same spec, on any device and rank."""
-        A = INITIALIZERS[self.spec.init](self.spec.rank, in_features, seeded(self.spec.seed))
-        return A, zeros(out_features, self.spec.rank)
-
-    @override
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        if self.spec.use_dora:
-            raise RuntimeError("use_dora starts from the norms of the weights: attach when the weights are there.")
-        A, B = self.start(self.B.shape[-2], self.A.shape[-1])
-        copy_whole(self.A, A)
-        copy_whole(self.B, B)
-        if self.spec.lora_bias:
-            self.bias.zero_()
-        if self.spec.rows:
-            self.index.copy_(row_numbers(self.spec.rows))
-
-    def dropout_now(self) -> float:
-        """Return the probability of dropping an element in the present mode."""
-        # Asking for the mode only where it matters spares torch.compile a graph for each.
-        return self.spec.dropout if self.spec.dropout and self.training else 0.0
-
-    def dropped(self, inputs: Tensor) -> Tensor:
-        """Return the adapter's input after dropout; the frozen layer's own input is never touched."""
-        return F.dropout(inputs, self.spec.dropout, self.training) if self.spec.dropout else inputs
-
-    def factors_as(self, dtype: torch.dtype, device_type: str) -> tuple[Tensor, Tensor]:
-        """Return the factors in the layer's compute dtype; under autocast the operators cast by themselves."""
-        if self.A.dtype == dtype or torch.is_autocast_enabled(device_type):
-            return self.A, self.B
-        return self.A.to(dtype), self.B.to(dtype)
+def _sum(matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """Return ``matrix + scaling * B @ A``, of a stack for each of its matrices, laid out in memory as the matrix."""
+    add = torch.addmm if matrix.ndim == 2 else torch.baddbmm
+    if matrix.stride(-2) < matrix.stride(-1):
+        # A transpose: in another layout, readers of the weight would run other kernels, and differ in the last bits.
+        return add(matrix.mT, A.mT, B.mT, alpha=scaling).mT
+    return add(matrix, B, A, alpha=scaling)
 
 
-def _roots(squares: Tensor) -> Tensor:
-    return squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()  # a row of zeros has no direction to rescale
+# --- starts of the random factor; ``B`` starts at zero, so the model starts unchanged
+
+Initializer: TypeAlias = Callable[[int, int, torch.Generator], Tensor]
+
+# Whatever the default device and precision: Lightning calls configure_model under those of its strategy.
+_PLACE: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
 
 
-class _Rescaled(torch.autograd.Function):
-    """``ratio * product + bias`` as ``total + (ratio - 1) * product``, where the product is the total less the bias.
+def kaiming(rank: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return ``(rank, columns)`` uniform in ``+-1/sqrt(columns)``, the start of loralib and PEFT.
 
-    Gradients go to the product, through which they reach the total and with it the bias: ``ratio`` times the output's,
-    since that of a sum of 1 and ``ratio - 1`` would be rounded twice. The bias, which may train, lacks the rest.
+    It equals ``kaiming_uniform_(a=sqrt(5))``, so each feature ``a @ x`` has a third of the mean square of x.
     """
+    bound = columns**-0.5
+    return torch.empty(rank, columns, **_PLACE).uniform_(-bound, bound, generator=generator)
 
-    @staticmethod
-    @override
-    def forward(ctx: Any, total: Tensor, product: Tensor, ratio: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(product, ratio)
-        ctx.bias_shape, ctx.bias_dtype = bias.shape, bias.dtype
-        return (total + (ratio - 1.0) * product).to(total.dtype)
 
-    @staticmethod
-    @override
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        product, ratio = ctx.saved_tensors
-        scaled, dbias = dy * ratio, None
-        if ctx.needs_input_grad[3]:
-            dbias = (dy - scaled).sum_to_size(ctx.bias_shape).to(ctx.bias_dtype)
-        return None, scaled.to(product.dtype), (dy * product).to(ratio.dtype).sum_to_size(ratio.shape), dbias
+def gaussian(rank: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return ``(rank, columns)`` normal with standard deviation ``1/rank``, as PEFT's ``"gaussian"``."""
+    return torch.empty(rank, columns, **_PLACE).normal_(0.0, 1.0 / rank, generator=generator)
+
+
+def orthogonal(rank: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return ``(rank, columns)`` orthogonal rows with the mean square of ``kaiming``: norm ``1/sqrt(3)``."""
+    directions, triangle = torch.linalg.qr(standard_normal(columns, rank, generator))
+    signs = triangle.diagonal().sign()  # makes the factorisation, and so the start, unique
+    rows: Tensor = (directions * signs).T
+    return rows / math.sqrt(3.0)
+
+
+def standard_normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return independent standard normal entries."""
+    return torch.empty(rows, columns, **_PLACE).normal_(generator=generator)
+
+
+def zeros(rows: int, columns: int) -> Tensor:
+    """Return the start of the factor that keeps the model unchanged."""
+    return torch.zeros(rows, columns, **_PLACE)
+
+
+INITIALIZERS: dict[str, Initializer] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}
+
+_generator = torch.Generator(device="cpu")  # shared: making one costs more than seeding one
+
+
+def seeded(seed: int) -> torch.Generator:
+    """Return a CPU generator in the state of ``seed``; valid until the next call."""
+    return _generator.manual_seed(seed)
+
+
+def layer_seed(seed: int, name: str, shape: Sequence[int]) -> int:
+    """Return the seed of one layer's start.
+
+    It depends on the run's seed, the layer's qualified name and the full shape of its weight alone, so every rank,
+    world size and choice of other targets draws the same ``A``.
+    """
+    text = f"{seed}:{name}:{tuple(shape)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from typing_extensions import override
 
-from lightning_lora.layers.swap import Swapped, swap_in, swap_out
+from lightning_lora.layers.lora_layer import Swapped, swap_in, swap_out
 
 NORMALISING = (_NormBase, _SpectralNorm)  # these, and layers with hooks, may have running statistics
 _ASKED_ITERATIONS = "_lora_asked_iterations"

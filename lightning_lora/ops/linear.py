@@ -16,11 +16,19 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from typing_extensions import override
 
-from lightning_lora.ops.autocast import is_autocast, shared_cast, without_autocast
 from lightning_lora.ops.dropout import alive, dropped, kept, may_draw, random_bits
-from lightning_lora.ops.inplace import add, is_traced
+from lightning_lora.ops.eager import (
+    add,
+    functorch_is_active,
+    get_tracing_state,
+    is_autocast,
+    is_traced,
+    shared_cast,
+    without_autocast,
+)
 
 _PLAIN = (Tensor, nn.Parameter)
 _AUTOCAST_TAKES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,10 +142,15 @@ def _is_small_and_plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Te
     """Return whether torch's own operations may add in place, which saves two of them."""
     if x.ndim < 2 or x.numel() >= _FEW_TO_DROP or not x.is_contiguous():
         return False
-    if is_autocast(x.device.type) or is_traced():
+    for tensor in (x, W, A, B) if b is None else (x, W, A, B, b):
+        if type(tensor) not in _PLAIN or tensor.dtype is not x.dtype or tensor.layout is not torch.strided:
+            return False
+    # is_traced() and is_autocast(), written out: every call from Python counts where the layer itself takes so little.
+    if torch.compiler.is_compiling() or get_tracing_state() is not None or functorch_is_active():
         return False
-    together = (x, W, A, B) if b is None else (x, W, A, B, b)
-    return all(type(t) in _PLAIN and t.dtype is x.dtype and t.layout is torch.strided for t in together)
+    device = x.device.type
+    is_autocast_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return not is_autocast_on and getattr(forward_ad, "_current_level", 0) < 0
 
 
 def _in_place(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, dropout: float) -> Tensor:

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.ops.inplace import is_traced
+from lightning_lora.ops.eager import is_traced
 
 # Elements below which a tensor is kept: the calls from Python take up to a fifth of the step of such a layer, and
 # nothing that can be measured of a larger one's (docs/benchmarks.md).

@@ -76,7 +76,7 @@ def test_system_error_is_shown_without_number(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied", str(files[0]))
 
-    monkeypatch.setattr("lightning_lora.cli.inspection.summarize", refuse)
+    monkeypatch.setattr("lightning_lora.loading.read_adapter", refuse)
     assert run("inspect", files[0]) == 1
     assert capsys.readouterr().err == f"lightning-lora: error: '{files[0]}': Permission denied.\n"
 
