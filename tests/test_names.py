@@ -114,6 +114,7 @@ def test_target_names_lists_every_module_with_its_class(tiny):
     assert found.keys() == {name for name, _ in tiny.named_modules() if name}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on import
 @pytest.mark.parametrize("every_name", [False, True])
 def test_walk_matches_named_modules(every_name: bool, tiny):
     tiny.alias = tiny.blocks
