@@ -19,22 +19,20 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
 from lightning_lora.disk.base_folder import BaseFolder, open_base
 from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, TokenAdapter, base_parameter
+from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed, module_names
-from lightning_lora.peft_format.config import LAST_KNOWN_PEFT, TIMES_PEFT_ADDS_OUT_PROJ, PeftConfig
-from lightning_lora.peft_format.directory import keys_by_path, read_directory
+from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import make_import
 from lightning_lora.peft_format.loading import matching_root
 from lightning_lora.planning.plan import PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged
-from lightning_lora.storage.checkpoint import read_checkpoint
+from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import StoredTensor
 
 WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # any other precision of a weight is quantized
 _BLOCK = re.compile(r"(.*?(?:^|\.)\d+)\.(.+)$")
-_WRAPPER = ".base_layer"
-_ATTENTION_OUTPUT = f"{_WRAPPER}.out_proj"
 
 Progress = Callable[[int, int], None]
 
@@ -105,9 +103,13 @@ def read_matrices(
         return _of_module(source, tokens=tokens)
     if tokens and base is None:
         raise ValueError("tokens=True needs the base: a file holds the trained rows, not how they changed.")
-    if Path(source).is_dir():
-        return _of_directory(Path(source), base, tokens=tokens)
-    return _of_checkpoint(source, base, tokens=tokens)
+    file = read_adapter(source)
+    if base is None:
+        return _of_file(file, {}, tokens=False)
+    check_not_merged(base, file.merges)
+    if isinstance(file, PeftFile):
+        return _of_directory(file, base, tokens=tokens)
+    return _of_file(file, _recorded_weights(base, file.record), tokens=tokens)
 
 
 # --- names
@@ -230,55 +232,30 @@ def _changed_rows(name: str, rows: Tensor, weight: Tensor | None) -> Iterator[Ad
         yield AdapterMatrix(name, change, torch.eye(len(rows), dtype=dtype, device=weight.device), 1.0, weight)
 
 
-# --- a checkpoint
+# --- a file
 
 
-def _of_checkpoint(path: str | PathLike[str], base: nn.Module | None, *, tokens: bool) -> list[AdapterMatrix]:
-    record, state = read_checkpoint(path)
-    weights = {} if base is None else _weights_by_record(base, record)
-    use_dora = any(LoRAConfig.from_dict(entry["config"]).use_dora for entry in record["adapters"])
+def _of_file(
+    file: PeftFile | CheckpointFile, weights: Mapping[str, Tensor | None], *, tokens: bool
+) -> list[AdapterMatrix]:
+    names = sorted(file.layers, key=in_order) if isinstance(file, PeftFile) else file.layers
     found: list[AdapterMatrix] = []
-    for label, layer in record["layers"].items():
-        if (rows := state.get(f"{label}.lora.rows")) is not None:
-            found += _changed_rows(label, rows, weights.get(label)) if tokens else ()
-            continue
-        key = _key_of(label, state, path)
-        dora = use_dora and f"{key}.magnitude" in state
-        factors = state[f"{key}.A"], state[f"{key}.B"]
-        found += _matrices(label, *factors, layer["scaling"], weights.get(label), is_rescaled=dora)
+    for layer in (file.layers[name] for name in names):
+        if layer.scaling is None:
+            raise ValueError(
+                f"The rank or the scaling of {layer.label!r} depends on the model: patterns match parameters that the "
+                "file does not name, or the PEFT that wrote it is unknown. Give the model as base."
+            )
+        is_rescaled = layer.magnitude is not None
+        found += _matrices(
+            layer.label, layer.A, layer.B, layer.scaling, weights.get(layer.label), is_rescaled=is_rescaled
+        )
+    for name, stored in file.tokens.items() if tokens else ():
+        found += _changed_rows(name, stored.rows, weights.get(name))
     return found
 
 
-def _key_of(label: str, state: Mapping[str, Tensor], path: object) -> str:
-    """Return the prefix of an adapter's factors in a checkpoint: the only one of its layer, or one in a group."""
-    layer, _, last = label.rpartition(".")
-    for key in (join(label, "lora"), f"{join(layer, 'lora')}.{last}"):
-        if f"{key}.A" in state and f"{key}.B" in state:
-            return key
-    raise ValueError(f"{str(path)!r} contains no factors of {label!r}; the file was changed or damaged.")
-
-
-def _weights_by_record(base: nn.Module, record: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    check_not_merged(base, record["merges"])
-    modules, found = module_names(base), dict[str, Tensor | None]()
-    for entry in record["adapters"]:
-        root = entry["root"]
-        if root not in modules:
-            raise ValueError(f"The adapter was attached to {root!r}, which {type(base).__name__} does not have.")
-        weights = _planned_weights(modules[root][0], LoRAConfig.from_dict(entry["config"]))
-        found |= {join(root, label): weight for label, weight in weights.items()}
-    _check_known(record["layers"], found, base)
-    return found
-
-
-# --- a PEFT directory
-
-
-def _of_directory(path: Path, base: nn.Module | None, *, tokens: bool) -> list[AdapterMatrix]:
-    file = read_directory(path)
-    if base is None:
-        return list(_Directory(file.config, file.tensors).matrices())
-    check_not_merged(base, {})
+def _of_directory(file: PeftFile, base: nn.Module, *, tokens: bool) -> list[AdapterMatrix]:
     root = matching_root(base, file.paths)
     prefix = next(name for name, (part, _) in module_names(base).items() if part is root)
     content = make_import(root, file)
@@ -293,55 +270,20 @@ def _of_directory(path: Path, base: nn.Module | None, *, tokens: bool) -> list[A
     return found
 
 
-class _Directory:
-    """A directory read without its model; what depends on the model is refused."""
-
-    def __init__(self, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
-        self.config = config
-        self.tensors = tensors
-        self.by_path = keys_by_path(list(self.tensors))
-        if config.target_parameters and (config.rank_pattern or config.alpha_pattern):
-            raise ValueError(
-                "This directory adapts parameters by name, with patterns of ranks or alphas: only the model tells "
-                "which parameter is which. Give it as base."
-            )
-
-    def matrices(self) -> Iterator[AdapterMatrix]:
-        for path in sorted(self.by_path, key=in_order):
-            A, B = self._factor(path, "A"), self._factor(path, "B")
-            label, target = self._label(path), self._target(path)
-            rank = self.config.rank_of(target)
-            if self.config.target_parameters and A.shape[0] > rank and A.shape[0] % rank == 0:
-                experts = A.shape[0] // rank
-                A, B = A.reshape(experts, rank, -1), B.reshape(B.shape[0], rank, experts).permute(2, 0, 1)
-            dora = f"{path}.lora_magnitude_vector" in self.tensors
-            yield from _matrices(label, A, B, self._scaling(path, target), is_rescaled=dora)
-
-    def _factor(self, path: str, letter: str) -> Tensor:
-        names = (f"{path}.lora_{letter}.weight", f"{path}.lora_embedding_{letter}")
-        found = next((self.tensors[name] for name in names if name in self.tensors), None)
-        if found is None or found.ndim < 2:
-            raise ValueError(f"{path}: the file has no factor {letter} of two or more dimensions.")
-        return found.flatten(1)
-
-    def _target(self, path: str) -> str:
-        """Return the name that patterns match: for both projections of attention it is the attention's."""
-        return path.partition(_WRAPPER)[0]
-
-    def _label(self, path: str) -> str:
-        if f"{path}{_ATTENTION_OUTPUT}" in self.by_path:
-            return f"{path}.in_proj_weight"
-        return path.replace(_ATTENTION_OUTPUT, ".out_proj")
-
-    def _scaling(self, path: str, target: str) -> float:
-        if not path.endswith(_ATTENTION_OUTPUT):
-            return self.config.scaling_of(target)
-        if self.config.peft_version > LAST_KNOWN_PEFT:
-            raise ValueError(f"{path}: whether the PEFT that wrote this adds the update once or twice is unknown.")
-        return TIMES_PEFT_ADDS_OUT_PROJ * self.config.scaling_of(target)
-
-
 # --- the weights of a base in memory
+
+
+def _recorded_weights(base: nn.Module, record: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """Return the frozen matrices that the configs in a checkpoint's record adapt, by the adapters' names."""
+    modules, found = module_names(base), dict[str, Tensor | None]()
+    for entry in record["adapters"]:
+        root = entry["root"]
+        if root not in modules:
+            raise ValueError(f"The adapter was attached to {root!r}, which {type(base).__name__} does not have.")
+        weights = _planned_weights(modules[root][0], LoRAConfig.from_dict(entry["config"]))
+        found |= {join(root, label): weight for label, weight in weights.items()}
+    _check_known(record["layers"], found, base)
+    return found
 
 
 def _planned_weights(root: nn.Module, config: LoRAConfig) -> dict[str, Tensor | None]:

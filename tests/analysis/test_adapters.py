@@ -135,7 +135,7 @@ def test_peft_directory_without_base_matches_norms(kind: str, tmp_path: Path):
     model = adapted(build, options)
     save_adapter(model, tmp_path / "a")
     if "target_parameters" in options and "rank_pattern" in options:
-        with pytest.raises(ValueError, match="Give it as base"):
+        with pytest.raises(ValueError, match="Give the model as base"):
             read_matrices(tmp_path / "a")
         return
     # Names are those of the file: it does not say what a parameter is called.

@@ -215,7 +215,7 @@ def test_report_of_ambiguous_experts_needs_base(tmp_path: Path, capsys: pytest.C
     assert run("report", tmp_path / "adapter", *out) == 0
     assert "layers are not compared with each other" in capsys.readouterr().err
     assert run("report", tmp_path / "adapter") == 1
-    assert "Give it as base" in capsys.readouterr().err
+    assert "Give the model as base" in capsys.readouterr().err
 
 
 def test_progress_is_drawn_on_terminal(
