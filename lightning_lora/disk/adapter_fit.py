@@ -18,8 +18,7 @@ from lightning_lora.fingerprint import Fingerprint, other_base, places, sample
 from lightning_lora.loading import attach_entry, read_adapter
 from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import PeftFile
-from lightning_lora.peft_format.importing import make_import
-from lightning_lora.peft_format.loading import import_state
+from lightning_lora.peft_format.importing import import_state, make_import
 from lightning_lora.peft_format.names import without_wrappers
 from lightning_lora.state import mismatches, record_problems
 from lightning_lora.storage.adapter_file import damage_named

@@ -15,11 +15,10 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.skeleton import REMEDY, attach_bare, bare_skeleton, fill
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.names import join
+from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import read_directory
 from lightning_lora.peft_format.files import exported, write_export
-from lightning_lora.peft_format.importing import Import, make_import
-from lightning_lora.peft_format.loading import import_state
-from lightning_lora.peft_format.patterns import anchored
+from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.state import describe, mismatches, record_problems
 from lightning_lora.storage.adapter_file import damage_named
 from lightning_lora.storage.atomic import replace_file
