@@ -97,7 +97,7 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
     if layer._parameters.get(parameter) is None:
         if parameter == "bias":
             raise RuntimeError(
-                f"{name!r} has no bias that could take the one of its adapter (lora_bias=True). Keep the adapter "
+                f"{name!r} has no bias to merge the bias of its adapter into (lora_bias=True). Keep the adapter "
                 "beside it, or give the layer a bias before attaching."
             )
         raise RuntimeError(

@@ -456,7 +456,7 @@ def test_all_linear_adapts_attention_and_layers_whose_weights_their_parent_reads
     [
         ("attention.out_proj", "its parent, a MultiheadAttention, reads the weight"),
         ("encoder.linear1", "its parent, a TransformerEncoderLayer, reads the weight"),
-        ("attention", "a MultiheadAttention has a forward of its own"),
+        ("attention", "a MultiheadAttention has its own forward"),
     ],
 )
 def test_dropout_is_refused_where_the_weight_must_carry_the_update(name: str, reason: str):
