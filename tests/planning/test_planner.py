@@ -258,7 +258,7 @@ def test_a_regular_expression_that_matches_nothing_is_refused_with_the_hint_to_u
 
 @pytest.mark.parametrize("targets", [r".*norm", ["n*m"], ["*.act"]])
 def test_a_sweep_over_modules_without_adapters_is_refused_with_the_kinds_that_have_some(targets, tiny):
-    with raises_and_changes_nothing(tiny, ValueError, r"no layer of a kind.*nn.Linear.*Conv1D.*nn.Embedding"):
+    with raises_and_changes_nothing(tiny, ValueError, r"no layer of a supported kind.*nn.Linear.*Conv1D.*nn.Embedding"):
         report(tiny, target_modules=targets)
 
 
