@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, attach
-from lightning_lora.analysis.diagnostics import Diagnostics
+from lightning_lora.trainer.diagnostics import Diagnostics
 
 LAYERS, WIDTH, TOKENS, RANK, ROUNDS, EVERY = 24, 512, 512, 16, 7, 50
 

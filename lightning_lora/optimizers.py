@@ -1,4 +1,4 @@
-"""Make optimizers hold exactly the trainable parameters, and build the groups of LoRA+."""
+"""Optimizers of an adapted model: they hold exactly the trainable parameters, in groups of LoRA+ if asked for."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import check_positive
-from lightning_lora.layers import LoRALayer, LowRankAdapter, all_adapters
+from lightning_lora.layers import LoRALayer, LowRankAdapter
 from lightning_lora.names import clean_name, listed
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
@@ -20,7 +21,7 @@ _RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, 
 def parameter_groups(
     module: nn.Module, lr: float, *, lr_ratio: float = 1.0, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Return the optimizer groups of an adapted module: its trainable parameters, LoRA+ if asked for.
+    """Return the optimizer groups of an adapted module: its trainable parameters, split for LoRA+ if asked for.
 
     Args:
         module: An adapted module.
@@ -32,7 +33,7 @@ def parameter_groups(
         One group, or two if ``lr_ratio`` is not 1, named ``"lora"`` and ``"lora_B"``.
 
     Raises:
-        ValueError: Nothing is trainable, or a number makes no sense.
+        ValueError: Nothing is trainable, or ``lr_ratio`` is invalid.
 
     Source:
         Hayou et al. 2024, "LoRA+", arXiv:2402.12354.
@@ -54,9 +55,9 @@ def repair_optimizers(
 ) -> None:
     """Edit optimizers in place so that they hold exactly the trainable parameters of a module.
 
-    Trainable parameters that no optimizer holds (it may have been built before the adapters were) join the group that
-    held the frozen weight of their layer, or the only group. Frozen ones leave. Existing groups keep their number and
-    place, so schedulers keep working; LoRA+ groups are appended, and the schedulers extended.
+    Trainable parameters that no optimizer holds (it may have been built before the adapters) join the group that held
+    the frozen weight of their layer, or the only group. Frozen parameters leave. Existing groups keep their number and
+    order, so schedulers keep working; LoRA+ groups are appended, and the schedulers extended.
 
     Args:
         module: The adapted module.
@@ -65,11 +66,11 @@ def repair_optimizers(
         lr_ratio: Learning rate of ``B`` over that of ``A``; 1 leaves the groups alone.
 
     Raises:
-        ValueError: A trainable parameter has no place, or no optimizer is left with one.
+        ValueError: It is unclear which group a parameter belongs to, or no optimizer holds a trainable one.
     """
     check_positive("lr_ratio", lr_ratio)
-    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
-    _adopt_homeless(module, optimizers, names)
+    names = _parameter_names(module)
+    _adopt_unheld(module, optimizers, names)
     for optimizer in optimizers:
         _drop_frozen(optimizer)
         _sort_groups(optimizer, names)
@@ -82,7 +83,7 @@ def repair_optimizers(
 
 
 def unpack_configured(configured: Any) -> tuple[list[Optimizer], list[Any]]:
-    """Return the optimizers and schedulers in whatever form ``LightningModule.configure_optimizers`` returned them."""
+    """Return the optimizers and schedulers from any form that ``configure_optimizers`` may return."""
     if configured is None:
         return [], []
     if isinstance(configured, dict):
@@ -100,22 +101,19 @@ def unpack_configured(configured: Any) -> tuple[list[Optimizer], list[Any]]:
     return optimizers, [entry["scheduler"] if isinstance(entry, dict) else entry for entry in schedulers]
 
 
-def optimizer_names(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[list[list[str]]]:
-    """Return the parameter names that optimizers hold: one list an optimizer, in it one a group."""
-    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
-    return [
-        [[names.get(id(p), "?") for p in group["params"]] for group in optimizer.param_groups]
-        for optimizer in optimizers
-    ]
+def group_names(module: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the names of the parameters that an optimizer's groups hold."""
+    names = _parameter_names(module)
+    return [[names.get(id(p), "?") for p in group["params"]] for group in groups]
 
 
 def reordered_state(state: Mapping[str, Any], theirs: list[list[str]], ours: list[list[str]]) -> dict[str, Any]:
-    """Return a copy of an optimizer's saved state with the entries at the positions that our names have.
+    """Return a copy of an optimizer's saved state, reordered for an optimizer that holds the parameters differently.
 
     Args:
-        state: What ``Optimizer.state_dict`` gave.
-        theirs: The names that it belongs to, one list a group.
-        ours: The names of the optimizer it is for; the same in each group.
+        state: The result of ``Optimizer.state_dict``.
+        theirs: The parameter names that it belongs to, one list a group.
+        ours: The names that the other optimizer holds: in each group the same, in any order.
     """
     position = {name: index for index, name in enumerate(name for group in ours for name in group)}
     saved = [name for group in theirs for name in group]
@@ -130,22 +128,26 @@ def reordered_state(state: Mapping[str, Any], theirs: list[list[str]], ours: lis
     return {**state, "state": entries, "param_groups": groups}
 
 
-def homeless_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> list[str]:
-    """Return the trainable parameters that no optimizer holds."""
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+def unheld_parameters(module: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the trainable parameters that no optimizer group holds."""
+    held = {id(p) for group in groups for p in group["params"]}
     return [clean_name(name) for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
 
 
+def _parameter_names(module: nn.Module) -> dict[int, str]:
+    return {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+
+
 def _fast_parameters(module: nn.Module) -> set[int]:
-    """Return the factors that LoRA+ speeds up: ``B`` of every layer that starts with ``B = 0``."""
-    adapters = [a for a in all_adapters(module).values() if isinstance(a, LowRankAdapter)]
+    """Return the factors that LoRA+ trains faster: ``B`` of every layer that starts with ``B = 0``."""
+    adapters = [a for a in AdaptedModel(module).adapters.values() if isinstance(a, LowRankAdapter)]
     return {id(a.B) for a in adapters if a.zero_factor() is a.B}
 
 
-def _adopt_homeless(module: nn.Module, optimizers: Sequence[Optimizer], names: dict[int, str]) -> None:
+def _adopt_unheld(module: nn.Module, optimizers: Sequence[Optimizer], names: dict[int, str]) -> None:
     places = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     place_of = {id(p): index for index, (_, group) in enumerate(places) for p in group["params"]}
-    homeless = []
+    unheld = []
     for part in module.modules():
         siblings = [*part.parameters(recurse=False)]
         if isinstance(part, LoRALayer):
@@ -155,13 +157,13 @@ def _adopt_homeless(module: nn.Module, optimizers: Sequence[Optimizer], names: d
                 continue
             index = _home(part, siblings, place_of, len(places))
             if index is None:
-                homeless.append(names[id(parameter)])
+                unheld.append(names[id(parameter)])
                 continue
             _adopt(*places[index], parameter, names[id(parameter)])
             place_of[id(parameter)] = index
-    if homeless:
+    if unheld:
         raise ValueError(
-            f"No optimizer holds the trainable {listed(homeless)}, and it is unclear which of the {len(places)} "
+            f"No optimizer holds the trainable {listed(unheld)}, and it is unclear which of the {len(places)} "
             "parameter groups they belong to. Add them in configure_optimizers."
         )
 
@@ -195,7 +197,7 @@ def _drop_frozen(optimizer: Optimizer) -> None:
 
 
 def _sort_groups(optimizer: Optimizer, names: dict[int, str]) -> None:
-    """Put each group into the model's order, so that positions in a saved state do not depend on how it was built."""
+    """Sort each group in the model's order, so that a saved state does not depend on how the group was built."""
     order = {identity: index for index, identity in enumerate(names)}
     for group in optimizer.param_groups:
         params = group["params"]
@@ -228,7 +230,7 @@ def _split_fast(optimizer: Optimizer, fast: set[int], ratio: float, schedulers: 
 
 
 def _extend_scheduler(scheduler: Any, optimizer: Optimizer, count: int, sources: list[int], ratio: float) -> None:
-    """Give a scheduler entries for the appended groups, copied from the groups they came from."""
+    """Add entries for the appended groups to a scheduler, copied from the groups that they were split from."""
     for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
         _extend_scheduler(inner, optimizer, count, sources, ratio)
     if getattr(scheduler, "optimizer", None) is not optimizer:

@@ -31,7 +31,7 @@ LEVELS = [
     {"cli"},
     {"__main__"},
 ]
-STILL_UPWARD = {("trainer", "analysis")}
+STILL_UPWARD: set[tuple[str, str]] = set()
 CORE = set().union(*LEVELS[:8])
 TOOLS = {"analysis", "cli", "disk"}
 KNOWS_LIGHTNING = {"trainer", "callback"}

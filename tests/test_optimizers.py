@@ -23,9 +23,9 @@ from torch.optim.lr_scheduler import (
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers, parameter_groups
 from lightning_lora.optimizers import (
-    homeless_parameters,
-    optimizer_names,
+    group_names,
     repair_optimizers,
+    unheld_parameters,
     unpack_configured,
 )
 from tests.toys import FEATURES, network, snapshot
@@ -40,7 +40,7 @@ def adapted(**lora: Any) -> nn.Sequential:
 
 
 def held(model: nn.Module, *optimizers: Optimizer) -> list[list[list[str]]]:
-    return optimizer_names(model, optimizers)
+    return [group_names(model, optimizer.param_groups) for optimizer in optimizers]
 
 
 def step(model: nn.Module, optimizer: Optimizer) -> None:
@@ -154,7 +154,7 @@ def test_optimizers_without_trainable_parameters_are_refused() -> None:
 def test_homeless_parameters_are_found_by_identity_not_by_value() -> None:
     model = adapted()
     twin = lora_layers(model)["0"].lora.B.detach().clone().requires_grad_()  # as zero as every B
-    assert homeless_parameters(model, [SGD([twin], lr=0.1)]) == FACTORS
+    assert unheld_parameters(model, SGD([twin], lr=0.1).param_groups) == FACTORS
 
 
 # --- LoRA+

@@ -199,10 +199,7 @@ class _Merger:
             writer.write(mine, merged)
         else:
             assert stored is not None
-            if stored.dtype == layout.dtype:
-                writer.copy(mine, stored)
-            else:
-                writer.write(mine, stored.read().to(layout.dtype))
+            writer.write(mine, stored.read().to(layout.dtype))
         self.done += stored.size if stored and mine in self.stored else 0
         self.progress(self.done, self.todo)
 

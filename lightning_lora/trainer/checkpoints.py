@@ -1,27 +1,30 @@
-"""Checkpoints that hold the adapter alone: one small file, the same under every strategy."""
+"""Checkpoints that hold only the adapter: one small file, the same under every strategy."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_lora.attachment import named_tensors
-from lightning_lora.fingerprint import Fingerprint, other_base, to_plain
-from lightning_lora.layers import lora_layers
-from lightning_lora.names import clean_name, walk
-from lightning_lora.optimizers import optimizer_names, reordered_state
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.fingerprint import Fingerprint, fingerprint, other_base, samples, to_plain
+from lightning_lora.layers import base_parameter
+from lightning_lora.names import clean_name, join
+from lightning_lora.optimizers import group_names, reordered_state
+from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
-    adapter_tensors,
     check_not_merged,
     describe,
     mismatch_message,
@@ -30,20 +33,19 @@ from lightning_lora.state import (
     record_problems,
 )
 from lightning_lora.storage.checkpoint import RECORD_KEY, check_is_checkpoint, reading, recorded_base
-from lightning_lora.trainer.one_file import in_one_move
-from lightning_lora.trainer.strategies.base import Layout
-from lightning_lora.trainer.strategies.choice import layout_of
-from lightning_lora.trainer.whole_checkpoint import factor_names, load_base
+from lightning_lora.trainer.lightning_patches import with_twins
+from lightning_lora.trainer.strategies import layout_of
+from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
 
 _INSTALLED = "_lora_checkpoints"
 
 
 class AdapterCheckpoints:
-    """Makes a strategy save and load adapters only, in the same small file whatever the strategy.
+    """Makes a strategy save and load only adapters, in the same small file under every strategy.
 
-    It stands in for the strategy's own methods, on the instance, so that everything that saves obeys: ModelCheckpoint
-    in all its ways, an exception's checkpoint, the tuners' and ``trainer.save_checkpoint``. While the module has no
-    adapters the strategy's own methods run. Tensors are saved whole and optimizer states by the names of their
+    It replaces methods of the strategy object, so that everything that saves obeys: ModelCheckpoint in all its modes,
+    the checkpoint of an exception, those of the tuners, and ``trainer.save_checkpoint``. While the module has no
+    adapters, the strategy's own methods run. Tensors are saved whole, and optimizer states by the names of their
     parameters, so that any strategy can resume what another has saved.
     """
 
@@ -62,66 +64,66 @@ class AdapterCheckpoints:
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
 
     def install(self) -> None:
-        """Take the place of the strategy's methods."""
+        """Replace the strategy's methods."""
         for name in self._REPLACED:
             setattr(self.strategy, name, getattr(self, name))
         setattr(self.strategy, _INSTALLED, self)
 
     @property
-    def module(self) -> LightningModule:
-        """The module that the strategy trains now."""
-        assert self.strategy.lightning_module is not None
-        return self.strategy.lightning_module
+    def _model(self) -> AdaptedModel:
+        """The adapters as they are now: they may have come, gone or been merged since the last call."""
+        return AdaptedModel(module_of(self.strategy))
 
     # --- saving
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the state to save: adapters, what trains in full, moving statistics and metric states."""
-        if not lora_layers(self.module):
+        model = self._model
+        if not model.layers:
             state: dict[str, Any] = self.own["lightning_module_state_dict"]()
             return state
-        return self.layout.trained() | self._metric_states()
+        return trained_state(self.layout, model) | _metric_states(model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole."""
         optimizer = getattr(optimizer, "_optimizer", optimizer)  # inside a LightningOptimizer
-        if not lora_layers(self.module):
+        model = self._model
+        if not model.layers:
             state: dict[str, Any] = self.own["optimizer_state"](optimizer)
             return state
-        return self.layout.optimizer_state(optimizer)
+        return self.layout.optimizer_state(model.module, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Add the record and write the file."""
-        if lora_layers(self.module):
-            # Callbacks such as WeightAveraging put whole models back in after the state dict was made.
-            for key in ("state_dict", "current_model_state"):
-                if key in checkpoint:
-                    checkpoint[key] = self._only_trained(checkpoint[key])
-            base = to_plain(self.layout.fingerprint())
-            record = describe(self.module) | {"base": base, "optimizers": self._optimizer_names()}
-            checkpoint[RECORD_KEY] = record
-            with in_one_move(self.strategy, filepath) as place:
-                # Past what strategies do of their own, such as writing directories of shards: an adapter is small.
-                Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
-        else:
+        model = self._model
+        if not model.layers:
             self.own["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
+            return
+        # Callbacks such as WeightAveraging put whole models back in after the state dict was made.
+        for key in ("state_dict", "current_model_state"):
+            if key in checkpoint:
+                checkpoint[key] = _only_trained(model, checkpoint[key])
+        base = to_plain(base_fingerprint(self.layout, model))
+        checkpoint[RECORD_KEY] = describe(model.module) | {"base": base, "optimizers": self._optimizer_names()}
+        with written_at_once(self.strategy, filepath) as place:
+            # Not the strategy's own method, which may write a directory of shards: an adapter is small.
+            Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
 
     # --- loading
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read the file; one clear error if it is no checkpoint."""
+        """Read the file; raise one clear error if it is not a checkpoint."""
         path = self.strategy.broadcast(checkpoint_path)
-        if not lora_layers(self.module):
+        if not self._model.layers:
             read = self.own["load_checkpoint"]
         else:
             read = functools.partial(Strategy.load_checkpoint, self.strategy)
             if Path(path).is_dir():
                 raise ValueError(
-                    f"{str(path)!r} is a directory: a sharded checkpoint of a whole model, not an adapter's. Nothing "
-                    "was changed. Make it one file and give that, which becomes the base: by `python -m "
-                    "lightning.pytorch.utilities.consolidate_checkpoint`, or DeepSpeed's by "
-                    "lightning.pytorch.utilities.deepspeed.convert_zero_checkpoint_to_fp32_state_dict. Or load it in "
-                    "configure_model."
+                    f"{str(path)!r} is a directory: a sharded checkpoint of a whole model, not of an adapter. Nothing "
+                    "was changed. To use it as the base, convert it to one file with `python -m "
+                    "lightning.pytorch.utilities.consolidate_checkpoint` (for DeepSpeed: lightning.pytorch.utilities."
+                    "deepspeed.convert_zero_checkpoint_to_fp32_state_dict), or load it in configure_model."
                 )
         with reading(path):
             checkpoint = read(path, weights_only=weights_only)
@@ -140,34 +142,48 @@ class AdapterCheckpoints:
             raise
 
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        module, state, record = self.module, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
-        if record is not None or any(name in state for name in factor_names(module)):
-            self._load_adapter(state, record, strict)
-        elif lora_layers(module):
-            self._load_base(cast(dict[str, Any], checkpoint), strict)
+        model, state, record = self._model, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
+        if record is not None or any(name in state for name in _factor_names(model)):
+            self._load_adapter(model, state, record, strict)
+        elif model.layers:
+            _load_base(self.layout, model, state, strict=strict)
+            # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
+            changed = cast(dict[str, Any], checkpoint)
+            changed.update(optimizer_states=[], lr_schedulers=[], callbacks={})
+            changed.pop("loops", None)
+            rank_zero_info(
+                "LoRA: the checkpoint holds no adapter; its weights become the frozen base, and training starts anew."
+            )
         else:
             self.own["load_model_state_dict"](checkpoint, strict=strict)
 
-    def _load_adapter(self, state: Mapping[str, Any], record: Mapping[str, Any] | None, strict: bool) -> None:
-        module = self.module
+    def _load_adapter(
+        self, model: AdaptedModel, state: Mapping[str, Any], record: Mapping[str, Any] | None, strict: bool
+    ) -> None:
+        module = model.module
         check_not_merged(module, (record or {}).get("merges", {}))
-        adapters, others = self.layout.trained(), self._others()
+        others = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        known = [*others, *self._metric_states()]
-        problems += mismatches(adapters, state, known=known if strict else [*known, *state])
+        known = [*others, *_metric_states(model)]
+        mine = _whole_shapes(self.layout, model.trained)
+        problems += mismatches(mine, state, known=known if strict else [*known, *state])
         brought = {name: tensor for name, tensor in others.items() if name in state}
-        problems += other_shapes(self.layout.shown(brought), state)
-        problems += self._other_base(recorded_base(record or {}), state)
+        problems += other_shapes(_whole_shapes(self.layout, brought), state)
+        problems += self._other_base(model, recorded_base(record or {}), state)
         if problems:
             raise ValueError(mismatch_message(type(module).__name__, problems))
-        self.layout.fill(adapter_tensors(module), state)
-        self.layout.fill_base(brought, state)
-        self._load_metrics(state)
+        self.layout.fill(model.trained | brought, state)
+        _load_metrics(model, state)
 
-    def _other_base(self, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
-        """Return how the base differs from the one that was trained on; what the file brings too will not."""
+    def _other_base(self, model: AdaptedModel, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
+        """Return how the base differs from the recorded one; what the state itself replaces is not compared."""
         names = [name for name in recorded if name not in state] if self.check_base else []
-        message = other_base(recorded, self.layout.samples(names), type(self.module).__name__)
+        base = self.layout.base
+        if base is None:
+            found: Fingerprint = samples(model.base, names)  # every process must call this
+        else:
+            found = {name: base[name] for name in names if name in base}
+        message = other_base(recorded, found, type(model.module).__name__)
         return [message] if message else []
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -175,83 +191,42 @@ class AdapterCheckpoints:
         record, states = checkpoint.get(RECORD_KEY), checkpoint.get("optimizer_states")
         if states is None:
             raise KeyError(
-                "The checkpoint holds weights only, so training cannot be resumed from it (it was saved with "
-                "save_weights_only=True). Load it with lightning_lora.load_adapter and start anew."
+                "The checkpoint holds weights only (it was saved with save_weights_only=True), so training cannot "
+                "resume from it. Load it with lightning_lora.load_adapter and start a new training."
             )
         if record is None or not states:
             self.own["load_optimizer_state_dict"](checkpoint)
             return
-        mine = self._optimizer_names()
-        if [[set(group) for group in groups] for groups in record["optimizers"]] != [
-            [set(group) for group in groups] for groups in mine
-        ]:
+        theirs, ours = record["optimizers"], self._optimizer_names()
+        if _as_sets(theirs) != _as_sets(ours):
             raise ValueError(
                 "The checkpoint's optimizers hold other parameters than this run's, so their moments would end up "
-                f"at the wrong ones: {_shapes(record['optimizers'])} in the checkpoint, {_shapes(mine)} here. "
+                f"at the wrong ones: {_group_sizes(theirs)} in the checkpoint, {_group_sizes(ours)} here. "
                 "Use the same configure_optimizers and lr_ratio, or start from the weights alone."
             )
-        for optimizer, state, theirs, ours in zip(
-            self.strategy.optimizers, states, record["optimizers"], mine, strict=True
+        for optimizer, state, their_groups, our_groups in zip(
+            self.strategy.optimizers, states, theirs, ours, strict=True
         ):
-            names = [name for group in ours for name in group]
-            self.layout.load_optimizer_state(optimizer, reordered_state(state, theirs, ours), names)
+            names = [name for group in our_groups for name in group]
+            self.layout.load_optimizer_state(optimizer, reordered_state(state, their_groups, our_groups), names)
 
     def _must_load_optimizers(self) -> bool:
-        """Return whether this is the moment to load them: Lightning leaves it to strategies that shard."""
-        fits = self.module.trainer.state.fn == TrainerFn.FITTING
-        return fits and not self.strategy.lightning_restore_optimizer and bool(lora_layers(self.module))
+        """Return whether to load them together with the model: Lightning leaves it to strategies that shard."""
+        if self.strategy.lightning_restore_optimizer:
+            return False
+        model = self._model
+        return module_of(self.strategy).trainer.state.fn == TrainerFn.FITTING and bool(model.layers)
 
     def _optimizer_names(self) -> list[list[list[str]]]:
-        return optimizer_names(self.module, self.layout.as_configured(self.strategy.optimizers))
-
-    # --- parts of the state
-
-    def _load_metrics(self, state: Mapping[str, Any]) -> None:
-        for name, metric in self._metrics():
-            prefix = f"{name}."
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            metric.load_state_dict(own, strict=False)
-
-    def _metrics(self) -> list[tuple[str, Metric]]:
-        return [(name, part) for name, part in walk(self.module) if isinstance(part, Metric)]
-
-    def _metric_states(self) -> dict[str, Any]:
-        """Return the persistent states of torchmetrics, but no frozen weights that a metric may hold."""
-        metrics = self._metrics()
-        frozen = {clean_name(name) for name, _ in self.module.named_parameters()} if metrics else set()
-        return {
-            key: value
-            for name, metric in metrics
-            for key, value in metric.state_dict(prefix=f"{name}.").items()
-            if key not in frozen
-        }
-
-    def _others(self) -> dict[str, Tensor]:
-        """Return the tensors that a checkpoint may hold besides what was trained."""
-        trained = adapter_tensors(self.module)
-        return {name: tensor for name, tensor in named_tensors(self.module).items() if name not in trained}
-
-    def _only_trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        keep = {*adapter_tensors(self.module), *self._metric_states()}
-        return {clean: value for name, value in state.items() if (clean := clean_name(name)) in keep}
-
-    def _load_base(self, checkpoint: dict[str, Any], strict: bool) -> None:
-        state = checkpoint["state_dict"]
-        load_base(self.module, self.layout, state, strict=strict, known=self._metric_states())
-        self._load_metrics(state)
-        # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
-        checkpoint.update(optimizer_states=[], lr_schedulers=[], callbacks={})
-        checkpoint.pop("loops", None)
-        rank_zero_info(
-            "LoRA: the checkpoint holds no adapter; its weights are the frozen base, and training starts anew."
-        )
+        module = module_of(self.strategy)
+        return [group_names(module, original_param_groups(self.layout, each)) for each in self.strategy.optimizers]
 
 
 def adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
-    """Make a strategy save and load adapters only; safe to repeat.
+    """Make a strategy save and load only adapters; safe to repeat.
 
     Raises:
-        NotImplementedError: The strategy is not supported, or not as it is set up.
+        MisconfigurationException: The strategy is not supported, or not with these settings.
     """
     found: AdapterCheckpoints | None = vars(strategy).get(_INSTALLED)
     if found is None:
@@ -260,5 +235,161 @@ def adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
     return found
 
 
-def _shapes(names: list[list[list[str]]]) -> str:
+def trained_state(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:
+    """Return what was trained: name -> the whole tensor; every process must call this."""
+    return layout.gather(model.trained, lambda name: name)
+
+
+def base_fingerprint(layout: Layout, model: AdaptedModel) -> Fingerprint:
+    """Return the fingerprint of the frozen base; every process must call this."""
+    return fingerprint(model.base) if layout.base is None else layout.base
+
+
+def _as_sets(names: list[list[list[str]]]) -> list[list[set[str]]]:
+    return [[set(group) for group in groups] for groups in names]
+
+
+def _group_sizes(names: list[list[list[str]]]) -> str:
     return "; ".join(f"groups of {[len(group) for group in groups]}" for groups in names) or "none"
+
+
+@contextmanager
+def written_at_once(strategy: Strategy, filepath: Any) -> Iterator[Any]:
+    """Yield a path beside ``filepath`` to write to, and rename what was written there in one step.
+
+    Lightning writes to the system's temporary directory first. If that is another disk, moving is copying, and a
+    process that is killed then leaves half a checkpoint under its final name.
+    """
+    path = Path(strategy.broadcast(filepath))
+    if type(strategy.checkpoint_io) not in with_twins(TorchCheckpointIO) or "://" in str(filepath) or path.is_dir():
+        yield filepath
+        return
+    place = path.with_name(f".{path.name}.part")
+    try:
+        yield place
+        if strategy.is_global_zero:
+            with place.open("rb") as written:
+                os.fsync(written.fileno())
+            place.replace(path)
+    except BaseException:
+        if strategy.is_global_zero:
+            with suppress(OSError):
+                place.unlink()  # a full disk is not made fuller
+        raise
+
+
+# --- metrics
+
+
+def _metrics(model: AdaptedModel) -> list[tuple[str, Metric]]:
+    return [(name, part) for name, part in model.parts if isinstance(part, Metric)]
+
+
+def _metric_states(model: AdaptedModel) -> dict[str, Any]:
+    """Return the persistent states of torchmetrics, without frozen weights that a metric may hold."""
+    metrics = _metrics(model)
+    frozen = {clean_name(name) for name, _ in model.module.named_parameters()} if metrics else set()
+    return {
+        key: value
+        for name, metric in metrics
+        for key, value in metric.state_dict(prefix=f"{name}.").items()
+        if key not in frozen
+    }
+
+
+def _load_metrics(model: AdaptedModel, state: Mapping[str, Any]) -> None:
+    for name, metric in _metrics(model):
+        prefix = f"{name}."
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        metric.load_state_dict(own, strict=False)
+
+
+def _only_trained(model: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+    keep = {*model.trained, *_metric_states(model)}
+    return {clean: value for name, value in state.items() if (clean := clean_name(name)) in keep}
+
+
+# --- a checkpoint from before LoRA
+
+
+def _load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor], *, strict: bool) -> None:
+    """Load the weights of a whole model as the frozen base; every process must call this.
+
+    Args:
+        layout: How the module's tensors are distributed.
+        model: The adapted model; its adapters start anew.
+        state: The whole tensors, in every process.
+        strict: Whether the names must be exactly those of the base.
+
+    Raises:
+        ValueError: The state does not fit. Nothing was changed.
+    """
+    factors = _factor_names(model)
+    base = {name: tensor for name, tensor in _persistent(model.module).items() if name not in factors}
+    known: Collection[str] = _metric_states(model)
+    whole = _whole_shapes(layout, base)
+    problems = mismatches(whole, state, known) if strict else other_shapes(whole, state)
+    if not base.keys() & state.keys():
+        problems.append("they share no name")
+    if problems:
+        raise ValueError(
+            f"The checkpoint holds no adapter, and as a base it does not fit {type(model.module).__name__}; nothing "
+            "was changed:\n" + "\n".join(f"  - {problem}" for problem in problems)
+        )
+    layout.fill(base, state)
+    if layout.base is not None:
+        loaded = {name: state[name] for name in model.base if name in state}
+        layout.base = {**layout.base, **fingerprint(loaded)}
+    starts = _starts(model, state)
+    layout.fill({name: model.trained[name] for name in starts}, starts)
+    for root in model.roots:
+        for name, value in root.attachment.base_values.items():
+            if (full := join(root.name, name)) in state:
+                copy_whole(value, state[full])
+    _load_metrics(model, state)
+
+
+def _factor_names(model: AdaptedModel) -> set[str]:
+    """Return the names of the adapters' own parameters."""
+    return {
+        clean_name(f"{path}.lora.{key}")
+        for path, layer in model.layers.items()
+        for key, _ in layer.lora.named_parameters(remove_duplicate=False)
+    }
+
+
+def _whole_shapes(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors without memory that have the shapes of the whole ones."""
+    return {
+        name: torch.empty(layout.shape(name, tensor), dtype=tensor.dtype, device="meta")
+        for name, tensor in tensors.items()
+    }
+
+
+def _persistent(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a whole checkpoint holds, by each of their names.
+
+    ``state_dict`` would gather the whole model under FSDP, and return copies.
+    """
+    found: dict[str, Tensor] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        fleeting = part._non_persistent_buffers_set
+        found |= {
+            clean_name(join(path, key)): tensor
+            for key, tensor in (*part._parameters.items(), *part._buffers.items())
+            if tensor is not None and key not in fleeting
+        }
+    return found
+
+
+@torch.no_grad()
+def _starts(model: AdaptedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the values of adapter tensors that start from the base's, such as DoRA's magnitudes."""
+    names, found = {id(tensor): name for name, tensor in model.trained.items()}, dict[str, Tensor]()
+    for path, layer in model.layers.items():
+        for adapter in layer.adapters().values():
+            value, like = state.get(join(path, adapter.parameter)), base_parameter(layer, adapter.parameter)
+            if value is not None:
+                starts = adapter.starts(value.to(like.device, like.dtype))
+                found |= {names[id(adapter._parameters[key])]: start for key, start in starts.items()}
+    return found

@@ -1,148 +1,249 @@
-"""What would make a run finish green without having trained: each check returns the sentence to say, or None."""
+"""Checks of a run: whatever would let it finish without having trained raises, or warns if only a part is affected."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
+from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.attachment import attachments
-from lightning_lora.layers import all_adapters, base_parameter, lora_layers
-from lightning_lora.names import clean_name, listed
-from lightning_lora.optimizers import homeless_parameters
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.attachment import get_attachment
+from lightning_lora.layers import base_parameter
+from lightning_lora.names import clean_name, join, listed
+from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.sharding import anywhere, local
-from lightning_lora.state import adapter_tensors
+from lightning_lora.trainer.lightning_patches import import_name, with_twins
+from lightning_lora.trainer.strategies.base import Layout, original_param_groups
+from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
+
+_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
+
+# --- before attaching: the Trainer and its other callbacks
 
 
-def replaced_layers(module: nn.Module) -> str | None:
-    """Adapted layers that were thrown away after attaching, as plugins and model surgery do."""
-    there = set(all_adapters(module))
-    lost = [
-        full
-        for root, _, attachment in attachments(module)
-        for layer in attachment.report.layers
-        if (full := f"{root}.{layer.name}" if root else layer.name) not in there
-    ]
-    if not lost:
-        return None
-    return (
-        f"{listed(lost)} were replaced after LoRA was attached, with their adapters. Replace layers before that: in "
-        "__init__ or configure_model."
-    )
+def check_import_names(trainer: Trainer, module: LightningModule, lora: Callback) -> None:
+    """Refuse a Trainer, module and callbacks that come from both ``lightning.pytorch`` and ``pytorch_lightning``."""
+    others = [callback for callback in _callbacks(trainer) if not isinstance(callback, type(lora))]
+    names = {type(part).__name__: import_name(part) for part in (trainer, module, *others)}
+    strays = [f"{kind} from {name}" for kind, name in names.items() if name != import_name(trainer)]
+    if strays:
+        raise MisconfigurationException(
+            f"This Trainer is from {import_name(trainer)}, but it was given {', '.join(strays)}. Each package defines "
+            "its own copy of every class and does not recognise the other's. Import everything from one of them; "
+            "LoRACallback works with either."
+        )
 
 
-def fragile_factors(module: nn.Module) -> str | None:
-    """Factors in a precision in which Adam's divisor vanishes."""
-    if not any(attachment.config.adapter_dtype == "float16" for _, _, attachment in attachments(module)):
-        return None
-    return (
-        "adapter_dtype='float16': Adam's eps of 1e-8 is zero in float16, so its steps become NaN. Use 'float32', which "
-        "costs little, or an optimizer without such a divisor."
-    )
+def explain_mixed_import_names(
+    exception: BaseException, trainer: Trainer, module: LightningModule, lora: Callback
+) -> None:
+    """Add to an error that the two packages are mixed, if they are: it may be the reason."""
+    try:
+        check_import_names(trainer, module, lora)
+    except MisconfigurationException as mixed:
+        if str(mixed) not in str(exception):
+            exception.args = (f"{exception}\n{mixed}",)
 
 
-def undeclared_training(module: nn.Module) -> str | None:
-    """Parameters that would train and not be saved."""
-    declared = adapter_tensors(module)
-    stray = [clean_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    stray = [name for name in stray if name not in declared]
-    if not stray:
-        return None
-    return (
-        f"{listed(stray)} would train but not be saved: they belong to no adapter. Name their modules in "
-        "modules_to_save, or leave them frozen."
-    )
+def check_other_callbacks(trainer: Trainer, lora: Callback) -> None:
+    """Refuse callbacks that do not work beside ``LoRACallback``, and tell of copies of the base."""
+    callbacks = _callbacks(trainer)
+    for callback in callbacks[: callbacks.index(lora)]:
+        if isinstance(callback, with_twins(*_AVERAGING)):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} is listed before LoRACallback, so it would average a copy without "
+                "adapters. List LoRACallback first."
+            )
+    for callback in callbacks:
+        if isinstance(callback, type(lora)) and callback is not lora:
+            raise MisconfigurationException("This Trainer has two LoRACallbacks; put all targets into one.")
+        if isinstance(callback, with_twins(BaseFinetuning, ModelPruning)):
+            raise MisconfigurationException(
+                f"{type(callback).__name__} changes which parameters train, and so does LoRACallback. Remove one "
+                "of them; modules_to_save trains whole modules beside the adapters."
+            )
+    if has_averaging(trainer):
+        names = [type(callback).__name__ for callback in callbacks if isinstance(callback, with_twins(*_AVERAGING))]
+        rank_zero_info(f"LoRA: {', '.join(names)} keeps a copy of the whole module, the frozen base included.")
 
 
-def unheld_parameters(module: nn.Module, optimizers: Sequence[Optimizer]) -> str | None:
-    """Trainable parameters that no optimizer would move."""
-    homeless = homeless_parameters(module, optimizers)
-    if not homeless:
-        return None
-    return (
-        f"{listed(homeless)} are held by no optimizer, so they would not train. Return one from configure_optimizers."
-    )
+def has_averaging(trainer: Trainer) -> bool:
+    """Return whether a callback averages weights; it copies the module before the module's own ``setup`` runs."""
+    return has_callback(trainer, *_AVERAGING)
 
 
-def held_adapters(module: nn.Module, optimizer: Optimizer) -> list[str]:
-    """Return the names of the adapters of which an optimizer holds a parameter."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [
-        name
-        for name, adapter in all_adapters(module).items()
-        if any(id(factor) in held for factor in adapter.parameters())
-    ]
+def has_callback(trainer: Trainer, *kinds: type[Callback]) -> bool:
+    """Return whether the Trainer has a callback of one of these kinds."""
+    return any(isinstance(callback, with_twins(*kinds)) for callback in _callbacks(trainer))
 
 
-def reached_adapters(module: nn.Module, device: torch.device) -> set[str]:
-    """Return the names of the adapters that have a gradient, in any process; every process must call this.
+def check_launcher(strategy: Strategy, module: LightningModule) -> None:
+    """Refuse launchers that train copies of a module without adapters, such as ``ddp_spawn``."""
+    if get_attachment(module) is None and isinstance(strategy.launcher, with_twins(_MultiProcessingLauncher)):
+        raise MisconfigurationException(
+            "With this launcher (spawn, fork or notebook) the adapters would exist only in the workers and be lost. "
+            "Call lightning_lora.attach(model, callback.config) before trainer.fit, or use strategy='ddp'."
+        )
 
-    Args:
-        module: The adapted module.
-        device: Where processes talk to each other; offloaded parameters lie elsewhere.
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
+
+
+# --- before the first step: adapters and optimizers
+
+
+def check_before_training(module: LightningModule, layout: Layout, optimizers: list[Optimizer]) -> None:
+    """Check that exactly what should train is attached, declared and held by an optimizer."""
+    model = AdaptedModel(module)
+    if get_attachment(module) is None:
+        raise MisconfigurationException("LoRACallback attached nothing to this module before fit began.")
+    _check_not_replaced(model)
+    _check_declared(model)
+    if any(root.attachment.config.adapter_dtype == "float16" for root in model.roots):
+        rank_zero_warn(
+            "adapter_dtype='float16': Adam's eps of 1e-8 is zero in float16, so its steps become NaN. Use 'float32', "
+            "which costs little, or an optimizer without such a divisor."
+        )
+    groups = [group for optimizer in optimizers for group in original_param_groups(layout, optimizer)]
+    if unheld := unheld_parameters(module, groups):
+        message = f"No optimizer holds {listed(unheld)}, so they would not train. Return one from configure_optimizers."
+        if module.automatic_optimization:
+            raise MisconfigurationException(message)
+        rank_zero_warn(message)  # the module may step an optimizer that Lightning does not know
+
+
+def _check_not_replaced(model: AdaptedModel) -> None:
+    """Refuse adapted layers that plugins or model surgery have replaced."""
+    expected = [join(root.name, layer.name) for root in model.roots for layer in root.attachment.report.layers]
+    if lost := [name for name in expected if name not in model.adapters]:
+        raise MisconfigurationException(
+            f"{listed(lost)} were replaced after LoRA was attached, and their adapters with them. Replace layers "
+            "earlier: in __init__ or configure_model."
+        )
+
+
+def _check_declared(model: AdaptedModel) -> None:
+    """Refuse parameters that would train but not be saved."""
+    trainable = [clean_name(name) for name, p in model.module.named_parameters() if p.requires_grad]
+    if undeclared := [name for name in trainable if name not in model.trained]:
+        raise MisconfigurationException(
+            f"{listed(undeclared)} would train but not be saved: they belong to no adapter. Name their modules in "
+            "modules_to_save, or leave them frozen."
+        )
+
+
+# --- the first step: gradients
+
+
+class GradientCheck:
+    """Checks at the first step of each optimizer that a gradient has reached every adapter that it holds.
+
+    Under manual optimization a module may step an optimizer that Lightning does not know; then the gradients of the
+    first batch are checked at its end.
     """
-    adapters = all_adapters(module)
-    # A process may hold a part of an adapter, or none of it, so they have to agree.
-    flags = anywhere([_has_gradient(adapter) for adapter in adapters.values()], device)
-    return {name for name, is_reached in zip(adapters, flags, strict=True) if is_reached}
+
+    def __init__(self, module: LightningModule, layout: Layout) -> None:
+        self.module, self.layout = module, layout
+        self._checked: set[int] = set()  # optimizers
+        self._reached: set[str] | None = None  # adapters, by any backward pass so far
+
+    def after_backward(self) -> None:
+        """Note which adapters the pass reached, if it may be stepped past Lightning."""
+        if not self.module.automatic_optimization and not self._checked:
+            self._reached = (self._reached or set()) | reached_adapters(self.module, self.layout)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Check the adapters of an optimizer before its first step."""
+        if id(optimizer) not in self._checked:
+            self._checked.add(id(optimizer))
+            held = {id(p) for group in original_param_groups(self.layout, optimizer) for p in group["params"]}
+            adapters = AdaptedModel(self.module).adapters.items()
+            names = [name for name, adapter in adapters if any(id(p) in held for p in adapter.parameters())]
+            _check_reached(names, reached_adapters(self.module, self.layout))
+
+    def after_batch(self) -> None:
+        """Check all adapters after a first batch that no known optimizer has stepped."""
+        if self._reached is not None and not self._checked:
+            self._checked.add(0)
+            _check_reached(AdaptedModel(self.module).adapters, self._reached)
 
 
-def unreached_message(names: Sequence[str], reached: Collection[str]) -> tuple[str | None, bool]:
-    """Return what is to be said of those that were not reached, and whether that is all of them."""
-    silent = [name for name in names if name not in reached]
-    if not silent:
-        return None, False
+def reached_adapters(module: nn.Module, layout: Layout) -> set[str]:
+    """Return the names of the adapters that have a gradient in any process; every process must call this."""
+    noted, adapters = layout.noted_gradients, AdaptedModel(module).adapters
+    flags = [
+        any(id(p) in noted if noted is not None else _has_gradient(p) for p in adapter.parameters())
+        for adapter in adapters.values()
+    ]
+    # A process may hold a part of an adapter, or nothing of it, so they have to agree.
+    agreed = anywhere(flags, layout.strategy.root_device)  # offloaded parameters lie elsewhere
+    return {name for name, is_reached in zip(adapters, agreed, strict=True) if is_reached}
+
+
+def _check_reached(names: Collection[str], reached: Collection[str]) -> None:
+    """Raise if no gradient reached any of these adapters, warn if none reached some."""
+    if not (silent := [name for name in names if name not in reached]):
+        return
     message = (
         f"No gradient reached the adapters of {listed(silent)} in the first step. Are these layers used in the loss? "
         "Reentrant activation checkpointing over frozen inputs also cuts gradients: set use_reentrant=False."
     )
-    return message, len(silent) == len(names)
+    if len(silent) == len(names):
+        raise MisconfigurationException(message)
+    rank_zero_warn(message)
 
 
-def untrained_adapters(module: nn.Module, device: torch.device) -> str | None:
-    """A model whose adapters are all at their start: it computes what the base does. Every process must call this.
-
-    Args:
-        module: The adapted module.
-        device: Where processes talk to each other.
-    """
-    layers = lora_layers(module).values()
-    is_trained = any(
-        adapter.has_effect(base_parameter(layer, adapter.parameter))
-        for layer in layers
-        for adapter in layer.adapters().values()
-    )
-    # A process may hold nothing of any B.
-    if not layers or any(anywhere([is_trained], device)):
-        return None
-    return (
-        "Every LoRA adapter is still at its start, so this evaluates the bare base model. Pass the checkpoint of a "
-        "trained adapter as ckpt_path."
-    )
+def _has_gradient(parameter: Any) -> bool:
+    return parameter.grad is not None and bool(torch.any(local(parameter.grad) != 0))
 
 
-def untrained_fit(module: nn.Module, device: torch.device, steps: int, *, is_wanted: bool) -> tuple[str | None, bool]:
-    """Return what is to be said of a fit that left all adapters at their start, and whether it failed by that.
+# --- afterwards, and before evaluating: adapters that were never trained
 
-    Args:
-        module: The adapted module.
-        device: Where processes talk to each other.
-        steps: How many optimizer steps the Trainer counted.
-        is_wanted: Whether the Trainer was told to make none.
-    """
-    if untrained_adapters(module, device) is None:
-        return None, False
-    if steps:
-        message = f"Every LoRA adapter is still at its start after {steps} steps. Was the learning rate zero?"
-        return message, False
+
+def warn_if_untrained(layout: Layout, module: LightningModule) -> None:
+    """Warn of evaluating a model whose adapters are untrained; every process must call this."""
+    if _is_untrained(module, layout):
+        rank_zero_warn(
+            "No LoRA adapter has been trained yet, so this evaluates the bare base model. Pass the checkpoint of a "
+            "trained adapter as ckpt_path."
+        )
+
+
+def check_trained(layout: Layout, trainer: Trainer, module: LightningModule) -> None:
+    """Refuse a fit that left all adapters untrained, or warn if it was meant to; every process must call this."""
+    if not _is_untrained(module, layout):
+        return
+    if trainer.global_step:
+        rank_zero_warn(f"No LoRA adapter was trained in {trainer.global_step} steps. Was the learning rate zero?")
+        return
     message = (
-        "This fit made no optimizer step, so every LoRA adapter is still at its start. Is the train_dataloader empty, "
-        "or limit_train_batches, max_steps or max_epochs zero? With manual optimization, step the optimizers."
+        "This fit made no optimizer step, so no LoRA adapter was trained. Is the train_dataloader empty, or "
+        "limit_train_batches, max_steps or max_epochs zero? With manual optimization, step the optimizers."
     )
-    return message, not is_wanted
+    if 0 not in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
+        raise MisconfigurationException(message)
+    rank_zero_warn(message)
 
 
-def _has_gradient(adapter: nn.Module) -> bool:
-    return any(p.grad is not None and bool(torch.any(local(p.grad) != 0)) for p in adapter.parameters())
+def _is_untrained(module: LightningModule, layout: Layout) -> bool:
+    """Return whether all adapters are at their start, so that the model computes what the base does."""
+    layers = AdaptedModel(module).layers.values()
+    if not layers:
+        return False
+    with gathered_parameters(module):
+        is_trained = any(
+            adapter.has_effect(base_parameter(layer, adapter.parameter))
+            for layer in layers
+            for adapter in layer.adapters().values()
+        )
+    return not any(anywhere([is_trained], layout.strategy.root_device))  # a process may hold nothing of any B

@@ -1,4 +1,4 @@
-"""The adapter of a finished fit as a PEFT directory, wherever the module's own tensors are."""
+"""Exporting the adapter of a finished fit as a PEFT directory, wherever the module's own tensors are."""
 
 from __future__ import annotations
 
@@ -8,57 +8,81 @@ from os import PathLike
 from pathlib import Path
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_lora.fingerprint import Fingerprint
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.names import clean_name, join, listed
-from lightning_lora.peft_format.directory import read_tensors
+from lightning_lora.peft_format.directory import TENSORS_FILE
 from lightning_lora.peft_format.files import exported, save_adapter
+from lightning_lora.sharding import shapes_shown
+from lightning_lora.storage.checkpoint import read_checkpoint
+from lightning_lora.storage.safetensors import read_file
+from lightning_lora.trainer.checkpoints import base_fingerprint, trained_state
+from lightning_lora.trainer.strategies.base import Layout, module_of
+from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 
 
-def refused_export(module: nn.Module) -> str | None:
-    """Return what PEFT cannot express of a module's adapters, so that it is said before training; or None."""
-    refused = exported(module).refused
-    if not refused:
-        return None
-    reasons = "\n".join(f"  - {name}: {reason}" for name, reason in refused.items())
-    return f"export_dir: PEFT cannot express these adapters, so nothing could be exported after training:\n{reasons}"
+def check_exportable(module: nn.Module, layout: Layout) -> None:
+    """Refuse before training what could not be exported after it; every process must call this."""
+    adapters = AdaptedModel(module).adapters
+    sliced = [name for name, adapter in adapters.items() if adapter.spec.rows and adapter.spec.use_dora]
+    if sliced and layout.divides_weights:
+        raise MisconfigurationException(
+            f"export_dir: PEFT's file of {listed(sliced)} (DoRA of slices) needs the norms of the whole weights, which "
+            f"{type(layout.strategy).__name__} has divided. Export the checkpoint afterwards: load_adapter(model, "
+            "checkpoint), then save_adapter(model, directory)."
+        )
+    with gathered_parameters(module), shapes_shown(module):
+        refused = exported(module).refused
+    if refused:
+        reasons = "\n".join(f"  - {name}: {reason}" for name, reason in refused.items())
+        raise MisconfigurationException(
+            f"export_dir: PEFT cannot express these adapters, so nothing could be exported after training:\n{reasons}"
+        )
 
 
-def export_fit(
-    module: nn.Module,
-    directory: str | PathLike[str],
-    state: Mapping[str, Tensor],
-    shapes: Mapping[str, torch.Size],
-    base: Fingerprint,
-) -> None:
-    """Write an adapter of a module and read it back; the module stays as it is.
+def export_fit(layout: Layout, directory: str | PathLike[str], checkpoint: str | None) -> None:
+    """Write an adapter of the trained module and read it back; the module stays as it is. Every process must call this.
 
     Args:
-        module: The adapted module, whose own tensors may be spread over processes.
+        layout: That of the strategy.
         directory: Where to write.
-        state: What was trained, whole: name -> tensor.
-        shapes: Shapes of the base parameters that this process does not see whole.
-        base: The fingerprint of the module's base.
+        checkpoint: The file to take the adapter from; if None, the module's last state.
 
     Raises:
         ValueError: It holds NaN or infinity, or PEFT cannot express it. Nothing was written.
-        RuntimeError: What was written is not what was to be written.
+        RuntimeError: The written files differ from the adapter.
     """
+    model = AdaptedModel(module_of(layout.strategy))
+    state, base = {} if checkpoint else trained_state(layout, model), base_fingerprint(layout, model)
+    if not layout.strategy.is_global_zero:
+        return
+    if checkpoint:
+        _, state = read_checkpoint(checkpoint)
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"export_dir={str(directory)!r}: {listed(broken)} hold NaN or infinity, so training diverged. Nothing was "
             "written."
         )
-    hidden = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}  # their values are not asked for
-    with _in_their_place(module, {**hidden, **state}):
-        save_adapter(module, directory, base=base)
-        _verify(module, Path(directory))
+    with _replaced(model.module, {**_hidden_parameters(layout, model), **state}):
+        save_adapter(model.module, directory, base=base)
+        _verify(model.module, Path(directory))
+
+
+def _hidden_parameters(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:
+    """Return stand-ins without values for the adapted layers' own parameters, if a process does not see them whole."""
+    return {
+        (full := join(name, key)): torch.zeros(()).expand(layout.shape(full, parameter))
+        for name, layer in (model.layers.items() if layout.divides_weights else ())
+        for key, parameter in layer._parameters.items()
+        if parameter is not None
+    }
 
 
 @contextmanager
-def _in_their_place(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put other tensors in the place of a module's parameters and buffers for a while."""
+def _replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Replace a module's parameters and buffers by others for a while."""
     before = [
         (table, key, tensor, name)
         for path, part in module.named_modules()
@@ -81,8 +105,8 @@ def _as_kind(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _verify(module: nn.Module, directory: Path) -> None:
-    wanted, found = exported(module).tensors(), read_tensors(directory)
+    wanted, (found, _) = exported(module).tensors(), read_file(directory / TENSORS_FILE)
     if wanted.keys() != found.keys() or not all(
         torch.equal(found[key], tensor.cpu()) for key, tensor in wanted.items()
     ):
-        raise RuntimeError(f"The adapter in {str(directory)!r} is not what was written; is the disk failing?")
+        raise RuntimeError(f"The adapter in {str(directory)!r} differs from what was written; is the disk failing?")

@@ -1,4 +1,4 @@
-"""Settings that are allowed but rarely meant: rates, scalings and targets with which LoRA learns little or diverges."""
+"""Hints for the user: settings with which LoRA learns little or diverges, and what torch's gradient errors mean."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, all_adapters
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type
 from lightning_lora.names import listed
 
 # Full fine-tuning of large models runs below it, and LoRA wants about ten times those rates.
@@ -19,7 +21,12 @@ LOWEST_SCALING, HIGHEST_SCALING = 0.1, 32.0
 HIGHEST_RATIO = 64.0  # LoRA+ recommends about 16
 # The query and value projections of a model with grouped queries are 9 % of its linear layers.
 SMALLEST_SHARE = 0.05
-_RATES = ("lr", "initial_lr", "max_lr")  # of a group: while a schedule warms up, the first is no measure
+_RATES = ("lr", "initial_lr", "max_lr")  # of a group: during warm-up "lr" alone says little
+
+# Words of torch's errors
+_UNUSED = "Expected to have finished reduction in the prior iteration"
+_TWICE = "mark a variable ready only once"
+_CUT = "does not require grad and does not have a grad_fn"
 
 
 class Coverage(NamedTuple):
@@ -27,8 +34,8 @@ class Coverage(NamedTuple):
 
     Attributes:
         trained: Elements of the weights that carry an adapter or train in full.
-        total: Elements of all weights that could carry one; embeddings are not counted, which rarely should.
-        rest: Kinds of layers that have no adapter, those with most elements first.
+        total: Elements of all weights that could carry one, without embeddings, which are rarely adapted.
+        rest: Kinds of layers without adapters, those with most elements first.
     """
 
     trained: int
@@ -36,32 +43,37 @@ class Coverage(NamedTuple):
     rest: tuple[str, ...]
 
 
-def questionable_settings(
-    module: nn.Module, optimizers: Sequence[Optimizer], schedulers: Iterable[object], lr_ratio: float, reach: Coverage
-) -> str | None:
-    """Return what looks wrong about the settings of a run, with the numbers and what to do, or None.
+def warn_of_suspicious_settings(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    schedulers: Iterable[object],
+    lr_ratio: float,
+    reach: Coverage | None,
+) -> None:
+    """Warn once of all settings of a run that look wrong, with the numbers and what to do.
 
     Args:
         module: The adapted module.
         optimizers: Its optimizers, before the first step.
-        schedulers: Their learning rate schedulers: what counts is the highest rate that is known.
+        schedulers: Their learning rate schedulers; the highest known rate counts.
         lr_ratio: Learning rate of ``B`` over that of ``A``.
-        reach: What ``coverage`` found before the module was wrapped.
+        reach: The result of ``coverage``, from before the module was wrapped.
 
     Source:
         Schulman et al. 2025, "LoRA Without Regret" (rate, layers); Hayou et al. 2024, arXiv:2402.12354 (ratio);
         Kalajdzievski 2023, arXiv:2312.03732 (scaling and rank).
     """
-    found = [*_rates(module, optimizers, list(schedulers)), *_scalings(module), *_ratio(lr_ratio), *_targets(reach)]
-    if not found:
+    model = AdaptedModel(module)
+    found = [*_rates(model, optimizers, list(schedulers)), *_scalings(model), *_ratio(lr_ratio), *_targets(reach)]
+    if found:
+        lines = "\n".join(f"  - {each}" for each in found)
+        rank_zero_warn(f"LoRA: this run may learn little, or diverge:\n{lines}")
+
+
+def coverage(module: nn.Module) -> Coverage | None:
+    """Return how much of the weights that could carry adapters trains; None without a low-rank adapter."""
+    if not any(isinstance(adapter, LowRankAdapter) for adapter in AdaptedModel(module).adapters.values()):
         return None
-    return "LoRA: this run may learn little, or diverge:\n" + "\n".join(f"  - {each}" for each in found)
-
-
-def coverage(module: nn.Module) -> Coverage:
-    """Return how much of the weights that could carry adapters trains; nothing if there is no low-rank adapter."""
-    if not any(isinstance(adapter, LowRankAdapter) for adapter in all_adapters(module).values()):
-        return Coverage(0, 0, ())
     embeddings = {id(part._parameters.get("weight")) for part in module.modules() if isinstance(part, nn.Embedding)}
     trained, rest = 0, dict[str, int]()
     for part in module.modules():
@@ -74,6 +86,39 @@ def coverage(module: nn.Module) -> Coverage:
             else:
                 rest[type(part).__name__] = rest.get(type(part).__name__, 0) + size
     return Coverage(trained, trained + sum(rest.values()), tuple(sorted(rest, key=lambda kind: -rest[kind])))
+
+
+def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
+    """Add to an error about gradients which adapters it concerns and what helps; leave other errors as they are.
+
+    Args:
+        exception: Whatever ended the run.
+        module: The adapted module.
+    """
+    text, model = str(exception), AdaptedModel(module)
+    if _UNUSED in text:
+        silent = [name for name, each in model.adapters.items() if any(p.grad is None for p in each.parameters())]
+        if silent:  # replaces torch's words, which Lightning would replace otherwise
+            exception.args = (
+                f"DDP waits for gradients that never come: none reached the adapters of {listed(silent)}. Use "
+                "exclude_modules for layers that do not always run, or strategy='ddp_find_unused_parameters_true'.",
+            )
+    elif _TWICE in text:
+        exception.args = (
+            f"{text}\nLoRA: an adapter, one of {listed(list(model.adapters))}, was used in several backward passes of "
+            "one step. With activation checkpointing set use_reentrant=False; with layers that run several times use "
+            "DDPStrategy(static_graph=True).",
+        )
+    elif _CUT in text and model.adapters:
+        exception.args = (
+            f"{text}\nLoRA: the loss depends on no adapter. If everything it depends on is frozen (for example one of "
+            "two networks), adapt a part of it, train a part in full with modules_to_save, or drop this loss. "
+            "Reentrant activation checkpointing over frozen inputs also cuts gradients: set use_reentrant=False, or "
+            "let the first block's input require a gradient.",
+        )
+
+
+# --- suspicious settings
 
 
 def _weights(part: nn.Module) -> Iterator[tuple[str, int]]:
@@ -89,8 +134,8 @@ def _weights(part: nn.Module) -> Iterator[tuple[str, int]]:
             yield name, math.prod(kind.matrix_shape(part, name))
 
 
-def _rates(module: nn.Module, optimizers: Sequence[Optimizer], schedulers: list[Any]) -> Iterator[str]:
-    factors = {id(parameter) for adapter in all_adapters(module).values() for parameter in adapter.parameters()}
+def _rates(model: AdaptedModel, optimizers: Sequence[Optimizer], schedulers: list[Any]) -> Iterator[str]:
+    factors = {id(parameter) for adapter in model.adapters.values() for parameter in adapter.parameters()}
     for optimizer in optimizers:
         kind = type(optimizer).__name__
         groups = [group for group in optimizer.param_groups if any(id(p) in factors for p in group["params"])]
@@ -99,13 +144,13 @@ def _rates(module: nn.Module, optimizers: Sequence[Optimizer], schedulers: list[
             rates += [rate for each in schedulers for rate in _peaks(each, optimizer)]
         if "adam" in kind.lower() and 0 < max(rates, default=0.0) < LOWEST_RATE:
             yield (
-                f"the learning rate of {max(rates):g} ({kind}) looks like one of full fine-tuning. LoRA wants about "
-                f"ten times such a rate: try {max(10 * max(rates), 2 * LOWEST_RATE):g}, or 2e-4 for a language model."
+                f"the learning rate of {max(rates):g} ({kind}) looks like one for full fine-tuning. LoRA needs about "
+                f"ten times that: try {max(10 * max(rates), 2 * LOWEST_RATE):g}, or 2e-4 for a language model."
             )
 
 
 def _peaks(scheduler: Any, optimizer: Optimizer) -> list[float]:
-    """Return the rates that a scheduler will reach, where it says so."""
+    """Return the rates that a scheduler will reach, as far as its attributes say."""
     inner = [rate for each in getattr(scheduler, "_schedulers", ()) for rate in _peaks(each, optimizer)]
     if getattr(scheduler, "optimizer", None) is not optimizer:
         return inner
@@ -116,17 +161,17 @@ def _numbers(values: Iterable[Any]) -> list[float]:
     return [float(value) for value in values if value is not None]
 
 
-def _scalings(module: nn.Module) -> Iterator[str]:
+def _scalings(model: AdaptedModel) -> Iterator[str]:
     extreme: dict[tuple[float, int], list[str]] = {}
-    for name, adapter in all_adapters(module).items():
+    for name, adapter in model.adapters.items():
         scaling = adapter.spec.scaling
         if isinstance(adapter, LowRankAdapter) and not LOWEST_SCALING <= scaling <= HIGHEST_SCALING:
             extreme.setdefault((scaling, adapter.spec.rank), []).append(name)
     for (scaling, rank), names in extreme.items():
         how, cure = ("small", "Raise") if scaling < LOWEST_SCALING else ("large", "Lower")
         yield (
-            f"the scaling of {scaling:g} at rank {rank} of {listed(names)} is {how}: 1 to 4 is usual. {cure} alpha, "
-            "which is divided by the rank, or with use_rslora=True by its root."
+            f"the scaling of {scaling:g} at rank {rank} of {listed(names)} is {how}: 1 to 4 is usual. {cure} alpha; "
+            "the scaling is alpha / rank, or alpha / sqrt(rank) with use_rslora=True."
         )
 
 
@@ -136,10 +181,10 @@ def _ratio(lr_ratio: float) -> Iterator[str]:
         yield f"lr_ratio={lr_ratio:g} trains B {how}: LoRA+ recommends about 16, and 1 is plain LoRA."
 
 
-def _targets(reach: Coverage) -> Iterator[str]:
-    if reach.trained < SMALLEST_SHARE * reach.total:
+def _targets(reach: Coverage | None) -> Iterator[str]:
+    if reach is not None and reach.trained < SMALLEST_SHARE * reach.total:
         yield (
             f"the adapters reach {reach.trained / reach.total:.1%} of the weights that could carry one; most of the "
-            f"rest are in {listed(reach.rest, 2)} layers. Adapting all kinds of layers does better at the same size: "
+            f"rest are in {listed(reach.rest, 2)} layers. Adapting all kinds of layers works better at the same size: "
             "add them to target_modules."
         )

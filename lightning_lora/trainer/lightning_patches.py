@@ -1,75 +1,214 @@
-"""Lightning never takes an adapter's file for a whole model: ``load_from_checkpoint``, and Trainers without LoRA."""
+"""All changes that this package makes to Lightning's classes and modules, in one place.
+
+Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.pytorch`` and for its twin
+``pytorch_lightning`` (the same classes under another import name):
+
+1. ``_CheckpointConnector.restore_model`` refuses an adapter checkpoint if the module has no adapters. With
+   ``strict_loading=False`` Lightning would drop the adapter silently, and no hook of ours runs without the callback.
+2. ``_CheckpointConnector._select_ckpt_path`` remembers the path that it chose. Sharding strategies read the file only
+   after the module is wrapped, too late to attach what the file holds.
+3. ``core.saving._load_state``, the end of ``load_from_checkpoint``, refuses adapter checkpoints: it would return the
+   bare base model.
+4. ``sys.meta_path`` gets a finder that applies 1 to 3 to ``pytorch_lightning`` when a program imports it later.
+5. ``LoRACallback.__bases__`` gains ``pytorch_lightning.Callback`` if that was imported before: its command line accepts
+   only callbacks of its own.
+
+Changes to single objects are undone when a stage ends: wrapped methods of a module (``attaching.MethodWraps``). Only
+the methods of a strategy object that save and load stay replaced (``checkpoints.AdapterCheckpoints``).
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from typing_extensions import override
 
-from lightning_lora.layers import lora_layers
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.state import check_not_merged
 from lightning_lora.storage.checkpoint import RECORD_KEY
-from lightning_lora.trainer.import_names import change_both, overrides
+from lightning_lora.storage.checkpoint_record import plain_values
+
+_IMPORT_NAMES = ("lightning.pytorch", "pytorch_lightning")
+_TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
+_PATCHED = "_lora_patched"
+_CHOSEN = "_lora_chosen"
 
 
 def install() -> None:
-    """Have ``load_from_checkpoint``, and Trainers without a LoRACallback, refuse adapter checkpoints with a remedy.
-
-    Where loading is not strict, Lightning would drop the adapter without a word, and no hook of ours runs there: the
-    module is the user's own class, and there is no Trainer, or none that knows of adapters.
-    """
-    change_both("core.saving", _guard)
-    change_both("trainer.connectors.checkpoint_connector", _guard_trainers)
+    """Make changes 1 to 4; safe to repeat."""
+    connectors = "trainer.connectors.checkpoint_connector"
+    for place, change in ((connectors, _guard_trainers), (connectors, _remember_path), ("core.saving", _guard_loading)):
+        _change_both(place, change)
 
 
-def _guard(saving: ModuleType) -> None:
-    original = saving._load_state
-    if hasattr(original, "_lora_guard"):
-        return
+def derive_from_both(callback: type[Callback]) -> None:
+    """Make change 5."""
+    callback.__bases__ = with_twins(Callback)
 
-    @functools.wraps(original)
-    def load_state(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if RECORD_KEY in checkpoint and hasattr(cls, "training_step"):  # not a LightningDataModule
-            raise RuntimeError(
-                f"This checkpoint holds an adapter without its base model, so {cls.__name__}.load_from_checkpoint "
-                f"cannot rebuild the module. Build the base and load the adapter into it: model = {cls.__name__}(...); "
-                "lightning_lora.load_adapter(model, path)."
-            )
-        return original(cls, checkpoint, *args, **kwargs)
 
-    load_state._lora_guard = True  # type: ignore[attr-defined]
-    saving._load_state = load_state  # type: ignore[attr-defined]
+# --- the two import names
+
+
+def with_twins(*kinds: type) -> tuple[type, ...]:
+    """Return classes of Lightning, with their twins under the other import name if that was imported."""
+    return (*kinds, *(twin for kind in kinds if (twin := _twin(kind)) is not None))
+
+
+def import_name(thing: object) -> str | None:
+    """Return which of the two packages the class of an object derives from, or None."""
+    places = [f"{kind.__module__}." for kind in type(thing).__mro__]
+    return next((name for place in places for name in _IMPORT_NAMES if place.startswith(f"{name}.")), None)
+
+
+def overrides(module: LightningModule, method: str) -> bool:
+    """Return whether a LightningModule defines a method of its own."""
+    [parent] = [kind for kind in with_twins(LightningModule) if isinstance(module, kind)]
+    return is_overridden(method, module, parent)
+
+
+def _twin(kind: type) -> type | None:
+    for name, other in _TWINS.items():
+        if kind.__module__.startswith(f"{name}."):
+            place = sys.modules.get(other + kind.__module__.removeprefix(name))
+            return getattr(place, kind.__name__, None)
+    return None
+
+
+def _change_both(place: str, change: Callable[[ModuleType], None]) -> None:
+    """Change a module of ``lightning.pytorch`` now, and its twin now or when it is imported."""
+    first, second = (f"{name}.{place}" for name in _IMPORT_NAMES)
+    change(importlib.import_module(first))
+    if second in sys.modules:
+        change(sys.modules[second])
+    else:
+        sys.meta_path.insert(0, _ChangeOnImport(second, change))
+
+
+class _ChangeOnImport(MetaPathFinder):
+    """Changes a module right after it is imported, once."""
+
+    def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
+        self.name, self.change = name, change
+
+    @override
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_change(module: ModuleType) -> None:
+                execute(module)
+                self.change(module)
+
+            spec.loader.exec_module = execute_and_change  # type: ignore[method-assign]
+        return spec
+
+
+def _replace(owner: Any, name: str, make: Callable[[Any], Callable[..., Any]]) -> None:
+    """Replace a function by the one that ``make`` builds around it, once."""
+    original = getattr(owner, name)
+    if not hasattr(original, _PATCHED):
+        replacement = functools.wraps(original)(make(original))
+        setattr(replacement, _PATCHED, True)
+        setattr(owner, name, replacement)
+
+
+# --- 1: Trainers without the callback
 
 
 def _guard_trainers(connectors: ModuleType) -> None:
-    original = connectors._CheckpointConnector.restore_model
-    if hasattr(original, "_lora_guard"):
-        return
+    def guarded(original: Any) -> Callable[..., Any]:
+        def restore_model(connector: Any) -> None:
+            module, checkpoint = connector.trainer.lightning_module, connector._loaded_checkpoint
+            try:
+                if not overrides(module, "on_load_checkpoint"):  # which may attach
+                    _refuse_without_adapters(module, checkpoint)
+                original(connector)
+                _refuse_without_adapters(module, checkpoint)
+            except Exception:
+                checkpoint.clear()  # the Trainer keeps it and would load it again in the next stage
+                raise
 
-    @functools.wraps(original)
-    def restore_model(connector: Any) -> None:
-        module, checkpoint = connector.trainer.lightning_module, connector._loaded_checkpoint
-        try:
-            if not overrides(module, "on_load_checkpoint"):  # which may attach
-                _refuse_bare(module, checkpoint)
-            original(connector)
-            _refuse_bare(module, checkpoint)
-        except Exception:
-            checkpoint.clear()  # the Trainer keeps it, and would load it again in the next stage
-            raise
+        return restore_model
 
-    restore_model._lora_guard = True  # type: ignore[attr-defined]
-    connectors._CheckpointConnector.restore_model = restore_model
+    _replace(connectors._CheckpointConnector, "restore_model", guarded)
 
 
-def _refuse_bare(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    if RECORD_KEY not in checkpoint or lora_layers(module):
+def _refuse_without_adapters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    if RECORD_KEY not in checkpoint or AdaptedModel(module).layers:
         return
     check_not_merged(module, checkpoint[RECORD_KEY].get("merges", {}))
     raise RuntimeError(
-        f"This checkpoint holds an adapter, and this {type(module).__name__} has none that could take it. Add the "
-        "LoRACallback to the Trainer's callbacks: to evaluate, LoRACallback() takes all options from the file."
+        f"This checkpoint holds an adapter, but this {type(module).__name__} has no adapters to load it into. Add "
+        "LoRACallback to the Trainer's callbacks; to evaluate, LoRACallback() takes all options from the file."
     )
+
+
+# --- 2: the checkpoint that a run is about to load
+
+
+def _remember_path(connectors: ModuleType) -> None:
+    def remembering(original: Any) -> Callable[..., Any]:
+        def select(connector: Any, *args: Any, **kwargs: Any) -> Any:
+            path = original(connector, *args, **kwargs)
+            setattr(connector, _CHOSEN, path)
+            return path
+
+        return select
+
+    if hasattr(connectors._CheckpointConnector, "_select_ckpt_path"):
+        _replace(connectors._CheckpointConnector, "_select_ckpt_path", remembering)
+
+
+def chosen_checkpoint(trainer: Trainer) -> str | None:
+    """Return the path of the checkpoint that this run will load, or None; every process must call this."""
+    path = trainer.strategy.broadcast(getattr(trainer._checkpoint_connector, _CHOSEN, None))
+    return None if path is None else str(path)
+
+
+def chosen_record(trainer: Trainer) -> Any:
+    """Return the adapter's record in the checkpoint that this run will load, or None; every process must call this."""
+    path = chosen_checkpoint(trainer)
+    if path is None:
+        return None
+    files = get_filesystem(path)
+    if not files.isfile(path):
+        return None  # a directory of shards, or a missing file: loading it will raise
+    with files.open(path, "rb") as stream:
+        return plain_values(stream).get(RECORD_KEY)
+
+
+# --- 3: load_from_checkpoint
+
+
+def _guard_loading(saving: ModuleType) -> None:
+    def guarded(original: Any) -> Callable[..., Any]:
+        def load_state(cls: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            if RECORD_KEY in checkpoint and hasattr(cls, "training_step"):  # not a LightningDataModule
+                raise RuntimeError(
+                    f"This checkpoint holds an adapter without its base model, so {cls.__name__}.load_from_checkpoint "
+                    f"cannot rebuild the module. Build the base and load the adapter into it: model = "
+                    f"{cls.__name__}(...); lightning_lora.load_adapter(model, path)."
+                )
+            return original(cls, checkpoint, *args, **kwargs)
+
+        return load_state
+
+    _replace(saving, "_load_state", guarded)

@@ -1,4 +1,4 @@
-"""Starting a training from another adapter: ranks may have grown, targets may have come and gone."""
+"""Starting a training from another adapter: ranks may have grown, layers may have been added or removed."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers import Adapter, LowRankAdapter, all_adapters
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.loading import imported
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import adapter_tensors, check_not_merged, refuse_other_base
+from lightning_lora.state import check_not_merged, refuse_other_base
 
 
 @dataclass
 class WarmStart:
-    """What a training starts from.
+    """The values that a training starts from, and how they relate to the source.
 
     Attributes:
         values: Name of a tensor of the module -> its start, whole.
         kept: Adapters that start as they are in the source.
         grown: Adapters whose ranks have grown.
-        new: What the source does not have, and what starts afresh.
-        dropped: What the source has besides.
+        new: Adapters and tensors that are missing from the source and start afresh.
+        dropped: Tensors that only the source has.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -44,10 +45,10 @@ class WarmStart:
 
 
 def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool = True) -> WarmStart:
-    """Copy another adapter into an adapted module, as far as it reaches; the update of each layer is the same.
+    """Copy another adapter into an adapted module as far as they overlap; the update of each layer stays the same.
 
-    Where a rank has grown, the factor that starts at zero is padded with zeros and the other keeps its own start, so
-    that the new part can learn. Where a scaling differs, ``B`` is rescaled.
+    If a rank has grown, the factor that starts at zero is padded with zeros and the other keeps its own start, so that
+    the new part can learn. If a scaling differs, ``B`` is rescaled.
 
     Args:
         module: An adapted module.
@@ -59,21 +60,22 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
             changed.
         RuntimeError: Another adapter was merged into this module.
     """
-    source, scalings = _read(module, path, check_base=check_base)
-    start, problems = _resolved(module, source, scalings)
+    model = AdaptedModel(module)
+    full_names = _full_names(model)
+    source, scalings = _read(module, path, full_names, check_base=check_base)
+    start, problems = _resolved(model, source, scalings, {name: key for key, name in full_names.items()})
     if not start.values:
         problems.append(f"it shares no tensor with this {type(module).__name__}")
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"init_from={str(path)!r} does not fit; nothing was changed:\n{lines}")
-    tensors = adapter_tensors(module)
     for name, value in start.values.items():
-        copy_whole(tensors[name], value.to(tensors[name].dtype))
+        copy_whole(model.trained[name], value.to(model.trained[name].dtype))
     return start
 
 
 def _read(
-    module: nn.Module, path: str | PathLike[str], *, check_base: bool
+    module: nn.Module, path: str | PathLike[str], full_names: Mapping[tuple[str, str], str], *, check_base: bool
 ) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
     """Return the source's tensors under the names of this module, and the scalings of its adapters."""
     file = read_adapter(path)
@@ -85,41 +87,44 @@ def _read(
     root_name, content = imported(module, file, check_base=check_base)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
-    names = _names(module)
     for label, each in factors.items():
         found = {key: getattr(each, key) for key in ("A", "B", "magnitude", "bias")}
         source |= {
-            names.get((label, key), f"{label}.lora.{key}"): value for key, value in found.items() if value is not None
+            full_names.get((label, key), f"{label}.lora.{key}"): value
+            for key, value in found.items()
+            if value is not None
         }
     for name, (_, rows) in content.tokens.items():
         label = join(root_name, name)
-        source[names.get((label, "rows"), f"{label}.lora.rows")] = rows
+        source[full_names.get((label, "rows"), f"{label}.lora.rows")] = rows
     return source, {label: each.scaling for label, each in factors.items()}
 
 
-def _names(module: nn.Module) -> dict[tuple[str, str], str]:
+def _full_names(model: AdaptedModel) -> dict[tuple[str, str], str]:
     """Return the full name of each adapter's parameters: (adapter, parameter) -> name."""
-    full = {id(tensor): name for name, tensor in adapter_tensors(module).items()}
+    full = {id(tensor): name for name, tensor in model.trained.items()}
     return {
         (label, key): full[id(parameter)]
-        for label, adapter in all_adapters(module).items()
+        for label, adapter in model.adapters.items()
         for key, parameter in adapter.named_parameters()
     }
 
 
 def _resolved(
-    module: nn.Module, source: Mapping[str, Tensor], scalings: Mapping[str, float]
+    model: AdaptedModel,
+    source: Mapping[str, Tensor],
+    scalings: Mapping[str, float],
+    owner_of: Mapping[str, tuple[str, str]],
 ) -> tuple[WarmStart, list[str]]:
-    start, problems, mine = WarmStart(), list[str](), adapter_tensors(module)
-    owner_of = {name: key for key, name in _names(module).items()}
-    adapters = all_adapters(module)
-    for name, tensor in mine.items():
+    """Return how each tensor that trains starts, and the problems: tensors that do not fit."""
+    start, problems = WarmStart(), list[str]()
+    for name, tensor in model.trained.items():
         label, key = owner_of.get(name, (name, ""))
         if name not in source:
             start.new.append(label)
             continue
         value, own = source[name].detach().cpu(), whole(tensor.detach()).cpu()
-        adapter = adapters.get(label)
+        adapter = model.adapters.get(label)
         if isinstance(adapter, LowRankAdapter):
             value = _rescaled(value, key, adapter, scalings.get(label))
         if value.shape == own.shape:
@@ -130,7 +135,7 @@ def _resolved(
             start.grown.append(label)
         else:
             problems.append(f"{name}: {tuple(value.shape)} there, {tuple(own.shape)} here")
-    start.dropped = [name for name in source if name not in mine and ".lora." in name]
+    start.dropped = [name for name in source if name not in model.trained and ".lora." in name]
     for names in (start.kept, start.grown, start.new):
         names[:] = dict.fromkeys(names)
     return start, problems
@@ -143,7 +148,7 @@ def _rescaled(value: Tensor, key: str, adapter: LowRankAdapter, scaling: float |
 
 
 def _padded(value: Tensor, own: Tensor, key: str, adapter: Adapter) -> Tensor | None:
-    """Return a factor of a lower rank with the rest of ours behind it, zero in the factor that starts at zero."""
+    """Return a factor of a lower rank, padded with the rest of ours: zeros in the factor that starts at zero."""
     if not isinstance(adapter, LowRankAdapter) or key not in ("A", "B"):
         return None
     dimension = -2 if key == "A" else -1

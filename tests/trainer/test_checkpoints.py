@@ -346,7 +346,7 @@ def test_a_checkpoint_of_something_else_is_no_base(strict: bool, tmp_path: Path)
 
 
 def test_a_directory_of_shards_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    refused(str(tmp_path), "is a directory: a sharded checkpoint of a whole model.*Make it one file")
+    refused(str(tmp_path), "is a directory: a sharded checkpoint of a whole model.*convert it to one file")
 
 
 def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
 
 from lightning_lora import LoRACallback, LoRAConfig, attach
-from lightning_lora.trainer.hints import LOWEST_RATE, Coverage, coverage, questionable_settings
+from lightning_lora.trainer.hints import LOWEST_RATE, Coverage, coverage, warn_of_suspicious_settings
 from tests.peft_format.kinds import Experts
 from tests.test_callback import Duel
 from tests.toys import Toy, loader, network, trainer
@@ -27,17 +27,20 @@ def adapted(**options: Any) -> nn.Module:
     return model
 
 
-def said(
+def warning(
     model: nn.Module | None = None,
     optimizer: Callable[[Any], Optimizer] = torch.optim.AdamW,
     schedule: Callable[[Optimizer], Any] | None = None,
     lr_ratio: float = 1.0,
-    reach: Coverage = ALL,
+    reach: Coverage | None = ALL,
 ) -> str | None:
     model = adapted() if model is None else model
     made = optimizer([p for p in model.parameters() if p.requires_grad])
     schedulers = [] if schedule is None else [schedule(made)]
-    return questionable_settings(model, [made], schedulers, lr_ratio, reach)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_suspicious_settings(model, [made], schedulers, lr_ratio, reach)
+    return str(caught[0].message) if caught else None
 
 
 def adam(lr: float) -> Callable[[Any], Optimizer]:
@@ -49,7 +52,7 @@ def adam(lr: float) -> Callable[[Any], Optimizer]:
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
 def test_a_rate_of_full_fine_tuning_is_named_with_what_to_try(kind: Any):
-    message = said(optimizer=lambda parameters: kind(parameters, lr=1e-5))
+    message = warning(optimizer=lambda parameters: kind(parameters, lr=1e-5))
     assert message is not None
     assert f"learning rate of 1e-05 ({kind.__name__})" in message
     assert "try 0.0001" in message
@@ -57,11 +60,11 @@ def test_a_rate_of_full_fine_tuning_is_named_with_what_to_try(kind: Any):
 
 @pytest.mark.parametrize("rate", [LOWEST_RATE, 1e-4, 2e-4, 1e-3, 1e-2])
 def test_rates_of_lora_are_fine(rate: float):
-    assert said(optimizer=adam(rate)) is None
+    assert warning(optimizer=adam(rate)) is None
 
 
 def test_other_optimizers_have_other_scales():
-    assert said(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-5)) is None
+    assert warning(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-5)) is None
 
 
 SCHEDULES = {
@@ -80,18 +83,18 @@ def test_what_counts_is_the_highest_rate_of_a_schedule(name: str):
     optimizer = adam(rate)([p for p in model.parameters() if p.requires_grad])
     scheduler = schedule(optimizer)
     assert optimizer.param_groups[0]["lr"] < LOWEST_RATE
-    assert questionable_settings(model, [optimizer], [scheduler], 1.0, ALL) is None
+    assert warn_of_suspicious_settings(model, [optimizer], [scheduler], 1.0, ALL) is None
 
 
 def test_a_warm_up_that_is_no_scheduler_of_torchs_is_known_by_the_groups_initial_rate():
     model = adapted()
     groups = [{"params": [*model[0].lora.parameters()], "lr": 1e-9, "initial_lr": 2e-4}]
-    assert said(model, optimizer=lambda _: torch.optim.AdamW(groups)) is None
+    assert warning(model, optimizer=lambda _: torch.optim.AdamW(groups)) is None
 
 
 @pytest.mark.parametrize("schedule", [lambda o: LinearLR(o, 0.1), lambda o: OneCycleLR(o, 1e-5, total_steps=9)])
 def test_a_schedule_does_not_hide_a_low_rate(schedule: Callable[[Optimizer], Any]):
-    assert "learning rate of 1e-05" in str(said(optimizer=adam(1e-5), schedule=schedule))
+    assert "learning rate of 1e-05" in str(warning(optimizer=adam(1e-5), schedule=schedule))
 
 
 def test_rates_of_groups_without_adapters_and_rates_set_later_do_not_count():
@@ -99,8 +102,8 @@ def test_rates_of_groups_without_adapters_and_rates_set_later_do_not_count():
     attach(model, LoRAConfig(rank=4, target_modules=["0"], modules_to_save=["4"]))
     factors, head = [*model[0].lora.parameters()], [*model[4].parameters()]
     groups = [{"params": factors, "lr": 2e-4}, {"params": head, "lr": 1e-6}]
-    assert said(model, lambda _: torch.optim.AdamW(groups)) is None
-    assert said(model, lambda _: torch.optim.AdamW([{"params": factors, "lr": 0.0}])) is None
+    assert warning(model, lambda _: torch.optim.AdamW(groups)) is None
+    assert warning(model, lambda _: torch.optim.AdamW([{"params": factors, "lr": 0.0}])) is None
 
 
 # --- scalings, ratios, targets
@@ -108,7 +111,7 @@ def test_rates_of_groups_without_adapters_and_rates_set_later_do_not_count():
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"rank": 1}, {"rank": 2, "use_rslora": True}])
 def test_usual_scalings_are_fine(options: dict[str, Any]):
-    assert said(adapted(**options)) is None
+    assert warning(adapted(**options)) is None
 
 
 @pytest.mark.parametrize(
@@ -121,21 +124,21 @@ def test_usual_scalings_are_fine(options: dict[str, Any]):
     ],
 )
 def test_extreme_scalings_are_named_with_their_layers(options: dict[str, Any], words: str):
-    assert words in str(said(adapted(**options)))
+    assert words in str(warning(adapted(**options)))
 
 
 @pytest.mark.parametrize("ratio", [1.0, 2.0, 16.0, 64.0])
 def test_usual_ratios_are_fine(ratio: float):
-    assert said(lr_ratio=ratio) is None
+    assert warning(lr_ratio=ratio) is None
 
 
 @pytest.mark.parametrize(("ratio", "how"), [(0.1, "slower than A"), (500.0, "much faster than A")])
 def test_extreme_ratios_are_named(ratio: float, how: str):
-    assert f"lr_ratio={ratio:g} trains B {how}" in str(said(lr_ratio=ratio))
+    assert f"lr_ratio={ratio:g} trains B {how}" in str(warning(lr_ratio=ratio))
 
 
 def test_everything_that_looks_wrong_is_one_message():
-    message = said(adapted(alpha=0.25), adam(1e-5), lr_ratio=0.1, reach=Coverage(1, 1000, ("Conv2d", "Linear")))
+    message = warning(adapted(alpha=0.25), adam(1e-5), lr_ratio=0.1, reach=Coverage(1, 1000, ("Conv2d", "Linear")))
     assert str(message).count("\n  - ") == 4
     assert "reach 0.1% of the weights that could carry one; most of the rest are in Conv2d, Linear layers" in message
 
@@ -171,13 +174,13 @@ def test_query_and_value_of_a_language_model_are_enough(grouped: int):
     block = {name: nn.Linear(64, size) for name, size in sizes.items()} | {"down": nn.Linear(224, 64)}
     model = nn.ModuleDict(block)
     attach(model, LoRAConfig(rank=2, target_modules=["q", "v"]))
-    assert said(model, reach=coverage(model)) is None
+    assert warning(model, reach=coverage(model)) is None
 
 
 def test_training_tokens_alone_is_no_choice_of_targets():
     model = nn.ModuleDict({"embed": nn.Embedding(100, 8), "q": nn.Linear(8, 8)})
     attach(model, LoRAConfig(target_modules=[], trainable_token_indices={"embed": [1]}))
-    assert said(model, reach=coverage(model)) is None
+    assert warning(model, reach=coverage(model)) is None
 
 
 # --- in a run

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRACallback, detach, load_adapter, lora_layers
-from lightning_lora.trainer.one_file import in_one_move
+from lightning_lora.trainer.checkpoints import written_at_once
 from tests.toys import FEATURES, Toy, digest, loader, network
 from tests.trainer.test_checkpoints import fitted, read
 
@@ -143,7 +143,7 @@ def test_an_adapter_of_one_name_loads_into_a_module_of_the_other(tmp_path: Path)
 @pytest.mark.parametrize("name", [lightning.pytorch, other])
 def test_checkpoints_of_both_names_are_moved_into_their_place_whole(name: Any, tmp_path: Path) -> None:
     run = name.Trainer(enable_checkpointing=False, **QUIET)
-    with in_one_move(run.strategy, tmp_path / "last.ckpt") as place:
+    with written_at_once(run.strategy, tmp_path / "last.ckpt") as place:
         assert place != tmp_path / "last.ckpt"
         place.write_bytes(b"whole")
     assert (tmp_path / "last.ckpt").read_bytes() == b"whole"

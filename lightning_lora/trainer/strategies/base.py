@@ -1,145 +1,81 @@
-"""How a strategy spreads what is trained over its processes, and how it is brought together again."""
+"""How a strategy distributes what is trained over its processes, and how it is brought together again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import Strategy
-from torch import Tensor
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from lightning_lora.fingerprint import Fingerprint, fingerprint, samples
-from lightning_lora.layers import WeightLoRALayer, all_adapters, lora_layers
-from lightning_lora.names import join, listed
-from lightning_lora.optimizers import optimizer_names
-from lightning_lora.sharding import laid_out_like, whole
-from lightning_lora.state import adapter_tensors, base_tensors
-from lightning_lora.surgery import merge
-from lightning_lora.trainer.checks import reached_adapters
-from lightning_lora.trainer.process_slices import Key
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.fingerprint import Fingerprint
+from lightning_lora.layers import LoRALayer, WeightLoRALayer
+from lightning_lora.names import clean_name, listed
+from lightning_lora.optimizers import group_names
+from lightning_lora.sharding import is_sharded, laid_out_like, whole
+
+Key = TypeVar("Key")
 
 
 class Layout:
-    """How a strategy spreads what is trained over its processes: whole in each, or as ``DTensor``."""
+    """The simplest layout: every process has the whole of each tensor, or all have it as ``DTensor``.
 
-    _base: Fingerprint | None = None  # as it was when attaching, where the weights cannot be read later
-    when_wrapping: Callable[[], None] | None = None  # what to do before the module wraps the first part of itself
+    A new strategy overrides the methods below. The constructor prepares the strategy for adapters, and raises
+    ``MisconfigurationException`` if it cannot train them. Every process calls the methods that read or write values.
+
+    Attributes:
+        strategy: Lightning's.
+        divides_weights: Whether a process may have only a part of a frozen weight.
+        base: The fingerprint of the base from when the adapters were attached, if weights cannot be read later.
+        original_parameters: The parameters of each group as the module configured them, if the strategy replaces its
+            optimizer's.
+        noted_gradients: Identities of the parameters that got a gradient, if the strategy takes gradients away.
+        before_wrapping: Called before ``configure_model`` wraps the first part of the module.
+    """
+
+    divides_weights = False
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
+        self.base: Fingerprint | None = None
+        self.original_parameters: list[list[nn.Parameter]] | None = None
+        self.noted_gradients: set[int] | None = None
+        self.before_wrapping: Callable[[], None] | None = None
 
-    @property
-    def module(self) -> LightningModule:
-        """The module that the strategy trains now."""
-        assert self.strategy.lightning_module is not None
-        return self.strategy.lightning_module
-
-    def prepare(self) -> None:
-        """Adjust the strategy before it wraps the module; called when a stage is set up.
-
-        Raises:
-            NotImplementedError: The strategy is set up in a way that cannot train adapters.
-        """
+    def check_fit(self, *, with_diagnostics: bool) -> None:
+        """Refuse to train, or to measure while training, with the strategy's settings."""
 
     def attached(self, module: LightningModule) -> None:
-        """Take note of adapters that were attached, before the strategy wraps the module.
+        """Take note of newly attached adapters before the strategy wraps the module; refuse what it cannot train."""
 
-        Raises:
-            NotImplementedError: The strategy cannot train such adapters.
-        """
-
-    def is_divided(self, module: LightningModule) -> bool:  # noqa: ARG002
-        """Return whether adapters of this module were taken note of and cannot be read any more."""
-        return False
-
-    def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the frozen base; every process must call this."""
-        return fingerprint(base_tensors(self.module)) if self._base is None else self._base
-
-    def samples(self, names: Collection[str]) -> Fingerprint:
-        """Return samples of those of the named tensors that belong to the base; every process must call this."""
-        if self._base is None:
-            return samples(base_tensors(self.module), names)
-        return {name: self._base[name] for name in names if name in self._base}
-
-    def base_loaded(self, state: Mapping[str, Tensor]) -> None:
-        """Take note that the base got other values, by their names in a whole model's state."""
-        if self._base is not None:
-            new = fingerprint({name: state[name] for name in base_tensors(self.module) if name in state})
-            self._base = {**self._base, **new}
+    def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+        """Take note of the optimizers before the strategy takes them over; refuse what it cannot use."""
 
     def gather(
         self,
-        tensors: Mapping[Key, Tensor],
+        values: Mapping[Key, Any],
         name_of: Callable[[Key], str],  # noqa: ARG002 - for strategies that hide shapes
-    ) -> dict[Key, Tensor]:
-        """Return the whole tensors; every process must call this.
+    ) -> dict[Key, Any]:
+        """Return whole tensors.
 
         Args:
-            tensors: What this process has.
-            name_of: Gives the name of the parameter that a tensor belongs to.
+            values: What this process has of parameters, or of their optimizer states; plain numbers stay as they are.
+            name_of: Gives the name of the parameter that a value belongs to.
         """
-        return {key: whole(tensor.detach()) for key, tensor in tensors.items()}
-
-    def agree(self, values: Mapping[Key, Any]) -> dict[Key, Any]:
-        """Return the values of all processes, some of which may lack some; every process must call this."""
-        return dict(values)
+        return {key: whole(v.detach()) if isinstance(v, Tensor) else v for key, v in values.items()}
 
     def part(self, value: Tensor, name: str, like: Tensor) -> Tensor:  # noqa: ARG002
         """Return this process's part of a whole tensor that belongs to the parameter of this name."""
         return laid_out_like(value.to(like.device), like)
-
-    @property
-    def divides_weights(self) -> bool:
-        """Whether a process may have a part of a frozen weight only."""
-        return False
-
-    def refused_export(self, module: LightningModule) -> str | None:
-        """Return why a finished fit's adapter could not be exported here, or None."""
-        sliced = [name for name, adapter in all_adapters(module).items() if adapter.spec.rows and adapter.spec.use_dora]
-        if not (sliced and self.divides_weights):
-            return None
-        return (
-            f"export_dir: PEFT's file of {listed(sliced)} (DoRA of slices) needs the norms of the whole weights, which "
-            f"{type(self.strategy).__name__} has divided. Export the checkpoint afterwards: load_adapter(model, "
-            "checkpoint), then save_adapter(model, directory)."
-        )
-
-    def refused_training(self) -> str | None:
-        """Return why nothing can be trained as the strategy is set up, though evaluated, or None."""
-        return None
-
-    def refused_diagnostics(self) -> str | None:
-        """Return why adapters cannot be measured while they train here, or None."""
-        return None
-
-    def trained(self) -> dict[str, Tensor]:
-        """Return what was trained: name -> the whole tensor; every process must call this."""
-        return self.gather(adapter_tensors(self.module), lambda name: name)
-
-    def hidden_shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the adapted layers' own parameters, where a process does not see them."""
-        if not self.divides_weights:
-            return {}
-        return {
-            (full := join(name, key)): self.shape(full, parameter)
-            for name, layer in lora_layers(self.module).items()
-            for key, parameter in layer._parameters.items()
-            if parameter is not None
-        }
-
-    def merge(self) -> None:
-        """Fold the adapters into the weights for good."""
-        merge(self.module)
-
-    def at_hand(self) -> AbstractContextManager[object]:
-        """Have what is trained whole for a while, where it is not; what is written to it stays."""
-        return nullcontext()
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -148,59 +84,28 @@ class Layout:
             if name in values:
                 tensor.copy_(self.part(values[name], name, tensor))
 
-    def fill_base(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        """Do the same for a whole model, with little more of it in memory at a time than this process's part."""
-        self.fill(tensors, values)
-
-    def shown(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors without memory that have the shapes of the whole ones."""
-        return {
-            name: torch.empty(self.shape(name, tensor), dtype=tensor.dtype, device="meta")
-            for name, tensor in tensors.items()
-        }
-
     def shape(self, name: str, parameter: Tensor) -> torch.Size:  # noqa: ARG002
         """Return the shape of the whole of a parameter."""
         return parameter.shape
 
-    # --- optimizers
+    def gathered_layer(self, layer: LoRALayer) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Have the whole of an adapted layer's weight and factors for a while; changes to them stay."""
+        return nullcontext()
 
-    def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
-        """Take note of the optimizers, before the strategy takes them over.
-
-        Raises:
-            NotImplementedError: The strategy cannot use them as they are.
-        """
-
-    def as_configured(self, optimizers: Sequence[Any]) -> Sequence[Any]:
-        """Return what has the module's own parameters in ``param_groups``: these optimizers, or stand-ins."""
-        return optimizers
-
-    def reached(self) -> set[str]:
-        """Return the names of the adapters that gradients have reached, in any process; every process must call."""
-        return reached_adapters(self.module, self.strategy.root_device)
-
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
-        """Return an optimizer's state with whole tensors; every process must call this."""
-        state = Strategy.optimizer_state(self.strategy, optimizer)
-        names = [name for group in optimizer_names(self.module, [optimizer])[0] for name in group]
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        entries: dict[int, dict[str, Any]] = cast(dict[str, Any], state).get("state", {})
-        values = {(index, key): value for index, entry in entries.items() for key, value in entry.items()}
-        tensors = {
-            (index, key): value
-            for (index, key), value in values.items()
-            if isinstance(value, Tensor) and value.ndim and value.shape == parameters[index].shape
+    def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
+        """Return an optimizer's state with whole tensors."""
+        state = cast(dict[str, Any], Strategy.optimizer_state(self.strategy, optimizer))
+        names = [name for group in group_names(module, optimizer.param_groups) for name in group]
+        values = {
+            (index, key): value for index, entry in state.get("state", {}).items() for key, value in entry.items()
         }
-        found: dict[Any, Any] = self.gather(tensors, lambda place: names[place[0]])
-        found |= self.agree({place: value for place, value in values.items() if place not in tensors})
-        whole_entries: dict[int, dict[str, Any]] = {}
-        for index, key in sorted(found):
-            whole_entries.setdefault(index, {})[key] = found[index, key]
-        return {**state, "state": whole_entries} if state else {}
+        entries: dict[int, dict[str, Any]] = {}
+        for (index, key), value in sorted(self.gather(values, lambda place: names[place[0]]).items()):
+            entries.setdefault(index, {})[key] = value
+        return {**state, "state": entries} if state else {}
 
     def load_optimizer_state(self, optimizer: Any, state: dict[str, Any], names: list[str]) -> None:
-        """Load what ``optimizer_state`` returned, anywhere, into an optimizer.
+        """Load what ``optimizer_state`` returned, under any strategy, into an optimizer.
 
         Args:
             optimizer: One of the strategy's.
@@ -218,25 +123,79 @@ class Layout:
         _optimizer_to_device(optimizer, self.strategy.root_device)
 
 
+class ModelParallelLayout(Layout):
+    """FSDP2 and tensor parallelism: ``configure_model`` itself makes parameters ``DTensor``."""
+
+    divides_weights = True
+
+    @override
+    def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+        """Refuse what each process would train by itself: nothing synchronises what the module has not divided."""
+        mesh = cast(ModelParallelStrategy, self.strategy).device_mesh
+        data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
+        sizes = f"data_parallel_size={data.size()}, tensor_parallel_size={tensor.size()}"
+        divided = [parameter for parameter in module.parameters() if is_sharded(parameter)]
+        if mesh.size() > 1 and not divided:
+            raise MisconfigurationException(
+                f"ModelParallelStrategy({sizes}): configure_model of {type(module).__name__} divides no parameter, so "
+                f"each of the {mesh.size()} processes would train by itself. Call fully_shard there, with "
+                f"data_parallel_size={mesh.size()} and tensor_parallel_size=1, or parallelize_module for tensor "
+                "parallelism; or use strategy='ddp'."
+            )
+        apart = [name for name, p in module.named_parameters() if p.requires_grad and not _spans(p, data)]
+        if data.size() > 1 and apart:
+            owners = list(dict.fromkeys(clean_name(name).rpartition(".")[0] for name in apart))
+            raise MisconfigurationException(
+                f"{listed(owners)} would train in each process by itself: under ModelParallelStrategy({sizes}) only "
+                "what fully_shard has divided is synchronised. In configure_model call "
+                'fully_shard(..., mesh=self.device_mesh["data_parallel"]) on these layers, or last on the whole model.'
+            )
+        if tensor.size() > 1 and not any(_spans(parameter, tensor) for parameter in divided):
+            rank_zero_warn(
+                f"LoRA: ModelParallelStrategy({sizes}), but no parameter is divided for tensor parallelism, so groups "
+                f"of {tensor.size()} processes train on the same data. Call parallelize_module in configure_model, or "
+                "set tensor_parallel_size=1."
+            )
+
+
+def _spans(parameter: Tensor, mesh: Any) -> bool:
+    """Return whether a parameter is distributed over all processes of a mesh, and perhaps over others too."""
+    if not is_sharded(parameter):
+        return False
+    own: Any = parameter
+    return set(mesh.mesh.flatten().tolist()) <= set(own.device_mesh.mesh.flatten().tolist())
+
+
+def module_of(strategy: Strategy) -> LightningModule:
+    """Return the module that a strategy trains now."""
+    assert strategy.lightning_module is not None
+    return strategy.lightning_module
+
+
+def original_param_groups(layout: Layout, optimizer: Any) -> list[dict[str, Any]]:
+    """Return an optimizer's groups with the module's own parameters, even if the strategy replaced them."""
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    if layout.original_parameters is None:
+        return groups
+    return [{**group, "params": own} for group, own in zip(groups, layout.original_parameters, strict=True)]
+
+
 def refuse_reading_across(module: LightningModule, strategy: str, instead: str) -> None:
-    """Refuse adapters that one layer reads while another runs: then the strategy may have their tensors apart.
+    """Refuse adapters that one layer reads while another runs: the strategy may have their tensors apart then.
 
     Args:
         module: An adapted module.
         strategy: The strategy's name.
         instead: What can train them.
-
-    Raises:
-        NotImplementedError: There are such adapters.
     """
-    layers = lora_layers(module)
+    layers = AdaptedModel(module).layers
     reasons = {
         "that the weight itself must carry": [n for n, layer in layers.items() if isinstance(layer, WeightLoRALayer)],
         "that tied layers share": [n for n, layer in layers.items() if not layer.adapters()],
     }
     for what, names in reasons.items():
         if names:
-            raise NotImplementedError(
+            raise MisconfigurationException(
                 f"{strategy} cannot train adapters {what}: {listed(names)}. Leave the layers out with "
                 f"exclude_modules, or use {instead}."
             )

@@ -5,165 +5,123 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.fingerprint import Fingerprint, Sample, chosen_names, samples
-from lightning_lora.layers import TokenAdapter, all_adapters, base_parameter, lora_layers
+from lightning_lora.layers import LoRALayer, TokenAdapter, base_parameter
 from lightning_lora.names import listed
-from lightning_lora.sharding import anywhere, gathered
-from lightning_lora.state import adapter_tensors, base_tensors
-from lightning_lora.surgery import merge
-from lightning_lora.trainer.process_slices import Key
-from lightning_lora.trainer.strategies.base import Layout, refuse_reading_across
+from lightning_lora.sharding import gathered
+from lightning_lora.trainer.strategies.base import Key, Layout, original_param_groups, refuse_reading_across
 
 
 class DeepSpeedLayout(Layout):
     """ZeRO divides the optimizer's state (stage 1), gradients (2) and parameters (3).
 
-    It replaces the optimizer by one that holds flat float32 masters, so the parameters that were configured are
-    remembered here, and reads and writes of single ones go through DeepSpeed's own functions for that.
+    It replaces the optimizer by one that holds flat float32 masters, so the configured parameters are remembered here,
+    and single ones are read and written by DeepSpeed's own functions.
     """
 
-    _groups: list[list[nn.Parameter]]  # the parameters of each group, as they were configured
-    _reached: set[int]  # the parameters that a gradient has reached
-
-    @override
-    def prepare(self) -> None:
-        if self._stage() not in (1, 2, 3):
-            raise NotImplementedError(
-                f"LoRACallback supports DeepSpeedStrategy in its ZeRO stages 1, 2 and 3, not in stage {self._stage()}: "
+    def __init__(self, strategy: Strategy) -> None:
+        super().__init__(strategy)
+        self._config: dict[str, Any] = cast(DeepSpeedStrategy, strategy).config or {}
+        zero = self._config.get("zero_optimization") or {}
+        self._stage = int(zero.get("stage", 0))
+        self.divides_weights = self._stage == 3
+        if self._stage not in (1, 2, 3):
+            raise MisconfigurationException(
+                f"LoRACallback supports DeepSpeedStrategy in its ZeRO stages 1, 2 and 3, not in stage {self._stage}: "
                 "without ZeRO it divides nothing; use strategy='ddp'."
             )
-        if (precision := self.strategy.precision_plugin.precision) != "32-true":
+        if (precision := strategy.precision_plugin.precision) != "32-true":
             rank_zero_info(
                 f"LoRA: with precision={precision!r} DeepSpeed computes with adapters in that precision too. It keeps "
                 "float32 masters of them, which are what is trained and saved."
             )
 
     @override
+    def check_fit(self, *, with_diagnostics: bool) -> None:
+        if (own := self._config.get("optimizer")) is not None:
+            raise MisconfigurationException(
+                f"DeepSpeedStrategy(config={{'optimizer': {own!r}}}): with it Lightning never calls "
+                "configure_optimizers, where LoRACallback gives the adapters and their learning rates to optimizers. "
+                "Remove 'optimizer' from the config, and return one from configure_optimizers."
+            )
+        if with_diagnostics:
+            raise MisconfigurationException(
+                "diagnostics_every_n_steps: DeepSpeed takes gradients away as soon as they are computed, and its stage "
+                "3 divides the factors. Leave it out and look at checkpoints with lightning_lora.analysis.analyze, or "
+                "use DDP or ModelParallelStrategy (FSDP2)."
+            )
+
+    @override
     def attached(self, module: LightningModule) -> None:
         if on_meta := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
-            raise NotImplementedError(
+            raise MisconfigurationException(
                 f"DeepSpeedStrategy gives no memory to what was built on the meta device: {listed(on_meta)}. Build the "
                 "module with memory; in configure_model stage 3 divides each layer as soon as it is built."
             )
-        if self._stage() == 3:
+        if self.divides_weights:
             refuse_reading_across(module, "DeepSpeedStrategy(stage=3)", "stage 2")
-            self._base = _gathered_fingerprint(module)
+            self.base = _gathered_fingerprint(module)
 
     @override
-    def refused_training(self) -> str | None:
-        if (own := self._config.get("optimizer")) is None:
-            return None
-        return (
-            f"DeepSpeedStrategy(config={{'optimizer': {own!r}}}): with it Lightning calls no "
-            "configure_optimizers, where LoRACallback gives optimizers the adapters and their rates. Leave 'optimizer' "
-            "out of the config, and return one from configure_optimizers."
-        )
+    def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+        groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+        if not all(groups):
+            raise MisconfigurationException(
+                f"{sum(not group for group in groups)} of the {len(groups)} parameter groups that configure_optimizers "
+                "returned hold frozen parameters only. DeepSpeed drops such groups, and schedulers would give the "
+                "others their learning rates. Leave them out: [group for group in groups if any(p.requires_grad for "
+                "p in group['params'])]."
+            )
+        self.original_parameters = [list(group) for group in groups]
+        self.noted_gradients = set()
+        for adapter in AdaptedModel(module).adapters.values():
+            for parameter in adapter.parameters():
+                _GradientNote(parameter, self.noted_gradients)
 
     @override
-    def refused_diagnostics(self) -> str | None:
-        return (
-            "diagnostics_every_n_steps: DeepSpeed takes gradients away as soon as they are there, and its stage 3 has "
-            "the factors in parts. Leave it out and look at checkpoints with lightning_lora.analysis.analyze, or use "
-            "DDP or ModelParallelStrategy (FSDP2)."
-        )
-
-    @property
-    @override
-    def divides_weights(self) -> bool:
-        return self._stage() == 3
-
-    @override
-    def gather(self, tensors: Mapping[Key, Tensor], name_of: Callable[[Key], str]) -> dict[Key, Tensor]:
-        # In float32 a parameter is what its master is.
-        masters = {
-            key: tensor for key, tensor in tensors.items() if _has_master(tensor) and tensor.dtype != torch.float
-        }
-        found = {key: _functions().safe_get_full_fp32_param(tensor) for key, tensor in masters.items()}
-        with gathered(tensors.values()):
-            found |= {key: tensor.detach().clone() for key, tensor in tensors.items() if key not in masters}
-        return {key: found[key] for key in tensors}
-
-    @override
-    def at_hand(self) -> AbstractContextManager[object]:
-        tokens = [
-            base_parameter(layer, adapter.parameter)  # with which their rows are compared
-            for layer in lora_layers(self.module).values()
-            for adapter in layer.adapters().values()
-            if isinstance(adapter, TokenAdapter)
-        ]
-        return gathered([*adapter_tensors(self.module).values(), *tokens], to_write=True)
+    def gather(self, values: Mapping[Key, Any], name_of: Callable[[Key], str]) -> dict[Key, Any]:
+        # A float32 parameter equals its master.
+        masters = {key: value for key, value in values.items() if _has_master(value) and value.dtype != torch.float}
+        found = {key: _functions().safe_get_full_fp32_param(value) for key, value in masters.items()}
+        with gathered(values.values()):
+            found |= {key: value.detach().clone() for key, value in values.items() if key not in masters}
+        return {key: found[key] for key in values}
 
     @override
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        with gathered(tensors.values(), to_write=True):
-            super().fill(tensors, values)
-        for name, tensor in tensors.items():
-            if name in values and _has_master(tensor):
+        """Fill what trains at once, and the base with one tensor at a time gathered."""
+        wanted = {name: tensor for name, tensor in tensors.items() if name in values}
+        trained = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
+        for some in (trained, *({name: tensor} for name, tensor in wanted.items() if name not in trained)):
+            with gathered(some.values(), to_write=True):
+                super().fill(some, values)
+        for name, tensor in trained.items():
+            if _has_master(tensor):
                 _functions().safe_set_full_fp32_param(tensor, values[name].to(tensor.device))
-
-    @override
-    def fill_base(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        for name, tensor in tensors.items():
-            self.fill({name: tensor}, values)
 
     @override
     def shape(self, name: str, parameter: Tensor) -> torch.Size:
         return getattr(parameter, "ds_shape", parameter.shape)
 
     @override
-    def merge(self) -> None:
-        merge(self.module, whole=lambda layer: gathered(layer.parameters(), to_write=True))
-
-    # --- optimizers
+    def gathered_layer(self, layer: LoRALayer) -> AbstractContextManager[object]:
+        return gathered(layer.parameters(), to_write=True)
 
     @override
-    def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
-        groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
-        if not all(groups):
-            raise NotImplementedError(
-                f"{sum(not group for group in groups)} of the {len(groups)} parameter groups that configure_optimizers "
-                "returned hold frozen parameters only. DeepSpeed drops such groups, and schedulers would give the "
-                "others their learning rates. Leave them out: [group for group in groups if any(p.requires_grad for "
-                "p in group['params'])]."
-            )
-        self._groups = [list(group) for group in groups]
-        self._watch(module)
-
-    @override
-    def as_configured(self, optimizers: Sequence[Any]) -> Sequence[Any]:
-        if not optimizers:
-            return optimizers
-        return [
-            SimpleNamespace(
-                param_groups=[
-                    {**group, "params": params}
-                    for group, params in zip(optimizer.param_groups, self._groups, strict=True)
-                ]
-            )
-            for optimizer in optimizers
-        ]
-
-    @override
-    def reached(self) -> set[str]:
-        adapters = all_adapters(self.module)
-        flags = [any(id(p) in self._reached for p in adapter.parameters()) for adapter in adapters.values()]
-        agreed = anywhere(flags, self.strategy.root_device)
-        return {name for name, is_reached in zip(adapters, agreed, strict=True) if is_reached}
-
-    @override
-    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+    def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
         place, entries = self._places(optimizer), dict[int, dict[str, Any]]()
         for flat, members in _flats(optimizer):
             _link(optimizer, flat, members)
@@ -176,7 +134,7 @@ class DeepSpeedLayout(Layout):
                     entries.setdefault(place[id(parameter)], {})[key] = entry
         groups = [
             {**group, "params": [place[id(parameter)] for parameter in group["params"]]}
-            for group in self.as_configured([optimizer])[0].param_groups
+            for group in original_param_groups(self, optimizer)
         ]
         return {"state": {index: entries[index] for index in sorted(entries)}, "param_groups": groups}
 
@@ -195,44 +153,40 @@ class DeepSpeedLayout(Layout):
                     if isinstance(value, Tensor) and value.ndim:
                         _functions().safe_set_full_optimizer_state(parameter, value.to(flat.device), key)
 
-    # --- parts
-
-    @property
-    def _config(self) -> dict[str, Any]:
-        return cast(DeepSpeedStrategy, self.strategy).config or {}
-
-    def _stage(self) -> int:
-        return int(self._config.get("zero_optimization", {}).get("stage", 0))
-
     def _places(self, optimizer: Any) -> dict[int, int]:
         """Return the position of each parameter in the optimizer, by its identity."""
-        groups = self.as_configured([optimizer])[0].param_groups
-        return {id(p): index for index, p in enumerate(p for group in groups for p in group["params"])}
-
-    def _watch(self, module: LightningModule) -> None:
-        """Note which adapters' parameters get a gradient: DeepSpeed takes gradients away as soon as they are there."""
-        self._reached = set()
-        for adapter in all_adapters(module).values():
-            for parameter in adapter.parameters():
-                _Watch(parameter, self._reached)
+        parameters = (p for group in original_param_groups(self, optimizer) for p in group["params"])
+        return {id(parameter): index for index, parameter in enumerate(parameters)}
 
 
-class _Watch:
-    """Notes the first gradient of a parameter that is not zero, and goes away."""
+class _GradientNote:
+    """Notes the first gradient of a parameter that is not zero, before DeepSpeed takes it away."""
 
-    def __init__(self, parameter: nn.Parameter, reached: set[int]) -> None:
-        self.reached = reached
+    def __init__(self, parameter: nn.Parameter, noted: set[int]) -> None:
+        self.noted = noted
         self.hook = parameter.register_post_accumulate_grad_hook(self.note)  # type: ignore[no-untyped-call]
 
     def note(self, parameter: Tensor) -> None:
         if parameter.grad is not None and bool(torch.any(parameter.grad != 0)):
-            self.reached.add(id(parameter))
+            self.noted.add(id(parameter))
             self.hook.remove()
+
+
+def gathered_parameters(module: nn.Module) -> AbstractContextManager[object]:
+    """Have the whole of what trains for a while, if ZeRO-3 has divided it; changes stay, and all others do nothing."""
+    model = AdaptedModel(module)
+    tokens = [
+        base_parameter(layer, adapter.parameter)  # its rows are compared with the trained ones
+        for layer in model.layers.values()
+        for adapter in layer.adapters().values()
+        if isinstance(adapter, TokenAdapter)
+    ]
+    return gathered([*model.trained.values(), *tokens], to_write=True)
 
 
 def _gathered_fingerprint(module: nn.Module) -> Fingerprint:
     """Return the fingerprint of a base that may be divided already, with one weight at a time gathered."""
-    base, found = base_tensors(module), dict[str, Sample]()
+    base, found = AdaptedModel(module).base, dict[str, Sample]()
     for name in chosen_names(base):
         with gathered([base[name]]):
             found |= samples(base, [name])

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach
-from lightning_lora.trainer.advice import explain
+from lightning_lora.trainer.hints import explain_torch_error
 from tests.distributed import unused_job
 from tests.distributed.ports import free_port
 from tests.toys import network
@@ -28,8 +28,8 @@ def test_an_adapted_layer_that_never_runs_is_named_in_every_process() -> None:
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert process.returncode == 0, process.stderr
     for rank in range(2):
-        assert f"caught in rank {rank}: DDP waits for gradients that do not come" in process.stdout
-    assert process.stdout.count("none reached the adapters of idle. Leave layers that do not always run out") == 2
+        assert f"caught in rank {rank}: DDP waits for gradients that never come" in process.stdout
+    assert process.stdout.count("none reached the adapters of idle. Use exclude_modules") == 2
 
 
 def adapted() -> nn.Module:
@@ -41,9 +41,9 @@ def adapted() -> nn.Module:
 def test_a_parameter_that_is_ready_twice_comes_with_the_remedy() -> None:
     # The words of torch/csrc/distributed/c10d/reducer.cpp.
     error = RuntimeError("Expected to mark a variable ready only once. This error is caused by one of ...")
-    explain(error, adapted())
+    explain_torch_error(error, adapted())
     assert str(error).startswith("Expected to mark a variable ready only once.")
-    assert "an adapter, of 0, 2, 4, was used in several backward passes" in str(error)
+    assert "an adapter, one of 0, 2, 4, was used in several backward passes" in str(error)
     assert "use_reentrant=False" in str(error)
 
 
@@ -51,7 +51,7 @@ def test_a_loss_without_gradient_comes_with_the_remedy() -> None:
     model = adapted()
     with pytest.raises(RuntimeError) as caught:
         model(torch.ones(1, 8)).sum().detach().backward()
-    explain(caught.value, model)
+    explain_torch_error(caught.value, model)
     assert "element 0 of tensors does not require grad" in str(caught.value)
     assert "the loss depends on no adapter" in str(caught.value)
     assert "modules_to_save" in str(caught.value)
@@ -61,7 +61,7 @@ def test_a_loss_without_gradient_comes_with_the_remedy() -> None:
 @pytest.mark.parametrize("message", ["CUDA out of memory", "", "Expected to have finished reduction"])
 def test_other_errors_stay_as_they_are(message: str) -> None:
     error = RuntimeError(message)
-    explain(error, adapted())
+    explain_torch_error(error, adapted())
     assert error.args == (message,)
 
 
@@ -70,5 +70,5 @@ def test_an_error_about_other_parameters_stays_as_it_is() -> None:
     for parameter in model.parameters():
         parameter.grad = parameter.detach().clone()
     error = RuntimeError(message)
-    explain(error, model)
+    explain_torch_error(error, model)
     assert error.args == (message,)
