@@ -22,7 +22,7 @@ from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import make_import
-from lightning_lora.peft_format.loading import matching_root
+from lightning_lora.peft_format.names import matching_root
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged

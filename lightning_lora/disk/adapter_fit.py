@@ -22,8 +22,7 @@ from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.loading import attach_entry, read_adapter
 from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import read_directory
-from lightning_lora.peft_format.importing import make_import
-from lightning_lora.peft_format.loading import import_state
+from lightning_lora.peft_format.importing import import_state, make_import
 from lightning_lora.peft_format.names import PREFIX, without_wrappers
 from lightning_lora.state import adapter_tensors, record_problems
 from lightning_lora.storage.checkpoint import read_checkpoint

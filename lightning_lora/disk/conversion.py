@@ -16,12 +16,11 @@ from lightning_lora.disk.bare_skeleton import attach_bare, fill, skeleton_of_che
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.layers import all_adapters
 from lightning_lora.names import join
+from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import read_directory
 from lightning_lora.peft_format.files import exported, write_export
-from lightning_lora.peft_format.importing import Import, make_import
-from lightning_lora.peft_format.loading import import_state
+from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.peft_format.names import PREFIX
-from lightning_lora.peft_format.patterns import anchored
 from lightning_lora.state import adapter_tensors, describe, mismatches
 from lightning_lora.storage.atomic import replace_file
 from lightning_lora.storage.checkpoint import RECORD_KEY, read_checkpoint, recorded_base
