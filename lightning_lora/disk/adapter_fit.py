@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import named_tensors
 from lightning_lora.disk.base_folder import BaseFolder, find_names
 from lightning_lora.disk.skeleton import build_skeleton
@@ -24,7 +25,7 @@ from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import read_directory
 from lightning_lora.peft_format.importing import import_state, make_import
 from lightning_lora.peft_format.names import PREFIX, without_wrappers
-from lightning_lora.state import adapter_tensors, record_problems
+from lightning_lora.state import record_problems
 from lightning_lora.storage.checkpoint import read_checkpoint
 from lightning_lora.storage.safetensors import Layout, StoredTensor
 from lightning_lora.surgery import attach
@@ -119,7 +120,7 @@ def _fit_peft(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fi
     with _real_values(skeleton, base, {name: names[name] for name in names if PREFIX + name in tensors}):
         content = make_import(skeleton, file)
     attach(skeleton, content.config)
-    state = import_state(skeleton, content, adapter_tensors(skeleton), all_adapters(skeleton))
+    state = import_state(skeleton, content, AdaptedModel(skeleton).trained, all_adapters(skeleton))
     return _fitted(skeleton, names, state, added)
 
 
@@ -161,7 +162,8 @@ def _real_values(skeleton: nn.Module, base: BaseFolder, names: Mapping[str, str]
 
 
 def _fit_checkpoint(path: Path, base: BaseFolder, layouts: Mapping[str, Layout]) -> Fitted:
-    record, state = read_checkpoint(path)
+    file = read_checkpoint(path)
+    record, state = file.record, file.tensors
     try:
         return _fit_record(record, state, base, layouts)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
@@ -198,7 +200,7 @@ def _fit_record(
 def _shape_problems(
     skeleton: nn.Module, state: Mapping[str, Tensor], entries: Collection[Mapping[str, Any]]
 ) -> Iterator[str]:
-    trained, all_biases = adapter_tensors(skeleton), any(entry["config"].get("bias") == "all" for entry in entries)
+    trained, all_biases = AdaptedModel(skeleton).trained, any(entry["config"].get("bias") == "all" for entry in entries)
     live = trained | named_tensors(skeleton)
     for name in trained:
         # The files of a base do not say which of its tensors called bias are parameters.
@@ -222,7 +224,7 @@ def _fitted(
     ignored: Collection[str] = (),
 ) -> Fitted:
     """Give the adapters their values, and return everything together."""
-    live, adapters = adapter_tensors(skeleton), all_adapters(skeleton)
+    live, adapters = AdaptedModel(skeleton).trained, all_adapters(skeleton)
     by_identity = {id(tensor): state[name] for name, tensor in live.items() if name in state}
     owned = {id(p) for adapter in adapters.values() for p in adapter.parameters()}
     for adapter in adapters.values():

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import attachments
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.skeleton import build_skeleton
@@ -19,7 +20,7 @@ from lightning_lora.names import join, listed, matches
 from lightning_lora.peft_format.config import KNOWN_ORDER, PeftConfig
 from lightning_lora.peft_format.directory import keys_by_path
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
-from lightning_lora.state import adapter_tensors, mismatches, record_problems
+from lightning_lora.state import mismatches, record_problems
 from lightning_lora.storage.safetensors import Layout
 from lightning_lora.surgery import attach
 
@@ -52,7 +53,7 @@ def skeleton_of_checkpoint(record: Mapping[str, Any], state: Mapping[str, Tensor
     for entry, config in zip(record["adapters"], configs, strict=True):
         attach_bare(skeleton.get_submodule(entry["root"]), config, entry["seed"])
     known = {name: value for name, value in state.items() if ".lora." in name or name in layouts}
-    if problems := record_problems(skeleton, record) + mismatches(adapter_tensors(skeleton), known):
+    if problems := record_problems(skeleton, record) + mismatches(AdaptedModel(skeleton).trained, known):
         raise ValueError("The record and the tensors of the file contradict each other: " + "; ".join(problems))
     fill(skeleton, known)
     return skeleton
@@ -203,7 +204,7 @@ def attach_bare(module: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
 
 def fill(skeleton: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Give all that trained its values, in place of the zeros that a skeleton has."""
-    _put(skeleton, {name: state[name].to(tensor.dtype) for name, tensor in adapter_tensors(skeleton).items()})
+    _put(skeleton, {name: state[name].to(tensor.dtype) for name, tensor in AdaptedModel(skeleton).trained.items()})
     for adapter in all_adapters(skeleton).values():
         if adapter.spec.rows:
             adapter.index = row_numbers(adapter.spec.rows)

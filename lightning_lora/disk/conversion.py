@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.bare_skeleton import attach_bare, fill, skeleton_of_checkpoint, skeleton_of_peft
 from lightning_lora.fingerprint import fingerprint, to_plain
@@ -21,7 +22,7 @@ from lightning_lora.peft_format.directory import read_directory
 from lightning_lora.peft_format.files import exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.peft_format.names import PREFIX
-from lightning_lora.state import adapter_tensors, describe, mismatches
+from lightning_lora.state import describe, mismatches
 from lightning_lora.storage.atomic import replace_file
 from lightning_lora.storage.checkpoint import RECORD_KEY, read_checkpoint, recorded_base
 
@@ -50,10 +51,11 @@ def export_checkpoint(
     Raises:
         ValueError: The file does not tell enough, or PEFT cannot express the adapter. Nothing was written.
     """
-    record, state = read_checkpoint(checkpoint)
+    file = read_checkpoint(checkpoint)
+    record, state = file.record, file.tensors
     with _sense_of(checkpoint):
         skeleton = skeleton_of_checkpoint(record, state)
-        root = _common_root(adapter_tensors(skeleton)) if root is None else root
+        root = _common_root(AdaptedModel(skeleton).trained) if root is None else root
         export = exported(skeleton, root)
     export.is_partial, before = True, f"{root}." if root else ""
     base = {n.removeprefix(before): each for n, each in recorded_base(record).items() if n.startswith(before)}
@@ -95,8 +97,8 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
         base = {join(root, name): sample for name, sample in file.base.items()}
         base |= fingerprint(_repeated(part, root, content, tensors))
         attach_bare(skeleton, _with_full_names(content, root))
-        state = import_state(part, content, adapter_tensors(skeleton), all_adapters(part))
-        if problems := mismatches(adapter_tensors(skeleton), state):
+        state = import_state(part, content, AdaptedModel(skeleton).trained, all_adapters(part))
+        if problems := mismatches(AdaptedModel(skeleton).trained, state):
             raise ValueError("; ".join(problems))
         fill(skeleton, state)
     record = describe(skeleton) | {"base": to_plain(base), "optimizers": []}
@@ -104,7 +106,7 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": _lightning_version(),
-        "state_dict": {name: tensor.detach() for name, tensor in adapter_tensors(skeleton).items()},
+        "state_dict": {name: tensor.detach() for name, tensor in AdaptedModel(skeleton).trained.items()},
         RECORD_KEY: record,
     }
     replace_file(checkpoint, lambda place: torch.save(content_of_file, place))
