@@ -303,7 +303,7 @@ def test_the_command_compares_the_base(adapter: str, tmp_path: Path, capsys: pyt
         file.rename(folders[name] / "model.safetensors")
         (folders[name] / "config.json").write_text(config.read_text())
     assert main(["verify", adapter, str(folders["same"])]) == 0
-    assert "the one that the adapter was trained on, by samples of 6 tensors" in capsys.readouterr().out
+    assert "the one that the adapter was trained on, judging by samples of 6 tensors" in capsys.readouterr().out
     for command in (["verify", adapter, str(folders["other"])], ["merge", adapter, str(folders["other"]), out]):
         assert main(command) == 1
         assert "1 of 6 compared tensors differ" in capsys.readouterr().err
