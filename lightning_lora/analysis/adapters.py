@@ -340,7 +340,7 @@ def stored_matrices(
 
 def _stored_weights(placed: Mapping[str, _Placed], fitted: Fitted, base: BaseFolder) -> dict[str, StoredTensor]:
     """Return where the weight of each adapter lies, by the adapter's name."""
-    stored_as = fitted.names | {name: base.tied_heads[head] for name, head in fitted.heads.items()}
+    stored_as = {name: base.tied_heads.get(stored, stored) for name, stored in fitted.names.items()}
     names = {name: join(each.path, each.adapter.parameter) for name, each in placed.items()}
     if missing := [own for own in names.values() if stored_as.get(own) not in base.tensors]:
         raise ValueError(f"The base does not contain {listed(missing)}, which the adapter updates.")
