@@ -374,7 +374,7 @@ def import_state(
     Args:
         root: The model that the file is for.
         content: The file.
-        tensors: The module's ``adapter_tensors``.
+        tensors: The module's ``AdaptedModel.trained``.
         adapters: The model's adapters.
     """
     live = AdaptedModel(root).tensors if content.values else {}
