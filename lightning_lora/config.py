@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from lightning_lora.names import near_names, parse_slices
 
-if TYPE_CHECKING:
+MYPY = False  # not TYPE_CHECKING, whose block jsonargparse would run for the types
+if MYPY:
     NonNegativeInt = int
     PositiveInt = int
     PositiveFloat = float

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: seeded randomness, a tiny model, and an adapter of it in files."""
+"""Shared fixtures: seeded randomness, a tiny model, and its adapter in files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.contract import train_all
 
 
 class TinyModel(nn.Module):
-    """Tokens to class scores; its names are those of many real models."""
+    """Maps tokens to class scores; its layer names are common in real models."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _fast_path_for_small_layers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers of tests are too small for the fast path to be chosen; it is what users of real ones get."""
+    """Take the fast path, as real models do; the layers of the tests are too small for it."""
     if "usual_paths" not in request.keywords:
         monkeypatch.setattr(ops, "_FEW", 0)
         monkeypatch.setattr(recomputed, "_FEW", 0)
@@ -53,7 +53,7 @@ def _fast_path_for_small_layers(request: pytest.FixtureRequest, monkeypatch: pyt
 
 @pytest.fixture(autouse=True)
 def _environment_restored() -> Iterator[None]:
-    """Lightning leaves ranks in the environment, with which the processes of other tests would wait for others."""
+    """Restore the environment: Lightning leaves ranks there that would make later tests wait for processes."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -77,7 +77,7 @@ def tokens(rng: torch.Generator) -> Tensor:
 
 @pytest.fixture
 def files(tiny: nn.Module, rng: torch.Generator, tmp_path: Path) -> tuple[Path, Path]:
-    """A PEFT directory and its base, in two shards."""
+    """Return a PEFT directory and its base in two shards."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     base.mkdir()
     state = dict(tiny.state_dict())

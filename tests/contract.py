@@ -1,4 +1,4 @@
-"""The cases that every law of an adapted layer is tested on, and the dense float64 truth beside each.
+"""The layers that every law of an adapted layer is tested on, each with its dense float64 reference.
 
 Letters: ``W`` is the base weight as stored, ``D`` the update ``scaling * B @ A`` as ``(out, in)``.
 """
@@ -23,7 +23,7 @@ SCALING = ALPHA / RANK
 
 
 class CountingLinear(nn.Linear):
-    """A user's Linear: another class, with a forward of its own."""
+    """A user's Linear: a subclass with its own forward."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -35,14 +35,14 @@ class CountingLinear(nn.Linear):
 
 
 class ScaledEmbedding(nn.Embedding):
-    """An embedding with a forward of its own, as Bart's and Gemma's in transformers."""
+    """An embedding with its own forward, as in Bart and Gemma."""
 
     def forward(self, input: Tensor) -> Tensor:
         return 3.0 * super().forward(input)
 
 
 class Holder(nn.Module):
-    """The layer under test in a model, beside another layer that stays as it is."""
+    """A model with the layer under test and another layer that stays unchanged."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -59,13 +59,13 @@ def _conv1d() -> nn.Module:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of layer: how to build it, and the function it computes from its input and any weight."""
+    """A layer kind: how to build it, and its function of the input and any weight."""
 
     build: Callable[[], nn.Module]
     function: Callable[[nn.Module, Tensor, Tensor], Tensor]
     takes_tokens: bool = False
     stores_transposed: bool = False
-    image: tuple[int, ...] = ()  # the shape of one input, where it is no vector
+    image: tuple[int, ...] = ()  # the shape of one input, unless it is a vector
 
 
 def _linear(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _scaled_embedding(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
 
 
 def _convolution(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
-    """A convolution through nothing but padding, windows and a matrix product, group by group."""
+    """Compute a convolution by padding, windows and a matrix product, group by group."""
     bias, kernel = layer.bias.to(W.dtype), W.shape[2:]
     mode = {"zeros": "constant"}.get(layer.padding_mode, layer.padding_mode)
     for axis, (size, step) in enumerate(zip(kernel, layer.dilation, strict=True)):
@@ -105,7 +105,7 @@ def _convolution(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
 
 
 def _transposed_convolution(layer: nn.Module, x: Tensor, W: Tensor) -> Tensor:
-    """The gradient of a convolution, which is what a transposed one is by definition."""
+    """Compute the gradient of a convolution, the definition of a transposed one."""
     dimensions = W.ndim - 2
     convolve = (F.conv1d, F.conv2d, F.conv3d)[dimensions - 1]
     sizes = zip(
@@ -139,13 +139,13 @@ KINDS: Mapping[str, Kind] = {
     "transposed convolution 3d": _conv_kind(nn.ConvTranspose3d, (8, 2, 3, 2), 2, groups=4),
 }
 
-# Largest error over largest value. bfloat16 keeps 8 bits, and some five results are rounded on the way.
+# Largest error over largest value. bfloat16 keeps 8 bits, and about five results are rounded on the way.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.bfloat16: 5 * 2.0**-9}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of layer in one precision."""
+    """A layer kind in one precision."""
 
     kind: str
     dtype: torch.dtype
@@ -191,7 +191,7 @@ class Case:
         return torch.randn(5, 6, IN, generator=rng).to(self.dtype)
 
     def stored(self, layer: nn.Module, D: Tensor) -> Tensor:
-        """Return an ``(out, in)`` matrix in the layout in which the layer stores its weight."""
+        """Return an ``(out, in)`` matrix in the layer's storage layout."""
         return (D.T if self.spec.stores_transposed else D).reshape(stored_weight(layer).shape)
 
     def dense(self, layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -205,13 +205,13 @@ each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
 def stored_weight(layer: nn.Module) -> Tensor:
-    """Return the weight as the state dict has it: the base's, even where ``weight`` reads as base plus update."""
+    """Return the weight as in the state dict: the base's, even if ``weight`` reads as base plus update."""
     return layer.state_dict()["weight"]
 
 
 @torch.no_grad()
 def train(layer: nn.Module, rng: torch.Generator) -> None:
-    """Give the factors of an adapted layer values as if it had been trained; the padding token never trains."""
+    """Set the factors of an adapted layer to values as after training; the padding token never trains."""
     assert isinstance(layer, LoRALayer)
     for adapter in layer.adapters().values():
         for factor in (adapter.A, adapter.B):
@@ -221,7 +221,7 @@ def train(layer: nn.Module, rng: torch.Generator) -> None:
 
 
 def train_all(model: nn.Module, rng: torch.Generator) -> None:
-    """Do so for every adapted layer of a model."""
+    """Set the factors of every adapted layer of a model as after training."""
     for part in model.modules():
         if isinstance(part, LoRALayer):
             train(part, rng)
@@ -233,13 +233,13 @@ def error(found: Tensor, truth: Tensor) -> float:
 
 
 def snapshot(model: nn.Module) -> dict[str, Any]:
-    """Return everything that can be seen of a model: classes, tensors by identity and by value, flags, attributes."""
+    """Return the visible state of a model: classes, tensors by identity and value, flags, attributes."""
     layers = {name: part for name, part in model.named_modules() if isinstance(part, LoRALayer)}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     return {
         "classes": {name: type(part) for name, part in model.named_modules(remove_duplicate=False)},
         "attributes": {
-            # Whether an adapted layer has its switch as an attribute of its own is its affair.
+            # The switch may be an attribute of the instance or of the class.
             name: sorted(vars(part).keys() - ({"lora_mode"} if name in layers else set()))
             for name, part in model.named_modules()
         },
@@ -253,7 +253,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
 
 def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
-    """Check that a model is what it was, bit for bit."""
+    """Check that a model is unchanged, bit for bit."""
     after = snapshot(model)
     for key in before.keys() - {"bits"}:
         assert after[key] == before[key], key
@@ -270,7 +270,7 @@ def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 @contextmanager
 def raises_and_changes_nothing(model: nn.Module, kind: type[Exception], match: str | None = None) -> Iterator[Any]:
-    """Check that a block raises and that the model is what it was before."""
+    """Check that a block raises and leaves the model unchanged."""
     before = snapshot(model)
     with pytest.raises(kind, match=match) as caught:
         yield caught

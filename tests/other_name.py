@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def under_the_other_name(name: str) -> ModuleType:
-    """Import a file of the tests as if it had been written with ``pytorch_lightning``."""
+    """Import a test file as if it were written with ``pytorch_lightning``."""
     spec = importlib.util.find_spec(name)
     assert spec is not None
     assert spec.origin is not None

@@ -38,7 +38,7 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.TransformerEncoderLayer):
-    """A block that reads the weights of its layers instead of calling them."""
+    """A block that reads its layers' weights instead of calling the layers."""
 
     def __init__(self) -> None:
         super().__init__(WIDTH, 2, 2 * WIDTH, dropout=0.0, batch_first=True)
@@ -48,7 +48,7 @@ class Encoder(nn.TransformerEncoderLayer):
 
 
 class Stack(LightningModule):
-    """A first layer, blocks that are run in a way of their own, and a head; in float64."""
+    """A first layer, blocks run by a given function, and a head; in float64."""
 
     def __init__(self, runs: dict[int, Runs] | Runs = plainly, block: type[nn.Module] = Residual) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Stack(LightningModule):
 
 
 class ByHand(Stack):
-    """Steps its optimizer itself, past Lightning."""
+    """Steps its optimizer itself, bypassing Lightning."""
 
     def __init__(self, runs: dict[int, Runs] | Runs = plainly) -> None:
         super().__init__(runs)
@@ -108,7 +108,7 @@ def assert_equal_gradients(found: dict[str, Tensor], truth: dict[str, Tensor]) -
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
 
-# --- the gradients are those of the whole graph
+# --- gradients match those of the whole graph
 
 
 @pytest.mark.parametrize("block", [Residual, Encoder])
@@ -150,11 +150,11 @@ def test_reentrant_works_with_inputs_that_require_grad() -> None:
     assert_equal_gradients(adapted_gradients(model, **lora), adapted_gradients(Stack(), **lora))
 
 
-# --- training is right, or says what is missing
+# --- training is correct, or reports missing gradients
 
 
 class FirstGradients(Callback):
-    """Keeps the gradients of the first two batches: with the first, only those of B differ from zero."""
+    """Keeps the gradients of the first two batches: in the first, only those of B are nonzero."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, Tensor]] = []
@@ -164,7 +164,7 @@ class FirstGradients(Callback):
 
 
 def fitted(module: LightningModule, batches: Any, **lora: Any) -> tuple[list[dict[str, Tensor]], str]:
-    """Train two steps and return the gradients of each, and all that was said of it."""
+    """Train two steps, and return the gradients of each and all messages."""
     seen, said = FirstGradients(), []
     module.train()
     with warnings.catch_warnings(record=True) as caught:
@@ -179,7 +179,7 @@ def fitted(module: LightningModule, batches: Any, **lora: Any) -> tuple[list[dic
 
 
 def assert_right_or_said(module: LightningModule, truth: LightningModule, batches: Any, **lora: Any) -> str:
-    """Check that a module trains with the true gradients, or that the remedy was named; return which."""
+    """Check that a module trains with the true gradients or that a message names the remedy; return which."""
     expected, _ = fitted(truth, batches, **lora)
     found, said = fitted(module, batches, **lora)
     if REMEDY in said:
@@ -219,7 +219,7 @@ def tokens() -> DataLoader:
 
 
 class Language(LightningModule):
-    """A random tiny language model of transformers in float64."""
+    """Return a tiny random transformers language model in float64."""
 
     def __init__(self, family: str, **checkpointing: Any) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class Language(LightningModule):
         self.model.config.use_cache = False
         if checkpointing:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # newer releases have another name for it
+                warnings.simplefilter("ignore", FutureWarning)  # renamed in newer releases
                 self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:

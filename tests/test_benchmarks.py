@@ -21,7 +21,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     monkeypatch.syspath_prepend(str(FOLDER))
     level = logging.getLogger("lightning.pytorch").level
     yield importlib.import_module(request.param)
-    logging.getLogger("lightning.pytorch").setLevel(level)  # which a benchmark may have made quiet
+    logging.getLogger("lightning.pytorch").setLevel(level)  # a benchmark may have changed it
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*
 
 
 class Net(nn.Module):
-    """Layers with biases of every name, with none, and names that only look like a bias's."""
+    """Layers with biases of every name, without biases, and with names that only look like a bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def make(dtype: torch.dtype = torch.float64, **options: Any) -> tuple[nn.Module,
 
 
 def assert_base(model: nn.Module, base: nn.Module, x: Tensor) -> None:
-    """Check that a model computes as the base from the bits of the base; kernels depend on what trains."""
+    """Check that a model has the bits of the base and computes the same; kernels depend on what trains."""
     state = model.state_dict()
     contract.assert_same_bits({name: state[name] for name in base.state_dict()}, dict(base.state_dict()))
     assert error(model(x), base(x)) <= TOLERANCE[x.dtype]
@@ -301,7 +301,7 @@ def test_lora_bias_rejects_weight_adapters(name: str, make: Any):
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "Conv2d"])
 def test_lora_bias_matches_peft(kind: str, rng):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT's optional dependencies
+        warnings.simplefilter("ignore")  # about PEFT's optional dependencies
         peft = pytest.importorskip("peft")
     base = Holder(nn.Conv2d(IN, OUT, (3, 2)) if kind == "Conv2d" else KINDS[kind].build())
     x = torch.randn(2, *((IN, 5, 4) if kind == "Conv2d" else (6, IN)), generator=rng)

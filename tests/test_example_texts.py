@@ -9,8 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lightning_lora.peft_format.directory import read_tensors
 from lightning_lora.storage.checkpoint import read_checkpoint
+from lightning_lora.storage.safetensors import read_file
 from tests.test_examples import EXAMPLES, execute
 
 pytest.importorskip("transformers")
@@ -50,7 +50,7 @@ def test_classifier_fits_tests_and_exports(classifier):
     assert re.search(r"all-linear +37 +8 ", classifier.printed)  # six linear layers in six blocks, and the pooler
     assert float(re.search(r"test_accuracy\D+(\d\.\d+)", classifier.printed)[1]) > 0.6
     assert "12/12" in classifier.printed  # the progress bar
-    assert not re.findall(r".*\.py:\d+: .*", classifier.printed)  # how Lightning and Python print warnings
+    assert not re.findall(r".*\.py:\d+: .*", classifier.printed)  # the format of warnings in Lightning and Python
 
 
 def test_predict_matches_peft(classifier):
@@ -90,7 +90,7 @@ def test_invalid_sentence_file_is_rejected(text, message, tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(str(EXAMPLES / "text_classification"))
     import data
 
-    monkeypatch.delitem(__import__("sys").modules, "data")  # the other example has a module of that name
+    monkeypatch.delitem(__import__("sys").modules, "data")  # another example has a module of that name
     file = tmp_path / "bad.tsv"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
@@ -132,7 +132,7 @@ def test_llm_exports_in_one_process(language_model):
     printed = execute("llm/export.py", str(checkpoint), "peft", folder=language_model.folder)
     assert "Adapter written to peft" in printed
     _, trained = read_checkpoint(str(language_model.folder / checkpoint))
-    exported = read_tensors(language_model.folder / "peft")
+    exported = read_file(language_model.folder / "peft" / "adapter_model.safetensors")[0]
     assert len(exported) == len(trained) == 2 * 14
     for name, tensor in trained.items():
         layer, _, factor = name.removeprefix("net.").partition(".lora.")

@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
 
 def execute(script: str, *arguments: str, folder: Path) -> str:
-    """Run an example and return all it printed; relative paths in its options fall into the folder."""
+    """Run an example and return its output; relative paths in its options refer to the folder."""
     command = [sys.executable, str(EXAMPLES / script), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "MASTER_PORT": str(free_port())}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
@@ -69,7 +69,7 @@ def test_lora_matches_full_fine_tuning_on_new_domain(digits):
 def test_disabled_lora_has_base_accuracy(digits):
     off, base = digits.row("LoRA, switched off"), digits.row("frozen base")
     assert (off["old"], off["new"]) == (base["old"], base["new"])
-    assert digits.row("full fine-tuning")["old"] < base["old"] - 0.2  # so there was something to keep
+    assert digits.row("full fine-tuning")["old"] < base["old"] - 0.2  # so there was something to forget
 
 
 def test_lora_trains_and_stores_small_share(digits):
@@ -110,7 +110,7 @@ def test_table_shows_measured_numbers(digits):
 
 def test_output_has_progress_bars_and_no_warnings(digits):
     assert "150/150" in digits.printed
-    assert not re.findall(r".*\.py:\d+: .*", digits.printed)  # how Lightning and Python print warnings
+    assert not re.findall(r".*\.py:\d+: .*", digits.printed)  # the format of warnings in Lightning and Python
 
 
 def test_picture_is_large_png(digits):

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_gpu_tests_pass_on_cpu() -> None:
-    """FSDP and DeepSpeed are rehearsed by hand, with the same variable: other tests run them on CPUs already."""
+    """Other tests already run FSDP and DeepSpeed on the CPU, so these are excluded."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     command += ["-k", "not fsdp] and not deepspeed"]
     environment = os.environ | {"REHEARSE_GPU_TESTS": "1"}

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @dataclass
 class Outcome:
-    """What a command did: exit code, output, errors, and the LightningCLI object if it came so far."""
+    """The outcome of a command: exit code, output, errors, and the LightningCLI object if created."""
 
     code: int
     output: str
@@ -93,7 +93,7 @@ def test_flags_train_with_cli_optimizer_and_scheduler(run: Run) -> None:
     rates = ["--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01", "--lr_scheduler=CosineAnnealingLR"]
     outcome = run("fit", *RUN, *flags, *rates, "--lr_scheduler.T_max=5")
     assert outcome.moved == ["net.0", "net.2"]
-    assert outcome.held == [[2, 2]]  # A and B of two layers, although LightningCLI built it without any
+    assert outcome.held == [[2, 2]]  # A and B of two layers, although LightningCLI built the optimizer before attaching
     assert [type(c.scheduler).__name__ for c in outcome.cli.trainer.lr_scheduler_configs] == ["CosineAnnealingLR"]
     assert outcome.callback.config == LoRAConfig(rank=4, target_modules=["net.0", "net.2"])
     detach(outcome.model)
@@ -123,7 +123,7 @@ def test_options_work_at_top_level(run: Run) -> None:
     outcome = run("fit", *RUN, *flags, forced=True)
     assert outcome.moved == ["net.0", "net.2"]
     assert outcome.callback.config == LoRAConfig(rank=3, alpha=6.0, target_modules=r"net\.[02]", init="orthogonal")
-    assert type(outcome.callback.config.rank) is int  # not jsonargparse's type, which no checkpoint could hold
+    assert type(outcome.callback.config.rank) is int  # not jsonargparse's type, which a checkpoint cannot hold
 
 
 def test_printed_config_can_be_read_back(run: Run, tmp_path: Path) -> None:

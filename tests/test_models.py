@@ -32,7 +32,7 @@ class Block(nn.Module):
 
 
 class Tagger(nn.Module):
-    """A bidirectional LSTM over token embeddings; the mean of its tags is the class."""
+    """A bidirectional LSTM over token embeddings; the mean of its outputs is the class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Tagger(nn.Module):
 
 
 class Experts(nn.Module):
-    """A layer of four experts that a router weighs, with stacked weights."""
+    """A layer of four experts with stacked weights, weighted by a router."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def mixture() -> nn.Module:
 def gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 30, "n_positions": 8, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # twenty steps are too few to see past noise
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # dropout noise would hide twenty steps
     config = transformers.GPT2Config(num_labels=5, pad_token_id=0, **sizes, **still)
     return transformers.GPT2ForSequenceClassification(config)
 
@@ -109,12 +109,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str,
     "gpt2": (gpt2, tokens, {"exclude_modules": ["score"]}, 8),
     "llama": (llama, tokens, {"exclude_modules": ["score"]}, 14),
 }
-# Some layers here are as thin as their adapters; and transformers' and torch's own news.
+# Some layers are as thin as their adapters; the rest comes from transformers and torch.
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")
 
 
 class Classifier(LightningModule):
-    """Any of the models, always with the same weights."""
+    """Wraps one of the models, always with the same weights."""
 
     def __init__(self, name: str) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from lightning_lora import LoRAConfig, attach, lora_layers, merge
 from tests.contract import KINDS, Case, Holder, error, train_all
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of PEFT's optional dependencies
+    warnings.simplefilter("ignore")  # about PEFT's optional dependencies
     peft = pytest.importorskip("peft")
 
 pytestmark = [
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 CLOSE = 1e-5
-OTHERS = ("own forward", "scaled embedding")  # convolutions have tests of their own
+OTHERS = ("own forward", "scaled embedding")  # convolutions are tested elsewhere
 each_kind = pytest.mark.parametrize("kind", [k for k, spec in KINDS.items() if k not in OTHERS and not spec.image])
 
 
@@ -88,7 +88,7 @@ def test_initial_values_match_peft(kind: str):
 
 
 class Words(nn.Module):
-    """Names that are easy to get wrong."""
+    """Names that are easy to confuse."""
 
     def __init__(self) -> None:
         super().__init__()

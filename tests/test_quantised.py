@@ -22,11 +22,11 @@ from tests.trainer.test_checkpoints import read
 from tests.trainer.test_precision import factors
 
 LAYERS = ["net.0", "net.2", "net.4"]
-Linear = nn.Linear  # torch's, also where a plugin has put its own in its place
+Linear = nn.Linear  # torch's, even while a plugin has replaced nn.Linear
 
 
 class EightBit(Linear):
-    """A quantised layer as bitsandbytes': an nn.Linear with bytes for a weight and a forward of its own."""
+    """A quantised layer like bitsandbytes': an nn.Linear with a byte weight and its own forward."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, bias=bias, **kwargs)
@@ -50,7 +50,7 @@ def eight_bit(linear: nn.Linear) -> nn.Linear:
 
 
 class Replaces(Precision):
-    """Replaces each nn.Linear unless that was done, as BitsandbytesPrecision and TransformerEnginePrecision do."""
+    """Replaces each nn.Linear once, like BitsandbytesPrecision and TransformerEnginePrecision."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         if not any(isinstance(part, EightBit) for part in module.modules()):
@@ -62,7 +62,7 @@ class Replaces(Precision):
 
 
 class StandsIn(Replaces):
-    """Has its class stand in for nn.Linear inside ``configure_model`` too, as those do."""
+    """Also replaces nn.Linear by its class inside ``configure_model``, as those do."""
 
     @contextmanager
     def module_init_context(self) -> Iterator[None]:
@@ -97,7 +97,7 @@ def test_plugin_keeps_existing_adapters(rng) -> None:
     try:
         trainer(callback, plugins=[Replaces()], max_steps=0).fit(module, loader())
     except (MisconfigurationException, ValueError, RuntimeError) as refusal:
-        assert "net.0" in str(refusal)  # noqa: PT017 - it may also work
+        assert "net.0" in str(refusal)  # noqa: PT017 - attaching may also work
     assert_same_bits(factors(module), trained)
 
 
@@ -112,7 +112,7 @@ def assert_adapted_once(module: nn.Module) -> None:
 
 def test_plugin_without_linear_layers_never_trains_bare_base() -> None:
     class Foreign(nn.Module):
-        """A layer as TransformerEngine's: no nn.Linear, with its names."""
+        """A layer like TransformerEngine's: not an nn.Linear, but with its attribute names."""
 
         def __init__(self, linear: nn.Linear) -> None:
             super().__init__()
@@ -133,7 +133,7 @@ def test_plugin_without_linear_layers_never_trains_bare_base() -> None:
     try:
         trainer(LoRACallback(rank=4), plugins=[ReplacesAll()]).fit(module, loader())
     except (MisconfigurationException, ValueError) as refusal:
-        assert "Toy has no linear layer" in str(refusal)  # noqa: PT017 - it may also work
+        assert "Toy has no linear layer" in str(refusal)  # noqa: PT017 - attaching may also work
         assert not module.losses
     else:
         assert all(isinstance(module.net[index], Foreign) for index in (0, 2, 4))
@@ -175,7 +175,7 @@ each_quantiser = pytest.mark.parametrize("quantise", QUANTISERS.values(), ids=QU
 
 
 def quantised(quantise: Callable[[nn.Linear], nn.Module]) -> Toy:
-    """Return a module with one large quantised layer; bitsandbytes takes none as small as the toys'."""
+    """Return a module with one large quantised layer; the toys' layers are too small for bitsandbytes."""
     module = Toy()
     with torch.random.fork_rng():
         torch.manual_seed(7)

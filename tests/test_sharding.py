@@ -16,7 +16,7 @@ from lightning_lora.sharding import gathered
 
 @contextmanager
 def gathered_parameters(parameters: Iterable[Tensor], modifier_rank: int | None = None) -> Iterator[None]:
-    """Do what DeepSpeed's does to the values: whole inside, and nothing afterwards, even if an exception passes."""
+    """Act like DeepSpeed on values: whole inside, empty afterwards, even after an exception."""
     parameters = list(parameters)
     for parameter in parameters:
         parameter.data = torch.ones(2, 3)

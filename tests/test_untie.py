@@ -208,7 +208,7 @@ def language_model(family: str) -> nn.Module:
 @pytest.fixture
 def peft() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its optional dependencies
+        warnings.simplefilter("ignore")  # about its optional dependencies
         return pytest.importorskip("peft")
 
 
@@ -261,7 +261,7 @@ def test_trained_biases_match_peft(family: str, bias: str, peft: Any):
 
 
 class Speaker(toys.Toy):
-    """Learns to say every token again; its pretrained weights are made with it or loaded where Lightning says."""
+    """Learns to repeat every token; its pretrained weights are created with it or loaded in ``setup``."""
 
     def __init__(self, loads: bool) -> None:
         super().__init__()

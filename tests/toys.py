@@ -16,7 +16,7 @@ FEATURES = 8
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Three linear layers with fixed weights, whatever the global seed."""
+    """Return three linear layers with fixed weights, independent of the global seed."""
     with torch.random.fork_rng():
         torch.manual_seed(7)
         layers = [nn.Linear(FEATURES, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, FEATURES)]
@@ -86,7 +86,7 @@ class BuiltInConfigureModel(Toy):
 
 
 def trainer(*callbacks: Callback, root: Path | str | None = None, **options: Any) -> Trainer:
-    """A quiet Trainer on the CPU; checkpoints only with a callback that makes them."""
+    """Return a quiet CPU Trainer that saves checkpoints only with a checkpoint callback."""
     makes_checkpoints = any(isinstance(callback, Checkpoint) for callback in callbacks)
     defaults: dict[str, Any] = {
         "accelerator": "cpu",

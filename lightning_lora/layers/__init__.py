@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 from torch import nn
 
 from lightning_lora.layers.adapter import (
@@ -18,7 +16,7 @@ from lightning_lora.layers.adapter import (
 from lightning_lora.layers.conv import ConvAdapter, ConvTransposeAdapter
 from lightning_lora.layers.embedding import EmbeddingAdapter, TokenAdapter, swapped_as_follower
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
-from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode, Swapped, swap_in, swap_out
+from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode, Swapped, swap_in, swap_out, taken_names
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.norm import (
     NORMALISING,
@@ -35,26 +33,6 @@ SUPPORTED = (
     "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.EmbeddingBag, nn.Conv1d/2d/3d, "
     "nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, nn.LSTM/GRU/RNN and their cells, nn.Bilinear"
 )
-
-
-_NEEDED = frozenset(
-    {"lora", "lora_original"}
-    | {name for kind in (LoRALayer, WeightLoRALayer) for name in vars(kind) if not name.startswith("_")} - {"forward"}
-)
-
-
-def taken_names(module: nn.Module) -> frozenset[str]:
-    """Return the names of an adapted layer's own attributes that this module already uses for something else."""
-    taken = _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
-    for table in (vars(module), module._parameters, module._buffers, module._modules):
-        if not _NEEDED.isdisjoint(table):
-            taken |= _NEEDED & table.keys()
-    return taken
-
-
-@functools.cache
-def _taken_by_class(kind: type) -> frozenset[str]:
-    return frozenset(name for name in _NEEDED if hasattr(kind, name))
 
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:

@@ -192,11 +192,6 @@ class Adapter(nn.Module, ABC):
     # --- what planning asks of a kind
 
     @classmethod
-    def recognises(cls, layer_class: type[nn.Module]) -> bool:  # noqa: ARG003 - most kinds are registered by class
-        """Return whether this is the adapter for a class that nobody registered."""
-        return False
-
-    @classmethod
     def accepts(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds take all
         """Return whether a module of the right class can have this adapter."""
         return True
@@ -307,15 +302,16 @@ class Adapter(nn.Module, ABC):
 
 _by_class: dict[type[nn.Module], type[Adapter]] = {}
 _by_kind: dict[str, type[Adapter]] = {}
+KNOWN_BY_NAME: dict[str, type[Adapter]] = {}  # by the end of a class's name, for libraries that need not be installed
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[Adapter]) -> None:
-    """Adapt layers of a class with adapters of a class: how a new kind of layer is added.
+    """Register the adapter for a kind of layer.
 
     Args:
-        layer_class: The layers, with all subclasses for which nothing more specific is registered.
-        adapter_class: A subclass of ``Adapter``, usually of ``LinearAdapter`` or ``LowRankAdapter`` in
-            ``lightning_lora.layers``. ``docs/layers.md`` shows what it states.
+        layer_class: The class of the layers. Subclasses have the same adapter, unless one is registered for them.
+        adapter_class: A subclass of ``LinearAdapter``, or of another adapter in ``lightning_lora.layers``. See
+            ``docs/layers.md`` for what it states.
     """
     _by_class[layer_class] = adapter_class
     if adapter_class.kind is not None:
@@ -334,7 +330,10 @@ def _adapter_of_class(layer_class: type[nn.Module]) -> type[Adapter] | None:
     for each in layer_class.__mro__:
         if each in _by_class:
             return _by_class[each]
-    return next((adapter for adapter in _by_kind.values() if adapter.recognises(layer_class)), None)
+    for end, adapter in KNOWN_BY_NAME.items():
+        if layer_class.__name__.endswith(end):
+            return adapter
+    return None
 
 
 def adapter_of_kind(kind: str) -> type[Adapter]:

@@ -7,6 +7,7 @@ that of loralib and PEFT for one group; for several, ``A`` is shared by the grou
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -18,19 +19,15 @@ from typing_extensions import override
 from lightning_lora.layers.adapter import base_weight, register_adapter
 from lightning_lora.layers.lora_layer import reads_weight
 from lightning_lora.layers.low_rank import LowRankAdapter
-from lightning_lora.ops.conv import Convolution, conv_update, keeps_less, pointwise
+from lightning_lora.ops.conv import Convolution, composed, conv_update, keeps_less, pointwise
 
 _LAYERS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_CONVOLVE_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
-    1: F.conv_transpose1d,
-    2: F.conv_transpose2d,
-    3: F.conv_transpose3d,
-}
 
 
 class _KernelAdapter(LowRankAdapter):
-    """What both have in common: the options of the convolution, and a kernel that is read as a matrix."""
+    """The common part of both: two convolutions for the update, and a kernel that is read as a matrix."""
+
+    is_explicit = True  # the options are all that the convolution does
 
     @override
     def prepare(self, module: nn.Module, parameter: str) -> None:
@@ -45,17 +42,28 @@ class _KernelAdapter(LowRankAdapter):
         kernel = A.view(-1, *self.kernel[1:])
         return kernel if self.groups == 1 else kernel.repeat(self.groups, *[1] * (kernel.ndim - 1))
 
-    def keeps_less(self, inputs: Tensor) -> bool:
-        """Return whether ``in_one`` can be taken, and keeps less for backward than the composition."""
-        return keeps_less(inputs, self.A, self.B, self.dropout_now(), self.trailing_dimensions)
+    @abstractmethod
+    def convolutions(self, inputs: Tensor, output: Tensor) -> tuple[Convolution, Convolution]:
+        """Return the options of both convolutions."""
 
-    def in_one(
-        self, inputs: Tensor, kernels: tuple[Tensor, Tensor], convolutions: tuple[Convolution, Convolution]
-    ) -> Tensor:
-        """Return the update as one operation."""
-        down, up = kernels
-        dropout = self.dropout_now()
-        return conv_update(inputs, down, up, convolutions, scaling=self.spec.scaling, dropout=dropout)
+    @abstractmethod
+    def kernels(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the kernels of both convolutions."""
+
+    def padded(self, inputs: Tensor) -> Tensor:
+        """Return the inputs with the padding that a convolution's options cannot express."""
+        return inputs
+
+    @override
+    def update(self, inputs: Tensor, output: Tensor) -> Tensor:
+        first, second = self.convolutions(inputs, output)
+        dropout, scaling = self.dropout_now(), self.spec.scaling
+        if self.is_explicit and keeps_less(inputs, self.A, self.B, dropout, self.trailing_dimensions):
+            down, up = self.kernels(self.A, self.B)
+            return conv_update(inputs, down, up, (first, second), scaling=scaling, dropout=dropout)
+        inputs = self.padded(self.dropped(inputs))
+        down, up = self.kernels(*self.factors_as(inputs.dtype, inputs.device.type))
+        return composed(composed(inputs, down, first) * scaling, up, second)
 
     @override
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -85,26 +93,23 @@ class ConvAdapter(_KernelAdapter):
         super().prepare(module, parameter)
         self.padding_mode = cast(_ConvNd, module).padding_mode
         self.padding_by_side = tuple(cast(Any, module)._reversed_padding_repeated_twice)
+        self.is_explicit = self.padding_mode == "zeros" and not isinstance(self.padding, str)
 
     @override
-    def update(self, inputs: Tensor, output: Tensor) -> Tensor:
-        if self.padding_mode == "zeros" and not isinstance(self.padding, str) and self.keeps_less(inputs):
-            down, up = self.kernels(self.A, self.B)
-            options = Convolution(
-                self.stride, self.padding, self.dilation, self.groups, False, (0,) * self.trailing_dimensions
-            )
-            return self.in_one(inputs, (down, up), (options, pointwise(self.trailing_dimensions, self.groups)))
-        inputs = self.dropped(inputs)
-        down, up = self.kernels(*self.factors_as(inputs.dtype, inputs.device.type))
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":  # as the base does it
-            inputs, padding = F.pad(inputs, self.padding_by_side, mode=self.padding_mode), 0
-        convolve = _CONVOLVE[self.trailing_dimensions]
-        hidden = convolve(inputs, down, None, self.stride, padding, self.dilation, self.groups) * self.spec.scaling
-        return convolve(hidden, up, groups=self.groups)
+    def convolutions(self, inputs: Tensor, output: Tensor) -> tuple[Convolution, Convolution]:
+        none = (0,) * self.trailing_dimensions
+        padding = self.padding if self.padding_mode == "zeros" else none
+        first = Convolution(self.stride, padding, self.dilation, self.groups, False, none)
+        return first, pointwise(self.trailing_dimensions, self.groups)
 
+    @override
+    def padded(self, inputs: Tensor) -> Tensor:
+        if self.padding_mode == "zeros":
+            return inputs
+        return F.pad(inputs, self.padding_by_side, mode=self.padding_mode)  # as the layer does it
+
+    @override
     def kernels(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the kernels of both convolutions."""
         return self.for_groups(A), B.view(*B.shape, *[1] * self.trailing_dimensions)  # (out, r, 1...)
 
     @override
@@ -159,28 +164,13 @@ class ConvTransposeAdapter(_KernelAdapter):
         return _has_own_forward(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
     @override
-    def update(self, inputs: Tensor, output: Tensor) -> Tensor:
-        dimensions = self.trailing_dimensions
-        if self.keeps_less(inputs):
-            padding, more = cast(tuple[int, ...], self.padding), self._output_padding(inputs, output)
-            options = Convolution(self.stride, padding, self.dilation, self.groups, True, more)
-            return self.in_one(inputs, self.kernels(self.A, self.B), (pointwise(dimensions, self.groups), options))
-        inputs = self.dropped(inputs)
-        down, up = self.kernels(*self.factors_as(inputs.dtype, inputs.device.type))
-        hidden = _CONVOLVE[dimensions](inputs, down, groups=self.groups)
-        return _CONVOLVE_TRANSPOSED[dimensions](
-            hidden * self.spec.scaling,
-            up,
-            None,
-            self.stride,
-            self.padding,
-            self._output_padding(inputs, output),
-            self.groups,
-            self.dilation,
-        )
+    def convolutions(self, inputs: Tensor, output: Tensor) -> tuple[Convolution, Convolution]:
+        more = self._output_padding(inputs, output)
+        second = Convolution(self.stride, self.padding, self.dilation, self.groups, True, more)
+        return pointwise(self.trailing_dimensions, self.groups), second
 
+    @override
     def kernels(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the kernels of both convolutions."""
         # (in, r) -> (g * r, in/g, 1...): each group's inputs to its own r channels
         down = B.view(self.groups, -1, B.shape[1]).transpose(1, 2).reshape(-1, self.kernel[0] // self.groups)
         return down.view(*down.shape, *[1] * self.trailing_dimensions), self.for_groups(A)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import base_weight, register_adapter
+from lightning_lora.layers.adapter import KNOWN_BY_NAME, base_weight, register_adapter
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
 
@@ -109,11 +109,6 @@ class Conv1DAdapter(LinearAdapter):
 
     @classmethod
     @override
-    def recognises(cls, layer_class: type[nn.Module]) -> bool:
-        return layer_class.__name__.endswith("Conv1D")  # by structure, so that transformers need not be installed
-
-    @classmethod
-    @override
     def accepts(cls, module: nn.Module) -> bool:
         weight, out_features = getattr(module, "weight", None), getattr(module, "nf", None)
         return isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == out_features
@@ -154,3 +149,4 @@ class Conv1DAdapter(LinearAdapter):
 
 register_adapter(nn.Linear, LinearAdapter)
 register_adapter(StoredConv1D, Conv1DAdapter)
+KNOWN_BY_NAME["Conv1D"] = Conv1DAdapter

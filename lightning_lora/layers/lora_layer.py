@@ -99,7 +99,7 @@ def _without(cls: type[Swapped]) -> type[nn.Module]:
 def _swapped_class(mixin: type[Swapped], base: type[nn.Module], computed: tuple[str, ...]) -> type[Swapped]:
     key = (mixin, base, computed)
     if key not in _classes:
-        namespace: dict[str, Any] = {name: _computed(name) for name in computed}
+        namespace: dict[str, Any] = dict(zip(computed, map(_computed, computed), strict=True))
         namespace |= {
             # The base's module: TransformerEngine's plugin recognises its layers by it.
             "__module__": base.__module__,
@@ -291,3 +291,24 @@ def _same_part(tensor: Tensor, part: Tensor, whole: Tensor) -> Tensor:
     """Return what lies in a tensor where a part lies in a whole of the same layout."""
     place = tensor.storage_offset() + part.storage_offset() - whole.storage_offset()
     return tensor.as_strided(part.shape, part.stride(), place)
+
+
+# --- names that an adapted layer needs
+
+_NEEDED = frozenset(
+    {"lora", "lora_original", "read"} | {name for name in vars(LoRALayer) if not name.startswith("_")} - {"forward"}
+)
+
+
+def taken_names(module: nn.Module) -> frozenset[str]:
+    """Return the names of an adapted layer's own attributes that this module already uses for something else."""
+    taken = _taken_by_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
+    for table in (vars(module), module._parameters, module._buffers, module._modules):
+        if not _NEEDED.isdisjoint(table):
+            taken |= _NEEDED & table.keys()
+    return taken
+
+
+@functools.cache
+def _taken_by_class(layer_class: type) -> frozenset[str]:
+    return frozenset(filter(functools.partial(hasattr, layer_class), _NEEDED))

@@ -6,10 +6,11 @@ copy in its precision for every layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
@@ -17,12 +18,17 @@ from lightning_lora.ops.dropout import alive, kept, random_bits
 from lightning_lora.ops.eager import shared_cast, without_autocast
 from lightning_lora.ops.linear import compute_dtype, is_fast
 
+_FUNCTIONS: dict[tuple[int, bool], Callable[..., Tensor]] = {
+    **{(1, False): F.conv1d, (2, False): F.conv2d, (3, False): F.conv3d},
+    **{(1, True): F.conv_transpose1d, (2, True): F.conv_transpose2d, (3, True): F.conv_transpose3d},
+}
+
 
 class Convolution(NamedTuple):
     """The options of one convolution; each sequence has a number for every dimension."""
 
     stride: Sequence[int]
-    padding: Sequence[int]
+    padding: Sequence[int] | str
     dilation: Sequence[int]
     groups: int
     is_transposed: bool = False
@@ -40,6 +46,15 @@ class Convolution(NamedTuple):
 
     def _options(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.is_transposed, self.output_padding, self.groups
+
+
+def composed(x: Tensor, kernel: Tensor, options: Convolution) -> Tensor:
+    """Return the convolution by torch's own function, which autocast and every transform know."""
+    function = _FUNCTIONS[kernel.ndim - 2, options.is_transposed]
+    stride, padding, dilation, groups, _, more = options
+    if options.is_transposed:
+        return function(x, kernel, None, stride, padding, more, groups, dilation)
+    return function(x, kernel, None, stride, padding, dilation, groups)
 
 
 def pointwise(dimensions: int, groups: int) -> Convolution:

@@ -29,7 +29,7 @@ from lightning_lora.peft_format.config import (
 )
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight
-from lightning_lora.storage.safetensors import Layout, TensorWriter, read_table
+from lightning_lora.storage.safetensors import Layout, TensorWriter, read_file
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -61,7 +61,11 @@ class PeftFile(AdapterFile):
     @functools.cached_property
     @override
     def base(self) -> dict[str, Sample]:
-        return parse_base(self.base_text, self.path)
+        try:
+            return from_plain(json.loads(self.base_text)) if self.base_text else {}
+        except (RecursionError, ValueError) as error:
+            place = self.path / TENSORS_FILE
+            raise ValueError(f"{str(place)!r} has a damaged fingerprint of its base: {error}") from error
 
     @functools.cached_property
     def keys_by_path(self) -> dict[str, list[str]]:
@@ -184,7 +188,7 @@ def read_directory(directory: str | PathLike[str]) -> PeftFile:
     path = Path(directory)
     options = _read_options(path / CONFIG_FILE)
     config = _understood(options, path / CONFIG_FILE)
-    tensors, base = read_contents(path)
+    tensors, base = _read_tensors(path)
     alien = tuple(key for key in tensors if not key.startswith(PREFIX))
     named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     return PeftFile(path, named, options, {}, config, alien, base)
@@ -215,27 +219,12 @@ def _unreadable_config(path: Path) -> Iterator[None]:
         raise ValueError(f"{str(path)!r} is no config that can be loaded: {error}. Nothing was changed.") from error
 
 
-def read_config(path: Path) -> PeftConfig:
-    """Return the config of a PEFT directory; see ``read_directory``."""
-    return _understood(_read_options(path), path)
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """Return the tensors of a PEFT directory, under the names that they have in the file.
-
-    Raises:
-        ValueError: They cannot be read.
-        FileNotFoundError: They are not there.
-    """
-    return read_contents(directory)[0]
-
-
-def read_contents(directory: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of a PEFT directory, as ``read_tensors``, and the text that ``parse_base`` reads."""
+def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors under the names that they have in the file, and the text of the base's fingerprint."""
     path = directory / TENSORS_FILE
     if path.is_file():
-        table = read_table(path)
-        return table.mapped(), table.metadata.get(_BASE_KEY, "")
+        tensors, metadata = read_file(path)
+        return tensors, metadata.get(_BASE_KEY, "")
     path = directory / PICKLED_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} holds neither {TENSORS_FILE} nor {PICKLED_FILE}.")
@@ -253,33 +242,11 @@ def read_contents(directory: Path) -> tuple[dict[str, Tensor], str]:
     raise ValueError(f"{str(path)!r} holds no tensors by name. Nothing was changed.")
 
 
-def read_base(directory: Path) -> dict[str, Sample]:
-    """Return the fingerprint of the base in a PEFT directory; empty if it has none, as those that PEFT wrote.
-
-    Raises:
-        ValueError: It makes no sense.
-    """
-    path = directory / TENSORS_FILE
-    return parse_base(read_table(path).metadata.get(_BASE_KEY, ""), directory) if path.is_file() else {}
-
-
-def parse_base(text: str, directory: Path) -> dict[str, Sample]:
-    """Return the fingerprint that a PEFT directory holds as text.
-
-    Raises:
-        ValueError: It makes no sense.
-    """
-    try:
-        return from_plain(json.loads(text)) if text else {}
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{str(directory / TENSORS_FILE)!r} has a damaged fingerprint of its base: {error}") from error
-
-
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, base: Fingerprint) -> None:
     """Write the tensors, with the base's fingerprint; the same ones always give the same bytes."""
     # Not in the config: PEFT warns of options that it does not know, and reads no metadata.
     known = {_BASE_KEY: json.dumps(to_plain(base), separators=(",", ":"))} if base else {}
-    # As the library orders them, so that each lies at a multiple of its size; but it shuffles the metadata.
+    # As the library orders them, so that each lies at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     layouts = {name: Layout(tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
     with path.open("wb") as file:

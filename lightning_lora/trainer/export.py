@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.names import clean_name, join, listed
-from lightning_lora.peft_format.directory import read_tensors
+from lightning_lora.peft_format.directory import TENSORS_FILE
 from lightning_lora.peft_format.files import exported, save_adapter
 from lightning_lora.sharding import shapes_shown
 from lightning_lora.storage.checkpoint import read_checkpoint
+from lightning_lora.storage.safetensors import read_file
 from lightning_lora.trainer.checkpoints import base_fingerprint, trained_state
 from lightning_lora.trainer.strategies.base import Layout, module_of
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
@@ -104,7 +105,7 @@ def _as_kind(new: Tensor, old: Tensor) -> Tensor:
 
 
 def _verify(module: nn.Module, directory: Path) -> None:
-    wanted, found = exported(module).tensors(), read_tensors(directory)
+    wanted, (found, _) = exported(module).tensors(), read_file(directory / TENSORS_FILE)
     if wanted.keys() != found.keys() or not all(
         torch.equal(found[key], tensor.cpu()) for key, tensor in wanted.items()
     ):

@@ -32,6 +32,7 @@ def put_header(path: Path, header: object, data: bytes = b"") -> None:
 
 HUGE = {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 2**62]}
 WRONG = {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}
+UNREADABLE = "cannot be read as safetensors"
 DAMAGES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a shard elsewhere": (lambda a, b: change_index(b, "head.bias", "../b.safetensors"), "outside this folder"),
     "a shard at the root": (lambda a, b: change_index(b, "head.bias", "/b.safetensors"), "outside this folder"),
@@ -42,16 +43,19 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a name in no shard": (lambda a, b: change_index(b, "head.more", "a.safetensors"), "do not hold"),
     "an index of nothing": (lambda a, b: (b / "model.safetensors.index.json").write_text("[]"), "not an object"),
     "an index that is cut": (lambda a, b: (b / "model.safetensors.index.json").write_text("{"), "as JSON"),
-    "an empty shard": (lambda a, b: (b / "a.safetensors").write_bytes(b""), "cannot be read as safetensors"),
+    "an empty shard": (lambda a, b: (b / "a.safetensors").write_bytes(b""), UNREADABLE),
     "a cut shard": (
         lambda a, b: (b / "a.safetensors").write_bytes((b / "a.safetensors").read_bytes()[:-1]),
-        "its tensors need",
+        UNREADABLE,
     ),
-    "a long header": (lambda a, b: (b / "a.safetensors").write_bytes(b"\xff" * 9), "longer than the file"),
-    "a header of nothing": (lambda a, b: put_header(b / "a.safetensors", b"[]"), "makes no sense"),
-    "a deep header": (lambda a, b: put_header(b / "a.safetensors", b"[" * 100_000), "makes no sense"),
-    "a huge tensor": (lambda a, b: put_header(b / "a.safetensors", {"x": HUGE}), "makes no sense"),
-    "a tensor of another size": (lambda a, b: put_header(b / "a.safetensors", {"x": WRONG}, b"1234"), "does not fit"),
+    "a long header": (lambda a, b: (b / "a.safetensors").write_bytes(b"\xff" * 9), UNREADABLE),
+    "a header of nothing": (lambda a, b: put_header(b / "a.safetensors", b"[]"), UNREADABLE),
+    "a deep header": (lambda a, b: put_header(b / "a.safetensors", b"[" * 100_000), UNREADABLE),
+    "a huge tensor": (lambda a, b: put_header(b / "a.safetensors", {"x": HUGE}), UNREADABLE),
+    "a tensor of another size": (
+        lambda a, b: put_header(b / "a.safetensors", {"x": WRONG}, b"1234"),
+        UNREADABLE,
+    ),
     "no config": (lambda a, b: (a / "adapter_config.json").unlink(), "is not there"),
     "a cut adapter": (lambda a, b: (a / "adapter_model.safetensors").write_bytes(b"1234"), "truncated"),
     "no base": (lambda a, b: shutil.rmtree(b), "is not there"),

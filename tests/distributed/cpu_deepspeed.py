@@ -11,20 +11,20 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):
-    """Lightning's strategy, but for its insistence on CUDA; DeepSpeed itself has an accelerator for CPUs."""
+    """Lightning's strategy without its requirement of CUDA; DeepSpeed itself has a CPU accelerator."""
 
     def __init__(self, **options: Any) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled first, for half a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would first be compiled for half a minute
         super().__init__(process_group_backend="gloo", **options)
-        # Layers of tests are so small that stage 3 would not divide them.
+        # The layers of the tests are too small for stage 3 to shard by default.
         self.config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
     @property
     def root_device(self) -> torch.device:
-        return torch.device("cpu", 0)  # DeepSpeed asks for the index
+        return torch.device("cpu", 0)  # DeepSpeed needs the index
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)

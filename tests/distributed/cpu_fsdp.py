@@ -34,7 +34,7 @@ def add_cpu_events() -> None:
 
 
 class CPUFSDPStrategy(FSDPStrategy):
-    """Lightning's strategy, but for the device, which it names by an index that a CPU does not have."""
+    """Lightning's strategy, except for the device index, which a CPU does not have."""
 
     def __init__(self, **options: Any) -> None:
         add_cpu_events()
@@ -59,7 +59,7 @@ class CPUFSDPStrategy(FSDPStrategy):
 
 
 class DoubleFSDPPrecision(FSDPPrecision):
-    """Float64, which Lightning does not offer for FSDP: in it, processes can be compared beyond rounding."""
+    """Float64, which Lightning does not offer for FSDP, to compare processes without rounding noise."""
 
     def __init__(self) -> None:
         super().__init__("32-true")

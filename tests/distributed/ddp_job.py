@@ -21,7 +21,7 @@ DOUBLE = {"precision": "64-true", "use_distributed_sampler": False}
 
 
 class Half(Toy):
-    """Sees every second row of each batch, so that two processes see what one does; plain SGD in float64."""
+    """Sees every second row of each batch, so two processes see the rows of one; plain SGD in float64."""
 
     def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
         rank, world = self.global_rank, self.trainer.world_size
@@ -32,7 +32,7 @@ class Half(Toy):
 
 
 class Unequal(Half):
-    """Every process draws other random numbers before the adapters are attached."""
+    """Draws different random numbers in each process before the adapters are attached."""
 
     def build(self) -> None:
         super().build()
@@ -41,7 +41,7 @@ class Unequal(Half):
 
 
 class Records(Callback):
-    """Keeps the adapters as they start, the reducer's bucket bytes and the collectives at save."""
+    """Records the initial adapters, the reducer's bucket bytes and the collectives during a save."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.start = {name: value for name, value in snapshot(pl_module).items() if ".lora." in name}

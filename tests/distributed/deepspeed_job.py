@@ -1,6 +1,6 @@
 """Script of the processes in ``test_deepspeed.py``; Lightning starts it once per process.
 
-Arguments: the directory for results, and the checkpoint of a single process. The directory has those of whole models.
+Arguments: the results directory, which contains checkpoints of whole models, and the checkpoint of a single process.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lightning_lora.sharding import gathered
 from tests.distributed.strategy_job import LORA, PROBE, Watch, Wide, exported
 from tests.toys import Toy, loader, network, trainer
 
-MODES = ("1", "2", "3", "3 built late")  # ZeRO's stage, and whether it divides each layer as soon as it is built
+MODES = ("1", "2", "3", "3 built late")  # ZeRO's stage; built late: in configure_model, sharded at once
 
 
 class Single(Wide):
-    """The model of the other strategies, in the float32 that DeepSpeed needs."""
+    """The model of the other strategies in float32, as DeepSpeed requires."""
 
     def build(self) -> None:
         with torch.device(self.built_on):
@@ -55,13 +55,13 @@ class OnMeta(Single):
 
 
 class LateOnMeta(Late):
-    """Is built where stage 3 gives memory to each layer all the same, and divides it."""
+    """Is built in ``configure_model``, where stage 3 allocates and shards each layer."""
 
     built_on = "meta"
 
 
 class Kinds(Single):
-    """One layer of each kind that stage 3 can train, built where it divides them at once."""
+    """One layer of each kind that stage 3 can train, built in ``configure_model``."""
 
     OPTIONS = {
         "target_modules": ["first", "conv"],
@@ -130,7 +130,7 @@ def strategy(mode: str) -> Any:
 
     found = CPUDeepSpeedStrategy(stage=int(mode[0]), offload_optimizer="offloaded" in mode)
     if "offloaded" in mode:
-        found.config["zero_force_ds_cpu_optimizer"] = False  # its own Adam for that would be compiled first
+        found.config["zero_force_ds_cpu_optimizer"] = False  # otherwise DeepSpeed compiles its own Adam first
     return found
 
 
@@ -179,14 +179,14 @@ def fit(
 
 
 def validation_loss(mode: str, ckpt_path: str) -> float:
-    """Return the loss of a checkpoint, by a callback that is told nothing of it."""
+    """Return the loss of a checkpoint, evaluated by a callback without options."""
     run = trainer(LoRACallback(), strategy=strategy(mode), devices=1 if mode == "single" else 2, limit_val_batches=2)
     [result] = run.validate(Late() if "late" in mode else Single(), loader(16), ckpt_path=ckpt_path, verbose=False)
     return result["val_loss"]
 
 
 def write_whole_models(directory: Path) -> None:
-    """Write checkpoints from before LoRA, one of which does not fit."""
+    """Write checkpoints from before LoRA; one has wrong shapes."""
     wider = Single()
     wider.net[2] = nn.Linear(16, 17)
     for name, module in {"net": Single(), "wider": wider, "kinds": Kinds()}.items():
@@ -200,7 +200,7 @@ def write_whole_models(directory: Path) -> None:
 
 
 def on_whole_models(directory: Path, mode: str) -> dict[str, Any]:
-    """Train on their weights, given as ``ckpt_path``."""
+    """Train on the weights of a ``ckpt_path``."""
     module = LateOnMeta() if "late" in mode else None
     found = {"net": fit(directory, "on_net", mode, 1, str(directory / "net.ckpt"), module=module)}
     if mode in ("single", "3"):
@@ -212,16 +212,16 @@ def on_whole_models(directory: Path, mode: str) -> dict[str, Any]:
 
 
 def refused(directory: Path, mode: str, checkpoint: str | None, module: Single | None = None) -> str:
-    """Return why something cannot be trained."""
+    """Return the error of a fit."""
     try:
         fit(directory, "other", mode, 2, checkpoint, module=module)
     except (ValueError, MisconfigurationException, NotImplementedError) as error:
-        return f"{error}\n{error.__context__}"  # Lightning moves the module to the CPU then, which fails on meta
+        return f"{error}\n{error.__context__}"  # Lightning then moves the module to the CPU, which fails on meta
     return "nothing"
 
 
 def refused_on_another_base(directory: Path, mode: str, checkpoint: str) -> str:
-    """Return what resuming from a checkpoint says if one weight of the base is another."""
+    """Return the error of resuming when one weight of the base differs."""
     Wide.factor = 1.5
     try:
         return refused(directory, mode, checkpoint)
@@ -230,7 +230,7 @@ def refused_on_another_base(directory: Path, mode: str, checkpoint: str) -> str:
 
 
 def warned(directory: Path) -> list[str]:
-    """Return what is said of a layer that no gradient reaches."""
+    """Return the error for a layer that receives no gradient."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fit(directory, "idle", "2", 1, module=Idle(), options={"rank": 2})
@@ -238,7 +238,7 @@ def warned(directory: Path) -> list[str]:
 
 
 def main() -> None:
-    ops._FEW = 0  # the fast path for these small layers, too
+    ops._FEW = 0  # take the fast path for small layers too
     warnings.simplefilter("ignore")
     directory, single = Path(sys.argv[1]), sys.argv[2]
     merging = LORA | {"merge_on_teardown": True}

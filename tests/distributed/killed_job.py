@@ -23,8 +23,8 @@ from tests.toys import Toy, loader, trainer
 
 EPOCHS, STEPS = 4, 4  # steps of each epoch
 DEADLY_STEP = 10  # in the third epoch
-DEADLY_SAVE = 3  # that of the third epoch
-PATIENCE = 20  # seconds that processes wait for each other
+DEADLY_SAVE = 3  # in the third epoch
+PATIENCE = 20  # seconds before a process gives up waiting
 
 
 def die() -> None:
@@ -41,7 +41,7 @@ class DiesInTraining(Callback):
 
 
 class DyingSaves:
-    """Kills the process at a moment of its third checkpoint, which Lightning writes aside and then moves."""
+    """Kills the process while it writes its third checkpoint, at the given moment."""
 
     def __init__(self, moment: str) -> None:
         self.moment, self.saves = moment, 0

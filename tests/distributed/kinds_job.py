@@ -39,7 +39,7 @@ def images() -> Tensor:
 
 
 class First(nn.Module):
-    """Returns the first of what a layer returns, as recurrent layers and attention return more."""
+    """Returns the first output of a layer; recurrent layers and attention return several."""
 
     def __init__(self, layer: nn.Module, inputs: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class First(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding and a head with one weight."""
+    """An embedding and a head that share a weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ def train(
     with torch.no_grad():
         found = {"output": _whole(model(inputs))}
         if isinstance(model, FullyShardedDataParallel):
-            return found  # what it holds cannot be read without its own tools
+            return found  # its tensors cannot be read without FSDP's own tools
         if isinstance(model, DistributedDataParallel):
             model = model.module
         found |= {name: _whole(p) for name, p in model.named_parameters() if p.requires_grad}
@@ -138,7 +138,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def main() -> None:
-    ops._FEW = recomputed._FEW = 0  # the paths of large layers for these small ones, too
+    ops._FEW = recomputed._FEW = 0  # take the paths of large layers for small ones too
     rank, world, path = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv[1]
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (world,))

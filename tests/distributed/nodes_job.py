@@ -21,14 +21,14 @@ STAGES = {"deepspeed 2": "2", "deepspeed 3": "3"}
 
 
 class Requeued(Callback):
-    """Sends the signal that SLURM sends before the job's time is up."""
+    """Sends the signal that SLURM sends before the time limit."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def losses_before_and_after_a_requeue(directory: Path) -> list[float]:
-    """Train an epoch at the end of which SLURM requeues the job, and another one as the new job would."""
+    """Train one epoch, let SLURM requeue the job at its end, and train another as the new job."""
     losses = []
     for epochs, callbacks in ((1, [Requeued()]), (2, [])):
         module = Wide()
@@ -48,7 +48,7 @@ def losses_before_and_after_a_requeue(directory: Path) -> list[float]:
 
 
 def resumed(directory: Path, mode: str, processes: int, single: str, single_float: str) -> dict[str, Any]:
-    """Go on from a single process's checkpoint."""
+    """Resume from the checkpoint of a single process."""
     if mode in STAGES:
         return deepspeed_job.fit(directory, "resumed", STAGES[mode], 2, single_float, processes=processes, nodes=2)
     return fit(directory, "resumed", mode, processes, 2, single, nodes=2)

@@ -1,6 +1,6 @@
 """Script of the processes in ``test_other_name.py``: the job of ``test_every_strategy.py`` with ``pytorch_lightning``.
 
-Arguments: the directory for results, the number of processes, the checkpoint of a single process, and the modes.
+Arguments: the results directory, the number of processes, the checkpoint of a single process, and the modes.
 """
 
 from __future__ import annotations

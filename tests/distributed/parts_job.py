@@ -14,7 +14,7 @@ from tests.toys import FEATURES, Toy, loader, trainer
 
 
 class Narrowing(Toy):
-    """Its ``A`` is much larger than ``B``, so that the first process holds nothing of ``B``."""
+    """``A`` is much larger than ``B``, so the first process holds nothing of ``B``."""
 
     def build(self) -> None:
         with torch.random.fork_rng():

@@ -6,12 +6,12 @@ import itertools
 import os
 import socket
 
-_FIRST, _EACH = 12_000, 1_000  # below what systems hand out by themselves, which a job beside this one may be given
+_FIRST, _EACH = 12_000, 1_000  # below the ephemeral ports, which parallel jobs may get
 _tried = itertools.count()
 
 
 def free_port() -> int:
-    """Return a port that nobody uses, of those that belong to this worker of the tests."""
+    """Return a free port from the range of this test worker."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
         port = _FIRST + _EACH * worker + next(_tried) % _EACH

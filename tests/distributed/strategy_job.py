@@ -1,7 +1,7 @@
 """Script of the processes in ``test_every_strategy.py``; Lightning starts it once per process.
 
-Arguments: the directory for results, the number of processes, that of whole models, the checkpoint of a single process,
-and the modes.
+Arguments: the results directory, the number of processes, the directory of whole models, the checkpoint of a single
+process, and the modes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ PROBE = torch.linspace(-1, 1, 24, dtype=torch.float64).view(3, 8)
 
 
 class Wide(Toy):
-    """Sees its share of the rows of every batch, in float64; AdamW with two groups."""
+    """Sees its share of the rows of every batch in float64; AdamW with two groups."""
 
     factor = 1.0  # of one weight of the base
     built_on = "cpu"
 
     def build(self) -> None:
-        # In configure_model the default dtype is the precision plugin's, and random weights would be others.
+        # In configure_model, the precision plugin changes the default dtype and with it the random weights.
         with torch.device(self.built_on), torch.no_grad(), float32_by_default():
             self.net = network(torch.float64)
             self.net[2].weight.mul_(self.factor)
@@ -92,7 +92,7 @@ class Sharded(Wide):
 
 
 class Undivided(Sharded):
-    """Forgets to divide itself."""
+    """Forgets to shard itself."""
 
     def configure_model(self) -> None:
         if not hasattr(self, "net"):
@@ -117,7 +117,7 @@ class FullyShardedOnly(Undivided):
 
 
 class Wrapped(Wide):
-    """Wraps layers in ``configure_model``, as users of FSDP do, and leaves one whole: its adapter alone is a unit."""
+    """Wraps layers in ``configure_model``, as users of FSDP do, except one, of which only the adapter is a unit."""
 
     def build(self) -> None: ...
 
@@ -130,19 +130,19 @@ class Wrapped(Wide):
 
 
 class WideOnMeta(Wide):
-    """Has no memory until the strategy gives it some, and then weights from ``reset_parameters``."""
+    """Is built on the meta device; its weights come from ``reset_parameters``."""
 
     built_on = "meta"
 
 
 class ShardedOnMeta(Sharded):
-    """The same, sharded by itself."""
+    """The same, but shards itself."""
 
     built_on = "meta"
 
 
 class WrappedOnMeta(Wrapped):
-    """The same, wrapped by itself: all of it, since only units are given memory."""
+    """The same, but wraps itself completely, because only units get memory."""
 
     built_on = "meta"
 
@@ -187,7 +187,7 @@ def float32_by_default() -> Iterator[None]:
 
 
 class Watch(Callback):
-    """Counts the bytes that travel while a checkpoint is made, and looks at gradients and at the frozen base."""
+    """Counts the bytes gathered during a save, and records gradients and the frozen base."""
 
     def __init__(self) -> None:
         self.bytes_at_save: list[int] = []
@@ -210,7 +210,7 @@ class Watch(Callback):
 
 @contextmanager
 def counted(*, functional: bool) -> Iterator[list[int]]:
-    """Count the bytes that each process receives of tensors, by DTensor's functions or the common ones."""
+    """Count the tensor bytes that each process receives, through DTensor or torch.distributed."""
     count = [0]
     places = [(dist, name) for name in ("all_gather", "all_gather_into_tensor", "all_reduce")]
     deepspeed = sys.modules.get("deepspeed")
@@ -250,7 +250,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def exported(directory: Path, mode: str, name: str) -> Path:
-    """Return where a run exports its adapter to."""
+    """Return the export folder of a run."""
     return directory / mode / name / "peft"
 
 
@@ -310,7 +310,7 @@ def fit(
 
 
 def refused_on_another_base(directory: Path, mode: str, processes: int, checkpoint: str) -> str:
-    """Return what resuming from a checkpoint says if one weight of the base is another."""
+    """Return the error of resuming when one weight of the base differs."""
     Wide.factor = 1.5
     try:
         fit(directory, "other", mode, processes, 2, checkpoint)
@@ -322,7 +322,7 @@ def refused_on_another_base(directory: Path, mode: str, processes: int, checkpoi
 
 
 def said_of(module: Wide, **sizes: int) -> str:
-    """Return what a fit of a module under ModelParallelStrategy of these sizes says, as an error or a warning."""
+    """Return the error or warning of a fit under a ModelParallelStrategy with these sizes."""
     run = trainer(
         LoRACallback(**LORA),
         strategy=ModelParallelStrategy(process_group_backend="gloo", **sizes),
@@ -339,7 +339,7 @@ def said_of(module: Wide, **sizes: int) -> str:
 
 
 def said_of_all() -> dict[str, str]:
-    """Return what is said of modules that forget to divide something."""
+    """Return the messages for modules that forget to shard something."""
     if dist.get_world_size() == 4:
         return {"two kinds": said_of(FullyShardedOnly(), data_parallel_size=2, tensor_parallel_size=2)}
     return {
@@ -351,14 +351,14 @@ def said_of_all() -> dict[str, str]:
 
 
 def evaluated(mode: str, processes: int, checkpoint: str) -> float:
-    """Return the loss of a checkpoint, by a callback that is told nothing of it."""
+    """Return the loss of a checkpoint, evaluated by a callback without options."""
     run = run_of(mode, processes, LoRACallback(), limit_val_batches=2)
     [found] = run.validate(module_of(mode), loader(16), ckpt_path=checkpoint, verbose=False)
     return found["val_loss"]
 
 
 class Start(Callback):
-    """Keeps the adapters as they start, and the outputs with and without them."""
+    """Records the initial adapters, and the outputs with and without them."""
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.state = {name: t.clone() for name, t in trainer.strategy.lightning_module_state_dict().items()}
@@ -381,7 +381,7 @@ def write_whole_models(directory: Path, make: type[Wide] = Wide) -> None:
 
 
 def start_on_whole_models(mode: str, processes: int, files: Path) -> dict[str, Any]:
-    """Train on the weights of a whole model, and keep what is said of one that does not fit."""
+    """Train on a whole model's checkpoint, and record the error for one that does not fit."""
     run, refused = run_of(mode, processes, LoRACallback(**LORA)), "nothing"
     try:
         run.fit(module_of(mode), loader(16), ckpt_path=files / "misfit.ckpt")
@@ -397,7 +397,7 @@ def start_on_whole_models(mode: str, processes: int, files: Path) -> dict[str, A
 def started(
     mode: str, processes: int, module: Wide, options: dict[str, Any], ckpt_path: Path | None = None
 ) -> dict[str, Any]:
-    """Train a module, and return what it was when training began, too."""
+    """Train a module, and also return its initial state."""
     start = Start()
     run = run_of(mode, processes, LoRACallback(**options), start)
     run.fit(module, loader(16), ckpt_path=ckpt_path)
@@ -411,7 +411,7 @@ def started(
 
 
 def main() -> None:
-    ops._FEW = 0  # the fast path for these small layers, too
+    ops._FEW = 0  # take the fast path for small layers too
     warnings.simplefilter("ignore")
     directory, processes, files, single, *modes = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:]
     results: dict[str, Any] = {}

@@ -23,7 +23,7 @@ ADAPTER = {f"net.{layer}.lora.{factor}" for layer in (0, 2, 4) for factor in "AB
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each of two processes reports of a whole run, half a run and its resumption."""
+    """Return the reports of two processes: a whole run, half a run and its resumption."""
     directory = tmp_path_factory.mktemp("ddp")
     command = [sys.executable, str(Path(ddp_job.__file__)), str(directory)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
@@ -34,7 +34,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same training in this process alone, on the joined batches."""
+    """Run the same training in this process, on the joined batches."""
     return ddp_job.fit(tmp_path_factory.mktemp("single"), "whole", 2, devices=1)
 
 
@@ -42,7 +42,7 @@ def test_ranks_stay_bit_identical(ranks: list[dict[str, Any]]) -> None:
     first, second = (rank["whole"] for rank in ranks)
     assert_same_bits(first["start"], second["start"])
     assert_same_bits(first["state"], second["state"])
-    assert first["losses"] != second["losses"]  # they did see different data
+    assert first["losses"] != second["losses"]  # they see different data
 
 
 def test_initial_values_do_not_depend_on_world_size(ranks: list[dict[str, Any]], single: dict[str, Any]) -> None:

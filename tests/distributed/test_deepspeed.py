@@ -42,7 +42,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(directory: Path) -> dict[str, Any]:
-    """One process on the whole batches: all of the run, and half of it."""
+    """Train in one process on whole batches: the whole run, and half of it."""
     runs = {name: deepspeed_job.fit(directory, name, "single", epochs) for name, epochs in (("whole", 2), ("half", 1))}
     for name, kind in KINDS.items():
         runs[name] = deepspeed_job.fit(directory, name, "single", 2, module=kind(), options=kind.OPTIONS)
@@ -53,7 +53,7 @@ def single(directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def ranks(directory: Path, single: dict[str, Any]) -> Ranks:
-    """What each of two processes reports."""
+    """Return the reports of two processes."""
     command = [sys.executable, deepspeed_job.__file__, str(directory), single["half"]["last"]]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
@@ -66,7 +66,7 @@ def ranks(directory: Path, single: dict[str, Any]) -> Ranks:
 
 
 def losses(ranks: Ranks, *keys: str) -> list[float]:
-    """Return the mean of the processes' losses: that of the whole batch, since their shares are equal."""
+    """Return the mean of the processes' losses, which is the loss of the whole batch."""
     found = []
     for rank in ranks:
         for key in keys:
@@ -167,7 +167,7 @@ def test_checkpoint_evaluates_without_options(mode: str, ranks: Ranks, single: d
 
 @pytest.mark.parametrize("kind", ["kinds", "attention"])
 def test_layer_kinds_match_one_process(kind: str, ranks: Ranks, single: dict[str, Any]) -> None:
-    """In stage 3, which divides each layer as it is built, and in stage 2 where the weight carries the update."""
+    """Stage 3, which shards each layer as it is built, and stage 2 for layers whose weight carries the update."""
     assert losses(ranks, kind) == pytest.approx(single[kind]["losses"], abs=1e-5)
     theirs, ours = (read(run["last"])["state_dict"] for run in (ranks[0][kind], single[kind]))
     assert theirs.keys() == ours.keys()
@@ -190,7 +190,7 @@ def test_other_base_is_rejected_in_every_process(mode: str, ranks: Ranks) -> Non
 
 @pytest.mark.parametrize(("mode", "kind"), [*((mode, "net") for mode in deepspeed_job.MODES), ("3", "kinds")])
 def test_whole_checkpoint_becomes_base(mode: str, kind: str, ranks: Ranks, single: dict[str, Any]) -> None:
-    """Where layers are built late, they are asked for on the meta device."""
+    """Layers built in ``configure_model`` start on the meta device."""
     theirs, ours = ranks[0][mode]["whole models"][kind], single["whole models"][kind]
     assert losses(ranks, mode, "whole models", kind) == pytest.approx(ours["losses"], abs=1e-5)
     found, expected = read(theirs["last"]), read(ours["last"])

@@ -36,7 +36,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(directory: Path) -> dict[str, Any]:
-    """One process on the whole batches: all of the run, and half of it."""
+    """Train in one process on whole batches: the whole run, and half of it."""
     runs = {"whole": (2, False), "half": (1, False), "merged": (2, True)}
     return {
         name: strategy_job.fit(directory, name, "single", 1, epochs, merge=merge)
@@ -46,7 +46,7 @@ def single(directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def on_a_whole_model(directory: Path) -> dict[bool, dict[str, Any]]:
-    """What one process does on the weights of a model from before LoRA, by whether DoRA is used."""
+    """Train in one process on a whole model's checkpoint, with and without DoRA."""
     strategy_job.write_whole_models(directory)
     return {
         dora: strategy_job.started(
@@ -58,7 +58,7 @@ def on_a_whole_model(directory: Path) -> dict[bool, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(directory: Path, single: dict[str, Any], on_a_whole_model: dict[bool, Any]) -> dict[str, Ranks]:
-    """What each process reports, for every mode."""
+    """Return the report of each process, by mode."""
     found: dict[str, Ranks] = {}
     for modes, processes in ((TWO, 2), (FOUR, 4)):
         place = directory / str(processes)
@@ -75,7 +75,7 @@ def runs(directory: Path, single: dict[str, Any], on_a_whole_model: dict[bool, A
 
 
 def losses(ranks: Ranks, run: str) -> list[float]:
-    """Return the mean of the processes' losses: that of the whole batch, since their shares are equal."""
+    """Return the mean of the processes' losses, which is the loss of the whole batch."""
     return torch.tensor([rank[run]["losses"] for rank in ranks], dtype=torch.float64).mean(0).tolist()
 
 

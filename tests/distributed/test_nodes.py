@@ -25,13 +25,13 @@ MODES = {
     "slurm": ["ddp", "fsdp1_wrapped", "fsdp2", "tp"],
 }
 STAGES = list(nodes_job.STAGES) if importlib.util.find_spec("deepspeed") else []
-SHARES = {"tp": 1, "tp_fsdp2": 2}  # of the rows of a batch, that processes see; else each has its own
+SHARES = {"tp": 1, "tp_fsdp2": 2}  # of a batch's rows among processes; by default one each
 
 Report = dict[str, Any]
 
 
 class Single(NamedTuple):
-    """Where one process was in the middle of its training, and what it did until the end."""
+    """Train in one process, and record the middle and the end."""
 
     half: str
     whole: Report
@@ -46,14 +46,14 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Single:
 
 @pytest.fixture(scope="module")
 def single_in_float(tmp_path_factory: pytest.TempPathFactory) -> Single:
-    """What one process does in float32, as DeepSpeed."""
+    """Train in one process in float32, like DeepSpeed."""
     directory = tmp_path_factory.mktemp("single_in_float")
     half = deepspeed_job.fit(directory, "half", "single", 1)["last"]
     return Single(half, deepspeed_job.fit(directory, "whole", "single", 2))
 
 
 def run(directory: Path, commands: list[list[str]], environments: list[dict[str, str]], count: int) -> list[Report]:
-    """Run a command for each machine, and return what their processes report."""
+    """Run a command per machine, and return the reports of their processes."""
     common = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
     machines = [
         subprocess.Popen(command, env=common | environment, stderr=subprocess.PIPE, text=True)
@@ -72,7 +72,7 @@ def by_torchrun(directory: Path, script: list[str]) -> list[Report]:
 
 
 def by_slurm(directory: Path, script: list[str]) -> list[Report]:
-    """Set what srun sets for the tasks of ``--nodes=2 --ntasks-per-node=1``; the command that requeues takes notes."""
+    """Set the variables of ``srun --nodes=2 --ntasks-per-node=1``, and a requeue command that logs its calls."""
     (directory / "bin").mkdir()
     (directory / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {directory}/scontrol.txt\n')
     (directory / "bin/scontrol").chmod(0o755)
@@ -90,7 +90,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def reports(single: Single, single_in_float: Single, places: dict[str, Path]) -> dict[str, list[Report]]:
-    """What each process reports of resuming a single process's checkpoint, by what started it."""
+    """Return the reports of processes that resume a single process's checkpoint, by launcher."""
     halves = [single.half, single_in_float.half]
     starters = {"torchrun": by_torchrun, "slurm": by_slurm}
     return {
@@ -100,7 +100,7 @@ def reports(single: Single, single_in_float: Single, places: dict[str, Path]) ->
 
 
 def losses(reports: list[Report], mode: str) -> torch.Tensor:
-    """Return the losses of each process; their mean is that of the whole batch."""
+    """Return the losses of each process; their mean is the loss of the whole batch."""
     return torch.tensor([report[mode]["losses"] for report in reports], dtype=torch.float64)
 
 

@@ -33,7 +33,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(directory: Path) -> dict[str, Any]:
-    """One process on the whole batches, under the name of the package: all of the run, and half of it."""
+    """Train in one process with ``lightning.pytorch``: the whole run, and half of it."""
     return {
         name: strategy_job.fit(directory, name, "single", 1, epochs) for name, epochs in (("whole", 2), ("half", 1))
     }

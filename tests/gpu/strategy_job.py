@@ -54,7 +54,7 @@ def strategy(mode: str) -> Any:
 
 
 def fit(directory: Path, mode: str, name: str, epochs: int, ckpt_path: str | None = None, **lora: Any) -> Any:
-    # FSDP2 shards over one process like over many; Lightning's mesh of one is enough for it.
+    # FSDP2 also shards over a mesh of one process.
     module = Sharded() if mode == "fsdp2" else Built()
     checkpoint = ModelCheckpoint(directory / mode / name, save_last=True)
     options = {**CONFIGURED, "export_dir": str(directory / mode / name / "peft"), **lora}

@@ -16,12 +16,12 @@ from tests.gpu.device import DEVICE, needs_cuda, not_rehearsed
 
 pytestmark = needs_cuda
 
-M, K, N, R, S = 300, 264, 136, 8, 1.5  # no powers of two, and a width that is no multiple of 16
+M, K, N, R, S = 300, 264, 136, 8, 1.5  # not powers of two; a width that is not a multiple of 16
 ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def tensors(dtype: torch.dtype, factors: torch.dtype) -> list[Tensor]:
-    """Return x, W, b, A and B; the weight alone is frozen."""
+    """Return x, W, b, A and B; only the weight is frozen."""
     rng = torch.Generator().manual_seed(3)
     sizes = [(M, K), (N, K), (N,), (R, K), (N, R)]
     made = [torch.randn(size, generator=rng, dtype=torch.float64) / size[-1] ** 0.5 for size in sizes]
@@ -111,7 +111,7 @@ def test_step_takes_less_memory_than_composed(dropout: float) -> None:
         return F.linear(x, W) + lora_update(x, A, B, scaling=S, dropout=dropout)
 
     def peak(function: Callable[[], Tensor]) -> int:
-        function().sum().backward()  # what libraries allocate once
+        function().sum().backward()  # warm up one-time allocations
         for tensor in (x, A, B):
             tensor.grad = None
         torch.cuda.synchronize()

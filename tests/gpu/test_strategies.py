@@ -29,7 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(directory: Path, mode: str) -> dict[str, Any]:
-    """Return what a process of its own reports: strategies leave process groups behind."""
+    """Return the report of a separate process, because strategies leave process groups behind."""
     if mode.startswith("deepspeed") and not importlib.util.find_spec("deepspeed"):
         pytest.skip("DeepSpeed is not installed")
     place = directory / f"{mode}.pt"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach, lora_layers
-from lightning_lora.layers.initializers import INITIALIZERS, gaussian, kaiming, layer_seed, orthogonal, seeded
+from lightning_lora.layers.low_rank import INITIALIZERS, gaussian, kaiming, layer_seed, orthogonal, seeded
 from tests.contract import assert_same_bits
 
 every_init = pytest.mark.parametrize("init", INITIALIZERS)

@@ -39,9 +39,7 @@ def test_load_adapter_needs_only_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
-def test_trainer_without_callback_refuses_adapter(
-    stage: str, strict: bool, tmp_path: Path
-) -> None:
+def test_trainer_without_callback_refuses_adapter(stage: str, strict: bool, tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     module = Toy()
     module.strict_loading = strict

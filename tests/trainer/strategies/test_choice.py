@@ -69,9 +69,7 @@ class Tied(Toy):
         (Tied, {"target_modules": [], "trainable_token_indices": [1]}, "tied layers share: head"),
     ],
 )
-def test_fsdp_refuses_adapters_read_by_other_layers(
-    module: type[Toy], options: dict[str, Any], message: str
-) -> None:
+def test_fsdp_refuses_adapters_read_by_other_layers(module: type[Toy], options: dict[str, Any], message: str) -> None:
     adapted = module()
     attach(adapted, LoRAConfig(rank=2, **options))
     with pytest.raises(MisconfigurationException, match=message):

@@ -164,8 +164,6 @@ class ConstructsToo(Wraps):
         (ConstructsToo, MisconfigurationException, r"adapters of net\.2 together with frozen weights.*use wrap\("),
     ],
 )
-def test_wrong_wrapping_is_refused_with_remedy(
-    kind: type[Wraps], error: type[Exception], message: str
-) -> None:
+def test_wrong_wrapping_is_refused_with_remedy(kind: type[Wraps], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run(kind(), LoRACallback(rank=2, modules_to_save=["net.4"]))
