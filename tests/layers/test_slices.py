@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, detach, load_adapter_state_dict, merge, merged
-from lightning_lora.layers import all_adapters
+from lightning_lora.adapted_model import AdaptedModel
 from tests.contract import (
     ALPHA,
     RANK,
@@ -77,7 +77,7 @@ Sites = Mapping[str, tuple[str, Any]]  # of each adapter the name of its weight,
 
 def factors_of(model: nn.Module) -> Factors:
     """Return float64 copies of all that trains, to be differentiated."""
-    adapters = all_adapters(model).items()
+    adapters = AdaptedModel(model).adapters.items()
     return {n: {k: p.detach().double().requires_grad_() for k, p in a.named_parameters()} for n, a in adapters}
 
 
@@ -161,7 +161,7 @@ def test_gradients_of_factors_and_input_are_those_of_the_dense_weights(case: Cas
     truth.backward(cotangent.double())
     model(x).backward(cotangent)
     assert error(x.grad, twin.grad) <= case.tolerance
-    for name, adapter in all_adapters(model).items():
+    for name, adapter in AdaptedModel(model).adapters.items():
         for key, factor in adapter.named_parameters():
             assert error(factor.grad, factors[name][key].grad) <= case.tolerance, (name, key)
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -257,7 +257,7 @@ def test_slices_are_one_block_diagonal_adapter(case: Case, rng):
     whole.load_state_dict({name: model.state_dict()[name] for name in whole.state_dict()})
     count, adapters = len(case.slices), [model.layer.lora[name] for name in case.slices]
     attach(whole, LoRAConfig(rank=RANK * count, alpha=ALPHA * count, target_modules=["layer"]))
-    adapter, *_ = all_adapters(whole).values()  # an output projection of attention stays as it starts
+    adapter, *_ = AdaptedModel(whole).adapters.values()  # an output projection of attention stays as it starts
     with torch.no_grad():
         adapter.A.copy_(torch.cat([part.A for part in adapters]))
         adapter.B.zero_()
@@ -289,7 +289,7 @@ def sliced(slices: Mapping[str, Mapping[str, str]], **options: Any) -> LoRAConfi
 def test_a_layer_named_there_is_adapted_by_its_slices_alone(key: str, target_modules: Any, names: list[str]):
     model = nn.Sequential(Block(), Block())
     attach(model, sliced({key: {"q": "0:8", "v": "8:16"}}, target_modules=target_modules))
-    assert list(all_adapters(model)) == names
+    assert list(AdaptedModel(model).adapters) == names
 
 
 def test_one_slice_may_have_a_rank_and_an_alpha_of_its_own(rng):

@@ -264,7 +264,7 @@ def test_unreadable_file_is_refused(content: bytes | None, stage: str, tmp_path:
 
 def test_file_without_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    refused(str(tmp_path / "tensor.pt"), "no Lightning checkpoint: it has no 'state_dict'")
+    refused(str(tmp_path / "tensor.pt"), "not a Lightning checkpoint: it has no 'state_dict'")
 
 
 def test_full_checkpoint_becomes_base(tmp_path: Path) -> None:
