@@ -636,7 +636,7 @@ def test_empty_optimizer_warns() -> None:
     module = Duel()
     callback = LoRACallback(rank=4, target_modules=["left.0"])
     module.training_step = lambda batch, batch_idx: _step_left(module, batch)
-    with pytest.warns(UserWarning, match=r"optimizer 1 \(Adam\) holds no trainable parameter"):
+    with pytest.warns(UserWarning, match=r"optimizer 1 \(Adam\) no longer holds a trainable parameter"):
         trainer(callback).fit(module, loader())
     assert adapters_moved(module) == ["left.0"]
 

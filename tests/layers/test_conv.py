@@ -123,7 +123,7 @@ def test_a_convolution_with_a_forward_of_its_own_is_exact_too(layer: nn.Module, 
 def test_dropout_is_refused_where_only_the_weight_can_carry_the_update():
     model = nn.ModuleDict({"layer": Standardised(4, 6, 3)})
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"Standardised has a forward of its own.*dropout=0"):
+    with pytest.raises(ValueError, match=r"Standardised has its own forward.*dropout=0"):
         attach(model, LoRAConfig(rank=1, dropout=0.1, target_modules=["layer"]))
     assert_unchanged(model, before)
 

@@ -44,7 +44,7 @@ def test_evaluation_gives_same_metrics_as_saving_run(
         [found] = getattr(bare, stage)(fresh, loader(), ckpt_path=path, verbose=False)
     assert found == expected
     assert get_attachment(fresh).config == get_attachment(module).config
-    assert "all other options are those of the checkpoint" in caplog.text
+    assert "all other options come from the checkpoint" in caplog.text
     assert "LoRA: 2 layers adapted" in caplog.text
 
 

@@ -83,8 +83,8 @@ class FSDPLayout(Layout):
             )
         if late := [name for name in AdaptedModel(module).tensors if name not in self._shapes]:
             raise MisconfigurationException(
-                f"{listed(late)} came into {type(module).__name__} after it had wrapped a part of itself, too late for "
-                "adapters. In configure_model build all layers, call lightning_lora.attach(self), and wrap then."
+                f"{listed(late)} were added to {type(module).__name__} after it had wrapped parts of itself, too late "
+                "for adapters. In configure_model, build all layers, call lightning_lora.attach(self), then wrap."
             )
         _wrap_adapters(module, wrap)
         if _is_ours_alone(self._fsdp.kwargs.get("auto_wrap_policy")):
@@ -101,7 +101,7 @@ class FSDPLayout(Layout):
         if names := _trained_outside(self._model):
             raise MisconfigurationException(
                 f"{listed(names)} would train without FSDP, differently in each process: configure_model wraps only "
-                "other modules, and then FSDPStrategy wraps nothing more. Wrap them, too, or the whole model last."
+                "other modules, and then FSDPStrategy wraps nothing more. Wrap them too, or wrap the whole model last."
             )
 
     @override

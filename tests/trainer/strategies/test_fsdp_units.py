@@ -157,9 +157,9 @@ class ConstructsToo(Wraps):
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        (WrapsFirst, RuntimeError, r"wraps a part of itself before it has adapters.*attach\(self\), and wrap then"),
-        (BuildsLater, MisconfigurationException, r"more\.weight, more\.bias came into BuildsLater after"),
-        (LeavesTrained, MisconfigurationException, r"^net\.4 would train without FSDP.*Wrap them, too"),
+        (WrapsFirst, RuntimeError, r"wraps parts of itself before it has adapters.*attach\(self\), then wrap"),
+        (BuildsLater, MisconfigurationException, r"more\.weight, more\.bias were added to BuildsLater after"),
+        (LeavesTrained, MisconfigurationException, r"^net\.4 would train without FSDP.*Wrap them too"),
         (Constructs, MisconfigurationException, r"was wrapped by FSDP\(\.\.\.\) itself.*then wrap\(\.\.\.\)"),
         (ConstructsToo, MisconfigurationException, r"adapters of net\.2 together with frozen weights.*use wrap\("),
     ],
