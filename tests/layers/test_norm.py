@@ -41,7 +41,7 @@ def frozen() -> nn.BatchNorm1d:
     return norm
 
 
-def test_a_frozen_norm_stays_in_eval_mode_and_returns_itself():
+def test_frozen_norm_stays_in_eval():
     norm = frozen()
     for mode in (True, False, True):
         assert norm.train(mode) is norm
@@ -51,13 +51,13 @@ def test_a_frozen_norm_stays_in_eval_mode_and_returns_itself():
     assert norm.asked_mode is False
 
 
-def test_its_statistics_do_not_move():
+def test_frozen_statistics_do_not_move():
     norm, before = frozen(), nn.BatchNorm1d(4).state_dict()
     norm(torch.randn(8, 4) + 5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in norm.state_dict().items())
 
 
-def test_its_copy_is_frozen_too_and_remembers():
+def test_copy_of_frozen_norm_is_frozen():
     twin = copy.deepcopy(frozen())
     assert twin.asked_mode is True
     assert not twin.train().training
