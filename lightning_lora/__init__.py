@@ -11,8 +11,7 @@ from lightning_lora.loading import load_adapter
 from lightning_lora.modes import disabled, merged
 from lightning_lora.names import target_names
 from lightning_lora.optimizers import parameter_groups
-from lightning_lora.peft_format.files import save_adapter
-from lightning_lora.peft_format.preflight import Preflight, preflight
+from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.surgery import attach, detach, merge
 

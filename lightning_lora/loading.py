@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lora.attachment import AttachReport, get_attachment, named_tensors
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.attachment import AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
-from lightning_lora.names import module_names
+from lightning_lora.layers import Adapter, TokenAdapter
+from lightning_lora.names import listed, module_names
 from lightning_lora.peft_format.directory import PeftFile, read_directory
-from lightning_lora.peft_format.loading import load_directory
+from lightning_lora.peft_format.importing import Import, import_into, import_state
 from lightning_lora.state import check_not_merged, copy_adapter_state, record_problems, refuse_other_base
 from lightning_lora.storage.checkpoint import CheckpointFile, checkpoint_file
 from lightning_lora.surgery import attach, detach
@@ -50,19 +52,19 @@ def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bo
     file = read_adapter(path)
     check_not_merged(module, file.merges)
     if isinstance(file, PeftFile):
-        return load_directory(module, file, check_base=check_base)
+        return _load_directory(module, file, check_base=check_base)
+    return _load_checkpoint(module, file, check_base=check_base)
+
+
+def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: bool) -> AttachReport:
+    """Attach and load what the record says, or nothing at all."""
     if check_base:
         refuse_other_base(module, file.base)
-    return _attach_and_load(module, file)
-
-
-def _attach_and_load(module: nn.Module, file: CheckpointFile) -> AttachReport:
-    """Attach what the record says, or nothing at all."""
     with ExitStack() as undo:
         reports = [attach_entry(module, entry, undo) for entry in file.record["adapters"]]
         if problems := record_problems(module, file.record):
             raise ValueError("The checkpoint does not fit this model:\n" + "\n".join(f"  - {p}" for p in problems))
-        known = named_tensors(module).keys()
+        known = AdaptedModel(module).tensors.keys()
         if not file.tensors.keys() <= known:  # states of metrics, say; walking all that a model would save takes longer
             known = module.state_dict().keys()
         copy_adapter_state(module, file.tensors, known=known)
@@ -90,3 +92,42 @@ def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -
     if before is None:
         undo.callback(detach, target)
     return report
+
+
+def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> AttachReport:
+    """Attach and load what the files say, or nothing at all."""
+    _, root, content = import_into(module, file, check_base=check_base)
+    with ExitStack() as undo:
+        inside = AdaptedModel(root)
+        if inside.layers:
+            _check_same_adapters(root, content, inside.adapters)
+        else:
+            attach(root, content.config)
+            undo.callback(detach, root)
+            inside = AdaptedModel(root)
+        model = AdaptedModel(module)
+        copy_adapter_state(module, import_state(root, content, model.trained, inside.adapters), tensors=model.trained)
+        undo.pop_all()
+    return (get_attachment(root) or model.roots[0].attachment).report
+
+
+def _check_same_adapters(root: nn.Module, content: Import, adapters: Mapping[str, Adapter]) -> None:
+    """Refuse a file whose adapters are others than those that the model has already."""
+    wanted: dict[str, tuple[Any, ...]] = {
+        layer.label: (layer.factors.rank, layer.factors.scaling) for layer in content.layers
+    }
+    wanted |= {name: tokens for name, (tokens, _) in content.tokens.items()}
+    mine = {name: _described(adapter) for name, adapter in adapters.items()}
+    if different := sorted(name for name in wanted.keys() | mine.keys() if wanted.get(name) != mine.get(name)):
+        shown = [f"{name} (file {wanted.get(name)}, here {mine.get(name)})" for name in different]
+        raise ValueError(
+            f"This {type(root).__name__} already carries adapters of other layers, ranks or scalings than the file's: "
+            f"{listed(shown)}. Nothing was changed. Call detach first."
+        )
+
+
+def _described(adapter: Adapter) -> tuple[Any, ...]:
+    if isinstance(adapter, TokenAdapter):
+        return tuple(adapter.index.tolist())
+    spec = adapter.spec
+    return (spec.rank, spec.scaling, *(spec.rows and ("slices",)))

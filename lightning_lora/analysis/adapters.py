@@ -23,7 +23,7 @@ from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import make_import
-from lightning_lora.peft_format.loading import matching_root
+from lightning_lora.peft_format.names import matching_root
 from lightning_lora.planning.plan import PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
@@ -340,7 +340,7 @@ def stored_matrices(
 
 def _stored_weights(placed: Mapping[str, _Placed], fitted: Fitted, base: BaseFolder) -> dict[str, StoredTensor]:
     """Return where the weight of each adapter lies, by the adapter's name."""
-    stored_as = fitted.names | {name: base.tied_heads[head] for name, head in fitted.heads.items()}
+    stored_as = {name: base.tied_heads.get(stored, stored) for name, stored in fitted.names.items()}
     names = {name: join(each.path, each.adapter.parameter) for name, each in placed.items()}
     if missing := [own for own in names.values() if stored_as.get(own) not in base.tensors]:
         raise ValueError(f"The base does not contain {listed(missing)}, which the adapter updates.")

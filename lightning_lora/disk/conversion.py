@@ -1,30 +1,30 @@
-"""Checkpoints become PEFT directories and back, from their files alone: no model is built, and no code of one run."""
+"""Conversion between checkpoints and PEFT directories, from the files alone: no model is built."""
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.bare_skeleton import attach_bare, fill, skeleton_of_checkpoint, skeleton_of_peft
+from lightning_lora.disk.skeleton import REMEDY, attach_bare, bare_skeleton, fill
 from lightning_lora.fingerprint import fingerprint, to_plain
-from lightning_lora.layers import all_adapters
 from lightning_lora.names import join
+from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import read_directory
 from lightning_lora.peft_format.files import exported, write_export
-from lightning_lora.peft_format.importing import Import, make_import
-from lightning_lora.peft_format.loading import import_state
-from lightning_lora.peft_format.names import PREFIX
-from lightning_lora.peft_format.patterns import anchored
-from lightning_lora.state import adapter_tensors, describe, mismatches
+from lightning_lora.peft_format.importing import Import, import_state, make_import
+from lightning_lora.state import describe, mismatches, record_problems
+from lightning_lora.storage.adapter_file import damage_named
 from lightning_lora.storage.atomic import replace_file
-from lightning_lora.storage.checkpoint import RECORD_KEY, read_checkpoint, recorded_base
+from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, checkpoint_file
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "._u", "._v", ".weight_u", ".weight_v")
 
 
 def export_checkpoint(
@@ -38,31 +38,55 @@ def export_checkpoint(
     """Write the adapter of a ``.ckpt`` as a PEFT directory, as ``save_adapter`` of the loaded model would.
 
     Args:
-        checkpoint: The file of a LoRACallback run.
-        directory: Where to write; an adapter that is there is replaced.
-        root: Name of the model inside the LightningModule, to which the names in the directory are relative; if left
-            out the one child that holds everything, or ``""``.
-        base_model_name_or_path: What to record as the base model.
+        checkpoint: A file written under LoRACallback.
+        directory: Where to write; an adapter in it is replaced.
+        root: Name of the model inside the LightningModule, to which the names in the directory are relative; by default
+            the one child that holds everything, or ``""``.
+        base_model_name_or_path: The name of the base model to record.
         uniform_rank: As in ``save_adapter``.
 
     Returns:
         The names of the layers.
 
     Raises:
-        ValueError: The file does not tell enough, or PEFT cannot express the adapter. Nothing was written.
+        ValueError: The file does not describe the adapter well enough, or PEFT cannot express it. Nothing was written.
     """
-    record, state = read_checkpoint(checkpoint)
-    with _sense_of(checkpoint):
-        skeleton = skeleton_of_checkpoint(record, state)
-        root = _common_root(adapter_tensors(skeleton)) if root is None else root
+    file = checkpoint_file(checkpoint)
+    with damage_named(checkpoint):
+        _check_exportable(file)
+        skeleton = _skeleton_of_checkpoint(file)
+        root = _common_root(AdaptedModel(skeleton).trained) if root is None else root
         export = exported(skeleton, root)
     export.is_partial, before = True, f"{root}." if root else ""
-    base = {n.removeprefix(before): each for n, each in recorded_base(record).items() if n.startswith(before)}
+    base = {name.removeprefix(before): each for name, each in file.base.items() if name.startswith(before)}
     write_export(export, directory, base_model_name_or_path, base, uniform_rank=uniform_rank)
     return sorted(layer.name for layer in export.layers)
 
 
-def _common_root(names: Mapping[str, Tensor]) -> str:
+def _check_exportable(file: CheckpointFile) -> None:
+    configs = [LoRAConfig.from_dict(entry["config"]) for entry in file.record["adapters"]]
+    if file.merges:
+        raise ValueError(f"The adapter was trained on a base with another adapter merged into it. {REMEDY}")
+    if any(each.get("rows") for each in file.record["layers"].values()) and any(each.use_dora for each in configs):
+        raise ValueError(f"DoRA of slices needs the norms of the base's other rows. {REMEDY}")
+    if any(each.frozen_norm == "track" for each in configs) and any(n.endswith(_STATISTICS) for n in file.tensors):
+        raise ValueError("PEFT saves no running statistics of frozen norms (frozen_norm='track').")
+
+
+def _skeleton_of_checkpoint(file: CheckpointFile) -> nn.Module:
+    """Return a skeleton that carries the adapters with their values."""
+    skeleton = bare_skeleton(file)
+    own = AdaptedModel(skeleton).tensors
+    for entry in file.record["adapters"]:
+        attach_bare(skeleton.get_submodule(entry["root"]), LoRAConfig.from_dict(entry["config"]), entry["seed"])
+    known = {name: value for name, value in file.tensors.items() if ".lora." in name or name in own}
+    if problems := record_problems(skeleton, file.record) + mismatches(AdaptedModel(skeleton).trained, known):
+        raise ValueError("The record and the tensors of the file contradict each other: " + "; ".join(problems))
+    fill(skeleton, known)
+    return skeleton
+
+
+def _common_root(names: Collection[str]) -> str:
     """Return the child that holds everything, unless it is itself a layer."""
     paths = {name.partition(".lora.")[0] if ".lora." in name else name.rpartition(".")[0] for name in names}
     first = {path.partition(".")[0] for path in paths}
@@ -70,58 +94,53 @@ def _common_root(names: Mapping[str, Tensor]) -> str:
 
 
 def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") -> list[str]:
-    """Write a PEFT directory as a ``.ckpt`` that ``load_adapter`` and ``trainer.test(ckpt_path=...)`` take.
+    """Write a PEFT directory as a ``.ckpt`` for ``load_adapter`` and ``trainer.test(ckpt_path=...)``.
 
     Args:
-        directory: The directory, written by PEFT or by ``save_adapter``.
+        directory: A directory written by PEFT or by ``save_adapter``.
         checkpoint: The file to write; it must not exist.
-        root: Name of the model inside the LightningModule, which comes before all names; ``""`` if it is the module.
+        root: Name of the model inside the LightningModule, which precedes all names; ``""`` if it is the module itself.
 
     Returns:
         The names of the layers.
 
     Raises:
-        ValueError: The files do not tell enough, or use what has no equal here. Nothing was written.
-        FileNotFoundError: They are not there.
+        ValueError: The files do not describe the adapter well enough, or use unsupported options. Nothing was written.
+        FileNotFoundError: They do not exist.
     """
     if checkpoint.exists():
         raise ValueError(f"{str(checkpoint)!r} exists already. Name a new file.")
     file = read_directory(directory)
-    options, tensors = file.config, file.tensors
-    with _sense_of(directory):
-        is_transposed = file.options.get("fan_in_fan_out") is True
-        skeleton = skeleton_of_peft(options, tensors, root, is_transposed=is_transposed)
+    with damage_named(directory):
+        skeleton = bare_skeleton(file, root)
         part = skeleton.get_submodule(root)
         content = make_import(part, file)
         base = {join(root, name): sample for name, sample in file.base.items()}
-        base |= fingerprint(_repeated(part, root, content, tensors))
+        # PEFT repeats weights of the frozen base, such as embeddings.
+        repeated = {key.replace(".base_layer.", ".") for key in file.tensors} - content.values.keys()
+        base |= fingerprint({join(root, name): p for name, p in part.named_parameters() if name in repeated})
         attach_bare(skeleton, _with_full_names(content, root))
-        state = import_state(part, content, adapter_tensors(skeleton), all_adapters(part))
-        if problems := mismatches(adapter_tensors(skeleton), state):
+        trained = AdaptedModel(skeleton).trained
+        state = import_state(part, content, trained, AdaptedModel(part).adapters)
+        if problems := mismatches(trained, state):
             raise ValueError("; ".join(problems))
         fill(skeleton, state)
-    record = describe(skeleton) | {"base": to_plain(base), "optimizers": []}
-    content_of_file = {
+    model = AdaptedModel(skeleton)
+    checkpoint_content = {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": _lightning_version(),
-        "state_dict": {name: tensor.detach() for name, tensor in adapter_tensors(skeleton).items()},
-        RECORD_KEY: record,
+        "state_dict": {name: tensor.detach() for name, tensor in model.trained.items()},
+        RECORD_KEY: describe(skeleton) | {"base": to_plain(base), "optimizers": []},
     }
-    replace_file(checkpoint, lambda place: torch.save(content_of_file, place))
-    return sorted(all_adapters(skeleton))
-
-
-def _repeated(part: nn.Module, root: str, content: Import, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of the frozen base that a file repeats, as PEFT does with embeddings."""
-    keys = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in tensors}
-    return {join(root, n): p for n, p in part.named_parameters() if n in keys and n not in content.values}
+    replace_file(checkpoint, lambda place: torch.save(checkpoint_content, place))
+    return sorted(model.adapters)
 
 
 def _with_full_names(content: Import, root: str) -> LoRAConfig:
-    """Return the config with names that mean the same in a model of which nothing else is known.
+    """Return the config with full names, which mean the same in a model whose other modules are unknown.
 
-    What is tied to what is unknown too: as PEFT does, the update is of the named layer alone.
+    Ties are unknown too: as in PEFT, the update is of the named layer alone.
     """
     config = content.config
     patterns = {anchored(label): anchored(join(root, label)) for label in (layer.label for layer in content.layers)}
@@ -141,16 +160,4 @@ def _lightning_version() -> str:
     try:
         return importlib.metadata.version("lightning")
     except importlib.metadata.PackageNotFoundError:
-        return "2.6.0"  # the oldest that the package takes
-
-
-@contextmanager
-def _sense_of(path: Path) -> Iterator[None]:
-    """Turn what nonsense in a file raises into one clear error."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
-        raise ValueError(
-            f"The adapter in {str(path)!r} makes no sense; the file was changed or damaged: "
-            f"{type(error).__name__}: {error}"
-        ) from error
+        return "2.6.0"  # the oldest supported version

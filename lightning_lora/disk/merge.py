@@ -104,7 +104,7 @@ class _Merger:
     ) -> None:
         self.base, self.fitted, self.dtype, self.progress = base, fitted, dtype, progress
         self.stored = base.tensors
-        self.mine = {mine: name for name, mine in (fitted.names | fitted.heads).items()}
+        self.mine = {mine: name for name, mine in fitted.names.items()}
         self.modules = dict(fitted.root.named_modules())
         self.heads = self._heads_to_write()
         self.report = MergeReport(ignored=list(fitted.ignored), untied=self._unties(), compared=fitted.compared)

@@ -1,33 +1,32 @@
-"""PEFT directories: writing an adapter as ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Saving an adapter as a PEFT directory, and what PEFT and vLLM will make of it."""
 
 from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
+from typing_extensions import override
 
-from lightning_lora.attachment import attachments, named_tensors
+from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, fingerprint
-from lightning_lora.layers import lora_layers
+from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.names import clean_name, listed
-from lightning_lora.peft_format.collect import make_export
+from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import (
     CONFIG_FILE,
     PICKLED_FILE,
     TENSORS_FILE,
     write_tensors,
 )
-from lightning_lora.peft_format.exporting import Export
+from lightning_lora.peft_format.export import Export, make_export
 from lightning_lora.peft_format.names import chosen_root, found_root
 from lightning_lora.sharding import is_sharded
-from lightning_lora.state import (
-    adapter_tensors,
-    base_tensors,
-    merges,
-)
 from lightning_lora.storage.atomic import replace_directory
 
 
@@ -63,7 +62,7 @@ def save_adapter(
         OSError: The files could not be written. An adapter that was there is as it was.
     """
     export = exported(module, export_root)
-    if merged := merges(module):
+    if merged := AdaptedModel(module).merges:
         warnings.warn(
             f"This adapter belongs to a base with another adapter merged into {listed(list(merged))}; the files do not "
             "hold that. Save the merged base model too.",
@@ -106,21 +105,19 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
         ValueError: The module has no adapters, or the model to export cannot be told.
         RuntimeError: The adapters are folded into the weights, inside ``merged``.
     """
-    layers = lora_layers(module)
-    if folded := [name for name, layer in layers.items() if layer.lora_mode == "merged"]:
+    model = AdaptedModel(module)
+    if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
-    tensors = adapter_tensors(module)
-    if unmade := [name for name, tensor in tensors.items() if tensor.is_meta]:
+    if unmade := [name for name, tensor in model.trained.items() if tensor.is_meta]:
         raise ValueError(f"{listed(unmade)} are on the meta device and have no values to save.")
-    trained = {id(tensor) for tensor in tensors.values()}
-    if not trained or not any(True for _ in attachments(module)):
-        where = (
-            "belong to a parent of it; name this part with export_root" if layers else "are missing; call attach first"
-        )
+    trained = {id(tensor) for tensor in model.trained.values()}
+    if not trained or not model.roots:
+        elsewhere = "belong to a parent of it; name this part with export_root"
+        where = elsewhere if model.layers else "are missing; call attach first"
         raise ValueError(f"{type(module).__name__} cannot be saved: its adapters {where}.")
 
     def holds_all(part: nn.Module) -> bool:
-        return trained <= {id(tensor) for tensor in named_tensors(part).values()}
+        return trained <= {id(tensor) for tensor in AdaptedModel(part).tensors.values()}
 
     root = found_root(module, holds_all) if export_root is None else chosen_root(module, export_root)
     return make_export(module, *root)
@@ -132,7 +129,7 @@ def _base_name(root: nn.Module) -> str | None:
 
 
 def _fingerprint(module: nn.Module, root: nn.Module) -> Fingerprint:
-    tensors = base_tensors(root, trained=adapter_tensors(module).values())
+    tensors = base_parameters(root, AdaptedModel(module).trained)
     # Reading values that are divided takes all processes, and here is one.
     return {} if any(map(is_sharded, tensors.values())) else fingerprint(tensors)
 
@@ -142,3 +139,134 @@ def _below(base: Fingerprint, module: nn.Module, root: nn.Module) -> Fingerprint
     path = next(clean_name(name) for name, part in module.named_modules() if part is root)
     start = f"{path}." if path else ""
     return {name.removeprefix(start): each for name, each in base.items() if name.startswith(start)}
+
+
+# --- before saving
+
+YES = "yes"
+
+
+class PreflightRow(NamedTuple):
+    """One layer, module or option: what it is, and whether PEFT and vLLM take it, ``"yes"`` or why not."""
+
+    name: str
+    kind: str
+    rank: int | None
+    scaling: float | None
+    peft: str
+    vllm: str
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What PEFT and vLLM will accept of an adapter; ``print`` shows a table.
+
+    Attributes:
+        root: Name of the model that would be exported; the names in the rows are relative to it.
+        rows: Layers, modules and options.
+        notes: What else is to be known.
+    """
+
+    root: str
+    rows: Sequence[PreflightRow]
+    notes: Sequence[str] = ()
+
+    @property
+    def peft_accepts(self) -> bool:
+        """Whether ``save_adapter`` can write it."""
+        return all(row.peft == YES for row in self.rows)
+
+    @property
+    def vllm_accepts(self) -> bool:
+        """Whether vLLM can serve it, if it serves the model and these of its layers with LoRA at all."""
+        return all(row.vllm == YES for row in self.rows)
+
+    @override
+    def __str__(self) -> str:
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for row in self.rows:
+            rank = "-" if row.rank is None else str(row.rank)
+            scaling = "-" if row.scaling is None else f"{row.scaling:g}"
+            groups.setdefault((row.kind, rank, scaling, row.peft, row.vllm), []).append(row.name)
+        table: list[tuple[str, ...]] = [("layers", "kind", "rank", "scaling", "PEFT", "vLLM")]
+        table += [(listed(names, 2), *what) for what, names in groups.items()]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
+        ]
+        rule = "  ".join("-" * width for width in widths)
+        takes = {
+            name: YES if accepts else "no"
+            for name, accepts in (("PEFT", self.peft_accepts), ("vLLM", self.vllm_accepts))
+        }
+        head = f"Export of {repr(self.root) if self.root else 'the module itself'}: " + ", ".join(
+            f"{name} {verdict}" for name, verdict in takes.items()
+        )
+        return "\n".join([head, lines[0], rule, *lines[1:], *self.notes])
+
+
+def preflight(module: nn.Module, *, export_root: str | None = None) -> Preflight:
+    """Say for each layer and option of an adapted module what PEFT and vLLM will and will not accept.
+
+    Args:
+        module: An adapted module.
+        export_root: As in ``save_adapter``.
+
+    Raises:
+        ValueError: The module has no adapters, or the model to export cannot be told.
+        RuntimeError: The adapters are folded into the weights, inside ``merged``.
+    """
+    export = exported(module, export_root)
+    rows = [*_layer_rows(export), *_other_rows(export)]
+    rows += [PreflightRow(name, "-", None, None, reason, "not in the files") for name, reason in export.refused.items()]
+    return Preflight(export.root_name, rows, _notes(export))
+
+
+def _layer_rows(export: Export) -> list[PreflightRow]:
+    numbers = export.numbers()
+    patterns = numbers["rank_pattern"].keys() | numbers["alpha_pattern"].keys()
+    rows = []
+    for layer in export.layers:
+        vllm = _vllm_obstacle(
+            layer.module,
+            layer.adapter,
+            use_dora=export.use_dora,
+            lora_bias=export.lora_bias,
+            like_default=anchored(layer.target) not in patterns,
+        )
+        kind = layer.module.base_class if isinstance(layer.module, LoRALayer) else type(layer.module)
+        name = layer.target if layer.by_parameter else layer.name
+        rank, scaling = layer.factors.rank, layer.factors.scaling
+        if not {name, layer.name} & export.refused.keys():
+            rows.append(PreflightRow(name, kind.__name__, rank, scaling, YES, vllm or YES))
+    return rows
+
+
+def _other_rows(export: Export) -> list[PreflightRow]:
+    others = [(name, "modules_to_save", "no modules_to_save") for name in export.saved]
+    others += [(name, "trained tokens", "no trainable tokens") for name in export.tokens]
+    others += [(name, "bias of the base", "no biases") for name in export.biases]
+    return [
+        PreflightRow(name, kind, None, None, YES, reason) for name, kind, reason in others if name not in export.refused
+    ]
+
+
+def _notes(export: Export) -> list[str]:
+    ranks = [layer.factors.rank for layer in export.layers]
+    notes = [f"vLLM needs max_lora_rank >= {max(ranks)}."] if ranks else []
+    return notes + export.caveats()
+
+
+def _vllm_obstacle(
+    module: nn.Module, adapter: type[Adapter], *, use_dora: bool, lora_bias: bool, like_default: bool
+) -> str | None:
+    """Return why vLLM would refuse this layer or compute something else with it, or None."""
+    if use_dora:
+        return "no DoRA"
+    if lora_bias:
+        return "no bias in lora_B"
+    if not adapter.vllm_takes:
+        return f"no adapter for {getattr(module, 'base_class', type(module)).__name__}"
+    if not like_default:
+        return "ignores patterns: save with uniform_rank=True"
+    return None

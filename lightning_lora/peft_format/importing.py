@@ -6,21 +6,55 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.attachment import named_tensors
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import adapter_type
-from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names
+from lightning_lora.layers import Adapter, LowRankAdapter, ParameterAdapter, adapter_type, parameter_adapter
+from lightning_lora.layers.norm import weights_only_read
+from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names, walk
+from lightning_lora.peft_format.config import (
+    LAST_KNOWN_PEFT,
+    LAST_KNOWN_PEFT_TEXT,
+    TIMES_PEFT_ADDS_OUT_PROJ,
+    PeftConfig,
+    Scaled,
+    lora_config,
+    targets_for,
+)
 from lightning_lora.peft_format.directory import PeftFile
-from lightning_lora.peft_format.layers import ImportedLayer, LayerReader, differences, shown
-from lightning_lora.peft_format.names import PREFIX, tensors_in_full, without_wrappers
-from lightning_lora.peft_format.patterns import Scaled, lora_config, targets_for
+from lightning_lora.peft_format.factors import Factors, Geometry, from_file, shapes_in_file
+from lightning_lora.peft_format.names import (
+    PREFIX,
+    matching_root,
+    parameters_named,
+    tensors_in_full,
+    without_wrappers,
+)
 from lightning_lora.planning.obstacles import weight_readers
+from lightning_lora.state import refuse_other_base
 from lightning_lora.storage.adapter_file import StoredTokens
+
+
+class ImportedLayer(NamedTuple):
+    """One update that a file brings.
+
+    Attributes:
+        name: The layer's name.
+        parameter: What it updates.
+        by_parameter: Whether ``target_parameters`` names it.
+        label: What the adapter will be called.
+        factors: The update.
+    """
+
+    name: str
+    parameter: str
+    by_parameter: bool
+    label: str
+    factors: Factors
 
 
 @dataclass
@@ -43,6 +77,32 @@ class Import:
     def config(self) -> LoRAConfig:
         """What to attach; not needed, and not made, where a model has such adapters already."""
         return self.make_config()
+
+
+def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> tuple[str, nn.Module, Import]:
+    """Return the model inside a module that a file is for, with its name, and what the file means for it.
+
+    Args:
+        module: The module that holds the model.
+        file: The adapter.
+        check_base: As in ``load_adapter``.
+
+    Raises:
+        ValueError: The file does not fit the module, or its base.
+    """
+    names_of = functools.cache(module_names)
+    root = matching_root(module, file.paths, names_of)
+    names = names_of(root)
+    try:
+        with weights_only_read(part for part, _ in names.values()):
+            content = make_import(root, file, names)
+    except ValueError as error:
+        raise ValueError(
+            f"The adapter in {str(file.path)!r} does not fit this {type(root).__name__}; nothing was changed:\n{error}"
+        ) from None
+    if check_base:
+        refuse_other_base(root, file.base, AdaptedModel(module).trained.values())
+    return next(name for name, part in walk(module) if part is root), root, content
 
 
 def make_import(root: nn.Module, file: PeftFile, names: ModuleNames | None = None) -> Import:
@@ -71,7 +131,7 @@ class _Importer:
             self.problems.append(f"keys that do not begin with {PREFIX!r}: {listed(file.alien)}")
         if broken := [key for key, tensor in self.tensors.items() if tensor.is_complex() or tensor.is_quantized]:
             self.problems.append(f"tensors of a kind that no adapter has: {listed(broken)}")
-        self.reader = LayerReader(names, file.config, self.tensors)
+        self.reader = _LayerReader(names, file.config, self.tensors)
         self.names, self.modules, self.first = self.reader.names, self.reader.modules, self.reader.first
         self.layers = self.reader.layers
         self.tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
@@ -108,7 +168,7 @@ class _Importer:
             self.problems.append(f"{key}: trainable_token_indices does not say which tokens these are")
         elif tuple(rows.shape) != (len(wanted), module.embedding_dim) or not rows.is_floating_point():
             self.problems.append(
-                f"{key}: file {shown(rows)}, expected {(len(wanted), module.embedding_dim)} for {len(wanted)} tokens"
+                f"{key}: file {_shown(rows)}, expected {(len(wanted), module.embedding_dim)} for {len(wanted)} tokens"
             )
         else:
             order = sorted(range(len(wanted)), key=wanted.__getitem__)
@@ -139,7 +199,7 @@ class _Importer:
                 key for key in keys if key.startswith((f"{name}.original_module.", f"{name}.modules_to_save."))
             }
             shapes = {key: tuple(tensor.shape) for key, tensor in expected.items()}
-            problems = list(differences(shapes, found, like=expected))
+            problems = list(_differences(shapes, found, like=expected))
             self.problems += problems
             if not problems:
                 self.values |= found
@@ -147,7 +207,7 @@ class _Importer:
 
     def _read_the_rest(self, keys: Collection[str]) -> set[str]:
         """Read biases, and let values of the frozen base pass that are what the model has."""
-        live, biases = named_tensors(self.root) if keys else {}, set[str]()
+        live, biases = AdaptedModel(self.root).tensors if keys else {}, set[str]()
         for key in sorted(keys):
             path, _, last = key.rpartition(".")
             place = without_wrappers(path, self.modules)
@@ -155,7 +215,7 @@ class _Importer:
             value, tensor = live.get(name or ""), self.tensors[key]
             if name is None or value is None:
                 self.problems.append(f"{key}: the model has no such tensor")
-            elif problems := list(differences({key: tuple(value.shape)}, {key: tensor}, like={key: value})):
+            elif problems := list(_differences({key: tuple(value.shape)}, {key: tensor}, like={key: value})):
                 self.problems += problems
             elif "bias" in last and self.config.bias != "none":
                 self.values[name] = tensor
@@ -195,3 +255,149 @@ class _Importer:
             adapter = adapter_type(module)
             if id(module) in readers or layer.by_parameter or (adapter and adapter.needs_weight(module)):
                 yield layer.label
+
+
+# --- the layers
+
+
+class _LayerReader:
+    """Reads layer by layer, and collects what does not fit.
+
+    Attributes:
+        layers: What was read.
+        problems: What does not fit.
+    """
+
+    def __init__(self, names: ModuleNames, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+        self.config, self.tensors = config, tensors
+        self.variant = {"use_dora": config.use_dora, "lora_bias": config.lora_bias}
+        self.names = names
+        self.modules = {alias: part for part, aliases in self.names.values() for alias in aliases}
+        self.first = {alias: name for name, (_, aliases) in self.names.items() for alias in aliases}
+        self.layers: list[ImportedLayer] = []
+        self.problems: list[str] = []
+
+    def read(self, path: str, keys: Collection[str]) -> None:
+        """Read the layer at a path of the file, or note why it does not fit."""
+        place = without_wrappers(path, self.modules)
+        if place is None:
+            self.problems.append(f"the model has no module {path!r}")
+            return
+        name, depth = self.first[place[0]], place[1]
+        module = self.modules[name]
+        chosen = self._chosen(name, module, depth, path)
+        if isinstance(chosen, str):
+            self.problems.append(f"{path}: {chosen}")
+            return
+        adapter, parameter, target = chosen
+        if reason := adapter.peft_obstacle(module, parameter, **self.variant):
+            self.problems.append(f"{path}: {reason}")
+            return
+        geometry = Geometry.of(adapter, module, parameter)
+        expected = shapes_in_file(path, geometry, self.config.rank_of(target), **self.variant)
+        problems = list(_differences(expected, {key: self.tensors[key] for key in sorted(keys)}))
+        problems = problems or list(self._other_functions(path, name, target))
+        self.problems += problems
+        if not problems:
+            label = join(name, parameter) if issubclass(adapter, ParameterAdapter) else name
+            factors = from_file(path, self.tensors, geometry, self._scaling(name, target, parameter))
+            # PEFT allows more than the weight's own rank, which adds nothing to what can be computed.
+            factors = factors.within(min(geometry.out_features, geometry.in_features))
+            by_parameter = target == join(name, parameter)
+            self.layers.append(ImportedLayer(name, parameter, by_parameter, label, factors))
+
+    def _scaling(self, name: str, target: str, parameter: str) -> float:
+        is_projection = target not in (name, join(name, parameter))
+        return (TIMES_PEFT_ADDS_OUT_PROJ if is_projection else 1) * self.config.scaling_of(target)
+
+    def _other_functions(self, path: str, name: str, target: str) -> Iterator[str]:
+        """Yield why PEFT computes something else with this layer than we would."""
+        aliases = self.names[name][1]
+        if len(aliases) > 1:
+            yield f"{path}: the model reaches it by {len(aliases)} names ({', '.join(aliases)}), and PEFT adapts one"
+        parent, _, last = name.rpartition(".")
+        if last == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention):
+            written = self.config.peft_version
+            if target == name and self.tensors[f"{path}.lora_B.weight"].any():
+                yield f"{path}: PEFT never applies an adapter of attention's output projection alone"
+            elif target == parent and written > LAST_KNOWN_PEFT:
+                yield (
+                    f"{path}: PEFT up to {LAST_KNOWN_PEFT_TEXT} adds this update twice, and it is unknown whether "
+                    f"{'.'.join(map(str, written))}, which wrote the file, still does"
+                )
+
+    def _chosen(self, name: str, module: nn.Module, depth: int, path: str) -> tuple[type[Adapter], str, str] | str:
+        """Return the kind of adapter, the parameter and the name that patterns mean, or why there is none."""
+        if parameters := parameters_named(name, module, self.config.target_parameters):
+            if depth >= len(parameters):
+                return f"there are more of them than the {len(parameters)} of target_parameters on this module"
+            parameter = parameters[len(parameters) - 1 - depth]
+            return parameter_adapter(module, parameter), parameter, join(name, parameter)
+        adapter = adapter_type(module)
+        if adapter is None or depth:
+            return f"{name!r} is a {type(module).__name__}, which has no adapter of this kind"
+        parent = self.modules.get(name.rpartition(".")[0])
+        # Of attention PEFT adapts both projections, under the one name.
+        of_attention = isinstance(parent, nn.MultiheadAttention) and path != name
+        target = name.rpartition(".")[0] if of_attention else name
+        return adapter, adapter.parameters_of(module)[0], target
+
+
+def _differences(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None
+) -> Iterator[str]:
+    """Yield how tensors differ from what they must be; ``like`` says which need not be in floating point."""
+    for key in sorted(expected.keys() - found.keys()):
+        yield f"{key}: missing from the file"
+    for key, tensor in found.items():
+        if key not in expected:
+            yield f"{key}: not expected here; use_dora, lora_bias or the kind of layer says otherwise"
+        elif tuple(tensor.shape) != expected[key]:
+            yield f"{key}: file {_shown(tensor)}, expected {expected[key]}"
+        elif not tensor.is_floating_point() and (like is None or like[key].dtype != tensor.dtype):
+            yield f"{key}: file {_shown(tensor)}, expected floating point"
+
+
+def _shown(tensor: Tensor) -> str:
+    """Return a tensor's shape and precision, for messages."""
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+# --- into a module's state
+
+
+def import_state(
+    root: nn.Module, content: Import, tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
+) -> dict[str, Tensor]:
+    """Return a file's values under the names of a module's own state.
+
+    Args:
+        root: The model that the file is for.
+        content: The file.
+        tensors: The module's ``adapter_tensors``.
+        adapters: The model's adapters.
+    """
+    live = AdaptedModel(root).tensors if content.values else {}
+    values: dict[int, Tensor] = {}
+    for layer in content.layers:
+        adapter, factors = adapters[layer.label], layer.factors
+        assert isinstance(adapter, LowRankAdapter)
+        for key, tensor in adapter._parameters.items():
+            if (value := getattr(factors, key)) is not None:
+                values[id(tensor)] = value
+    values |= {id(adapters[name].rows): rows for name, (_, rows) in content.tokens.items()}
+    for name, value in content.values.items():
+        before = values.setdefault(id(live[name]), value)
+        if not torch.equal(before, value):
+            raise ValueError(f"{name!r} shares its memory with a tensor to which the file gives another value.")
+    state = {name: values[id(tensor)] for name, tensor in tensors.items() if id(tensor) in values}
+    # PEFT trains the biases of attention's and recurrent layers' own kind, but does not save them.
+    return {name: tensor for name, tensor in _unsaved_biases(tensors).items() if name not in state} | state
+
+
+def _unsaved_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().clone()
+        for name, tensor in tensors.items()
+        if "bias" in (last := name.rpartition(".")[2]) and last != "bias"
+    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.names import clean_name, join, listed, module_names, near_names, walk
+from lightning_lora.names import ModuleNames, clean_name, join, listed, module_names, near_names, walk
 
 PREFIX = "base_model.model."
 TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # of the key of an embedding's trained rows
@@ -56,6 +57,26 @@ def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tup
             "Say which with export_root."
         )
     return models[0] if models else ("", module)
+
+
+def matching_root(
+    module: nn.Module,
+    paths: set[str],
+    names_of: Callable[[nn.Module], ModuleNames] = module_names,
+) -> nn.Module:
+    """Return the model in which all these paths of a file name modules; ValueError if several may be meant."""
+
+    @functools.cache
+    def has_all(part: nn.Module) -> bool:
+        names = {alias for _, aliases in names_of(part).values() for alias in aliases}
+        return paths <= names or all(without_wrappers(path, names) for path in paths)
+
+    _, found = found_root(module, has_all)
+    if has_all(found):
+        return found
+    # Whoever wrote the file may have wrapped the model at another depth.
+    others = [part for part in (module, *module.children()) if has_all(part)]
+    return others[0] if len(others) == 1 else found
 
 
 def _pretrained_models(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -15,7 +15,7 @@ from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
-from lightning_lora.peft_format.loading import imported
+from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
 from lightning_lora.state import check_not_merged, refuse_other_base
 
@@ -84,7 +84,7 @@ def _read(
         if check_base:
             refuse_other_base(module, file.base)
         return file.tensors, {name: layer["scaling"] for name, layer in file.record["layers"].items()}
-    root_name, content = imported(module, file, check_base=check_base)
+    root_name, _, content = import_into(module, file, check_base=check_base)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
     for label, each in factors.items():
