@@ -309,14 +309,17 @@ def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -
         spec = each.spec
         dtype = "float64" if spec.dtype is torch.float64 else config.adapter_dtype
         layers.append(AdaptedLayer(each.label, each.pattern, spec.rank, spec.scaling, each.size, dtype))
+    saved = {}
+    for name, part in plan.saved.items():
+        saved[name] = sum(p.numel() for p in part.parameters())
     report = AttachReport(
         layers=layers,
-        saved={name: sum(p.numel() for p in part.parameters()) for name, part in plan.saved.items()},
+        saved=saved,
         left_out=plan.left_out,
         base_parameters=plan.base_parameters,
         norms=plan.norms,
         frozen_norm=config.frozen_norm,
-        biases={name: plan.parameters[name].numel() for name in plan.biases},
+        biases=plan.biases,
         untied=plan.untied,
     )
     record = Attachment(config, seed, report, tuple(plan.saved), untied=dict(plan.untied))

@@ -84,40 +84,40 @@ def _shown(value: Any) -> str:
 
 
 @_pairs(WRONG_TYPE)
-def test_a_value_of_the_wrong_type_is_a_type_error_that_names_option_and_value(option: str, value: Any):
+def test_wrong_type_names_option_and_value(option: str, value: Any):
     with pytest.raises(TypeError, match=f"LoRAConfig.{option}.*{re.escape(_shown(value))}"):
         LoRAConfig(**{option: value})
 
 
 @_pairs(WRONG_VALUE)
-def test_a_value_without_meaning_is_a_value_error_that_names_option_and_value(option: str, value: Any):
+def test_invalid_value_names_option_and_value(option: str, value: Any):
     with pytest.raises(ValueError, match=f"LoRAConfig.{option}.*{re.escape(_shown(value))}"):
         LoRAConfig(**{option: value})
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
-def test_a_wrong_number_in_a_pattern_is_named_with_its_key(option: str):
+def test_invalid_number_in_pattern_names_its_key(option: str):
     with pytest.raises(ValueError, match=rf"LoRAConfig.{option}\['q_proj'\].*-2"):
         LoRAConfig(**{option: {"v_proj": 2, "q_proj": -2}})
 
 
 @pytest.mark.parametrize("option", ["init", "adapter_dtype", "frozen_norm"])
-def test_an_unknown_choice_is_answered_with_the_choices(option: str):
+def test_unknown_choice_lists_choices(option: str):
     with pytest.raises(ValueError, match=f"'{getattr(LoRAConfig(), option)}'"):
         LoRAConfig(**{option: "unknown"})
 
 
-def test_an_unknown_option_is_a_type_error():
+def test_unknown_option_is_a_type_error():
     with pytest.raises(TypeError, match="rang"):
         LoRAConfig(rang=4)
 
 
-def test_options_are_keywords_only():
+def test_options_are_keyword_only():
     with pytest.raises(TypeError):
         LoRAConfig(8)
 
 
-def test_the_examples_above_cover_every_option_and_differ_from_the_defaults():
+def test_examples_cover_every_option():
     names = {option.name for option in dataclasses.fields(LoRAConfig)}
     assert OTHER_THAN_DEFAULT.keys() == names
     assert WRONG_TYPE.keys() | WRONG_VALUE.keys() == names
@@ -126,7 +126,7 @@ def test_the_examples_above_cover_every_option_and_differ_from_the_defaults():
 
 
 @pytest.mark.parametrize("options", [{}, OTHER_THAN_DEFAULT, {"target_modules": r".*_proj", "exclude_modules": "a|b"}])
-def test_a_config_survives_a_dict_and_json(options: dict[str, Any]):
+def test_config_round_trips_through_dict_and_json(options: dict[str, Any]):
     config = LoRAConfig(**options)
     plain = json.loads(json.dumps(config.to_dict()))
     assert plain == config.to_dict()
@@ -135,11 +135,11 @@ def test_a_config_survives_a_dict_and_json(options: dict[str, Any]):
     assert LoRAConfig.from_dict(plain) == config
 
 
-def test_a_config_from_a_part_of_the_options_has_the_defaults_for_the_rest():
+def test_missing_options_take_defaults():
     assert LoRAConfig.from_dict({"rank": 2}) == LoRAConfig(rank=2)
 
 
-def test_from_dict_names_every_key_that_is_no_option():
+def test_from_dict_names_unknown_keys():
     with pytest.raises(ValueError, match=r"\['dora', 'ranks'\]"):
         LoRAConfig.from_dict({"rank": 2, "ranks": 3, "dora": True})
 
@@ -149,20 +149,20 @@ def test_from_dict_validates():
         LoRAConfig.from_dict({"rank": 0})
 
 
-def test_a_config_cannot_be_changed():
+def test_config_is_frozen():
     config = LoRAConfig()
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.rank = 4
 
 
-def test_a_changed_copy_validates_too():
+def test_replace_validates():
     assert dataclasses.replace(LoRAConfig(), rank=4).rank == 4
     with pytest.raises(ValueError, match="rank"):
         dataclasses.replace(LoRAConfig(), rank=0)
 
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "modules_to_save", "target_parameters"])
-def test_a_config_keeps_its_own_copy_of_a_list(option: str):
+def test_config_copies_lists(option: str):
     names = ["head"]
     config = LoRAConfig(**{option: names})
     names.append("embed")
@@ -170,7 +170,7 @@ def test_a_config_keeps_its_own_copy_of_a_list(option: str):
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
-def test_a_config_keeps_its_own_copy_of_a_dict(option: str):
+def test_config_copies_dicts(option: str):
     pattern = {"head": 2}
     config = LoRAConfig(**{option: pattern})
     pattern["embed"] = 0
@@ -179,7 +179,7 @@ def test_a_config_keeps_its_own_copy_of_a_dict(option: str):
     assert getattr(config, option) == {"head": 2}
 
 
-def test_numbers_of_other_types_become_plain_ones():
+def test_number_subclasses_become_plain_numbers():
     class Count(int):  # as jsonargparse's and numpy's
         pass
 
@@ -198,10 +198,10 @@ def test_lists_and_tuples_make_equal_configs():
 @pytest.mark.parametrize(
     ("use_rslora", "expected"), [(False, 12.0 / 9), (True, 12.0 / math.sqrt(9))], ids=["alpha/r", "rslora"]
 )
-def test_the_scaling_is_alpha_over_rank_or_its_root(use_rslora: bool, expected: float):
+def test_scaling_is_alpha_over_rank_or_its_root(use_rslora: bool, expected: float):
     assert LoRAConfig(use_rslora=use_rslora).scaling(9, 12.0) == pytest.approx(expected, rel=1e-15)
 
 
-def test_the_defaults_attach(tiny):
+def test_defaults_attach(tiny):
     report = attach(tiny, LoRAConfig(rank=2))
     assert {layer.scaling for layer in report.layers} == {LoRAConfig().alpha / 2}

@@ -36,7 +36,7 @@ from lightning_lora import names as targets
         ("blocks.*.q", "myblocks.0.q", False),
     ],
 )
-def test_a_list_entry_means_a_name_its_end_or_a_glob_over_either(entry: str, name: str, expected: bool):
+def test_list_entry_matches_name_suffix_or_glob(entry: str, name: str, expected: bool):
     assert targets.matches(entry, name) is expected
 
 
@@ -50,7 +50,7 @@ def test_a_list_entry_means_a_name_its_end_or_a_glob_over_either(entry: str, nam
         (r"blocks\.\d+\.q", "model.blocks.12.q", False),
     ],
 )
-def test_a_string_is_one_regular_expression_over_the_full_name(expression: str, name: str, expected: bool):
+def test_string_is_a_regex_over_the_full_name(expression: str, name: str, expected: bool):
     assert (targets.selected(expression, [name]) is not None) is expected
 
 
@@ -70,7 +70,7 @@ def test_a_string_is_one_regular_expression_over_the_full_name(expression: str, 
         ("blocks.*.q", "blocks.1.q", True),
     ],
 )
-def test_a_pattern_key_means_an_entry_or_a_regular_expression_over_the_end_of_the_name(key, name, expected):
+def test_pattern_key_is_an_entry_or_a_suffix_regex(key, name, expected):
     assert targets.matches_pattern(key, name) is expected
 
 
@@ -88,11 +88,11 @@ def test_a_pattern_key_means_an_entry_or_a_regular_expression_over_the_end_of_th
         ("my_orig_module", "my_orig_module"),
     ],
 )
-def test_names_do_not_show_wrappers(name: str, clean: str):
+def test_clean_names_drop_wrappers(name: str, clean: str):
     assert targets.clean_name(name) == clean
 
 
-def test_a_shared_module_appears_once_with_all_its_names(tiny):
+def test_shared_module_appears_once_with_all_names(tiny):
     tiny.alias = tiny.blocks[0]["q_proj"]
     names = targets.module_names(tiny)
     assert names["blocks.0.q_proj"] == (tiny.alias, ("blocks.0.q_proj", "alias"))
@@ -103,7 +103,7 @@ def test_a_shared_module_appears_once_with_all_its_names(tiny):
     ("entry", "near"),
     [("q_porj", "q_proj"), ("blocks.0.q_porj", "blocks.0.q_proj"), ("haed", "head"), ("q_projj", "q_proj")],
 )
-def test_a_misspelt_name_is_answered_with_what_it_may_have_meant(entry: str, near: str, tiny):
+def test_misspelt_name_suggests_near_names(entry: str, near: str, tiny):
     assert near in targets.near_names(entry, targets.target_names(tiny))
 
 
@@ -114,8 +114,9 @@ def test_target_names_lists_every_module_with_its_class(tiny):
     assert found.keys() == {name for name, _ in tiny.named_modules() if name}
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, on import
 @pytest.mark.parametrize("every_name", [False, True])
-def test_walking_finds_the_modules_of_named_modules_in_the_same_order(every_name: bool, tiny):
+def test_walk_matches_named_modules(every_name: bool, tiny):
     tiny.alias = tiny.blocks
     tiny.blocks[0]["q_proj"] = torch.compile(tiny.blocks[0]["q_proj"])
     tiny.register_module("nothing", None)
@@ -128,7 +129,7 @@ def test_walking_finds_the_modules_of_named_modules_in_the_same_order(every_name
     ("name", "roots", "expected"),
     [("a.b", ["a"], True), ("a", ["a"], True), ("ab", ["a"], False), ("b.a", ["a"], False), ("a", [], False)],
 )
-def test_below_means_the_root_or_its_descendants(name: str, roots: list[str], expected: bool):
+def test_is_below_includes_the_root(name: str, roots: list[str], expected: bool):
     assert targets.is_below(name, roots) is expected
 
 
@@ -137,7 +138,7 @@ def tied(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return targets.tied_names(targets.parameter_names(dict(model.named_modules())))
 
 
-def test_tied_parameters_are_found_by_identity_and_by_memory():
+def test_ties_by_identity_and_memory_are_found():
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4), "d": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     model["c"].weight = nn.Parameter(model["a"].weight.detach())  # another Parameter on the same memory
@@ -148,14 +149,14 @@ def test_tied_parameters_are_found_by_identity_and_by_memory():
     }
 
 
-def test_ties_are_found_on_the_meta_device_and_only_there_where_they_are():
+def test_ties_on_meta_device_are_found():
     with torch.device("meta"):
         model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 4)})
     model["b"].weight = model["a"].weight
     assert tied(model) == {"a.weight": ("b.weight",), "b.weight": ("a.weight",)}
 
 
-def test_a_module_with_two_names_is_not_tied_to_itself(tiny):
+def test_module_with_two_names_is_not_tied_to_itself(tiny):
     tiny.alias = tiny.head
     assert tied(tiny) == {}
 
@@ -167,6 +168,6 @@ def test_empty_parameters_are_not_tied():
     assert tied(model) == {}
 
 
-def test_listed_says_how_many_more_there_are():
+def test_listed_counts_the_rest():
     assert targets.listed(["a", "b"]) == "a, b"
     assert targets.listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"

@@ -1,9 +1,8 @@
-"""Attach, detach, merge, and the two switches that put back what they found."""
+"""Attach, detach and merge: each changes what it says and nothing else."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -52,14 +51,14 @@ def test_attaching_again_changes_nothing(trained):
     assert_unchanged(trained, before)
 
 
-def test_the_default_config_adapts_all_linear_layers():
+def test_default_config_adapts_all_linear_layers():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     attach(model)
     assert {layer.rank for layer in lora_layers(model).values()} == {LoRAConfig().rank}
     assert len(lora_layers(model)) == 2
 
 
-def test_attaching_again_adapts_what_is_new(trained, rng):
+def test_attaching_again_adapts_new_layers(trained, rng):
     state = adapter_state_dict(trained)
     trained.blocks.append(nn.ModuleDict({"q_proj": nn.Linear(16, 16), "act": nn.GELU(), "v_proj": nn.Linear(16, 16)}))
     report = attach(trained, CONFIG)
@@ -81,19 +80,19 @@ def test_attaching_again_adapts_what_is_new(trained, rng):
         ({"frozen_norm": "track"}, "frozen_norm: 'eval' -> 'track'"),
     ],
 )
-def test_attaching_with_another_config_is_refused_with_the_difference(other, message: str, trained):
+def test_attach_with_other_config_names_the_difference(other, message: str, trained):
     options = CONFIG.to_dict() | other
     with raises_and_changes_nothing(trained, ValueError, f"{message}.*[Dd]etach"):
         attach(trained, LoRAConfig(**options))
 
 
-def test_attaching_with_another_seed_is_refused(trained):
+def test_attach_with_other_seed_is_rejected(trained):
     with raises_and_changes_nothing(trained, ValueError, "seed: 0 -> 1"):
         attach(trained, CONFIG, seed=1)
 
 
 @pytest.mark.parametrize("first", ["part", "whole"])
-def test_a_part_and_the_whole_cannot_both_carry_adapters(first: str, tiny):
+def test_part_and_whole_cannot_both_be_adapted(first: str, tiny):
     config = LoRAConfig(rank=2)
     order = [tiny.blocks, tiny] if first == "part" else [tiny, tiny.blocks]
     attach(order[0], config)
@@ -101,7 +100,7 @@ def test_a_part_and_the_whole_cannot_both_carry_adapters(first: str, tiny):
         attach(order[1], config)
 
 
-def test_two_parts_can_carry_adapters_of_their_own(tiny, tokens, rng):
+def test_two_parts_can_be_adapted_separately(tiny, tokens, rng):
     before, output = snapshot(tiny), tiny(tokens)
     attach(tiny.blocks[0], LoRAConfig(rank=2))
     attach(tiny.blocks[1], LoRAConfig(rank=3), seed=4)
@@ -134,7 +133,7 @@ def test_only_adapters_and_modules_to_save_require_gradients(tiny):
     }
 
 
-def test_training_in_full_and_adapters_leave_the_rest_of_the_model_alone(tiny, tokens):
+def test_training_changes_only_adapters_and_saved_modules(tiny, tokens):
     attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=["head"]))
     before = {name: p.detach().clone() for name, p in tiny.named_parameters()}
     optimizer = torch.optim.AdamW(tiny.parameters(), lr=0.01, weight_decay=0.1)
@@ -146,7 +145,7 @@ def test_training_in_full_and_adapters_leave_the_rest_of_the_model_alone(tiny, t
     assert moved == set(adapter_state_dict(tiny))
 
 
-def test_hooks_and_flags_of_the_layer_go_on_working(tiny, tokens):
+def test_hooks_and_flags_keep_working(tiny, tokens):
     seen = []
     tiny.head.register_forward_hook(lambda module, inputs, output: seen.append(type(module).__name__))
     attach(tiny, CONFIG)
@@ -156,7 +155,7 @@ def test_hooks_and_flags_of_the_layer_go_on_working(tiny, tokens):
     assert seen == ["LoRALinear", "Linear"]
 
 
-def test_attaching_to_a_model_in_eval_mode_gives_adapters_in_eval_mode(tiny):
+def test_adapters_take_over_eval_mode(tiny):
     attach(tiny.eval(), CONFIG)
     assert not any(part.training for part in tiny.modules())
 
@@ -186,7 +185,7 @@ def test_detach_restores_classes_keys_flags_attributes_and_bits(frozen_norm: str
 
 
 @pytest.mark.parametrize("frozen_norm", ["eval", "track"])
-def test_detach_restores_the_first_state_however_often_was_attached(frozen_norm: str, rng):
+def test_detach_restores_the_state_before_the_first_attach(frozen_norm: str, rng):
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
     model[0].bias.requires_grad_(False)
     before, config = snapshot(model), LoRAConfig(rank=2, frozen_norm=frozen_norm)
@@ -197,7 +196,7 @@ def test_detach_restores_the_first_state_however_often_was_attached(frozen_norm:
     assert_unchanged(model, before)
 
 
-def test_detach_keeps_what_modules_to_save_learned_and_restores_their_flags(tiny):
+def test_detach_keeps_saved_modules_trained(tiny):
     tiny.head.weight.requires_grad_(False)
     attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=["head"]))
     with torch.no_grad():
@@ -208,7 +207,7 @@ def test_detach_keeps_what_modules_to_save_learned_and_restores_their_flags(tiny
     assert tiny.head.bias.requires_grad
 
 
-def test_detach_and_attach_starts_anew(tiny):
+def test_detach_and_attach_starts_over(tiny):
     attach(tiny, CONFIG)
     start = adapter_state_dict(tiny)
     with torch.no_grad():
@@ -227,14 +226,14 @@ def test_detaching_twice_is_harmless(tiny):
 
 
 @pytest.mark.parametrize("verb", [detach, merge])
-def test_a_part_of_what_was_attached_cannot_be_detached_or_merged(verb: Callable[[nn.Module], None], trained):
+def test_part_of_adapted_module_cannot_be_detached_or_merged(verb: Callable[[nn.Module], None], trained):
     with raises_and_changes_nothing(trained, ValueError, "attached to a parent"):
         verb(trained.blocks)
     with raises_and_changes_nothing(trained, ValueError, "attached to a parent"):
         verb(trained.head)
 
 
-def test_a_part_that_is_only_frozen_cannot_be_detached_either():
+def test_frozen_part_cannot_be_detached():
     model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.BatchNorm1d(8)))
     attach(model, LoRAConfig(rank=2))
     before = snapshot(model)
@@ -243,7 +242,7 @@ def test_a_part_that_is_only_frozen_cannot_be_detached_either():
     assert_unchanged(model, before)
 
 
-def test_a_parent_of_what_was_attached_can_be_detached(tiny):
+def test_parent_of_adapted_module_can_be_detached(tiny):
     before = snapshot(tiny)
     attach(tiny.blocks, LoRAConfig(rank=2))
     detach(tiny)
@@ -253,7 +252,7 @@ def test_a_parent_of_what_was_attached_can_be_detached(tiny):
 # --- merge
 
 
-def test_a_merged_model_computes_the_same_and_is_an_ordinary_model(trained, tokens):
+def test_merged_model_is_ordinary_and_computes_the_same(trained, tokens):
     output, base = trained(tokens), base_of(trained)
     merge(trained)
     assert torch.allclose(trained(tokens), output, atol=1e-5)
@@ -265,7 +264,7 @@ def test_a_merged_model_computes_the_same_and_is_an_ordinary_model(trained, toke
     assert all(p.requires_grad for p in trained.parameters())
 
 
-def test_merging_changes_the_adapted_weights_and_nothing_else(trained):
+def test_merge_changes_only_adapted_weights(trained):
     base, names = base_of(trained), list(lora_layers(trained))
     merge(trained)
     changed = [n for n, tensor in trained.state_dict().items() if not torch.equal(tensor, base.state_dict()[n])]
@@ -278,7 +277,7 @@ def test_merging_twice_raises(trained):
         merge(trained)
 
 
-def test_merging_a_model_without_adapters_raises(tiny):
+def test_merge_without_adapters_raises(tiny):
     with raises_and_changes_nothing(tiny, ValueError, "TinyModel has no adapters"):
         merge(tiny)
 
@@ -286,7 +285,7 @@ def test_merging_a_model_without_adapters_raises(tiny):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("factor", ["A", "B"])
 @pytest.mark.parametrize("how", ["merge", "merged"])
-def test_a_broken_adapter_is_refused_by_name_before_any_weight_changes(value: float, factor: str, how: str, trained):
+def test_merge_rejects_non_finite_adapter_before_any_change(value: float, factor: str, how: str, trained):
     with torch.no_grad():
         getattr(trained.head.lora, factor)[0, 0] = value  # the last layer: the others would be merged before it
     del value
@@ -297,7 +296,7 @@ def test_a_broken_adapter_is_refused_by_name_before_any_weight_changes(value: fl
     assert len(lora_layers(trained)) == 4
 
 
-def test_an_update_that_the_weights_precision_cannot_hold_is_refused_before_any_weight_changes():
+def test_merge_rejects_overflow_before_any_change():
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).half()
     attach(model, LoRAConfig(rank=1, alpha=1.0))
     with torch.no_grad():
@@ -308,7 +307,7 @@ def test_an_update_that_the_weights_precision_cannot_hold_is_refused_before_any_
         merge(model)
 
 
-def test_a_weight_that_is_computed_from_others_is_refused_before_any_weight_changes():
+def test_merge_rejects_parametrized_weight_before_any_change():
     class Doubled(nn.Module):
         def forward(self, weight: Tensor) -> Tensor:
             return 2 * weight
@@ -336,7 +335,7 @@ class QuantizedLinear(nn.Linear):
 
 
 @pytest.mark.parametrize("how", ["merge", "merged"])
-def test_a_quantized_weight_can_be_adapted_and_is_refused_when_merging(how: str, rng):
+def test_quantized_weight_trains_but_does_not_merge(how: str, rng):
     model, x = nn.Sequential(nn.Linear(8, 8), QuantizedLinear(8, 8)), torch.randn(3, 8, generator=rng)
     attach(model, LoRAConfig(rank=2))
     train_all(model, rng)
@@ -359,7 +358,7 @@ def test_merging_ignores_dropout_and_mode(tiny, rng):
     assert_same_bits(results[0], results[2])
 
 
-def test_a_merged_model_can_be_adapted_anew(trained, tokens, rng):
+def test_merged_model_can_be_adapted_again(trained, tokens, rng):
     merge(trained)
     output = trained(tokens)
     attach(trained, CONFIG, seed=1)
@@ -370,7 +369,7 @@ def test_a_merged_model_can_be_adapted_anew(trained, tokens, rng):
         assert torch.equal(trained(tokens), output)
 
 
-def test_a_merged_model_refuses_an_adapter(trained):
+def test_merged_model_rejects_an_adapter(trained):
     state = adapter_state_dict(trained)
     merge(trained)
     with raises_and_changes_nothing(trained, RuntimeError, "already merged into embed, blocks.0.q_proj"):
@@ -380,144 +379,14 @@ def test_a_merged_model_refuses_an_adapter(trained):
         load_adapter_state_dict(trained, state)
 
 
-def test_the_mark_of_a_merge_survives_a_copy(trained):
+def test_merge_count_survives_a_copy(trained):
     state = adapter_state_dict(trained)
     merge(trained)
     with pytest.raises(RuntimeError, match="already merged"):
         load_adapter_state_dict(copy.deepcopy(trained), state)
 
 
-# --- switches
-
-
-def test_merged_computes_the_same_with_the_weights_that_merge_leaves(trained, tokens):
-    output, twin = trained(tokens), copy.deepcopy(trained)
-    merge(twin)
-    with merged(trained):
-        assert_same_bits({n: trained.state_dict()[n] for n in twin.state_dict()}, twin.state_dict())
-        assert torch.equal(trained(tokens), twin(tokens))
-    assert torch.equal(trained(tokens), output)
-
-
-def test_disabled_computes_the_base_bit_for_bit(trained, tokens):
-    base = base_of(trained)
-    with disabled(trained):
-        assert torch.equal(trained(tokens), base(tokens))
-    assert not torch.equal(trained(tokens), base(tokens))
-
-
-SWITCHES = {"merged": merged, "disabled": disabled}
-NESTINGS = [names for depth in (1, 2, 3) for names in itertools.product(SWITCHES, repeat=depth)]
-
-
-class StopHereError(Exception):
-    pass
-
-
-@pytest.mark.parametrize("nesting", NESTINGS, ids=" in ".join)
-@pytest.mark.parametrize("fails", [False, True])
-def test_switches_nest_and_each_puts_back_what_it_found(nesting: tuple[str, ...], fails: bool, trained, tokens):
-    expected = {"active": trained(tokens)}
-    for name, switch in SWITCHES.items():
-        with switch(trained):
-            expected[name] = trained(tokens)
-    before = snapshot(trained)
-
-    def descend(state: str, rest: tuple[str, ...]) -> None:
-        assert torch.equal(trained(tokens), expected[state])
-        if not rest:
-            if fails:
-                raise StopHereError
-            return
-        inside = snapshot(trained)
-        try:
-            with SWITCHES[rest[0]](trained):
-                # What is disabled stays so inside merged(); everything else does as it is told.
-                descend("disabled" if "disabled" in (state, rest[0]) else "merged", rest[1:])
-        finally:
-            assert_unchanged(trained, inside)
-        assert torch.equal(trained(tokens), expected[state])
-
-    if fails:
-        with pytest.raises(StopHereError):
-            descend("active", nesting)
-    else:
-        descend("active", nesting)
-    assert_unchanged(trained, before)
-    assert torch.equal(trained(tokens), expected["active"])
-
-
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_a_switch_for_a_part_leaves_the_rest_of_the_model_alone(switch, trained):
-    with switch(trained.blocks):
-        modes = {name: layer.lora_mode for name, layer in lora_layers(trained).items()}
-    name = switch.__name__
-    assert modes == {"embed": "active", "blocks.0.q_proj": name, "blocks.1.q_proj": name, "head": "active"}
-
-
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_detaching_inside_a_switch_gives_the_base_back(switch, tiny):
-    before = snapshot(tiny)
-    attach(tiny, CONFIG)
-    with switch(tiny):
-        detach(tiny)
-    assert_unchanged(tiny, before)
-
-
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_merging_inside_a_switch_merges_once(switch, trained):
-    twin = copy.deepcopy(trained)
-    merge(twin)
-    with switch(trained):
-        merge(trained)
-    assert_same_bits(trained.state_dict(), twin.state_dict())
-
-
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_a_copy_made_inside_a_switch_is_a_working_model(switch, trained):
-    base = base_of(trained)
-    with switch(trained):
-        twin = copy.deepcopy(trained)
-    detach(twin)
-    assert_same_bits(twin.state_dict(), base.state_dict())
-
-
-@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
-def test_switches_work_in_inference_mode(switch, trained, tokens):
-    before = snapshot(trained)
-    with torch.inference_mode(), switch(trained):
-        trained(tokens)
-    assert_unchanged(trained, before)
-    trained(tokens).sum().backward()
-
-
-def test_an_adapter_cannot_be_loaded_while_another_is_merged_for_a_while(trained):
-    state = {name: tensor + 1 for name, tensor in adapter_state_dict(trained).items()}
-    with merged(trained), raises_and_changes_nothing(trained, RuntimeError, "merged"):
-        load_adapter_state_dict(trained, state)
-
-
-def test_disabled_also_restores_statistics_that_were_allowed_to_move(rng):
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    base, x = copy.deepcopy(model).eval(), torch.randn(4, 8, generator=rng)
-    attach(model, LoRAConfig(rank=2, frozen_norm="track"))
-    train_all(model, rng)
-    model.train()(torch.randn(4, 8, generator=rng) + 3)
-    moved = snapshot(model.eval())
-    assert not torch.equal(model[1].running_mean, base[1].running_mean)
-    with disabled(model):
-        assert torch.equal(model(x), base(x))
-    assert_unchanged(model, moved)
-
-
-def test_detaching_while_disabled_restores_statistics_that_were_allowed_to_move(rng):
-    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
-    before = snapshot(model)
-    attach(model, LoRAConfig(rank=2, frozen_norm="track"))
-    model.train()(torch.randn(4, 8, generator=rng))
-    with disabled(model):
-        detach(model)
-    assert_unchanged(model, before)
+# --- memory and precision of merge
 
 
 class Stack(nn.Module):
@@ -560,7 +429,7 @@ LARGE: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", LARGE)
-def test_merging_makes_no_tensor_of_the_weights_size(kind, dtype):
+def test_merge_makes_no_tensor_of_the_weights_size(kind, dtype):
     make, options = LARGE[kind]
     model = nn.Sequential(make()).to(dtype)
     attach(model, LoRAConfig(**({"rank": 4} | options)))
@@ -582,7 +451,7 @@ def test_merging_makes_no_tensor_of_the_weights_size(kind, dtype):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("layer", [nn.Linear(16, 24), nn.MultiheadAttention(16, 2)], ids=["linear", "attention"])
-def test_merging_under_autocast_leaves_the_same_bits(layer, use_dora, rng):
+def test_merge_under_autocast_gives_the_same_bits(layer, use_dora, rng):
     model = nn.Sequential(copy.deepcopy(layer))
     attach(model, LoRAConfig(rank=2, target_modules=["0"], use_dora=use_dora))
     train_all(model, rng)

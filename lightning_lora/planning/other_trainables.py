@@ -52,7 +52,7 @@ def plan_biases(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
         for key, parameter in part._parameters.items()
         if parameter is not None and "bias" in key
     }
-    plan.biases += found
+    plan.biases |= {name: parameter.numel() for name, parameter in found.items()}
     if on_meta := [name for name, parameter in found.items() if parameter.is_meta]:
         yield (
             f"bias={config.bias!r}: {listed(on_meta)} are on the meta device and have no values for detach to put "

@@ -74,7 +74,7 @@ class Plan:
         base_parameters: Number of parameters without adapters.
         layers: The layers to adapt.
         saved: The modules to train in full.
-        biases: Names of the base's biases that train.
+        biases: Biases of the base that train -> their sizes.
         untied: Weights that get a copy of their own -> what they are tied to.
         left_out: Layers that the targets cover but that get no adapter -> the reason.
         wasteful: Adapters that are at least as large as the weights they adapt.
@@ -88,7 +88,7 @@ class Plan:
     base_parameters: int = 0
     layers: list[PlannedLayer] = field(default_factory=list)
     saved: dict[str, nn.Module] = field(default_factory=dict)
-    biases: list[str] = field(default_factory=list)
+    biases: dict[str, int] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     wasteful: list[str] = field(default_factory=list)

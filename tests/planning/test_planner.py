@@ -44,7 +44,7 @@ PROJECTIONS = ["blocks.0.q_proj", "blocks.0.v_proj", "blocks.1.q_proj", "blocks.
         (r".*", ["embed", *PROJECTIONS, "head"]),
     ],
 )
-def test_targets_reach_exactly_the_layers_they_name(targets, expected: list[str], tiny):
+def test_targets_reach_exactly_the_named_layers(targets, expected: list[str], tiny):
     assert reached(tiny, target_modules=targets) == expected
 
 
@@ -58,19 +58,19 @@ def test_targets_reach_exactly_the_layers_they_name(targets, expected: list[str]
         (r"blocks\.1\..*", [*PROJECTIONS[:2], "head"]),
     ],
 )
-def test_exclusion_holds_for_a_module_and_everything_below_it(excluded, expected: list[str], tiny):
+def test_exclude_modules_covers_descendants(excluded, expected: list[str], tiny):
     found = report(tiny, exclude_modules=excluded)
     assert [layer.name for layer in found.layers] == expected
     assert set(found.left_out.values()) == {"in exclude_modules"}
     assert sorted([*found.left_out, *expected]) == sorted([*PROJECTIONS, "head"])
 
 
-def test_a_name_does_not_match_the_middle_of_a_word():
+def test_name_does_not_match_inside_a_word():
     model = nn.ModuleDict({"q": nn.Linear(8, 8), "freq": nn.Linear(8, 8), "q_norm": nn.Linear(8, 8)})
     assert reached(model, target_modules=["q"]) == ["q"]
 
 
-def test_a_model_that_is_one_layer_can_be_adapted(rng):
+def test_single_layer_model_is_adapted(rng):
     layer, x = nn.Linear(8, 8), torch.randn(3, 8, generator=rng)
     before = layer(x)
     assert reached(layer) == [""]
@@ -78,7 +78,7 @@ def test_a_model_that_is_one_layer_can_be_adapted(rng):
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora.A", "lora.B"]
 
 
-def test_users_modules_that_are_called_like_adapters_are_not_taken_for_some(tiny):
+def test_user_modules_with_adapter_like_names_stay_untouched(tiny):
     tiny.lora_head = nn.Linear(16, 16)
     tiny.lora = nn.Linear(16, 16)
     tiny.lora_A = nn.Linear(16, 16)
@@ -92,14 +92,14 @@ def test_users_modules_that_are_called_like_adapters_are_not_taken_for_some(tiny
 # --- modules with two names
 
 
-def test_a_shared_module_is_adapted_once(tiny):
+def test_shared_module_is_adapted_once(tiny):
     tiny.alias = tiny.blocks[0]["q_proj"]
     found = report(tiny, target_modules=["alias", "q_proj"])
     assert [layer.name for layer in found.layers] == [PROJECTIONS[0], PROJECTIONS[2]]
     assert type(tiny.alias).__mro__.count(LoRALayer) == 1
 
 
-def test_a_shared_module_is_reached_by_its_second_name(tiny):
+def test_shared_module_is_reached_by_its_second_name(tiny):
     tiny.alias = tiny.blocks[0]["q_proj"]
     assert reached(tiny, target_modules=["alias"]) == [PROJECTIONS[0]]
 
@@ -110,20 +110,20 @@ def shared_between_body_and_head() -> nn.Module:
     return nn.ModuleDict({"body": body, "head": nn.ModuleDict({"shared": shared, "own": nn.Linear(8, 8)})})
 
 
-def test_a_module_to_save_trains_in_full_even_where_a_part_has_another_name_too():
+def test_saved_module_with_aliased_part_trains_in_full():
     model = shared_between_body_and_head()
     attach(model, LoRAConfig(rank=2, modules_to_save=["head"]))
     assert list(lora_layers(model)) == ["body.own"]
     assert all(p.requires_grad for name, p in model["head"].named_parameters())
 
 
-def test_an_excluded_module_is_left_out_even_where_a_part_has_another_name_too():
+def test_excluded_module_with_aliased_part_is_left_out():
     model = shared_between_body_and_head()
     assert reached(model, exclude_modules=["head"]) == ["body.own"]
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_knows_a_shared_module_by_every_name(option: str):
+def test_pattern_matches_any_name_of_a_shared_module(option: str):
     model = shared_between_body_and_head()
     found = report(model, target_modules=["head.shared", "own"], alpha=4.0, **{option: {"head.shared": 1}})
     [layer] = [layer for layer in found.layers if layer.name == "body.shared"]
@@ -133,7 +133,7 @@ def test_a_pattern_knows_a_shared_module_by_every_name(option: str):
 # --- ranks and scalings
 
 
-def test_the_first_matching_pattern_decides_rank_and_alpha(tiny):
+def test_first_matching_pattern_sets_rank_and_alpha(tiny):
     found = report(
         tiny,
         rank=3,
@@ -154,7 +154,7 @@ def test_the_first_matching_pattern_decides_rank_and_alpha(tiny):
         assert (adapted.lora.A.shape[0], adapted.lora.B.shape[1]) == (layer.rank, layer.rank)
 
 
-def test_rslora_divides_by_the_root_of_each_layers_own_rank(tiny):
+def test_rslora_divides_by_root_of_each_layers_rank(tiny):
     found = report(tiny, rank=2, alpha=8.0, use_rslora=True, rank_pattern={"head": 4}, alpha_pattern={"0.q_proj": 2.0})
     scaling = {layer.name: layer.scaling for layer in found.layers}
     assert scaling["head"] == pytest.approx(8.0 / 4**0.5)
@@ -162,24 +162,24 @@ def test_rslora_divides_by_the_root_of_each_layers_own_rank(tiny):
     assert scaling["blocks.1.q_proj"] == pytest.approx(8.0 / 2**0.5)
 
 
-def test_a_rank_above_what_the_weight_can_hold_is_refused_by_name(tiny):
+def test_rank_above_weight_size_is_rejected(tiny):
     with raises_and_changes_nothing(tiny, ValueError, r"'head'.*rank 9 is above 8.*rank_pattern"):
         report(tiny, target_modules=["q_proj", "head"], rank=9)
 
 
-def test_many_wasteful_adapters_make_one_warning():
+def test_many_wasteful_adapters_give_one_warning():
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(9)])
     with pytest.warns(UserWarning, match=r"5 \(rank 2.* and 3 more") as seen:
         report(model)
     assert len(seen) == 1
 
 
-def test_all_linear_leaves_out_what_cannot_hold_the_rank(tiny):
+def test_all_linear_leaves_out_layers_too_small_for_the_rank(tiny):
     found = report(tiny, rank=9, exclude_modules=["blocks.1"], rank_pattern={"blocks.0.q_proj": 4, "v_proj": 4})
     assert "rank 9 is above 8" in found.left_out["head"]
 
 
-def test_an_adapter_that_is_not_smaller_than_its_weight_is_warned_about_by_name():
+def test_adapter_as_large_as_its_weight_warns():
     model = nn.ModuleDict({"small": nn.Linear(4, 4), "large": nn.Linear(40, 40)})
     with pytest.warns(
         UserWarning, match=r"not smaller than the weights they adapt: small \(rank 2, weight 4 x 4\)\."
@@ -188,7 +188,7 @@ def test_an_adapter_that_is_not_smaller_than_its_weight_is_warned_about_by_name(
     assert len(seen) == 1
 
 
-def test_a_warning_that_is_an_error_comes_before_any_change():
+def test_warning_raised_as_error_leaves_model_unchanged():
     model = nn.ModuleDict({"small": nn.Linear(4, 4)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -201,25 +201,25 @@ def test_a_warning_that_is_an_error_comes_before_any_change():
 
 @pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "modules_to_save"])
 @pytest.mark.parametrize(("entry", "near"), [("q_porj", "'q_proj'"), ("blocks.0.q_porj", "'blocks.0.q_proj'")])
-def test_a_name_that_matches_nothing_is_refused_with_near_names(option: str, entry: str, near: str, tiny):
+def test_unmatched_name_suggests_near_names(option: str, entry: str, near: str, tiny):
     with raises_and_changes_nothing(tiny, ValueError, rf"{option}='{entry}' matched no module.*{near}"):
         report(tiny, **{option: ["head", entry]})
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize(("entry", "near"), [("q_porj", "'q_proj'"), ("blocks.0.q_porj", "'blocks.0.q_proj'")])
-def test_a_pattern_that_matches_nothing_is_refused_with_near_names(option: str, entry: str, near: str, tiny):
+def test_unmatched_pattern_suggests_near_names(option: str, entry: str, near: str, tiny):
     with raises_and_changes_nothing(tiny, ValueError, rf"{option}='{entry}' matched no adapted layer.*{near}"):
         report(tiny, **{option: {"head": 2, entry: 2}})
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_for_a_layer_that_is_not_adapted_is_refused(option: str, tiny):
+def test_pattern_for_unadapted_layer_is_rejected(option: str, tiny):
     with raises_and_changes_nothing(tiny, ValueError, rf"{option}='head'"):
         report(tiny, target_modules=["q_proj"], **{option: {"head": 2}})
 
 
-def test_all_misses_of_all_options_are_in_one_error(tiny):
+def test_one_error_lists_every_miss(tiny):
     with raises_and_changes_nothing(tiny, ValueError, "nothing was changed") as caught:
         report(
             tiny,
@@ -240,54 +240,54 @@ def test_all_misses_of_all_options_are_in_one_error(tiny):
 
 
 @pytest.mark.parametrize("targets", [["zzz"], "zzz"])
-def test_a_name_that_is_near_to_nothing_is_refused_with_the_layers_there_are(targets: str | list[str]):
+def test_name_without_near_names_lists_layers(targets: str | list[str]):
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
     with raises_and_changes_nothing(model, ValueError, r"'zzz' matched no module of \w+\. Its layers are 0, 2\."):
         report(model, target_modules=targets)
 
 
-def test_a_glob_that_matches_nothing_is_refused(tiny):
+def test_unmatched_glob_is_rejected(tiny):
     with raises_and_changes_nothing(tiny, ValueError, r"target_modules='\*_porj' matched no module"):
         report(tiny, target_modules=["head", "*_porj"])
 
 
-def test_a_regular_expression_that_matches_nothing_is_refused_with_the_hint_to_use_a_list(tiny):
+def test_unmatched_regex_suggests_a_list(tiny):
     with raises_and_changes_nothing(tiny, ValueError, r"target_modules='q_proj'.*regular expression.*list"):
         report(tiny, target_modules="q_proj")
 
 
 @pytest.mark.parametrize("targets", [r".*norm", ["n*m"], ["*.act"]])
-def test_a_sweep_over_modules_without_adapters_is_refused_with_the_kinds_that_have_some(targets, tiny):
+def test_sweep_over_unsupported_modules_lists_supported_kinds(targets, tiny):
     with raises_and_changes_nothing(tiny, ValueError, r"no layer of a kind.*nn.Linear.*Conv1D.*nn.Embedding"):
         report(tiny, target_modules=targets)
 
 
-def test_a_container_is_refused_with_how_to_name_its_layers(tiny):
+def test_container_is_rejected_with_how_to_name_its_layers(tiny):
     with raises_and_changes_nothing(tiny, ValueError, r"'blocks.0' is a ModuleDict that contains .*'blocks.0.\*'"):
         report(tiny, target_modules=["blocks.0"])
 
 
 @pytest.mark.parametrize("part", [nn.GELU(), nn.LayerNorm(4), nn.ReLU(), nn.Dropout(), nn.BatchNorm1d(4)])
-def test_a_kind_without_adapter_is_refused_with_the_kinds_that_have_one(part: nn.Module, tiny):
+def test_unsupported_kind_lists_supported_kinds(part: nn.Module, tiny):
     tiny.part = part
     kind = type(part).__name__
     with raises_and_changes_nothing(tiny, ValueError, rf"'part' is a {kind}; .*nn.Linear.*Conv1D.*nn.Embedding"):
         report(tiny, target_modules=["head", "part"])
 
 
-def test_a_model_without_linear_layers_is_refused():
+def test_model_without_linear_layers_is_rejected():
     with pytest.raises(ValueError, match="Sequential has no linear layer"):
         report(nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
 
 
 @pytest.mark.parametrize("option", ["exclude_modules", "modules_to_save"])
-def test_leaving_out_every_layer_is_refused(option: str):
+def test_leaving_out_every_layer_is_rejected(option: str):
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     with raises_and_changes_nothing(model, ValueError, f"left out every layer.*a: in {option}, b: in {option}"):
         report(model, **{option: ["a", "b"]})
 
 
-def test_a_forward_on_the_instance_is_refused_by_name(tiny):
+def test_forward_on_instance_is_rejected(tiny):
     tiny.head.forward = torch.sigmoid
     with raises_and_changes_nothing(tiny, ValueError, "'head'.*its forward was replaced on the instance"):
         report(tiny, target_modules=["head"])
@@ -296,7 +296,7 @@ def test_a_forward_on_the_instance_is_refused_by_name(tiny):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["head", "lazy"]])
-def test_a_layer_without_a_shape_yet_is_left_out_or_refused_with_the_way_out(targets, tiny):
+def test_lazy_layer_is_rejected_with_remedy(targets, tiny):
     tiny.lazy = nn.LazyLinear(8)
     try:
         found = report(tiny, target_modules=targets)
@@ -310,7 +310,7 @@ def test_a_layer_without_a_shape_yet_is_left_out_or_refused_with_the_way_out(tar
 
 @pytest.mark.parametrize("attribute", ["lora", "lora_mode", "rank", "scaling"])
 @pytest.mark.parametrize("holder", ["layer", "class"])
-def test_a_layer_with_attributes_of_the_adapters_names_works_or_is_refused(attribute: str, holder: str, rng):
+def test_layer_with_clashing_attributes_works_or_is_rejected(attribute: str, holder: str, rng):
     class Own(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) * getattr(self, attribute)
@@ -347,13 +347,13 @@ class TiedModel(nn.Module):
 
 
 @pytest.mark.parametrize(("name", "other"), [("head", "embed"), ("embed", "head")])
-def test_a_tied_weight_named_outright_is_refused(name: str, other: str):
+def test_named_tied_weight_is_rejected(name: str, other: str):
     model = TiedModel()
     with raises_and_changes_nothing(model, ValueError, f"'{name}' cannot be adapted.*tied to '{other}.weight'"):
         report(model, target_modules=["mix", name])
 
 
-def test_all_linear_leaves_out_a_tied_head_and_merging_leaves_the_embedding_alone(rng):
+def test_all_linear_leaves_out_tied_head_and_merge_keeps_embedding(rng):
     model = TiedModel()
     embedding = model.embed.weight.clone()
     found = report(model)
@@ -365,7 +365,7 @@ def test_all_linear_leaves_out_a_tied_head_and_merging_leaves_the_embedding_alon
     assert model.head.weight is model.embed.weight
 
 
-def test_the_weight_of_a_root_layer_that_is_tied_is_refused_too():
+def test_tied_weight_of_root_layer_is_rejected():
     root = nn.Linear(8, 8)
     root.embed = nn.Embedding(8, 8)
     root.embed.weight = root.weight
@@ -373,13 +373,13 @@ def test_the_weight_of_a_root_layer_that_is_tied_is_refused_too():
         report(root)
 
 
-def test_a_module_to_save_whose_weight_is_tied_elsewhere_is_refused():
+def test_saved_module_tied_elsewhere_is_rejected():
     model = TiedModel()
     with raises_and_changes_nothing(model, ValueError, r"modules_to_save: 'head.weight' is tied to \['embed.weight'\]"):
         report(model, modules_to_save=["head"])
 
 
-def test_both_sides_of_a_tie_can_be_trained_in_full():
+def test_both_sides_of_a_tie_train_in_full():
     model = TiedModel()
     report(model, modules_to_save=["head", "embed"])
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"embed.weight", "mix.lora.A", "mix.lora.B"}
@@ -388,30 +388,30 @@ def test_both_sides_of_a_tie_can_be_trained_in_full():
 # --- modules_to_save
 
 
-def test_layers_in_modules_to_save_carry_no_adapter(tiny):
+def test_saved_modules_get_no_adapter(tiny):
     found = report(tiny, target_modules=["q_proj", "head"], modules_to_save=["head", "blocks.1"])
     assert [layer.name for layer in found.layers] == ["blocks.0.q_proj"]
     assert found.left_out == {"blocks.1.q_proj": "in modules_to_save", "head": "in modules_to_save"}
     assert found.saved == {"blocks.1": 16 * 16 * 2 + 16, "head": 16 * 8 + 8}
 
 
-def test_a_module_to_save_without_parameters_is_refused_when_named(tiny):
+def test_named_saved_module_without_parameters_is_rejected(tiny):
     with raises_and_changes_nothing(tiny, ValueError, "modules_to_save: 'blocks.0.act' is a GELU without parameters"):
         report(tiny, modules_to_save=["act"])
 
 
-def test_a_glob_of_modules_to_save_sweeps_over_what_has_no_parameters(tiny):
+def test_saving_glob_skips_modules_without_parameters(tiny):
     tiny.head = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
     report(tiny, modules_to_save=["head.*"])
     assert all(p.requires_grad for p in tiny.head.parameters())
 
 
-def test_a_glob_of_modules_to_save_that_reaches_nothing_to_train_is_refused(tiny):
+def test_saving_glob_without_any_parameters_is_rejected(tiny):
     with raises_and_changes_nothing(tiny, ValueError, r"modules_to_save.*'\*.act'"):
         report(tiny, modules_to_save=["*.act"])
 
 
-def test_a_parameter_of_two_modules_to_save_is_counted_once(tiny):
+def test_parameter_of_two_saved_modules_is_counted_once(tiny):
     tiny.head = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
     found = report(tiny, modules_to_save=["head", "head.0"])
     assert found.trainable_parameters == sum(p.numel() for p in tiny.parameters() if p.requires_grad)
@@ -433,7 +433,7 @@ class Attention(nn.Module):
         return self.out(self.decoder(self.encoder(x), x))
 
 
-def test_all_linear_adapts_attention_and_layers_whose_weights_their_parent_reads(rng):
+def test_all_linear_adapts_attention_and_layers_read_by_parents(rng):
     model, x = Attention(), torch.randn(2, 3, 16, generator=rng)
     found = report(model)
     assert {layer.name for layer in found.layers} == {
@@ -459,7 +459,7 @@ def test_all_linear_adapts_attention_and_layers_whose_weights_their_parent_reads
         ("attention", "a MultiheadAttention has a forward of its own"),
     ],
 )
-def test_dropout_is_refused_where_the_weight_must_carry_the_update(name: str, reason: str):
+def test_dropout_is_rejected_where_weight_carries_update(name: str, reason: str):
     model = Attention()
     with raises_and_changes_nothing(model, ValueError, f"{reason}.*dropout=0"):
         report(model, target_modules=["out", name], dropout=0.1)
@@ -506,7 +506,7 @@ class Wrapped(nn.Module):
     ids=["gpt2", "llama", "bert"],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_all_linear_of_a_language_model_is_all_but_the_output_embedding(
+def test_all_linear_skips_output_embedding_of_language_model(
     build: Callable[[], nn.Module], layers: int, head: str, reason: str, wrapped: bool, rng
 ):
     pytest.importorskip("transformers")
@@ -530,7 +530,7 @@ def test_all_linear_of_a_language_model_is_all_but_the_output_embedding(
     assert torch.allclose(inner(input_ids=tokens).logits, trained, atol=1e-4)
 
 
-def test_an_output_embedding_can_be_named():
+def test_output_embedding_can_be_named():
     pytest.importorskip("transformers")
     assert reached(_llama(), target_modules=["lm_head"]) == ["lm_head"]
 
@@ -542,7 +542,7 @@ compiling = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is depr
 
 
 @compiling
-def test_a_compiled_layer_keeps_its_own_name():
+def test_compiled_layer_keeps_its_name():
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     plain = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     model["a"] = torch.compile(model["a"])
@@ -551,5 +551,5 @@ def test_a_compiled_layer_keeps_its_own_name():
 
 
 @compiling
-def test_a_compiled_model_is_adapted_under_the_names_of_the_model(tiny):
+def test_compiled_model_keeps_its_names(tiny):
     assert reached(torch.compile(tiny), target_modules=["blocks.0.q_proj", "head"]) == ["blocks.0.q_proj", "head"]

@@ -8,7 +8,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, lora_layers
 
 
-def test_the_report_counts_what_is_there(tiny):
+def test_report_counts_layers_and_parameters(tiny):
     base = sum(p.numel() for p in tiny.parameters())
     report = attach(tiny, LoRAConfig(rank=2, target_modules=["embed", "v_proj"], modules_to_save=["head"]))
     adapters = sum(p.numel() for layer in lora_layers(tiny).values() for p in layer.lora.parameters())
@@ -22,13 +22,13 @@ def test_the_report_counts_what_is_there(tiny):
     }
 
 
-def test_attaching_again_reports_the_same(tiny):
+def test_attaching_again_gives_the_same_report(tiny):
     config = LoRAConfig(rank=2, modules_to_save=["head"], exclude_modules=["blocks.1"])
     assert attach(tiny, config) == attach(tiny, config)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "head"], r".*_proj|head"])
-def test_each_layer_names_the_entry_that_chose_it_and_its_precision(targets, tiny):
+def test_report_names_pattern_and_dtype_of_each_layer(targets, tiny):
     tiny.head.double()
     report = attach(tiny, LoRAConfig(rank=2, target_modules=targets, adapter_dtype="bfloat16"))
     layers = {layer.name: layer for layer in report.layers}
@@ -38,7 +38,7 @@ def test_each_layer_names_the_entry_that_chose_it_and_its_precision(targets, tin
     assert (layers["blocks.0.q_proj"].dtype, layers["head"].dtype) == ("bfloat16", "float64")
 
 
-def test_the_table_shows_rows_totals_and_what_was_left_out(tiny):
+def test_table_shows_rows_totals_and_left_out(tiny):
     config = LoRAConfig(
         rank=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}, exclude_modules=["0.q_proj"]
     )
@@ -52,20 +52,20 @@ def test_the_table_shows_rows_totals_and_what_was_left_out(tiny):
     assert "3 layers adapted" in text
 
 
-def test_the_table_is_aligned(tiny):
+def test_table_is_aligned(tiny):
     lines = str(attach(tiny, LoRAConfig(rank=2, modules_to_save=["embed"]))).splitlines()
     ends = {line.index(" %") for line in lines if " %" in line}
     assert len(ends) == 1
 
 
-def test_the_table_says_how_many_parameters_are_frozen(tiny):
+def test_table_counts_frozen_parameters(tiny):
     report = attach(tiny, LoRAConfig(rank=2, modules_to_save=["head"]))
     frozen = sum(p.numel() for p in tiny.parameters() if not p.requires_grad)
     assert f"{frozen:,} base parameters frozen" in str(report)
 
 
 @pytest.mark.parametrize(("frozen_norm", "says"), [("eval", "kept fixed"), ("track", "saved with the adapter")])
-def test_the_table_says_what_frozen_norms_do(frozen_norm: str, says: str):
+def test_table_describes_frozen_norms(frozen_norm: str, says: str):
     model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.BatchNorm1d(16), nn.LayerNorm(16))
     report = attach(model, LoRAConfig(rank=2, frozen_norm=frozen_norm, modules_to_save=["2"]))
     assert report.norms == 1
@@ -73,11 +73,11 @@ def test_the_table_says_what_frozen_norms_do(frozen_norm: str, says: str):
     assert f"frozen_norm={frozen_norm!r}" in str(report)
 
 
-def test_a_model_without_norms_has_no_line_about_them(tiny):
+def test_model_without_norms_has_no_norm_line(tiny):
     assert "frozen_norm" not in str(attach(tiny, LoRAConfig(rank=2)))
 
 
-def test_many_layers_left_out_for_one_reason_are_shortened():
+def test_long_left_out_list_is_shortened():
     model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(12)])
     text = str(attach(model, LoRAConfig(rank=2, exclude_modules=["[3-9]", "10", "11"])))
     [line] = [line for line in text.splitlines() if line.startswith("left out")]

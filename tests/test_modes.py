@@ -1,0 +1,170 @@
+"""``merged`` and ``disabled``: they change the computation inside the block and restore the exact weights after it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    detach,
+    disabled,
+    load_adapter_state_dict,
+    lora_layers,
+    merge,
+    merged,
+)
+from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
+
+CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj", "head"])
+
+
+@pytest.fixture
+def trained(tiny, rng) -> nn.Module:
+    """The tiny model with adapters that have an effect, in eval mode."""
+    attach(tiny, CONFIG)
+    train_all(tiny, rng)
+    return tiny.eval()
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """Return the model without its adapters."""
+    twin = copy.deepcopy(model)
+    detach(twin)
+    return twin
+
+
+def test_merged_uses_the_weights_that_merge_leaves(trained, tokens):
+    output, twin = trained(tokens), copy.deepcopy(trained)
+    merge(twin)
+    with merged(trained):
+        assert_same_bits({n: trained.state_dict()[n] for n in twin.state_dict()}, twin.state_dict())
+        assert torch.equal(trained(tokens), twin(tokens))
+    assert torch.equal(trained(tokens), output)
+
+
+def test_disabled_is_the_base_bit_for_bit(trained, tokens):
+    base = base_of(trained)
+    with disabled(trained):
+        assert torch.equal(trained(tokens), base(tokens))
+    assert not torch.equal(trained(tokens), base(tokens))
+
+
+SWITCHES = {"merged": merged, "disabled": disabled}
+NESTINGS = [names for depth in (1, 2, 3) for names in itertools.product(SWITCHES, repeat=depth)]
+
+
+class StopHereError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("nesting", NESTINGS, ids=" in ".join)
+@pytest.mark.parametrize("fails", [False, True])
+def test_modes_nest_and_restore(nesting: tuple[str, ...], fails: bool, trained, tokens):
+    expected = {"active": trained(tokens)}
+    for name, switch in SWITCHES.items():
+        with switch(trained):
+            expected[name] = trained(tokens)
+    before = snapshot(trained)
+
+    def descend(state: str, rest: tuple[str, ...]) -> None:
+        assert torch.equal(trained(tokens), expected[state])
+        if not rest:
+            if fails:
+                raise StopHereError
+            return
+        inside = snapshot(trained)
+        try:
+            with SWITCHES[rest[0]](trained):
+                # What is disabled stays so inside merged(); everything else does as it is told.
+                descend("disabled" if "disabled" in (state, rest[0]) else "merged", rest[1:])
+        finally:
+            assert_unchanged(trained, inside)
+        assert torch.equal(trained(tokens), expected[state])
+
+    if fails:
+        with pytest.raises(StopHereError):
+            descend("active", nesting)
+    else:
+        descend("active", nesting)
+    assert_unchanged(trained, before)
+    assert torch.equal(trained(tokens), expected["active"])
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_mode_of_a_part_leaves_the_rest_alone(switch, trained):
+    with switch(trained.blocks):
+        modes = {name: layer.lora_mode for name, layer in lora_layers(trained).items()}
+    name = switch.__name__
+    assert modes == {"embed": "active", "blocks.0.q_proj": name, "blocks.1.q_proj": name, "head": "active"}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_detach_inside_a_mode_restores_the_base(switch, tiny):
+    before = snapshot(tiny)
+    attach(tiny, CONFIG)
+    with switch(tiny):
+        detach(tiny)
+    assert_unchanged(tiny, before)
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_merge_inside_merged_merges_once(switch, trained):
+    twin = copy.deepcopy(trained)
+    merge(twin)
+    with switch(trained):
+        merge(trained)
+    assert_same_bits(trained.state_dict(), twin.state_dict())
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_copy_made_inside_a_mode_works(switch, trained):
+    base = base_of(trained)
+    with switch(trained):
+        twin = copy.deepcopy(trained)
+    detach(twin)
+    assert_same_bits(twin.state_dict(), base.state_dict())
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_modes_work_in_inference_mode(switch, trained, tokens):
+    before = snapshot(trained)
+    with torch.inference_mode(), switch(trained):
+        trained(tokens)
+    assert_unchanged(trained, before)
+    trained(tokens).sum().backward()
+
+
+def test_adapter_cannot_be_loaded_inside_merged(trained):
+    state = {name: tensor + 1 for name, tensor in adapter_state_dict(trained).items()}
+    with merged(trained), raises_and_changes_nothing(trained, RuntimeError, "merged"):
+        load_adapter_state_dict(trained, state)
+
+
+def test_disabled_restores_tracked_statistics(rng):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    base, x = copy.deepcopy(model).eval(), torch.randn(4, 8, generator=rng)
+    attach(model, LoRAConfig(rank=2, frozen_norm="track"))
+    train_all(model, rng)
+    model.train()(torch.randn(4, 8, generator=rng) + 3)
+    moved = snapshot(model.eval())
+    assert not torch.equal(model[1].running_mean, base[1].running_mean)
+    with disabled(model):
+        assert torch.equal(model(x), base(x))
+    assert_unchanged(model, moved)
+
+
+def test_detach_inside_disabled_restores_tracked_statistics(rng):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8))
+    before = snapshot(model)
+    attach(model, LoRAConfig(rank=2, frozen_norm="track"))
+    model.train()(torch.randn(4, 8, generator=rng))
+    with disabled(model):
+        detach(model)
+    assert_unchanged(model, before)
