@@ -1,4 +1,4 @@
-"""The one view of an adapted model: its layers, their adapters, what was trained, and the frozen base."""
+"""One view of an adapted model: its layers, their adapters, everything trained, and the frozen base."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_lora.names import clean_name, join, module_names, walk
 
 
 class Root(NamedTuple):
-    """A module that was given to ``attach``, its name in the model, and the record of what was done to it."""
+    """A module that was passed to ``attach``, with its name in the model and its record."""
 
     name: str
     module: nn.Module
@@ -37,10 +37,10 @@ class Root(NamedTuple):
 
 
 class AdaptedModel:
-    """A view of a model, read in one walk when it is first asked for.
+    """A view of a model; it is read in one walk, at the first access.
 
-    All tensors are the model's own. The view is valid until layers are adapted, restored or replaced; take a new one
-    after that.
+    All tensors are the model's own. The view is valid until layers are adapted, restored or replaced; then make a new
+    one.
 
     Args:
         module: Any module; one without adapters has empty ``layers``.
@@ -51,12 +51,12 @@ class AdaptedModel:
 
     @functools.cached_property
     def parts(self) -> list[tuple[str, nn.Module]]:
-        """Every submodule once, by its first name; wrappers add nothing to names."""
+        """Every submodule once, with its first name, which wrappers do not change."""
         return walk(self.module)
 
     @functools.cached_property
     def roots(self) -> list[Root]:
-        """The modules that were given to ``attach``: usually one, the model itself."""
+        """The modules that were passed to ``attach``: usually one, the model itself."""
         found = ((name, part, get_attachment(part)) for name, part in self.parts)
         return [Root(name, part, attachment) for name, part, attachment in found if attachment is not None]
 
@@ -76,7 +76,7 @@ class AdaptedModel:
 
     @functools.cached_property
     def trained(self) -> dict[str, Tensor]:
-        """Everything that training changes: what a checkpoint holds.
+        """Everything that training changes and a checkpoint holds.
 
         These are the factors, the parameters and buffers of ``modules_to_save``, and the biases and running statistics
         that the config lets move. The names follow from the config alone, never from what happened in training.
@@ -95,7 +95,7 @@ class AdaptedModel:
 
     @functools.cached_property
     def base(self) -> dict[str, Tensor]:
-        """The parameters that training leaves as they are, by each of their names."""
+        """The parameters that training does not change, by each of their names."""
         return base_parameters(self.module, self.trained)
 
     @functools.cached_property
@@ -109,16 +109,16 @@ class AdaptedModel:
 
     @functools.cached_property
     def merges(self) -> dict[str, int]:
-        """How many adapters were merged for good into each layer."""
+        """The number of adapters merged for good into each layer."""
         return {name: count for name, part in self.parts if (count := merge_count(part))}
 
 
 def base_parameters(module: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the parameters of a module that are not among those that train, by each of their names.
+    """Return the parameters of a module that do not train, by each of their names.
 
     Args:
         module: The module.
-        trained: What is not part of the base; of a part of a model, what the whole model trains.
+        trained: Everything that trains, in the whole model where the module is a part of one.
     """
     apart = {id(tensor) for tensor in trained.values()}
     found: dict[str, Tensor] = {}

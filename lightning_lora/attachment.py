@@ -1,4 +1,4 @@
-"""What attaching did to a module: the report for the user, and the record that lets it be saved, checked and undone."""
+"""Results of an attach: the report for the user, and the record on the module, from which it is saved and undone."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class AdaptedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What was adapted, what trains in full and what was left out; ``print(report)`` shows a table.
+    """Report of an attach: what was adapted, trains in full or was left out; ``print(report)`` shows a table.
 
     Attributes:
         layers: The adapted layers.
-        saved: Modules of ``modules_to_save`` -> their parameters.
+        saved: Modules of ``modules_to_save`` -> their number of parameters.
         biases: Biases of the base that train -> their sizes.
         untied: Weights that got a copy of their own -> what they were tied to.
         left_out: Layers that the targets cover but that carry no adapter -> the reason.
-        base_parameters: Parameters of the model without adapters.
-        norms: Frozen normalisation layers that have running statistics.
-        frozen_norm: What those do while training, as in ``LoRAConfig``.
+        base_parameters: Number of parameters without adapters.
+        norms: Number of frozen normalisation layers that have running statistics.
+        frozen_norm: Their behaviour in training, as in ``LoRAConfig``.
     """
 
     layers: Sequence[AdaptedLayer]
@@ -104,16 +104,16 @@ class AttachReport:
 
 @dataclass
 class Attachment:
-    """What ``attach`` did to the module that holds this note.
+    """Record of an attach, kept on the module that was attached to.
 
     Attributes:
-        config: What was asked for.
-        seed: The seed that the starts derive from.
-        report: What was found.
+        config: The request.
+        seed: Seed of the random starts.
+        report: The result.
         saved_modules: Names of the modules trained in full.
         required_grad: Parameter name -> whether it required a gradient before.
-        base_values: What of the base training changes, as it was: running statistics of frozen norms, and biases,
-            where the config lets them move.
+        base_values: Original values of the base tensors that the config lets training change: running statistics of
+            frozen norms, and biases.
         untied: Weights that got a copy of their own -> what they were tied to.
     """
 
@@ -127,12 +127,12 @@ class Attachment:
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:
-    """Return the note on exactly this module."""
+    """Return the record on exactly this module."""
     return vars(module).get(_ATTACHMENT)
 
 
 def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:
-    """Leave, replace or remove the note."""
+    """Set, replace or remove the record."""
     if attachment is None:
         vars(module).pop(_ATTACHMENT, None)
     else:
@@ -140,7 +140,7 @@ def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:
 
 
 def request(module: nn.Module, config: LoRAConfig | None, seed: int = 0) -> None:
-    """Leave word with a module of what ``attach`` without a config is to do, or take it back."""
+    """Set the options that ``attach`` without a config uses for a module, or remove them."""
     if config is None:
         vars(module).pop(_REQUEST, None)
     else:
@@ -148,7 +148,7 @@ def request(module: nn.Module, config: LoRAConfig | None, seed: int = 0) -> None
 
 
 def requested(module: nn.Module) -> tuple[LoRAConfig, int] | None:
-    """Return the config and the seed that were left with a module."""
+    """Return the config and the seed that ``request`` left on a module."""
     return vars(module).get(_REQUEST)
 
 
@@ -166,17 +166,17 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def merge_count(layer: nn.Module) -> int:
-    """Return how many adapters were merged for good into exactly this layer."""
+    """Return the number of adapters merged for good into exactly this layer."""
     return int(vars(layer).get(_MERGES, 0))
 
 
 def count_merge(layer: nn.Module) -> None:
-    """Note that an adapter was merged into this layer for good."""
+    """Record that an adapter was merged into this layer for good."""
     vars(layer)[_MERGES] = merge_count(layer) + 1
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return the lines of a table: a header first, and apart from the rest a last row of sums."""
+    """Return the lines of a table with a header and a last row of totals, each set off by a rule."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,7 +1,7 @@
-"""What is asked of one LoRA adaptation: the options, their types and their checks.
+"""The options of an adaptation, their types and their checks.
 
-The types of numbers are plain in code, and on the command line ranges that jsonargparse checks: ``--lora.rank=0`` is a
-one-line usage error. ``LoRAConfig`` checks the same ranges for everybody else.
+The number types are plain in code; on the command line jsonargparse checks their ranges, so ``--lora.rank=0`` is a
+one-line usage error. ``LoRAConfig`` checks the same ranges everywhere else.
 """
 
 from __future__ import annotations
@@ -50,34 +50,34 @@ class LoRAConfig:
     Args:
         rank: Rank ``r`` of the update: ``A`` is ``(r, in)`` and ``B`` is ``(out, r)``.
         alpha: Numerator of the scaling: the update is multiplied by ``alpha / rank``.
-        dropout: Probability in ``[0, 1)`` of dropping an element of the adapter's input while training; the frozen
-            layer's own input is never dropped, nor are an embedding's token numbers.
+        dropout: Probability in ``[0, 1)`` of dropping an element of the adapter's input in training. The frozen layer's
+            own input and an embedding's token numbers are never dropped.
         target_modules: Layers to adapt: ``"all-linear"``, a list of names, or one regular expression that must match
             the full name (as in PEFT).
-        exclude_modules: Layers left out, with everything below them: a list of names or one regular expression.
-        target_parameters: Parameters of two or more dimensions to adapt wherever they are: names, ends of names, globs.
-            One of three is a stack of experts, ``(experts, out, in)``, and every expert gets factors of its own.
-        target_slices: Output features of fused layers to adapt, ``{layer: {name: slices}}``, each part with factors of
-            its own: ``{"c_attn": {"q": "0:768", "v": "1536:2304"}}``. Slices are Python's, several joined by commas.
-        trainable_token_indices: Rows of an embedding that train while all others stay, for new tokens: a list for the
-            input embedding, or ``{embedding: list}``. Layers tied to it use the same rows.
-        modules_to_save: Modules trained in full and saved with the adapter, such as a new head.
-        bias: Biases of the base that train and are saved with the adapter: ``"none"``, ``"lora_only"`` for those of
-            adapted layers, or ``"all"``.
+        exclude_modules: Modules to leave out, with everything below them: a list of names or one regular expression.
+        target_parameters: Parameters of two or more dimensions to adapt, in any module: names, ends of names, globs.
+            One of three dimensions is a stack of experts, ``(experts, out, in)``; every expert gets its own factors.
+        target_slices: Output features of fused layers to adapt, ``{layer: {name: slices}}``, each part with its own
+            factors: ``{"c_attn": {"q": "0:768", "v": "1536:2304"}}``. Slices are Python's, joined by commas.
+        trainable_token_indices: Rows of an embedding to train, for new tokens: a list for the input embedding, or
+            ``{embedding: list}``. Layers tied to it use the same rows.
+        modules_to_save: Modules to train in full and save with the adapter, such as a new head.
+        bias: Biases of the base to train and save with the adapter: ``"none"``, ``"lora_only"`` for those of adapted
+            layers, or ``"all"``.
         rank_pattern: Ranks of single layers, ``{name or regular expression: rank}``; the first match wins.
-        alpha_pattern: Alphas of single layers, in the same way.
+        alpha_pattern: Alphas of single layers, as in ``rank_pattern``.
         use_rslora: Scale by ``alpha / sqrt(rank)`` (Kalajdzievski 2023, arXiv:2312.03732) instead of ``alpha / rank``.
         use_dora: Rescale each row of the updated weight to a trained norm (Liu et al. 2024, arXiv:2402.09353).
         lora_bias: Give ``B`` a bias, which is scaled with it.
-        untie_weights: Give a layer that is named, and whose weight is tied to another's, a copy of its own instead of
-            refusing it.
-        init: How ``A`` starts (``B`` is zero): ``"kaiming"`` uniform in ``+-1/sqrt(in)``, ``"gaussian"`` with standard
-            deviation ``1/rank``, or ``"orthogonal"`` rows of norm ``1/sqrt(3)``. An embedding starts as in PEFT,
-            whatever this says: ``A`` zero and ``B`` standard normal.
-        adapter_dtype: Precision in which the factors are kept and updated, whatever the base's; the arithmetic follows
-            the layer's input. A float64 layer has float64 factors.
-        frozen_norm: What frozen normalisation layers with running statistics, and ``spectral_norm``, do while training:
-            ``"eval"`` keeps the statistics fixed, ``"track"`` lets them move and saves them with the adapter.
+        untie_weights: Give a named layer whose weight is tied a copy of its own instead of rejecting it.
+        init: Start of ``A`` (``B`` is zero): ``"kaiming"`` uniform in ``+-1/sqrt(in)``, ``"gaussian"`` with standard
+            deviation ``1/rank``, or ``"orthogonal"`` rows of norm ``1/sqrt(3)``. An embedding always starts as in PEFT:
+            ``A`` zero and ``B`` standard normal.
+        adapter_dtype: Precision in which the factors are stored and updated, independent of the base's; the arithmetic
+            follows the layer's input. A float64 layer has float64 factors.
+        frozen_norm: Behaviour in training of frozen normalisation layers with running statistics, and of
+            ``spectral_norm``: ``"eval"`` keeps the statistics fixed, ``"track"`` updates them and saves them with the
+            adapter.
 
     Raises:
         TypeError: An option has the wrong type.
@@ -114,15 +114,15 @@ class LoRAConfig:
                 object.__setattr__(self, option.name, _CHECKS[option.name](option.name, value))
         if not (self.target_modules or self.target_parameters or self.target_slices or self.trainable_token_indices):
             raise ValueError(
-                f"LoRAConfig.target_modules={self.target_modules!r} names nothing. Use {ALL_LINEAR!r} or names."
+                f"LoRAConfig.target_modules={self.target_modules!r} names nothing; use {ALL_LINEAR!r} or names."
             )
 
     def scaling(self, rank: int, alpha: float) -> float:
-        """Return the factor of ``B @ A`` for a layer of this rank and alpha."""
+        """Return the scaling of ``B @ A`` for a layer of this rank and alpha."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain scalars, lists and dicts, fit for YAML, JSON and checkpoints."""
+        """Return plain scalars, lists and dicts, suitable for YAML, JSON and checkpoints."""
         return {key: _plain(value) for key, value in asdict(self).items()}
 
     @classmethod

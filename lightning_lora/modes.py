@@ -1,4 +1,4 @@
-"""Adapters off, or folded into the weights, for a while or for good; the exact weights come back."""
+"""Modes of an adapted model: adapters disabled or merged, and the exact weights restored afterwards."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lightning_lora.sharding import copy_whole, is_sharded
 def merged(module: nn.Module) -> Iterator[None]:
     """Compute with the adapters folded into the weights, and restore the exact weights afterwards.
 
-    Needs a copy of the adapted weights meanwhile. Disabled adapters stay disabled.
+    Keeps a copy of the adapted weights meanwhile. Disabled adapters stay disabled.
 
     Raises:
         ValueError: An adapter holds NaN or infinity, or its update is too large for the weight's precision.
@@ -82,14 +82,14 @@ def fold(layer: LoRALayer) -> None:
 
 
 def check_mergeable(layers: dict[str, LoRALayer]) -> None:
-    """Refuse what would destroy a weight, before any weight is touched."""
+    """Reject updates that would damage a weight, before any weight changes."""
     for name, layer in layers.items():
         for parameter in layer.adapted_parameters():
             _check_parameter(name, layer, parameter)
         if _has_own_forward(layer) and not _computes_the_same_merged(layer):
             raise RuntimeError(
-                f"The forward of {name!r} ({layer.base_class.__name__}) does more than apply the weight, so with "
-                "the update inside the layer would compute something else. Keep the adapter beside it."
+                f"The forward of {name!r} ({layer.base_class.__name__}) does more than apply its weight, so "
+                "merging would change the result. Keep the adapter unmerged."
             )
 
 
@@ -97,8 +97,8 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
     if layer._parameters.get(parameter) is None:
         if parameter == "bias":
             raise RuntimeError(
-                f"{name!r} has no bias that could take the one of its adapter (lora_bias=True). Keep the adapter "
-                "beside it, or give the layer a bias before attaching."
+                f"{name!r} has no bias to merge the adapter's bias into (lora_bias=True). Keep the adapter "
+                "unmerged, or give the layer a bias before attaching."
             )
         raise RuntimeError(
             f"The weight of {name!r} is computed from other parameters, so nothing can be merged into it. "
@@ -110,7 +110,7 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
         kind = type(weight).__name__ if is_packed else weight.dtype
         raise RuntimeError(
             f"The weight of {name!r} is quantized ({kind}), so nothing can be merged into it. Keep the "
-            "adapter beside it, or merge into the model before it was quantized."
+            "adapter unmerged, or merge into the model before quantizing it."
         )
     adapters = [adapter for adapter in layer.adapters().values() if parameter in (adapter.parameter, "bias")]
     largest = [
@@ -133,7 +133,7 @@ def _has_own_forward(layer: LoRALayer) -> bool:
 
 @torch.no_grad()
 def _computes_the_same_merged(layer: LoRALayer) -> bool:
-    """Try a layer whose forward is not ours to know, on one row: does merging leave what the adapter adds?"""
+    """Test on one row whether merging preserves the output of a layer with a forward of its own."""
     weight, mode, training = base_weight(layer), layer.lora_mode, layer.training
     generator = torch.Generator().manual_seed(0)
     row = torch.randn(1, weight.shape[-1], generator=generator).to(weight)
@@ -145,7 +145,7 @@ def _computes_the_same_merged(layer: LoRALayer) -> bool:
             set_mode(layer, each)
             outputs[each] = layer(row).double()
     except (TypeError, ValueError, RuntimeError):
-        return False  # its forward wants something else than one row, so nothing is known
+        return False  # its forward takes something other than one row: unknown
     finally:
         set_mode(layer, mode)
         layer.train(training)
@@ -156,12 +156,12 @@ def _computes_the_same_merged(layer: LoRALayer) -> bool:
 
 @torch.no_grad()
 def _overflows(layer: LoRALayer, parameter: str, bound: float) -> bool:
-    """Return whether a sum is beyond the weight's precision, given what no entry of an update can exceed."""
+    """Return whether a sum exceeds the weight's precision, given a bound on the entries of the update."""
     weight = base_parameter(layer, parameter)
     limit = torch.finfo(weight.dtype).max
     if weight.is_meta:
         return False
-    # Less than half of the largest number's last digit is rounded away there: no look at the weight is needed.
+    # Less than half of the largest number's last digit is rounded away, whatever the weight holds.
     if bound < torch.finfo(weight.dtype).eps / 8 * limit or _largest(weight) + bound < limit:
         return False  # whatever the signs; spares forming the update
     with without_autocast(weight.device.type):
@@ -169,7 +169,7 @@ def _overflows(layer: LoRALayer, parameter: str, bound: float) -> bool:
 
 
 def _bound(adapter: Adapter, largest: Sequence[float]) -> float:
-    """Return what no entry of an update can exceed, given the largest value of each of its factors."""
+    """Return a bound on the entries of an update, given the largest value of each of its factors."""
     if not isinstance(adapter, LowRankAdapter) or not adapter.is_plain:
         return math.inf
     return abs(adapter.spec.scaling) * adapter.spec.rank * math.prod(largest)
@@ -187,7 +187,7 @@ def _largest(tensor: Tensor) -> float:
 
 @contextmanager
 def _modes(layers: dict[str, LoRALayer], choose: Callable[[Mode], Mode]) -> Iterator[None]:
-    """Switch layers and put back what was found, however the block ends; nests."""
+    """Switch layers and restore their modes, however the block ends; nests."""
     before = [(layer, layer.lora_mode) for layer in layers.values()]
     try:
         for layer, mode in before:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 T = TypeVar("T")
 ModuleNames = dict[str, tuple[nn.Module, tuple[str, ...]]]  # first name of a module -> it, and all its names
 
-# What torch.compile, FSDP and activation checkpointing put into the names of the modules they wrap.
+# Names that torch.compile, FSDP and activation checkpointing insert for the modules they wrap.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -31,12 +31,12 @@ def join(path: str, key: str) -> str:
 
 
 def is_glob(entry: str) -> bool:
-    """Return whether a list entry sweeps over names instead of giving one."""
+    """Return whether a list entry is a glob instead of a name."""
     return any(character in entry for character in "*?[")
 
 
 def sweeps(entries: str | Sequence[str], entry: str) -> bool:
-    """Return whether an entry sweeps over modules of all kinds, containers too, instead of insisting on one."""
+    """Return whether an entry may cover modules that have no adapter, such as containers: globs and regexes do."""
     return isinstance(entries, str) or is_glob(entry)
 
 
@@ -48,7 +48,7 @@ def matches(entry: str, name: str) -> bool:
 
 
 def matches_pattern(key: str, name: str) -> bool:
-    """Return whether a key of ``rank_pattern`` or ``alpha_pattern`` names a layer.
+    """Return whether a key of ``rank_pattern`` or ``alpha_pattern`` matches a layer.
 
     A key is an entry as in ``matches``, or a regular expression over the name or the end of it, as in PEFT.
     """
@@ -68,11 +68,11 @@ def first_match(patterns: Mapping[str, T], names: Sequence[str], default: T) -> 
 
 
 def walk(module: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.Module]]:
-    """Return a module and all below with their clean names, as ``named_modules`` does, in half of its time.
+    """Return a module and its descendants with clean names: ``named_modules`` in half of its time.
 
     Args:
-        module: Where to begin.
-        every_name: Whether a submodule that is reached by several paths comes once for each.
+        module: The root.
+        every_name: Whether to list a submodule once for each path that reaches it.
     """
     found, seen, pending = [], set[nn.Module](), [("", module)]
     while pending:
@@ -101,7 +101,7 @@ def module_names(module: nn.Module) -> ModuleNames:
 
 
 def parameter_names(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """Return the parameters of modules that were given by their names; one in two modules has two names."""
+    """Return the parameters of named modules by name; a parameter in two modules has two names."""
     found = {}
     for path, part in modules.items():
         for key, parameter in part._parameters.items():
@@ -154,10 +154,10 @@ def parse_slices(text: object) -> list[slice]:
 
 
 def rows_of_slices(text: str, count: int) -> tuple[range, ...]:
-    """Return the rows, of ``count``, that a text of slices selects.
+    """Return the rows out of ``count`` that slices select.
 
     Raises:
-        ValueError: It reaches beyond them, selects nothing, or one row twice.
+        ValueError: The slices reach beyond the rows, select none, or select one twice.
     """
     rows = []
     for part in parse_slices(text):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers import Adapter, all_adapters
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.layers import Adapter
 
 _MODES = ("training", "asked_mode")  # the second is that of a frozen norm
 _EFFECT = 0.5  # of an adapter that is still at its start: as large as what its layer computes
@@ -38,7 +39,7 @@ def dead_adapters(module: nn.Module, batch: object) -> dict[str, str]:
 
 class _Probe:
     def __init__(self, module: nn.Module, run: Callable[[], list[Tensor]]) -> None:
-        self.module, self.run, self.adapters = module, run, all_adapters(module)
+        self.module, self.run, self.adapters = module, run, AdaptedModel(module).adapters
 
     def dead(self) -> dict[str, str]:
         found: dict[str, list[str]] = {}
@@ -172,7 +173,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def left_as_it_was(module: nn.Module) -> Iterator[None]:
     """Put back the adapters, the buffers and the modes of a module at the end; gradients must not be touched."""
     modes = [(vars(part), {key: vars(part)[key] for key in _MODES if key in vars(part)}) for part in module.modules()]
-    trained = [parameter for adapter in all_adapters(module).values() for parameter in adapter.parameters()]
+    trained = [parameter for adapter in AdaptedModel(module).adapters.values() for parameter in adapter.parameters()]
     tensors = [*trained, *module.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
     try:

@@ -47,22 +47,22 @@ from lightning_lora.sharding import is_fully_sharded, shapes_shown
 
 
 def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0, probe: object = None) -> AttachReport:
-    """Give the configured layers of a module LoRA adapters and freeze everything else.
+    """Add LoRA adapters to the configured layers of a module and freeze everything else.
 
     The model computes the same as before until the adapters are trained: ``B`` starts at zero. Base parameters keep
     their names and identity. Calling it again with the same config adapts only what is new.
 
     Args:
         module: Any module; it is changed in place.
-        config: What to adapt and how; if left out, what the LoRACallback of the running Trainer asks for, with its
-            seed, else ``LoRAConfig()``.
+        config: What to adapt and how. Defaults to the options and the seed of the running Trainer's LoRACallback, else
+            to ``LoRAConfig()``.
         seed: Seed of the random starts. Each layer's ``A`` depends on it, on the layer's name and on its shape only.
         probe: A batch on which every adapter must change the module's output, in training and in evaluation: a tensor,
             the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts. Costs a few
-            passes; leaves no trace.
+            forward passes and leaves the module as it was.
 
     Returns:
-        What was adapted and what was left out; ``print`` it for a table.
+        A report of what was adapted and left out; ``print`` it for a table.
 
     Raises:
         ValueError: The config and the model do not fit, the module is already adapted with another config, or the
@@ -83,7 +83,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         _check(module, plan, new, is_adapted=old is not None)
         with weights_only_read(plan.normalising.values()) if plan.normalising else nullcontext():
             made = _make_adapters(new)
-        # Nothing was changed before, and nothing can fail from here on.
+        # All or nothing: no line above changes the model, and none below can fail.
         for name in plan.untied:
             plan.parameters[name] = _untie(plan.modules, name)
         for layer, adapters in made.items():
@@ -99,7 +99,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
 
 
 def detach(module: nn.Module) -> None:
-    """Remove every adapter: the exact base model is back, with its classes, keys and gradient flags.
+    """Remove every adapter and restore the exact base model, with its classes, keys and gradient flags.
 
     Modules trained in full keep what they learned.
 
@@ -150,7 +150,7 @@ def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextMana
 
 
 def freeze_norms(module: nn.Module) -> None:
-    """Fix the running statistics of frozen norms where the config says so; safe to repeat."""
+    """Hold the running statistics of frozen norms where the config says so; safe to repeat."""
     for root in AdaptedModel(module).roots:
         attachment, trained = root.attachment, {id(part) for part in root.trained_modules()}
         for name, norm in root.module.named_modules():
@@ -177,7 +177,7 @@ def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig
 
 
 def _check(module: nn.Module, plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
-    """Refuse what planning does not know of, and warn of waste."""
+    """Reject models that cannot take the planned adapters, and warn about wasteful ones."""
     kind = type(module).__name__
     if not is_adapted and (names := [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]):
         raise ValueError(
@@ -234,22 +234,22 @@ def _refuse_part(model: AdaptedModel) -> None:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Thousands of new modules would have the collector walk the whole model again and again: half the time."""
+    """Pause the collector, which would walk the growing model again and again and take half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if enabled:
-            if not gc.get_freeze_count():  # else the user froze objects, which unfreeze would give back
-                # What was made stays: it goes to the old objects at once, or the collector would walk it all right now.
+            if not gc.get_freeze_count():  # else unfreeze would release objects that the user froze
+                # Move the new modules to the oldest generation, or the collector would walk them all right now.
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
 
 
 def _make_adapters(layers: list[PlannedLayer]) -> dict[nn.Module, list[tuple[PlannedLayer, Adapter]]]:
-    """Return the adapters of each layer, not yet in place."""
+    """Build the adapters of each layer, without putting them in place."""
     made: dict[nn.Module, list[tuple[PlannedLayer, Adapter]]] = {}
     for layer in layers:
         adapter = layer.adapter(layer.module, layer.spec, layer.parameter)
@@ -278,7 +278,7 @@ def _swap_out_adapter(layer: LoRALayer) -> None:
 
 
 def _untie(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
-    """Give a weight a copy of its own, and return it."""
+    """Replace a tied weight by a copy of its own, and return the copy."""
     weight = _parameter_of(modules, name)
     copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     _set_parameter(modules, name, copy)
@@ -303,7 +303,7 @@ def _set_parameter(modules: Mapping[str, nn.Module], name: str, parameter: nn.Pa
 
 
 def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -> Attachment:
-    """Return the record of an attach, which goes on from that of an earlier one."""
+    """Return the record of an attach; it continues that of an earlier one."""
     layers = []
     for each in plan.layers:
         spec = each.spec
@@ -330,7 +330,7 @@ def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -
 
 
 def _freeze_parameters(plan: Plan, record: Attachment) -> None:
-    """Leave gradients to the adapters and to what trains in full, and record what required one."""
+    """Let only what trains require gradients, and record the earlier flags."""
     trained = set[int]()
     for name in plan.biases:
         record.base_values.setdefault(name, plan.parameters[name].detach().clone())
@@ -345,7 +345,7 @@ def _freeze_parameters(plan: Plan, record: Attachment) -> None:
 
 
 def _thaw(model: AdaptedModel) -> None:
-    """Undo freezing, and forget that the model was adapted."""
+    """Undo freezing and remove the records."""
     for _, part in model.parts:
         release_statistics(part)
     for root in model.roots:

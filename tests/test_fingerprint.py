@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, merge, merged, save_adapter
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.cli import main
 from lightning_lora.fingerprint import digest, fingerprint, from_plain, other_base, places, samples, to_plain
-from lightning_lora.state import base_tensors
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from lightning_lora.trainer.warm_start import start_from
 from tests.contract import raises_and_changes_nothing, train_all
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
 
 
 def of(module: nn.Module) -> Any:
-    return fingerprint(base_tensors(module))
+    return fingerprint(AdaptedModel(module).base)
 
 
 def refusal(module: nn.Module, recorded: Any) -> str | None:
-    return other_base(recorded, samples(base_tensors(module), recorded), "model")
+    return other_base(recorded, samples(AdaptedModel(module).base, recorded), "model")
 
 
 class Other(Toy):
@@ -303,7 +303,7 @@ def test_the_command_compares_the_base(adapter: str, tmp_path: Path, capsys: pyt
         file.rename(folders[name] / "model.safetensors")
         (folders[name] / "config.json").write_text(config.read_text())
     assert main(["verify", adapter, str(folders["same"])]) == 0
-    assert "the one that the adapter was trained on, by samples of 6 tensors" in capsys.readouterr().out
+    assert "the one that the adapter was trained on, judging by samples of 6 tensors" in capsys.readouterr().out
     for command in (["verify", adapter, str(folders["other"])], ["merge", adapter, str(folders["other"]), out]):
         assert main(command) == 1
         assert "1 of 6 compared tensors differ" in capsys.readouterr().err

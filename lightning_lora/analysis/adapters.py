@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,10 @@ from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import make_import
 from lightning_lora.peft_format.names import matching_root
-from lightning_lora.planning.plan import PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged
+from lightning_lora.storage.adapter_file import StoredLayer
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import StoredTensor
 
@@ -104,12 +103,11 @@ def read_matrices(
     if tokens and base is None:
         raise ValueError("tokens=True needs the base: a file holds the trained rows, not how they changed.")
     file = read_adapter(source)
-    if base is None:
-        return _of_file(file, {}, tokens=False)
-    check_not_merged(base, file.merges)
-    if isinstance(file, PeftFile):
-        return _of_directory(file, base, tokens=tokens)
-    return _of_file(file, _recorded_weights(base, file.record), tokens=tokens)
+    if base is not None:
+        check_not_merged(base, file.merges)
+        return _matrices(*_with_weights(file, base), tokens=tokens)
+    names = sorted(file.layers, key=in_order) if isinstance(file, PeftFile) else file.layers
+    return _matrices([file.layers[name] for name in names], {}, {}, tokens=tokens)
 
 
 # --- names
@@ -141,6 +139,65 @@ def in_order(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
 
 
+# --- matrices
+
+
+def _matrices(
+    layers: Collection[StoredLayer],
+    rows: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor | None],
+    *,
+    tokens: bool,
+) -> list[AdapterMatrix]:
+    """Return the updates of layers, and the changes of trained embedding rows; weights are matrices, by the same names.
+
+    Raises:
+        ValueError: Only the model can tell a scaling, or a weight and its update differ in shape.
+    """
+    found = [matrix for layer in layers for matrix in _of_layer(layer, weights.get(layer.label))]
+    for name, trained in rows.items() if tokens else ():
+        found += _of_rows(name, trained, weights.get(name))
+    return found
+
+
+def _of_layer(layer: StoredLayer, weight: Tensor | None) -> Iterator[AdapterMatrix]:
+    """Yield the update of plain factors, or those of each expert of a stack."""
+    name, A, B, scaling = layer.label, layer.A, layer.B, layer.scaling
+    if scaling is None:
+        raise ValueError(
+            f"The rank or the scaling of {name!r} depends on the model: patterns match parameters that the file does "
+            "not name, or the PEFT that wrote it is unknown. Give the model as base."
+        )
+    shape = (*B.shape[:-1], A.shape[-1])
+    if weight is not None and tuple(weight.shape) != shape:
+        raise ValueError(f"{name}: the update is {shape}, the model's weight {tuple(weight.shape)}.")
+    is_rescaled = layer.magnitude is not None
+    if A.ndim == 2:
+        yield AdapterMatrix(name, A, B, scaling, weight, is_rescaled)
+        return
+    for expert in range(A.shape[0]):
+        part = None if weight is None else weight[expert]
+        yield AdapterMatrix(f"{name}[{expert}]", A[expert], B[expert], scaling, part, is_rescaled)
+
+
+def _of_rows(name: str, rows: Tensor, weight: Tensor | None) -> Iterator[AdapterMatrix]:
+    """Yield the change of an embedding's trained rows, ``(tokens, features)``, if the rows before it are known."""
+    if weight is not None:
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        change = rows.to(weight.device, dtype) - weight.to(dtype)
+        yield AdapterMatrix(name, change, torch.eye(len(rows), dtype=dtype, device=weight.device), 1.0, weight)
+
+
+@torch.no_grad()
+def _frozen_matrix(adapter: Adapter, weight: Tensor) -> Tensor | None:
+    """Return the adapted rows of a base weight as ``(out, in)`` or ``(experts, out, in)``; None on the meta device."""
+    weight = whole(weight).detach()
+    if weight.is_meta:
+        return None
+    matrix = adapter.as_matrix(weight) if isinstance(adapter, LowRankAdapter) else weight
+    return matrix.index_select(0, adapter.index) if adapter.spec.rows else matrix
+
+
 # --- a module
 
 
@@ -152,15 +209,6 @@ class _Placed(NamedTuple):
     layer: LoRALayer
 
 
-@torch.no_grad()
-def _of_module(module: nn.Module, *, tokens: bool) -> list[AdapterMatrix]:
-    placed = _placed(module)
-    if not placed:
-        raise ValueError(f"{type(module).__name__} has no adapters; call attach or load_adapter first.")
-    _refuse_merged(module)
-    return [matrix for name, each in placed.items() for matrix in _of_adapter(name, each, tokens=tokens)]
-
-
 def _placed(module: nn.Module) -> dict[str, _Placed]:
     """Return every adapter of a module by its name."""
     view = AdaptedModel(module)
@@ -170,15 +218,27 @@ def _placed(module: nn.Module) -> dict[str, _Placed]:
     }
 
 
-@torch.no_grad()
-def _of_adapter(name: str, placed: _Placed, *, tokens: bool) -> Iterator[AdapterMatrix]:
-    adapter = placed.adapter
+def _of_module(module: nn.Module, *, tokens: bool) -> list[AdapterMatrix]:
+    placed = _placed(module)
+    if not placed:
+        raise ValueError(f"{type(module).__name__} has no adapters; call attach or load_adapter first.")
+    _refuse_merged(module)
+    return [
+        matrix
+        for name, (adapter, _, layer) in placed.items()
+        for matrix in _of_adapter(name, adapter, base_parameter(layer, adapter.parameter), tokens=tokens)
+    ]
+
+
+def _of_adapter(name: str, adapter: Adapter, weight: Tensor, *, tokens: bool) -> Iterator[AdapterMatrix]:
+    """Yield the updates of an adapter in memory, for the base weight of its layer."""
     if isinstance(adapter, LowRankAdapter):
-        weight = _frozen_matrix(adapter, placed.layer)
-        factors = whole(adapter.A).detach(), whole(adapter.B).detach()
-        yield from _matrices(name, *factors, adapter.spec.scaling, weight, is_rescaled=adapter.spec.use_dora)
+        magnitude = adapter.magnitude if adapter.spec.use_dora else None
+        A, B = whole(adapter.A).detach(), whole(adapter.B).detach()
+        layer = StoredLayer(name, A, B, adapter.spec.rank, adapter.spec.scaling, magnitude)
+        yield from _of_layer(layer, _frozen_matrix(adapter, weight))
     elif isinstance(adapter, TokenAdapter) and tokens:
-        yield from _changed_rows(name, whole(adapter.rows).detach(), _frozen_matrix(adapter, placed.layer))
+        yield from _of_rows(name, whole(adapter.rows).detach(), _frozen_matrix(adapter, weight))
 
 
 def _refuse_merged(module: nn.Module) -> None:
@@ -187,125 +247,48 @@ def _refuse_merged(module: nn.Module) -> None:
         raise RuntimeError(f"The adapters of {listed(merged)} are merged into their weights; leave merged() first.")
 
 
-@torch.no_grad()
-def _frozen_matrix(adapter: Adapter, module: nn.Module) -> Tensor | None:
-    """Return the adapted rows of a base weight as ``(out, in)`` or ``(experts, out, in)``; None on the meta device."""
-    weight = whole(base_parameter(module, adapter.parameter)).detach()
-    if weight.is_meta:
-        return None
-    matrix = adapter.as_matrix(weight) if isinstance(adapter, LowRankAdapter) else weight
-    return matrix.index_select(0, adapter.index) if adapter.spec.rows else matrix
+# --- a file, with a base in memory
 
 
-def _matrices(
-    name: str, A: Tensor, B: Tensor, scaling: float, weight: Tensor | None = None, *, is_rescaled: bool = False
-) -> Iterator[AdapterMatrix]:
-    """Yield the update of plain factors, or those of each expert of a stack.
-
-    Args:
-        name: Name of the adapter.
-        A: ``(rank, in)`` or ``(experts, rank, in)``.
-        B: ``(out, rank)`` or ``(experts, out, rank)``.
-        scaling: Factor of ``B @ A``.
-        weight: ``(out, in)`` or ``(experts, out, in)``.
-        is_rescaled: Whether DoRA rescales the sum.
-
-    Raises:
-        ValueError: The weight and the update differ in shape.
-    """
-    shape = (*B.shape[:-1], A.shape[-1])
-    if weight is not None and tuple(weight.shape) != shape:
-        raise ValueError(f"{name}: the update is {shape}, the model's weight {tuple(weight.shape)}.")
-    if A.ndim == 2:
-        yield AdapterMatrix(name, A, B, scaling, weight, is_rescaled)
-        return
-    for expert in range(A.shape[0]):
-        part = None if weight is None else weight[expert]
-        yield AdapterMatrix(f"{name}[{expert}]", A[expert], B[expert], scaling, part, is_rescaled)
-
-
-def _changed_rows(name: str, rows: Tensor, weight: Tensor | None) -> Iterator[AdapterMatrix]:
-    """Yield the change of an embedding's trained rows, ``(tokens, features)``, if the rows before it are known."""
-    if weight is not None:
-        dtype = torch.promote_types(rows.dtype, torch.float32)
-        change = rows.to(weight.device, dtype) - weight.to(dtype)
-        yield AdapterMatrix(name, change, torch.eye(len(rows), dtype=dtype, device=weight.device), 1.0, weight)
-
-
-# --- a file
-
-
-def _of_file(
-    file: PeftFile | CheckpointFile, weights: Mapping[str, Tensor | None], *, tokens: bool
-) -> list[AdapterMatrix]:
-    names = sorted(file.layers, key=in_order) if isinstance(file, PeftFile) else file.layers
-    found: list[AdapterMatrix] = []
-    for layer in (file.layers[name] for name in names):
-        if layer.scaling is None:
-            raise ValueError(
-                f"The rank or the scaling of {layer.label!r} depends on the model: patterns match parameters that the "
-                "file does not name, or the PEFT that wrote it is unknown. Give the model as base."
-            )
-        is_rescaled = layer.magnitude is not None
-        found += _matrices(
-            layer.label, layer.A, layer.B, layer.scaling, weights.get(layer.label), is_rescaled=is_rescaled
-        )
-    for name, stored in file.tokens.items() if tokens else ():
-        found += _changed_rows(name, stored.rows, weights.get(name))
-    return found
-
-
-def _of_directory(file: PeftFile, base: nn.Module, *, tokens: bool) -> list[AdapterMatrix]:
-    root = matching_root(base, file.paths)
-    prefix = next(name for name, (part, _) in module_names(base).items() if part is root)
-    content = make_import(root, file)
-    weights = _planned_weights(root, content.config)
-    _check_known([layer.label for layer in content.layers], weights, base)
-    found: list[AdapterMatrix] = []
-    for layer in content.layers:
-        f, name = layer.factors, join(prefix, layer.label)
-        found += _matrices(name, f.A, f.B, f.scaling, weights[layer.label], is_rescaled=f.magnitude is not None)
-    for label, (_, rows) in content.tokens.items() if tokens else ():
-        found += _changed_rows(join(prefix, label), rows, weights[label])
-    return found
-
-
-# --- the weights of a base in memory
-
-
-def _recorded_weights(base: nn.Module, record: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    """Return the frozen matrices that the configs in a checkpoint's record adapt, by the adapters' names."""
-    modules, found = module_names(base), dict[str, Tensor | None]()
-    for entry in record["adapters"]:
-        root = entry["root"]
-        if root not in modules:
-            raise ValueError(f"The adapter was attached to {root!r}, which {type(base).__name__} does not have.")
-        weights = _planned_weights(modules[root][0], LoRAConfig.from_dict(entry["config"]))
-        found |= {join(root, label): weight for label, weight in weights.items()}
-    _check_known(record["layers"], found, base)
-    return found
-
-
-def _planned_weights(root: nn.Module, config: LoRAConfig) -> dict[str, Tensor | None]:
-    """Return the frozen matrices that this config would adapt, by the adapters' names."""
-    _refuse_merged(root)
-    return {layer.label: _planned_weight(layer) for layer in make_plan(root, config).layers}
-
-
-def _planned_weight(layer: PlannedLayer) -> Tensor | None:
-    spec = layer.spec
-    if not issubclass(layer.adapter, TokenAdapter):
-        # The smallest adapter of the kind, never attached: only it knows how the kind stores its weight.
-        spec = spec._replace(rank=1, use_dora=False, lora_bias=False)
-    return _frozen_matrix(layer.adapter(layer.module, spec, layer.parameter), layer.module)
-
-
-def _check_known(labels: Collection[str], weights: Mapping[str, Any], base: nn.Module) -> None:
-    if unknown := [label for label in labels if label not in weights]:
+def _with_weights(
+    file: PeftFile | CheckpointFile, base: nn.Module
+) -> tuple[list[StoredLayer], dict[str, Tensor], dict[str, Tensor | None]]:
+    """Return the updates and the trained embedding rows in a file, and the base's matrices for them."""
+    if isinstance(file, CheckpointFile):
+        configs = {entry["root"]: LoRAConfig.from_dict(entry["config"]) for entry in file.record["adapters"]}
+        layers = list(file.layers.values())
+        rows = {name: stored.rows for name, stored in file.tokens.items()}
+    else:
+        module = matching_root(base, file.paths)
+        root = next(name for name, (part, _) in module_names(base).items() if part is module)
+        content = make_import(module, file)
+        configs = {root: content.config}
+        found = [(join(root, layer.label), layer.factors) for layer in content.layers]
+        layers = [StoredLayer(name, f.A, f.B, f.rank, f.scaling, f.magnitude) for name, f in found]
+        rows = {join(root, name): values for name, (_, values) in content.tokens.items()}
+    weights = {name: weight for root, config in configs.items() for name, weight in _planned(base, root, config)}
+    if unknown := [name for name in (*(layer.label for layer in layers), *rows) if name not in weights]:
         raise ValueError(f"{type(base).__name__} is not the model that was adapted: it has no {listed(unknown)}.")
+    return layers, rows, weights
 
 
-# --- the weights of a base on disk
+def _planned(base: nn.Module, root: str, config: LoRAConfig) -> Iterator[tuple[str, Tensor | None]]:
+    """Yield the frozen matrices that a config would adapt, by the adapters' names."""
+    modules = module_names(base)
+    if root not in modules:
+        raise ValueError(f"The adapter was attached to {root!r}, which {type(base).__name__} does not have.")
+    module = modules[root][0]
+    _refuse_merged(module)
+    for layer in make_plan(module, config, 0).layers:
+        spec = layer.spec
+        if not issubclass(layer.adapter, TokenAdapter):
+            # The smallest adapter of the kind, never attached: only it knows how the kind stores its weight.
+            spec = spec._replace(rank=1, use_dora=False, lora_bias=False)
+        adapter = layer.adapter(layer.module, spec, layer.parameter)
+        yield join(root, layer.label), _frozen_matrix(adapter, base_parameter(layer.module, layer.parameter))
+
+
+# --- a file, with a base on disk
 
 
 def stored_matrices(
@@ -355,17 +338,5 @@ def _one_by_one(
 ) -> Iterator[AdapterMatrix]:
     for done, (name, each) in enumerate(placed.items()):
         progress(done, len(placed))
-        with _weight_in_place(each.layer, each.adapter.parameter, weights[name]):
-            yield from _of_adapter(name, each, tokens=tokens)
+        yield from _of_adapter(name, each.adapter, weights[name].read(), tokens=tokens)
     progress(len(placed), len(placed))
-
-
-@contextmanager
-def _weight_in_place(layer: nn.Module, key: str, stored: StoredTensor) -> Iterator[None]:
-    """Give a layer of the skeleton its real weight for a while."""
-    before = layer._parameters[key]
-    layer._parameters[key] = nn.Parameter(stored.read(), requires_grad=False)
-    try:
-        yield
-    finally:
-        layer._parameters[key] = before

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from lightning_lora.analysis import plots
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, likeness, similarity_rows
-from lightning_lora.analysis.drawing import as_svg
+from lightning_lora.analysis.drawing import as_svg, can_draw
 from lightning_lora.analysis.summary import AdapterAnalysis, RankSuggestion, findings, suggest_ranks
 
 NO_PLOTS = "Pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
@@ -24,19 +24,14 @@ _COLUMNS = (
 )
 _ABOVE_CHANCE = "0 is what random directions share, 1 the same directions; grey is unknown."
 _MOST_PANELS = 12
-Figures = dict[str, tuple[Any, str, str]]  # name of a file -> figure, its description, its caption
+_Figure = tuple[str, Any, str, str]  # name of a file, figure, its description, its caption
 
 
 # --- the page of one adapter
 
 
 def analysis_page(
-    analysis: AdapterAnalysis,
-    name: str,
-    *,
-    similarities: Sequence[KindSimilarity] = (),
-    facts: Sequence[str] = (),
-    figures: Figures | None = None,
+    analysis: AdapterAnalysis, name: str, *, similarities: Sequence[KindSimilarity] = (), facts: Sequence[str] = ()
 ) -> Page:
     """Return the page of one adapter.
 
@@ -45,23 +40,22 @@ def analysis_page(
         name: The adapter's name.
         similarities: The result of ``layer_similarity``.
         facts: Facts about the files.
-        figures: The result of ``analysis_figures``; None without matplotlib.
     """
+    related = any(layer.relation for layer in analysis.layers)
     page = Page(f"What {name} learned", ". ".join(facts))
     page.heading("In short")
     page.points(findings(analysis))
-    if figures is None:
-        page.text(NO_PLOTS)
+    _mention_missing_pictures(page)
     page.heading("Where and how much")
-    if not any(layer.relation for layer in analysis.layers):
+    if not related:
         page.text(
             "To see how the updates relate to the weights, give the base: lightning-lora report ADAPTER --base BASE."
         )
-    _add(page, figures, ("ratio", "norm", "amplification", "alignment"))
+    _add(page, _metric_figures(analysis, ("ratio", "amplification", "alignment") if related else ("norm",)))
     page.heading("Which rank")
-    _add(page, figures, ("effective_rank", "suggested_rank", "energy", "spectra"))
+    _add(page, _metric_figures(analysis, ("effective_rank", "suggested_rank")), _curve_figures(analysis))
     suggestions = suggest_ranks(analysis)
-    page.table(list(suggestion_rows(suggestions)), f"Ranks that hold {analysis.energy:.0%} of the squared norm")
+    page.table(list(_suggestion_rows(suggestions)), f"Ranks that hold {analysis.energy:.0%} of the squared norm")
     if pattern := rank_pattern(suggestions):
         page.text(
             "As options of the next run. Where the rank is used up, a higher one may do better. The scaling is alpha / "
@@ -69,23 +63,14 @@ def analysis_page(
         )
         page.code(next_run(pattern))
     if similarities:
-        _add_similarities(page, similarities, figures)
+        _add_similarities(page, similarities)
     page.heading("All updates")
     page.table(analysis.rows(), "Every update in numbers")
     page.text(_COLUMNS)
     return page
 
 
-def analysis_figures(analysis: AdapterAnalysis, similarities: Sequence[KindSimilarity] = ()) -> Figures:
-    """Return the figures of an analysis: name -> figure, its description, its caption.
-
-    Args:
-        analysis: The result of ``analyze``.
-        similarities: The result of ``layer_similarity``.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+def _metric_figures(analysis: AdapterAnalysis, metrics: Sequence[plots.Metric]) -> Iterator[_Figure]:
     captions: dict[plots.Metric, str] = {
         "ratio": "Relative size of each update: its Frobenius norm over that of the weight.",
         "norm": "Frobenius norm of each update.",
@@ -94,18 +79,17 @@ def analysis_figures(analysis: AdapterAnalysis, similarities: Sequence[KindSimil
         "effective_rank": "How many directions each update uses: exp of the entropy of its singular values.",
         "suggested_rank": f"How many directions hold {analysis.energy:.0%} of the squared norm of each update.",
     }
-    related = any(layer.relation for layer in analysis.layers)
-    left_out = ("norm",) if related else ("ratio", "amplification", "alignment")
-    found: Figures = {}
-    for metric, caption in captions.items():
-        if metric not in left_out:
-            words = f"Heat map by block and kind of layer. {caption} The table of all updates has the numbers."
-            found[metric] = plots.plot_layers(analysis, metric), words, caption
-    caption = "Singular values of the updates, largest first."
-    found["spectra"] = plots.plot_spectra(analysis), f"Falling curves on a logarithmic scale. {caption}", caption
+    for metric in metrics:
+        caption = captions[metric]
+        description = f"Heat map by block and kind of layer. {caption} The table of all updates has the numbers."
+        yield metric, plots.plot_layers(analysis, metric), description, caption
+
+
+def _curve_figures(analysis: AdapterAnalysis) -> Iterator[_Figure]:
     caption = "Share of the squared norm in the leading directions; the dotted line is what a suggested rank holds."
-    found["energy"] = plots.plot_energy(analysis), f"Rising curves. {caption}", caption
-    return found | (layers_figures(similarities) if similarities else {})
+    yield "energy", plots.plot_energy(analysis), f"Rising curves. {caption}", caption
+    caption = "Singular values of the updates, largest first."
+    yield "spectra", plots.plot_spectra(analysis), f"Falling curves on a logarithmic scale. {caption}", caption
 
 
 def rank_pattern(suggestions: Sequence[RankSuggestion]) -> dict[str, int]:
@@ -120,12 +104,12 @@ def next_run(pattern: Mapping[str, int]) -> str:
     return f"LoRACallback(rank={rank}, rank_pattern={lower!r})" if lower else f"LoRACallback(rank={rank})"
 
 
-def suggestion_rows(suggestions: Sequence[RankSuggestion]) -> Iterator[tuple[str, ...]]:
-    """Yield the rows of a table of suggestions: the header first, the sums last."""
-    yield ("kind of layer", "updates", "rank now", "median needed", "suggested", "parameters now", "then")
+def _suggestion_rows(suggestions: Sequence[RankSuggestion]) -> Iterator[tuple[str, ...]]:
+    counts = ("kind of layer", "updates", "rank now", "median needed", "suggested")
+    yield (*counts, "parameters now", "suggested parameters")
     for each in suggestions:
-        counts = (str(each.updates), str(each.rank), f"{each.median:g}", str(each.suggested))
-        yield (each.kind, *counts, f"{each.parameters:,}", f"{each.parameters_suggested:,}")
+        counts = (each.kind, str(each.updates), str(each.rank), f"{each.median:g}", str(each.suggested))
+        yield (*counts, f"{each.parameters:,}", f"{each.parameters_suggested:,}")
     now, then = (sum(getattr(each, key) for each in suggestions) for key in ("parameters", "parameters_suggested"))
     yield ("all", str(sum(each.updates for each in suggestions)), "", "", "", f"{now:,}", f"{then:,}")
 
@@ -133,66 +117,56 @@ def suggestion_rows(suggestions: Sequence[RankSuggestion]) -> Iterator[tuple[str
 # --- the page of two adapters
 
 
-def comparison_page(comparison: AdapterComparison, names: tuple[str, str], *, figures: Figures | None = None) -> Page:
+def comparison_page(comparison: AdapterComparison, names: tuple[str, str]) -> Page:
     """Return the page of two adapters.
 
     Args:
         comparison: The result of ``compare``.
         names: The names of the adapters.
-        figures: The result of ``comparison_figures``; None without matplotlib.
     """
     page = Page("What two adapters share", f"First: {names[0]}. Second: {names[1]}.")
     page.heading("In short")
     page.points(likeness(comparison))
-    if figures is None:
-        page.text(NO_PLOTS)
-    else:
+    _mention_missing_pictures(page)
+    if can_draw():
         page.heading("Layer by layer")
-        _add(page, figures, ("cosine", "inputs", "outputs"))
+        _add(page, _likeness_figures(comparison))
         page.heading("Direction by direction")
         page.text(
             "Each cell shows how much the i leading directions of the first and the j leading directions of the second "
             "share: 1 if the smaller set lies inside the larger, max(i, j) over the width if both are random. Base "
             "conclusions on the directions of the updates; those of the factors depend on how an update is split."
         )
-        _add(page, figures, ("phi_inputs", "phi_outputs", "phi_factors"))
+        _add(page, _phi_figures(comparison))
     page.heading("All layers")
     page.table(comparison.rows(), "Every layer in numbers; in and out are phi of the first and of all directions")
     return page
 
 
-def comparison_figures(comparison: AdapterComparison, names: tuple[str, str] = ("first", "second")) -> Figures:
-    """Return the figures of a comparison: name -> figure, its description, its caption.
-
-    Args:
-        comparison: The result of ``compare``.
-        names: The names of the adapters.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+def _likeness_figures(comparison: AdapterComparison) -> Iterator[_Figure]:
     captions: dict[plots.Likeness, str] = {
         "cosine": "Cosine between the two updates of each layer as vectors: 1 is the same update, 0 nothing in common.",
         "inputs": f"What all input directions share in each layer. {_ABOVE_CHANCE}",
         "outputs": f"What all output directions share in each layer. {_ABOVE_CHANCE}",
     }
-    found: Figures = {}
     for of, caption in captions.items():
-        words = f"Heat map by block and kind of layer. {caption} The table of all layers has the numbers."
-        found[of] = plots.plot_comparison(comparison, of), words, caption
+        description = f"Heat map by block and kind of layer. {caption} The table of all layers has the numbers."
+        yield of, plots.plot_comparison(comparison, of), description, caption
+
+
+def _phi_figures(comparison: AdapterComparison) -> Iterator[_Figure]:
     shown = evenly([layer for layer in comparison.layers if min(layer.ranks)], _MOST_PANELS)
     which = "" if len(shown) == len(comparison.layers) else f", {len(shown)} of the {len(comparison.layers)} layers"
-    labels = (f"i ({names[0]})", f"j ({names[1]})")
-    for side, of_what in (
-        ("inputs", "the updates' input directions"),
-        ("outputs", "the updates' output directions"),
-        ("factors", "the factors A, as in figures 3 and 4 of the LoRA paper"),
-    ):
-        if shown:
-            caption = f"phi(i, j) of {of_what}{which}: what the i and the j leading directions share."
-            figure = plots.plot_similarities({layer.name: getattr(layer, side) for layer in shown}, labels=labels)
-            found[f"phi_{side}"] = figure, f"One heat map per layer, on one scale from 0 to 1. {caption}", caption
-    return found
+    sides = {
+        "inputs": "the updates' input directions",
+        "outputs": "the updates' output directions",
+        "factors": "the factors A, as in figures 3 and 4 of the LoRA paper",
+    }
+    for side, directions in sides.items() if shown else ():
+        caption = f"phi(i, j) of {directions}{which}: what the i and the j leading directions share."
+        phis = {layer.name: getattr(layer, side) for layer in shown}
+        figure = plots.plot_similarities(phis, labels=("i (first)", "j (second)"))
+        yield f"phi_{side}", figure, f"One heat map per layer, on one scale from 0 to 1. {caption}", caption
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
@@ -205,48 +179,46 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
 # --- the page of the layers of one adapter
 
 
-def layers_page(similarities: Sequence[KindSimilarity], name: str, *, figures: Figures | None = None) -> Page:
+def layers_page(similarities: Sequence[KindSimilarity], name: str) -> Page:
     """Return the page of the layers of one adapter.
 
     Args:
         similarities: The result of ``layer_similarity``.
         name: The adapter's name.
-        figures: The result of ``layers_figures``; None without matplotlib.
     """
     page = Page(f"What the layers of {name} share")
-    if figures is None:
-        page.text(NO_PLOTS)
-    _add_similarities(page, similarities, figures)
+    _mention_missing_pictures(page)
+    _add_similarities(page, similarities)
     return page
 
 
-def layers_figures(similarities: Sequence[KindSimilarity]) -> Figures:
-    """Return the figures of the layers of one adapter: name -> figure, its description, its caption.
-
-    Args:
-        similarities: The result of ``layer_similarity``.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    found: Figures = {}
-    for side in get_args(plots.Side):
-        caption = f"What the updates of one kind share between blocks, by {side[:-1]} directions. {_ABOVE_CHANCE}"
-        figure = plots.plot_blocks(similarities[:_MOST_PANELS], side)
-        found[f"blocks_{side}"] = figure, f"One heat map, block by block, per kind of layer. {caption}", caption
-    return found
-
-
-def _add_similarities(page: Page, similarities: Sequence[KindSimilarity], figures: Figures | None) -> None:
+def _add_similarities(page: Page, similarities: Sequence[KindSimilarity]) -> None:
     page.heading("Similarity between layers")
-    _add(page, figures, ("blocks_inputs", "blocks_outputs"))
+    _add(page, _block_figures(similarities))
     page.table(list(similarity_rows(similarities)), f"Median over all pairs of blocks. {_ABOVE_CHANCE}")
 
 
-def _add(page: Page, figures: Figures | None, names: Sequence[str]) -> None:
-    if figures is not None:
-        chosen = [(name, figures[name]) for name in names if name in figures]
-        page.figures((as_svg(figure, name), words, caption) for name, (figure, words, caption) in chosen)
+def _block_figures(similarities: Sequence[KindSimilarity]) -> Iterator[_Figure]:
+    for side in get_args(plots.Side):
+        caption = f"What the updates of one kind share between blocks, by {side[:-1]} directions. {_ABOVE_CHANCE}"
+        figure = plots.plot_blocks(similarities[:_MOST_PANELS], side)
+        yield f"blocks_{side}", figure, f"One heat map, block by block, per kind of layer. {caption}", caption
+
+
+# --- pictures
+
+
+def _mention_missing_pictures(page: Page) -> None:
+    if not can_draw():
+        page.text(NO_PLOTS)
+
+
+def _add(page: Page, *figures: Iterable[_Figure]) -> None:
+    """Draw figures into a page, if matplotlib is installed."""
+    if can_draw():
+        drawn = [each for group in figures for each in group]
+        page.pictures |= {name: figure for name, figure, _, _ in drawn}
+        page.figures((as_svg(figure, name), description, caption) for name, figure, description, caption in drawn)
 
 
 # --- HTML
@@ -306,9 +278,13 @@ class Page:
     Args:
         title: Its heading, and the title of the window.
         lead: A line below the heading.
+
+    Attributes:
+        pictures: The figures that were drawn into the page, by names for files.
     """
 
     def __init__(self, title: str, lead: str = "") -> None:
+        self.pictures: dict[str, Any] = {}
         self._title = title
         self._parts = [f"<h1>{escape(title)}</h1>"]
         if lead:

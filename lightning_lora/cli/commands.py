@@ -25,7 +25,7 @@ from lightning_lora.cli.text import (
 from lightning_lora.names import listed
 
 if TYPE_CHECKING:
-    from lightning_lora.analysis.reports import Figures, Page
+    from lightning_lora.analysis.reports import Page
 
 OK, PROBLEM = 0, 1
 
@@ -284,7 +284,7 @@ def merge(options: argparse.Namespace) -> Result:
 def report(options: argparse.Namespace) -> Result:
     """Show what an adapter learned: ranks, sizes and relation to the weights; optionally as an HTML page."""
     from lightning_lora.analysis import analyze, findings, layer_similarity, suggest_ranks
-    from lightning_lora.analysis.reports import analysis_figures, analysis_page, rank_pattern
+    from lightning_lora.analysis.reports import analysis_page, rank_pattern
 
     if options.intruders and options.base is None:
         raise ValueError("--intruders needs the weights: give --base.")
@@ -305,11 +305,7 @@ def report(options: argparse.Namespace) -> Result:
             say("warning:", WARNING, f"layers are not compared with each other: {error}")
     facts = [f"Adapter: {options.adapter}"] + ([f"Base: {options.base}"] if options.base else [])
     _write_outputs(
-        options,
-        lambda: analysis_figures(analysis, similarities),
-        lambda figures: analysis_page(
-            analysis, options.adapter.name, similarities=similarities, facts=facts, figures=figures
-        ),
+        options, lambda: analysis_page(analysis, options.adapter.name, similarities=similarities, facts=facts)
     )
     suggestions, found = suggest_ranks(analysis), findings(analysis)
     content = analysis.to_dict() | {
@@ -334,29 +330,23 @@ def compare(options: argparse.Namespace) -> Result:
 
 def _compare_adapters(options: argparse.Namespace) -> Result:
     from lightning_lora.analysis.comparison import compare, likeness
-    from lightning_lora.analysis.reports import comparison_figures, comparison_page
+    from lightning_lora.analysis.reports import comparison_page
 
     comparison = compare(options.first, options.second)
     names = str(options.first), str(options.second)
-    _write_outputs(
-        options,
-        lambda: comparison_figures(comparison),
-        lambda figures: comparison_page(comparison, names, figures=figures),
-    )
+    _write_outputs(options, lambda: comparison_page(comparison, names))
     found = likeness(comparison)
     return Result(comparison.to_dict() | {"findings": found}, [str(comparison), "", *(f"- {each}" for each in found)])
 
 
 def _compare_layers(options: argparse.Namespace) -> Result:
     from lightning_lora.analysis.comparison import layer_similarity, similarity_rows
-    from lightning_lora.analysis.reports import layers_figures, layers_page
+    from lightning_lora.analysis.reports import layers_page
 
     found = layer_similarity(options.first)
     if not found:
         raise ValueError(f"{str(options.first)!r} has no two layers of one kind and shape in different blocks.")
-    _write_outputs(
-        options, lambda: layers_figures(found), lambda figures: layers_page(found, options.first.name, figures=figures)
-    )
+    _write_outputs(options, lambda: layers_page(found, options.first.name))
     table = table_lines([*similarity_rows(found), ("",) * 4])[:-2]
     lines = ["between two blocks, the median of all pairs: 0 is chance, 1 the same directions", *table]
     return Result({"kinds": [each.to_dict() for each in found]}, lines)
@@ -413,34 +403,26 @@ def plan(options: argparse.Namespace) -> Result:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise before anything is computed if the outputs could not be written."""
+    from lightning_lora.analysis.drawing import can_draw
+
     if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise ValueError(f"--out={str(options.out)!r} must be a file in a folder that exists.")
     if options.pictures and options.pictures.is_file():
         raise ValueError(f"--pictures={str(options.pictures)!r} is a file; name a folder.")
-    if options.pictures and not _can_draw():
+    if options.pictures and not can_draw():
         raise RuntimeError("--pictures needs matplotlib: pip install 'lightning-lora[plots]'.")
 
 
-def _can_draw() -> bool:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _write_outputs(
-    options: argparse.Namespace, draw: Callable[[], Figures], lay_out: Callable[[Figures | None], Page]
-) -> None:
+def _write_outputs(options: argparse.Namespace, lay_out: Callable[[], Page]) -> None:
     if not (options.out or options.pictures):
         return
-    figures = draw() if _can_draw() else None
+    page = lay_out()
     if options.pictures:
         options.pictures.mkdir(parents=True, exist_ok=True)
-        for name, (figure, _, _) in (figures or {}).items():
+        for name, figure in page.pictures.items():
             figure.savefig(options.pictures / f"{name}.png")
-        print(f"lightning-lora: wrote {len(figures or {})} pictures into {options.pictures}", file=sys.stderr)
+        print(f"lightning-lora: wrote {len(page.pictures)} pictures into {options.pictures}", file=sys.stderr)
     if options.out:
-        lay_out(figures).write(options.out)
-        without = "" if figures is not None else ", without pictures: they need pip install 'lightning-lora[plots]'"
+        page.write(options.out)
+        without = "" if page.pictures else ", without pictures: they need pip install 'lightning-lora[plots]'"
         print(f"lightning-lora: wrote {options.out}{without}", file=sys.stderr)

@@ -82,7 +82,7 @@ def open_base(path: Path) -> BaseFolder:
     if path.is_file():
         return BaseFolder({SINGLE_FILE: read_table(path)})
     if not path.is_dir():
-        raise FileNotFoundError(f"{str(path)!r} is not there; name a model folder, or a safetensors file.")
+        raise FileNotFoundError(f"{str(path)!r} does not exist; name a model folder, or a safetensors file.")
     index = read_json(path / INDEX_FILE) if (path / INDEX_FILE).is_file() else None
     if index is None and not (path / SINGLE_FILE).is_file():
         raise FileNotFoundError(

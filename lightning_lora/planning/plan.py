@@ -1,4 +1,4 @@
-"""The plan of an attach: a value that says every change before the first one is made."""
+"""The plan of an attach: all changes as a value, before the first one is made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resolve a config against a model; whatever can go wrong in an attach goes wrong here, before any change."""
+"""The planner: resolves a config against a model, and reports every problem in one error before any change."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def export_fit(layout: Layout, directory: str | PathLike[str], checkpoint: str |
     if not layout.strategy.is_global_zero:
         return
     if checkpoint:
-        _, state = read_checkpoint(checkpoint)
+        state = dict(read_checkpoint(checkpoint).tensors)
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"export_dir={str(directory)!r}: {listed(broken)} hold NaN or infinity, so training diverged. Nothing was "

@@ -37,8 +37,7 @@ from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.state import check_not_merged
-from lightning_lora.storage.checkpoint import RECORD_KEY
-from lightning_lora.storage.checkpoint_record import plain_values
+from lightning_lora.storage.checkpoint import RECORD_KEY, plain_values
 
 _IMPORT_NAMES = ("lightning.pytorch", "pytorch_lightning")
 _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}

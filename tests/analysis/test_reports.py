@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,9 +16,7 @@ from lightning_lora.analysis.comparison import likeness
 from lightning_lora.analysis.reports import (
     NO_PLOTS,
     Page,
-    analysis_figures,
     analysis_page,
-    comparison_figures,
     comparison_page,
     evenly,
     layers_page,
@@ -131,9 +130,9 @@ def test_adapter_page_has_all_numbers_and_figures():
     pytest.importorskip("matplotlib")
     model = adapted(0)
     analysis, alike = analyze(model), layer_similarity(model)
-    drawn = analysis_figures(analysis, alike)
-    found = Outline(analysis_page(analysis, "mine", similarities=alike, figures=drawn).html())
-    assert len(found.named("svg")) == len(drawn) == 9
+    page = analysis_page(analysis, "mine", similarities=alike)
+    found = Outline(page.html())
+    assert len(found.named("svg")) == len(page.pictures) == 9
     assert all(len(svg["aria-label"] or "") > 40 for svg in found.named("svg"))
     words = set(found.words)
     for row in analysis.rows():
@@ -144,8 +143,7 @@ def test_adapter_page_has_all_numbers_and_figures():
 def test_figure_ids_are_unique_and_ink_follows_page():
     pytest.importorskip("matplotlib")
     comparison = compare(adapted(0), adapted(1, rank=2))
-    drawn = comparison_figures(comparison)
-    html = comparison_page(comparison, ("one", "other"), figures=drawn).html()
+    html = comparison_page(comparison, ("one", "other")).html()
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids)) > 100
     used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', html)
@@ -157,7 +155,8 @@ def test_figure_ids_are_unique_and_ink_follows_page():
     assert not re.findall(r'(?:src|href)="(?!#|data:)', html)  # nothing is fetched
 
 
-def test_pages_without_figures():
+def test_pages_without_matplotlib(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     model = adapted(0)
     for page in (
         analysis_page(analyze(model), "mine"),
@@ -175,11 +174,11 @@ def test_pages_of_untrained_adapter():
     model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(2))})
     attach(model, LoRAConfig(rank=2))
     analysis, alike = analyze(model), layer_similarity(model)
-    page = analysis_page(analysis, "new", similarities=alike, figures=analysis_figures(analysis, alike))
+    page = analysis_page(analysis, "new", similarities=alike)
     found = Outline(page.html())
     assert "Every update is zero: this adapter was never trained, or learned nothing." in found.words
     comparison = compare(model, model)
-    html = comparison_page(comparison, ("new", "new"), figures=comparison_figures(comparison)).html()
+    html = comparison_page(comparison, ("new", "new")).html()
     assert "nothing to compare" in html
 
 

@@ -181,8 +181,8 @@ def test_problem_is_one_line_and_exits_with_1(files: Path, capsys: pytest.Captur
         (("report", files / "one", "--intruders"), "give --base"),
         (("report", files / "one", "--out", files), "must be a file in a folder that exists"),
         (("report", files / "one", "--pictures", files / "base.safetensors"), "is a file; name a folder"),
-        (("report", files / "one", "--base", files / "nowhere"), "is not there"),
-        (("plan", files / "nowhere", "--rank", "2"), "is not there"),
+        (("report", files / "one", "--base", files / "nowhere"), "does not exist"),
+        (("plan", files / "nowhere", "--rank", "2"), "does not exist"),
         (("plan", files / "base.safetensors", "--rank", "2", "--group", "upp"), "the model has no upp; its groups are"),
         (("plan", files / "base.safetensors", "--rank", "2", "--targets", "upp"), "Closest names: 'up'"),
     ):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, detach, load_adapter_state_dict, merge, merged
-from lightning_lora.layers import all_adapters, base_parameter
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.layers import base_parameter
 from tests import contract
 from tests.contract import SCALING, Holder, assert_same_bits, assert_unchanged, error, raises_and_changes_nothing
 from tests.layers import test_low_rank as sliced
@@ -100,7 +101,7 @@ class Case:
     def sites(self, model: Holder) -> sliced.Sites:
         """Return the weight and the rows that each adapter changes."""
         names, found = model.state_dict().keys(), {}
-        for name in all_adapters(model):
+        for name in AdaptedModel(model).adapters:
             layer, _, last = name.rpartition(".")
             candidates = name, f"{name}.weight", f"{layer}.in_proj_weight", f"{layer}.weight"
             rows = sliced.rows_of(self.slices[last]) if last in self.slices else slice(None)
@@ -134,7 +135,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*
 @torch.no_grad()
 def train(model: nn.Module, rng: torch.Generator) -> None:
     contract.train_all(model, rng)
-    for adapter in all_adapters(model).values():
+    for adapter in AdaptedModel(model).adapters.values():
         adapter.magnitude.mul_(1 + 0.3 * torch.randn(adapter.magnitude.shape, generator=rng))
 
 
@@ -185,7 +186,7 @@ def test_gradients_match_rescaled_weight_with_fixed_norm(case: Case, rng):
     model(x).backward(cotangent)
     if x.is_floating_point():
         assert error(x.grad, twin.grad) <= case.tolerance
-    for name, adapter in all_adapters(model).items():
+    for name, adapter in AdaptedModel(model).adapters.items():
         assert [key for key, _ in adapter.named_parameters()] == ["A", "B", "magnitude"]
         for key, factor in adapter.named_parameters():
             assert error(factor.grad, factors[name][key].grad) <= case.tolerance, (name, key)
@@ -200,7 +201,7 @@ def test_merged_rows_have_magnitude_as_norm(case: Case, rng):
         assert error(model(x), truth) <= case.tolerance
         rows = case.rows(model)
     assert_unchanged(model, before)
-    for name, adapter in all_adapters(model).items():
+    for name, adapter in AdaptedModel(model).adapters.items():
         assert error(rows[name].square().sum(1).sqrt(), adapter.magnitude) <= case.tolerance
     merge(model)
     assert type(model.layer) is type(case.base().layer)
@@ -230,7 +231,9 @@ def test_magnitude_equal_to_norm_is_plain_lora(case: Case, rng):
     lora.load_state_dict({name: model.state_dict()[name] for name in lora.state_dict()})
     attach(lora, case.configured(use_dora=False))
     with torch.no_grad():
-        for (name, adapter), plain in zip(all_adapters(model).items(), all_adapters(lora).values(), strict=True):
+        for (name, adapter), plain in zip(
+            AdaptedModel(model).adapters.items(), AdaptedModel(lora).adapters.values(), strict=True
+        ):
             plain.A.copy_(adapter.A)
             plain.B.copy_(adapter.B)
             adapter.magnitude.copy_(
@@ -244,7 +247,7 @@ def test_state_round_trip_includes_magnitudes(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     state, output = adapter_state_dict(model), model(x)
     for name, W in case.rows(model).items():
-        assert all_adapters(model)[name].magnitude.shape == (len(W),)
+        assert AdaptedModel(model).adapters[name].magnitude.shape == (len(W),)
     places = [f".{name}" for name in SLICES] if case.slices else [""]
     if case.slices or case.kind in PLAIN:
         assert list(state) == [f"layer.lora{place}.{key}" for place in places for key in ("A", "B", "magnitude")]
@@ -288,7 +291,7 @@ def test_lora_bias_is_not_rescaled(case: Case, rng):
     weights = case.weights(model)
     bias = weights["layer.bias"] = weights["layer.bias"].clone()
     for name, (_, rows) in case.sites(model).items():
-        c = all_adapters(model)[name].bias
+        c = AdaptedModel(model).adapters[name].bias
         assert c.count_nonzero() == 0
         bias[rows] += SCALING * nn.init.normal_(c, generator=rng).detach().double()
     truth = functional_call(case.base().double(), weights, x.double())
@@ -462,7 +465,7 @@ def test_norms_stay_float32_under_autocast(kind, rng):
     model = nn.Sequential(kind(16, 16))
     attach(model, LoRAConfig(rank=2, use_dora=True, target_modules=["0"]))
     contract.train_all(model, rng)
-    [adapter, *_] = all_adapters(model).values()
+    [adapter, *_] = AdaptedModel(model).adapters.values()
     weight = base_parameter(model[0], adapter.parameter)
     expected = (weight.double() + adapter.spec.scaling * adapter.B.double() @ adapter.A.double()).norm(dim=1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -22,7 +22,7 @@ from lightning_lora import (
     merge,
     merged,
 )
-from lightning_lora.layers import all_adapters
+from lightning_lora.adapted_model import AdaptedModel
 from tests.contract import (
     KINDS,
     PADDING,
@@ -88,7 +88,7 @@ def train_everything(model: nn.Module, rng: torch.Generator) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
-    for adapter in all_adapters(model).values():
+    for adapter in AdaptedModel(model).adapters.values():
         if getattr(adapter, "padding_idx", None) is not None and hasattr(adapter, "A"):
             adapter.A[:, adapter.padding_idx] = 0.0
 

@@ -27,7 +27,7 @@ from lightning_lora import (
     merge,
     merged,
 )
-from lightning_lora.layers import all_adapters
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers.low_rank import INITIALIZERS, gaussian, kaiming, layer_seed, orthogonal, seeded
 from tests.contract import (
     ALPHA,
@@ -88,7 +88,7 @@ Sites = Mapping[str, tuple[str, Any]]  # of each adapter the name of its weight,
 
 def factors_of(model: nn.Module) -> Factors:
     """Return float64 copies of all that trains, to be differentiated."""
-    adapters = all_adapters(model).items()
+    adapters = AdaptedModel(model).adapters.items()
     return {n: {k: p.detach().double().requires_grad_() for k, p in a.named_parameters()} for n, a in adapters}
 
 
@@ -172,7 +172,7 @@ def test_gradients_of_slices_match_dense_weight(case: Case, rng):
     truth.backward(cotangent.double())
     model(x).backward(cotangent)
     assert error(x.grad, twin.grad) <= case.tolerance
-    for name, adapter in all_adapters(model).items():
+    for name, adapter in AdaptedModel(model).adapters.items():
         for key, factor in adapter.named_parameters():
             assert error(factor.grad, factors[name][key].grad) <= case.tolerance, (name, key)
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -268,7 +268,7 @@ def test_slices_equal_one_block_diagonal_adapter(case: Case, rng):
     whole.load_state_dict({name: model.state_dict()[name] for name in whole.state_dict()})
     count, adapters = len(case.slices), [model.layer.lora[name] for name in case.slices]
     attach(whole, LoRAConfig(rank=RANK * count, alpha=ALPHA * count, target_modules=["layer"]))
-    adapter, *_ = all_adapters(whole).values()  # an output projection of attention stays as it starts
+    adapter, *_ = AdaptedModel(whole).adapters.values()  # an output projection of attention stays as it starts
     with torch.no_grad():
         adapter.A.copy_(torch.cat([part.A for part in adapters]))
         adapter.B.zero_()
@@ -300,7 +300,7 @@ def sliced(slices: Mapping[str, Mapping[str, str]], **options: Any) -> LoRAConfi
 def test_sliced_layer_is_adapted_by_slices_alone(key: str, target_modules: Any, names: list[str]):
     model = nn.Sequential(Block(), Block())
     attach(model, sliced({key: {"q": "0:8", "v": "8:16"}}, target_modules=target_modules))
-    assert list(all_adapters(model)) == names
+    assert list(AdaptedModel(model).adapters) == names
 
 
 def test_slice_with_own_rank_and_alpha(rng):

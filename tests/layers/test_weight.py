@@ -21,7 +21,7 @@ from lightning_lora import (
     merge,
     merged,
 )
-from lightning_lora.layers import all_adapters
+from lightning_lora.adapted_model import AdaptedModel
 from tests.contract import assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
 E = 16
@@ -130,7 +130,7 @@ def build(case: str, rng: torch.Generator | None = None, **lora: Any) -> tuple[n
 @each
 def test_naming_module_adapts_all_its_weights(case: str):
     model, _ = build(case)
-    assert set(all_adapters(model)) == {f"layer.{name}" for name in CASES[case][2]}
+    assert set(AdaptedModel(model).adapters) == {f"layer.{name}" for name in CASES[case][2]}
 
 
 @each
@@ -155,7 +155,7 @@ def test_output_matches_dense_weight_and_merged_model(case: str, rng):
     output = run()
     dense = CASES[case][0]().double()
     state = {name.removeprefix("layer."): value.clone() for name, value in model.state_dict().items()}
-    for name, adapter in all_adapters(model).items():
+    for name, adapter in AdaptedModel(model).adapters.items():
         key = name.removeprefix("layer.")
         key = key if key in state else f"{key}.weight"
         delta = 1.5 * adapter.B.detach().double() @ adapter.A.detach().double()
@@ -249,7 +249,7 @@ def test_adapter_acts_in_nested_tensor_path(rng):
 def test_single_projection_of_attention(rng):
     model = nn.ModuleDict({"layer": attention()})
     attach(model, LoRAConfig(rank=2, target_modules=["layer.out_proj"]))
-    assert list(all_adapters(model)) == ["layer.out_proj"]
+    assert list(AdaptedModel(model).adapters) == ["layer.out_proj"]
     query = torch.randn(5, 3, E, generator=rng)
     model["layer"](query, query, query)[0].sum().backward()
     assert model["layer"].out_proj.lora.B.grad.abs().max() > 0
@@ -258,13 +258,13 @@ def test_single_projection_of_attention(rng):
 def test_excluded_projection_stays_out():
     model = nn.ModuleDict({"layer": attention()})
     attach(model, LoRAConfig(rank=2, target_modules=["layer"], exclude_modules=["out_proj"]))
-    assert list(all_adapters(model)) == ["layer.in_proj_weight"]
+    assert list(AdaptedModel(model).adapters) == ["layer.in_proj_weight"]
 
 
 def test_rank_of_single_weight():
     model = nn.ModuleDict({"layer": nn.LSTM(8, 6)})
     attach(model, LoRAConfig(rank=2, target_modules=["layer"], rank_pattern={"weight_hh_l0": 1}))
-    assert {name: a.spec.rank for name, a in all_adapters(model).items()} == {
+    assert {name: a.spec.rank for name, a in AdaptedModel(model).adapters.items()} == {
         "layer.weight_ih_l0": 2,
         "layer.weight_hh_l0": 1,
     }
@@ -342,7 +342,7 @@ def test_target_parameters_beside_target_modules(rng):
 
     model = nn.Sequential(nn.Linear(8, 8), Mixer())
     attach(model, LoRAConfig(rank=2, target_modules=["0"], target_parameters=["mix"]))
-    assert list(all_adapters(model)) == ["0", "1.mix"]
+    assert list(AdaptedModel(model).adapters) == ["0", "1.mix"]
     train_all(model, rng)
     x = torch.randn(3, 8, generator=rng)
     output = model(x)

@@ -14,7 +14,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, attach, lora_layers
-from lightning_lora.layers import all_adapters, weight
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.layers import weight
 from lightning_lora.ops import recompute as recomputed
 from tests.contract import train_all
 
@@ -126,7 +127,7 @@ def dense(base: nn.Module, model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     def run(x: Tensor) -> Tensor:
         weights = dict(base.named_parameters())
-        for name, adapter in all_adapters(model).items():
+        for name, adapter in AdaptedModel(model).adapters.items():
             own = [
                 key for key in (name, f"{name}.weight", f"{name.rpartition('.')[0]}.in_proj_weight") if key in weights
             ]
@@ -171,7 +172,7 @@ def test_gradients_match_dense_weights(case, made):
     base, model, x = build(case)
     found = gradients(model, model, x)
     assert_near(found, gradients(dense(base, model), model, x))
-    weights = 1 if case.startswith("slices") else len(all_adapters(model))
+    weights = 1 if case.startswith("slices") else len(AdaptedModel(model).adapters)
     calls = T if case == "LSTM cell" else 1
     assert len(made) == weights * (calls + 1)  # once for each call and once for backward, however often it was read
 
@@ -261,7 +262,7 @@ def test_change_before_backward_raises(case, which):
     _, model, x = build(case)
     read = x * 1.0
     y = model(read)
-    adapter = next(iter(all_adapters(model).values()))
+    adapter = next(iter(AdaptedModel(model).adapters.values()))
     frozen = next(p for p in model.layer.parameters() if not p.requires_grad and p.ndim > 1)
     with torch.no_grad():
         {"A": adapter.A, "B": adapter.B, "weight": frozen, "input": read}[which].mul_(2.0)
@@ -288,7 +289,7 @@ def test_partial_backward_releases_weights(made):
 
 
 def summed(layer: nn.Module) -> Tensor:
-    [adapter] = all_adapters(layer).values()
+    [adapter] = AdaptedModel(layer).adapters.values()
     return layer._parameters["up"] + 1.5 * adapter.B @ adapter.A
 
 
@@ -372,7 +373,7 @@ def test_outer_hooks_get_all_but_weights(case):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t.numpy().copy(), torch.from_numpy):
         found = gradients(model, model, x)
     assert_near(found, gradients(dense(base, model), model, x))
-    shapes = {tuple(a.B.shape[:-1]) + tuple(a.A.shape[-1:]) for a in all_adapters(model).values()}
+    shapes = {tuple(a.B.shape[:-1]) + tuple(a.A.shape[-1:]) for a in AdaptedModel(model).adapters.values()}
     own = {t.untyped_storage().data_ptr() for t in model.parameters()}
     assert not [t for t in seen if t.shape in shapes and t.numel() > 200 and t.untyped_storage().data_ptr() not in own]
 

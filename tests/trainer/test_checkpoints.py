@@ -264,7 +264,7 @@ def test_a_truncated_file_and_something_else_are_refused(content: bytes | None, 
 
 def test_a_file_that_torch_reads_but_lightning_did_not_write_is_refused(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    refused(str(tmp_path / "tensor.pt"), "no Lightning checkpoint: it has no 'state_dict'")
+    refused(str(tmp_path / "tensor.pt"), "not a Lightning checkpoint: it has no 'state_dict'")
 
 
 def test_a_full_checkpoint_from_before_lora_is_the_base(tmp_path: Path) -> None:
