@@ -93,8 +93,8 @@ def dead_message(module: nn.Module, batch: object) -> str | None:
         return None
     lines = "\n".join(f"  - {name}: {where}" for name, where in dead.items())
     return (
-        f"These adapters change nothing in the output of {type(module).__name__} for the probe:\n{lines}\n"
-        "Leave the layers out with exclude_modules, or see that they are called."
+        f"These adapters do not change the output of {type(module).__name__} for the probe:\n{lines}\n"
+        "Leave the layers out with exclude_modules, or make sure they are called."
     )
 
 

@@ -188,7 +188,7 @@ def _check(module: nn.Module, plan: Plan, new: list[PlannedLayer], *, is_adapted
         _refuse_wrapped(kind, plan.modules.values())
     if plan.untied and (divided := [name for name in plan.untied if hasattr(plan.parameters[name], "ds_id")]):
         raise ValueError(
-            f"untie_weights: {listed(divided)} are divided by DeepSpeed's ZeRO-3 already, so they cannot be copied. "
+            f"untie_weights: {listed(divided)} are already sharded by DeepSpeed ZeRO-3, so they cannot be copied. "
             "Untie them where the model is built, or use ZeRO stage 2."
         )
     if plan.wasteful:
@@ -225,7 +225,7 @@ def _refuse_part(model: AdaptedModel) -> None:
         if isinstance(part, (LoRALayer, FrozenNorm)) and id(part) not in covered:
             raise ValueError(
                 f"This {type(model.module).__name__} holds a {type(part).__name__} that was attached to a parent of "
-                "it; call this on the module that was given to attach."
+                "it; call this on the module that was passed to attach."
             )
 
 

@@ -130,14 +130,14 @@ class ConvAdapter(_KernelAdapter):
         if why := _differs_from_plain(cast(_ConvNd, layer)):
             return why
         if reads_weight(layer, cls):
-            return "it has a forward of its own, which PEFT's adapter for convolutions does not know"
+            return "it has its own forward, which PEFT's adapter for convolutions ignores"
         return None
 
 
 def _differs_from_plain(layer: _ConvNd) -> str | None:
     """Return the option for which PEFT's adapter of convolutions is not the same, or None."""
     if layer.groups > 1:
-        return f"groups={layer.groups}: PEFT's factors mix the groups and are no update of the kernel"
+        return f"groups={layer.groups}: PEFT's factors mix the groups and do not give an update of the kernel"
     if any(step > 1 for step in layer.dilation):
         return f"dilation={layer.dilation}: PEFT's adapter leaves it out"
     if layer.padding_mode != "zeros":

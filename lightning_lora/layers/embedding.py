@@ -54,7 +54,7 @@ class EmbeddingAdapter(LowRankAdapter):
     @override
     def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
         if _has_unknown_forward(layer, cls):
-            return "it has a forward of its own, which PEFT's adapter for embeddings does not know"
+            return "it has its own forward, which PEFT's adapter for embeddings ignores"
         return "PEFT's adapter for embeddings has no bias (lora_bias)" if lora_bias else None
 
     @classmethod
@@ -190,7 +190,7 @@ class TokenAdapter(Adapter):
 
     @override
     def reset_parameters(self) -> None:
-        raise RuntimeError("trainable_token_indices starts from the weights' rows: attach when the weights are there.")
+        raise RuntimeError("trainable_token_indices starts from rows of the weights: attach after they are loaded.")
 
     @override
     def extra_repr(self) -> str:

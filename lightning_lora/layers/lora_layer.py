@@ -235,7 +235,7 @@ class LoRALayer(Swapped):
             weight = whole(base_parameter(self, parameter))
             found = self.adapters_of(parameter)
             if not found:
-                raise ValueError(f"{parameter!r} is not adapted; of this layer are {self.adapted_parameters()}.")
+                raise ValueError(f"{parameter!r} is not adapted; this layer adapts {self.adapted_parameters()}.")
             return torch.stack([adapter.delta_weight(weight) for adapter in found]).sum(0)
 
 

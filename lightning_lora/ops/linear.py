@@ -287,8 +287,8 @@ class _Backward(NamedTuple):
         if x is None:
             if depends_on_x:
                 raise RuntimeError(
-                    "A second derivative was asked of a LoRA layer with a frozen lora.A, whose input is not kept. Set "
-                    "requires_grad of lora.A to True."
+                    "A second derivative was requested through a LoRA layer with a frozen lora.A, whose input is not "
+                    "kept. Set requires_grad of lora.A to True."
                 )
             return self.h
         x = x if self.bits is None else x * alive(self.bits, A.shape[1], x.dtype)

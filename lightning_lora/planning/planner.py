@@ -187,7 +187,7 @@ class _Planner:
                 )
             return
         if is_sharded(base_parameter(module, parameter)):
-            self.problems.append(f"{option}: {name!r} is divided by tensor parallelism, so it cannot be sliced.")
+            self.problems.append(f"{option}: {name!r} is sharded by tensor parallelism, so it cannot be sliced.")
             return
         features, taken = adapter.matrix_shape(module, parameter)[0], set[int]()
         for part, text in self.config.target_slices[key].items():

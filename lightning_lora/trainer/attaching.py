@@ -116,7 +116,7 @@ class Attaching:
         if before is not None and before.config == self._config != saved[0] and not is_wrapped:
             detach(module)  # what an earlier stage attached by default
         self._config, self._seed = saved
-        rank_zero_info("LoRA: rank, targets and all other options are those of the checkpoint.")
+        rank_zero_info("LoRA: rank, targets and all other options come from the checkpoint.")
 
     def _options(self, module: LightningModule) -> tuple[LoRAConfig, int]:
         """Return the config and the seed to attach with: those of present adapters, if any will do."""
@@ -131,9 +131,9 @@ class Attaching:
     def _attach_before_wrapping(self, module: LightningModule) -> None:
         if get_attachment(module) is None:
             raise RuntimeError(
-                f"{type(module).__name__}.configure_model wraps a part of itself before it has adapters; adapters that "
+                f"{type(module).__name__}.configure_model wraps parts of itself before it has adapters; adapters that "
                 "come later would not be synchronised between processes. Build all layers, call "
-                "lightning_lora.attach(self), and wrap then."
+                "lightning_lora.attach(self), then wrap."
             )
         self._attach(module)
 

@@ -152,7 +152,7 @@ class AdapterCheckpoints:
             changed.update(optimizer_states=[], lr_schedulers=[], callbacks={})
             changed.pop("loops", None)
             rank_zero_info(
-                "LoRA: the checkpoint holds no adapter; its weights become the frozen base, and training starts anew."
+                "LoRA: the checkpoint holds no adapter. Its weights become the frozen base, and training starts anew."
             )
         else:
             self.own["load_model_state_dict"](checkpoint, strict=strict)

@@ -102,8 +102,8 @@ class FitSession:
         for index, optimizer in enumerate(optimizers):
             if not any(group["params"] for group in optimizer.param_groups):
                 rank_zero_warn(
-                    f"LoRA: optimizer {index} ({type(optimizer).__name__}) holds no trainable parameter now: all that "
-                    "it trained is frozen and has no adapter. modules_to_save trains modules in full."
+                    f"LoRA: optimizer {index} ({type(optimizer).__name__}) no longer holds a trainable parameter: "
+                    "everything it trained is frozen and has no adapter. modules_to_save trains modules in full."
                 )
 
     def check_fit(self) -> None:

@@ -123,7 +123,7 @@ def test_subclass_with_own_forward_is_exact(layer: nn.Module, shape: tuple[int, 
 def test_dropout_refused_if_weight_carries_update():
     model = nn.ModuleDict({"layer": Standardised(4, 6, 3)})
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"Standardised has a forward of its own.*dropout=0"):
+    with pytest.raises(ValueError, match=r"Standardised has its own forward.*dropout=0"):
         attach(model, LoRAConfig(rank=1, dropout=0.1, target_modules=["layer"]))
     assert_unchanged(model, before)
 

@@ -279,7 +279,7 @@ def test_embedding_bag_that_changes_its_weight_refused(options: dict[str, Any]):
 
 def test_dropout_refused():
     model = nn.ModuleDict({"layer": nn.LSTM(8, 6)})
-    with raises_and_changes_nothing(model, ValueError, "a LSTM has a forward of its own.*dropout=0"):
+    with raises_and_changes_nothing(model, ValueError, "a LSTM has its own forward.*dropout=0"):
         attach(model, LoRAConfig(rank=2, dropout=0.1, target_modules=["layer"]))
 
 

@@ -137,8 +137,8 @@ class ModelParallelLayout(Layout):
         divided = [parameter for parameter in module.parameters() if is_sharded(parameter)]
         if mesh.size() > 1 and not divided:
             raise MisconfigurationException(
-                f"ModelParallelStrategy({sizes}): configure_model of {type(module).__name__} divides no parameter, so "
-                f"each of the {mesh.size()} processes would train by itself. Call fully_shard there, with "
+                f"ModelParallelStrategy({sizes}): configure_model of {type(module).__name__} shards no parameter, so "
+                f"each of the {mesh.size()} processes would train separately. Call fully_shard there, with "
                 f"data_parallel_size={mesh.size()} and tensor_parallel_size=1, or parallelize_module for tensor "
                 "parallelism; or use strategy='ddp'."
             )
@@ -146,13 +146,13 @@ class ModelParallelLayout(Layout):
         if data.size() > 1 and apart:
             owners = list(dict.fromkeys(clean_name(name).rpartition(".")[0] for name in apart))
             raise MisconfigurationException(
-                f"{listed(owners)} would train in each process by itself: under ModelParallelStrategy({sizes}) only "
-                "what fully_shard has divided is synchronised. In configure_model call "
+                f"{listed(owners)} would train separately in each process: under ModelParallelStrategy({sizes}) only "
+                "what fully_shard has sharded is synchronised. In configure_model call "
                 'fully_shard(..., mesh=self.device_mesh["data_parallel"]) on these layers, or last on the whole model.'
             )
         if tensor.size() > 1 and not any(_spans(parameter, tensor) for parameter in divided):
             rank_zero_warn(
-                f"LoRA: ModelParallelStrategy({sizes}), but no parameter is divided for tensor parallelism, so groups "
+                f"LoRA: ModelParallelStrategy({sizes}), but no parameter is sharded for tensor parallelism, so groups "
                 f"of {tensor.size()} processes train on the same data. Call parallelize_module in configure_model, or "
                 "set tensor_parallel_size=1."
             )

@@ -39,13 +39,13 @@ class DeepSpeedLayout(Layout):
         self.divides_weights = self._stage == 3
         if self._stage not in (1, 2, 3):
             raise MisconfigurationException(
-                f"LoRACallback supports DeepSpeedStrategy in its ZeRO stages 1, 2 and 3, not in stage {self._stage}: "
-                "without ZeRO it divides nothing; use strategy='ddp'."
+                f"LoRACallback supports DeepSpeedStrategy only in ZeRO stages 1, 2 and 3, not in stage {self._stage}: "
+                "without ZeRO it shards nothing; use strategy='ddp'."
             )
         if (precision := strategy.precision_plugin.precision) != "32-true":
             rank_zero_info(
                 f"LoRA: with precision={precision!r} DeepSpeed computes with adapters in that precision too. It keeps "
-                "float32 masters of them, which are what is trained and saved."
+                "float32 masters of them, which are trained and saved."
             )
 
     @override
@@ -58,7 +58,7 @@ class DeepSpeedLayout(Layout):
             )
         if with_diagnostics:
             raise MisconfigurationException(
-                "diagnostics_every_n_steps: DeepSpeed takes gradients away as soon as they are computed, and its stage "
+                "diagnostics_every_n_steps: DeepSpeed removes gradients as soon as they are computed, and its stage "
                 "3 divides the factors. Leave it out and look at checkpoints with lightning_lora.analysis.analyze, or "
                 "use DDP or ModelParallelStrategy (FSDP2)."
             )
@@ -67,8 +67,8 @@ class DeepSpeedLayout(Layout):
     def attached(self, module: LightningModule) -> None:
         if on_meta := [name for name, parameter in module.named_parameters() if parameter.is_meta]:
             raise MisconfigurationException(
-                f"DeepSpeedStrategy gives no memory to what was built on the meta device: {listed(on_meta)}. Build the "
-                "module with memory; in configure_model stage 3 divides each layer as soon as it is built."
+                f"DeepSpeedStrategy does not allocate parameters built on the meta device: {listed(on_meta)}. Build "
+                "the module with memory; in configure_model, stage 3 shards each layer as soon as it is built."
             )
         if self.divides_weights:
             refuse_reading_across(module, "DeepSpeedStrategy(stage=3)", "stage 2")
