@@ -1,4 +1,7 @@
-"""LoRA for any LightningModule, and for any PyTorch module."""
+"""LoRA for any LightningModule, and for any PyTorch module.
+
+The names in ``__all__`` are the public API, and so are those of ``lightning_lora.analysis``. Everything else is private.
+"""
 
 from __future__ import annotations
 
