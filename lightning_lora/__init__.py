@@ -1,6 +1,6 @@
 """LoRA for any LightningModule, and for any PyTorch module.
 
-The names in ``__all__`` are the public API, and so are those of ``lightning_lora.analysis``. Everything else is private.
+The public API is the names in ``__all__`` and in ``lightning_lora.analysis.__all__``. Everything else is private.
 """
 
 from __future__ import annotations
