@@ -225,7 +225,7 @@ class _Planner:
     # --- one adapter
 
     def _add_parameter(self, target: Target) -> None:
-        """Plan one adapter, or note why it cannot be made."""
+        """Plan one adapter, or record why it is impossible."""
         plan, module, adapter, parameter = self.plan, target.module, target.adapter, target.parameter
         name = target.names[0]
         key = target.part or (parameter if issubclass(adapter, ParameterAdapter) else "")
