@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: a few of its values, by which another base is told from the one trained on.
+"""The fingerprint of a base model: a few of its values, to recognise the base that an adapter was trained on.
 
 Values are read by their places, never by passing over all of them, and recorded as they are: a hash could not tell the
 same weights in another precision from other weights.
@@ -79,7 +79,7 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
 
 
 def sample(shape: Collection[int], dtype: torch.dtype, values: Tensor) -> Sample:
-    """Return a sample of what stands at ``places(shape)``; what is no number counts as zero."""
+    """Return the values at ``places(shape)``; NaN and infinity count as zero."""
     return Sample(tuple(shape), dtype, tuple([each if math.isfinite(each) else 0.0 for each in values.tolist()]))
 
 

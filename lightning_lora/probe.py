@@ -1,4 +1,4 @@
-"""Does every adapter change what the model computes? Proved on one batch, in training and in evaluation."""
+"""The probe: prove on one batch that every adapter changes the output, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back the adapters, the buffers and the modes of a module at the end; gradients must not be touched."""
+    """Restore a module's adapters, buffers and modes at the end; gradients stay untouched."""
     modes = [(vars(part), {key: vars(part)[key] for key in _MODES if key in vars(part)}) for part in module.modules()]
     trained = [parameter for adapter in AdaptedModel(module).adapters.values() for parameter in adapter.parameters()]
     tensors = [*trained, *module.buffers()]
@@ -185,7 +185,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 class RandomState:
-    """The state of the random generators: the same for every pass, and put back at the end."""
+    """The state of the random generators: the same for every pass, restored at the end."""
 
     def __enter__(self) -> RandomState:
         self._fork = torch.random.fork_rng()

@@ -120,7 +120,7 @@ def detach(module: nn.Module) -> None:
 
 
 def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextManager[object]] = nullcontext) -> None:
-    """Fold every adapter into its layer's weight for good; an ordinary model without inference cost remains.
+    """Merge every adapter into its layer's weight permanently, leaving an ordinary model without extra inference cost.
 
     The sum is formed in float32 (float64 for float64) and rounded once. This cannot be undone: keep the adapter's file,
     or use ``merged`` to fold it temporarily. Loading an adapter into a merged model raises.
@@ -236,7 +236,7 @@ def _refuse_part(model: AdaptedModel) -> None:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Pause the collector, which would walk the growing model again and again and take half of the time."""
+    """Pause the garbage collector, which would walk the growing model again and again, taking half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -319,7 +319,7 @@ def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -
 
 
 def _freeze_parameters(plan: Plan, record: Attachment) -> None:
-    """Let only what trains require gradients, and record the earlier flags."""
+    """Set ``requires_grad`` only on what trains, and record the earlier flags."""
     trained = set[int]()
     for name in plan.biases:
         record.base_values.setdefault(name, plan.parameters[name].detach().clone())

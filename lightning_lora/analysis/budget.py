@@ -167,7 +167,7 @@ def adapter_size(module: nn.Module, config: LoRAConfig | None = None, *, bytes_p
 
 
 class _Prices(NamedTuple):
-    """What the parameters of an adapter cost: bytes in a file and in the optimizer, and their share of the base."""
+    """Cost of an adapter's parameters: bytes in a file and in the optimizer, and their share of the base."""
 
     adapter_dtype: str
     bytes_per_state: int

@@ -107,7 +107,7 @@ def lora_update(x: Tensor, A: Tensor, B: Tensor, *, scaling: float, dropout: flo
 
 
 class _How(NamedTuple):
-    """What is no tensor: the factor of the update, the probability of dropping, the precision to compute in."""
+    """The options that are not tensors: scaling, dropout probability, precision."""
 
     scaling: float
     dropout: float

@@ -1,4 +1,4 @@
-"""Reasons why a config and a model do not fit: layers that cannot be adapted, and entries that reach nothing."""
+"""Reasons why a config does not fit a model: layers that cannot be adapted, and entries that match nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Obstacles:
-    """Reasons why layers of one model cannot be adapted although there are adapters for their kinds.
+    """Reasons why layers of supported kinds cannot be adapted in one model.
 
     Attributes:
         tied: Parameters that share memory with others -> the others.
@@ -205,7 +205,7 @@ def _missed_patterns(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]
 
 
 def _empty_saves(plan: Plan, config: LoRAConfig) -> Iterator[str]:
-    """A glob may sweep over modules without parameters, but it must reach one with some."""
+    """A glob may match modules without parameters, but must match at least one with parameters."""
     for entry in filter(is_glob, config.modules_to_save):
         found = [name for name, names in plan.names.items() if selected((entry,), names)]
         if found and not any(is_below(name, plan.saved) for name in found):

@@ -225,7 +225,7 @@ class _Planner:
     # --- one adapter
 
     def _add_parameter(self, layer: PlannedLayer) -> None:
-        """Plan one adapter, or note why it cannot be made."""
+        """Plan one adapter, or record why it is impossible."""
         config, known_as = self.config, layer.names
         module, adapter, parameter = layer.module, layer.adapter, layer.parameter
         layer.key = layer.part or (parameter if issubclass(adapter, ParameterAdapter) else "")
