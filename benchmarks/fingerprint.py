@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.fingerprint import fingerprint, other_base, samples
-from lightning_lora.state import base_tensors
 
 WIDTH, HIDDEN, LAYERS, VOCABULARY, ROUNDS = 2048, 5632, 22, 32000, 9
 
@@ -65,11 +65,11 @@ def main() -> None:
             model.load_state_dict(state, assign=True)
 
         loading = seconds(load)
-    recorded = fingerprint(base_tensors(model))
-    comparing = seconds(lambda: other_base(recorded, samples(base_tensors(model), recorded), "model"))
+    recorded = fingerprint(AdaptedModel(model).base)
+    comparing = seconds(lambda: other_base(recorded, samples(AdaptedModel(model).base, recorded), "model"))
     attach(model, LoRAConfig(rank=16))
-    taking = seconds(lambda: fingerprint(base_tensors(model)))
-    tensors = base_tensors(model)
+    taking = seconds(lambda: fingerprint(AdaptedModel(model).base))
+    tensors = AdaptedModel(model).base
     print(f"base of {sum(p.numel() for p in tensors.values()):,} parameters in {len(tensors)} tensors")
     print(f"loading the base           {1e3 * loading:9.1f} ms")
     print(f"comparing, at a load       {1e3 * comparing:9.1f} ms, {100 * comparing / loading:.2f} % of loading")

@@ -17,8 +17,8 @@ from lightning_lora.layers import Adapter, TokenAdapter
 from lightning_lora.names import listed, module_names
 from lightning_lora.peft_format.directory import PeftFile, read_directory
 from lightning_lora.peft_format.importing import Import, import_into, import_state
-from lightning_lora.state import check_not_merged, copy_adapter_state, record_problems, refuse_other_base
-from lightning_lora.storage.checkpoint import CheckpointFile, checkpoint_file
+from lightning_lora.state import check_base_values, check_not_merged, copy_adapter_state, record_problems
+from lightning_lora.storage.checkpoint import CheckpointFile, read_checkpoint
 from lightning_lora.surgery import attach, detach
 
 
@@ -29,7 +29,7 @@ def read_adapter(path: str | PathLike[str]) -> PeftFile | CheckpointFile:
         ValueError: It cannot be read, or holds no adapter.
         FileNotFoundError: It does not exist.
     """
-    return read_directory(path) if Path(path).is_dir() else checkpoint_file(path)
+    return read_directory(path) if Path(path).is_dir() else read_checkpoint(path)
 
 
 def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bool = True) -> AttachReport:
@@ -59,15 +59,16 @@ def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bo
 def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: bool) -> AttachReport:
     """Attach and load what the record says, or nothing at all."""
     if check_base:
-        refuse_other_base(module, file.base)
+        check_base_values(AdaptedModel(module), file.base)
     with ExitStack() as undo:
         reports = [attach_entry(module, entry, undo) for entry in file.record["adapters"]]
         if problems := record_problems(module, file.record):
             raise ValueError("The checkpoint does not fit this model:\n" + "\n".join(f"  - {p}" for p in problems))
-        known = AdaptedModel(module).tensors.keys()
+        model = AdaptedModel(module)
+        known = model.tensors.keys()
         if not file.tensors.keys() <= known:  # states of metrics, say; walking all that a model would save takes longer
             known = module.state_dict().keys()
-        copy_adapter_state(module, file.tensors, known=known)
+        copy_adapter_state(model, file.tensors, known)
         undo.pop_all()
     return reports[0]
 
@@ -106,7 +107,7 @@ def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> A
             undo.callback(detach, root)
             inside = AdaptedModel(root)
         model = AdaptedModel(module)
-        copy_adapter_state(module, import_state(root, content, model.trained, inside.adapters), tensors=model.trained)
+        copy_adapter_state(model, import_state(root, content, model.trained, inside.adapters))
         undo.pop_all()
     return (get_attachment(root) or model.roots[0].attachment).report
 

@@ -1,4 +1,4 @@
-"""Does every adapter change what the model computes? Proved on one batch, in training and in evaluation."""
+"""The probe: prove on one batch that every adapter changes the output, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers import Adapter, all_adapters
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.layers import Adapter
 
 _MODES = ("training", "asked_mode")  # the second is that of a frozen norm
 _EFFECT = 0.5  # of an adapter that is still at its start: as large as what its layer computes
@@ -38,7 +39,7 @@ def dead_adapters(module: nn.Module, batch: object) -> dict[str, str]:
 
 class _Probe:
     def __init__(self, module: nn.Module, run: Callable[[], list[Tensor]]) -> None:
-        self.module, self.run, self.adapters = module, run, all_adapters(module)
+        self.module, self.run, self.adapters = module, run, AdaptedModel(module).adapters
 
     def dead(self) -> dict[str, str]:
         found: dict[str, list[str]] = {}
@@ -92,8 +93,8 @@ def dead_message(module: nn.Module, batch: object) -> str | None:
         return None
     lines = "\n".join(f"  - {name}: {where}" for name, where in dead.items())
     return (
-        f"These adapters change nothing in the output of {type(module).__name__} for the probe:\n{lines}\n"
-        "Leave the layers out with exclude_modules, or see that they are called."
+        f"These adapters do not change the output of {type(module).__name__} for the probe:\n{lines}\n"
+        "Leave the layers out with exclude_modules, or make sure they are called."
     )
 
 
@@ -170,9 +171,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back the adapters, the buffers and the modes of a module at the end; gradients must not be touched."""
+    """Restore a module's adapters, buffers and modes at the end; gradients stay untouched."""
     modes = [(vars(part), {key: vars(part)[key] for key in _MODES if key in vars(part)}) for part in module.modules()]
-    trained = [parameter for adapter in all_adapters(module).values() for parameter in adapter.parameters()]
+    trained = [parameter for adapter in AdaptedModel(module).adapters.values() for parameter in adapter.parameters()]
     tensors = [*trained, *module.buffers()]
     kept = [tensor.detach().clone() for tensor in tensors]
     try:
@@ -184,7 +185,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 class RandomState:
-    """The state of the random generators: the same for every pass, and put back at the end."""
+    """The state of the random generators: the same for every pass, restored at the end."""
 
     def __enter__(self) -> RandomState:
         self._fork = torch.random.fork_rng()

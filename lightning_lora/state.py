@@ -1,4 +1,4 @@
-"""Adapter state in memory: which tensors belong to an adapter, taking them out and putting them in."""
+"""Adapter state in memory: copy it out of a model and into one, check that it fits, and describe it in a record."""
 
 from __future__ import annotations
 
@@ -9,29 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
-from lightning_lora.attachment import attachments
 from lightning_lora.fingerprint import Fingerprint, other_base, samples
-from lightning_lora.layers import Adapter, all_adapters, lora_layers
 from lightning_lora.names import clean_name, join, listed, near_names
 
 FORMAT_VERSION = 1
-
-
-def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return ``AdaptedModel(module).trained``."""
-    return AdaptedModel(module).trained
-
-
-def base_tensors(module: nn.Module, trained: Iterable[Tensor] | None = None) -> dict[str, Tensor]:
-    """Return ``AdaptedModel(module).base``; of a part of a model, given what the whole trains."""
-    if trained is None:
-        return AdaptedModel(module).base
-    return base_parameters(module, {str(index): tensor for index, tensor in enumerate(trained)})
-
-
-def merges(module: nn.Module) -> dict[str, int]:
-    """Return ``AdaptedModel(module).merges``."""
-    return AdaptedModel(module).merges
 
 
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -42,10 +23,10 @@ def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: The module has no adapters.
     """
-    tensors = adapter_tensors(module)
-    if not tensors:
+    trained = AdaptedModel(module).trained
+    if not trained:
         raise ValueError(f"{type(module).__name__} has no adapters; call attach first.")
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    return {name: tensor.detach().clone() for name, tensor in trained.items()}
 
 
 def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -56,44 +37,37 @@ def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> N
         RuntimeError: Another adapter was merged into this module, for good or inside ``merged``. Nothing was changed.
     """
     check_not_merged(module, {})
-    copy_adapter_state(module, state)
+    copy_adapter_state(AdaptedModel(module), state)
 
 
-def copy_adapter_state(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    known: Collection[str] = (),
-    tensors: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Do what ``load_adapter_state_dict`` does, on whatever base.
+def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: Collection[str] = ()) -> None:
+    """Copy an adapter's state into a model, whatever was merged into its base.
 
     Args:
-        module: The adapted module.
-        state: What to load.
-        known: Names that may be in the state besides.
-        tensors: The module's ``adapter_tensors``, where they are at hand.
+        model: The adapted model.
+        state: The values.
+        known: Other names that the state may hold.
 
     Raises:
         ValueError: Names or shapes do not fit. Nothing was changed.
         RuntimeError: The adapters are folded into the weights, inside ``merged``.
     """
-    if folded := [name for name, layer in lora_layers(module).items() if layer.lora_mode == "merged"]:
+    if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
-    tensors = adapter_tensors(module) if tensors is None else tensors
-    if problems := mismatches(tensors, state, known):
-        raise ValueError(mismatch_message(type(module).__name__, problems))
+    if problems := mismatches(model.trained, state, known):
+        raise ValueError(mismatch_message(type(model.module).__name__, problems))
     with torch.no_grad():
-        for name, tensor in tensors.items():
+        for name, tensor in model.trained.items():
             tensor.copy_(state[name])
 
 
 def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Collection[str] = ()) -> list[str]:
-    """Return what keeps a state from being loaded: missing, unknown and wrongly shaped entries.
+    """Return the problems that keep a state from being loaded: missing, unknown and wrongly shaped entries.
 
     Args:
-        tensors: What must be loaded.
-        state: What there is.
-        known: Names that the state may hold besides.
+        tensors: The tensors to fill.
+        state: The values.
+        known: Other names that the state may hold.
     """
     if not tensors:
         return ["the module has no adapters; call attach with the adapter's config first"]
@@ -109,7 +83,7 @@ def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known
 
 
 def other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
-    """Return which entries of a state have other shapes than the tensors of their names."""
+    """Return the problems of entries whose shapes differ from those of the tensors with their names."""
     found = [
         f"{name}: file {tuple(value.shape)}, model {tuple(own[name].shape)}"
         for name, value in state.items()
@@ -135,9 +109,9 @@ def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> Non
         merged_before: The merges that the adapter was trained on top of.
 
     Raises:
-        RuntimeError: The module's merges are others.
+        RuntimeError: The module has other merges.
     """
-    found = merges(module)
+    found = AdaptedModel(module).merges
     if found == dict(merged_before):
         return
     if found:
@@ -151,47 +125,50 @@ def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> Non
     )
 
 
-def refuse_other_base(module: nn.Module, recorded: Fingerprint, trained: Iterable[Tensor] | None = None) -> None:
-    """Refuse to load an adapter into another base than the one that it was trained on.
+def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Module | None = None) -> None:
+    """Reject an adapter that was trained on a different base.
 
     Args:
-        module: The module to load into; where its tensors are divided among processes, every one must call this.
+        model: The model to load into; where its tensors are divided among processes, every one must call this.
         recorded: The fingerprint in the adapter's file.
-        trained: What is no part of the base, as in ``base_tensors``.
+        part: The part of the model to which the names in the fingerprint are relative; all of it if left out.
 
     Raises:
-        ValueError: The values of the base are others.
+        ValueError: The base has other values.
     """
-    found = samples(base_tensors(module, trained), recorded) if recorded else {}
-    if message := other_base(recorded, found, type(module).__name__):
-        raise ValueError(f"{message} Nothing was changed.")
+    if recorded:
+        base = model.base if part is None else base_parameters(part, model.trained)
+        if message := other_base(recorded, samples(base, recorded), type(part or model.module).__name__):
+            raise ValueError(f"{message} Nothing was changed.")
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
-    """Return the plain record that travels with a saved adapter: what it needs to be understood and loaded."""
+    """Return the plain record that is saved with an adapter: everything needed to understand and load it."""
+    model = AdaptedModel(module)
     return {
         "format_version": FORMAT_VERSION,
         "adapters": [
             {"root": name, "config": attachment.config.to_dict(), "seed": attachment.seed}
-            for name, _, attachment in attachments(module)
+            for name, _, attachment in model.roots
         ],
-        "layers": _described_layers(module),
-        "merges": merges(module),
+        "layers": _described_layers(model),
+        "merges": model.merges,
     }
 
 
-def _described_layers(module: nn.Module) -> dict[str, dict[str, Any]]:
+def _described_layers(model: AdaptedModel) -> dict[str, dict[str, Any]]:
     owners = {
         id(adapter): (path, layer)
-        for path, layer in reversed(lora_layers(module).items())
+        for path, layer in reversed(model.layers.items())
         for adapter in layer.adapters().values()
     }
     found = {}
-    for name, adapter in all_adapters(module).items():
+    for name, adapter in model.adapters.items():
         path, layer = owners[id(adapter)]
         numbers = {"rank": adapter.spec.rank, "scaling": adapter.spec.scaling}
         place = {"weight": join(path, adapter.parameter)} | adapter.record(layer)
-        found[name] = numbers | place | _rows(adapter)
+        rows = [[part.start, part.stop, part.step] for part in adapter.spec.rows]
+        found[name] = numbers | place | ({"rows": rows} if rows else {})
     return found
 
 
@@ -199,7 +176,7 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
     """Return how a saved adapter's record contradicts the adapters of a module."""
     if record.get("format_version", 0) > FORMAT_VERSION:
         return [f"format version {record['format_version']}; this lightning_lora reads up to {FORMAT_VERSION}"]
-    mine, theirs = describe(module)["layers"], record.get("layers", {})
+    mine, theirs = _described_layers(AdaptedModel(module)), record.get("layers", {})
     problems = []
     if other := sorted(mine.keys() ^ theirs.keys()):
         problems.append(
@@ -220,18 +197,12 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _rows(adapter: Adapter) -> dict[str, list[list[int]]]:
-    """Return which rows an adapter updates, where it is not all."""
-    rows = [[part.start, part.stop, part.step] for part in adapter.spec.rows]
-    return {"rows": rows} if rows else {}
-
-
 def allow_missing_base(module: nn.Module, incompatible: Any) -> None:
     """Let an adapter-only state dict load into a module or a copy of it: base keys may be absent, nothing else.
 
     Averaging callbacks keep such copies, with ``module.`` before every name, and load them by themselves.
     """
-    required = set(adapter_tensors(module))
+    required = AdaptedModel(module).trained.keys()
     base = {clean_name(name) for name in module.state_dict()} - required
     missing = incompatible.missing_keys
     missing[:] = [name for name in missing if not {clean_name(name), clean_name(name).removeprefix("module.")} & base]

@@ -118,7 +118,7 @@ def detach(module: nn.Module) -> None:
 
 
 def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextManager[object]] = nullcontext) -> None:
-    """Fold every adapter into its layer's weight for good; an ordinary model without inference cost remains.
+    """Merge every adapter into its layer's weight permanently, leaving an ordinary model without extra inference cost.
 
     The sum is formed in float32 (float64 for float64) and rounded once. This cannot be undone: keep the adapter's file,
     or use ``merged`` to fold it temporarily. Loading an adapter into a merged model raises.
@@ -188,7 +188,7 @@ def _check(module: nn.Module, plan: Plan, new: list[PlannedLayer], *, is_adapted
         _refuse_wrapped(kind, plan.modules.values())
     if plan.untied and (divided := [name for name in plan.untied if hasattr(plan.parameters[name], "ds_id")]):
         raise ValueError(
-            f"untie_weights: {listed(divided)} are divided by DeepSpeed's ZeRO-3 already, so they cannot be copied. "
+            f"untie_weights: {listed(divided)} are already sharded by DeepSpeed ZeRO-3, so they cannot be copied. "
             "Untie them where the model is built, or use ZeRO stage 2."
         )
     if plan.wasteful:
@@ -225,7 +225,7 @@ def _refuse_part(model: AdaptedModel) -> None:
         if isinstance(part, (LoRALayer, FrozenNorm)) and id(part) not in covered:
             raise ValueError(
                 f"This {type(model.module).__name__} holds a {type(part).__name__} that was attached to a parent of "
-                "it; call this on the module that was given to attach."
+                "it; call this on the module that was passed to attach."
             )
 
 
@@ -234,7 +234,7 @@ def _refuse_part(model: AdaptedModel) -> None:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Pause the collector, which would walk the growing model again and again and take half of the time."""
+    """Pause the garbage collector, which would walk the growing model again and again, taking half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -278,7 +278,7 @@ def _swap_out_adapter(layer: LoRALayer) -> None:
 
 
 def _untie(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
-    """Replace a tied weight by a copy of its own, and return the copy."""
+    """Replace a tied weight by its own copy, and return the copy."""
     weight = _parameter_of(modules, name)
     copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
     _set_parameter(modules, name, copy)
@@ -330,7 +330,7 @@ def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -
 
 
 def _freeze_parameters(plan: Plan, record: Attachment) -> None:
-    """Let only what trains require gradients, and record the earlier flags."""
+    """Set ``requires_grad`` only on what trains, and record the earlier flags."""
     trained = set[int]()
     for name in plan.biases:
         record.base_values.setdefault(name, plan.parameters[name].detach().clone())

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, detach, disabled, merge, merged, parameter_groups
 from lightning_lora import load_adapter_state_dict as load
-from lightning_lora.layers import all_adapters
+from lightning_lora.adapted_model import AdaptedModel
 from tests import contract
 from tests.contract import ALPHA, IN, KINDS, OUT, RANK, SCALING, TOLERANCE, Case, Holder, error
 from tests.contract import raises_and_changes_nothing as refuses
-from tests.layers.test_tokens import train_everything
+from tests.layers.test_embedding import train_everything
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")
 
@@ -103,7 +103,7 @@ def test_trained_biases_match_dense_model(bias: str, rng):
     (output := model(x)).square().sum().backward()
     dense = Net().double()
     state = {name: model.state_dict()[name].clone() for name in dense.state_dict()}
-    for name, adapter in all_adapters(model).items():
+    for name, adapter in AdaptedModel(model).adapters.items():
         name = name if name in state else f"{name}.weight"
         state[name] += 1.5 * (adapter.B.detach() @ adapter.A.detach()).view(state[name].shape)
     dense.load_state_dict(state)
@@ -295,7 +295,7 @@ def test_lora_bias_rejects_weight_adapters(name: str, make: Any):
     with refuses(model, ValueError, "'odd.*lora_bias"):
         attach(model, LoRAConfig(rank=1, target_modules=["odd"], lora_bias=True))
     attach(model, LoRAConfig(rank=1, lora_bias=True))
-    assert list(all_adapters(model)) == ["linear"]
+    assert list(AdaptedModel(model).adapters) == ["linear"]
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "Conv2d"])

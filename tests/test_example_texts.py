@@ -131,7 +131,7 @@ def test_llm_exports_in_one_process(language_model):
     checkpoint = Path("examples/output/llm/last.ckpt")
     printed = execute("llm/export.py", str(checkpoint), "peft", folder=language_model.folder)
     assert "Adapter written to peft" in printed
-    _, trained = read_checkpoint(str(language_model.folder / checkpoint))
+    trained = read_checkpoint(str(language_model.folder / checkpoint)).tensors
     exported = read_file(language_model.folder / "peft" / "adapter_model.safetensors")[0]
     assert len(exported) == len(trained) == 2 * 14
     for name, tensor in trained.items():

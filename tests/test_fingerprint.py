@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, merge, merged, save_adapter
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.cli import main
 from lightning_lora.fingerprint import digest, fingerprint, from_plain, other_base, places, samples, to_plain
-from lightning_lora.state import base_tensors
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from lightning_lora.trainer.warm_start import start_from
 from tests.contract import raises_and_changes_nothing, train_all
@@ -28,11 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
 
 
 def of(module: nn.Module) -> Any:
-    return fingerprint(base_tensors(module))
+    return fingerprint(AdaptedModel(module).base)
 
 
 def refusal(module: nn.Module, recorded: Any) -> str | None:
-    return other_base(recorded, samples(base_tensors(module), recorded), "model")
+    return other_base(recorded, samples(AdaptedModel(module).base, recorded), "model")
 
 
 class Other(Toy):
@@ -196,7 +196,7 @@ def test_loading_onto_another_base_is_refused_unless_asked_for(adapter: str) -> 
     load_adapter(Toy().bfloat16(), adapter)
     module = Other()
     with raises_and_changes_nothing(
-        module, ValueError, r"another base than this \w+: 1 of 6 .* first (net\.)?2\.weight"
+        module, ValueError, r"a different base than this \w+: 1 of 6 .* first (net\.)?2\.weight"
     ):
         load_adapter(module, adapter)
     load_adapter(module, adapter, check_base=False)
@@ -206,9 +206,9 @@ def test_loading_onto_another_base_is_refused_unless_asked_for(adapter: str) -> 
 def test_starting_from_an_adapter_of_another_base_is_refused_unless_asked_for(adapter: str) -> None:
     module = Other()
     attach(module, LoRAConfig(rank=6))
-    with raises_and_changes_nothing(module, ValueError, "another base than this"):
+    with raises_and_changes_nothing(module, ValueError, "a different base than this"):
         start_from(module, adapter)
-    with pytest.raises(ValueError, match="another base than this"):
+    with pytest.raises(ValueError, match="a different base than this"):
         trainer(LoRACallback(rank=6, init_from=adapter)).fit(Other(), loader())
     trainer(LoRACallback(rank=6, init_from=adapter, check_base=False)).fit(module, loader())
 
@@ -278,7 +278,7 @@ def test_a_base_from_a_full_checkpoint_is_the_one_that_is_recorded(tmp_path: Pat
     run.fit(Toy(), loader(), ckpt_path=str(tmp_path / "full.ckpt"))
     run.save_checkpoint(tmp_path / "adapter.ckpt")
     load_adapter(Other(), tmp_path / "adapter.ckpt")
-    with raises_and_changes_nothing(Toy(), ValueError, "another base"):
+    with raises_and_changes_nothing(Toy(), ValueError, "different base"):
         load_adapter(Toy(), tmp_path / "adapter.ckpt")
 
 
@@ -303,7 +303,7 @@ def test_the_command_compares_the_base(adapter: str, tmp_path: Path, capsys: pyt
         file.rename(folders[name] / "model.safetensors")
         (folders[name] / "config.json").write_text(config.read_text())
     assert main(["verify", adapter, str(folders["same"])]) == 0
-    assert "the one that the adapter was trained on, by samples of 6 tensors" in capsys.readouterr().out
+    assert "the one that the adapter was trained on, judging by samples of 6 tensors" in capsys.readouterr().out
     for command in (["verify", adapter, str(folders["other"])], ["merge", adapter, str(folders["other"]), out]):
         assert main(command) == 1
         assert "1 of 6 compared tensors differ" in capsys.readouterr().err

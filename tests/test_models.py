@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, detach, load_adapter
-from lightning_lora.layers import all_adapters
+from lightning_lora.adapted_model import AdaptedModel
 from tests.toys import digest, trainer
 
 
@@ -144,7 +144,7 @@ def test_model_reloads_to_same_outputs(name: str, tmp_path: Path) -> None:
         before, loss = module(x), F.cross_entropy(module(x), labels)
     run = trainer(LoRACallback(rank=2, **lora), max_steps=20, max_epochs=-1)
     run.fit(module.train(), DataLoader(TensorDataset(x, labels), batch_size=8))
-    assert len(all_adapters(module)) == count
+    assert len(AdaptedModel(module).adapters) == count
     run.save_checkpoint(tmp_path / "adapter.ckpt")
     module.eval()
     with torch.no_grad():

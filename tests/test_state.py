@@ -347,7 +347,7 @@ def test_a_file_that_is_something_else_is_refused_by_name(content: bytes, tiny, 
 
 @pytest.mark.parametrize("content", [None, [1, 2], {"weight": torch.zeros(2)}, {"state_dict": [1]}, torch.zeros(2)])
 def test_a_torch_file_that_is_no_checkpoint_is_refused_by_name(content: object, tiny, tmp_path):
-    with raises_and_changes_nothing(tiny, ValueError, "adapter.ckpt' is no Lightning checkpoint"):
+    with raises_and_changes_nothing(tiny, ValueError, "adapter.ckpt' is not a Lightning checkpoint"):
         load_adapter(tiny, saved(content, tmp_path))
 
 

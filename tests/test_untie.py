@@ -26,10 +26,10 @@ from lightning_lora import (
     merge,
     merged,
 )
-from lightning_lora.layers import all_adapters
+from lightning_lora.adapted_model import AdaptedModel
 from tests import toys
 from tests.contract import TOLERANCE, assert_same_bits, assert_unchanged, error, raises_and_changes_nothing, snapshot
-from tests.layers.test_tokens import Sides, Tied, Words, inputs, is_tied, train_everything
+from tests.layers.test_embedding import Sides, Tied, Words, inputs, is_tied, train_everything
 from tests.test_callback import Held
 
 pytestmark = [
@@ -56,7 +56,7 @@ def dense(model: nn.Module, base: nn.Module, kind: str = "embedding") -> nn.Modu
     twin = Words(kind).double()
     twin.load_state_dict(base.state_dict())
     with torch.no_grad():
-        for name, adapter in all_adapters(model).items():
+        for name, adapter in AdaptedModel(model).adapters.items():
             D = 1.5 * adapter.B.double() @ adapter.A.double()
             twin.get_parameter(f"{name}.weight").add_(D.T if name == "embed" else D)
     return twin
@@ -73,7 +73,7 @@ def test_named_tied_layer_is_rejected_unless_untied(name: str):
 def test_all_linear_skips_and_reports_tied_layer(untie: bool):
     model = Tied()
     report = str(attach(model, LoRAConfig(rank=4, untie_weights=untie)))
-    assert list(all_adapters(model)) == ["mix"]
+    assert list(AdaptedModel(model).adapters) == ["mix"]
     assert is_tied(model)
     assert "left out: head" in report
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, adapter_state_dict, detach, load_adapter, merge
-from lightning_lora.layers import all_adapters
+from lightning_lora.adapted_model import AdaptedModel
 from tests.contract import error
 from tests.test_models import MODELS, Classifier, images
 from tests.toys import digest, trainer
@@ -79,8 +79,8 @@ def test_query_and_value_slices_reload_to_same_outputs(options: dict[str, Any], 
     run.fit(module.train(), DataLoader(TensorDataset(x, labels), batch_size=8))
     slices = {f"net.blocks.{i}.attn.qkv.{name}" for i in range(DEPTH) for name in "qv"}
     plain = {f"net.blocks.{i}.attn.proj" for i in range(DEPTH)} if "target_modules" in options else set()
-    assert set(all_adapters(module)) == slices | plain
-    assert all(adapter.B.count_nonzero() for adapter in all_adapters(module).values())
+    assert set(AdaptedModel(module).adapters) == slices | plain
+    assert all(adapter.B.count_nonzero() for adapter in AdaptedModel(module).adapters.values())
     run.save_checkpoint(tmp_path / "adapter.ckpt")
     saved = torch.load(tmp_path / "adapter.ckpt", weights_only=True)["state_dict"]
     assert saved.keys() == adapter_state_dict(module).keys()

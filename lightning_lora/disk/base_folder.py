@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_lora.names import listed, near_names
 from lightning_lora.storage.safetensors import StoredTensor, TensorFile, read_table
 
@@ -17,6 +19,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MODEL_CONFIG_FILE = "config.json"
 TIE_OPTION = "tie_word_embeddings"
+WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # any other precision of a weight is quantized
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _LARGEST_JSON = 256 * 2**20
 _MOST_PARTS = 3  # of a prefix
@@ -82,7 +85,7 @@ def open_base(path: Path) -> BaseFolder:
     if path.is_file():
         return BaseFolder({SINGLE_FILE: read_table(path)})
     if not path.is_dir():
-        raise FileNotFoundError(f"{str(path)!r} is not there; name a model folder, or a safetensors file.")
+        raise FileNotFoundError(f"{str(path)!r} does not exist; name a model folder, or a safetensors file.")
     index = read_json(path / INDEX_FILE) if (path / INDEX_FILE).is_file() else None
     if index is None and not (path / SINGLE_FILE).is_file():
         raise FileNotFoundError(

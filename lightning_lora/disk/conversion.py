@@ -22,7 +22,7 @@ from lightning_lora.peft_format.importing import Import, import_state, make_impo
 from lightning_lora.state import describe, mismatches, record_problems
 from lightning_lora.storage.adapter_file import damage_named
 from lightning_lora.storage.atomic import replace_file
-from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, checkpoint_file
+from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, read_checkpoint
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "._u", "._v", ".weight_u", ".weight_v")
 
@@ -51,7 +51,7 @@ def export_checkpoint(
     Raises:
         ValueError: The file does not describe the adapter well enough, or PEFT cannot express it. Nothing was written.
     """
-    file = checkpoint_file(checkpoint)
+    file = read_checkpoint(checkpoint)
     with damage_named(checkpoint):
         _check_exportable(file)
         skeleton = _skeleton_of_checkpoint(file)

@@ -40,15 +40,6 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     return {name: part for name, part in walk(module) if isinstance(part, LoRALayer)}
 
 
-def all_adapters(module: nn.Module) -> dict[str, Adapter]:
-    """Return every adapter by the name of its layer, with the parameter's name where the layer has several."""
-    return {
-        join(name, key) if isinstance(layer.lora, AdapterGroup) else name: adapter
-        for name, layer in lora_layers(module).items()
-        for key, adapter in layer.adapters().items()
-    }
-
-
 __all__ = [
     "NORMALISING",
     "SUPPORTED",
@@ -70,7 +61,6 @@ __all__ = [
     "WeightLoRALayer",
     "adapter_of_kind",
     "adapter_type",
-    "all_adapters",
     "base_parameter",
     "base_weight",
     "has_running_statistics",

@@ -196,7 +196,9 @@ def read_directory(directory: str | PathLike[str]) -> PeftFile:
 
 def _read_options(path: Path) -> Any:
     if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r} is not there; a PEFT directory holds {CONFIG_FILE} and {TENSORS_FILE}.")
+        raise FileNotFoundError(
+            f"{str(path)!r} does not exist; a PEFT directory holds {CONFIG_FILE} and {TENSORS_FILE}."
+        )
     with _unreadable_config(path):
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")

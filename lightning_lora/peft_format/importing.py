@@ -35,7 +35,7 @@ from lightning_lora.peft_format.names import (
     without_wrappers,
 )
 from lightning_lora.planning.obstacles import weight_readers
-from lightning_lora.state import refuse_other_base
+from lightning_lora.state import check_base_values
 from lightning_lora.storage.adapter_file import StoredTokens
 
 
@@ -101,7 +101,7 @@ def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -
             f"The adapter in {str(file.path)!r} does not fit this {type(root).__name__}; nothing was changed:\n{error}"
         ) from None
     if check_base:
-        refuse_other_base(root, file.base, AdaptedModel(module).trained.values())
+        check_base_values(AdaptedModel(module), file.base, root)
     return next(name for name, part in walk(module) if part is root), root, content
 
 
@@ -374,7 +374,7 @@ def import_state(
     Args:
         root: The model that the file is for.
         content: The file.
-        tensors: The module's ``adapter_tensors``.
+        tensors: The module's ``AdaptedModel.trained``.
         adapters: The model's adapters.
     """
     live = AdaptedModel(root).tensors if content.values else {}

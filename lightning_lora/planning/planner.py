@@ -187,7 +187,7 @@ class _Planner:
                 )
             return
         if is_sharded(base_parameter(module, parameter)):
-            self.problems.append(f"{option}: {name!r} is divided by tensor parallelism, so it cannot be sliced.")
+            self.problems.append(f"{option}: {name!r} is sharded by tensor parallelism, so it cannot be sliced.")
             return
         features, taken = adapter.matrix_shape(module, parameter)[0], set[int]()
         for part, text in self.config.target_slices[key].items():
@@ -225,7 +225,7 @@ class _Planner:
     # --- one adapter
 
     def _add_parameter(self, target: Target) -> None:
-        """Plan one adapter, or note why it cannot be made."""
+        """Plan one adapter, or record why it is impossible."""
         plan, module, adapter, parameter = self.plan, target.module, target.adapter, target.parameter
         name = target.names[0]
         key = target.part or (parameter if issubclass(adapter, ParameterAdapter) else "")

@@ -1,8 +1,9 @@
-"""The ``.ckpt`` files of a LoRACallback run: reading them with clear errors, and adapters back out of them."""
+"""The ``.ckpt`` files of a LoRACallback run: the adapter in them, clear errors, and their record without loading."""
 
 from __future__ import annotations
 
 import functools
+import io
 import pickle
 import struct
 import zipfile
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, Stored
 
 RECORD_KEY = "lightning_lora"
 
-# What torch.load raises for files that are truncated, empty or something else altogether.
+# torch.load raises these for files that are truncated, empty or of another format.
 _UNREADABLE = (
     pickle.UnpicklingError,
     EOFError,
@@ -42,11 +43,11 @@ _UNREADABLE = (
 
 @contextmanager
 def reading(path: object) -> Iterator[None]:
-    """Turn whatever a reader raises for a file that is no checkpoint into one clear error.
+    """Turn whatever a reader raises for a file that is not a checkpoint into one clear error.
 
     Raises:
         ValueError: The file cannot be read.
-        FileNotFoundError: There is none.
+        FileNotFoundError: It does not exist.
     """
     try:
         _check_sums(path)
@@ -61,43 +62,22 @@ def reading(path: object) -> Iterator[None]:
 
 
 def _check_sums(path: object) -> None:
-    """Refuse a file with flipped bits: torch's reader takes tensors as they come, without looking at their sums."""
+    """Refuse a file with flipped bits: torch's reader does not compare tensors with their checksums."""
     file = Path(str(path))
     if file.is_file() and zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
-                raise zipfile.BadZipFile(f"the bytes of {damaged!r} do not have the sum that they were written with")
+                raise zipfile.BadZipFile(f"the bytes of {damaged!r} do not match their checksum")
 
 
 def check_is_checkpoint(checkpoint: object, path: object) -> None:
-    """Refuse what torch could read but Lightning did not write.
+    """Refuse a file that torch can read but Lightning did not write.
 
     Raises:
         ValueError: It has no state dict.
     """
     if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
-        raise ValueError(f"{str(path)!r} is no Lightning checkpoint: it has no 'state_dict'. Nothing was changed.")
-
-
-def read_checkpoint(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the record and the state of the adapter in a ``.ckpt``.
-
-    Raises:
-        ValueError: It cannot be read, or holds no adapter.
-        FileNotFoundError: It is not there.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"{str(path)!r} is not there; name a PEFT directory, or the .ckpt of a LoRACallback run."
-        )
-    with reading(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    check_is_checkpoint(checkpoint, path)
-    record = checkpoint.get(RECORD_KEY)
-    if record is None:
-        raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")
-    check_record(record, path)
-    return record, checkpoint["state_dict"]
+        raise ValueError(f"{str(path)!r} is not a Lightning checkpoint: it has no 'state_dict'. Nothing was changed.")
 
 
 @dataclass(frozen=True)
@@ -169,22 +149,33 @@ def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
     return StoredWeight(said["weight"], kind, tuple(shape), int(said.get("order", 0)))
 
 
-def checkpoint_file(path: str | PathLike[str]) -> CheckpointFile:
+def read_checkpoint(path: str | PathLike[str]) -> CheckpointFile:
     """Return the adapter in a ``.ckpt``.
 
     Raises:
         ValueError: It cannot be read, or holds no adapter.
         FileNotFoundError: It does not exist.
     """
-    record, state = read_checkpoint(path)
-    tensors = {name: each for name, each in state.items() if isinstance(each, Tensor)}  # metrics may hold other objects
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"{str(path)!r} does not exist; name a PEFT directory, or the .ckpt of a LoRACallback run."
+        )
+    with reading(path):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    check_is_checkpoint(checkpoint, path)
+    record = checkpoint.get(RECORD_KEY)
+    if record is None:
+        raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")
+    _check_record(record, path)
     with damage_named(path):
         entries = record["adapters"]
         options = entries[0]["config"] if len(entries) == 1 else {"adapters": list(entries)}
+    state = checkpoint["state_dict"].items()
+    tensors = {name: each for name, each in state if isinstance(each, Tensor)}  # metrics may hold other objects
     return CheckpointFile(Path(path), tensors, options, record["merges"], record)
 
 
-def check_record(record: Any, path: object) -> None:
+def _check_record(record: Any, path: object) -> None:
     """Refuse a record that this version cannot read.
 
     Raises:
@@ -204,7 +195,7 @@ def recorded_base(record: Mapping[str, Any]) -> dict[str, Sample]:
     """Return the fingerprint of the base that an adapter was trained on; empty if its record has none.
 
     Raises:
-        ValueError: It makes no sense.
+        ValueError: It is damaged.
     """
     return from_plain(record.get("base", {}))
 
@@ -216,3 +207,53 @@ def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | 
         return (LoRAConfig.from_dict(entry["config"]), int(entry["seed"])) if entry["root"] == "" else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+# --- without loading
+
+
+def plain_values(stream: IO[bytes]) -> dict[str, Any]:
+    """Return the numbers, texts, lists and dicts that a checkpoint holds, under their keys.
+
+    Only the index of the file is read, whatever the size of its tensors. Objects of any class become placeholders that
+    do nothing, so no code of theirs runs.
+
+    Args:
+        stream: The file.
+
+    Returns:
+        The values; empty if ``torch.save`` did not write the file, or it is damaged: loading it gives the error.
+    """
+    try:
+        with zipfile.ZipFile(stream) as archive:
+            [index] = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
+            content = _PlainUnpickler(io.BytesIO(archive.read(index))).load()
+    except Exception:  # damaged pickles raise whatever their bytes happen to mean
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class _Placeholder:
+    """A placeholder for an object of any class; it accepts whatever pickle does to fill one."""
+
+    def __new__(cls, *_: object, **__: object) -> _Placeholder:
+        return super().__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def append(self, value: object) -> None: ...
+
+    def add(self, value: object) -> None: ...
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    @override
+    def find_class(self, module: str, name: str) -> type[_Placeholder]:
+        return _Placeholder
+
+    @override
+    def persistent_load(self, pid: object) -> None: ...

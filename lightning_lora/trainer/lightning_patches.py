@@ -37,8 +37,7 @@ from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.state import check_not_merged
-from lightning_lora.storage.checkpoint import RECORD_KEY
-from lightning_lora.storage.checkpoint_record import plain_values
+from lightning_lora.storage.checkpoint import RECORD_KEY, plain_values
 
 _IMPORT_NAMES = ("lightning.pytorch", "pytorch_lightning")
 _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
@@ -97,7 +96,7 @@ def _change_both(place: str, change: Callable[[ModuleType], None]) -> None:
 
 
 class _ChangeOnImport(MetaPathFinder):
-    """Changes a module right after it is imported, once."""
+    """Changes a module once, right after its import."""
 
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
         self.name, self.change = name, change

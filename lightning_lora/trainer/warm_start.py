@@ -1,4 +1,4 @@
-"""Starting a training from another adapter: ranks may have grown, layers may have been added or removed."""
+"""Warm start from another adapter: ranks may have grown, layers may have been added or removed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import check_not_merged, refuse_other_base
+from lightning_lora.state import check_base_values, check_not_merged
 
 
 @dataclass
 class WarmStart:
-    """The values that a training starts from, and how they relate to the source.
+    """The initial values of a training, and how they relate to the source.
 
     Attributes:
         values: Name of a tensor of the module -> its start, whole.
@@ -82,7 +82,7 @@ def _read(
     check_not_merged(module, file.merges)
     if not isinstance(file, PeftFile):
         if check_base:
-            refuse_other_base(module, file.base)
+            check_base_values(AdaptedModel(module), file.base)
         return file.tensors, {name: layer["scaling"] for name, layer in file.record["layers"].items()}
     root_name, _, content = import_into(module, file, check_base=check_base)
     source = {join(root_name, name): value for name, value in content.values.items()}

@@ -322,7 +322,7 @@ def test_one_weight_in_memory_and_progress(files: tuple[Path, Path]):
 
 def test_mismatched_base_on_disk_raises_first(files: tuple[Path, Path], tmp_path: Path):
     adapter, _ = files
-    with pytest.raises(FileNotFoundError, match="is not there"):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
         stored_matrices(adapter, tmp_path / "nowhere")
     other = {f"{block}.{name}.weight": torch.ones(20, 20) for block in range(2) for name in ("up", "down")}
     save_file(other, tmp_path / "other.safetensors")

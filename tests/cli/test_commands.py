@@ -181,8 +181,8 @@ def test_problem_is_one_line_and_exits_with_1(files: Path, capsys: pytest.Captur
         (("report", files / "one", "--intruders"), "give --base"),
         (("report", files / "one", "--out", files), "must be a file in a folder that exists"),
         (("report", files / "one", "--pictures", files / "base.safetensors"), "is a file; name a folder"),
-        (("report", files / "one", "--base", files / "nowhere"), "is not there"),
-        (("plan", files / "nowhere", "--rank", "2"), "is not there"),
+        (("report", files / "one", "--base", files / "nowhere"), "does not exist"),
+        (("plan", files / "nowhere", "--rank", "2"), "does not exist"),
         (("plan", files / "base.safetensors", "--rank", "2", "--group", "upp"), "the model has no upp; its groups are"),
         (("plan", files / "base.safetensors", "--rank", "2", "--targets", "upp"), "Closest names: 'up'"),
     ):
@@ -249,5 +249,5 @@ assert not loaded & {{"lightning", "pytorch_lightning", "transformers", "peft", 
 def test_report_refuses_other_base_unless_allowed(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({name: tensor + 1 for name, tensor in model().state_dict().items()}, files / "second.safetensors")
     assert run("report", files / "one", "--base", files / "second.safetensors") == 1
-    assert "was trained on another base" in capsys.readouterr().err
+    assert "was trained on a different base" in capsys.readouterr().err
     assert run("report", files / "one", "--base", files / "second.safetensors", "--any-base") == 0

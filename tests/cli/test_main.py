@@ -65,7 +65,7 @@ def test_missing_file_is_named_in_one_line(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith(f"lightning-lora: error: '{tmp_path / 'missing.ckpt'}")
-    assert "is not there" in err
+    assert "does not exist" in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

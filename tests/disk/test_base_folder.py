@@ -56,10 +56,10 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda a, b: put_header(b / "a.safetensors", {"x": WRONG}, b"1234"),
         UNREADABLE,
     ),
-    "no config": (lambda a, b: (a / "adapter_config.json").unlink(), "is not there"),
+    "no config": (lambda a, b: (a / "adapter_config.json").unlink(), "does not exist"),
     "a cut adapter": (lambda a, b: (a / "adapter_model.safetensors").write_bytes(b"1234"), "truncated"),
-    "no base": (lambda a, b: shutil.rmtree(b), "is not there"),
-    "no adapter": (lambda a, b: shutil.rmtree(a), "is not there"),
+    "no base": (lambda a, b: shutil.rmtree(b), "does not exist"),
+    "no adapter": (lambda a, b: shutil.rmtree(a), "does not exist"),
 }
 
 

@@ -22,10 +22,11 @@ from lightning_lora import (
     register_adapter,
     save_adapter,
 )
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.cli import main
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.layers import Adapter, LinearAdapter, adapter_of_kind, adapter_type
-from lightning_lora.state import base_tensors, describe
+from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import train_all
 
@@ -88,7 +89,7 @@ def trained(rng: torch.Generator) -> Graph:
 
 @pytest.fixture
 def checkpoint(trained: Graph, tmp_path: Path) -> Path:
-    record = describe(trained) | {"base": to_plain(fingerprint(base_tensors(trained)))}
+    record = describe(trained) | {"base": to_plain(fingerprint(AdaptedModel(trained).base))}
     torch.save({"state_dict": adapter_state_dict(trained), RECORD_KEY: record}, tmp_path / "last.ckpt")
     return tmp_path / "last.ckpt"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter
-from lightning_lora.state import adapter_tensors
+from lightning_lora.adapted_model import AdaptedModel
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of PEFT's optional dependencies
@@ -107,7 +107,7 @@ def trained(model: nn.Module, **options: Any) -> nn.Module:
     """Adapt a model, and give everything that trains other values."""
     attach(model, LoRAConfig(**({"rank": 2, "alpha": 3.0} | options)))
     generator = torch.Generator().manual_seed(9)
-    for tensor in adapter_tensors(model).values():
+    for tensor in AdaptedModel(model).trained.values():
         if tensor.is_floating_point():
             tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
     return model

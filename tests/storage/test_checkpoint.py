@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora.storage.checkpoint_record import plain_values
+from lightning_lora.storage.checkpoint import plain_values
 
 PLAIN = {"texts": ["a", "b"], "numbers": [1, -2.5, True, None], "nested": {"rows": [[0, 4, 1]]}}
 OTHERS: dict[str, Any] = {
