@@ -27,7 +27,7 @@ from lightning_lora.layers.norm import (
     weights_only_read,
 )
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
-from lightning_lora.names import join, walk
+from lightning_lora.names import walk
 
 SUPPORTED = (
     "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.EmbeddingBag, nn.Conv1d/2d/3d, "
