@@ -249,5 +249,5 @@ assert not loaded & {{"lightning", "pytorch_lightning", "transformers", "peft", 
 def test_report_refuses_other_base_unless_allowed(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({name: tensor + 1 for name, tensor in model().state_dict().items()}, files / "second.safetensors")
     assert run("report", files / "one", "--base", files / "second.safetensors") == 1
-    assert "was trained on another base" in capsys.readouterr().err
+    assert "was trained on a different base" in capsys.readouterr().err
     assert run("report", files / "one", "--base", files / "second.safetensors", "--any-base") == 0
