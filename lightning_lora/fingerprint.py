@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: a few of its values, enough to recognize another base.
+"""The fingerprint of a base model: a few of its values, to recognise the base that an adapter was trained on.
 
 Values are read at fixed places, never by a pass over all of them, and recorded as they are: a hash could not tell the
 same weights in another precision from other weights.
@@ -79,7 +79,7 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
 
 
 def sample(shape: Collection[int], dtype: torch.dtype, values: Tensor) -> Sample:
-    """Return a sample of the elements at ``places(shape)``; NaN and infinity count as zero."""
+    """Return the values at ``places(shape)``; NaN and infinity count as zero."""
     return Sample(tuple(shape), dtype, tuple([each if math.isfinite(each) else 0.0 for each in values.tolist()]))
 
 
@@ -115,7 +115,7 @@ def other_base(
         return None
     return (
         f"The adapter was trained on a different base than this {what}: {len(differing)} of {len(shared)} compared "
-        f"tensors differ, first {listed(differing, 3)}. Load that base, or accept any with {override}."
+        f"tensors differ, first {listed(differing, 3)}. Load the base it was trained on; {override} accepts any base."
     )
 
 
@@ -186,7 +186,7 @@ def from_plain(content: object) -> dict[str, Sample]:
         ValueError: It is damaged.
     """
     if not isinstance(content, dict) or len(content) > _MOST_TENSORS:
-        raise ValueError("The fingerprint of the base in the adapter's file is invalid; the file was damaged.")
+        raise ValueError("The fingerprint of the base in the adapter's file is invalid; the file is damaged.")
     return {str(name): _read_sample(str(name), each) for name, each in content.items()}
 
 
@@ -196,7 +196,7 @@ def _read_sample(name: str, content: object) -> Sample:
     values = _numbers(float, options.get("values"), -math.inf, math.inf)
     dtype = _BY_NAME.get(str(options.get("dtype")))
     if shape is None or values is None or dtype is None:
-        raise ValueError(f"The fingerprint of {name!r} in the adapter's file is invalid; the file was damaged.")
+        raise ValueError(f"The fingerprint of {name!r} in the adapter's file is invalid; the file is damaged.")
     if math.prod(shape) >= 2**62 or len(values) != min(math.prod(shape), _ELEMENTS):
         raise ValueError(f"The fingerprint of {name!r} in the adapter's file is incomplete; the file was damaged.")
     return Sample(shape, dtype, values)

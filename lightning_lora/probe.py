@@ -1,4 +1,4 @@
-"""Does every adapter change what the model computes? Proved on one batch, in training and in evaluation."""
+"""The probe: prove on one batch that every adapter changes the output, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def dead_message(module: nn.Module, batch: object) -> str | None:
         return None
     lines = "\n".join(f"  - {name}: {where}" for name, where in dead.items())
     return (
-        f"These adapters change nothing in the output of {type(module).__name__} for the probe:\n{lines}\n"
-        "Leave the layers out with exclude_modules, or see that they are called."
+        f"These adapters do not change the output of {type(module).__name__} for the probe:\n{lines}\n"
+        "Leave the layers out with exclude_modules, or make sure they are called."
     )
 
 
@@ -171,7 +171,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back the adapters, the buffers and the modes of a module at the end; gradients must not be touched."""
+    """Restore a module's adapters, buffers and modes at the end; gradients stay untouched."""
     modes = [(vars(part), {key: vars(part)[key] for key in _MODES if key in vars(part)}) for part in module.modules()]
     trained = [parameter for adapter in AdaptedModel(module).adapters.values() for parameter in adapter.parameters()]
     tensors = [*trained, *module.buffers()]
@@ -185,7 +185,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 class RandomState:
-    """The state of the random generators: the same for every pass, and put back at the end."""
+    """The state of the random generators: the same for every pass, restored at the end."""
 
     def __enter__(self) -> RandomState:
         self._fork = torch.random.fork_rng()

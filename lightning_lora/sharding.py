@@ -1,4 +1,4 @@
-"""Whole tensors and their parts: what differs where a tensor's memory is spread over processes (``DTensor``)."""
+"""Whole tensors and their parts, for tensors sharded over processes (``DTensor``, ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this is a ``DTensor``, of which each process holds a part or a replica."""
+    """Return whether this is a ``DTensor``."""
     module = sys.modules.get("torch.distributed.tensor")  # importing it for a look would take half a second
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -33,7 +33,7 @@ def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_whole(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor, which every process has, into one that may be spread over them."""
+    """Copy a whole tensor, which every process has, into one that may be sharded."""
     target.copy_(laid_out_like(value.to(target.device), target))
 
 
@@ -96,7 +96,7 @@ def _numbers(tensor: Tensor, dimension: int, known: dict[Any, Tensor]) -> Tensor
 
 
 def place_factors(A: Tensor, B: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay out the factors as tensor parallelism has laid out their weight.
+    """Shard the factors as tensor parallelism has sharded their weight.
 
     A weight divided by rows has ``B`` divided so and all of ``A`` everywhere; one divided by columns has ``A`` divided
     so. Nothing more needs to travel than for the weight itself.
@@ -129,14 +129,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_divided(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed's ZeRO-3 has divided this parameter, so that what it shows is empty."""
+    """Return whether DeepSpeed ZeRO-3 has sharded this parameter, which then reads as empty."""
     status = getattr(parameter, "ds_status", None)
     return status is not None and bool(status.name == "NOT_AVAILABLE")
 
 
 @contextmanager
 def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[None]:
-    """Have the whole of parameters that ZeRO-3 has divided, for a while; every process must call this.
+    """Gather parameters sharded by ZeRO-3 inside the block; every process must call this.
 
     Args:
         tensors: Any; what is whole stays as it is.
@@ -158,7 +158,7 @@ def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[N
 
 @contextmanager
 def shapes_shown(module: nn.Module) -> Iterator[None]:
-    """Let parameters that ZeRO-3 has divided show the shape of their whole for a while, though not its values.
+    """Show the full shape, but not the values, of parameters sharded by ZeRO-3 inside the block.
 
     Vectors, such as biases, are gathered; matrices are zeros that take no memory.
     """

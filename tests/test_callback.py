@@ -60,7 +60,7 @@ def test_unknown_option_suggests_closest(wrong: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [Toy, BuiltInSetup, BuiltInConfigureModel])
-def test_layers_are_adapted_and_trained_wherever_the_module_builds_them(kind: type[Toy]) -> None:
+def test_layers_are_adapted_wherever_built(kind: type[Toy]) -> None:
     module, held = kind(), Held()
     trainer(LoRACallback(rank=4), held).fit(module, loader())
     assert adapters_moved(module) == LAYERS
@@ -75,7 +75,7 @@ def test_only_adapters_train(kind: type[Toy]) -> None:
     assert digest(module.net) == digest(base)
 
 
-def test_a_setup_that_loads_base_weights_still_works() -> None:
+def test_setup_may_load_base_weights() -> None:
     class Loads(Toy):
         def setup(self, stage: str) -> None:
             self.net.load_state_dict(snapshot(network()))
@@ -85,7 +85,7 @@ def test_a_setup_that_loads_base_weights_still_works() -> None:
     assert adapters_moved(module) == LAYERS
 
 
-def test_a_pattern_that_matches_nothing_stops_the_run_before_it_starts() -> None:
+def test_unmatched_pattern_stops_run() -> None:
     module = BuiltInConfigureModel()
     with pytest.raises(ValueError, match=r"'net\.9' matched no module"):
         trainer(LoRACallback(rank=4, target_modules=["net.0", "net.9"])).fit(module, loader())
@@ -94,7 +94,7 @@ def test_a_pattern_that_matches_nothing_stops_the_run_before_it_starts() -> None
 
 
 @pytest.mark.filterwarnings("ignore:This fit made no optimizer step")
-def test_the_start_is_that_of_the_seed_everything_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_start_follows_seed_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     def first_factor() -> Tensor:
         module = Toy()
         trainer(LoRACallback(rank=4), max_steps=0).fit(module, loader())
@@ -112,7 +112,7 @@ def test_the_start_is_that_of_the_seed_everything_set(monkeypatch: pytest.Monkey
     assert torch.equal(seeded, lora_layers(reference)["0"].lora.A)
 
 
-def test_the_table_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_report_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     module, callback = Toy(), LoRACallback(rank=4)
     with caplog.at_level("INFO"):
         trainer(callback).fit(module, loader())
@@ -123,7 +123,7 @@ def test_the_table_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 # --- one callback, many runs
 
 
-def test_one_callback_serves_many_stages_trainers_and_modules() -> None:
+def test_callback_is_reusable() -> None:
     callback, first, second = LoRACallback(rank=4), Toy(), BuiltInConfigureModel()
     with pytest.warns(UserWarning, match="bare base model"):
         trainer(callback, limit_val_batches=1).validate(first, loader(), verbose=False)
@@ -141,7 +141,7 @@ def test_one_callback_serves_many_stages_trainers_and_modules() -> None:
     )
 
 
-def test_nothing_stays_wrapped_after_a_stage() -> None:
+def test_stage_leaves_no_wraps() -> None:
     module = BuiltInConfigureModel()
     own = set(vars(module))
     trainer(LoRACallback(rank=4)).fit(module, loader())
@@ -161,7 +161,7 @@ class Fails(BuiltInConfigureModel):
         return super().training_step(batch, batch_idx)
 
 
-def test_nothing_stays_wrapped_after_an_exception_and_the_module_can_be_fitted_again() -> None:
+def test_exception_leaves_no_wraps_and_module_can_be_fitted_again() -> None:
     module, callback = Fails(), LoRACallback(rank=4, merge_on_teardown=True)
     base = snapshot(network())
     with pytest.raises(RuntimeError, match="boom"):
@@ -175,7 +175,7 @@ def test_nothing_stays_wrapped_after_an_exception_and_the_module_can_be_fitted_a
     assert adapters_moved(module) == LAYERS
 
 
-def test_a_method_that_stood_on_the_instance_is_put_back() -> None:
+def test_instance_method_is_restored() -> None:
     module = Toy()
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)
     own = module.configure_optimizers
@@ -187,7 +187,7 @@ def test_a_method_that_stood_on_the_instance_is_put_back() -> None:
 # --- no silent no-op
 
 
-def test_an_optimizer_built_in_init_is_given_the_adapters() -> None:
+def test_optimizer_built_in_init_gets_adapters() -> None:
     class Early(Toy):
         def build(self) -> None:
             super().build()
@@ -202,7 +202,7 @@ def test_an_optimizer_built_in_init_is_given_the_adapters() -> None:
     assert adapters_moved(module) == LAYERS
 
 
-def test_a_module_without_an_optimizer_is_refused() -> None:
+def test_module_without_optimizer_is_refused() -> None:
     class Idle(Toy):
         def configure_optimizers(self) -> Any:
             return None
@@ -214,7 +214,7 @@ def test_a_module_without_an_optimizer_is_refused() -> None:
         trainer(LoRACallback(rank=4)).fit(Idle(), loader())
 
 
-def test_an_adapter_without_a_gradient_is_named() -> None:
+def test_adapter_without_gradient_is_named() -> None:
     class Skips(Toy):
         def loss(self, batch: list[Tensor]) -> Tensor:
             x, y = batch
@@ -224,7 +224,7 @@ def test_an_adapter_without_a_gradient_is_named() -> None:
         trainer(LoRACallback(rank=4)).fit(Skips(), loader())
 
 
-def test_a_run_in_which_no_adapter_gets_a_gradient_is_stopped() -> None:
+def test_run_without_adapter_gradients_is_stopped() -> None:
     class Frozen(Toy):
         def build(self) -> None:
             super().build()
@@ -241,7 +241,7 @@ def test_a_run_in_which_no_adapter_gets_a_gradient_is_stopped() -> None:
         trainer(callback).fit(Frozen(), loader())
 
 
-def test_a_reentrant_checkpoint_over_frozen_inputs_is_not_silent() -> None:
+def test_reentrant_checkpoint_over_frozen_inputs_is_refused() -> None:
     class Reentrant(Toy):
         def build(self) -> None:
             super().build()
@@ -260,7 +260,7 @@ def test_a_reentrant_checkpoint_over_frozen_inputs_is_not_silent() -> None:
         trainer(callback).fit(Reentrant(), loader())
 
 
-def test_layers_that_are_replaced_after_attaching_are_missed() -> None:
+def test_layers_replaced_after_attaching_are_refused() -> None:
     class Replaces(Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             pl_module.net[2] = nn.Linear(16, 16)
@@ -269,7 +269,7 @@ def test_layers_that_are_replaced_after_attaching_are_missed() -> None:
         trainer(LoRACallback(rank=4), Replaces()).fit(Toy(), loader())
 
 
-def test_parameters_that_would_train_but_not_be_saved_are_refused() -> None:
+def test_undeclared_trainable_parameters_are_refused() -> None:
     class Unfreezes(Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             pl_module.net[2].bias.requires_grad_(True)
@@ -278,7 +278,7 @@ def test_parameters_that_would_train_but_not_be_saved_are_refused() -> None:
         trainer(LoRACallback(rank=4), Unfreezes()).fit(Toy(), loader())
 
 
-def test_evaluating_untrained_adapters_is_said_aloud() -> None:
+def test_evaluating_untrained_adapters_warns() -> None:
     for stage in ("validate", "test", "predict"):
         with pytest.warns(UserWarning, match="No LoRA adapter has been trained yet"):
             getattr(trainer(LoRACallback(rank=4), limit_val_batches=1), stage)(Toy(), loader())
@@ -298,7 +298,7 @@ class StepsNothing(Toy):
 
 @pytest.mark.filterwarnings("ignore:Total length of:UserWarning")
 @pytest.mark.parametrize(("kind", "rows"), [(Toy, 0), (StepsNothing, 32)])
-def test_a_fit_without_a_step_is_no_success(kind: type[Toy], rows: int, tmp_path: Any) -> None:
+def test_fit_without_step_fails(kind: type[Toy], rows: int, tmp_path: Any) -> None:
     module = kind()
     callback = LoRACallback(rank=4, merge_on_teardown=True, export_dir=str(tmp_path / "adapter"))
     with pytest.raises(MisconfigurationException, match="no optimizer step, so no LoRA adapter was trained"):
@@ -308,12 +308,12 @@ def test_a_fit_without_a_step_is_no_success(kind: type[Toy], rows: int, tmp_path
 
 
 @pytest.mark.parametrize("none", [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}])
-def test_a_fit_that_is_told_to_make_no_step_says_so(none: dict[str, int]) -> None:
+def test_fit_told_to_make_no_step_warns(none: dict[str, int]) -> None:
     with pytest.warns(UserWarning, match="no optimizer step, so no LoRA adapter was trained"):
         trainer(LoRACallback(rank=4), **none).fit(Toy(), loader())
 
 
-def test_adapters_that_no_step_moved_are_spoken_of() -> None:
+def test_zero_learning_rate_warns() -> None:
     class NoRate(Toy):
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -322,7 +322,7 @@ def test_adapters_that_no_step_moved_are_spoken_of() -> None:
         trainer(LoRACallback(rank=4)).fit(NoRate(), loader())
 
 
-def test_resuming_what_is_finished_is_fine(tmp_path: Any) -> None:
+def test_resuming_finished_run(tmp_path: Any) -> None:
     run = trainer(LoRACallback(rank=4))
     run.fit(Toy(), loader())
     run.save_checkpoint(tmp_path / "done.ckpt")
@@ -353,7 +353,7 @@ class Centred(nn.Module):
         return x - self.average
 
 
-def test_buffers_of_a_module_without_parameters_are_saved_when_it_is_named(tmp_path: Any) -> None:
+def test_modules_to_save_keeps_buffers(tmp_path: Any) -> None:
     class Centring(Toy):
         def build(self) -> None:
             self.net = nn.Sequential(Centred(), *network())
@@ -372,7 +372,7 @@ class Normed(Toy):
         self.net = nn.Sequential(*network()[:1], nn.BatchNorm1d(16), *network()[1:])
 
 
-def test_norms_of_the_frozen_base_keep_their_statistics() -> None:
+def test_frozen_norms_keep_statistics() -> None:
     module = Normed()
     before = digest(module.net[1])
     run = trainer(LoRACallback(rank=4), max_steps=8, limit_val_batches=1, val_check_interval=2)
@@ -380,7 +380,7 @@ def test_norms_of_the_frozen_base_keep_their_statistics() -> None:
     assert digest(module.net[1]) == before
 
 
-def test_norms_that_sync_batchnorm_makes_anew_keep_their_statistics_too() -> None:
+def test_sync_batchnorm_norms_keep_statistics() -> None:
     class Synchronises(Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             pl_module.net = nn.SyncBatchNorm.convert_sync_batchnorm(pl_module.net)  # as the strategy does later
@@ -409,7 +409,7 @@ def test_tracked_norms_move() -> None:
 
 @pytest.mark.filterwarnings("ignore:LoRA. this run may learn little")  # at this rate, on purpose
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
-def test_factors_stay_float32_and_all_move_at_a_small_learning_rate(precision: str) -> None:
+def test_factors_stay_float32_and_move(precision: str) -> None:
     class Slow(Toy):
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=1e-5, weight_decay=0.0)
@@ -440,7 +440,7 @@ def test_double_precision_reaches_the_factors() -> None:
 # --- merging
 
 
-def test_merging_on_teardown_leaves_an_ordinary_model_that_computes_the_same() -> None:
+def test_merge_on_teardown_leaves_equal_plain_model() -> None:
     class Remembers(Callback):
         def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
             self.output = pl_module.net.eval()(x)
@@ -460,7 +460,7 @@ def test_merging_on_teardown_leaves_an_ordinary_model_that_computes_the_same() -
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def test_a_checkpoint_is_not_applied_on_top_of_merged_weights(tmp_path: Any) -> None:
+def test_checkpoint_into_merged_model_is_refused(tmp_path: Any) -> None:
     module = Toy()
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
     run = trainer(
@@ -475,7 +475,7 @@ def test_a_checkpoint_is_not_applied_on_top_of_merged_weights(tmp_path: Any) -> 
     run.test(module, loader(), verbose=False)  # the refused checkpoint does not haunt the next stage
 
 
-def test_the_best_checkpoint_evaluates_as_it_did_when_it_was_saved(tmp_path: Any) -> None:
+def test_best_checkpoint_evaluates_as_saved(tmp_path: Any) -> None:
     checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss")
     run = trainer(LoRACallback(rank=4), checkpoint, max_epochs=3, max_steps=-1, limit_val_batches=1.0)
     run.fit(Toy(), loader(), loader())
@@ -485,7 +485,7 @@ def test_the_best_checkpoint_evaluates_as_it_did_when_it_was_saved(tmp_path: Any
         assert metrics["val_loss"] == pytest.approx(float(checkpoint.best_model_score), rel=1e-6)
 
 
-def test_a_merged_model_can_be_adapted_again_and_its_checkpoints_know_it(tmp_path: Any) -> None:
+def test_merged_model_can_be_adapted_again(tmp_path: Any) -> None:
     module = Toy()
     trainer(LoRACallback(rank=4, merge_on_teardown=True)).fit(module, loader())
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
@@ -499,12 +499,12 @@ def test_a_merged_model_can_be_adapted_again_and_its_checkpoints_know_it(tmp_pat
 
 
 @pytest.mark.parametrize("other", [WeightAveraging, EMAWeightAveraging, lambda: StochasticWeightAveraging(1e-2)])
-def test_an_averaging_callback_before_it_is_refused(other: Any) -> None:
+def test_averaging_callback_listed_first_is_refused(other: Any) -> None:
     with pytest.raises(MisconfigurationException, match="List LoRACallback first"):
         trainer(other(), LoRACallback(rank=4)).fit(Toy(), loader())
 
 
-def test_finetuning_callbacks_and_a_second_one_of_its_kind_are_refused() -> None:
+def test_finetuning_and_second_lora_callbacks_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="BackboneFinetuning changes which parameters train"):
         trainer(LoRACallback(rank=4), BackboneFinetuning()).fit(Toy(), loader())
     with pytest.raises(MisconfigurationException, match="two LoRACallbacks"):
@@ -518,7 +518,7 @@ class _Other(LoRACallback):
 
 
 @pytest.mark.parametrize("kind", [Toy, BuiltInConfigureModel])
-def test_averaging_keeps_the_base_and_resumes(kind: type[Toy], tmp_path: Any) -> None:
+def test_averaging_keeps_base_and_resumes(kind: type[Toy], tmp_path: Any) -> None:
     def run(epochs: int, ckpt_path: str | None = None) -> tuple[Toy, ModelCheckpoint, Any]:
         module, checkpoint = kind(), ModelCheckpoint(tmp_path / str(epochs), save_last=True)
         fitter = trainer(
@@ -540,7 +540,7 @@ def test_averaging_keeps_the_base_and_resumes(kind: type[Toy], tmp_path: Any) ->
     assert digest(resumed.net) == digest(network())
 
 
-def test_averaging_works_for_a_module_with_a_setup_of_its_own() -> None:
+def test_averaging_with_module_setup() -> None:
     class Prepares(Toy):
         def setup(self, stage: str) -> None:
             self.prepared = True
@@ -550,7 +550,7 @@ def test_averaging_works_for_a_module_with_a_setup_of_its_own() -> None:
     assert adapters_moved(module) == LAYERS
 
 
-def test_stochastic_weight_averaging_after_it_averages_the_adapter() -> None:
+def test_swa_averages_adapter() -> None:
     module = Toy()
     swa = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
     trainer(LoRACallback(rank=4), swa, max_epochs=4, max_steps=-1).fit(module, loader())
@@ -560,7 +560,7 @@ def test_stochastic_weight_averaging_after_it_averages_the_adapter() -> None:
 
 
 @pytest.mark.parametrize("frozen_norm", ["eval", "track"])
-def test_the_learning_rate_finder_leaves_no_trace(frozen_norm: str, tmp_path: Any) -> None:
+def test_learning_rate_finder_leaves_no_trace(frozen_norm: str, tmp_path: Any) -> None:
     class Finds(Normed):
         lr = 1e-2
 
@@ -584,7 +584,7 @@ def test_the_learning_rate_finder_leaves_no_trace(frozen_norm: str, tmp_path: An
     assert adapters_moved(module)
 
 
-def test_the_learning_rate_finder_with_lr_ratio_is_said_to_lose_it(tmp_path: Any) -> None:
+def test_learning_rate_finder_with_lr_ratio_warns(tmp_path: Any) -> None:
     class Finds(Toy):
         lr = 1e-2
 
@@ -620,7 +620,7 @@ class Duel(LightningModule):
         return [torch.optim.Adam(half.parameters(), lr=1e-2) for half in (self.left, self.right)]
 
 
-def test_each_of_several_optimizers_keeps_its_own_adapters() -> None:
+def test_each_optimizer_keeps_its_adapters() -> None:
     module, held = Duel(), Held()
     trainer(LoRACallback(rank=4), held, max_steps=4).fit(module, loader())
     left, right = held.names
@@ -632,11 +632,11 @@ def test_each_of_several_optimizers_keeps_its_own_adapters() -> None:
     assert digest(module.left) == digest(module.right) == digest(network())
 
 
-def test_an_optimizer_left_empty_is_reported_and_harmless() -> None:
+def test_empty_optimizer_warns() -> None:
     module = Duel()
     callback = LoRACallback(rank=4, target_modules=["left.0"])
     module.training_step = lambda batch, batch_idx: _step_left(module, batch)
-    with pytest.warns(UserWarning, match=r"optimizer 1 \(Adam\) holds no trainable parameter"):
+    with pytest.warns(UserWarning, match=r"optimizer 1 \(Adam\) no longer holds a trainable parameter"):
         trainer(callback).fit(module, loader())
     assert adapters_moved(module) == ["left.0"]
 
@@ -649,7 +649,7 @@ def _step_left(module: Duel, batch: list[Tensor]) -> None:
     idle.step()
 
 
-def test_schedulers_of_the_module_drive_lora_plus() -> None:
+def test_schedulers_drive_lora_plus() -> None:
     class Scheduled(Toy):
         def configure_optimizers(self) -> Any:
             optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
@@ -665,7 +665,7 @@ def test_schedulers_of_the_module_drive_lora_plus() -> None:
     assert module.ratios == pytest.approx([16.0] * 6)
 
 
-def test_merging_by_hand_after_a_fit() -> None:
+def test_merge_after_fit() -> None:
     module = Toy()
     trainer(LoRACallback(rank=4), max_steps=8, max_epochs=-1).fit(module, loader())
     x = torch.randn(3, FEATURES)

@@ -52,7 +52,7 @@ def step(model: nn.Module, optimizer: Optimizer) -> None:
 # --- repairing
 
 
-def test_frozen_parameters_leave_and_the_base_never_moves() -> None:
+def test_frozen_parameters_leave_optimizer() -> None:
     model = adapted()
     optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
     repair_optimizers(model, [optimizer])
@@ -73,7 +73,7 @@ def test_frozen_parameters_leave_and_the_base_never_moves() -> None:
         lambda p: torch.optim.LBFGS(p, lr=0.1),
     ],
 )
-def test_an_optimizer_built_before_the_adapters_adopts_and_trains_them(make: Callable[[Any], Optimizer]) -> None:
+def test_early_optimizer_adopts_adapters(make: Callable[[Any], Optimizer]) -> None:
     model = network()
     optimizer = make(model.parameters())
     attach(model, LoRAConfig(rank=4))
@@ -91,7 +91,7 @@ def test_an_optimizer_built_before_the_adapters_adopts_and_trains_them(make: Cal
     assert all(parameter.requires_grad for parameter in optimizer.state if isinstance(parameter, torch.Tensor))
 
 
-def test_an_adopted_parameter_has_the_state_its_optimizer_starts_with() -> None:
+def test_adopted_parameter_gets_initial_state() -> None:
     model = network()
     optimizer = Adagrad(model.parameters(), lr=0.1, initial_accumulator_value=0.25)
     attach(model, LoRAConfig(rank=4))
@@ -100,7 +100,7 @@ def test_an_adopted_parameter_has_the_state_its_optimizer_starts_with() -> None:
         assert torch.equal(optimizer.state[layer.lora.A]["sum"], torch.full_like(layer.lora.A, 0.25))
 
 
-def test_adapters_join_the_group_of_their_layers_weight() -> None:
+def test_adapters_join_group_of_layer_weight() -> None:
     model = network()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
@@ -111,7 +111,7 @@ def test_adapters_join_the_group_of_their_layers_weight() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
-def test_adapters_join_the_optimizer_of_their_layer() -> None:
+def test_adapters_join_optimizer_of_layer() -> None:
     model = network()
     first, second = SGD(model[0].parameters(), lr=0.1), SGD([*model[2].parameters(), *model[4].parameters()], lr=0.2)
     attach(model, LoRAConfig(rank=4))
@@ -119,7 +119,7 @@ def test_adapters_join_the_optimizer_of_their_layer() -> None:
     assert held(model, first, second) == [[FACTORS[:2]], [FACTORS[2:]]]
 
 
-def test_a_parameter_without_a_place_is_named() -> None:
+def test_parameter_without_group_is_named() -> None:
     model = network()
     optimizers = [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)]
     attach(model, LoRAConfig(rank=4))
@@ -127,7 +127,7 @@ def test_a_parameter_without_a_place_is_named() -> None:
         repair_optimizers(model, optimizers)
 
 
-def test_named_parameter_groups_stay_parallel() -> None:
+def test_param_names_stay_parallel() -> None:
     model = network()
     optimizer = AdamW(model.named_parameters(), lr=0.1)
     attach(model, LoRAConfig(rank=4))
@@ -136,7 +136,7 @@ def test_named_parameter_groups_stay_parallel() -> None:
         assert group["param_names"] == held(model, optimizer)[0][optimizer.param_groups.index(group)]
 
 
-def test_the_order_does_not_depend_on_how_the_optimizer_was_built() -> None:
+def test_order_does_not_depend_on_construction() -> None:
     model = adapted()
     backwards = AdamW(reversed(list(model.parameters())), lr=0.1)
     repair_optimizers(model, [backwards])
@@ -151,7 +151,7 @@ def test_optimizers_without_trainable_parameters_are_refused() -> None:
         repair_optimizers(model, [SGD(model.parameters(), lr=0.1)])
 
 
-def test_homeless_parameters_are_found_by_identity_not_by_value() -> None:
+def test_unheld_parameters_are_found_by_identity() -> None:
     model = adapted()
     twin = lora_layers(model)["0"].lora.B.detach().clone().requires_grad_()  # as zero as every B
     assert unheld_parameters(model, SGD([twin], lr=0.1).param_groups) == FACTORS
@@ -178,7 +178,7 @@ def schedulers(optimizer: Optimizer) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", list(schedulers(SGD([torch.zeros(1)], lr=1.0))))
 @pytest.mark.parametrize("groups", [1, 2])
-def test_the_ratio_of_learning_rates_survives_every_scheduler(kind: str, groups: int) -> None:
+def test_lr_ratio_survives_every_scheduler(kind: str, groups: int) -> None:
     model = network()
     parts = [[*model[0].parameters()], [*model[2].parameters(), *model[4].parameters()]]
     parts = [parts[0] + parts[1]] if groups == 1 else parts
@@ -216,14 +216,14 @@ def test_lora_plus_groups_hold_B_and_have_names() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.3]
 
 
-def test_the_random_factor_of_an_embedding_is_not_sped_up() -> None:
+def test_lora_plus_skips_random_embedding_factor() -> None:
     model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8))
     attach(model, LoRAConfig(rank=2, target_modules=["0", "1"]))
     groups = parameter_groups(model, 1e-3, lr_ratio=16.0)
     assert [id(p) for p in groups[1]["params"]] == [id(lora_layers(model)["1"].lora.B)]
 
 
-def test_parameter_groups_hold_everything_trainable_once() -> None:
+def test_parameter_groups_hold_all_trainable_once() -> None:
     model = adapted(modules_to_save=["4"])
     groups = parameter_groups(model, 1e-3, lr_ratio=8.0, weight_decay=0.1)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
@@ -239,14 +239,14 @@ def test_parameter_groups_hold_everything_trainable_once() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_ratio_that_makes_no_sense_is_refused(ratio: float) -> None:
+def test_invalid_ratio_is_refused(ratio: float) -> None:
     with pytest.raises(ValueError, match="lr_ratio must be positive and finite"):
         parameter_groups(adapted(), 1e-3, lr_ratio=ratio)
     with pytest.raises(ValueError, match="lr_ratio must be positive and finite"):
         LoRACallback(lr_ratio=ratio)
 
 
-def test_a_module_without_adapters_has_no_groups() -> None:
+def test_module_without_adapters_is_refused() -> None:
     model = network().requires_grad_(False)
     with pytest.raises(ValueError, match="call attach first"):
         parameter_groups(model, 1e-3)
@@ -255,7 +255,7 @@ def test_a_module_without_adapters_has_no_groups() -> None:
 # --- the forms of configure_optimizers
 
 
-def test_every_form_that_lightning_accepts_is_understood() -> None:
+def test_unpack_every_configured_form() -> None:
     one, two = SGD([torch.zeros(1)], lr=1.0), SGD([torch.zeros(1)], lr=1.0)
     first, second = StepLR(one, 1), StepLR(two, 1)
     config = {"scheduler": first, "interval": "step"}

@@ -16,7 +16,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.spectrum import ThinSVD, thin_svd
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
-from lightning_lora.disk.base_folder import BaseFolder, open_base
+from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
 from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, TokenAdapter, base_parameter
 from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed, module_names
@@ -30,7 +30,6 @@ from lightning_lora.storage.adapter_file import StoredLayer
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import StoredTensor
 
-WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # any other precision of a weight is quantized
 _BLOCK = re.compile(r"(.*?(?:^|\.)\d+)\.(.+)$")
 
 Progress = Callable[[int, int], None]

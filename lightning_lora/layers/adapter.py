@@ -14,7 +14,7 @@ from typing_extensions import override
 
 
 class AdapterSpec(NamedTuple):
-    """All that decides one adapter, resolved for its layer.
+    """The options of one adapter, resolved for its layer.
 
     Args:
         rank: Rank of the update.
@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
 
 class InBlocks(NamedTuple):
-    """How to update a weight block by block, in its own memory.
+    """An update of a weight, block by block, in the weight's memory.
 
     Attributes:
         matrix: The weight, read as a matrix or a stack of them.
@@ -89,7 +89,7 @@ _TABLES = [(name, table) for name, table in _EMPTY_MODULE.items() if isinstance(
 
 
 class Adapter(nn.Module, ABC):
-    """What one layer learns beside its frozen weight, as the layer's child module ``lora``.
+    """The trainable update of one layer, as the layer's child module ``lora``.
 
     A child of its own lets FSDP give the trainable factors units apart from the frozen weight. A subclass states one
     kind of layer: how it uses the factors, and everything else that depends on the kind.
@@ -131,11 +131,11 @@ class Adapter(nn.Module, ABC):
         self.build(module, parameter)
 
     def prepare(self, module: nn.Module, parameter: str) -> None:
-        """Keep what the update needs to know of the module besides the factors."""
+        """Store what the update needs from the module besides the factors."""
 
     @abstractmethod
     def build(self, module: nn.Module, parameter: str) -> None:
-        """Make the trainable parameters, at their start."""
+        """Create the trainable parameters with their initial values."""
 
     def starts(self, weight: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - most start without looking at it
         """Return the starts of the parameters that start from a base weight, given whole."""
@@ -187,7 +187,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Go back to the start; called after a module on the meta device has been given memory."""
+        """Reset to the initial values; called after a module on the meta device got memory."""
 
     # --- what planning asks of a kind
 

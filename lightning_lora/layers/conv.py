@@ -1,4 +1,4 @@
-"""Convolutions of one to three dimensions, transposed ones too: the update is a low-rank update of the kernel.
+"""Convolutions of one to three dimensions, also transposed: the update is a low-rank update of the kernel.
 
 Letters: ``g`` groups, ``r`` rank, ``K`` kernel sizes. A kernel is read as a matrix by flattening all but its first
 dimension, so the update of a grouped kernel is a grouped kernel, and merges. Source: the factorisation of the kernel is
@@ -25,7 +25,7 @@ _LAYERS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: n
 
 
 class _KernelAdapter(LowRankAdapter):
-    """The common part of both: two convolutions for the update, and a kernel that is read as a matrix."""
+    """The common base of both: two convolutions for the update, and the kernel read as a matrix."""
 
     is_explicit = True  # the options are all that the convolution does
 
@@ -130,14 +130,14 @@ class ConvAdapter(_KernelAdapter):
         if why := _differs_from_plain(cast(_ConvNd, layer)):
             return why
         if reads_weight(layer, cls):
-            return "it has a forward of its own, which PEFT's adapter for convolutions does not know"
+            return "it has its own forward, which PEFT's adapter for convolutions ignores"
         return None
 
 
 def _differs_from_plain(layer: _ConvNd) -> str | None:
     """Return the option for which PEFT's adapter of convolutions is not the same, or None."""
     if layer.groups > 1:
-        return f"groups={layer.groups}: PEFT's factors mix the groups and are no update of the kernel"
+        return f"groups={layer.groups}: PEFT's factors mix the groups and do not give an update of the kernel"
     if any(step > 1 for step in layer.dilation):
         return f"dilation={layer.dilation}: PEFT's adapter leaves it out"
     if layer.padding_mode != "zeros":

@@ -1,4 +1,4 @@
-"""Embeddings: low-rank updates, in which the columns of ``A`` belong to the tokens, and chosen tokens in full."""
+"""Embeddings: low-rank updates, where each column of ``A`` belongs to a token, and chosen tokens trained in full."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class EmbeddingAdapter(LowRankAdapter):
     @override
     def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
         if _has_unknown_forward(layer, cls):
-            return "it has a forward of its own, which PEFT's adapter for embeddings does not know"
+            return "it has its own forward, which PEFT's adapter for embeddings ignores"
         return "PEFT's adapter for embeddings has no bias (lora_bias)" if lora_bias else None
 
     @classmethod
@@ -114,7 +114,7 @@ register_adapter(nn.Embedding, EmbeddingAdapter)
 
 
 class TokenAdapter(Adapter):
-    """``rows`` in the place of ``W[index]``, for an ``nn.Embedding`` and for layers that share its weight.
+    """``rows`` replace ``W[index]``, in an ``nn.Embedding`` and in layers that share its weight.
 
     Shapes: ``rows`` is ``(number of tokens, features)``; ``index`` holds the tokens, in ascending order.
     """
@@ -190,7 +190,7 @@ class TokenAdapter(Adapter):
 
     @override
     def reset_parameters(self) -> None:
-        raise RuntimeError("trainable_token_indices starts from the weights' rows: attach when the weights are there.")
+        raise RuntimeError("trainable_token_indices starts from rows of the weights: attach after they are loaded.")
 
     @override
     def extra_repr(self) -> str:
@@ -198,7 +198,7 @@ class TokenAdapter(Adapter):
 
 
 class TiedLoRALayer(LoRALayer):
-    """A layer that shares its weight with an embedding whose rows train, and so shares the rows."""
+    """A layer that shares its weight, and so the trained rows, with an embedding."""
 
     @override
     def adapters(self) -> dict[str, Adapter]:
@@ -206,7 +206,7 @@ class TiedLoRALayer(LoRALayer):
 
 
 class TiedWeightLoRALayer(WeightLoRALayer):
-    """The same for a layer with a forward of its own, which reads the rows from its weight."""
+    """The same for a layer with its own forward, which reads the rows from its weight."""
 
     @override
     def adapters(self) -> dict[str, Adapter]:

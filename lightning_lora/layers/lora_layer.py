@@ -61,7 +61,7 @@ class Swapped(nn.Module):
         raise NotImplementedError
 
     def restored(self) -> None:
-        """Put right what the base class keeps besides its parameters; called when it has its own class again."""
+        """Restore what the base class keeps besides its parameters; called after the class is restored."""
 
 
 Behaviour: TypeAlias = tuple[type[Swapped], tuple[str, ...]]  # a mixin, and the attributes that it computes
@@ -125,7 +125,7 @@ def _rebuild(mixin: type[Swapped], base: type[nn.Module], computed: tuple[str, .
 
 
 class AdapterGroup(nn.ModuleDict):
-    """The adapters of a layer that has several, by the names of the parameters or of the slices that they update."""
+    """The adapters of a layer with several, by the parameter or slice that each updates."""
 
     replaces: ClassVar[None] = None  # read as that of an Adapter: each adds to the output of those before it
 
@@ -141,7 +141,7 @@ class AdapterGroup(nn.ModuleDict):
 
 
 class LoRALayer(Swapped):
-    """A layer that carries a LoRA update; ``isinstance(module, LoRALayer)`` is how anything finds adapted layers.
+    """A layer with a LoRA update; ``isinstance(module, LoRALayer)`` finds adapted layers.
 
     Attributes:
         lora: The adapter, with the factors ``lora.A`` and ``lora.B``, or a group of adapters.
@@ -181,7 +181,7 @@ class LoRALayer(Swapped):
         return [*names, "bias"] if any(adapter.spec.lora_bias for adapter in adapters) else list(names)
 
     def fold(self, parameter: str, value: Tensor, into: Tensor | None = None) -> bool:
-        """Add the updates of a parameter to a value of it; return False if that cannot be done. Without gradients.
+        """Add the updates of a parameter to one of its values, without gradients; return False if that is impossible.
 
         Args:
             parameter: Which one.
@@ -211,12 +211,12 @@ class LoRALayer(Swapped):
 
     @property
     def rank(self) -> int:
-        """Rank of the update, of a layer with one."""
+        """Rank of the update, for a layer with a single update."""
         return cast(Adapter, self.lora).spec.rank
 
     @property
     def scaling(self) -> float:
-        """Factor of ``B @ A``, of a layer with one update."""
+        """Factor of ``B @ A``, for a layer with a single update."""
         return cast(Adapter, self.lora).spec.scaling
 
     def delta_weight(self, parameter: str = "weight") -> Tensor:
@@ -235,7 +235,7 @@ class LoRALayer(Swapped):
             weight = whole(base_parameter(self, parameter))
             found = self.adapters_of(parameter)
             if not found:
-                raise ValueError(f"{parameter!r} is not adapted; of this layer are {self.adapted_parameters()}.")
+                raise ValueError(f"{parameter!r} is not adapted; this layer adapts {self.adapted_parameters()}.")
             return torch.stack([adapter.delta_weight(weight) for adapter in found]).sum(0)
 
 

@@ -1,4 +1,4 @@
-"""Updates that only the weight itself can carry: the layer, or its parent, reads the parameter and does the rest."""
+"""Updates that only the weight can carry, because the layer or its parent reads the parameter directly."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class ParameterAdapter(LowRankAdapter):
 
 
 class BilinearAdapter(ParameterAdapter):
-    """The same for ``nn.Bilinear``: a row for each output, although its weight has three dimensions."""
+    """The same for ``nn.Bilinear``: one row per output, although its weight has three dimensions."""
 
     @classmethod
     @override
@@ -167,7 +167,7 @@ class TransposedStack(nn.Module):
 
 
 class TransposedExpertsAdapter(ExpertsAdapter):
-    """The same for a stack ``(experts, in, out)``, as modules in transformers hold whose ``is_transposed`` is true."""
+    """The same for a stack ``(experts, in, out)``, as in transformers modules with ``is_transposed``."""
 
     kind = "transposed stack"
     vllm_takes = True

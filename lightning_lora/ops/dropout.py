@@ -1,4 +1,4 @@
-"""Dropout masks of one bit an element, eight to a byte."""
+"""Dropout masks of one bit per element."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts about how torch runs at this moment: tracing, autocast, and whether a tensor may be changed in place."""
+"""The current state of torch: tracing, autocast, and whether a tensor may be changed in place."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _count_as_unheld_does(tensor: Tensor) -> tuple[int, ...]:
 
 
 class _Latest(threading.local):
-    """The last cast of this thread: of what, in which circumstances, and the result, as long as both live."""
+    """The last cast of this thread: its input, its settings and its result, while both are alive."""
 
     key: tuple[Any, ...] = ()
     source: TensorWeakRef | None = None

@@ -107,7 +107,7 @@ def lora_update(x: Tensor, A: Tensor, B: Tensor, *, scaling: float, dropout: flo
 
 
 class _How(NamedTuple):
-    """What is no tensor: the factor of the update, the probability of dropping, the precision to compute in."""
+    """The options that are not tensors: scaling, dropout probability, precision."""
 
     scaling: float
     dropout: float
@@ -287,8 +287,8 @@ class _Backward(NamedTuple):
         if x is None:
             if depends_on_x:
                 raise RuntimeError(
-                    "A second derivative was asked of a LoRA layer with a frozen lora.A, whose input is not kept. Set "
-                    "requires_grad of lora.A to True."
+                    "A second derivative was requested through a LoRA layer with a frozen lora.A, whose input is not "
+                    "kept. Set requires_grad of lora.A to True."
                 )
             return self.h
         x = x if self.bits is None else x * alive(self.bits, A.shape[1], x.dtype)

@@ -1,4 +1,4 @@
-"""Reasons why a config and a model do not fit: layers that cannot be adapted, and entries that reach nothing."""
+"""Reasons why a config does not fit a model: layers that cannot be adapted, and entries that match nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_lora.names import (
     sweeps,
     unmatched,
 )
-from lightning_lora.planning.plan import Plan, Target
+from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
 # Parents that read their children's weights, always or in evaluation, so that the weight must carry the update.
@@ -31,7 +31,7 @@ _WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Obstacles:
-    """Reasons why layers of one model cannot be adapted although there are adapters for their kinds.
+    """Reasons why layers of supported kinds cannot be adapted in one model.
 
     Attributes:
         tied: Parameters that share memory with others -> the others.
@@ -53,25 +53,25 @@ class Obstacles:
         self._asks_for_more = bool(config.dropout or config.lora_bias or config.use_dora) or not self.is_common
         self._heads = _output_embeddings(modules) if config.target_modules == ALL_LINEAR else set[int]()
 
-    def of(self, target: Target, rank: int, shape: tuple[int, int]) -> str | None:
+    def of(self, layer: PlannedLayer, rank: int, shape: tuple[int, int]) -> str | None:
         """Return why an adapter cannot be made, or None."""
-        module = target.module
+        module = layer.module
         if isinstance(module, LoRALayer):
             return None  # it was judged when it was adapted
-        if reason := target.adapter.obstacle(module) or instance_obstacle(module):
+        if reason := layer.adapter.obstacle(module) or instance_obstacle(module):
             return reason
-        if self.tied and (reason := self._of_tie(target)):
+        if self.tied and (reason := self._of_tie(layer)):
             return reason
         if id(module) in self._heads:
             return "output embedding of a transformers model"
         if rank > shape[0] or rank > shape[1]:
             return f"rank {rank} is above {min(shape)}, the highest rank of its weight; lower it with rank_pattern"
         if self._asks_for_more:
-            return self._of_options(target.parameter, module, target.adapter)
+            return self._of_options(layer.parameter, module, layer.adapter)
         return None
 
-    def _of_tie(self, target: Target) -> str | None:
-        others, named = self.tied.get(join(target.names[0], target.parameter)), target.pattern != ALL_LINEAR
+    def _of_tie(self, layer: PlannedLayer) -> str | None:
+        others, named = self.tied.get(join(layer.names[0], layer.parameter)), layer.pattern != ALL_LINEAR
         if not others or (named and self.config.untie_weights):
             return None
         remedy = "; untie_weights=True gives it a copy of its own" if named else ""
@@ -81,9 +81,9 @@ class Obstacles:
         """Return what keeps an option beyond plain LoRA, or an uncommon kind of weight, from working here."""
         weight = base_parameter(module, parameter)
         if not weight.is_floating_point() and (why := self._carried_by_weight(module, adapter)):
-            return f"{why}; that needs a weight in floating point, not {weight.dtype}"
+            return f"{why}; that needs a floating-point weight, not {weight.dtype}"
         if is_sharded(weight) and (why := self._beyond_tensor_parallel(module, adapter)):
-            return f"its weight is divided by tensor parallelism, under which {why}"
+            return f"its weight is sharded by tensor parallelism, under which {why}"
         if self.config.dropout and adapter.drops_input and (why := self._carried_by_weight(module, adapter)):
             return f"{why}; that needs dropout=0"
         if self.config.lora_bias:
@@ -101,7 +101,7 @@ class Obstacles:
         if weight.is_meta:
             return "use_dora starts from the weights' norms, and this one is on the meta device; attach later"
         if not weight.is_floating_point():
-            return f"use_dora needs a weight in floating point, not {weight.dtype}"
+            return f"use_dora needs a floating-point weight, not {weight.dtype}"
         return None
 
     def _beyond_tensor_parallel(self, module: nn.Module, adapter: type[Adapter]) -> str | None:
@@ -115,7 +115,7 @@ class Obstacles:
         if reader := self.readers.get(id(module)):
             return f"its parent, a {reader}, reads the weight, which must carry the update"
         if adapter.needs_weight(module):
-            return f"a {type(module).__name__} has a forward of its own, so its weight must carry the update"
+            return f"a {type(module).__name__} has its own forward, so its weight must carry the update"
         return None
 
 
@@ -124,7 +124,7 @@ def instance_obstacle(module: nn.Module) -> str | None:
     if "forward" in vars(module):
         return "its forward was replaced on the instance, so an adapter would never run"
     if not isinstance(module, LoRALayer) and (taken := taken_names(module)):
-        return f"it has attributes of its own named {sorted(taken)}, which an adapted layer needs"
+        return f"it already has attributes named {sorted(taken)}, which an adapted layer needs"
     return None
 
 
@@ -190,13 +190,13 @@ def _missed_targets(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
         if entry in unknown:
             yield _miss(config, root, "target_modules", entry, everything, [names[0] for names in adaptable])
         elif sweeps(config.target_modules, entry):
-            yield f"target_modules={entry!r} matched no layer of a kind that has an adapter: {SUPPORTED}."
+            yield f"target_modules={entry!r} matched no layer of a supported kind: {SUPPORTED}."
 
 
 def _missed_patterns(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
     reached = [layer.label for layer in plan.layers]
     covered = {*reached, *plan.left_out}
-    layers = {layer.name for layer in plan.layers} | (plan.left_out.keys() & plan.names.keys())
+    layers = {layer.names[0] for layer in plan.layers} | (plan.left_out.keys() & plan.names.keys())
     covered |= {alias for name in layers for alias in plan.names[name]}
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
@@ -205,7 +205,7 @@ def _missed_patterns(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]
 
 
 def _empty_saves(plan: Plan, config: LoRAConfig) -> Iterator[str]:
-    """A glob may sweep over modules without parameters, but it must reach one with some."""
+    """A glob may match modules without parameters, but must match at least one with parameters."""
     for entry in filter(is_glob, config.modules_to_save):
         found = [name for name, names in plan.names.items() if selected((entry,), names)]
         if found and not any(is_below(name, plan.saved) for name in found):

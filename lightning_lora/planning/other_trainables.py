@@ -56,7 +56,7 @@ def plan_biases(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
     if on_meta := [name for name, parameter in found.items() if parameter.is_meta]:
         yield (
             f"bias={config.bias!r}: {listed(on_meta)} are on the meta device and have no values for detach to put "
-            "back; attach when the weights are there."
+            "back; attach after the weights are loaded."
         )
     if not plan.biases and plan.layers:
         where = "The model has" if config.bias == "all" else "The adapted layers have"
@@ -115,7 +115,7 @@ def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int], config: LoRACo
     weight, others = base_weight(module), set(sharing) - {join(follower, "weight") for follower in followers}
     if reason := (
         _taken(plan, (name, *followers))
-        or (others and f"its weight is also held as {listed(sorted(others))}, which would not see the trained rows")
+        or (others and f"its weight is also used as {listed(sorted(others))}, which would not see the trained rows")
         or _of_weight(weight)
         or _of_tokens(module, tokens)
         or next(filter(None, map(instance_obstacle, (module, *followers.values()))), None)
@@ -124,42 +124,31 @@ def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int], config: LoRACo
         return
     dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, config.adapter_dtype)
     spec = AdapterSpec(len(tokens), 1.0, 0.0, "", dtype, 0, rows=tuple(range(t, t + 1) for t in tokens))
-    plan.layers.append(
-        PlannedLayer(
-            name=name,
-            module=module,
-            pattern=_TOKENS,
-            adapter=TokenAdapter,
-            spec=spec,
-            parameter="weight",
-            key="",
-            in_weight=TokenAdapter.needs_weight(module),
-            label=name,
-            size=len(tokens) * weight.shape[1],
-            followers=tuple(followers.values()),
-        )
-    )
+    layer = PlannedLayer((name,), module, _TOKENS, TokenAdapter, "weight", followers=tuple(followers.values()))
+    layer.spec, layer.key, layer.label = spec, "", name
+    layer.in_weight, layer.size = TokenAdapter.needs_weight(module), len(tokens) * weight.shape[1]
+    plan.layers.append(layer)
 
 
 def _taken(plan: Plan, names: Sequence[str]) -> str | None:
-    if taken := sorted({layer.name for layer in plan.layers} & {*names}):
+    if taken := sorted({layer.names[0] for layer in plan.layers} & {*names}):
         return f"{listed(taken)} is adapted already; leave it out of the other targets"
     if below := [name for name in names if is_below(name, plan.saved)]:
-        return f"{listed(below)} trains in full, by modules_to_save"
+        return f"{listed(below)} is trained in full by modules_to_save"
     return None
 
 
 def _of_weight(weight: Tensor) -> str | None:
     if is_sharded(weight):
-        return "its weight is divided by tensor parallelism"
+        return "its weight is sharded by tensor parallelism"
     if weight.is_meta:
-        return "its weight is on the meta device and has no values yet; attach when the weights are there"
+        return "its weight is on the meta device and has no values yet; attach after the weights are loaded"
     return None
 
 
 def _of_tokens(module: nn.Embedding, tokens: Sequence[int]) -> str | None:
     if outside := [token for token in tokens if token >= module.num_embeddings]:
-        return f"it has {module.num_embeddings} tokens, and {outside} are beyond"
+        return f"it has {module.num_embeddings} tokens, and {outside} are out of range"
     if module.padding_idx in tokens:
         return f"token {module.padding_idx} is its padding_idx, which gets no gradient"
     if module.max_norm is not None:

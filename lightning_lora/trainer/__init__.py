@@ -1,1 +1,1 @@
-"""What a Trainer needs besides adapters: strategies, checkpoints, checks, the company of other callbacks."""
+"""Integration with the Trainer: strategies, checkpoints, checks and other callbacks."""

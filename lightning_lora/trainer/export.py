@@ -1,4 +1,4 @@
-"""Exporting the adapter of a finished fit as a PEFT directory, wherever the module's own tensors are."""
+"""Export of a finished fit's adapter as a PEFT directory, wherever the module's tensors are."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _hidden_parameters(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]
 
 @contextmanager
 def _replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace a module's parameters and buffers by others for a while."""
+    """Replace a module's parameters and buffers inside the block."""
     before = [
         (table, key, tensor, name)
         for path, part in module.named_modules()

@@ -1,4 +1,4 @@
-"""One run of ``LoRACallback``: everything that it holds from ``setup`` to ``teardown``."""
+"""One run of ``LoRACallback``, from ``setup`` to ``teardown``."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ class FitSession:
         for index, optimizer in enumerate(optimizers):
             if not any(group["params"] for group in optimizer.param_groups):
                 rank_zero_warn(
-                    f"LoRA: optimizer {index} ({type(optimizer).__name__}) holds no trainable parameter now: all that "
-                    "it trained is frozen and has no adapter. modules_to_save trains modules in full."
+                    f"LoRA: optimizer {index} ({type(optimizer).__name__}) no longer holds a trainable parameter: "
+                    "everything it trained is frozen and has no adapter. modules_to_save trains modules in full."
                 )
 
     def check_fit(self) -> None:
@@ -139,12 +139,12 @@ class FitSession:
             raise MisconfigurationException(message)
 
     def succeed(self) -> None:
-        """Note that a fit has ended without an exception, unless it trained nothing."""
+        """Record a successful fit; raise if it trained nothing."""
         check_trained(self.layout, self.trainer, self.module)
         self._has_succeeded = True
 
     def close(self) -> None:
-        """Take every wrap, hook and request off the module."""
+        """Remove every wrap, hook and request from the module."""
         self._wraps.remove()
         self._load_hook.remove()
         request(self.module, None)

@@ -215,7 +215,7 @@ def refused(directory: Path, mode: str, checkpoint: str | None, module: Single |
     """Return the error of a fit."""
     try:
         fit(directory, "other", mode, 2, checkpoint, module=module)
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, NotImplementedError) as error:
         return f"{error}\n{error.__context__}"  # Lightning then moves the module to the CPU, which fails on meta
     return "nothing"
 

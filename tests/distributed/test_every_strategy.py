@@ -155,10 +155,10 @@ def test_other_base_is_rejected_in_every_process(mode: str, runs: dict[str, Rank
     [
         (
             "auto",
-            r"data_parallel_size=1, tensor_parallel_size=2\).*divides no parameter.*or parallelize_module .*'ddp'",
+            r"data_parallel_size=1, tensor_parallel_size=2\).*shards no parameter.*or parallelize_module .*'ddp'",
         ),
-        ("data parallel", r"data_parallel_size=2, tensor_parallel_size=1\).*divides no parameter.*Call fully_shard"),
-        ("in part", r"^net\.2\.lora, net\.4 would train in each process by itself.*call fully_shard"),
+        ("data parallel", r"data_parallel_size=2, tensor_parallel_size=1\).*shards no parameter.*Call fully_shard"),
+        ("in part", r"^net\.2\.lora, net\.4 would train separately in each process.*call fully_shard"),
         ("all", r"^$"),
     ],
 )

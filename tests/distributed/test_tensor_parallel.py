@@ -71,7 +71,7 @@ def test_bias_gradients_match_one_process() -> None:
 
 def test_tokens_of_sharded_embedding_are_rejected() -> None:
     model = parallel(nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4)), _0=ColwiseParallel())
-    with raises_and_changes_nothing(model, ValueError, "its weight is divided by tensor parallelism"):
+    with raises_and_changes_nothing(model, ValueError, "its weight is sharded by tensor parallelism"):
         attach(model, LoRAConfig(rank=2, target_modules=["1"], trainable_token_indices={"0": [2]}))
 
 
@@ -80,7 +80,7 @@ def test_tokens_of_sharded_embedding_are_rejected() -> None:
     [
         ({"use_dora": True}, "use_dora and lora_bias are not supported"),
         ({"lora_bias": True}, "use_dora and lora_bias are not supported"),
-        ({"target_modules": [], "target_slices": {"0": {"q": "0:4"}}}, "divided by tensor parallelism"),
+        ({"target_modules": [], "target_slices": {"0": {"q": "0:4"}}}, "sharded by tensor parallelism"),
         ({"target_modules": [], "target_parameters": ["0.weight"]}, "only nn.Linear with its own forward"),
     ],
 )

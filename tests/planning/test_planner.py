@@ -258,7 +258,7 @@ def test_unmatched_regex_suggests_a_list(tiny):
 
 @pytest.mark.parametrize("targets", [r".*norm", ["n*m"], ["*.act"]])
 def test_sweep_over_unsupported_modules_lists_supported_kinds(targets, tiny):
-    with raises_and_changes_nothing(tiny, ValueError, r"no layer of a kind.*nn.Linear.*Conv1D.*nn.Embedding"):
+    with raises_and_changes_nothing(tiny, ValueError, r"no layer of a supported kind.*nn.Linear.*Conv1D.*nn.Embedding"):
         report(tiny, target_modules=targets)
 
 
@@ -456,7 +456,7 @@ def test_all_linear_adapts_attention_and_layers_read_by_parents(rng):
     [
         ("attention.out_proj", "its parent, a MultiheadAttention, reads the weight"),
         ("encoder.linear1", "its parent, a TransformerEncoderLayer, reads the weight"),
-        ("attention", "a MultiheadAttention has a forward of its own"),
+        ("attention", "a MultiheadAttention has its own forward"),
     ],
 )
 def test_dropout_is_rejected_where_weight_carries_update(name: str, reason: str):

@@ -32,7 +32,7 @@ class AttachesItself(BuiltInConfigureModel):
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
 @pytest.mark.parametrize("kind", [Toy, BuiltInSetup, BuiltInConfigureModel, AttachesItself])
 @pytest.mark.parametrize("stage", ["validate", "test"])
-def test_metrics_are_those_of_the_run_that_saved(
+def test_evaluation_gives_same_metrics_as_saving_run(
     stage: str, kind: type[Toy], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, module, path = fitted(tmp_path, **OPTIONS)
@@ -44,18 +44,18 @@ def test_metrics_are_those_of_the_run_that_saved(
         [found] = getattr(bare, stage)(fresh, loader(), ckpt_path=path, verbose=False)
     assert found == expected
     assert get_attachment(fresh).config == get_attachment(module).config
-    assert "all other options are those of the checkpoint" in caplog.text
+    assert "all other options come from the checkpoint" in caplog.text
     assert "LoRA: 2 layers adapted" in caplog.text
 
 
-def test_predictions_are_those_of_the_run_that_saved(tmp_path: Path) -> None:
+def test_predictions_match_saving_run(tmp_path: Path) -> None:
     run, module, path = fitted(tmp_path, **OPTIONS)
     expected = torch.cat(run.predict(module, loader()))
     found = torch.cat(trainer(LoRACallback()).predict(Toy(), loader(), ckpt_path=path))
     assert torch.equal(found, expected)
 
 
-def test_a_later_stage_keeps_what_the_first_one_loaded(tmp_path: Path) -> None:
+def test_later_stage_keeps_loaded_adapter(tmp_path: Path) -> None:
     run, module, path = fitted(tmp_path, **OPTIONS)
     [expected] = run.test(module, loader(), verbose=False)
     fresh, bare = Toy(), trainer(LoRACallback())
@@ -64,7 +64,7 @@ def test_a_later_stage_keeps_what_the_first_one_loaded(tmp_path: Path) -> None:
     assert found == expected
 
 
-def test_layers_that_the_default_would_not_find_are_adapted(tmp_path: Path) -> None:
+def test_targets_come_from_file(tmp_path: Path) -> None:
     class Convolutional(Toy):
         def build(self) -> None:
             torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_layers_that_the_default_would_not_find_are_adapted(tmp_path: Path) -> N
     assert trainer(LoRACallback()).test(Convolutional(), loader(), ckpt_path=path, verbose=False) == [expected]
 
 
-def test_a_checkpoint_with_objects_of_other_classes_is_evaluated(tmp_path: Path) -> None:
+def test_checkpoint_with_foreign_objects_loads(tmp_path: Path) -> None:
     class Configured(Toy):
         def __init__(self, options: Namespace) -> None:
             super().__init__()
@@ -88,14 +88,14 @@ def test_a_checkpoint_with_objects_of_other_classes_is_evaluated(tmp_path: Path)
     assert bare.test(Configured(options), loader(), ckpt_path=path, verbose=False, weights_only=False) == [expected]
 
 
-def test_options_that_contradict_the_file_are_refused(tmp_path: Path) -> None:
+def test_options_contradicting_file_are_refused(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path, **OPTIONS)
     with pytest.raises(ValueError, match=r"rank: net\.0: checkpoint 3, here 2"):
         trainer(LoRACallback(**OPTIONS | {"rank": 2})).test(Toy(), loader(), ckpt_path=path)
 
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
-def test_training_goes_by_its_own_options(tmp_path: Path) -> None:
+def test_fit_uses_its_own_options(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path, rank=4)
     with pytest.raises(ValueError, match=r"rank: net\.2: checkpoint 4, here 16"):
         trainer(LoRACallback(), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
@@ -103,7 +103,7 @@ def test_training_goes_by_its_own_options(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
 @pytest.mark.parametrize("entries", [None, [], [3], [{}], [{"root": "", "config": {"rank": "x"}, "seed": 0}]])
-def test_a_record_that_says_nothing_leaves_the_default(entries: Any, tmp_path: Path) -> None:
+def test_unreadable_record_leaves_default_options(entries: Any, tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path, rank=4)
     checkpoint = read(path)
     checkpoint[RECORD_KEY]["adapters"] = entries
@@ -113,7 +113,7 @@ def test_a_record_that_says_nothing_leaves_the_default(entries: Any, tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
-def test_without_a_file_the_default_is_attached_and_said_to_be_untrained() -> None:
+def test_without_file_default_attaches_and_warns_untrained() -> None:
     module = Toy()
     with pytest.warns(UserWarning, match="bare base model"):
         trainer(LoRACallback()).test(module, loader(), verbose=False)

@@ -36,7 +36,7 @@ def fitted(directory: Path, module: Toy | None = None, *, epochs: int = 2, **lor
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_every_file_of_model_checkpoint_holds_the_adapter_alone(weights_only: bool, tmp_path: Path) -> None:
+def test_model_checkpoint_saves_only_adapter(weights_only: bool, tmp_path: Path) -> None:
     checkpoint = ModelCheckpoint(
         tmp_path, monitor="val_loss", save_top_k=2, save_last=True, save_weights_only=weights_only
     )
@@ -51,7 +51,7 @@ def test_every_file_of_model_checkpoint_holds_the_adapter_alone(weights_only: bo
         assert ("optimizer_states" in saved) is not weights_only
 
 
-def test_saving_by_hand_during_and_after_a_fit_holds_the_adapter_alone(tmp_path: Path) -> None:
+def test_save_checkpoint_saves_only_adapter(tmp_path: Path) -> None:
     class Saves(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
             trainer.save_checkpoint(tmp_path / "during.ckpt")
@@ -65,7 +65,7 @@ def test_saving_by_hand_during_and_after_a_fit_holds_the_adapter_alone(tmp_path:
 
 
 @pytest.mark.filterwarnings("ignore:.*was called without a model.*", "ignore:.*no last checkpoint available.*")
-def test_the_checkpoint_of_an_exception_holds_the_adapter_alone(tmp_path: Path) -> None:
+def test_exception_checkpoint_saves_only_adapter(tmp_path: Path) -> None:
     class Fails(Callback):
         def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
             if trainer.global_step == 2:
@@ -77,7 +77,7 @@ def test_the_checkpoint_of_an_exception_holds_the_adapter_alone(tmp_path: Path) 
     assert set(read(tmp_path / "on_exception.ckpt")["state_dict"]) == ADAPTER
 
 
-def test_the_file_holds_exactly_the_tensors_that_were_trained(tmp_path: Path) -> None:
+def test_checkpoint_holds_exactly_trained_tensors(tmp_path: Path) -> None:
     class Headed(Toy):
         def build(self) -> None:
             super().build()
@@ -98,7 +98,7 @@ def test_the_file_holds_exactly_the_tensors_that_were_trained(tmp_path: Path) ->
     del run
 
 
-def test_tracked_statistics_travel_with_the_adapter(tmp_path: Path) -> None:
+def test_tracked_statistics_are_saved(tmp_path: Path) -> None:
     class Normed(Toy):
         def build(self) -> None:
             self.net = nn.Sequential(*network()[:1], nn.BatchNorm1d(16), *network()[1:])
@@ -110,7 +110,7 @@ def test_tracked_statistics_travel_with_the_adapter(tmp_path: Path) -> None:
     assert torch.equal(fresh.net.eval()(x), module.net.eval()(x))
 
 
-def test_persistent_metric_states_are_kept(tmp_path: Path) -> None:
+def test_persistent_metric_states_are_saved(tmp_path: Path) -> None:
     class Counts(Toy):
         def build(self) -> None:
             super().build()
@@ -130,7 +130,7 @@ def test_persistent_metric_states_are_kept(tmp_path: Path) -> None:
     assert float(fresh.metric.weight) > float(state["metric.weight"]) > 0
 
 
-def test_a_small_adapter_of_a_large_base_makes_a_small_file(tmp_path: Path) -> None:
+def test_file_size_follows_adapter_not_base(tmp_path: Path) -> None:
     class Large(Toy):
         def build(self) -> None:
             self.net = nn.Sequential(nn.Linear(FEATURES, 1024), nn.Linear(1024, 1024), nn.Linear(1024, FEATURES))
@@ -140,7 +140,7 @@ def test_a_small_adapter_of_a_large_base_makes_a_small_file(tmp_path: Path) -> N
     assert Path(path).stat().st_size < 0.05 * base_bytes  # moments and trainer state included
 
 
-def test_without_adapters_the_strategy_saves_whole_models_again(tmp_path: Path) -> None:
+def test_strategy_saves_whole_model_after_detach(tmp_path: Path) -> None:
     run, module, _ = fitted(tmp_path)
     detach(module)
     run.save_checkpoint(tmp_path / "base.ckpt")
@@ -152,7 +152,7 @@ def test_without_adapters_the_strategy_saves_whole_models_again(tmp_path: Path) 
 # --- loading
 
 
-def test_evaluation_in_a_new_process_needs_the_callback_and_the_file(tmp_path: Path) -> None:
+def test_evaluation_needs_only_callback_and_file(tmp_path: Path) -> None:
     run, module, path = fitted(tmp_path)
     [expected] = run.test(module, loader(), verbose=False)
     for kind in (Toy, BuiltInConfigureModel):
@@ -162,7 +162,7 @@ def test_evaluation_in_a_new_process_needs_the_callback_and_the_file(tmp_path: P
 
 
 @pytest.mark.parametrize("word", ["best", "last"])
-def test_best_and_last_are_found(word: str, tmp_path: Path) -> None:
+def test_best_and_last_load(word: str, tmp_path: Path) -> None:
     run, module, _ = fitted(tmp_path)
     trained = snapshot(module)
     with torch.no_grad():
@@ -202,12 +202,12 @@ def refused(path: str, match: str, module: Toy | None = None, stage: str = "test
         ({"modules_to_save": ["net.4"]}, "missing from the state: net.4.weight, net.4.bias"),
     ],
 )
-def test_a_checkpoint_of_another_config_is_refused(lora: Any, match: str, stage: str, tmp_path: Path) -> None:
+def test_other_config_is_refused(lora: Any, match: str, stage: str, tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     refused(path, match, stage=stage, **lora)
 
 
-def test_a_missing_and_an_unknown_key_are_refused(tmp_path: Path) -> None:
+def test_missing_or_unknown_key_is_refused(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
 
     def drop(checkpoint: dict[str, Any]) -> None:
@@ -221,7 +221,7 @@ def test_a_missing_and_an_unknown_key_are_refused(tmp_path: Path) -> None:
     refused(edited(path, add), r"unknown to the model: net\.7\.lora\.B \(closest: 'net\.\d\.lora\.B'\)")
 
 
-def test_strict_loading_of_the_user_decides_about_unknown_keys_but_never_about_adapters(tmp_path: Path) -> None:
+def test_strict_loading_false_allows_only_unknown_keys(tmp_path: Path) -> None:
     _, trained, path = fitted(tmp_path)
 
     def add(checkpoint: dict[str, Any]) -> None:
@@ -241,7 +241,7 @@ def test_strict_loading_of_the_user_decides_about_unknown_keys_but_never_about_a
     refused(edited(path, drop), "missing from the state", module)
 
 
-def test_base_keys_may_be_there_too(tmp_path: Path) -> None:
+def test_base_keys_are_allowed(tmp_path: Path) -> None:
     _, trained, path = fitted(tmp_path)
 
     def add_base(checkpoint: dict[str, Any]) -> None:
@@ -255,19 +255,19 @@ def test_base_keys_may_be_there_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 @pytest.mark.parametrize("stage", ["test", "fit"])
-def test_a_truncated_file_and_something_else_are_refused(content: bytes | None, stage: str, tmp_path: Path) -> None:
+def test_unreadable_file_is_refused(content: bytes | None, stage: str, tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     broken = tmp_path / "broken.ckpt"
     broken.write_bytes(Path(path).read_bytes()[:-2000] if content is None else content)
     refused(str(broken), "cannot be read as a Lightning checkpoint", stage=stage)
 
 
-def test_a_file_that_torch_reads_but_lightning_did_not_write_is_refused(tmp_path: Path) -> None:
+def test_file_without_state_dict_is_refused(tmp_path: Path) -> None:
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     refused(str(tmp_path / "tensor.pt"), "not a Lightning checkpoint: it has no 'state_dict'")
 
 
-def test_a_full_checkpoint_from_before_lora_is_the_base(tmp_path: Path) -> None:
+def test_full_checkpoint_becomes_base(tmp_path: Path) -> None:
     class Before(Toy):
         def build(self) -> None:
             self.net = network()
@@ -310,7 +310,7 @@ class Reads(Toy):
 @pytest.mark.parametrize(
     "options", [{"use_dora": True}, {"bias": "all"}, {"trainable_token_indices": {"embed": [3, 7]}}], ids=str
 )
-def test_what_starts_from_the_base_starts_from_the_loaded_one(options: dict[str, Any], tmp_path: Path) -> None:
+def test_base_dependent_tensors_start_from_loaded_base(options: dict[str, Any], tmp_path: Path) -> None:
     full = Reads()
     with torch.no_grad():
         for parameter in full.parameters():
@@ -329,7 +329,7 @@ def test_what_starts_from_the_base_starts_from_the_loaded_one(options: dict[str,
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_a_checkpoint_of_something_else_is_no_base(strict: bool, tmp_path: Path) -> None:
+def test_checkpoint_of_other_model_is_refused_as_base(strict: bool, tmp_path: Path) -> None:
     class Other(Toy):
         def build(self) -> None:
             self.other = network()
@@ -345,11 +345,11 @@ def test_a_checkpoint_of_something_else_is_no_base(strict: bool, tmp_path: Path)
     refused(str(tmp_path / "other.ckpt"), "they share no name", module)
 
 
-def test_a_directory_of_shards_is_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_sharded_checkpoint_is_refused_with_remedy(tmp_path: Path) -> None:
     refused(str(tmp_path), "is a directory: a sharded checkpoint of a whole model.*convert it to one file")
 
 
-def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
+def test_base_of_other_shape_is_refused(tmp_path: Path) -> None:
     class Wider(Toy):
         def build(self) -> None:
             self.net = nn.Sequential(nn.Linear(FEATURES, 24), nn.Tanh(), nn.Linear(24, FEATURES))
@@ -370,7 +370,7 @@ class Scheduled(Toy):
 
 
 @pytest.mark.parametrize("options", [{}, {"lr_ratio": 16.0, "modules_to_save": ["net.4"], "use_rslora": True}])
-def test_resuming_equals_never_having_stopped_bit_for_bit(options: Any, tmp_path: Path) -> None:
+def test_resume_is_bit_exact(options: Any, tmp_path: Path) -> None:
     def run(name: str, epochs: int, ckpt_path: str | None = None) -> tuple[Scheduled, dict[str, Any], str]:
         module, checkpoint = Scheduled(), ModelCheckpoint(tmp_path / name, save_last=True)
         fitter = trainer(LoRACallback(rank=4, **options), checkpoint, max_epochs=epochs, max_steps=-1)
@@ -402,7 +402,7 @@ def assert_same_bits(left: Any, right: Any) -> None:
         assert left == right
 
 
-def test_resuming_works_however_the_optimizer_was_given_its_parameters(tmp_path: Path) -> None:
+def test_resume_with_any_parameter_order(tmp_path: Path) -> None:
     class Filters(Toy):
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(filter(lambda p: p.requires_grad, self.parameters()), lr=1e-2, weight_decay=0.1)

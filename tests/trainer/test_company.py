@@ -55,7 +55,7 @@ class Keeps(Callback):
 # --- averages
 
 
-def test_the_exponential_average_is_that_of_the_factors(tmp_path: Path) -> None:
+def test_ema_averages_factors(tmp_path: Path) -> None:
     module, keeps, checkpoint = Toy(), Keeps(), ModelCheckpoint(tmp_path, save_last=True)
     averaging = EMAWeightAveraging(decay=0.5)
     trainer(LoRACallback(rank=4), averaging, keeps, checkpoint, max_epochs=2, max_steps=-1).fit(module, loader())
@@ -70,7 +70,7 @@ def test_the_exponential_average_is_that_of_the_factors(tmp_path: Path) -> None:
     assert digest(module.net) == digest(network())
 
 
-def test_the_stochastic_average_is_that_of_the_factors_when_epochs_start() -> None:
+def test_swa_averages_factors_at_epoch_start() -> None:
     module, keeps = Toy(), Keeps()
     averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=2)  # counted from one
     trainer(LoRACallback(rank=4), averaging, keeps, max_epochs=4, max_steps=-1).fit(module, loader())
@@ -80,7 +80,7 @@ def test_the_stochastic_average_is_that_of_the_factors_when_epochs_start() -> No
 
 
 @pytest.mark.parametrize("kind", [WeightAveraging, lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)])
-def test_an_average_shares_the_base_or_says_that_it_is_copied(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_averaging_shares_base_or_reports_copy(kind: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Wide(Toy):
         def build(self) -> None:
             self.net = nn.Sequential(nn.Linear(FEATURES, 256), nn.Linear(256, FEATURES))
@@ -139,7 +139,7 @@ class Compares(Callback):
 
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
 @pytest.mark.parametrize("frozen_norm", ["eval", "track"])
-def test_the_batch_size_finder_leaves_no_trace_but_the_size(frozen_norm: Any, mode: str, tmp_path: Path) -> None:
+def test_batch_size_finder_changes_only_batch_size(frozen_norm: Any, mode: str, tmp_path: Path) -> None:
     module, compares = Normed(), Compares(steps=7)
     finder = BatchSizeFinder(mode=mode, steps_per_trial=2, init_val=2, max_trials=3)
     run = trainer(LoRACallback(rank=4, frozen_norm=frozen_norm), compares, finder, max_steps=7, root=tmp_path)
@@ -152,7 +152,7 @@ def test_the_batch_size_finder_leaves_no_trace_but_the_size(frozen_norm: Any, mo
     assert not list(tmp_path.glob(".scale_batch_size*"))
 
 
-def test_both_tuners_together_leave_no_trace(tmp_path: Path) -> None:
+def test_both_tuners_leave_module_unchanged(tmp_path: Path) -> None:
     module, compares = Normed(), Compares(steps=7)
     tuners = [
         BatchSizeFinder(steps_per_trial=2, max_trials=2),
@@ -167,7 +167,7 @@ def test_both_tuners_together_leave_no_trace(tmp_path: Path) -> None:
 # --- the loop
 
 
-def test_accumulated_gradients_are_the_mean_of_the_batches() -> None:
+def test_gradient_accumulation_matches_large_batches() -> None:
     class Plain(Toy):
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -187,7 +187,7 @@ def test_accumulated_gradients_are_the_mean_of_the_batches() -> None:
         torch.testing.assert_close(factors(module)[name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_early_stopping_stops_and_resumes_its_patience(tmp_path: Path) -> None:
+def test_early_stopping_resumes_patience(tmp_path: Path) -> None:
     def run(name: str, epochs: int, ckpt_path: str | None = None) -> tuple[Any, EarlyStopping, str]:
         stopping = EarlyStopping("train_loss", patience=3, mode="max", min_delta=100.0)  # nothing is good enough
         checkpoint = ModelCheckpoint(tmp_path / name, save_last=True)
@@ -202,7 +202,7 @@ def test_early_stopping_stops_and_resumes_its_patience(tmp_path: Path) -> None:
     assert whole.current_epoch == resumed.current_epoch == 4
 
 
-def test_the_model_summary_counts_what_trains(caplog: pytest.LogCaptureFixture) -> None:
+def test_model_summary_counts_trainable(caplog: pytest.LogCaptureFixture) -> None:
     module = Toy()
     with caplog.at_level(logging.INFO):
         trainer(LoRACallback(rank=4), ModelSummary(max_depth=-1), enable_model_summary=True).fit(module, loader())
@@ -215,7 +215,7 @@ def test_the_model_summary_counts_what_trains(caplog: pytest.LogCaptureFixture) 
 
 
 @pytest.mark.filterwarnings("ignore:.*was called without a model.*", "ignore:.*no last checkpoint available.*")
-def test_training_goes_on_from_the_checkpoint_of_an_exception(tmp_path: Path) -> None:
+def test_fit_resumes_from_exception_checkpoint(tmp_path: Path) -> None:
     class Fails(Callback):
         def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
             if trainer.current_epoch == 1:
@@ -236,7 +236,7 @@ def test_training_goes_on_from_the_checkpoint_of_an_exception(tmp_path: Path) ->
     assert again.global_step == 12
 
 
-def test_the_device_monitor_changes_nothing_of_a_run(tmp_path: Path) -> None:
+def test_device_monitor_does_not_change_run(tmp_path: Path) -> None:
     modules = Toy(), Toy()
     monitors: list[list[Callback]] = [[], [DeviceStatsMonitor(cpu_stats=False)]]
     for module, monitor in zip(modules, monitors, strict=True):

@@ -65,25 +65,25 @@ def fit(module: Any, every: int | None, *callbacks: Callback, **options: Any) ->
 
 
 @pytest.mark.parametrize("every", [None, 0])
-def test_it_is_off_by_default_and_then_costs_nothing(every: int | None, monkeypatch: pytest.MonkeyPatch):
+def test_off_by_default_and_free(every: int | None, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(diagnostics, "Diagnostics", None)  # would fail if it were made
     assert fit(Toy(), every) == {}
 
 
-def test_each_group_has_five_numbers_at_the_steps_that_the_logger_takes():
+def test_five_metrics_per_group_at_logger_steps():
     found = fit(Toy(), 3, log_every_n_steps=3)
     assert list(found) == [2, 5]  # loggers count from 0
     assert found[2].keys() == {f"lora/net.{layer}/{name}" for layer in (0, 2, 4) for name in EACH}
     assert found[2] != found[5]
 
 
-def test_between_two_measurements_the_last_one_stands():
+def test_last_value_stays_between_measurements():
     found = fit(Toy(), 2)
     assert list(found) == [1, 2, 3, 5]  # steps 0 to 3 are the first epoch
     assert found[1] == found[2] != found[3]
 
 
-def test_the_numbers_are_those_of_the_module_after_the_step():
+def test_updates_are_measured_after_step():
     module = Toy()
     found = fit(module, 6)
     expected = {f"lora/{name}": value for name, value in Diagnostics(module).metrics().items()}
@@ -91,7 +91,7 @@ def test_the_numbers_are_those_of_the_module_after_the_step():
 
 
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}])
-def test_gradients_are_those_that_the_optimizer_uses_before_clipping(options: dict[str, Any]):
+def test_gradients_are_measured_before_clipping(options: dict[str, Any]):
     gradients = Gradients()
     found = fit(Toy(), 2, gradients, gradient_clip_val=1e-3, max_steps=4, **options)
     assert len(gradients.norms) == 4
@@ -99,14 +99,14 @@ def test_gradients_are_those_that_the_optimizer_uses_before_clipping(options: di
     assert found[3]["lora/net.0/grad_norm_B"] == pytest.approx(gradients.norms[3])
 
 
-def test_measuring_does_not_change_the_training():
+def test_diagnostics_do_not_change_training():
     measured, plain = Toy(), Toy()
     fit(measured, 1)
     fit(plain, None)
     assert measured.losses == plain.losses
 
 
-def test_of_several_optimizers_a_batch_is_logged_once_and_completely():
+def test_several_optimizers_are_logged_once_per_batch():
     found = fit(Duel(), 2, max_steps=8)  # two optimizer steps a batch
     assert list(found) == [1, 2, 3]
     groups = {f"lora/{half}.{layer}/grad_norm_A" for half in ("left", "right") for layer in (0, 2, 4)}
@@ -129,19 +129,19 @@ class ByHand(Toy):
             optimizer.zero_grad()
 
 
-def test_a_module_that_accumulates_by_itself_is_measured_at_its_next_step():
+def test_manual_accumulation_is_measured_at_next_step():
     found = fit(ByHand(), 4, max_steps=3, log_every_n_steps=1)
     assert min(found) == 5  # the fourth batch is due, the sixth steps
     assert found[5].keys() == {f"lora/net.{layer}/{name}" for layer in (0, 2, 4) for name in EACH}
 
 
-def test_optimizers_stepped_past_lightning_leave_the_gradients_out():
+def test_steps_past_lightning_have_no_gradient_norms():
     found = fit(ByHand(past_lightning=True), 3, max_steps=-1, max_epochs=1)
     assert found[2]["lora/net.0/update_over_weight"] > 0
     assert not [name for name in found[2] if "grad" in name]
 
 
-def test_a_resumed_run_measures_at_the_same_steps(tmp_path: Any):
+def test_resumed_run_measures_at_same_steps(tmp_path: Any):
     whole = fit(Toy(), 5, max_steps=10)
     checkpoint = ModelCheckpoint(tmp_path, save_last=True, every_n_train_steps=4)
     fit(Toy(), 5, checkpoint, max_steps=4)
@@ -150,13 +150,13 @@ def test_a_resumed_run_measures_at_the_same_steps(tmp_path: Any):
     assert resumed[9] == whole[9]
 
 
-def test_metrics_can_be_monitored(tmp_path: Any):
+def test_model_checkpoint_can_monitor_metrics(tmp_path: Any):
     checkpoint = ModelCheckpoint(tmp_path, monitor="lora/net.0/update_over_weight", every_n_train_steps=4)
     fit(Toy(), 4, checkpoint)
     assert float(checkpoint.best_model_score) > 0
 
 
-def test_nothing_of_the_module_is_kept_after_the_fit():
+def test_callback_drops_session_after_fit():
     callback = LoRACallback(rank=4, diagnostics_every_n_steps=1)
     trainer(callback).fit(Toy(), loader())
     assert callback._session is None
@@ -166,19 +166,19 @@ def test_nothing_of_the_module_is_kept_after_the_fit():
 
 
 @pytest.mark.parametrize(("value", "kind"), [(True, TypeError), ("5", TypeError), (2.0, TypeError), (-1, ValueError)])
-def test_nonsense_is_refused_by_name(value: Any, kind: type[Exception]):
+def test_invalid_interval_is_refused(value: Any, kind: type[Exception]):
     with pytest.raises(kind, match=r"LoRACallback\.diagnostics_every_n_steps must be"):
         LoRACallback(diagnostics_every_n_steps=value)
 
 
-def test_a_trainer_that_logs_nothing_is_refused():
+def test_barebones_trainer_is_refused():
     callback = LoRACallback(rank=4, diagnostics_every_n_steps=1)
     options = {"barebones": True, "logger": None, "enable_checkpointing": None, "limit_val_batches": None}
     with pytest.raises(MisconfigurationException, match="barebones Trainer logs nothing"):
         trainer(callback, **options).fit(Toy(), loader())
 
 
-def test_flat_slices_of_fsdp_are_refused_before_anything_is_attached():
+def test_fsdp_is_refused_before_attaching():
     module = Toy()
     callback = LoRACallback(rank=4, diagnostics_every_n_steps=1)
     with pytest.raises(MisconfigurationException, match="diagnostics_every_n_steps: under FSDPStrategy"):
@@ -196,7 +196,7 @@ class Tokens(Toy):
         return self.net(self.embed(torch.zeros(len(batch[0]), dtype=torch.long))).square().mean()
 
 
-def test_a_model_without_low_rank_adapters_is_refused():
+def test_model_without_low_rank_adapter_is_refused():
     callback = LoRACallback(target_modules=[], trainable_token_indices=[0, 1], diagnostics_every_n_steps=1)
     with pytest.raises(MisconfigurationException, match="no low-rank adapter to measure"):
         trainer(callback).fit(Tokens(), loader())
@@ -249,7 +249,7 @@ def dense_spectra(model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
     return found
 
 
-def test_every_number_equals_a_dense_computation(model: nn.Module):
+def test_metrics_equal_dense_computation(model: nn.Module):
     metrics, truth = Diagnostics(model).metrics(), dense_spectra(model)
     assert {"q_proj", "v_proj", "conv", "embed", "in_proj_weight", "up", "q", "v"} <= truth.keys()
     for group, parts in truth.items():
@@ -262,7 +262,7 @@ def test_every_number_equals_a_dense_computation(model: nn.Module):
     assert {name.partition("/")[0] for name in metrics} == truth.keys()
 
 
-def test_nothing_depends_on_how_the_update_is_split_into_factors(model: nn.Module, rng: torch.Generator):
+def test_metrics_do_not_depend_on_factorization(model: nn.Module, rng: torch.Generator):
     before = Diagnostics(model).metrics()
     for layer in lora_layers(model).values():
         for adapter in layer.adapters().values():
@@ -273,7 +273,7 @@ def test_nothing_depends_on_how_the_update_is_split_into_factors(model: nn.Modul
     assert Diagnostics(model).metrics() == pytest.approx(before, rel=1e-4)
 
 
-def test_before_the_first_step_all_is_dead():
+def test_untrained_adapter_is_all_dead():
     model = Mixed()
     attach(model, LoRAConfig(rank=3, target_modules=["q_proj", "conv"]))
     metrics = Diagnostics(model).metrics()
@@ -281,7 +281,7 @@ def test_before_the_first_step_all_is_dead():
     assert {value for name, value in metrics.items() if not name.endswith("dead_share")} == {0.0}
 
 
-def test_a_direction_is_dead_at_a_hundredth_of_the_largest(rng: torch.Generator):
+def test_dead_share_threshold(rng: torch.Generator):
     model = nn.Sequential(nn.Linear(10, 10))
     attach(model, LoRAConfig(rank=4, alpha=4))
     U, V = (torch.linalg.qr(torch.randn(10, 4, generator=rng))[0] for _ in range(2))
@@ -292,7 +292,7 @@ def test_a_direction_is_dead_at_a_hundredth_of_the_largest(rng: torch.Generator)
         assert Diagnostics(model).metrics()["0/dead_share"] == dead
 
 
-def test_gradient_norms_are_those_of_all_factors_of_a_group(model: nn.Module, rng: torch.Generator):
+def test_gradient_norms_cover_group(model: nn.Module, rng: torch.Generator):
     q, v = ([model.blocks[i][name].lora for i in range(2)] for name in ("q_proj", "v_proj"))
     for adapter in (*q, *v):
         adapter.A.grad, adapter.B.grad = (torch.randn(p.shape, generator=rng) for p in (adapter.A, adapter.B))
@@ -306,7 +306,7 @@ def test_gradient_norms_are_those_of_all_factors_of_a_group(model: nn.Module, rn
     assert not [name for name in measured.metrics() if "grad" in name]  # forgotten
 
 
-def test_weights_are_read_once_and_each_layer_once_a_measurement(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
+def test_weights_are_read_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch):
     counts = {"_weight_square": 0, "factor_grams": 0, "singular_values": 0}
     for name in counts:
         own = getattr(diagnostics, name)
@@ -322,7 +322,7 @@ def test_weights_are_read_once_and_each_layer_once_a_measurement(model: nn.Modul
     assert counts == {"_weight_square": adapters, "factor_grams": 3 * adapters, "singular_values": 3 * 2}  # two ranks
 
 
-def test_nothing_of_a_weights_size_is_made(monkeypatch: pytest.MonkeyPatch):
+def test_no_weight_sized_tensor_is_allocated(monkeypatch: pytest.MonkeyPatch):
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         elements = 0
 
@@ -340,7 +340,7 @@ def test_nothing_of_a_weights_size_is_made(monkeypatch: pytest.MonkeyPatch):
     assert largest.elements <= 1000
 
 
-def test_a_quantized_weight_has_no_norm_and_says_so(model: nn.Module):
+def test_quantized_weight_has_no_norm(model: nn.Module):
     model.blocks[0]["q_proj"].weight = nn.Parameter(torch.ones(8, 12, dtype=torch.uint8), requires_grad=False)
     measured = Diagnostics(model)
     metrics = measured.metrics()
@@ -350,7 +350,7 @@ def test_a_quantized_weight_has_no_norm_and_says_so(model: nn.Module):
     assert metrics["q_proj/effective_rank"] > 1
 
 
-def test_factors_that_are_not_finite_give_nan_and_leave_the_rest(model: nn.Module):
+def test_non_finite_factors_give_nan(model: nn.Module):
     expected = Diagnostics(model).metrics()
     model.blocks[1]["q_proj"].lora.B.data[0, 0] = math.nan
     metrics = Diagnostics(model).metrics()
@@ -359,7 +359,7 @@ def test_factors_that_are_not_finite_give_nan_and_leave_the_rest(model: nn.Modul
         assert metrics[f"conv/{name}"] == expected[f"conv/{name}"]
 
 
-def test_grams_give_the_singular_values(model: nn.Module):
+def test_gram_matrices_give_singular_values(model: nn.Module):
     adapter = model.blocks[0]["q_proj"].lora
     gram_A, gram_B = factor_grams(adapter)
     truth = torch.linalg.svdvals(adapter.spec.scaling * adapter.B.double() @ adapter.A.double())[:3]
@@ -377,5 +377,5 @@ def test_grams_give_the_singular_values(model: nn.Module):
         ("0.1", "0.1"),
     ],
 )
-def test_layers_of_one_kind_are_one_group(name: str, group: str):
+def test_group_names(name: str, group: str):
     assert group_of(name) == group

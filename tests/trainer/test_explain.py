@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.distributed
 @pytest.mark.slow
-def test_an_adapted_layer_that_never_runs_is_named_in_every_process() -> None:
+def test_ddp_names_layers_that_never_run() -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, unused_job.__file__]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
@@ -38,7 +38,7 @@ def adapted() -> nn.Module:
     return model
 
 
-def test_a_parameter_that_is_ready_twice_comes_with_the_remedy() -> None:
+def test_parameter_ready_twice_suggests_remedy() -> None:
     # The words of torch/csrc/distributed/c10d/reducer.cpp.
     error = RuntimeError("Expected to mark a variable ready only once. This error is caused by one of ...")
     explain_torch_error(error, adapted())
@@ -47,7 +47,7 @@ def test_a_parameter_that_is_ready_twice_comes_with_the_remedy() -> None:
     assert "use_reentrant=False" in str(error)
 
 
-def test_a_loss_without_gradient_comes_with_the_remedy() -> None:
+def test_loss_without_gradient_suggests_remedy() -> None:
     model = adapted()
     with pytest.raises(RuntimeError) as caught:
         model(torch.ones(1, 8)).sum().detach().backward()
@@ -59,13 +59,13 @@ def test_a_loss_without_gradient_comes_with_the_remedy() -> None:
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory", "", "Expected to have finished reduction"])
-def test_other_errors_stay_as_they_are(message: str) -> None:
+def test_other_errors_are_unchanged(message: str) -> None:
     error = RuntimeError(message)
     explain_torch_error(error, adapted())
     assert error.args == (message,)
 
 
-def test_an_error_about_other_parameters_stays_as_it_is() -> None:
+def test_ddp_error_about_other_parameters_is_unchanged() -> None:
     model, message = adapted(), "Expected to have finished reduction in the prior iteration before starting a new one."
     for parameter in model.parameters():
         parameter.grad = parameter.detach().clone()

@@ -51,7 +51,7 @@ def adam(lr: float) -> Callable[[Any], Optimizer]:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam])
-def test_a_rate_of_full_fine_tuning_is_named_with_what_to_try(kind: Any):
+def test_low_learning_rate_suggests_another(kind: Any):
     message = warning(optimizer=lambda parameters: kind(parameters, lr=1e-5))
     assert message is not None
     assert f"learning rate of 1e-05 ({kind.__name__})" in message
@@ -59,11 +59,11 @@ def test_a_rate_of_full_fine_tuning_is_named_with_what_to_try(kind: Any):
 
 
 @pytest.mark.parametrize("rate", [LOWEST_RATE, 1e-4, 2e-4, 1e-3, 1e-2])
-def test_rates_of_lora_are_fine(rate: float):
+def test_usual_learning_rates_are_silent(rate: float):
     assert warning(optimizer=adam(rate)) is None
 
 
-def test_other_optimizers_have_other_scales():
+def test_only_adam_rates_are_judged():
     assert warning(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-5)) is None
 
 
@@ -77,7 +77,7 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_what_counts_is_the_highest_rate_of_a_schedule(name: str):
+def test_highest_scheduled_rate_counts(name: str):
     rate, schedule = SCHEDULES[name]
     model = adapted()
     optimizer = adam(rate)([p for p in model.parameters() if p.requires_grad])
@@ -86,18 +86,18 @@ def test_what_counts_is_the_highest_rate_of_a_schedule(name: str):
     assert warn_of_suspicious_settings(model, [optimizer], [scheduler], 1.0, ALL) is None
 
 
-def test_a_warm_up_that_is_no_scheduler_of_torchs_is_known_by_the_groups_initial_rate():
+def test_initial_rate_counts_during_custom_warm_up():
     model = adapted()
     groups = [{"params": [*model[0].lora.parameters()], "lr": 1e-9, "initial_lr": 2e-4}]
     assert warning(model, optimizer=lambda _: torch.optim.AdamW(groups)) is None
 
 
 @pytest.mark.parametrize("schedule", [lambda o: LinearLR(o, 0.1), lambda o: OneCycleLR(o, 1e-5, total_steps=9)])
-def test_a_schedule_does_not_hide_a_low_rate(schedule: Callable[[Optimizer], Any]):
+def test_schedule_does_not_hide_low_rate(schedule: Callable[[Optimizer], Any]):
     assert "learning rate of 1e-05" in str(warning(optimizer=adam(1e-5), schedule=schedule))
 
 
-def test_rates_of_groups_without_adapters_and_rates_set_later_do_not_count():
+def test_groups_without_adapters_do_not_count():
     model = network()
     attach(model, LoRAConfig(rank=4, target_modules=["0"], modules_to_save=["4"]))
     factors, head = [*model[0].lora.parameters()], [*model[4].parameters()]
@@ -110,7 +110,7 @@ def test_rates_of_groups_without_adapters_and_rates_set_later_do_not_count():
 
 
 @pytest.mark.parametrize("options", [{}, {"alpha": 1.0}, {"rank": 1}, {"rank": 2, "use_rslora": True}])
-def test_usual_scalings_are_fine(options: dict[str, Any]):
+def test_usual_scalings_are_silent(options: dict[str, Any]):
     assert warning(adapted(**options)) is None
 
 
@@ -123,27 +123,27 @@ def test_usual_scalings_are_fine(options: dict[str, Any]):
         ({"alpha_pattern": {"2": 0.1}}, "scaling of 0.025 at rank 4 of 2 is small"),
     ],
 )
-def test_extreme_scalings_are_named_with_their_layers(options: dict[str, Any], words: str):
+def test_extreme_scalings_name_layers(options: dict[str, Any], words: str):
     assert words in str(warning(adapted(**options)))
 
 
 @pytest.mark.parametrize("ratio", [1.0, 2.0, 16.0, 64.0])
-def test_usual_ratios_are_fine(ratio: float):
+def test_usual_ratios_are_silent(ratio: float):
     assert warning(lr_ratio=ratio) is None
 
 
 @pytest.mark.parametrize(("ratio", "how"), [(0.1, "slower than A"), (500.0, "much faster than A")])
-def test_extreme_ratios_are_named(ratio: float, how: str):
+def test_extreme_ratios_warn(ratio: float, how: str):
     assert f"lr_ratio={ratio:g} trains B {how}" in str(warning(lr_ratio=ratio))
 
 
-def test_everything_that_looks_wrong_is_one_message():
+def test_all_hints_are_one_warning():
     message = warning(adapted(alpha=0.25), adam(1e-5), lr_ratio=0.1, reach=Coverage(1, 1000, ("Conv2d", "Linear")))
     assert str(message).count("\n  - ") == 4
     assert "reach 0.1% of the weights that could carry one; most of the rest are in Conv2d, Linear layers" in message
 
 
-def test_coverage_counts_every_weight_that_could_carry_an_adapter(rng: torch.Generator):
+def test_coverage_counts_adaptable_weights(rng: torch.Generator):
     head = nn.Linear(8, 4)
     model = nn.ModuleDict(
         {
@@ -161,7 +161,7 @@ def test_coverage_counts_every_weight_that_could_carry_an_adapter(rng: torch.Gen
     assert coverage(model) == Coverage(trained, trained + 8 * 16 * 3, ("Conv1d",))
 
 
-def test_a_head_tied_to_the_embedding_is_the_embedding():
+def test_coverage_skips_head_tied_to_embedding():
     model = nn.ModuleDict({"embed": nn.Embedding(100, 8), "q": nn.Linear(8, 8), "head": nn.Linear(8, 100, bias=False)})
     model["head"].weight = model["embed"].weight
     attach(model, LoRAConfig(rank=2, target_modules=["q"]))
@@ -169,7 +169,7 @@ def test_a_head_tied_to_the_embedding_is_the_embedding():
 
 
 @pytest.mark.parametrize("grouped", [1, 8])
-def test_query_and_value_of_a_language_model_are_enough(grouped: int):
+def test_query_and_value_alone_are_silent(grouped: int):
     sizes = {"q": 64, "k": 64 // grouped, "v": 64 // grouped, "o": 64, "up": 224, "gate": 224}
     block = {name: nn.Linear(64, size) for name, size in sizes.items()} | {"down": nn.Linear(224, 64)}
     model = nn.ModuleDict(block)
@@ -177,7 +177,7 @@ def test_query_and_value_of_a_language_model_are_enough(grouped: int):
     assert warning(model, reach=coverage(model)) is None
 
 
-def test_training_tokens_alone_is_no_choice_of_targets():
+def test_coverage_ignores_token_training():
     model = nn.ModuleDict({"embed": nn.Embedding(100, 8), "q": nn.Linear(8, 8)})
     attach(model, LoRAConfig(target_modules=[], trainable_token_indices={"embed": [1]}))
     assert warning(model, reach=coverage(model)) is None
@@ -198,12 +198,12 @@ def warned(module: Any, **options: Any) -> list[str]:
     return [str(each.message) for each in caught if "may learn little" in str(each.message)]
 
 
-def test_a_run_warns_once():
+def test_run_warns_once():
     [message] = warned(Slow())
     assert "1e-05 (AdamW)" in message
 
 
-def test_a_run_looks_at_every_optimizer_and_at_lr_ratio():
+def test_run_checks_all_optimizers_and_lr_ratio():
     class Uneven(Duel):
         def configure_optimizers(self) -> Any:
             return [torch.optim.Adam(half.parameters(), lr) for half, lr in ((self.left, 1e-2), (self.right, 1e-6))]
@@ -213,7 +213,7 @@ def test_a_run_looks_at_every_optimizer_and_at_lr_ratio():
     assert "lr_ratio=0.5" in message
 
 
-def test_a_run_looks_at_its_targets():
+def test_run_checks_coverage():
     class Deep(Toy):
         def build(self) -> None:
             self.net = network()
@@ -224,5 +224,5 @@ def test_a_run_looks_at_its_targets():
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lr_ratio": 16.0}, {"target_modules": ["net.0"]}])
-def test_a_sensible_run_is_silent(options: dict[str, Any]):
+def test_sensible_run_is_silent(options: dict[str, Any]):
     assert not warned(Toy(), **options)

@@ -48,7 +48,7 @@ def fit_with(name: Any, module: Any, *callbacks: Any, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["auto", "named"])
-def test_all_under_the_other_name_trains_as_under_the_first(strategy: str, tmp_path: Path) -> None:
+def test_pytorch_lightning_trains_identically(strategy: str, tmp_path: Path) -> None:
     checkpoint, module, reference = other.callbacks.ModelCheckpoint(tmp_path, save_last=True), OtherToy(), Toy()
     named = other.strategies.SingleDeviceStrategy("cpu")
     fit_with(other, module, checkpoint, strategy=named if strategy == "named" else "auto")
@@ -61,7 +61,7 @@ def test_all_under_the_other_name_trains_as_under_the_first(strategy: str, tmp_p
 
 
 @pytest.mark.parametrize("built_in", ["setup", "configure_model"])
-def test_layers_may_come_late_under_the_other_name(built_in: str) -> None:
+def test_pytorch_lightning_attaches_to_late_layers(built_in: str) -> None:
     class Late(OtherToy):
         def __init__(self) -> None:
             super().__init__()
@@ -77,7 +77,7 @@ def test_layers_may_come_late_under_the_other_name(built_in: str) -> None:
     assert set(lora_layers(module)) == {"net.0", "net.2", "net.4"}
 
 
-def test_a_checkpoint_evaluates_under_the_other_name_without_options(tmp_path: Path) -> None:
+def test_pytorch_lightning_evaluates_without_options(tmp_path: Path) -> None:
     _, trained, path = fitted(tmp_path)
     module = OtherToy()
     run = other.Trainer(callbacks=[LoRACallback()], enable_checkpointing=False, **QUIET)
@@ -87,7 +87,7 @@ def test_a_checkpoint_evaluates_under_the_other_name_without_options(tmp_path: P
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "16-true"])
-def test_precision_plugins_under_the_other_name_are_known(precision: str) -> None:
+def test_pytorch_lightning_precision_plugins(precision: str) -> None:
     module, reference = OtherToy(), Toy()
     fit_with(other, module, enable_checkpointing=False, precision=precision)
     fit_with(lightning.pytorch, reference, enable_checkpointing=False, precision=precision)
@@ -95,7 +95,7 @@ def test_precision_plugins_under_the_other_name_are_known(precision: str) -> Non
 
 
 @pytest.mark.parametrize(("trainers", "callbacks"), [(lightning.pytorch, other), (other, lightning.pytorch)])
-def test_a_callback_under_another_name_than_the_trainers_is_refused(trainers: Any, callbacks: Any) -> None:
+def test_mixed_import_names_are_refused(trainers: Any, callbacks: Any) -> None:
     module = Toy() if trainers is lightning.pytorch else OtherToy()
     with pytest.raises(Exception, match=rf"from {trainers.__name__}, .* EarlyStopping from {callbacks.__name__}\."):
         fit_with(trainers, module, callbacks.callbacks.EarlyStopping("train_loss"), enable_checkpointing=False)
@@ -104,7 +104,7 @@ def test_a_callback_under_another_name_than_the_trainers_is_refused(trainers: An
 
 
 @pytest.mark.parametrize("module", [Toy, OtherToy])
-def test_lightning_itself_refuses_a_module_under_another_name_than_the_trainers(module: Any, tmp_path: Path) -> None:
+def test_lightning_refuses_module_of_other_package(module: Any, tmp_path: Path) -> None:
     name = other if module is Toy else lightning.pytorch
     run = name.Trainer(callbacks=[LoRACallback(rank=4)], enable_checkpointing=False, **QUIET)
     with pytest.raises(TypeError, match="must be a `LightningModule`"):
@@ -112,7 +112,7 @@ def test_lightning_itself_refuses_a_module_under_another_name_than_the_trainers(
 
 
 @pytest.mark.parametrize("kind", ["EMAWeightAveraging", "StochasticWeightAveraging", "ModelPruning"])
-def test_callbacks_that_do_not_go_with_lora_are_refused_under_both_names(kind: str) -> None:
+def test_incompatible_callbacks_are_refused_in_both_packages(kind: str) -> None:
     options = {"StochasticWeightAveraging": {"swa_lrs": 1e-2}, "ModelPruning": {"pruning_fn": "l1_unstructured"}}
     messages = []
     for name, module in ((lightning.pytorch, Toy()), (other, OtherToy())):
@@ -125,13 +125,13 @@ def test_callbacks_that_do_not_go_with_lora_are_refused_under_both_names(kind: s
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_load_from_checkpoint_of_the_other_name_never_returns_a_bare_base_model(strict: bool, tmp_path: Path) -> None:
+def test_pytorch_lightning_load_from_checkpoint_is_refused(strict: bool, tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     with pytest.raises(RuntimeError, match=r"lightning_lora\.load_adapter\(model, path\)"):
         OtherToy.load_from_checkpoint(path, strict=strict)
 
 
-def test_an_adapter_of_one_name_loads_into_a_module_of_the_other(tmp_path: Path) -> None:
+def test_adapter_loads_across_packages(tmp_path: Path) -> None:
     _, trained, path = fitted(tmp_path)
     module = OtherToy()
     load_adapter(module, path)
@@ -141,7 +141,7 @@ def test_an_adapter_of_one_name_loads_into_a_module_of_the_other(tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", [lightning.pytorch, other])
-def test_checkpoints_of_both_names_are_moved_into_their_place_whole(name: Any, tmp_path: Path) -> None:
+def test_checkpoints_are_written_at_once_in_both_packages(name: Any, tmp_path: Path) -> None:
     run = name.Trainer(enable_checkpointing=False, **QUIET)
     with written_at_once(run.strategy, tmp_path / "last.ckpt") as place:
         assert place != tmp_path / "last.ckpt"

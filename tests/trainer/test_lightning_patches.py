@@ -14,13 +14,13 @@ from tests.trainer.test_checkpoints import fitted
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_load_from_checkpoint_never_returns_a_bare_base_model(strict: bool, tmp_path: Path) -> None:
+def test_load_from_checkpoint_is_refused(strict: bool, tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     with pytest.raises(RuntimeError, match=r"lightning_lora\.load_adapter\(model, path\)"):
         Toy.load_from_checkpoint(path, strict=strict)
 
 
-def test_ordinary_checkpoints_load_as_ever(tmp_path: Path) -> None:
+def test_ordinary_checkpoints_still_load(tmp_path: Path) -> None:
     run, module = trainer(), Toy()
     run.fit(module, loader())
     run.save_checkpoint(tmp_path / "plain.ckpt")
@@ -29,7 +29,7 @@ def test_ordinary_checkpoints_load_as_ever(tmp_path: Path) -> None:
     assert torch.equal(loaded.net(x), module.net(x))
 
 
-def test_load_adapter_needs_the_file_alone(tmp_path: Path) -> None:
+def test_load_adapter_needs_only_file(tmp_path: Path) -> None:
     _, trained, path = fitted(tmp_path, rank=3, alpha=7.0, modules_to_save=["net.4"], use_rslora=True)
     fresh = Toy()
     load_adapter(fresh, path)
@@ -39,9 +39,7 @@ def test_load_adapter_needs_the_file_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
-def test_a_trainer_without_the_callback_never_runs_the_bare_base_model(
-    stage: str, strict: bool, tmp_path: Path
-) -> None:
+def test_trainer_without_callback_refuses_adapter(stage: str, strict: bool, tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     module = Toy()
     module.strict_loading = strict
@@ -51,7 +49,7 @@ def test_a_trainer_without_the_callback_never_runs_the_bare_base_model(
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_nor_does_it_take_a_merged_model_for_a_base(strict: bool, tmp_path: Path) -> None:
+def test_trainer_without_callback_refuses_merged_model(strict: bool, tmp_path: Path) -> None:
     _, merged, path = fitted(tmp_path)
     merge(merged)
     merged.strict_loading = strict
@@ -61,7 +59,7 @@ def test_nor_does_it_take_a_merged_model_for_a_base(strict: bool, tmp_path: Path
     run.test(merged, loader(), verbose=False)  # nothing of the file is left in the Trainer
 
 
-def test_a_module_that_attaches_by_itself_needs_no_callback(tmp_path: Path) -> None:
+def test_module_attaching_in_on_load_checkpoint_needs_no_callback(tmp_path: Path) -> None:
     class Attaches(Toy):
         strict_loading = False  # the base is not in the file
 

@@ -65,7 +65,7 @@ class Watches(Callback):
 
 @pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
 @each_precision
-def test_factors_gradients_and_moments_have_the_adapters_dtype_through_the_whole_fit(precision, adapter_dtype):
+def test_factors_gradients_and_moments_keep_adapter_dtype(precision, adapter_dtype):
     module, watches = Toy(), Watches()
     callback = LoRACallback(rank=4, adapter_dtype=adapter_dtype)
     trainer(callback, watches, max_steps=3, **options(precision)).fit(module, loader())
@@ -76,7 +76,7 @@ def test_factors_gradients_and_moments_have_the_adapters_dtype_through_the_whole
 
 
 @each_precision
-def test_the_base_is_the_untrained_one_in_the_precisions_dtype(precision):
+def test_base_is_unchanged_but_for_dtype(precision):
     module = Toy()
     trainer(LoRACallback(rank=4), max_steps=4, **options(precision)).fit(module, loader())
     assert all(layer.lora.B.any() for layer in lora_layers(module).values())
@@ -99,7 +99,7 @@ class Clips(Callback):
 
 @pytest.mark.parametrize("by", ["norm", "value"])
 @each_precision
-def test_gradients_are_clipped_over_all_adapters_at_once(precision: str, by: str) -> None:
+def test_gradient_clipping_covers_all_adapters(precision: str, by: str) -> None:
     clips, limit = Clips(), 1e-3
     run = trainer(
         LoRACallback(rank=4), clips, gradient_clip_val=limit, gradient_clip_algorithm=by, **options(precision)
@@ -133,13 +133,13 @@ def moved_share(precision: str, adapter_dtype: str) -> float:
 
 @pytest.mark.filterwarnings("ignore:LoRA. this run may learn little")  # at this rate, on purpose
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "16-mixed"])
-def test_small_steps_move_float32_factors_and_are_lost_in_bfloat16(precision: str) -> None:
+def test_small_steps_need_float32_factors(precision: str) -> None:
     assert moved_share(precision, "float32") > 0.95
     assert moved_share(precision, "bfloat16") < 0.1
 
 
 @each_precision
-def test_adamw_learns_with_finite_losses(precision: str) -> None:
+def test_adamw_losses_are_finite_and_fall(precision: str) -> None:
     module = Toy()
     trainer(LoRACallback(rank=4), max_steps=60, max_epochs=-1, **options(precision)).fit(module, loader())
     assert all(map(math.isfinite, module.losses))
@@ -159,7 +159,7 @@ class Resumed(Callback):
 
 
 @pytest.mark.parametrize("first", BASE)
-def test_a_checkpoint_of_one_precision_resumes_in_any_other(first: str, tmp_path: Path) -> None:
+def test_checkpoint_resumes_in_any_precision(first: str, tmp_path: Path) -> None:
     module, checkpoint = Toy(), ModelCheckpoint(tmp_path, save_last=True)
     run = trainer(LoRACallback(rank=4), checkpoint, max_epochs=1, max_steps=-1, **options(first))
     run.fit(module, loader())
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_one_precision_resumes_in_any_other(first: str, tmp_path
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "32-true"])
-def test_merging_rounds_once(precision: str) -> None:
+def test_merge_rounds_once(precision: str) -> None:
     class Remembers(Callback):
         def on_fit_end(self, trainer: Any, module: Any) -> None:
             train_all(module, torch.Generator().manual_seed(0))
@@ -197,6 +197,6 @@ def test_merging_rounds_once(precision: str) -> None:
         assert ((weight.double() - truth).abs() <= half_a_step + summing).all()
 
 
-def test_factors_in_float16_come_with_a_warning() -> None:
+def test_float16_factors_warn() -> None:
     with pytest.warns(UserWarning, match="Adam's eps of 1e-8 is zero in float16"):
         trainer(LoRACallback(rank=2, adapter_dtype="float16"), max_steps=1).fit(Toy(), loader())

@@ -106,7 +106,7 @@ def process_group(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_saving_reads_and_makes_as_many_bytes_beside_a_base_of_any_size(strategy: str, tmp_path: Path) -> None:
+def test_saving_work_does_not_depend_on_base(strategy: str, tmp_path: Path) -> None:
     small, large = Loaded(8, 80, strategy), Loaded(128, 160, strategy)
     done = [work_of_saving(module, tmp_path / "a.ckpt") for module in (small, large)]
     # Which rows and columns a process holds is counted once for each shape: some vectors of int64.

@@ -52,7 +52,7 @@ def fresh(**options: Any) -> Toy:
         {"use_rslora": True, "rank": 8, "init": "orthogonal"},
     ],
 )
-def test_every_update_is_what_it_was(options: dict[str, Any], source: tuple[Toy, str]) -> None:
+def test_updates_are_unchanged(options: dict[str, Any], source: tuple[Toy, str]) -> None:
     module = fresh(**options)
     start_from(module, source[1])
     for name, update in updates(source[0]).items():
@@ -60,7 +60,7 @@ def test_every_update_is_what_it_was(options: dict[str, Any], source: tuple[Toy,
         torch.testing.assert_close(updates(module)[name], update, rtol=1e-6, atol=1e-7)
 
 
-def test_the_grown_part_can_learn(source: tuple[Toy, str]) -> None:
+def test_grown_rank_can_learn(source: tuple[Toy, str]) -> None:
     module = fresh(rank=6)
     own = {name: layer.lora.A.detach().clone() for name, layer in lora_layers(module).items()}
     start = start_from(module, source[1])
@@ -70,7 +70,7 @@ def test_the_grown_part_can_learn(source: tuple[Toy, str]) -> None:
         assert not layer.lora.B[:, 4:].any()
 
 
-def test_targets_that_come_and_go_are_said(source: tuple[Toy, str]) -> None:
+def test_added_and_removed_targets_are_reported(source: tuple[Toy, str]) -> None:
     module = Toy()
     module.other = nn.Linear(8, 8)
     attach(module, LoRAConfig(rank=4, target_modules=["net.2", "net.4", "other"]))
@@ -86,13 +86,13 @@ def test_targets_that_come_and_go_are_said(source: tuple[Toy, str]) -> None:
     ("options", "message"),
     [({"rank": 3}, r"net\.0\.lora\.A: \(4, 8\) there, \(3, 8\) here"), ({"use_dora": False, "rank": 2}, "there")],
 )
-def test_what_does_not_fit_changes_nothing(options: dict[str, Any], message: str, source: tuple[Toy, str]) -> None:
+def test_misfit_changes_nothing(options: dict[str, Any], message: str, source: tuple[Toy, str]) -> None:
     module = fresh(**options)
     with raises_and_changes_nothing(module, ValueError, message):
         start_from(module, source[1])
 
 
-def test_a_source_that_shares_nothing_is_refused(tmp_path: Path) -> None:
+def test_source_without_common_tensors_is_refused(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     other = nn.Sequential(nn.Linear(4, 4))
     attach(other, LoRAConfig(rank=1))
@@ -100,7 +100,7 @@ def test_a_source_that_shares_nothing_is_refused(tmp_path: Path) -> None:
         start_from(other, path)
 
 
-def test_the_callback_starts_there_and_says_so(source: tuple[Toy, str], caplog: pytest.LogCaptureFixture) -> None:
+def test_init_from_starts_training_and_is_logged(source: tuple[Toy, str], caplog: pytest.LogCaptureFixture) -> None:
     module = Toy()
     with caplog.at_level(logging.INFO):
         run = trainer(LoRACallback(rank=6, init_from=source[1]), max_steps=0)
@@ -110,7 +110,7 @@ def test_the_callback_starts_there_and_says_so(source: tuple[Toy, str], caplog: 
     assert f"LoRA: started from {source[1]}: 3 of grown rank (net.0, net.2, net.4)" in caplog.text
 
 
-def test_resuming_wins_over_starting(source: tuple[Toy, str], tmp_path: Path) -> None:
+def test_ckpt_path_overrides_init_from(source: tuple[Toy, str], tmp_path: Path) -> None:
     _, resumed, path = fitted(tmp_path / "resumed", epochs=3)
     module = Toy()
     trainer(LoRACallback(rank=4, init_from=source[1]), max_steps=0).fit(module, loader(), ckpt_path=path)
@@ -121,7 +121,7 @@ def test_resuming_wins_over_starting(source: tuple[Toy, str], tmp_path: Path) ->
 # --- export_dir
 
 
-def test_the_best_checkpoint_is_exported_and_the_module_stays_at_its_last(tmp_path: Path) -> None:
+def test_export_writes_best_checkpoint(tmp_path: Path) -> None:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     module, checkpoint = Toy(), ModelCheckpoint(tmp_path, monitor="train_loss", mode="max")
@@ -136,7 +136,7 @@ def test_the_best_checkpoint_is_exported_and_the_module_stays_at_its_last(tmp_pa
     assert not torch.allclose(updates(module)["net.0"], updates(best)["net.0"])
 
 
-def test_without_checkpoints_the_last_state_is_exported_also_before_merging(tmp_path: Path) -> None:
+def test_export_writes_last_state_without_checkpoints(tmp_path: Path) -> None:
     module, target = Toy(), tmp_path / "peft"
     callback = LoRACallback(rank=4, export_dir=str(target), merge_on_teardown=True)
     trainer(callback, max_steps=6).fit(module, loader())
@@ -147,7 +147,7 @@ def test_without_checkpoints_the_last_state_is_exported_also_before_merging(tmp_
     torch.testing.assert_close(exported.net(x), module.net(x))
 
 
-def test_an_adapter_that_diverged_is_not_exported(tmp_path: Path) -> None:
+def test_diverged_adapter_is_not_exported(tmp_path: Path) -> None:
     class Diverges(Toy):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             return super().training_step(batch, batch_idx) * float("nan")
@@ -158,7 +158,7 @@ def test_an_adapter_that_diverged_is_not_exported(tmp_path: Path) -> None:
     assert not target.exists()
 
 
-def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> None:
+def test_unexportable_adapter_is_refused_before_training(tmp_path: Path) -> None:
     class Recurrent(Toy):
         def build(self) -> None:
             super().build()
@@ -171,7 +171,7 @@ def test_what_cannot_be_exported_is_refused_before_training(tmp_path: Path) -> N
     assert not module.losses
 
 
-def test_nothing_is_exported_after_a_failed_fit(tmp_path: Path) -> None:
+def test_failed_fit_exports_nothing(tmp_path: Path) -> None:
     class Fails(Toy):
         def training_step(self, *args: Any) -> torch.Tensor:
             raise KeyError("boom")
@@ -181,7 +181,7 @@ def test_nothing_is_exported_after_a_failed_fit(tmp_path: Path) -> None:
     assert not (tmp_path / "peft").exists()
 
 
-def test_a_run_that_resumes_does_not_look_for_the_other_adapter_and_the_next_one_does(tmp_path: Path) -> None:
+def test_init_from_is_read_only_without_ckpt_path(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path / "earlier")
     run = trainer(LoRACallback(rank=4, init_from=str(tmp_path / "missing")), max_steps=0)
     run.fit(Toy(), loader(), ckpt_path=path)

@@ -1,4 +1,4 @@
-"""How a strategy distributes what is trained over its processes, and how it is brought together again."""
+"""How a strategy distributes trained tensors over its processes, and gathers them again."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Layout:
         """Refuse to train, or to measure while training, with the strategy's settings."""
 
     def attached(self, module: LightningModule) -> None:
-        """Take note of newly attached adapters before the strategy wraps the module; refuse what it cannot train."""
+        """Record newly attached adapters before the strategy wraps the module; reject what it cannot train."""
 
     def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
-        """Take note of the optimizers before the strategy takes them over; refuse what it cannot use."""
+        """Record the optimizers before the strategy takes them over; reject what it cannot use."""
 
     def gather(
         self,
@@ -89,7 +89,7 @@ class Layout:
         return parameter.shape
 
     def gathered_layer(self, layer: LoRALayer) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Have the whole of an adapted layer's weight and factors for a while; changes to them stay."""
+        """Gather an adapted layer's weight and factors inside the block; changes persist."""
         return nullcontext()
 
     def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -130,15 +130,15 @@ class ModelParallelLayout(Layout):
 
     @override
     def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
-        """Refuse what each process would train by itself: nothing synchronises what the module has not divided."""
+        """Reject parameters that each process would train separately, because the module has not sharded them."""
         mesh = cast(ModelParallelStrategy, self.strategy).device_mesh
         data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
         sizes = f"data_parallel_size={data.size()}, tensor_parallel_size={tensor.size()}"
         divided = [parameter for parameter in module.parameters() if is_sharded(parameter)]
         if mesh.size() > 1 and not divided:
             raise MisconfigurationException(
-                f"ModelParallelStrategy({sizes}): configure_model of {type(module).__name__} divides no parameter, so "
-                f"each of the {mesh.size()} processes would train by itself. Call fully_shard there, with "
+                f"ModelParallelStrategy({sizes}): configure_model of {type(module).__name__} shards no parameter, so "
+                f"each of the {mesh.size()} processes would train separately. Call fully_shard there, with "
                 f"data_parallel_size={mesh.size()} and tensor_parallel_size=1, or parallelize_module for tensor "
                 "parallelism; or use strategy='ddp'."
             )
@@ -146,13 +146,13 @@ class ModelParallelLayout(Layout):
         if data.size() > 1 and apart:
             owners = list(dict.fromkeys(clean_name(name).rpartition(".")[0] for name in apart))
             raise MisconfigurationException(
-                f"{listed(owners)} would train in each process by itself: under ModelParallelStrategy({sizes}) only "
-                "what fully_shard has divided is synchronised. In configure_model call "
+                f"{listed(owners)} would train separately in each process: under ModelParallelStrategy({sizes}) only "
+                "what fully_shard has sharded is synchronised. In configure_model call "
                 'fully_shard(..., mesh=self.device_mesh["data_parallel"]) on these layers, or last on the whole model.'
             )
         if tensor.size() > 1 and not any(_spans(parameter, tensor) for parameter in divided):
             rank_zero_warn(
-                f"LoRA: ModelParallelStrategy({sizes}), but no parameter is divided for tensor parallelism, so groups "
+                f"LoRA: ModelParallelStrategy({sizes}), but no parameter is sharded for tensor parallelism, so groups "
                 f"of {tensor.size()} processes train on the same data. Call parallelize_module in configure_model, or "
                 "set tensor_parallel_size=1."
             )

@@ -83,8 +83,8 @@ class FSDPLayout(Layout):
             )
         if late := [name for name in AdaptedModel(module).tensors if name not in self._shapes]:
             raise MisconfigurationException(
-                f"{listed(late)} came into {type(module).__name__} after it had wrapped a part of itself, too late for "
-                "adapters. In configure_model build all layers, call lightning_lora.attach(self), and wrap then."
+                f"{listed(late)} were added to {type(module).__name__} after it had wrapped parts of itself, too late "
+                "for adapters. In configure_model, build all layers, call lightning_lora.attach(self), then wrap."
             )
         _wrap_adapters(module, wrap)
         if _is_ours_alone(self._fsdp.kwargs.get("auto_wrap_policy")):
@@ -101,7 +101,7 @@ class FSDPLayout(Layout):
         if names := _trained_outside(self._model):
             raise MisconfigurationException(
                 f"{listed(names)} would train without FSDP, differently in each process: configure_model wraps only "
-                "other modules, and then FSDPStrategy wraps nothing more. Wrap them, too, or the whole model last."
+                "other modules, and then FSDPStrategy wraps nothing more. Wrap them too, or wrap the whole model last."
             )
 
     @override
@@ -110,13 +110,17 @@ class FSDPLayout(Layout):
 
         A process may have nothing of a parameter; then its optimizer has no state for it, and takes others' numbers.
         """
-        held = self._held_slices()
-        own = {key: value.detach() if isinstance(value, Tensor) else value for key, value in values.items()}
-        slices = {key: value.flatten() for key, value in own.items() if _is_slice(value, held.get(name_of(key)))}
+        held, own = self._held_slices(), dict[Key, Any]()
+        for key, value in values.items():
+            own[key] = value.detach().cpu() if isinstance(value, Tensor) else value
+        # Copies: a view would be sent with all of the unit's memory.
+        slices = {k: value.flatten().clone() for k, value in own.items() if _is_slice(value, held.get(name_of(k)))}
         numbers = {key: value for key, value in own.items() if not (isinstance(value, Tensor) and value.ndim)}
-        found = {key: value for each in _all_gather_object(numbers, self._group) for key, value in each.items()}
+        slices_of_all, numbers_of_all = zip(*_all_gather_object((slices, numbers), self._group), strict=True)
+        found = {key: number for theirs in numbers_of_all for key, number in theirs.items()}
         found |= {key: value for key, value in own.items() if key not in slices}
-        for key, parts in _slices_of_all(slices, self.strategy.root_device, self._group).items():
+        for key in dict.fromkeys(key for theirs in slices_of_all for key in theirs):
+            parts = [theirs[key] for theirs in slices_of_all if key in theirs]
             shape = self._shapes[name_of(key)]
             # With NO_SHARD each process has the whole.
             found[key] = (parts[0] if len(parts[0]) == shape.numel() else torch.cat(parts)).view(shape)
@@ -132,7 +136,7 @@ class FSDPLayout(Layout):
     @override
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        """Fill what trains slice by slice, and frozen parameters unit by unit, with one unit at a time in memory."""
+        """Fill trained tensors slice by slice, and frozen ones with one unit at a time in memory."""
         held = self._held_slices()
         frozen = {n for n, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and n in values} - held.keys()
         module, filled = module_of(self.strategy), set[str]()
@@ -194,13 +198,13 @@ class FSDPLayout(Layout):
 
     @property
     def _model(self) -> nn.Module:
-        """What the strategy runs: the module, or the unit that it has become."""
+        """The module or FSDP unit that the strategy runs."""
         assert self._fsdp.model is not None
         return self._fsdp.model
 
     @property
     def _group(self) -> Group:
-        """The processes that a unit's parameters are divided among."""
+        """The process group that shards a unit's parameters."""
         units = _units_of(self._model)
         return units[0].process_group if units else None
 
@@ -209,7 +213,7 @@ class FSDPLayout(Layout):
 
 
 class _AdaptersApart(_Policy):
-    """The user's wrapping policy, if any, and a unit of its own for every adapter."""
+    """The user's wrapping policy, if any, plus one unit per adapter."""
 
     def __init__(self, inner: _Policy | None) -> None:
         self.inner = inner
@@ -308,9 +312,6 @@ def _trained_outside(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(clean_name(name).rpartition(".")[0] for name in outside))
 
 
-# --- slices
-
-
 def _is_slice(value: Any, held: range | None) -> bool:
     """Return whether a value is laid out as this process's elements of a parameter are."""
     return held is not None and isinstance(value, Tensor) and value.ndim > 0 and value.numel() == len(held)
@@ -321,32 +322,3 @@ def _all_gather_object(value: Any, group: Group) -> list[Any]:
     everywhere: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, value, group)
     return everywhere
-
-
-def _slices_of_all(slices: Mapping[Key, Tensor], device: torch.device, group: Group) -> dict[Key, list[Tensor]]:
-    """Return the slices that every process holds, in the order of the ranks; every process must call this.
-
-    Args:
-        slices: Vectors; a process may have nothing of one that others have.
-        device: Where they travel.
-        group: The processes.
-    """
-    told = _all_gather_object({key: (len(vector), vector.dtype) for key, vector in slices.items()}, group)
-    dtypes = {key: dtype for each in told for key, (_, dtype) in each.items()}
-    found: dict[Key, list[Tensor]] = {}
-    for dtype in sorted(set(dtypes.values()), key=str):
-        keys = [key for key in dtypes if dtypes[key] == dtype]
-        lengths = [[each[key][0] if key in each else 0 for key in keys] for each in told]
-        mine = [torch.empty(0, dtype=dtype, device=device), *(slices[key] for key in keys if key in slices)]
-        vectors = _exchanged(torch.cat(mine), [sum(each) for each in lengths], group)
-        split = [torch.split(vector, sizes) for vector, sizes in zip(vectors, lengths, strict=True)]
-        found |= {key: [parts[index] for parts in split] for index, key in enumerate(keys)}
-    return found
-
-
-def _exchanged(vector: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
-    """Return the vectors of all processes, whose lengths may differ."""
-    padded = torch.cat([vector, vector.new_zeros(max(lengths) - len(vector))])
-    everywhere = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(everywhere, padded, group)
-    return [each[:length] for each, length in zip(everywhere, lengths, strict=True)]

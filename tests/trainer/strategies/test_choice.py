@@ -27,7 +27,7 @@ from tests.distributed.cpu_fsdp import CPUFSDPStrategy, add_cpu_events
 from tests.toys import Toy, loader, network, trainer
 
 
-def test_an_unsupported_strategy_is_refused_by_name() -> None:
+def test_unsupported_strategy_is_refused() -> None:
     class Odd(Strategy): ...
 
     Odd.__abstractmethods__ = frozenset()
@@ -35,7 +35,7 @@ def test_an_unsupported_strategy_is_refused_by_name() -> None:
         adapter_checkpoints(Odd())
 
 
-def test_a_launcher_that_trains_copies_is_refused() -> None:
+def test_spawn_launcher_is_refused() -> None:
     run = trainer(LoRACallback(rank=4), strategy="ddp_spawn", devices=2)
     module = Toy()
     with pytest.raises(MisconfigurationException, match="would exist only in the workers"):
@@ -46,7 +46,7 @@ def test_a_launcher_that_trains_copies_is_refused() -> None:
 # --- FSDP
 
 
-def test_fsdp_without_the_original_parameters_is_refused_with_the_reason() -> None:
+def test_fsdp_without_use_orig_params_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"use_orig_params=True.*the adapters' parameters are lost"):
         layout_of(FSDPStrategy(use_orig_params=False))
 
@@ -69,9 +69,7 @@ class Tied(Toy):
         (Tied, {"target_modules": [], "trainable_token_indices": [1]}, "tied layers share: head"),
     ],
 )
-def test_adapters_that_fsdp_cannot_train_are_refused_by_name(
-    module: type[Toy], options: dict[str, Any], message: str
-) -> None:
+def test_fsdp_refuses_adapters_read_by_other_layers(module: type[Toy], options: dict[str, Any], message: str) -> None:
     adapted = module()
     attach(adapted, LoRAConfig(rank=2, **options))
     with pytest.raises(MisconfigurationException, match=message):
@@ -100,7 +98,7 @@ POLICIES = {
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", POLICIES)
-def test_adapters_get_units_of_their_own_beside_those_of_the_policy(name: str) -> None:
+def test_adapters_get_their_own_fsdp_units(name: str) -> None:
     policy, units = POLICIES[name]
     strategy = FSDPStrategy() if policy is None else FSDPStrategy(auto_wrap_policy=policy)
     for _ in range(2):  # a strategy may be prepared again
@@ -121,7 +119,7 @@ def _is_unit(module: nn.Module) -> bool:
 @pytest.mark.distributed
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_one_process_alone_merges_under_fsdp(tmp_path: Path) -> None:
+def test_merge_under_fsdp_in_one_process(tmp_path: Path) -> None:
     modules = {"fsdp": Toy(), "single": Toy()}
     for name, module in modules.items():
         strategy = CPUFSDPStrategy(auto_wrap_policy={nn.Linear}) if name == "fsdp" else "auto"
@@ -140,7 +138,7 @@ needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), 
 
 
 @pytest.mark.usefixtures("process_group")
-def test_processes_agree_over_the_strategys_device_wherever_parameters_lie() -> None:
+def test_processes_agree_over_root_device() -> None:
     class OffloadedBase(Toy):
         def build(self) -> None:
             self.away = nn.Linear(2, 2, device="meta")  # stands for a device of which processes cannot tell each other
@@ -155,13 +153,13 @@ def test_processes_agree_over_the_strategys_device_wherever_parameters_lie() -> 
 
 @needs_deepspeed
 @pytest.mark.parametrize("options", [{"stage": 0}, {"zero_optimization": False}])
-def test_deepspeed_without_zero_is_refused_with_the_alternative(options: dict[str, Any]) -> None:
+def test_deepspeed_without_zero_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(MisconfigurationException, match=r"stages 1, 2 and 3, not in stage 0.*strategy='ddp'"):
         layout_of(DeepSpeedStrategy(**options))
 
 
 @needs_deepspeed
-def test_stage_3_refuses_by_name_what_one_layer_reads_while_another_runs() -> None:
+def test_stage_3_refuses_adapters_read_by_other_layers() -> None:
     adapted = Attends()
     attach(adapted, LoRAConfig(rank=2, target_modules=["attention"]))
     layout_of(DeepSpeedStrategy(stage=2)).attached(adapted)
@@ -172,7 +170,7 @@ def test_stage_3_refuses_by_name_what_one_layer_reads_while_another_runs() -> No
 
 
 @needs_deepspeed
-def test_an_optimizer_in_deepspeeds_config_is_refused_for_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_config_optimizer_is_refused_for_fit_only(monkeypatch: pytest.MonkeyPatch) -> None:
     config = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     callback = LoRACallback(rank=2, target_modules=["net.0"])
@@ -184,7 +182,7 @@ def test_an_optimizer_in_deepspeeds_config_is_refused_for_training_alone(monkeyp
 
 
 @needs_deepspeed
-def test_groups_that_deepspeed_would_drop_are_refused() -> None:
+def test_deepspeed_refuses_empty_groups() -> None:
     module = Toy()
     attach(module, LoRAConfig(rank=2, target_modules=["net.0"]))
     optimizer = torch.optim.AdamW([{"params": list(part.parameters())} for part in (module.net[0], module.net[2])])
@@ -193,10 +191,10 @@ def test_groups_that_deepspeed_would_drop_are_refused() -> None:
         layout_of(DeepSpeedStrategy()).configured(module, [optimizer])
 
 
-def test_a_weight_that_deepspeed_has_divided_is_not_untied() -> None:
+def test_divided_weight_is_not_untied() -> None:
     module = Tied()
     module.embed.weight.ds_id = 0
-    with pytest.raises(ValueError, match=r"untie_weights: head\.weight are divided by DeepSpeed's ZeRO-3"):
+    with pytest.raises(ValueError, match=r"untie_weights: head\.weight are already sharded by DeepSpeed ZeRO-3"):
         attach(module, LoRAConfig(rank=2, target_modules=["head"], untie_weights=True))
     assert module.head.weight is module.embed.weight
     assert not lora_layers(module)

@@ -69,7 +69,7 @@ def units(module: nn.Module) -> set[str]:
     return {path for path, part in named.items() if isinstance(part, FullyShardedDataParallel)}
 
 
-def test_adapters_become_units_of_their_own_in_wrapped_layers_and_in_others() -> None:
+def test_adapters_become_units_in_all_layers() -> None:
     class InPart(Wraps):
         def wrap(self) -> None:
             self.net[0] = wrap(self.net[0])
@@ -82,7 +82,7 @@ def test_adapters_become_units_of_their_own_in_wrapped_layers_and_in_others() ->
 
 
 @pytest.mark.filterwarnings("ignore:A FSDP `auto_wrap_policy` is set")  # by the user: ours alone is taken back
-def test_a_policy_goes_on_inside_of_what_is_wrapped() -> None:
+def test_policy_applies_inside_wrapped_layers() -> None:
     class Once(Wraps):
         def wrap(self) -> None:
             self.net = wrap(self.net)
@@ -93,7 +93,7 @@ def test_a_policy_goes_on_inside_of_what_is_wrapped() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:It is recommended to use")  # of a process group around a single device
-def test_training_goes_on_in_later_stages_as_in_one_process() -> None:
+def test_later_stages_match_one_process() -> None:
     modules = Toy(), Wraps()
     for module, strategy in zip(modules, ("auto", CPUFSDPStrategy()), strict=True):
         found = trainer(LoRACallback(rank=2), strategy=strategy, use_distributed_sampler=False)
@@ -105,7 +105,7 @@ def test_training_goes_on_in_later_stages_as_in_one_process() -> None:
     assert len(set(modules[0].losses)) == 4
 
 
-def test_training_starts_from_an_adapter_that_is_given(tmp_path: Path) -> None:
+def test_init_from_under_fsdp(tmp_path: Path) -> None:
     single, module, checkpoint = Toy(), Wraps(), ModelCheckpoint(tmp_path)
     trainer(LoRACallback(rank=2), checkpoint).fit(single, loader())
     run(module, LoRACallback(rank=2, init_from=checkpoint.best_model_path), max_steps=1)
@@ -114,7 +114,7 @@ def test_training_starts_from_an_adapter_that_is_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:FSDP with `bf16-true` enables computation")
-def test_factors_keep_their_precision_in_a_base_of_another() -> None:
+def test_factors_keep_their_dtype() -> None:
     class Looks(Callback):
         def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
             adapters = [layer.lora for layer in lora_layers(module).values()]
@@ -157,15 +157,13 @@ class ConstructsToo(Wraps):
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        (WrapsFirst, RuntimeError, r"wraps a part of itself before it has adapters.*attach\(self\), and wrap then"),
-        (BuildsLater, MisconfigurationException, r"more\.weight, more\.bias came into BuildsLater after"),
-        (LeavesTrained, MisconfigurationException, r"^net\.4 would train without FSDP.*Wrap them, too"),
+        (WrapsFirst, RuntimeError, r"wraps parts of itself before it has adapters.*attach\(self\), then wrap"),
+        (BuildsLater, MisconfigurationException, r"more\.weight, more\.bias were added to BuildsLater after"),
+        (LeavesTrained, MisconfigurationException, r"^net\.4 would train without FSDP.*Wrap them too"),
         (Constructs, MisconfigurationException, r"was wrapped by FSDP\(\.\.\.\) itself.*then wrap\(\.\.\.\)"),
         (ConstructsToo, MisconfigurationException, r"adapters of net\.2 together with frozen weights.*use wrap\("),
     ],
 )
-def test_wrapping_that_would_train_wrongly_is_refused_with_what_to_do(
-    kind: type[Wraps], error: type[Exception], message: str
-) -> None:
+def test_wrong_wrapping_is_refused_with_remedy(kind: type[Wraps], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run(kind(), LoRACallback(rank=2, modules_to_save=["net.4"]))
