@@ -38,7 +38,7 @@ _MOST_ORDERS = 24
 _ATTENTION = ("in_proj_weight", "q_proj_weight")
 # Models in transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")
-REMEDY = "Load the model, load_adapter the file into it, and save it from there."
+REMEDY = "Load the model, load the file into it with load_adapter, and save it from there."
 
 
 def build_skeleton(layouts: Layouts, kinds: Mapping[str, str]) -> nn.Module:
