@@ -127,7 +127,7 @@ def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextMana
 
     Args:
         module: An adapted module.
-        whole: Context in which a layer's tensors are whole, for modules that FSDP has divided.
+        whole: Context in which a layer's tensors are whole, for modules sharded by FSDP.
 
     Raises:
         ValueError: An adapter holds NaN or infinity, or the module has none. Nothing was changed.
