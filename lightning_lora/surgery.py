@@ -42,7 +42,7 @@ from lightning_lora.modes import check_mergeable, fold, set_mode
 from lightning_lora.names import clean_name, join, listed
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
-from lightning_lora.probe import dead_message
+from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
 
 
@@ -213,8 +213,7 @@ def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
 
 def _refuse_dead(module: nn.Module, batch: object, *, is_new: bool) -> None:
     try:
-        if message := dead_message(module, batch):
-            raise ValueError(f"{message} Nothing was changed.")
+        refuse_dead_adapters(module, batch)
     except BaseException:
         if is_new:
             detach(module)
