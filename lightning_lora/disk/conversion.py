@@ -68,7 +68,7 @@ def _check_exportable(file: CheckpointFile) -> None:
     if file.merges:
         raise ValueError(f"The adapter was trained on a base with another adapter merged into it. {REMEDY}")
     if any(each.get("rows") for each in file.record["layers"].values()) and any(each.use_dora for each in configs):
-        raise ValueError(f"DoRA of slices needs the norms of the base's other rows. {REMEDY}")
+        raise ValueError(f"DoRA on slices needs the norms of the base's other rows. {REMEDY}")
     if any(each.frozen_norm == "track" for each in configs) and any(n.endswith(_STATISTICS) for n in file.tensors):
         raise ValueError("PEFT saves no running statistics of frozen norms (frozen_norm='track').")
 

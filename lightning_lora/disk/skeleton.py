@@ -38,7 +38,7 @@ _MOST_ORDERS = 24
 _ATTENTION = ("in_proj_weight", "q_proj_weight")
 # Models in transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")
-REMEDY = "Load the model, load_adapter the file into it, and save it from there."
+REMEDY = "Load the model, load the file into it with load_adapter, and save it from there."
 
 
 def build_skeleton(layouts: Layouts, kinds: Mapping[str, str]) -> nn.Module:
@@ -219,7 +219,7 @@ def _linear_kind(name: str, shape: tuple[int, ...], sizes: tuple[int, int], is_t
     fitting = [kind for kind in ("linear", "conv1d") if len(shape) == 2 and _fits(kind, shape, sizes)]
     if len(fitting) == 2 and is_transposed is None:
         raise ValueError(
-            f"{name}: the weight is square, so its orientation is ambiguous. Put the model's config.json beside the "
+            f"{name}: the weight is square, so its orientation is ambiguous. Put the model's config.json next to the "
             "base, or export the adapter with save_adapter and merge that."
         )
     if len(fitting) == 2:
