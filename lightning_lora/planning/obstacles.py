@@ -78,7 +78,7 @@ class Obstacles:
         return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it{remedy}"
 
     def _of_options(self, parameter: str, module: nn.Module, adapter: type[Adapter]) -> str | None:
-        """Return what keeps an option beyond plain LoRA, or an uncommon kind of weight, from working here."""
+        """Return why an option beyond plain LoRA, or an uncommon kind of weight, does not work here, or None."""
         weight = base_parameter(module, parameter)
         if not weight.is_floating_point() and (why := self._carried_by_weight(module, adapter)):
             return f"{why}; that needs a floating-point weight, not {weight.dtype}"
@@ -120,7 +120,7 @@ class Obstacles:
 
 
 def instance_obstacle(module: nn.Module) -> str | None:
-    """Return what this very module has that an adapted layer cannot have, or None."""
+    """Return why this instance cannot be an adapted layer, whatever its class, or None."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance, so an adapter would never run"
     if not isinstance(module, LoRALayer) and (taken := taken_names(module)):
@@ -153,12 +153,12 @@ def _output_embeddings(modules: Collection[nn.Module]) -> set[int]:
 
 
 def missed_entries(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
-    """Yield a sentence for every entry of the config that did nothing.
+    """Yield a problem for every entry of the config that reached nothing.
 
     Args:
         plan: The plan with its layers and modules.
         config: The request.
-        root: What to call the model.
+        root: The name of the model's class.
     """
     everything = list(plan.names.values())
     if config.target_modules != ALL_LINEAR:

@@ -20,7 +20,7 @@ _TOKENS = "trainable_token_indices"
 
 
 def plan_saved_modules(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
-    """Plan what ``modules_to_save`` names, and yield what is wrong with it."""
+    """Plan the modules of ``modules_to_save`` and yield the problems."""
     for name, module in plan.modules.items():
         entry = selected(config.modules_to_save, plan.names[name])
         if entry is None or is_below(name, plan.saved):
@@ -40,7 +40,7 @@ def plan_saved_modules(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[s
 
 
 def plan_biases(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
-    """Plan the biases that train, and yield what is wrong with them.
+    """Plan the biases to train and yield the problems.
 
     A bias is a parameter whose own name says so, as in PEFT: ``bias``, ``in_proj_bias``, ``bias_ih_l0``.
     """
@@ -70,7 +70,7 @@ def plan_biases(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
 
 
 def plan_token_rows(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
-    """Plan what ``trainable_token_indices`` names, and yield what is wrong with it."""
+    """Plan the rows of ``trainable_token_indices`` and yield the problems."""
     wanted = config.trainable_token_indices
     embeddings = [name for name, part in plan.modules.items() if isinstance(part, nn.Embedding)]
     if not isinstance(wanted, Mapping):
