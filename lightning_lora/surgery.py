@@ -39,7 +39,7 @@ from lightning_lora.layers import (
     weights_only_read,
 )
 from lightning_lora.modes import check_mergeable, fold, set_mode
-from lightning_lora.names import clean_name, join, listed, module_names
+from lightning_lora.names import clean_name, join, listed
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import dead_message
@@ -85,7 +85,9 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
             made = _make_adapters(new)
         # All or nothing: no line above changes the model, and none below can fail.
         for name in plan.untied:
-            plan.parameters[name] = _untie(plan.modules, name)
+            weight = plan.parameters[name]
+            plan.parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            _set_parameter(plan.modules, name, plan.parameters[name])
         for layer, adapters in made.items():
             _swap_in_adapters(layer, adapters)
         attachment = _record(plan, config, seed, old)
@@ -277,24 +279,11 @@ def _swap_out_adapter(layer: LoRALayer) -> None:
     swap_out(layer)
 
 
-def _untie(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
-    """Replace a tied weight by its own copy, and return the copy."""
-    weight = _parameter_of(modules, name)
-    copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-    _set_parameter(modules, name, copy)
-    return copy
-
-
 def _tie_again(root: Root) -> None:
-    untied = root.attachment.untied
-    modules = {path: part for path, (part, _) in module_names(root.module).items()} if untied else {}
-    for name, other in untied.items():
-        _set_parameter(modules, name, _parameter_of(modules, other))
-
-
-def _parameter_of(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
-    owner, _, key = name.rpartition(".")
-    return cast(nn.Parameter, modules[owner]._parameters[key])
+    if root.attachment.untied:
+        model = AdaptedModel(root.module)
+        for name, other in root.attachment.untied.items():
+            _set_parameter(dict(model.parts), name, cast(nn.Parameter, model.tensors[other]))
 
 
 def _set_parameter(modules: Mapping[str, nn.Module], name: str, parameter: nn.Parameter) -> None:

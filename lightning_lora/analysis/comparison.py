@@ -208,8 +208,8 @@ def likeness(comparison: AdapterComparison) -> list[str]:
         overlaps = [getattr(layer, of) for layer in live]
         first, every, chance = (statistics.median([each[at] for each in overlaps]) for at in range(3))
         lines.append(
-            f"The leading {side} directions share {first:.3f}, all {side} directions {every:.3f}; random ones would "
-            f"share {chance:.3f} (medians over {len(live)} layers)."
+            f"The leading {side} directions overlap by {first:.3f}, all of them by {every:.3f}, random ones "
+            f"by {chance:.3f} (medians over {len(live)} layers)."
         )
     cosines = {layer.name: layer.cosine for layer in live}
     middle, ordered = statistics.median(cosines.values()), sorted(cosines, key=cosines.__getitem__)

@@ -403,7 +403,7 @@ def plan(options: argparse.Namespace) -> Result:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise before anything is computed if the outputs could not be written."""
-    from lightning_lora.analysis.drawing import can_draw
+    from lightning_lora.analysis.plots import can_draw
 
     if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise ValueError(f"--out={str(options.out)!r} must be a file in a folder that exists.")

@@ -20,7 +20,7 @@ from lightning_lora.names import (
     sweeps,
     unmatched,
 )
-from lightning_lora.planning.plan import Plan, Target
+from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
 # Parents that read their children's weights, always or in evaluation, so that the weight must carry the update.
@@ -53,25 +53,25 @@ class Obstacles:
         self._asks_for_more = bool(config.dropout or config.lora_bias or config.use_dora) or not self.is_common
         self._heads = _output_embeddings(modules) if config.target_modules == ALL_LINEAR else set[int]()
 
-    def of(self, target: Target, rank: int, shape: tuple[int, int]) -> str | None:
+    def of(self, layer: PlannedLayer, rank: int, shape: tuple[int, int]) -> str | None:
         """Return why an adapter cannot be made, or None."""
-        module = target.module
+        module = layer.module
         if isinstance(module, LoRALayer):
             return None  # it was judged when it was adapted
-        if reason := target.adapter.obstacle(module) or instance_obstacle(module):
+        if reason := layer.adapter.obstacle(module) or instance_obstacle(module):
             return reason
-        if self.tied and (reason := self._of_tie(target)):
+        if self.tied and (reason := self._of_tie(layer)):
             return reason
         if id(module) in self._heads:
             return "output embedding of a transformers model"
         if rank > shape[0] or rank > shape[1]:
             return f"rank {rank} is above {min(shape)}, the highest rank of its weight; lower it with rank_pattern"
         if self._asks_for_more:
-            return self._of_options(target.parameter, module, target.adapter)
+            return self._of_options(layer.parameter, module, layer.adapter)
         return None
 
-    def _of_tie(self, target: Target) -> str | None:
-        others, named = self.tied.get(join(target.names[0], target.parameter)), target.pattern != ALL_LINEAR
+    def _of_tie(self, layer: PlannedLayer) -> str | None:
+        others, named = self.tied.get(join(layer.names[0], layer.parameter)), layer.pattern != ALL_LINEAR
         if not others or (named and self.config.untie_weights):
             return None
         remedy = "; untie_weights=True gives it a copy of its own" if named else ""
@@ -196,7 +196,7 @@ def _missed_targets(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
 def _missed_patterns(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
     reached = [layer.label for layer in plan.layers]
     covered = {*reached, *plan.left_out}
-    layers = {layer.name for layer in plan.layers} | (plan.left_out.keys() & plan.names.keys())
+    layers = {layer.names[0] for layer in plan.layers} | (plan.left_out.keys() & plan.names.keys())
     covered |= {alias for name in layers for alias in plan.names[name]}
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:

@@ -124,25 +124,14 @@ def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int], config: LoRACo
         return
     dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, config.adapter_dtype)
     spec = AdapterSpec(len(tokens), 1.0, 0.0, "", dtype, 0, rows=tuple(range(t, t + 1) for t in tokens))
-    plan.layers.append(
-        PlannedLayer(
-            name=name,
-            module=module,
-            pattern=_TOKENS,
-            adapter=TokenAdapter,
-            spec=spec,
-            parameter="weight",
-            key="",
-            in_weight=TokenAdapter.needs_weight(module),
-            label=name,
-            size=len(tokens) * weight.shape[1],
-            followers=tuple(followers.values()),
-        )
-    )
+    layer = PlannedLayer((name,), module, _TOKENS, TokenAdapter, "weight", followers=tuple(followers.values()))
+    layer.spec, layer.key, layer.label = spec, "", name
+    layer.in_weight, layer.size = TokenAdapter.needs_weight(module), len(tokens) * weight.shape[1]
+    plan.layers.append(layer)
 
 
 def _taken(plan: Plan, names: Sequence[str]) -> str | None:
-    if taken := sorted({layer.name for layer in plan.layers} & {*names}):
+    if taken := sorted({layer.names[0] for layer in plan.layers} & {*names}):
         return f"{listed(taken)} is adapted already; leave it out of the other targets"
     if below := [name for name in names if is_below(name, plan.saved)]:
         return f"{listed(below)} is trained in full by modules_to_save"
