@@ -42,7 +42,7 @@ from lightning_lora.modes import check_mergeable, fold, set_mode
 from lightning_lora.names import clean_name, join, listed
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
-from lightning_lora.probe import dead_message
+from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
 
 
@@ -127,7 +127,7 @@ def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextMana
 
     Args:
         module: An adapted module.
-        whole: Context in which a layer's tensors are whole, for modules that FSDP has divided.
+        whole: Context in which a layer's tensors are whole, for modules sharded by FSDP.
 
     Raises:
         ValueError: An adapter holds NaN or infinity, or the module has none. Nothing was changed.
@@ -213,8 +213,7 @@ def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
 
 def _refuse_dead(module: nn.Module, batch: object, *, is_new: bool) -> None:
     try:
-        if message := dead_message(module, batch):
-            raise ValueError(f"{message} Nothing was changed.")
+        refuse_dead_adapters(module, batch)
     except BaseException:
         if is_new:
             detach(module)

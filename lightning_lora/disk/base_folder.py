@@ -135,7 +135,7 @@ def _shard_names(folder: Path, index: Mapping[str, Any]) -> list[str]:
 def _check_index(where: Mapping[str, str], shards: Mapping[str, TensorFile]) -> None:
     stored = [(name, shard) for shard, table in shards.items() for name in table.tensors]
     if wrong := [name for name, shard in stored if where.get(name) != shard]:
-        raise ValueError(f"The index of the base places {listed(wrong)} in other files than those that hold them.")
+        raise ValueError(f"The index of the base lists {listed(wrong)} under the wrong files.")
     if missing := sorted(where.keys() - {name for name, _ in stored}):
         raise ValueError(f"The index of the base lists tensors that its files do not hold: {listed(missing)}.")
 

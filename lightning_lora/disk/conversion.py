@@ -28,7 +28,7 @@ from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, read_c
 from lightning_lora.storage.safetensors import Layout
 from lightning_lora.surgery import attach
 
-_REMEDY = "Load the model, load_adapter the file into it, and save it from there."
+_REMEDY = "Load the model, load the file into it with load_adapter, and save it from there."
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "._u", "._v", ".weight_u", ".weight_v")
 
 
@@ -73,7 +73,7 @@ def _check_exportable(file: CheckpointFile) -> None:
     if file.merges:
         raise ValueError(f"The adapter was trained on a base with another adapter merged into it. {_REMEDY}")
     if any(each.get("rows") for each in file.record["layers"].values()) and any(each.use_dora for each in configs):
-        raise ValueError(f"DoRA of slices needs the norms of the base's other rows. {_REMEDY}")
+        raise ValueError(f"DoRA on slices needs the norms of the base's other rows. {_REMEDY}")
     if any(each.frozen_norm == "track" for each in configs) and any(n.endswith(_STATISTICS) for n in file.tensors):
         raise ValueError("PEFT saves no running statistics of frozen norms (frozen_norm='track').")
 

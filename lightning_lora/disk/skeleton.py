@@ -370,7 +370,7 @@ def _linear_kind(name: str, shape: tuple[int, ...], sizes: tuple[int, int], is_t
     fitting = [kind for kind in ("linear", "conv1d") if len(shape) == 2 and _fits(kind, shape, sizes)]
     if len(fitting) == 2 and is_transposed is None:
         raise ValueError(
-            f"{name}: the weight is square, so its orientation is ambiguous. Put the model's config.json beside the "
+            f"{name}: the weight is square, so its orientation is ambiguous. Put the model's config.json next to the "
             "base, or export the adapter with save_adapter and merge that."
         )
     if len(fitting) == 2:

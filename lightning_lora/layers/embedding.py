@@ -83,7 +83,7 @@ class EmbeddingAdapter(LowRankAdapter):
         hidden = F.embedding(inputs, self.A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         B: Tensor = self.B
         if B.dtype != output.dtype and not torch.is_autocast_enabled(output.device.type):
-            hidden, B = hidden.to(output.dtype), B.to(output.dtype)  # what was looked up, not a column for every token
+            hidden, B = hidden.to(output.dtype), B.to(output.dtype)  # the looked-up rows, not the whole table
         return F.linear(hidden * self.spec.scaling, B)  # (..., rank) -> (..., features)
 
     @override
@@ -104,13 +104,15 @@ class EmbeddingAdapter(LowRankAdapter):
 
 
 def _has_unknown_forward(layer: nn.Module, adapter: type[EmbeddingAdapter]) -> bool:
-    return reads_weight(layer, adapter) and not hasattr(layer, "embed_scale")  # the one that PEFT knows
+    return reads_weight(layer, adapter) and not hasattr(
+        layer, "embed_scale"
+    )  # PEFT supports embeddings with embed_scale
 
 
 register_adapter(nn.Embedding, EmbeddingAdapter)
 
 
-# --- chosen rows of an embedding that train in full, while all other tokens keep theirs
+# --- chosen tokens, whose rows train in full
 
 
 class TokenAdapter(Adapter):
@@ -155,7 +157,7 @@ class TokenAdapter(Adapter):
     def _look_up(self, tokens: Tensor, output: Tensor) -> Tensor:
         place = torch.searchsorted(self.index, tokens).clamp_max(len(self.index) - 1)
         is_trained = self.index[place] == tokens
-        # All other tokens look up one more row, so that scale_grad_by_freq counts the trained ones alone.
+        # All other tokens look up an extra row, so that scale_grad_by_freq counts only the trained ones.
         table = F.pad(self.rows, (0, 0, 0, 1))
         rows = F.embedding(
             torch.where(is_trained, place, len(self.index)), table, scale_grad_by_freq=self.scale_grad_by_freq

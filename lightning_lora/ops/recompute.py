@@ -105,7 +105,7 @@ class _Made(NamedTuple):
     recipe: _Recipe
 
     def is_as_made(self) -> bool:
-        return self.tensor._version == self.version  # else whoever read it has changed it
+        return self.tensor._version == self.version  # else a reader has changed it
 
 
 class _Scope:
@@ -152,8 +152,8 @@ _recipes: WeakValueDictionary[Hashable, _Recipe] = WeakValueDictionary()
 def recomputing() -> Iterator[None]:
     """Have autograd keep a recipe for each tensor that ``recomputed`` makes inside the block.
 
-    Composes with the hooks of others, such as those of ``save_on_cpu`` and activation checkpointing. Without gradients,
-    and where somebody looks on who knows torch's operations alone, it does nothing.
+    Composes with other hooks, such as those of ``save_on_cpu`` and activation checkpointing. Does nothing without
+    gradients and under transforms.
     """
     if not _may_set_hooks():
         yield
@@ -236,7 +236,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _check(tensor: Tensor, version: int) -> None:
-    """Raise what torch raises without hooks."""
+    """Raise the error that torch raises without hooks, if a tensor was changed in place."""
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "

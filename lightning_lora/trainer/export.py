@@ -29,8 +29,8 @@ def check_exportable(module: nn.Module, layout: Layout) -> None:
     sliced = [name for name, adapter in adapters.items() if adapter.spec.rows and adapter.spec.use_dora]
     if sliced and layout.divides_weights:
         raise MisconfigurationException(
-            f"export_dir: PEFT's file of {listed(sliced)} (DoRA of slices) needs the norms of the whole weights, which "
-            f"{type(layout.strategy).__name__} has divided. Export the checkpoint afterwards: load_adapter(model, "
+            f"export_dir: PEFT's file of {listed(sliced)} (DoRA on slices) needs the norms of the whole weights, which "
+            f"{type(layout.strategy).__name__} has sharded. Export the checkpoint afterwards: load_adapter(model, "
             "checkpoint), then save_adapter(model, directory)."
         )
     with gathered_parameters(module), shapes_shown(module):
