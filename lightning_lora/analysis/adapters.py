@@ -104,9 +104,10 @@ def read_matrices(
     file = read_adapter(source)
     if base is not None:
         check_not_merged(base, file.merges)
-        return _matrices(*_with_weights(file, base), tokens=tokens)
+        layers, rows, weights = _with_weights(file, base)
+        return _matrices(layers, rows if tokens else {}, weights)
     names = sorted(file.layers, key=in_order) if isinstance(file, PeftFile) else file.layers
-    return _matrices([file.layers[name] for name in names], {}, {}, tokens=tokens)
+    return _matrices([file.layers[name] for name in names], {}, {})
 
 
 # --- names
@@ -142,11 +143,7 @@ def in_order(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def _matrices(
-    layers: Collection[StoredLayer],
-    rows: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor | None],
-    *,
-    tokens: bool,
+    layers: Collection[StoredLayer], rows: Mapping[str, Tensor], weights: Mapping[str, Tensor | None]
 ) -> list[AdapterMatrix]:
     """Return the updates of layers, and the changes of trained embedding rows; weights are matrices, by the same names.
 
@@ -154,7 +151,7 @@ def _matrices(
         ValueError: Only the model can tell a scaling, or a weight and its update differ in shape.
     """
     found = [matrix for layer in layers for matrix in _of_layer(layer, weights.get(layer.label))]
-    for name, trained in rows.items() if tokens else ():
+    for name, trained in rows.items():
         found += _of_rows(name, trained, weights.get(name))
     return found
 
