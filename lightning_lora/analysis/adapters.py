@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.spectrum import ThinSVD, thin_svd
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
 from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
+from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, TokenAdapter, base_parameter
 from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed, module_names
