@@ -1,4 +1,4 @@
-"""Whole tensors and their parts: what differs where a tensor's memory is spread over processes (``DTensor``)."""
+"""Tensors whose memory is distributed over processes (``DTensor``, ZeRO-3), their parts, and the whole of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this is a ``DTensor``, of which each process holds a part or a replica."""
+    """Return whether this is a ``DTensor``: each process holds a part or a replica of it."""
     module = sys.modules.get("torch.distributed.tensor")  # importing it for a look would take half a second
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -24,7 +24,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor, which every process has, laid out over the processes as another one is."""
+    """Distribute a whole tensor, which every process has, over the processes as another one is."""
     if not is_sharded(like):
         return value
     placed: Any = like
@@ -33,15 +33,15 @@ def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_whole(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor, which every process has, into one that may be spread over them."""
+    """Copy a whole tensor, which every process has, into one that may be distributed over them."""
     target.copy_(laid_out_like(value.to(target.device), target))
 
 
 @torch.no_grad()
 def elements(chosen: Mapping[str, tuple[Tensor, tuple[Tensor, ...]]]) -> dict[str, Tensor]:
-    """Return some elements of tensors that are spread over processes; every process must call this.
+    """Return some elements of tensors that are distributed over processes; every process must call this.
 
-    Each process looks up those that it holds, and only these few numbers travel.
+    Each process looks up those that it holds, and only these few numbers are communicated.
 
     Args:
         chosen: Name -> a ``DTensor``, and the indices of the elements, one vector for each dimension.
@@ -96,10 +96,10 @@ def _numbers(tensor: Tensor, dimension: int, known: dict[Any, Tensor]) -> Tensor
 
 
 def place_factors(A: Tensor, B: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay out the factors as tensor parallelism has laid out their weight.
+    """Distribute the factors as tensor parallelism has distributed their weight.
 
-    A weight divided by rows has ``B`` divided so and all of ``A`` everywhere; one divided by columns has ``A`` divided
-    so. Nothing more needs to travel than for the weight itself.
+    If the weight is divided by rows, so is ``B``, and every process has all of ``A``; if by columns, ``A`` is divided.
+    Nothing more is communicated than for the weight itself.
 
     Args:
         A: ``(rank, in)``, whole.
@@ -129,18 +129,18 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_divided(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed's ZeRO-3 has divided this parameter, so that what it shows is empty."""
+    """Return whether DeepSpeed's ZeRO-3 has divided this parameter, so that it looks empty."""
     status = getattr(parameter, "ds_status", None)
     return status is not None and bool(status.name == "NOT_AVAILABLE")
 
 
 @contextmanager
 def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[None]:
-    """Have the whole of parameters that ZeRO-3 has divided, for a while; every process must call this.
+    """Gather parameters that ZeRO-3 has divided, for a while; every process must call this.
 
     Args:
-        tensors: Any; what is whole stays as it is.
-        to_write: Whether what is written to them stays; every process must write the same.
+        tensors: Any tensors; whole ones stay as they are.
+        to_write: Whether changes to them stay; every process must make the same.
     """
     managed = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not managed:
@@ -158,7 +158,7 @@ def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[N
 
 @contextmanager
 def shapes_shown(module: nn.Module) -> Iterator[None]:
-    """Let parameters that ZeRO-3 has divided show the shape of their whole for a while, though not its values.
+    """Give parameters that ZeRO-3 has divided their whole shapes for a while, without the values.
 
     Vectors, such as biases, are gathered; matrices are zeros that take no memory.
     """
@@ -180,13 +180,13 @@ def shapes_shown(module: nn.Module) -> Iterator[None]:
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Return whether ``fully_shard`` or FSDP has taken this module's parameters over."""
+    """Return whether ``fully_shard`` or FSDP manages this module's parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return what FSDP, activation checkpointing or ``torch.compile`` has wrapped, or the module itself."""
+    """Return the module inside wrappers of FSDP, activation checkpointing and ``torch.compile``."""
     for key in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"):
         while (inner := module._modules.get(key)) is not None:
             module = inner

@@ -1,1 +1,1 @@
-"""What a Trainer needs besides adapters: strategies, checkpoints, checks, the company of other callbacks."""
+"""Everything that knows Lightning: one run of the callback, checkpoints, checks, and the strategies."""

@@ -108,7 +108,7 @@ class Attaching:
             self._attach(module)
 
     def _take_saved_options(self, trainer: Trainer, module: LightningModule) -> None:
-        """Ask for what the checkpoint holds that is about to be loaded, if there is one."""
+        """Take the options of the checkpoint that is about to be loaded, if any."""
         saved, before = saved_options(chosen_record(trainer)), get_attachment(module)
         if saved is None:
             return

@@ -1,4 +1,4 @@
-"""What differs between Lightning's strategies: one ``Layout`` for each, chosen here."""
+"""The differences between Lightning's strategies: one ``Layout`` for each, chosen here."""
 
 from __future__ import annotations
 
