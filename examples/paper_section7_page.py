@@ -7,8 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.analysis.drawing import INK, as_svg, axis_names, hue, new_figure, title
-from lightning_lora.analysis.plots import plot_layers, plot_similarities
+from lightning_lora.analysis.plots import (
+    INK,
+    as_svg,
+    axis_names,
+    hue,
+    new_figure,
+    plot_layers,
+    plot_similarities,
+    title,
+)
 from lightning_lora.analysis.reports import Page
 
 Rows = list[dict[str, Any]]

@@ -1,4 +1,7 @@
-"""LoRA for any LightningModule, and for any PyTorch module."""
+"""LoRA for any LightningModule, and for any PyTorch module.
+
+The public API is the names in ``__all__`` and in ``lightning_lora.analysis.__all__``. Everything else is private.
+"""
 
 from __future__ import annotations
 

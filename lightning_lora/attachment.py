@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
-from lightning_lora.names import clean_name, listed, walk
+from lightning_lora.names import listed
 
 _ATTACHMENT = "_lora_attachment"
 _MERGES = "_lora_merges"
@@ -150,19 +150,6 @@ def request(module: nn.Module, config: LoRAConfig | None, seed: int = 0) -> None
 def requested(module: nn.Module) -> tuple[LoRAConfig, int] | None:
     """Return the config and the seed that ``request`` left on a module."""
     return vars(module).get(_REQUEST)
-
-
-def attachments(module: nn.Module) -> Iterator[tuple[str, nn.Module, Attachment]]:
-    """Yield every note in a model: the name of the module that holds it, the module, the note."""
-    for name, submodule in walk(module):
-        if (attachment := get_attachment(submodule)) is not None:
-            yield name, submodule, attachment
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a module by their names."""
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    return {clean_name(name): tensor for name, tensor in named}
 
 
 def merge_count(layer: nn.Module) -> int:

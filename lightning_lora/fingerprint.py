@@ -1,6 +1,6 @@
-"""The fingerprint of a base model: a few of its values, by which another base is told from the one trained on.
+"""The fingerprint of a base model: a few of its values, to recognise the base that an adapter was trained on.
 
-Values are read by their places, never by passing over all of them, and recorded as they are: a hash could not tell the
+Values are read at fixed places, never by a pass over all of them, and recorded as they are: a hash could not tell the
 same weights in another precision from other weights.
 """
 
@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     Attributes:
         shape: The tensor's.
         dtype: Its precision.
-        values: What stands at ``places(shape)``.
+        values: The elements at ``places(shape)``.
     """
 
     shape: tuple[int, ...]
@@ -48,9 +48,9 @@ Fingerprint = Mapping[str, Sample]
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
     """Return the fingerprint of a base: name of a parameter -> some of its values, in the order of the model.
 
-    Of many parameters some are chosen by their names alone, as if at random: at regular intervals all might be norms.
-    Quantised ones and those without values are left out. The same values give the same fingerprint on any device and
-    however they are divided; where they are, every process must call this.
+    If there are many parameters, some are chosen by a hash of their names: at regular intervals all might be norms.
+    Quantized ones and those without values are left out. The same values give the same fingerprint on any device and
+    however they are sharded; if they are, every process must call this.
 
     Args:
         tensors: The parameters that training leaves as they are.
@@ -65,7 +65,7 @@ def chosen_names(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Sample]:
-    """Return samples of those of the named tensors that can be read; as ``fingerprint``, a matter of all processes."""
+    """Return samples of the named tensors that can be read; every process must call this, as for ``fingerprint``."""
     wanted = set(names)
     chosen = {name: tensor for name, tensor in tensors.items() if name in wanted and _is_readable(tensor)}
     divided = {name: (tensor, _index(tensor)) for name, tensor in chosen.items() if is_sharded(tensor)}
@@ -79,7 +79,7 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
 
 
 def sample(shape: Collection[int], dtype: torch.dtype, values: Tensor) -> Sample:
-    """Return a sample of what stands at ``places(shape)``; what is no number counts as zero."""
+    """Return the values at ``places(shape)``; NaN and infinity count as zero."""
     return Sample(tuple(shape), dtype, tuple([each if math.isfinite(each) else 0.0 for each in values.tolist()]))
 
 
@@ -97,12 +97,12 @@ def places(shape: Collection[int]) -> list[int]:
 def other_base(
     recorded: Fingerprint, found: Fingerprint, what: str, *, override: str = "check_base=False"
 ) -> str | None:
-    """Return what tells a base from the one that an adapter was trained on, and the remedy, or None.
+    """Return how a base differs from the one that an adapter was trained on, and the remedy, or None.
 
     Args:
         recorded: The fingerprint in the adapter's file.
-        found: Samples of the base at hand; what only one side has is not compared.
-        what: Name of the base at hand.
+        found: Samples of the base to compare; only tensors that both sides have are compared.
+        what: Name of the base to compare.
         override: The option that takes any base.
     """
     shared = [name for name in recorded if name in found]
@@ -120,7 +120,7 @@ def other_base(
 
 
 def _is_same(one: Sample, other: Sample) -> bool:
-    """Return whether both may be the same weights, in whatever precisions they have been through."""
+    """Return whether both may be the same weights, after rounding to other precisions."""
     if one.shape != other.shape or one.values == other.values:
         return one.shape == other.shape
     precisions = [_precision(each.values) for each in (one, other)]
@@ -140,7 +140,7 @@ def _precision(values: tuple[float, ...]) -> torch.dtype:
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Return whether a tensor holds plain numbers: quantised weights are classes of their own, or no wide floats."""
+    """Return whether a tensor holds plain numbers: quantized weights have their own classes or narrow types."""
     part = local(tensor)
     plain = type(part) in (Tensor, nn.Parameter) and not part.is_meta
     return plain and tensor.dtype in _PRECISIONS
@@ -183,7 +183,7 @@ def from_plain(content: object) -> dict[str, Sample]:
     """Return the fingerprint that a file holds.
 
     Raises:
-        ValueError: It makes no sense.
+        ValueError: It is damaged.
     """
     if not isinstance(content, dict) or len(content) > _MOST_TENSORS:
         raise ValueError("The fingerprint of the base in the adapter's file is invalid; the file is damaged.")
@@ -203,12 +203,12 @@ def _read_sample(name: str, content: object) -> Sample:
 
 
 def _numbers(kind: type[T], content: object, least: float, below: float) -> tuple[T, ...] | None:
-    """Return a list of such numbers, or None if it is none; NaN lies nowhere."""
+    """Return a list of numbers of one type and range, or None if it is anything else."""
     numbers: Any = content if isinstance(content, list) and len(content) <= _MOST_TENSORS else [None]
     return tuple(numbers) if all(type(each) is kind and least <= each < below for each in numbers) else None
 
 
 def digest(found: Fingerprint) -> str:
-    """Return a short text that stands for a fingerprint, to be compared by eye."""
+    """Return a short text that identifies a fingerprint, for comparing by eye."""
     text = repr([(name, each.shape, each.values) for name, each in sorted(found.items())])
     return _mixed(text).hex()[:8]

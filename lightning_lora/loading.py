@@ -43,7 +43,7 @@ def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bo
             fingerprint; the same values in another precision are accepted.
 
     Returns:
-        What was adapted.
+        A report of what was adapted.
 
     Raises:
         ValueError: The file cannot be read, or does not fit the module or its base. Nothing was changed.
@@ -107,13 +107,13 @@ def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> A
             undo.callback(detach, root)
             inside = AdaptedModel(root)
         model = AdaptedModel(module)
-        copy_adapter_state(model, import_state(root, content, model.trained, inside.adapters))
+        copy_adapter_state(model, import_state(content, inside, model))
         undo.pop_all()
     return (get_attachment(root) or model.roots[0].attachment).report
 
 
 def _check_same_adapters(root: nn.Module, content: Import, adapters: Mapping[str, Adapter]) -> None:
-    """Refuse a file whose adapters are others than those that the model has already."""
+    """Refuse a file whose adapters differ from those that the model already has."""
     wanted: dict[str, tuple[Any, ...]] = {
         layer.label: (layer.factors.rank, layer.factors.scaling) for layer in content.layers
     }
@@ -122,8 +122,8 @@ def _check_same_adapters(root: nn.Module, content: Import, adapters: Mapping[str
     if different := sorted(name for name in wanted.keys() | mine.keys() if wanted.get(name) != mine.get(name)):
         shown = [f"{name} (file {wanted.get(name)}, here {mine.get(name)})" for name in different]
         raise ValueError(
-            f"This {type(root).__name__} already carries adapters of other layers, ranks or scalings than the file's: "
-            f"{listed(shown)}. Nothing was changed. Call detach first."
+            f"This {type(root).__name__} already has adapters, and their layers, ranks or scalings differ from the "
+            f"file's: {listed(shown)}. Nothing was changed. Call detach first."
         )
 
 

@@ -30,7 +30,7 @@ from lightning_lora.sharding import copy_whole, is_sharded
 
 @contextmanager
 def merged(module: nn.Module) -> Iterator[None]:
-    """Compute with the adapters folded into the weights, and restore the exact weights afterwards.
+    """Compute with the adapters merged into the weights, and restore the exact weights afterwards.
 
     Keeps a copy of the adapted weights meanwhile. Disabled adapters stay disabled.
 
@@ -133,7 +133,7 @@ def _has_own_forward(layer: LoRALayer) -> bool:
 
 @torch.no_grad()
 def _computes_the_same_merged(layer: LoRALayer) -> bool:
-    """Test on one row whether merging preserves the output of a layer with a forward of its own."""
+    """Test on one row whether merging preserves the output of a layer with its own forward."""
     weight, mode, training = base_weight(layer), layer.lora_mode, layer.training
     generator = torch.Generator().manual_seed(0)
     row = torch.randn(1, weight.shape[-1], generator=generator).to(weight)

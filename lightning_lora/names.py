@@ -1,4 +1,4 @@
-"""Names: which modules and parameters of a model the entries of a config mean. Nothing here changes a model."""
+"""Names: the modules and parameters that the entries of a config match. Nothing here changes a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does every adapter change what the model computes? Proved on one batch, in training and in evaluation."""
+"""The probe: prove on one batch that every adapter changes the output, in training and in evaluation."""
 
 from __future__ import annotations
 
@@ -86,16 +86,22 @@ class _Probe:
                 yield name
 
 
-def dead_message(module: nn.Module, batch: object) -> str | None:
-    """Return what is to be said of adapters without effect, or None if there are none."""
-    dead = dead_adapters(module, batch)
-    if not dead:
-        return None
-    lines = "\n".join(f"  - {name}: {where}" for name, where in dead.items())
-    return (
-        f"These adapters do not change the output of {type(module).__name__} for the probe:\n{lines}\n"
-        "Leave the layers out with exclude_modules, or make sure they are called."
-    )
+class DeadAdapterError(ValueError):
+    """Adapters do not change the output of their model."""
+
+
+def refuse_dead_adapters(module: nn.Module, batch: object) -> None:
+    """Raise if an adapter has no effect on the module's output.
+
+    Raises:
+        DeadAdapterError: Its message names these adapters, and the modes in which they have no effect.
+    """
+    if dead := dead_adapters(module, batch):
+        lines = "\n".join(f"  - {name}: {where}" for name, where in dead.items())
+        raise DeadAdapterError(
+            f"These adapters do not change the output of {type(module).__name__} for the probe:\n{lines}\n"
+            "Leave the layers out with exclude_modules, or make sure they are called."
+        )
 
 
 @torch.no_grad()
@@ -111,7 +117,7 @@ def _is_nonzero(gradient: Tensor | None) -> bool:
 
 
 def _close(outputs: list[Tensor], others: list[Tensor]) -> bool:
-    """Return whether two passes gave the same, but for rounding."""
+    """Return whether two passes gave the same up to rounding."""
     if [output.shape for output in outputs] != [other.shape for other in others]:
         return False
     return all(
@@ -131,7 +137,7 @@ def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def arguments_for(module: nn.Module, batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return how ``forward`` is to be called with a batch."""
+    """Return the positional and keyword arguments with which ``forward`` takes a batch."""
     parameters = inspect.signature(module.forward).parameters.values()
     if isinstance(batch, Mapping):
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
@@ -154,7 +160,7 @@ def put_back(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the floating point tensors in whatever a module returned."""
+    """Yield the floating point tensors in a module's output of any structure."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -171,7 +177,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Put back the adapters, the buffers and the modes of a module at the end; gradients must not be touched."""
+    """Restore a module's adapters, buffers and modes at the end; gradients stay untouched."""
     modes = [(vars(part), {key: vars(part)[key] for key in _MODES if key in vars(part)}) for part in module.modules()]
     trained = [parameter for adapter in AdaptedModel(module).adapters.values() for parameter in adapter.parameters()]
     tensors = [*trained, *module.buffers()]
@@ -185,7 +191,7 @@ def left_as_it_was(module: nn.Module) -> Iterator[None]:
 
 
 class RandomState:
-    """The state of the random generators: the same for every pass, and put back at the end."""
+    """The state of the random generators: the same for every pass, restored at the end."""
 
     def __enter__(self) -> RandomState:
         self._fork = torch.random.fork_rng()
@@ -195,7 +201,7 @@ class RandomState:
         return self
 
     def repeated(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
-        """Return what a pass returns that draws the same numbers as all others."""
+        """Return the result of a pass that draws the same random numbers as every other."""
         torch.manual_seed(0)
         self._restore()
         return run()

@@ -1,4 +1,4 @@
-"""Tensors whose memory is distributed over processes (``DTensor``, ZeRO-3), their parts, and the whole of them."""
+"""Whole tensors and their parts, for tensors sharded over processes (``DTensor``, ZeRO-3)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this is a ``DTensor``: each process holds a part or a replica of it."""
+    """Return whether this is a ``DTensor``."""
     module = sys.modules.get("torch.distributed.tensor")  # importing it for a look would take half a second
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -33,7 +33,7 @@ def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_whole(target: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor, which every process has, into one that may be distributed over them."""
+    """Copy a whole tensor, which every process has, into one that may be sharded."""
     target.copy_(laid_out_like(value.to(target.device), target))
 
 
@@ -96,7 +96,7 @@ def _numbers(tensor: Tensor, dimension: int, known: dict[Any, Tensor]) -> Tensor
 
 
 def place_factors(A: Tensor, B: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Distribute the factors as tensor parallelism has distributed their weight.
+    """Shard the factors as tensor parallelism has sharded their weight.
 
     If the weight is divided by rows, so is ``B``, and every process has all of ``A``; if by columns, ``A`` is divided.
     Nothing more is communicated than for the weight itself.
@@ -129,14 +129,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_divided(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed's ZeRO-3 has divided this parameter, so that it looks empty."""
+    """Return whether DeepSpeed ZeRO-3 has sharded this parameter, which then reads as empty."""
     status = getattr(parameter, "ds_status", None)
     return status is not None and bool(status.name == "NOT_AVAILABLE")
 
 
 @contextmanager
 def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[None]:
-    """Gather parameters that ZeRO-3 has divided, for a while; every process must call this.
+    """Gather parameters sharded by ZeRO-3 inside the block; every process must call this.
 
     Args:
         tensors: Any tensors; whole ones stay as they are.
@@ -158,7 +158,7 @@ def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[N
 
 @contextmanager
 def shapes_shown(module: nn.Module) -> Iterator[None]:
-    """Give parameters that ZeRO-3 has divided their whole shapes for a while, without the values.
+    """Show the full shape, but not the values, of parameters sharded by ZeRO-3 inside the block.
 
     Vectors, such as biases, are gathered; matrices are zeros that take no memory.
     """

@@ -126,7 +126,7 @@ def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> Non
 
 
 def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Module | None = None) -> None:
-    """Refuse to load an adapter into another base than the one that it was trained on.
+    """Reject an adapter that was trained on a different base.
 
     Args:
         model: The model to load into; where its tensors are divided among processes, every one must call this.

@@ -39,10 +39,10 @@ from lightning_lora.layers import (
     weights_only_read,
 )
 from lightning_lora.modes import check_mergeable, fold, set_mode
-from lightning_lora.names import clean_name, join, listed, module_names
+from lightning_lora.names import clean_name, join, listed
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
-from lightning_lora.probe import dead_message
+from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
 
 
@@ -85,7 +85,9 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
             made = _make_adapters(new)
         # All or nothing: no line above changes the model, and none below can fail.
         for name in plan.untied:
-            plan.parameters[name] = _untie(plan.modules, name)
+            weight = plan.parameters[name]
+            plan.parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+            _set_parameter(plan.modules, name, plan.parameters[name])
         for layer, adapters in made.items():
             _swap_in_adapters(layer, adapters)
         attachment = _record(plan, config, seed, old)
@@ -118,14 +120,14 @@ def detach(module: nn.Module) -> None:
 
 
 def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextManager[object]] = nullcontext) -> None:
-    """Fold every adapter into its layer's weight for good; an ordinary model without inference cost remains.
+    """Merge every adapter into its layer's weight permanently, leaving an ordinary model without extra inference cost.
 
     The sum is formed in float32 (float64 for float64) and rounded once. This cannot be undone: keep the adapter's file,
     or use ``merged`` to fold it temporarily. Loading an adapter into a merged model raises.
 
     Args:
         module: An adapted module.
-        whole: Context in which a layer's tensors are whole, for modules that FSDP has divided.
+        whole: Context in which a layer's tensors are whole, for modules sharded by FSDP.
 
     Raises:
         ValueError: An adapter holds NaN or infinity, or the module has none. Nothing was changed.
@@ -211,8 +213,7 @@ def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
 
 def _refuse_dead(module: nn.Module, batch: object, *, is_new: bool) -> None:
     try:
-        if message := dead_message(module, batch):
-            raise ValueError(f"{message} Nothing was changed.")
+        refuse_dead_adapters(module, batch)
     except BaseException:
         if is_new:
             detach(module)
@@ -234,7 +235,7 @@ def _refuse_part(model: AdaptedModel) -> None:
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Pause the collector, which would walk the growing model again and again and take half of the time."""
+    """Pause the garbage collector, which would walk the growing model again and again, taking half of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -277,24 +278,11 @@ def _swap_out_adapter(layer: LoRALayer) -> None:
     swap_out(layer)
 
 
-def _untie(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
-    """Replace a tied weight by a copy of its own, and return the copy."""
-    weight = _parameter_of(modules, name)
-    copy = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-    _set_parameter(modules, name, copy)
-    return copy
-
-
 def _tie_again(root: Root) -> None:
-    untied = root.attachment.untied
-    modules = {path: part for path, (part, _) in module_names(root.module).items()} if untied else {}
-    for name, other in untied.items():
-        _set_parameter(modules, name, _parameter_of(modules, other))
-
-
-def _parameter_of(modules: Mapping[str, nn.Module], name: str) -> nn.Parameter:
-    owner, _, key = name.rpartition(".")
-    return cast(nn.Parameter, modules[owner]._parameters[key])
+    if root.attachment.untied:
+        model = AdaptedModel(root.module)
+        for name, other in root.attachment.untied.items():
+            _set_parameter(dict(model.parts), name, cast(nn.Parameter, model.tensors[other]))
 
 
 def _set_parameter(modules: Mapping[str, nn.Module], name: str, parameter: nn.Parameter) -> None:
@@ -330,7 +318,7 @@ def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -
 
 
 def _freeze_parameters(plan: Plan, record: Attachment) -> None:
-    """Let only what trains require gradients, and record the earlier flags."""
+    """Set ``requires_grad`` only on what trains, and record the earlier flags."""
     trained = set[int]()
     for name in plan.biases:
         record.base_values.setdefault(name, plan.parameters[name].detach().clone())

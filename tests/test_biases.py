@@ -18,7 +18,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from tests import contract
 from tests.contract import ALPHA, IN, KINDS, OUT, RANK, SCALING, TOLERANCE, Case, Holder, error
 from tests.contract import raises_and_changes_nothing as refuses
-from tests.layers.test_tokens import train_everything
+from tests.layers.test_embedding import train_everything
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")
 

@@ -23,7 +23,7 @@ from lightning_lora import (
     merged,
 )
 from tests.contract import ALPHA, KINDS, PADDING, RANK, TOKENS, Case, Holder
-from tests.layers.test_tokens import CHOSEN, Tied, train_everything
+from tests.layers.test_embedding import CHOSEN, Tied, train_everything
 
 E = 16
 SPEC = {"rank": RANK, "alpha": ALPHA, "target_modules": ["layer"]}
@@ -179,7 +179,7 @@ def life(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> Itera
 
 
 @each_setup
-def test_the_compiled_model_trains_and_evaluates_as_the_eager_one_in_as_many_graphs_as_the_base(setup: Setup, rng):
+def test_compiled_model_matches_eager_without_more_graphs(setup: Setup, rng):
     base, model, x = setup.model(rng)
     twin, start = copy.deepcopy(model), adapter_state_dict(model)
     base_call, base_counter = compiled(base, setup.backend)
@@ -203,7 +203,7 @@ SWITCHED += ("attention", "encoder", "GRU cell", "bilinear", "experts")
 
 @pytest.mark.parametrize("setup", [SETUPS[name] for name in SWITCHED], ids=SWITCHED)
 @pytest.mark.parametrize("grad", [True, False])
-def test_what_is_switched_merged_swapped_or_detached_is_so_in_the_compiled_model_too(setup: Setup, grad: bool, rng):
+def test_modes_merge_and_detach_reach_compiled_model(setup: Setup, grad: bool, rng):
     base, model, x = setup.model(rng)
     call, counter = compiled(model.eval(), setup.backend)
     base.eval()

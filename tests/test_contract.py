@@ -46,7 +46,7 @@ FACTORS = ["layer.lora.A", "layer.lora.B"]
 
 @each_case
 @pytest.mark.parametrize("training", [True, False])
-def test_attaching_leaves_the_output_bit_equal(case: Case, training: bool, rng):
+def test_attach_keeps_output_bit_equal(case: Case, training: bool, rng):
     model, x = case.base().train(training), case.inputs(rng)
     before = model(x)
     attach(model, case.config)
@@ -54,7 +54,7 @@ def test_attaching_leaves_the_output_bit_equal(case: Case, training: bool, rng):
 
 
 @each_case
-def test_one_factor_starts_at_zero_and_the_other_does_not(case: Case):
+def test_one_factor_starts_at_zero(case: Case):
     lora = case.attached().layer.lora
     zero, random = (lora.A, lora.B) if case.random_factor_is_b else (lora.B, lora.A)
     assert zero.count_nonzero() == 0
@@ -63,7 +63,7 @@ def test_one_factor_starts_at_zero_and_the_other_does_not(case: Case):
 
 
 @each_case
-def test_gradients_reach_the_adapter_and_nothing_else(case: Case, rng):
+def test_gradients_reach_adapter_only(case: Case, rng):
     model = case.trained(rng)
     model(case.inputs(rng)).float().square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad] == FACTORS
@@ -72,7 +72,7 @@ def test_gradients_reach_the_adapter_and_nothing_else(case: Case, rng):
 
 
 @each_case
-def test_forward_is_that_of_the_dense_sum(case: Case, rng):
+def test_forward_matches_dense_sum(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     layer, base = model.layer, case.base().layer
     base.load_state_dict(layer.state_dict(), strict=False)
@@ -84,7 +84,7 @@ def test_forward_is_that_of_the_dense_sum(case: Case, rng):
 
 
 @each_case
-def test_merged_forward_is_that_of_the_dense_sum(case: Case, rng):
+def test_merged_forward_matches_dense_sum(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     truth = case.dense(model.layer, x, model.layer.lora.A, model.layer.lora.B)
     with merged(model):
@@ -95,7 +95,7 @@ def test_merged_forward_is_that_of_the_dense_sum(case: Case, rng):
 
 
 @each_case
-def test_gradients_of_the_factors_are_those_of_the_dense_sum(case: Case, rng):
+def test_factor_gradients_match_dense_sum(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     lora = model.layer.lora
     A, B = (factor.detach().double().requires_grad_() for factor in (lora.A, lora.B))
@@ -109,7 +109,7 @@ def test_gradients_of_the_factors_are_those_of_the_dense_sum(case: Case, rng):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.spec.takes_tokens], ids=str)
-def test_the_gradient_of_the_input_is_that_of_the_dense_sum(case: Case, rng):
+def test_input_gradient_matches_dense_sum(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng).requires_grad_()
     twin = x.detach().double().requires_grad_()
     truth = case.dense(model.layer, twin, model.layer.lora.A, model.layer.lora.B)
@@ -122,7 +122,7 @@ def test_the_gradient_of_the_input_is_that_of_the_dense_sum(case: Case, rng):
 @each_case
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad_mode", [nullcontext, torch.no_grad, torch.inference_mode])
-def test_the_adapter_acts_alike_in_every_mode(case: Case, training: bool, grad_mode, rng):
+def test_adapter_acts_in_every_mode(case: Case, training: bool, grad_mode, rng):
     model, x = case.trained(rng), case.inputs(rng)
     truth = case.dense(model.layer, x, model.layer.lora.A, model.layer.lora.B)
     with grad_mode():
@@ -146,7 +146,7 @@ def test_detach_leaves_no_trace(case: Case, rng):
 
 
 @each_case
-def test_base_keys_and_tensors_stay_as_they_are(case: Case):
+def test_base_keys_and_tensors_stay(case: Case):
     model = case.base()
     keys, tensors = list(model.state_dict()), dict(model.named_parameters())
     attach(model, case.config)
@@ -156,7 +156,7 @@ def test_base_keys_and_tensors_stay_as_they_are(case: Case):
 
 
 @each_case
-def test_the_state_dict_of_the_base_loads_into_the_adapted_model(case: Case, rng):
+def test_base_state_dict_loads_into_adapted_model(case: Case, rng):
     state, model = case.base().state_dict(), case.trained(rng)
     outcome = model.load_state_dict(state, strict=False)
     assert (outcome.missing_keys, outcome.unexpected_keys) == (FACTORS, [])
@@ -164,7 +164,7 @@ def test_the_state_dict_of_the_base_loads_into_the_adapted_model(case: Case, rng
 
 
 @each_case
-def test_the_adapter_of_a_trained_model_makes_a_fresh_one_its_equal(case: Case, rng):
+def test_adapter_state_round_trip(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     state = adapter_state_dict(model)
     fresh = case.base()
@@ -177,7 +177,7 @@ def test_the_adapter_of_a_trained_model_makes_a_fresh_one_its_equal(case: Case, 
 
 
 @each_case
-def test_the_adapted_layer_keeps_its_kind(case: Case):
+def test_adapted_layer_keeps_its_class(case: Case):
     kind = type(case.base().layer)
     layer = case.attached().layer
     assert isinstance(layer, kind)
@@ -189,7 +189,7 @@ def test_the_adapted_layer_keeps_its_kind(case: Case):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"]
 )
-def test_a_copy_computes_the_same_and_is_independent(case: Case, copied, rng):
+def test_deepcopy_is_independent(case: Case, copied, rng):
     model, x = case.trained(rng), case.inputs(rng)
     twin, output = copied(model), model(x)
     assert type(twin.layer) is type(model.layer)
@@ -206,7 +206,7 @@ def test_a_copy_computes_the_same_and_is_independent(case: Case, copied, rng):
 
 @pytest.mark.slow
 @pytest.mark.usual_paths
-def test_pickled_models_work_in_a_process_that_has_made_no_adapters(tmp_path: Path, rng):
+def test_pickle_works_in_fresh_process(tmp_path: Path, rng):
     models = [case.trained(rng) for case in CASES]
     inputs = [case.inputs(rng) for case in CASES]
     torch.save([models, inputs, [model(x) for model, x in zip(models, inputs, strict=True)]], tmp_path / "models")
@@ -226,7 +226,7 @@ for model, x, y in zip(*torch.load(sys.argv[1], weights_only=False), strict=True
 
 
 @each_case
-def test_merging_and_disabling_for_a_while_restore_every_bit(case: Case, rng):
+def test_merged_and_disabled_restore_every_bit(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     before, output = snapshot(model), model(x)
     with merged(model):
@@ -260,7 +260,7 @@ def test_merged_weight_is_float64_sum_rounded_once(case: Case, rng):
 
 
 @each_case
-def test_delta_weight_is_the_scaled_product_in_the_layout_of_the_weight(case: Case, rng):
+def test_delta_weight_is_scaled_product(case: Case, rng):
     layer = case.trained(rng).layer
     D = case.stored(layer, 1.5 * layer.lora.B.detach().double() @ layer.lora.A.detach().double())
     found = layer.delta_weight()
@@ -271,7 +271,7 @@ def test_delta_weight_is_the_scaled_product_in_the_layout_of_the_weight(case: Ca
 
 
 @each_case
-def test_a_tied_weight_is_refused_before_anything_changes(case: Case):
+def test_tied_weight_refused(case: Case):
     model = case.base()
     model.tied = nn.Linear(1, 1)
     model.tied.weight = model.layer.weight
@@ -282,7 +282,7 @@ def test_a_tied_weight_is_refused_before_anything_changes(case: Case):
 
 
 @each_case
-def test_the_start_does_not_depend_on_what_else_is_adapted(case: Case):
+def test_start_ignores_other_targets(case: Case):
     alone, beside = case.base(), case.base()
     torch.manual_seed(5)
     attach(alone, case.config)
@@ -291,7 +291,7 @@ def test_the_start_does_not_depend_on_what_else_is_adapted(case: Case):
 
 
 @each_case
-def test_factors_keep_their_precision_when_the_model_changes_its_own(case: Case):
+def test_factors_keep_dtype_when_model_is_cast(case: Case):
     model = case.attached()
     kept = torch.float64 if case.dtype == torch.float64 else torch.float32
     start = {name: factor.clone() for name, factor in model.layer.lora.state_dict().items()}
@@ -306,7 +306,7 @@ def test_factors_keep_their_precision_when_the_model_changes_its_own(case: Case)
 
 
 @each_case
-def test_a_model_on_the_meta_device_starts_as_one_with_memory(case: Case):
+def test_meta_model_starts_as_real_one(case: Case):
     model = case.attached()
     with torch.device("meta"):
         meta = case.base()
@@ -320,7 +320,7 @@ def test_a_model_on_the_meta_device_starts_as_one_with_memory(case: Case):
 
 
 @each_case
-def test_an_optimizer_step_moves_the_adapter_and_nothing_else(case: Case, rng):
+def test_optimizer_step_moves_adapter_only(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -61,7 +61,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ("moment", "saved"),
     [("training", 2), ("half written", 2), ("written", 2), ("half moved", 2), ("committed", 2), ("moved", 3)],
 )
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(
+def test_killed_run_resumes_from_last_complete_checkpoint(
     moment: str, saved: int, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     process = started(tmp_path, moment)
@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("dead", [0, 1])
-def test_one_process_dying_ends_the_others_with_an_error_within_the_timeout(dead: int, tmp_path: Path) -> None:
+def test_dead_process_ends_others_within_timeout(dead: int, tmp_path: Path) -> None:
     process = started(tmp_path, f"rank{dead}")
     output, _ = process.communicate(timeout=60 + killed_job.PATIENCE)  # its pipe is closed when both have ended
     assert process.returncode != 0, output
@@ -103,9 +103,7 @@ def test_one_process_dying_ends_the_others_with_an_error_within_the_timeout(dead
 
 
 @pytest.mark.parametrize("fails", ["opening", "writing", "flushing", "moving"])
-def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(
-    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_leaves_old_checkpoint(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, module, path = fitted(tmp_path)
     before, files = Path(path).read_bytes(), sorted(tmp_path.iterdir())
 
@@ -214,12 +212,12 @@ def damaged(good: dict[str, Any], path: Path, reader: Reader, damages: dict[int,
 
 
 @each_reader
-def test_an_undamaged_file_is_unharmed(reader: Reader, good: dict[str, Any], tmp_path: Path) -> None:
+def test_intact_file_loads(reader: Reader, good: dict[str, Any], tmp_path: Path) -> None:
     assert damaged(good, tmp_path / "good.ckpt", reader, {0: good["bytes"]}) == {"unharmed": [0]}
 
 
 @each_reader
-def test_a_file_cut_off_anywhere_is_refused(reader: Reader, good: dict[str, Any], tmp_path: Path) -> None:
+def test_truncation_at_any_byte_is_refused(reader: Reader, good: dict[str, Any], tmp_path: Path) -> None:
     content = good["bytes"]
     cuts = {position: content[:position] for position in torch.linspace(0, len(content) - 1, 100).long().tolist()}
     found = damaged(good, tmp_path / "cut.ckpt", reader, cuts)
@@ -227,7 +225,7 @@ def test_a_file_cut_off_anywhere_is_refused(reader: Reader, good: dict[str, Any]
 
 
 @each_reader
-def test_a_file_with_one_changed_bit_is_refused_or_unharmed(reader: Reader, good: Any, tmp_path: Path) -> None:
+def test_flipped_bit_is_refused_or_harmless(reader: Reader, good: Any, tmp_path: Path) -> None:
     content, rng, flips = good["bytes"], random.Random(0), {}
     for position in torch.linspace(0, len(content) - 1, 400).long().tolist():
         changed = bytearray(content)
@@ -239,7 +237,7 @@ def test_a_file_with_one_changed_bit_is_refused_or_unharmed(reader: Reader, good
 
 
 @each_reader
-def test_a_changed_bit_in_any_trained_tensor_is_refused(reader: Reader, good: Any, tmp_path: Path) -> None:
+def test_flipped_bit_in_trained_tensor_is_refused(reader: Reader, good: Any, tmp_path: Path) -> None:
     content, flips = good["bytes"], {}
     for value in good["state"].values():
         stored = value.contiguous().numpy().tobytes()
@@ -295,7 +293,7 @@ def pickled(content: Any, path: Path) -> None:
 
 @pytest.mark.parametrize("save", [zipped, legacy, pickled])
 @pytest.mark.parametrize("hide", [in_the_record, in_the_state, in_the_optimizer, in_the_callbacks])
-def test_a_file_that_would_run_code_is_refused_unrun(hide: Any, save: Any, tmp_path: Path) -> None:
+def test_malicious_pickle_is_refused_without_running(hide: Any, save: Any, tmp_path: Path) -> None:
     _, _, source = fitted(tmp_path)
     content, target, path = read(source), tmp_path / "ran", tmp_path / "evil.ckpt"
     hide(content, Runs(target))

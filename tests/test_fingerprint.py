@@ -47,7 +47,7 @@ class Other(Toy):
 # --- what it is
 
 
-def test_it_holds_the_values_at_their_places(rng: torch.Generator) -> None:
+def test_fingerprint_holds_sampled_values(rng: torch.Generator) -> None:
     tensors = {
         "matrix": torch.randn(7, 5, generator=rng),
         "transposed": torch.randn(7, 5, generator=rng).T,
@@ -63,13 +63,13 @@ def test_it_holds_the_values_at_their_places(rng: torch.Generator) -> None:
         assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), tensor.dtype)
 
 
-def test_places_of_a_matrix_lie_in_different_rows_and_columns() -> None:
+def test_samples_lie_in_different_rows_and_columns() -> None:
     for shape in [(16, 16), (64, 4096), (4096, 64), (1000, 1000)]:
         assert len({place // shape[1] for place in places(shape)}) == len(places(shape))
         assert len({place % shape[1] for place in places(shape)}) == len(places(shape))
 
 
-def test_of_many_tensors_some_of_every_kind_are_chosen() -> None:
+def test_every_kind_of_tensor_is_sampled() -> None:
     names = [f"layers.{i}.{kind}" for i in range(200) for kind in "abcdefgh"]
     found = fingerprint({name: torch.ones(2, 2) for name in names})
     assert 32 <= len(found) <= 128
@@ -77,13 +77,13 @@ def test_of_many_tensors_some_of_every_kind_are_chosen() -> None:
     assert list(found) == [name for name in names if name in found]
 
 
-def test_only_the_base_is_in_it() -> None:
+def test_fingerprint_covers_only_the_base() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
     attach(model, LoRAConfig(rank=1, target_modules=["a"], modules_to_save=["b"], bias="lora_only"))
     assert set(of(model)) == {"a.weight", "norm.weight", "norm.bias"}
 
 
-def test_it_comes_back_from_json() -> None:
+def test_fingerprint_round_trips_through_json() -> None:
     found = of(network())
     assert from_plain(json.loads(json.dumps(to_plain(found)))) == found
 
@@ -104,7 +104,7 @@ def test_it_comes_back_from_json() -> None:
         {str(i): {} for i in range(5000)},
     ],
 )
-def test_nonsense_is_refused(nonsense: Any) -> None:
+def test_invalid_fingerprint_is_refused(nonsense: Any) -> None:
     with pytest.raises(ValueError, match="in the adapter's file"):
         from_plain(nonsense)
 
@@ -116,7 +116,7 @@ PRECISIONS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.mark.parametrize("second", PRECISIONS, ids=str)
 @pytest.mark.parametrize("first", PRECISIONS, ids=str)
-def test_another_precision_of_the_same_base_is_accepted(first: torch.dtype, second: torch.dtype) -> None:
+def test_other_precision_of_same_base_is_accepted(first: torch.dtype, second: torch.dtype) -> None:
     with torch.no_grad():
         tiny = network()
         tiny[0].weight.mul_(1e-5)  # where float16 has few digits left
@@ -131,7 +131,7 @@ def test_another_precision_of_the_same_base_is_accepted(first: torch.dtype, seco
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 @pytest.mark.parametrize("step", [1.02, -1.0])
-def test_other_weights_are_told_in_every_precision(step: float, dtype: torch.dtype) -> None:
+def test_other_weights_are_detected_in_every_precision(step: float, dtype: torch.dtype) -> None:
     recorded = of(network())
     other = network().to(dtype)
     with torch.no_grad():
@@ -141,24 +141,24 @@ def test_other_weights_are_told_in_every_precision(step: float, dtype: torch.dty
     assert "1 of 6 compared tensors differ, first 2.weight." in message
 
 
-def test_the_last_bit_counts_in_the_same_precision() -> None:
+def test_last_bit_counts_in_same_precision() -> None:
     recorded, other = of(network()), network()
     with torch.no_grad():
         other[2].weight.copy_(torch.nextafter(other[2].weight, torch.tensor(10.0)))
     assert "first 2.weight" in str(refusal(other, recorded))
 
 
-def test_another_shape_is_named() -> None:
+def test_other_shape_is_named() -> None:
     recorded = of(nn.Embedding(10, 4))
     assert "weight (12, 4), not (10, 4)" in str(refusal(nn.Embedding(12, 4), recorded))
 
 
-def test_what_only_one_side_has_is_not_compared() -> None:
+def test_only_shared_tensors_are_compared() -> None:
     recorded = of(nn.ModuleDict({"a": network(), "b": nn.Linear(2, 2)}))
     assert refusal(nn.ModuleDict({"a": network(), "c": nn.Linear(3, 3)}), recorded) is None
 
 
-def test_weights_that_are_no_plain_numbers_are_left_out() -> None:
+def test_quantized_weights_are_skipped() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     recorded = of(model)
     model["a"].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
@@ -167,7 +167,7 @@ def test_weights_that_are_no_plain_numbers_are_left_out() -> None:
     assert refusal(model, recorded) is None
 
 
-def test_inside_merged_it_is_that_of_the_base() -> None:
+def test_fingerprint_inside_merged_is_that_of_base() -> None:
     model = network()
     recorded = of(model)
     attach(model, LoRAConfig(rank=2))
@@ -191,7 +191,7 @@ def adapter(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return path
 
 
-def test_loading_onto_another_base_is_refused_unless_asked_for(adapter: str) -> None:
+def test_loading_checks_base(adapter: str) -> None:
     load_adapter(Toy(), adapter)
     load_adapter(Toy().bfloat16(), adapter)
     module = Other()
@@ -203,7 +203,7 @@ def test_loading_onto_another_base_is_refused_unless_asked_for(adapter: str) -> 
     assert len(lora_layers(module)) == 3
 
 
-def test_starting_from_an_adapter_of_another_base_is_refused_unless_asked_for(adapter: str) -> None:
+def test_warm_start_checks_base(adapter: str) -> None:
     module = Other()
     attach(module, LoRAConfig(rank=6))
     with raises_and_changes_nothing(module, ValueError, "a different base than this"):
@@ -214,7 +214,7 @@ def test_starting_from_an_adapter_of_another_base_is_refused_unless_asked_for(ad
 
 
 @pytest.mark.parametrize("stage", ["fit", "test", "predict"])
-def test_resuming_and_evaluating_on_another_base_is_refused_unless_asked_for(stage: str, tmp_path: Path) -> None:
+def test_resuming_and_evaluating_check_base(stage: str, tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     module, before = Other(), bits(Other().net)
     with pytest.raises(ValueError, match=r"(?s)nothing was changed.*1 of 6 compared tensors differ, first net\.2"):
@@ -225,7 +225,7 @@ def test_resuming_and_evaluating_on_another_base_is_refused_unless_asked_for(sta
     getattr(run, stage)(Other(), loader(), ckpt_path=path)
 
 
-def test_a_base_that_a_file_brings_with_it_is_not_compared(tmp_path: Path) -> None:
+def test_base_inside_checkpoint_is_not_compared(tmp_path: Path) -> None:
     _, module, path = fitted(tmp_path)
     checkpoint = read(path)
     checkpoint["state_dict"] = dict(module.state_dict())
@@ -235,7 +235,7 @@ def test_a_base_that_a_file_brings_with_it_is_not_compared(tmp_path: Path) -> No
     assert bits(other) == bits(module)
 
 
-def test_adapters_without_a_fingerprint_load_anywhere(tmp_path: Path) -> None:
+def test_adapter_without_fingerprint_loads_anywhere(tmp_path: Path) -> None:
     _, module, path = fitted(tmp_path)
     checkpoint = read(path)
     del checkpoint[RECORD_KEY]["base"]
@@ -248,7 +248,7 @@ def test_adapters_without_a_fingerprint_load_anywhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "[" * 10_000, '{"0.weight": {"shape": [1]}}'])
-def test_a_damaged_fingerprint_is_refused(text: str, tmp_path: Path) -> None:
+def test_damaged_fingerprint_is_refused(text: str, tmp_path: Path) -> None:
     _, module, _ = fitted(tmp_path)
     save_adapter(module, tmp_path / "peft")
     file = tmp_path / "peft" / "adapter_model.safetensors"
@@ -257,7 +257,7 @@ def test_a_damaged_fingerprint_is_refused(text: str, tmp_path: Path) -> None:
         load_adapter(Toy(), tmp_path / "peft")
 
 
-def test_untied_and_renamed_weights_are_known_by_all_their_names(tmp_path: Path) -> None:
+def test_tied_weights_are_found_by_every_name(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -272,7 +272,7 @@ def test_untied_and_renamed_weights_are_known_by_all_their_names(tmp_path: Path)
     load_adapter(Tied(), tmp_path / "peft")
 
 
-def test_a_base_from_a_full_checkpoint_is_the_one_that_is_recorded(tmp_path: Path) -> None:
+def test_base_from_full_checkpoint_is_recorded(tmp_path: Path) -> None:
     torch.save({"state_dict": Other().state_dict(), "pytorch-lightning_version": "2.6.0"}, tmp_path / "full.ckpt")
     run = trainer(LoRACallback(rank=4))
     run.fit(Toy(), loader(), ckpt_path=str(tmp_path / "full.ckpt"))
@@ -290,7 +290,7 @@ def base_file(module: nn.Module, path: Path, change: Callable[[Tensor], Tensor] 
     return path
 
 
-def test_the_command_compares_the_base(adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_command_compares_base(adapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same = base_file(Toy().net, tmp_path / "same.safetensors", lambda tensor: tensor.bfloat16())
     other = base_file(Other().net, tmp_path / "other.safetensors")
     out = str(tmp_path / "out")
@@ -312,7 +312,7 @@ def test_the_command_compares_the_base(adapter: str, tmp_path: Path, capsys: pyt
         assert "no values were compared" in capsys.readouterr().out
 
 
-def test_inspecting_shows_it(adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_command_shows_fingerprint(adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", adapter]) == 0
     assert "of 6 tensors" in capsys.readouterr().out
     assert main(["inspect", adapter, "--json"]) == 0
@@ -324,7 +324,7 @@ def test_inspecting_shows_it(adapter: str, capsys: pytest.CaptureFixture[str]) -
     }
 
 
-def test_the_file_of_tensors_says_it_beside_what_others_read(tmp_path: Path) -> None:
+def test_safetensors_metadata_holds_fingerprint(tmp_path: Path) -> None:
     _, module, _ = fitted(tmp_path)
     save_adapter(module, tmp_path / "peft")
     with safe_open(tmp_path / "peft" / "adapter_model.safetensors", "pt") as file:
@@ -335,7 +335,7 @@ def test_the_file_of_tensors_says_it_beside_what_others_read(tmp_path: Path) -> 
 # --- cost
 
 
-def test_nothing_of_a_tensors_size_is_made() -> None:
+def test_fingerprint_allocates_nothing_of_tensor_size() -> None:
     model = nn.ModuleList(nn.Linear(512, 512, bias=False) for _ in range(6))
     model.append(nn.Conv2d(64, 64, 5, bias=False).to(memory_format=torch.channels_last))
     largest, weights = [0], {parameter.data_ptr() for parameter in model.parameters()}

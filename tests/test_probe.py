@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, attach, lora_layers
 from tests.contract import assert_same_bits, raises_and_changes_nothing, snapshot
-from tests.layers.test_tokens import CHOSEN, Tied, Words
+from tests.layers.test_embedding import CHOSEN, Tied, Words
 from tests.test_compile import SETUPS, Setup
 
 CONFIG = LoRAConfig(rank=2, target_modules=["first", "odd", "last"])
@@ -87,7 +87,7 @@ DEAD: dict[str, type[Model]] = {
 @pytest.mark.parametrize("dead", DEAD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_dead_adapter_is_named_alone_and_nothing_is_changed(dead: str, dtype: torch.dtype, training: bool):
+def test_dead_adapter_is_named(dead: str, dtype: torch.dtype, training: bool):
     for seed in range(4):
         torch.manual_seed(seed)
         model = DEAD[dead]().to(dtype).train(training)
@@ -97,7 +97,7 @@ def test_a_dead_adapter_is_named_alone_and_nothing_is_changed(dead: str, dtype: 
         assert not lora_layers(model)
 
 
-def test_all_dead_adapters_are_in_one_error():
+def test_one_error_names_all_dead_adapters():
     model = NeverCalled()
     model.other = nn.Linear(8, 8)
     with raises_and_changes_nothing(model, ValueError, r"(?s)odd.*other"):
@@ -140,7 +140,7 @@ def test_living_adapters_pass(living: type[Model], dtype: torch.dtype, training:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
-def test_asking_leaves_no_trace(training: bool, grad_mode: Callable[[], Any]):
+def test_probe_leaves_no_trace(training: bool, grad_mode: Callable[[], Any]):
     asked, plain = Noisy(), Noisy()
     plain.load_state_dict(asked.state_dict())
     for part in (asked, plain):
@@ -162,7 +162,7 @@ def test_asking_leaves_no_trace(training: bool, grad_mode: Callable[[], Any]):
 
 
 @pytest.mark.parametrize(("draw", "seed"), [(random.random, random.seed), (numpy.random.rand, numpy.random.seed)])
-def test_generators_outside_torch_go_on_as_if_nobody_had_asked(draw: Callable[[], float], seed: Callable[[int], None]):
+def test_probe_restores_other_generators(draw: Callable[[], float], seed: Callable[[int], None]):
     drawn = []
     for probe in (None, X):
         seed(3)
@@ -171,7 +171,7 @@ def test_generators_outside_torch_go_on_as_if_nobody_had_asked(draw: Callable[[]
     assert drawn[0] == drawn[1]
 
 
-def test_an_error_of_the_forward_is_passed_on_and_nothing_is_changed():
+def test_error_in_forward_is_raised():
     class Fails(Model):
         def middle(self, x: Tensor) -> Tensor:
             raise KeyError("boom")
@@ -186,7 +186,7 @@ def test_an_error_of_the_forward_is_passed_on_and_nothing_is_changed():
     [{"bias": "all", "use_dora": True}, {"lora_bias": True, "modules_to_save": ["last"]}, {"untie_weights": True}],
     ids=str,
 )
-def test_whatever_else_was_attached_is_undone(options: dict[str, Any]):
+def test_failed_probe_undoes_attach(options: dict[str, Any]):
     model = NeverCalled()
     model.tied = nn.Linear(8, 8)
     if "untie_weights" in options:
@@ -195,7 +195,7 @@ def test_whatever_else_was_attached_is_undone(options: dict[str, Any]):
         attach(model, LoRAConfig(rank=2, target_modules=["first", "odd"], **options), probe=X)
 
 
-def test_a_slice_that_nobody_reads_is_named_by_its_own_name():
+def test_dead_slice_is_named():
     class Half(Model):
         def middle(self, x: Tensor) -> Tensor:
             return torch.cat([self.odd(x)[..., :4], x[..., 4:]], -1)
@@ -207,7 +207,7 @@ def test_a_slice_that_nobody_reads_is_named_by_its_own_name():
     assert "odd.q" not in str(caught.value)
 
 
-def test_tokens_that_are_not_in_the_batch_are_named_unless_a_tied_head_reads_them():
+def test_tokens_absent_from_batch_are_dead_unless_tied():
     config = LoRAConfig(target_modules=[], trainable_token_indices={"embed": CHOSEN})
     absent = torch.tensor([[0, 2, 5]])
     with raises_and_changes_nothing(model := Words(), ValueError, "embed"):
@@ -218,7 +218,7 @@ def test_tokens_that_are_not_in_the_batch_are_named_unless_a_tied_head_reads_the
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS)
 @pytest.mark.parametrize("training", [True, False])
-def test_every_kind_of_layer_and_option_passes_and_starts_as_without_the_probe(setup: Setup, training: bool, rng):
+def test_every_kind_and_option_passes(setup: Setup, training: bool, rng):
     asked = setup.build().double().train(training)
     plain = copy.deepcopy(asked)
     config = LoRAConfig(**{"rank": 2, "target_modules": ["layer"]} | dict(setup.options))
@@ -277,7 +277,7 @@ class Open(Takes):
         (Open, {"x": X, "label": 1}, "x label"),
     ],
 )
-def test_of_the_batch_the_forward_gets_what_it_takes(takes: type[Takes], batch: Any, given: str):
+def test_forward_gets_what_it_accepts_of_the_batch(takes: type[Takes], batch: Any, given: str):
     model = takes()
     attach(model, CONFIG, probe=batch)
     assert model.given == set(given.split())
@@ -294,7 +294,7 @@ def test_of_the_batch_the_forward_gets_what_it_takes(takes: type[Takes], batch: 
     ],
     ids=["dict", "tuple", "named tuple", "dataclass", "nested"],
 )
-def test_outputs_of_any_structure_are_read(wrap: Callable[[Tensor], Any]):
+def test_nested_outputs_are_read(wrap: Callable[[Tensor], Any]):
     class Wraps(Model):
         def forward(self, x: Tensor) -> Any:
             return wrap(super().forward(x))

@@ -51,7 +51,7 @@ def trained_from(model: nn.Module, rng: torch.Generator) -> nn.Module:
 # --- in memory
 
 
-def test_the_state_is_exactly_what_trains(tiny, rng):
+def test_state_holds_exactly_trained_tensors(tiny, rng):
     model = trained_from(tiny, rng)
     state = adapter_state_dict(model)
     assert list(state) == KEYS
@@ -59,7 +59,7 @@ def test_the_state_is_exactly_what_trains(tiny, rng):
     assert_same_bits(state, {name: dict(model.named_parameters())[name] for name in KEYS})
 
 
-def test_the_state_holds_copies_without_gradients(tiny, rng):
+def test_state_holds_copies_without_gradients(tiny, rng):
     model = trained_from(tiny, rng)
     state = adapter_state_dict(model)
     before = {name: tensor.clone() for name, tensor in state.items()}
@@ -70,12 +70,12 @@ def test_the_state_holds_copies_without_gradients(tiny, rng):
     assert not any(tensor.requires_grad or isinstance(tensor, nn.Parameter) for tensor in state.values())
 
 
-def test_the_state_of_a_part_has_the_names_of_the_part(tiny, rng):
+def test_state_of_submodule_uses_its_names(tiny, rng):
     model = trained_from(tiny, rng)
     assert list(adapter_state_dict(model.blocks[0])) == ["q_proj.lora.A", "q_proj.lora.B"]
 
 
-def test_the_state_holds_persistent_buffers_of_modules_to_save_only(tiny):
+def test_state_holds_only_persistent_buffers(tiny):
     for part in (tiny.head, tiny.norm):
         part.register_buffer("kept", torch.ones(2))
         part.register_buffer("scratch", torch.ones(2), persistent=False)
@@ -83,13 +83,13 @@ def test_the_state_holds_persistent_buffers_of_modules_to_save_only(tiny):
     assert list(adapter_state_dict(tiny)) == [*KEYS, "head.kept"]
 
 
-def test_a_user_module_called_like_an_adapter_is_not_in_the_state(tiny):
+def test_user_module_named_lora_is_not_in_state(tiny):
     tiny.lora = nn.Linear(4, 4)
     attach(tiny, CONFIG)
     assert list(adapter_state_dict(tiny)) == KEYS
 
 
-def test_loading_makes_another_copy_of_the_base_the_trained_model(tiny, tokens, rng):
+def test_loaded_state_reproduces_trained_model(tiny, tokens, rng):
     trained = trained_from(tiny, rng)
     attach(tiny, CONFIG)
     identities = snapshot(tiny)["identities"]
@@ -98,7 +98,7 @@ def test_loading_makes_another_copy_of_the_base_the_trained_model(tiny, tokens, 
     assert snapshot(tiny)["identities"] == identities  # optimizers hold these tensors
 
 
-def test_tasks_are_swapped_on_one_base(tiny, tokens, rng):
+def test_state_dicts_swap_tasks_on_one_base(tiny, tokens, rng):
     one, two = trained_from(tiny, rng), trained_from(tiny, rng)
     states, outputs = [adapter_state_dict(m) for m in (one, two)], [m(tokens) for m in (one, two)]
     attach(tiny, CONFIG)
@@ -107,14 +107,14 @@ def test_tasks_are_swapped_on_one_base(tiny, tokens, rng):
         assert torch.equal(tiny(tokens), outputs[index])
 
 
-def test_loading_converts_precision_to_the_models(tiny, rng):
+def test_loading_converts_to_model_precision(tiny, rng):
     state = adapter_state_dict(trained_from(tiny, rng))
     attach(tiny, CONFIG)
     load_adapter_state_dict(tiny, {name: tensor.double() for name, tensor in state.items()})
     assert_same_bits(adapter_state_dict(tiny), state)
 
 
-def test_all_that_does_not_fit_is_in_one_error_and_nothing_is_changed(tiny, rng):
+def test_mismatches_are_listed_in_one_error(tiny, rng):
     model = trained_from(tiny, rng)
     state = {name: tensor + 1 for name, tensor in adapter_state_dict(model).items()}
     del state["embed.lora.A"], state["head.bias"]
@@ -131,7 +131,7 @@ def test_all_that_does_not_fit_is_in_one_error_and_nothing_is_changed(tiny, rng)
 
 
 @pytest.mark.parametrize("name", KEYS)
-def test_each_single_missing_tensor_is_named(name: str, tiny, rng):
+def test_missing_tensor_is_named(name: str, tiny, rng):
     model = trained_from(tiny, rng)
     state = adapter_state_dict(model)
     del state[name]
@@ -139,7 +139,7 @@ def test_each_single_missing_tensor_is_named(name: str, tiny, rng):
         load_adapter_state_dict(model, state)
 
 
-def test_a_tensor_of_the_base_is_unknown(tiny, rng):
+def test_base_tensor_in_state_is_refused(tiny, rng):
     model = trained_from(tiny, rng)
     state = adapter_state_dict(model) | {"embed.weight": torch.zeros(20, 16)}
     with raises_and_changes_nothing(model, ValueError, "unknown to the model: embed.weight"):
@@ -147,7 +147,7 @@ def test_a_tensor_of_the_base_is_unknown(tiny, rng):
 
 
 @pytest.mark.parametrize("verb", [adapter_state_dict, lambda model: load_adapter_state_dict(model, {})])
-def test_a_model_without_adapters_has_no_state_and_takes_none(verb, tiny):
+def test_model_without_adapters_is_refused(verb, tiny):
     with raises_and_changes_nothing(tiny, ValueError, "has no adapters; call attach"):
         verb(tiny)
 
@@ -166,7 +166,7 @@ def saved(content: object, folder: Path) -> Path:
     return path
 
 
-def test_a_file_alone_makes_the_base_the_trained_model(tiny, tokens, rng, tmp_path):
+def test_load_adapter_reproduces_trained_model(tiny, tokens, rng, tmp_path):
     trained = trained_from(tiny, rng)
     report = load_adapter(tiny, saved(checkpoint(trained), tmp_path))
     assert torch.equal(tiny(tokens), trained(tokens))
@@ -175,13 +175,13 @@ def test_a_file_alone_makes_the_base_the_trained_model(tiny, tokens, rng, tmp_pa
     detach(tiny)
 
 
-def test_a_path_may_be_a_string(tiny, tokens, rng, tmp_path):
+def test_path_may_be_string(tiny, tokens, rng, tmp_path):
     trained = trained_from(tiny, rng)
     load_adapter(tiny, str(saved(checkpoint(trained), tmp_path)))
     assert torch.equal(tiny(tokens), trained(tokens))
 
 
-def test_a_file_loads_into_a_model_that_carries_such_an_adapter_already(tiny, tokens, rng, tmp_path):
+def test_file_loads_into_model_with_same_adapter(tiny, tokens, rng, tmp_path):
     trained, other = trained_from(tiny, rng), trained_from(tiny, rng)
     path = saved(checkpoint(trained), tmp_path)
     load_adapter(other, path)
@@ -189,7 +189,7 @@ def test_a_file_loads_into_a_model_that_carries_such_an_adapter_already(tiny, to
     assert torch.equal(other(tokens), trained(tokens))
 
 
-def test_a_file_of_an_adapter_on_a_part_loads_into_that_part(tiny, tokens, rng, tmp_path):
+def test_file_of_adapted_submodule_loads_there(tiny, tokens, rng, tmp_path):
     trained = copy.deepcopy(tiny)
     attach(trained.blocks, LoRAConfig(rank=2), seed=3)
     train_all(trained, rng)
@@ -197,7 +197,7 @@ def test_a_file_of_an_adapter_on_a_part_loads_into_that_part(tiny, tokens, rng, 
     assert torch.equal(tiny(tokens), trained(tokens))
 
 
-def test_a_file_with_adapters_on_two_parts_loads_or_is_refused_in_words(tiny, tokens, rng, tmp_path):
+def test_file_with_two_adapted_submodules(tiny, tokens, rng, tmp_path):
     trained = copy.deepcopy(tiny)
     attach(trained.blocks[0], LoRAConfig(rank=2))
     attach(trained.blocks[1], LoRAConfig(rank=1))
@@ -214,7 +214,7 @@ def test_a_file_with_adapters_on_two_parts_loads_or_is_refused_in_words(tiny, to
     assert_unchanged(tiny, before)
 
 
-def test_states_of_metrics_in_the_file_are_no_obstacle(tiny, tokens, rng, tmp_path):
+def test_metric_states_in_file_are_ignored(tiny, tokens, rng, tmp_path):
     tiny.metric = MeanMetric()
     tiny.metric.persistent(True)
     trained = trained_from(tiny, rng)
@@ -225,7 +225,7 @@ def test_states_of_metrics_in_the_file_are_no_obstacle(tiny, tokens, rng, tmp_pa
     assert torch.equal(tiny(tokens), trained(tokens))
 
 
-def test_a_model_with_another_adapter_refuses_the_file_and_keeps_its_own(tiny, rng, tmp_path):
+def test_model_with_other_adapter_refuses_file(tiny, rng, tmp_path):
     path = saved(checkpoint(trained_from(tiny, rng)), tmp_path)
     attach(tiny, LoRAConfig(rank=3, target_modules=["q_proj"]))
     with raises_and_changes_nothing(tiny, ValueError, "rank: 3 -> 2"):
@@ -307,7 +307,7 @@ def state_missing(content: dict[str, Any]) -> None:
         (state_missing, "no 'state_dict'"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_and_nothing_is_changed(damage, message: str, tiny, rng, tmp_path):
+def test_unfitting_file_is_refused(damage, message: str, tiny, rng, tmp_path):
     content = checkpoint(trained_from(tiny, rng))
     damage(content)
     path = saved(content, tmp_path)
@@ -318,7 +318,7 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_is_changed(damage, mess
         load_adapter(tiny, path)
 
 
-def test_a_file_for_another_model_is_refused_and_nothing_is_changed(tiny, rng, tmp_path):
+def test_file_for_other_model_is_refused(tiny, rng, tmp_path):
     path = saved(checkpoint(trained_from(tiny, rng)), tmp_path)
     wider = type(tiny)()
     wider.embed, wider.blocks[0]["q_proj"] = nn.Embedding(30, 16), nn.Linear(16, 24)
@@ -327,7 +327,7 @@ def test_a_file_for_another_model_is_refused_and_nothing_is_changed(tiny, rng, t
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.999])
-def test_a_truncated_file_is_refused_by_name(share: float, tiny, rng, tmp_path):
+def test_truncated_file_is_refused_by_name(share: float, tiny, rng, tmp_path):
     path = saved(checkpoint(trained_from(tiny, rng)), tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
@@ -338,7 +338,7 @@ def test_a_truncated_file_is_refused_by_name(share: float, tiny, rng, tmp_path):
 @pytest.mark.parametrize(
     "content", [b"rank: 4\n", b"PK\x03\x04 but no archive", b"\x80\x02N.", b"\x00" * 64, "größer".encode("latin-1")]
 )
-def test_a_file_that_is_something_else_is_refused_by_name(content: bytes, tiny, tmp_path):
+def test_file_of_other_format_is_refused_by_name(content: bytes, tiny, tmp_path):
     path = tmp_path / "adapter.ckpt"
     path.write_bytes(content)
     with raises_and_changes_nothing(tiny, ValueError, "adapter.ckpt"):
@@ -346,12 +346,12 @@ def test_a_file_that_is_something_else_is_refused_by_name(content: bytes, tiny, 
 
 
 @pytest.mark.parametrize("content", [None, [1, 2], {"weight": torch.zeros(2)}, {"state_dict": [1]}, torch.zeros(2)])
-def test_a_torch_file_that_is_no_checkpoint_is_refused_by_name(content: object, tiny, tmp_path):
+def test_torch_file_without_state_dict_is_refused_by_name(content: object, tiny, tmp_path):
     with raises_and_changes_nothing(tiny, ValueError, "adapter.ckpt' is not a Lightning checkpoint"):
         load_adapter(tiny, saved(content, tmp_path))
 
 
-def test_a_file_that_would_run_code_is_refused_unrun(tiny, rng, tmp_path):
+def test_malicious_pickle_is_refused_without_running(tiny, rng, tmp_path):
     class Payload:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
             return (Path.mkdir, (tmp_path / "run",))  # type: ignore[return-value]
@@ -362,12 +362,12 @@ def test_a_file_that_would_run_code_is_refused_unrun(tiny, rng, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_file_is_a_file_not_found_error(tiny, tmp_path):
+def test_missing_file_raises_file_not_found(tiny, tmp_path):
     with raises_and_changes_nothing(tiny, FileNotFoundError, "nowhere"):
         load_adapter(tiny, tmp_path / "nowhere.ckpt")
 
 
-def test_a_folder_is_refused_by_name(tiny, tmp_path):
+def test_folder_without_adapter_is_refused_by_name(tiny, tmp_path):
     with pytest.raises((ValueError, OSError), match=tmp_path.name):
         load_adapter(tiny, tmp_path)
 
@@ -375,7 +375,7 @@ def test_a_folder_is_refused_by_name(tiny, tmp_path):
 # --- files and merged models
 
 
-def test_a_merged_model_refuses_a_file(tiny, rng, tmp_path):
+def test_merged_model_refuses_file(tiny, rng, tmp_path):
     trained = trained_from(tiny, rng)
     path = saved(checkpoint(trained), tmp_path)
     merge(trained)
@@ -392,13 +392,13 @@ def trained_again(model: nn.Module, rng: torch.Generator) -> nn.Module:
     return again
 
 
-def test_a_file_of_an_adapter_on_a_merged_base_is_refused_by_a_model_that_was_not_merged(tiny, rng, tmp_path):
+def test_adapter_of_merged_base_is_refused_by_plain_base(tiny, rng, tmp_path):
     path = saved(checkpoint(trained_again(tiny, rng)), tmp_path)
     with raises_and_changes_nothing(tiny, RuntimeError, "another adapter merged"):
         load_adapter(tiny, path)
 
 
-def test_a_file_of_an_adapter_on_a_merged_base_loads_into_that_base(tiny, tokens, rng, tmp_path):
+def test_adapter_of_merged_base_loads_into_merged_base(tiny, tokens, rng, tmp_path):
     again = trained_again(tiny, rng)
     path, output = saved(checkpoint(again), tmp_path), again(tokens)
     for fresh in (True, False):
@@ -412,7 +412,7 @@ def test_a_file_of_an_adapter_on_a_merged_base_loads_into_that_base(tiny, tokens
 # --- the record
 
 
-def test_the_record_is_plain_and_says_what_a_reader_needs(tiny, rng, tmp_path):
+def test_record_holds_plain_values(tiny, rng, tmp_path):
     model = trained_from(tiny, rng)
     record = describe(model)
     assert torch.load(saved(record, tmp_path), weights_only=True) == record

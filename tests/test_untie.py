@@ -29,7 +29,7 @@ from lightning_lora import (
 from lightning_lora.adapted_model import AdaptedModel
 from tests import toys
 from tests.contract import TOLERANCE, assert_same_bits, assert_unchanged, error, raises_and_changes_nothing, snapshot
-from tests.layers.test_tokens import Sides, Tied, Words, inputs, is_tied, train_everything
+from tests.layers.test_embedding import Sides, Tied, Words, inputs, is_tied, train_everything
 from tests.test_callback import Held
 
 pytestmark = [

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.spectrum import ThinSVD, thin_svd
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
-from lightning_lora.disk.base_folder import BaseFolder, open_base
+from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
+from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, TokenAdapter, base_parameter
 from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed, module_names
@@ -30,7 +30,6 @@ from lightning_lora.storage.adapter_file import StoredLayer
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import StoredTensor
 
-WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # any other precision of a weight is quantized
 _BLOCK = re.compile(r"(.*?(?:^|\.)\d+)\.(.+)$")
 
 Progress = Callable[[int, int], None]
@@ -105,9 +104,10 @@ def read_matrices(
     file = read_adapter(source)
     if base is not None:
         check_not_merged(base, file.merges)
-        return _matrices(*_with_weights(file, base), tokens=tokens)
+        layers, rows, weights = _with_weights(file, base)
+        return _matrices(layers, rows if tokens else {}, weights)
     names = sorted(file.layers, key=in_order) if isinstance(file, PeftFile) else file.layers
-    return _matrices([file.layers[name] for name in names], {}, {}, tokens=tokens)
+    return _matrices([file.layers[name] for name in names], {}, {})
 
 
 # --- names
@@ -143,11 +143,7 @@ def in_order(name: str) -> tuple[tuple[int, int, str], ...]:
 
 
 def _matrices(
-    layers: Collection[StoredLayer],
-    rows: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor | None],
-    *,
-    tokens: bool,
+    layers: Collection[StoredLayer], rows: Mapping[str, Tensor], weights: Mapping[str, Tensor | None]
 ) -> list[AdapterMatrix]:
     """Return the updates of layers, and the changes of trained embedding rows; weights are matrices, by the same names.
 
@@ -155,7 +151,7 @@ def _matrices(
         ValueError: Only the model can tell a scaling, or a weight and its update differ in shape.
     """
     found = [matrix for layer in layers for matrix in _of_layer(layer, weights.get(layer.label))]
-    for name, trained in rows.items() if tokens else ():
+    for name, trained in rows.items():
         found += _of_rows(name, trained, weights.get(name))
     return found
 

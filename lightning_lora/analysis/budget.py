@@ -17,10 +17,9 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora.analysis.adapters import WIDE
 from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.base_folder import BaseFolder, open_base
+from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
 from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.names import listed
 from lightning_lora.planning.plan import PlannedLayer
@@ -168,7 +167,7 @@ def adapter_size(module: nn.Module, config: LoRAConfig | None = None, *, bytes_p
 
 
 class _Prices(NamedTuple):
-    """What the parameters of an adapter cost: bytes in a file and in the optimizer, and their share of the base."""
+    """Cost of an adapter's parameters: bytes in a file and in the optimizer, and their share of the base."""
 
     adapter_dtype: str
     bytes_per_state: int

@@ -36,7 +36,7 @@ _HEADER = ("layer", "ranks", "cosine", "in: first", "in: all", "chance", "out: f
 
 
 class Overlap(NamedTuple):
-    """How much two sets of directions share.
+    """Overlap of two sets of directions.
 
     Attributes:
         first: ``phi(1, 1)``: the squared cosine between the two leading directions.
@@ -56,7 +56,7 @@ class Overlap(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerComparison:
-    """What two updates of one weight share.
+    """Comparison of two updates of one weight.
 
     Attributes:
         name: The layer, as in ``AdapterMatrix``.
@@ -115,7 +115,7 @@ class LayerComparison:
 
 @dataclass(frozen=True, eq=False)
 class AdapterComparison:
-    """What two adapters share; ``print(comparison)`` shows a table.
+    """Comparison of two adapters; ``print(comparison)`` shows a table.
 
     Attributes:
         layers: One entry for each matrix that both update.
@@ -208,8 +208,8 @@ def likeness(comparison: AdapterComparison) -> list[str]:
         overlaps = [getattr(layer, of) for layer in live]
         first, every, chance = (statistics.median([each[at] for each in overlaps]) for at in range(3))
         lines.append(
-            f"The leading {side} directions share {first:.3f}, all {side} directions {every:.3f}; random ones would "
-            f"share {chance:.3f} (medians over {len(live)} layers)."
+            f"The leading {side} directions overlap by {first:.3f}, all of them by {every:.3f}, random ones "
+            f"by {chance:.3f} (medians over {len(live)} layers)."
         )
     cosines = {layer.name: layer.cosine for layer in live}
     middle, ordered = statistics.median(cosines.values()), sorted(cosines, key=cosines.__getitem__)
@@ -227,7 +227,7 @@ def likeness(comparison: AdapterComparison) -> list[str]:
 
 
 class KindSimilarity(NamedTuple):
-    """What the updates of one kind of layer share from block to block.
+    """Similarity of the updates of one layer kind between blocks.
 
     Attributes:
         kind: The name of the layers within their blocks.

@@ -1,11 +1,14 @@
 """Draw what ``analyze`` and ``compare`` found; requires matplotlib, the optional extra ``plots``.
 
-Each function returns one figure; nothing is shown or saved. A scale of one hue means "more"; unknown values are grey.
+Each function returns one figure; nothing is shown or saved, and without ``pyplot`` nothing global changes. A scale of
+one hue means "more"; unknown values are grey. The ink is one unique colour, which a page replaces by that of its text.
 """
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,22 +17,6 @@ from torch import Tensor
 
 from lightning_lora.analysis.adapters import place
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, LayerComparison
-from lightning_lora.analysis.drawing import (
-    INK,
-    MOST_NUMBERS,
-    axis_names,
-    colour_bar,
-    count_ticks,
-    dash,
-    heat_map,
-    hue,
-    legend,
-    name_ticks,
-    new_figure,
-    slanted,
-    title,
-    write_numbers,
-)
 from lightning_lora.analysis.summary import METRICS, AdapterAnalysis, LayerAnalysis
 
 Metric = Literal["effective_rank", "stable_rank", "suggested_rank", "norm", "ratio", "amplification", "alignment"]
@@ -54,6 +41,13 @@ _MOST_NAMES = 12  # lines that a legend can tell apart
 _ACROSS = 4
 _OUTSIDE = "no block"
 _WIDEST, _TALLEST = 24, 80  # cells; with more, such as many experts, each becomes thinner
+INK = "#1c2127"
+_UNKNOWN = "#9aa0a6"
+_MOST_NUMBERS = 160  # with more cells, numbers do not fit into them
+_SCALE = "viridis"
+# Of medium lightness, to be visible on white, on black and in grey print.
+_LINES = ("#3b7dd8", "#dd6b35", "#2a9d6f", "#a565c9", "#b98a12", "#d1495b")
+_DOTS_PER_INCH = 130
 
 
 # --- subspace similarity
@@ -106,15 +100,15 @@ def _tables(tables: Mapping[str, Tensor], labels: tuple[str, str], scale: str, *
     figure, panels = new_figure(*size, rows, columns)
     small = len(tables) > 1
     for at, (axes, (name, table)) in enumerate(zip(panels.flat, tables.items(), strict=False)):
-        image = heat_map(axes, table, lowest=0.0, highest=1.0)
+        image = _heat_map(axes, table, lowest=0.0, highest=1.0)
         for axis, count in zip((axes.yaxis, axes.xaxis), table.shape, strict=True):
-            count_ticks(axis, count, first=first, most=9 if first else 8)
+            _count_ticks(axis, count, first=first, most=9 if first else 8)
         title(axes, name, size=8 if small else 10)
         is_lowest = at + columns >= len(tables)
         axis_names(axes, labels[1] if is_lowest else "", labels[0] if at % columns == 0 else "", size=8 if small else 9)
     for axes in panels.flat[len(tables) :]:
         axes.set_axis_off()
-    colour_bar(figure, image, panels, scale)
+    _colour_bar(figure, image, panels, scale)
     return figure
 
 
@@ -161,11 +155,11 @@ def _curves(layers: Sequence[LayerAnalysis], of: Callable[[LayerAnalysis], Seque
         _draw_ranges(axes, [of(layer) for layer in layers])
     for at, layer in enumerate(layers if len(layers) <= _MOST_NAMES else ()):
         values = of(layer)
-        style = {"color": hue(at), "linestyle": dash(at), "label": layer.name}
+        style = {"color": hue(at), "linestyle": _dash(at), "label": layer.name}
         axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, **style)
     if 0 < len(layers) <= _MOST_NAMES:
         beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
-        legend(axes, fontsize=7, handlelength=3.5, **beside)
+        _legend(axes, fontsize=7, handlelength=3.5, **beside)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(True, alpha=0.25)
     return figure, axes
@@ -182,7 +176,7 @@ def _draw_ranges(axes: Any, curves: Sequence[Sequence[float]]) -> None:
     axes.fill_between(index, lowest, highest, color=hue(0), alpha=0.2, linewidth=0, label="all")
     axes.fill_between(index, lower, upper, color=hue(0), alpha=0.4, linewidth=0, label="middle half")
     axes.plot(index, middle, color=hue(1), marker="o", markersize=3, label="median")
-    legend(axes, fontsize=8)
+    _legend(axes, fontsize=8)
 
 
 # --- layer by layer
@@ -236,12 +230,150 @@ def _by_place(
     axes = panels[0, 0]
     known = table[~table.isnan()]
     lowest = min(0.0, float(known.min())) if len(known) else 0.0
-    image = heat_map(axes, table, lowest=lowest, highest=highest)
-    name_ticks(axes.yaxis, names, most=_TALLEST // 2)
-    name_ticks(axes.xaxis, columns, most=_WIDEST)
-    slanted(axes)
+    image = _heat_map(axes, table, lowest=lowest, highest=highest)
+    _name_ticks(axes.yaxis, names, most=_TALLEST // 2)
+    _name_ticks(axes.xaxis, columns, most=_WIDEST)
+    _slanted(axes)
     title(axes, name)
-    colour_bar(figure, image, axes)
-    if len(columns) <= _WIDEST and table.numel() <= MOST_NUMBERS * 2:
-        write_numbers(axes, image, table, decimals)
+    _colour_bar(figure, image, axes)
+    if len(columns) <= _WIDEST and table.numel() <= _MOST_NUMBERS * 2:
+        _write_numbers(axes, image, table, decimals)
     return figure
+
+
+# --- figures, axes and colours
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """Return a figure and a ``(rows, columns)`` array of its axes.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        rows: Rows of panels.
+        columns: Columns of panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Plots need matplotlib: pip install 'lightning-lora[plots]'. Tables do not.") from error
+    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes in panels.flat:
+        axes.tick_params(colors=INK, labelsize=8)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(INK)
+            spine.set_linewidth(0.6)
+    return figure, panels
+
+
+def title(axes: Any, text: str, *, size: float = 10) -> None:
+    """Write the title of a panel."""
+    axes.set_title(text, color=INK, fontsize=size)
+
+
+def axis_names(axes: Any, across: str, down: str, *, size: float = 9) -> None:
+    """Write the names of both axes."""
+    axes.set_xlabel(across, color=INK, fontsize=size)
+    axes.set_ylabel(down, color=INK, fontsize=size)
+
+
+def _legend(axes: Any, **options: Any) -> None:
+    """Draw a legend without a frame."""
+    axes.legend(frameon=False, labelcolor=INK, **options)
+
+
+def _heat_map(axes: Any, table: Tensor, *, lowest: float | None = None, highest: float | None = None) -> Any:
+    """Draw a table as colours, with unknown cells in grey, and return the image."""
+    import matplotlib
+
+    colours = matplotlib.colormaps[_SCALE].with_extremes(bad=_UNKNOWN)
+    cells = table.detach().cpu().double().numpy()
+    return axes.imshow(cells, cmap=colours, vmin=lowest, vmax=highest, aspect="auto", interpolation="nearest")
+
+
+def _colour_bar(figure: Any, image: Any, panels: Any, name: str = "") -> None:
+    """Draw the colour scale of one or several heat maps."""
+    bar = figure.colorbar(image, ax=panels, pad=0.02)
+    bar.set_label(name, color=INK, fontsize=9)
+    bar.ax.tick_params(colors=INK, labelsize=8)
+    bar.outline.set_edgecolor(INK)
+    bar.outline.set_linewidth(0.6)
+
+
+def hue(at: int) -> str:
+    """Return the colour of a line."""
+    return _LINES[at % len(_LINES)]
+
+
+def _dash(at: int) -> str:
+    """Return the dash pattern of a line, which changes when the colours repeat."""
+    return ("-", "--", ":")[at // len(_LINES) % 3]
+
+
+def _count_ticks(axis: Any, count: int, *, first: int, most: int) -> None:
+    """Number the cells of an axis from ``first``, at most so many of them."""
+    _name_ticks(axis, [str(first + at) for at in range(count)], most=most)
+
+
+def _name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
+    """Name the cells of an axis, at most so many of them, evenly spaced."""
+    step = max(1, math.ceil(len(names) / most))
+    axis.set_ticks(range(0, len(names), step), [names[at] for at in range(0, len(names), step)])
+
+
+def _slanted(axes: Any) -> None:
+    """Rotate the names below the axes, so that they do not overlap."""
+    axes.tick_params(axis="x", rotation=30)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right")
+        label.set_rotation_mode("anchor")
+
+
+def _write_numbers(axes: Any, image: Any, table: Tensor, decimals: int | None = None) -> None:
+    """Write its number into each known cell, in an ink that stands out from the cell's colour."""
+    for row in range(table.shape[0]):
+        for column in range(table.shape[1]):
+            value = float(table[row, column])
+            if not math.isnan(value):
+                ink = "white" if float(image.norm(value)) < 0.6 else "black"
+                text = _short(value) if decimals is None else f"{round(value, decimals) + 0.0:.{decimals}f}"
+                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=ink)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def as_svg(figure: Any, name: str) -> str:
+    """Return a figure as SVG for a page: text stays text, and the ink takes the colour of the page's text.
+
+    Args:
+        figure: Any figure of this package.
+        name: A name that is unique on the page; the ids of the figure's parts begin with it.
+    """
+    import matplotlib
+
+    file = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    return svg.replace(INK, "currentColor")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from lightning_lora.analysis import plots
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, likeness, similarity_rows
-from lightning_lora.analysis.drawing import as_svg, can_draw
+from lightning_lora.analysis.plots import as_svg, can_draw
 from lightning_lora.analysis.summary import AdapterAnalysis, RankSuggestion, findings, suggest_ranks
 
 NO_PLOTS = "Pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
@@ -22,7 +22,7 @@ _COLUMNS = (
     "directions; aligned is that norm over the norm of the weight in random directions (Hu et al. 2021, section 7.3; "
     "Roy and Vetterli 2007)."
 )
-_ABOVE_CHANCE = "0 is what random directions share, 1 the same directions; grey is unknown."
+_ABOVE_CHANCE = "0 is chance, 1 means the same directions; grey is unknown."
 _MOST_PANELS = 12
 _Figure = tuple[str, Any, str, str]  # name of a file, figure, its description, its caption
 
@@ -134,7 +134,7 @@ def comparison_page(comparison: AdapterComparison, names: tuple[str, str]) -> Pa
         page.heading("Direction by direction")
         page.text(
             "Each cell shows how much the i leading directions of the first and the j leading directions of the second "
-            "share: 1 if the smaller set lies inside the larger, max(i, j) over the width if both are random. Base "
+            "overlap: 1 if the smaller set lies inside the larger, max(i, j) over the width if both are random. Base "
             "conclusions on the directions of the updates; those of the factors depend on how an update is split."
         )
         _add(page, _phi_figures(comparison))
@@ -146,8 +146,8 @@ def comparison_page(comparison: AdapterComparison, names: tuple[str, str]) -> Pa
 def _likeness_figures(comparison: AdapterComparison) -> Iterator[_Figure]:
     captions: dict[plots.Likeness, str] = {
         "cosine": "Cosine between the two updates of each layer as vectors: 1 is the same update, 0 nothing in common.",
-        "inputs": f"What all input directions share in each layer. {_ABOVE_CHANCE}",
-        "outputs": f"What all output directions share in each layer. {_ABOVE_CHANCE}",
+        "inputs": f"Overlap of all input directions in each layer. {_ABOVE_CHANCE}",
+        "outputs": f"Overlap of all output directions in each layer. {_ABOVE_CHANCE}",
     }
     for of, caption in captions.items():
         description = f"Heat map by block and kind of layer. {caption} The table of all layers has the numbers."
@@ -163,7 +163,7 @@ def _phi_figures(comparison: AdapterComparison) -> Iterator[_Figure]:
         "factors": "the factors A, as in figures 3 and 4 of the LoRA paper",
     }
     for side, directions in sides.items() if shown else ():
-        caption = f"phi(i, j) of {directions}{which}: what the i and the j leading directions share."
+        caption = f"phi(i, j) of {directions}{which}: the overlap of the i and the j leading directions."
         phis = {layer.name: getattr(layer, side) for layer in shown}
         figure = plots.plot_similarities(phis, labels=("i (first)", "j (second)"))
         yield f"phi_{side}", figure, f"One heat map per layer, on one scale from 0 to 1. {caption}", caption
@@ -200,7 +200,7 @@ def _add_similarities(page: Page, similarities: Sequence[KindSimilarity]) -> Non
 
 def _block_figures(similarities: Sequence[KindSimilarity]) -> Iterator[_Figure]:
     for side in get_args(plots.Side):
-        caption = f"What the updates of one kind share between blocks, by {side[:-1]} directions. {_ABOVE_CHANCE}"
+        caption = f"Overlap of {side[:-1]} directions between blocks, for each kind of layer. {_ABOVE_CHANCE}"
         figure = plots.plot_blocks(similarities[:_MOST_PANELS], side)
         yield f"blocks_{side}", figure, f"One heat map, block by block, per kind of layer. {caption}", caption
 

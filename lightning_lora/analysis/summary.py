@@ -89,7 +89,7 @@ METRICS: dict[str, Callable[[LayerAnalysis], float | None]] = {
 
 @dataclass(frozen=True)
 class AdapterAnalysis:
-    """What an adapter learned; ``print(analysis)`` shows a table.
+    """Analysis of an adapter; ``print(analysis)`` shows a table.
 
     Attributes:
         layers: One entry for each matrix.

@@ -214,8 +214,8 @@ def _converted(path: Path, layers: list[str]) -> Result:
 def verify(options: argparse.Namespace) -> Result:
     """Check that an adapter fits a base: names, shapes and finite values."""
     from lightning_lora.adapted_model import AdaptedModel
-    from lightning_lora.disk.adapter_fit import fit_adapter
     from lightning_lora.disk.base_folder import open_base
+    from lightning_lora.disk.skeleton import fit_adapter
 
     fitted = fit_adapter(options.adapter, open_base(options.base), check_base=options.check_base)
     layers = sorted(AdaptedModel(fitted.root).adapters)
@@ -403,7 +403,7 @@ def plan(options: argparse.Namespace) -> Result:
 
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise before anything is computed if the outputs could not be written."""
-    from lightning_lora.analysis.drawing import can_draw
+    from lightning_lora.analysis.plots import can_draw
 
     if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise ValueError(f"--out={str(options.out)!r} must be a file in a folder that exists.")

@@ -94,9 +94,9 @@ def merge_lines(report: MergeReport) -> list[str]:
     if report.ignored:
         lines.append(f"ignored, not in the base: {listed(report.ignored)}")
     if report.untied:
-        lines.append("the output layer is untied now: config.json has tie_word_embeddings=false")
+        lines.append("the output layer is now untied: config.json has tie_word_embeddings=false")
     lines.append(about_base(report.compared))
-    return [*lines, f"wrote {len(report.files)} files of tensors, {_size(report.size)}"]
+    return [*lines, f"wrote {len(report.files)} tensor files, {_size(report.size)}"]
 
 
 def about_base(compared: int) -> str:

@@ -10,6 +10,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_lora.names import listed, near_names
 from lightning_lora.storage.safetensors import StoredTensor, TensorFile, read_table
 
@@ -17,6 +19,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MODEL_CONFIG_FILE = "config.json"
 TIE_OPTION = "tie_word_embeddings"
+WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # any other precision of a weight is quantized
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _LARGEST_JSON = 256 * 2**20
 _MOST_PARTS = 3  # of a prefix
@@ -132,7 +135,7 @@ def _shard_names(folder: Path, index: Mapping[str, Any]) -> list[str]:
 def _check_index(where: Mapping[str, str], shards: Mapping[str, TensorFile]) -> None:
     stored = [(name, shard) for shard, table in shards.items() for name in table.tensors]
     if wrong := [name for name, shard in stored if where.get(name) != shard]:
-        raise ValueError(f"The index of the base places {listed(wrong)} in other files than those that hold them.")
+        raise ValueError(f"The index of the base lists {listed(wrong)} under the wrong files.")
     if missing := sorted(where.keys() - {name for name, _ in stored}):
         raise ValueError(f"The index of the base lists tensors that its files do not hold: {listed(missing)}.")
 

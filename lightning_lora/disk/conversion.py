@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.skeleton import REMEDY, attach_bare, bare_skeleton, fill
+from lightning_lora.disk.skeleton import build_skeleton, fill, put
 from lightning_lora.fingerprint import fingerprint, to_plain
-from lightning_lora.names import join
+from lightning_lora.layers import adapter_of_kind
+from lightning_lora.names import join, listed, matches
 from lightning_lora.peft_format.config import anchored
-from lightning_lora.peft_format.directory import read_directory
+from lightning_lora.peft_format.directory import PeftFile, read_directory
 from lightning_lora.peft_format.files import exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.state import describe, mismatches, record_problems
-from lightning_lora.storage.adapter_file import damage_named
+from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredWeight, damage_named
 from lightning_lora.storage.atomic import replace_file
 from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, read_checkpoint
+from lightning_lora.storage.safetensors import Layout
+from lightning_lora.surgery import attach
 
+_REMEDY = "Load the model, load the file into it with load_adapter, and save it from there."
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "._u", "._v", ".weight_u", ".weight_v")
 
 
@@ -66,19 +71,19 @@ def export_checkpoint(
 def _check_exportable(file: CheckpointFile) -> None:
     configs = [LoRAConfig.from_dict(entry["config"]) for entry in file.record["adapters"]]
     if file.merges:
-        raise ValueError(f"The adapter was trained on a base with another adapter merged into it. {REMEDY}")
+        raise ValueError(f"The adapter was trained on a base with another adapter merged into it. {_REMEDY}")
     if any(each.get("rows") for each in file.record["layers"].values()) and any(each.use_dora for each in configs):
-        raise ValueError(f"DoRA of slices needs the norms of the base's other rows. {REMEDY}")
+        raise ValueError(f"DoRA on slices needs the norms of the base's other rows. {_REMEDY}")
     if any(each.frozen_norm == "track" for each in configs) and any(n.endswith(_STATISTICS) for n in file.tensors):
         raise ValueError("PEFT saves no running statistics of frozen norms (frozen_norm='track').")
 
 
 def _skeleton_of_checkpoint(file: CheckpointFile) -> nn.Module:
     """Return a skeleton that carries the adapters with their values."""
-    skeleton = bare_skeleton(file)
+    skeleton = _bare_skeleton(file)
     own = AdaptedModel(skeleton).tensors
     for entry in file.record["adapters"]:
-        attach_bare(skeleton.get_submodule(entry["root"]), LoRAConfig.from_dict(entry["config"]), entry["seed"])
+        _attach_bare(skeleton.get_submodule(entry["root"]), LoRAConfig.from_dict(entry["config"]), entry["seed"])
     known = {name: value for name, value in file.tensors.items() if ".lora." in name or name in own}
     if problems := record_problems(skeleton, file.record) + mismatches(AdaptedModel(skeleton).trained, known):
         raise ValueError("The record and the tensors of the file contradict each other: " + "; ".join(problems))
@@ -112,17 +117,17 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
         raise ValueError(f"{str(checkpoint)!r} exists already. Name a new file.")
     file = read_directory(directory)
     with damage_named(directory):
-        skeleton = bare_skeleton(file, root)
+        skeleton = _bare_skeleton(file, root)
         part = skeleton.get_submodule(root)
         content = make_import(part, file)
         base = {join(root, name): sample for name, sample in file.base.items()}
         # PEFT repeats weights of the frozen base, such as embeddings.
         repeated = {key.replace(".base_layer.", ".") for key in file.tensors} - content.values.keys()
         base |= fingerprint({join(root, name): p for name, p in part.named_parameters() if name in repeated})
-        attach_bare(skeleton, _with_full_names(content, root))
-        trained = AdaptedModel(skeleton).trained
-        state = import_state(part, content, trained, AdaptedModel(part).adapters)
-        if problems := mismatches(trained, state):
+        _attach_bare(skeleton, _with_full_names(content, root))
+        model = AdaptedModel(skeleton)
+        state = import_state(content, AdaptedModel(part), model)
+        if problems := mismatches(model.trained, state):
             raise ValueError("; ".join(problems))
         fill(skeleton, state)
     model = AdaptedModel(skeleton)
@@ -161,3 +166,82 @@ def _lightning_version() -> str:
         return importlib.metadata.version("lightning")
     except importlib.metadata.PackageNotFoundError:
         return "2.6.0"  # the oldest supported version
+
+
+# --- the skeleton of an adapter alone: the adapted layers, and the tensors trained in full
+
+
+def _bare_skeleton(file: PeftFile | CheckpointFile, root: str = "") -> nn.Module:
+    """Return a skeleton without adapters that has a place for all that an adapter file brings.
+
+    Args:
+        file: The adapter.
+        root: Name of the model inside the skeleton.
+
+    Raises:
+        ValueError: The file does not describe its layers well enough.
+    """
+    weights = {label: layer.weight for label, layer in file.layers.items()}
+    weights |= {label: tokens.weight for label, tokens in file.tokens.items()}
+    _check_described(file, weights)
+    found = [(weight.name or "", weight.kind or "", weight) for weight in weights.values()]
+    kinds = {name.rpartition(".")[0]: kind for name, kind, _ in found if kind != "parameter"}
+    # Modules that only hold parameters come last, and the parameters of a module as it registers them.
+    found.sort(key=lambda each: (each[0].rpartition(".")[0] not in kinds, each[2].order))
+    layouts = {name: Layout(torch.float32, weight.shape) for name, _, weight in found}
+    for label, layer in file.layers.items():
+        _check_factors(label, layer)
+    others = dict(_others(file))
+    layouts |= {name: Layout(value.dtype, tuple(value.shape)) for name, value in others.items()}
+    full = {join(root, name): layout for name, layout in layouts.items()}
+    skeleton = build_skeleton(full, {join(root, name): kind for name, kind in kinds.items()})
+    if isinstance(file, PeftFile):  # an import compares repeated weights of the base with the model's: here, with these
+        put(skeleton, {join(root, name): value for name, value in others.items()})
+    return skeleton
+
+
+def _check_described(file: AdapterFile, weights: Mapping[str, StoredWeight]) -> None:
+    if isinstance(file, PeftFile) and (bare := [entry for entry in file.config.target_parameters if "." not in entry]):
+        raise ValueError(f"target_parameters names {listed(bare)} without the modules that hold them. {_REMEDY}")
+    if unknown := [label for label, weight in weights.items() if weight.kind is None]:
+        raise ValueError(f"The file does not describe the layers {listed(unknown)} well enough. {_REMEDY}")
+    for label, each in file.tokens.items():
+        if not each.weight.shape or max(each.weight.shape) >= 2**31:
+            raise ValueError(f"The file does not tell which tokens of {label!r} were trained.")
+
+
+def _check_factors(label: str, layer: StoredLayer) -> None:
+    """Raise if a weight does not fit its factors: nothing larger than the file describes is ever made."""
+    kind, shape, found = layer.weight.kind, layer.weight.shape, (layer.B.shape[-2], layer.A.shape[-1])
+    rows, columns = adapter_of_kind(kind or "").matrix_of(shape)
+    if found[1] != columns or (found[0] != rows and not layer.rows):
+        raise ValueError(f"{label}: a weight of the shape {shape} does not fit factors for {found}.")
+
+
+def _others(file: PeftFile | CheckpointFile) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors besides the adapters that the model must have."""
+    if isinstance(file, PeftFile):
+        for name, value in file.others.items():
+            if not any(part in f".{name}." for part in (".original_module.", ".modules_to_save.")):
+                yield name.replace(".base_layer.", "."), value
+        return
+    configs = [LoRAConfig.from_dict(entry["config"]) for entry in file.record["adapters"]]
+    for name, value in file.others.items():
+        if any(_trains(name, config) for config in configs):
+            yield name, value
+
+
+def _trains(name: str, config: LoRAConfig) -> bool:
+    """Return whether a config trains a tensor of this name in full."""
+    parts = name.split(".")
+    above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    saved = any(matches(entry, path) for entry in config.modules_to_save for path in above)
+    return saved or (config.bias != "none" and "bias" in parts[-1])
+
+
+def _attach_bare(module: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
+    """Attach to a bare skeleton, which holds nothing that a config could exclude or tie."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank
+        attach(module, replace(config, exclude_modules=(), untie_weights=False), seed=seed)
+    next(root for root in AdaptedModel(module).roots if root.module is module).attachment.config = config

@@ -1,4 +1,4 @@
-"""Merging on disk: an adapter into a base of any size, one tensor at a time."""
+"""Merging on disk: an adapter is merged into a base of any size, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.disk.adapter_fit import Fitted, fit_adapter
-from lightning_lora.disk.base_folder import INDEX_FILE, MODEL_CONFIG_FILE, TIE_OPTION, BaseFolder, open_base
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.disk.base_folder import INDEX_FILE, MODEL_CONFIG_FILE, TIE_OPTION, WIDE, BaseFolder, open_base
+from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import LoRALayer, TokenAdapter
 from lightning_lora.names import join, listed
 from lightning_lora.storage.atomic import replace_directory
-from lightning_lora.storage.safetensors import Layout, StoredTensor, TensorWriter
+from lightning_lora.storage.safetensors import Layout, TensorWriter
 
 _AT_ONCE = 2**20
-_WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class MergedTensor(NamedTuple):
-    """What merging did to one tensor.
+    """The effect of merging on one tensor.
 
     Attributes:
-        name: The tensor, as the base calls it.
+        name: Its name in the base.
         update: Norm of the update.
-        rounding: Norm of what the one rounding, to the stored precision, took from or added to the sum.
-        largest: The largest rounding of an entry.
+        rounding: Norm of the error from rounding the sum, once, to the stored precision.
+        largest: The largest rounding error of an entry.
     """
 
     name: str
@@ -42,17 +42,17 @@ class MergedTensor(NamedTuple):
 
 @dataclass
 class MergeReport:
-    """What was written.
+    """The outcome of a merge.
 
     Attributes:
         merged: The tensors that hold an update.
         replaced: Those that were trained in full.
         added: Those that the base does not have.
-        ignored: What the adapter brings that has no place in the base.
-        untied: Whether the output layer has a weight of its own now.
-        files: The files of tensors.
+        ignored: Tensors of the adapter that have no place in the base.
+        untied: Whether the output layer no longer shares its weight with the embedding.
+        files: The safetensors files written.
         size: Their bytes.
-        compared: How many tensors of the base were found to be those that the adapter was trained on.
+        compared: Number of base tensors that match the adapter's fingerprint.
     """
 
     merged: list[MergedTensor] = field(default_factory=list)
@@ -74,138 +74,109 @@ def merge_files(
     check_base: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
-    """Write a base with an adapter merged into it: the very bits that loading both and ``merge`` would give.
+    """Write a base with an adapter merged into it: the same bits as loading both and calling ``merge``.
 
     Args:
-        adapter: A PEFT directory, or the ``.ckpt`` of a LoRACallback run.
-        base: A model's folder, or one file of safetensors.
-        out: The folder to write; it must not hold anything.
-        dtype: Precision of the floating point tensors; each keeps its own if left out.
-        check_base: Refuse a base of other values than those that the adapter was trained on.
-        progress: Called with the bytes done and the bytes to do.
+        adapter: A PEFT directory, or a ``.ckpt`` written under LoRACallback.
+        base: A model folder, or one safetensors file.
+        out: The folder to write; it must be empty or not exist.
+        dtype: Precision of the floating point tensors; by default each keeps its own.
+        check_base: Raise if the base's values differ from those that the adapter was trained on.
+        progress: Called with the bytes done and the total.
 
     Raises:
-        ValueError: The files do not fit, or cannot be merged without the model's code. Nothing was written.
-        FileNotFoundError: One is not there.
-        OSError: The folder could not be written; it is not there.
+        ValueError: The files do not fit each other, or cannot be merged without the model. Nothing was written.
+        FileNotFoundError: A file does not exist.
+        OSError: The folder could not be written; it was removed.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} exists already and holds something. Name a new folder.")
+        raise ValueError(f"{str(out)!r} exists already and is not empty. Name a new folder.")
     folder = open_base(base)
     fitted = fit_adapter(adapter, folder, check_base=check_base)
-    merger = _Merger(folder, fitted, dtype, progress or (lambda _done, _all: None))
+    merger = _Merger(folder, fitted, dtype, progress)
     replace_directory(out, merger.write, marker=MODEL_CONFIG_FILE, stale=())
     return merger.report
 
 
 class _Merger:
+    """One merge; tensors go by the names that they have in the base."""
+
     def __init__(
-        self, base: BaseFolder, fitted: Fitted, dtype: torch.dtype | None, progress: Callable[[int, int], None]
+        self, base: BaseFolder, fitted: Fitted, dtype: torch.dtype | None, progress: Callable[[int, int], None] | None
     ) -> None:
-        self.base, self.fitted, self.dtype, self.progress = base, fitted, dtype, progress
-        self.stored = base.tensors
-        self.mine = {mine: name for name, mine in fitted.names.items()}
-        self.modules = dict(fitted.root.named_modules())
-        self.heads = self._heads_to_write()
-        self.report = MergeReport(ignored=list(fitted.ignored), untied=self._unties(), compared=fitted.compared)
-        self._check()
-        self.todo, self.done = sum(tensor.size for tensor in self.stored.values()), 0
+        self.base, self.dtype, self.progress = base, dtype, progress
+        names, layers = fitted.names | fitted.added, AdaptedModel(fitted.root).layers
+        self.trained = {names[name]: value for name, value in fitted.values.items() if name in names}
+        adapted = {join(path, key): (each, key) for path, each in layers.items() for key in each.adapted_parameters()}
+        self.adapted = {names[name]: each for name, each in adapted.items() if name in names}
+        self.added = list(fitted.added.values())
+        # Tied output layers that will differ from the embedding.
+        heads = base.tied_heads.items()
+        self.heads = {head: source for head, source in heads if self._changes(head) or self._changes(source)}
+        untied = bool(self.heads) or any(map(self._changes, base.tied_names))
+        self.report = MergeReport(ignored=list(fitted.ignored), untied=untied, compared=fitted.compared)
+        self.todo, self.done = sum(tensor.size for tensor in base.tensors.values()), 0
+        self._check_ties()
+        for path, layer in layers.items():
+            _check_weights(path, layer)
 
-    # --- what changes
+    def _changes(self, name: str) -> bool:
+        """Return whether a tensor will differ from those that are tied to it; trained tokens change all of them."""
+        layer, _ = self.adapted.get(name, (None, ""))
+        low_rank = layer and not all(isinstance(adapter, TokenAdapter) for adapter in layer.adapters().values())
+        return bool(low_rank) or name in self.trained
 
-    def _layer(self, mine: str) -> tuple[LoRALayer, str] | None:
-        """Return the layer of which a tensor holds an update."""
-        path, _, key = self.mine.get(mine, "").rpartition(".")
-        layer = self.modules.get(path)
-        return (layer, key) if isinstance(layer, LoRALayer) and key in layer.adapted_parameters() else None
-
-    def _changes(self, mine: str) -> bool:
-        """Return whether a tensor becomes another one than those that are tied to it."""
-        found = self._layer(mine)
-        low_rank = found and not all(isinstance(each, TokenAdapter) for each in found[0].adapters().values())
-        return bool(low_rank) or self.mine.get(mine) in self.fitted.values
-
-    def _heads_to_write(self) -> dict[str, str]:
-        """Return the tied output layers that will be others than the embedding -> the embedding's tensor."""
-        return {
-            head: source
-            for head, source in self.base.tied_heads.items()
-            if self._changes(head) or self._changes(source)
-        }
-
-    def _unties(self) -> bool:
-        tied = self.base.tied_names
-        return bool(self.heads) or any(self._changes(name) for name in tied)
-
-    def _check(self) -> None:
+    def _check_ties(self) -> None:
         tied = self.base.tied_names
         changed = [name for name in tied if self._changes(name)]
-        rows = [name for name in tied if self._layer(name) and name not in changed]
+        rows = [name for name in tied if name in self.adapted and name not in changed]
         alone = changed if not (self.heads or "lm_head.weight" in tied) else []
         if alone or (rows and len(tied) > 1):
             raise ValueError(
-                f"{listed(alone or rows)}: loading this base ties the weight to others, and its files do not say to "
+                f"{listed(alone or rows)}: loading this base ties the weight to others, and its files do not tell to "
                 "which. Load the model and merge it in memory."
             )
-        for path, layer in self.modules.items():
-            for key in layer.adapted_parameters() if isinstance(layer, LoRALayer) else ():
-                parameter = layer._parameters.get(key)
-                if parameter is None:
-                    raise ValueError(f"{path!r} has no {key} that could take the update.")
-                if parameter.dtype not in _WIDE:
-                    raise ValueError(
-                        f"The weight of {path!r} is quantized ({parameter.dtype}); merge into an unquantized base."
-                    )
-
-    # --- writing
 
     @torch.no_grad()
     def write(self, folder: Path) -> None:
         """Write everything into an empty folder."""
-        extra = [*self.heads, *self.fitted.added.values()]
+        extra = [*self.heads, *self.added]
         where: dict[str, str] = {}
-        for index, name in enumerate(self.base.shards):
-            more = extra if index == len(self.base.shards) - 1 else []
-            where |= dict.fromkeys(self._write_shard(folder / name, name, more), name)
+        for shard, table in self.base.shards.items():
+            names = [*table.tensors, *(extra if shard == [*self.base.shards][-1] else ())]
+            layouts = {name: self._layout(name) for name in names}
+            with (folder / shard).open("wb") as file:
+                writer = TensorWriter(file, layouts, table.metadata)
+                for name, layout in layouts.items():
+                    writer.write(name, self._value(name, layout.dtype))
+                    self._count(name)
+            self.report.size += sum(layout.size for layout in layouts.values())
+            where |= dict.fromkeys(layouts, shard)
         self.report.files = list(self.base.shards)
         self._write_small_files(folder, where)
 
-    def _write_shard(self, path: Path, name: str, extra: list[str]) -> list[str]:
-        shard = self.base.shards[name]
-        layouts = {each: self._layout(each) for each in (*shard.tensors, *extra)}
-        with path.open("wb") as file:
-            writer = TensorWriter(file, layouts, shard.metadata)
-            for each, layout in layouts.items():
-                self._write_tensor(writer, each, layout)
-        self.report.size += sum(layout.size for layout in layouts.values())
-        return list(layouts)
-
-    def _layout(self, mine: str) -> Layout:
-        source = self.stored.get(self.heads.get(mine, mine))
-        like: Any = source or next(self.fitted.values[key] for key, new in self.fitted.added.items() if new == mine)
-        dtype = self.dtype if self.dtype is not None and like.dtype in _WIDE else like.dtype
+    def _layout(self, name: str) -> Layout:
+        like = self.base.tensors.get(self.heads.get(name, name)) or self.trained[name]
+        dtype = self.dtype if self.dtype is not None and like.dtype in WIDE else like.dtype
         return Layout(dtype, tuple(like.shape))
 
-    def _write_tensor(self, writer: TensorWriter, mine: str, layout: Layout) -> None:
-        stored = self.stored.get(self.heads.get(mine, mine))
-        value = self._trained(mine)
-        if value is not None:
-            (self.report.replaced if stored else self.report.added).append(mine)
-            writer.write(mine, value.to(layout.dtype))
-        elif (found := self._layer(mine)) is not None:
-            assert stored is not None
-            merged, entry = _merged(*found, stored, layout.dtype)
-            self.report.merged.append(MergedTensor(mine, *entry))
-            writer.write(mine, merged)
-        else:
-            assert stored is not None
-            writer.write(mine, stored.read().to(layout.dtype))
-        self.done += stored.size if stored and mine in self.stored else 0
-        self.progress(self.done, self.todo)
+    def _value(self, name: str, dtype: torch.dtype) -> Tensor:
+        stored = self.base.tensors.get(self.heads.get(name, name))
+        if name in self.trained:
+            (self.report.replaced if stored else self.report.added).append(name)
+            return self.trained[name].to(dtype)
+        assert stored is not None
+        if name not in self.adapted:
+            return stored.read().to(dtype)
+        value, norms = _merged(*self.adapted[name], stored.read(), dtype)
+        self.report.merged.append(MergedTensor(name, *norms))
+        return value
 
-    def _trained(self, mine: str) -> Tensor | None:
-        new = next((key for key, name in self.fitted.added.items() if name == mine), None)
-        return self.fitted.values.get(new or self.mine.get(mine, ""))
+    def _count(self, name: str) -> None:
+        if name in self.base.tensors:
+            self.done += self.base.tensors[name].size
+        if self.progress:
+            self.progress(self.done, self.todo)
 
     def _write_small_files(self, folder: Path, where: dict[str, str]) -> None:
         for path in self.base.carried:
@@ -226,11 +197,22 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _check_weights(path: str, layer: LoRALayer) -> None:
+    """Raise if a layer has a weight that cannot take an update."""
+    for key in layer.adapted_parameters():
+        parameter = layer._parameters.get(key)
+        if parameter is None:
+            raise ValueError(f"{path!r} has no {key} that could take the update.")
+        if parameter.dtype not in WIDE:
+            raise ValueError(
+                f"The weight of {path!r} is quantized ({parameter.dtype}); merge into an unquantized base."
+            )
+
+
 def _merged(
-    layer: LoRALayer, key: str, stored: StoredTensor, dtype: torch.dtype
+    layer: LoRALayer, key: str, weight: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[float, float, float]]:
-    """Return a tensor with its update, in the precision to store, and what the rounding did."""
-    weight = stored.read()
+    """Return a weight with its update, in the precision to store, and the norms of the update and of the rounding."""
     factors = [factor.dtype for adapter in layer.adapters_of(key) for factor in adapter.parameters()]
     total = weight.to(reduce(torch.promote_types, factors, torch.promote_types(weight.dtype, torch.float32)), copy=True)
     # As in memory: in place where the weight has the sum's precision, else by parts from the weight.
@@ -239,7 +221,7 @@ def _merged(
         layer._parameters[key] = nn.Parameter(weight, requires_grad=False)
         total = layer.combined(key)
         layer._parameters[key] = before
-    found = torch.empty(total.shape, dtype=dtype)  # the order of the dimensions in a file is that of the shape
+    found = torch.empty(total.shape, dtype=dtype)  # contiguous, as in a file
     found.copy_(total)
     update = rounding = largest = 0.0
     for rows in _row_blocks(total):

@@ -8,26 +8,31 @@ a layer is stored is known to its adapter class, which also makes the stand-in f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import permutations, product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.base_folder import module_paths
+from lightning_lora.disk.base_folder import BaseFolder, find_names, module_paths
+from lightning_lora.fingerprint import Fingerprint, other_base, places, sample
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
-from lightning_lora.names import join, listed, matches
+from lightning_lora.loading import attach_entry, read_adapter
+from lightning_lora.names import join, listed
 from lightning_lora.peft_format.config import KNOWN_ORDER
 from lightning_lora.peft_format.directory import PeftFile
+from lightning_lora.peft_format.importing import import_state, make_import
 from lightning_lora.peft_format.names import without_wrappers
-from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredWeight
+from lightning_lora.state import mismatches, record_problems
+from lightning_lora.storage.adapter_file import StoredLayer, damage_named
 from lightning_lora.storage.checkpoint import CheckpointFile
-from lightning_lora.storage.safetensors import Layout
+from lightning_lora.storage.safetensors import Layout, StoredTensor
 from lightning_lora.surgery import attach
 
 Layouts = Mapping[str, Layout]
@@ -38,7 +43,6 @@ _MOST_ORDERS = 24
 _ATTENTION = ("in_proj_weight", "q_proj_weight")
 # Models in transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")
-REMEDY = "Load the model, load_adapter the file into it, and save it from there."
 
 
 def build_skeleton(layouts: Layouts, kinds: Mapping[str, str]) -> nn.Module:
@@ -85,14 +89,14 @@ def _stand_in(path: str, kind: str, layouts: Layouts) -> nn.Module:
 def _register(module: nn.Module, key: str, layout: Layout) -> None:
     is_mask = "bias" in key and len(layout.shape) != 1  # GPT-2's attention has one of this name
     if is_mask or not (layout.dtype.is_floating_point or key in module._parameters):
-        module.register_buffer(key, placeholder(layout))
+        module.register_buffer(key, _placeholder(layout))
     elif key in module._parameters:
-        module._parameters[key] = nn.Parameter(placeholder(layout), requires_grad=False)
+        module._parameters[key] = nn.Parameter(_placeholder(layout), requires_grad=False)
     else:
-        module.register_parameter(key, nn.Parameter(placeholder(layout), requires_grad=False))
+        module.register_parameter(key, nn.Parameter(_placeholder(layout), requires_grad=False))
 
 
-def placeholder(layout: Layout) -> Tensor:
+def _placeholder(layout: Layout) -> Tensor:
     """Return a tensor of this shape and precision that takes no memory."""
     return torch.zeros((), dtype=layout.dtype).expand(layout.shape)
 
@@ -119,10 +123,157 @@ def fill(skeleton: nn.Module, state: Mapping[str, Tensor]) -> None:
             adapter.index = row_numbers(adapter.spec.rows)
 
 
-# --- from an adapter and its base: the kinds of the adapted layers, told from the shapes
+# --- an adapter on the skeleton of its base
 
 
-def kinds_in_base(
+@dataclass
+class Fitted:
+    """An adapter on the skeleton of a base.
+
+    Attributes:
+        root: The skeleton, with adapters that hold the trained values.
+        names: Name of a tensor in the skeleton -> its name in the base; tied heads, which the files lack, included.
+        values: Name of a tensor that was trained in full -> its value.
+        added: Those of ``values`` that the base does not have -> what they will be called.
+        ignored: Other tensors of the adapter, which have no place in the base.
+        compared: Number of base tensors that match the adapter's fingerprint.
+    """
+
+    root: nn.Module
+    names: dict[str, str]
+    values: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    compared: int = 0
+
+
+def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fitted:
+    """Put the adapter of a PEFT directory or a ``.ckpt`` on the skeleton of a base.
+
+    Args:
+        path: The adapter.
+        base: The base.
+        check_base: Raise if the base's values differ from those that the adapter was trained on.
+
+    Raises:
+        ValueError: They do not fit each other, or cannot be read.
+        FileNotFoundError: The adapter does not exist.
+    """
+    file = read_adapter(path)
+    layouts = {name: Layout(tensor.dtype, tensor.shape) for name, tensor in base.tensors.items()}
+    layouts |= {head: layouts[source] for head, source in base.tied_heads.items()}
+    with warnings.catch_warnings(), damage_named(path):
+        warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank
+        fit = _fit_peft(file, base, layouts) if isinstance(file, PeftFile) else _fit_checkpoint(file, base, layouts)
+    if check_base:
+        fit.compared = _compared(file.base, {n: base.tensors[b] for n, b in fit.names.items() if b in base.tensors})
+    return fit
+
+
+def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
+    """Return how many tensors match a fingerprint; raise if any does not."""
+    found = {
+        name: sample(tensor.shape, tensor.dtype, tensor.read().reshape(-1)[places(tensor.shape)])
+        for name in recorded
+        if (tensor := stored.get(name)) is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+    }
+    if message := other_base(recorded, found, "folder or file", override="--any-base"):
+        raise ValueError(message)
+    return len(found)
+
+
+def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
+    names, before = find_names(file.paths, layouts, lambda path, modules: without_wrappers(path, modules) is not None)
+    mine = {name: layouts[each] for name, each in names.items()}
+    added = _new_modules(file, mine)
+    mine |= {name: Layout(file.tensors[name].dtype, tuple(file.tensors[name].shape)) for name in added}
+    kinds, ordered = _kinds_in_base(file, mine, base.config)
+    skeleton = build_skeleton(ordered, kinds)
+    # The import compares frozen values that the file repeats with the base's own.
+    repeated = {name: base.tensors[names[name]] for name in file.tensors if names.get(name) in base.tensors}
+    put(skeleton, {name: tensor.read() for name, tensor in repeated.items()})
+    content = make_import(skeleton, file)
+    put(skeleton, {name: _placeholder(mine[name]) for name in repeated})
+    attach(skeleton, content.config)
+    model = AdaptedModel(skeleton)
+    state = import_state(content, model, model)
+    return _fitted(skeleton, state, names, added={name: name.removeprefix(before) for name in added})
+
+
+def _new_modules(file: PeftFile, mine: Collection[str]) -> list[str]:
+    """Return the tensors of modules trained in full that the base lacks, such as those of a new head."""
+    inside = (".original_module.", ".modules_to_save.", ".base_layer.")
+    return [
+        key
+        for key in file.tensors
+        if key not in mine and any(f".{entry}." in f".{key}" for entry in file.config.modules_to_save)
+        if "lora_" not in key and not any(part in key for part in inside)
+    ]
+
+
+def _fit_checkpoint(file: CheckpointFile, base: BaseFolder, layouts: Layouts) -> Fitted:
+    if file.merges:
+        raise ValueError("The adapter was trained on a base with another adapter merged into it; merge it in memory.")
+    if not file.paths:
+        raise ValueError("The checkpoint holds no adapter.")
+    names, _ = find_names(file.paths, layouts, lambda path, modules: path in modules)
+    mine = {name: layouts[each] for name, each in names.items()}
+    kinds, _ = _kinds_in_base(file, mine, base.config)
+    skeleton = build_skeleton(mine, kinds)
+    for entry in file.record["adapters"]:
+        attach_entry(skeleton, entry, ExitStack())
+    if problems := record_problems(skeleton, file.record) + _misfits(skeleton, file):
+        raise ValueError("The checkpoint does not fit this base:\n" + "\n".join(f"  - {each}" for each in problems))
+    known = {name: value for name, value in file.tensors.items() if ".lora." in name or name in mine}
+    return _fitted(skeleton, known, names, ignored=sorted(file.tensors.keys() - known.keys()))
+
+
+def _misfits(skeleton: nn.Module, file: CheckpointFile) -> list[str]:
+    model = AdaptedModel(skeleton)
+    all_biases = any(entry["config"].get("bias") == "all" for entry in file.record["adapters"])
+    # The files of a base do not tell which of its tensors called bias are parameters.
+    wanted = {
+        name: tensor
+        for name, tensor in model.trained.items()
+        if name in file.tensors or not (all_biases and "bias" in name.rpartition(".")[2])
+    }
+    wanted |= {name: model.tensors[name] for name in file.tensors if name in model.tensors}
+    return mismatches(wanted, file.tensors, known=[name for name in file.tensors if ".lora." not in name])
+
+
+def _fitted(
+    skeleton: nn.Module,
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    *,
+    added: Mapping[str, str] | None = None,
+    ignored: Collection[str] = (),
+) -> Fitted:
+    """Give the adapters their values, and return everything together."""
+    model = AdaptedModel(skeleton)
+    owned = {id(parameter) for adapter in model.adapters.values() for parameter in adapter.parameters()}
+    factors = {name: state[name] for name, tensor in model.trained.items() if id(tensor) in owned and name in state}
+    fill(skeleton, factors)
+    values = {name: value for name, value in state.items() if name not in factors}
+    _check_finite(model, values)
+    return Fitted(skeleton, dict(names), values, dict(added or {}), ignored=list(ignored))
+
+
+def _check_finite(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
+    found = [name for name, adapter in model.adapters.items() if not all(map(_is_finite, adapter.parameters()))]
+    found += [name for name, value in values.items() if not _is_finite(value)]
+    if found:
+        raise ValueError(f"The adapter holds NaN or infinity in {listed(found)}; merging it would destroy the weights.")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True
+
+
+# --- the kinds of the adapted layers, told from the shapes
+
+
+def _kinds_in_base(
     file: PeftFile | CheckpointFile, layouts: Layouts, config: Mapping[str, Any]
 ) -> tuple[Kinds, Layouts]:
     """Return the kinds of the adapted layers, and the tensors in the order in which the model registers them.
@@ -219,7 +370,7 @@ def _linear_kind(name: str, shape: tuple[int, ...], sizes: tuple[int, int], is_t
     fitting = [kind for kind in ("linear", "conv1d") if len(shape) == 2 and _fits(kind, shape, sizes)]
     if len(fitting) == 2 and is_transposed is None:
         raise ValueError(
-            f"{name}: the weight is square, so its orientation is ambiguous. Put the model's config.json beside the "
+            f"{name}: the weight is square, so its orientation is ambiguous. Put the model's config.json next to the "
             "base, or export the adapter with save_adapter and merge that."
         )
     if len(fitting) == 2:
@@ -290,82 +441,3 @@ def _targets(parameters: Collection[str], name: str, layouts: Layouts) -> list[s
         return []
     own = [each for each in layouts if each.rpartition(".")[0] == name]
     return [each for each in own if any(f".{each}".endswith(f".{entry}") for entry in parameters)]
-
-
-# --- from an adapter alone: the adapted layers, and the tensors trained in full
-
-
-def bare_skeleton(file: PeftFile | CheckpointFile, root: str = "") -> nn.Module:
-    """Return a skeleton without adapters that has a place for all that an adapter file brings.
-
-    Args:
-        file: The adapter.
-        root: Name of the model inside the skeleton.
-
-    Raises:
-        ValueError: The file does not describe its layers well enough.
-    """
-    weights = {label: layer.weight for label, layer in file.layers.items()}
-    weights |= {label: tokens.weight for label, tokens in file.tokens.items()}
-    _check_described(file, weights)
-    found = [(weight.name or "", weight.kind or "", weight) for weight in weights.values()]
-    kinds = {name.rpartition(".")[0]: kind for name, kind, _ in found if kind != "parameter"}
-    # Modules that only hold parameters come last, and the parameters of a module as it registers them.
-    found.sort(key=lambda each: (each[0].rpartition(".")[0] not in kinds, each[2].order))
-    layouts = {name: Layout(torch.float32, weight.shape) for name, _, weight in found}
-    for label, layer in file.layers.items():
-        _check_factors(label, layer)
-    others = dict(_others(file))
-    layouts |= {name: Layout(value.dtype, tuple(value.shape)) for name, value in others.items()}
-    full = {join(root, name): layout for name, layout in layouts.items()}
-    skeleton = build_skeleton(full, {join(root, name): kind for name, kind in kinds.items()})
-    if isinstance(file, PeftFile):  # an import compares repeated weights of the base with the model's: here, with these
-        put(skeleton, {join(root, name): value for name, value in others.items()})
-    return skeleton
-
-
-def _check_described(file: AdapterFile, weights: Mapping[str, StoredWeight]) -> None:
-    if isinstance(file, PeftFile) and (bare := [entry for entry in file.config.target_parameters if "." not in entry]):
-        raise ValueError(f"target_parameters names {listed(bare)} without the modules that hold them. {REMEDY}")
-    if unknown := [label for label, weight in weights.items() if weight.kind is None]:
-        raise ValueError(f"The file does not describe the layers {listed(unknown)} well enough. {REMEDY}")
-    for label, each in file.tokens.items():
-        if not each.weight.shape or max(each.weight.shape) >= 2**31:
-            raise ValueError(f"The file does not tell which tokens of {label!r} were trained.")
-
-
-def _check_factors(label: str, layer: StoredLayer) -> None:
-    """Raise if a weight does not fit its factors: nothing larger than the file describes is ever made."""
-    kind, shape, found = layer.weight.kind, layer.weight.shape, (layer.B.shape[-2], layer.A.shape[-1])
-    rows, columns = adapter_of_kind(kind or "").matrix_of(shape)
-    if found[1] != columns or (found[0] != rows and not layer.rows):
-        raise ValueError(f"{label}: a weight of the shape {shape} does not fit factors for {found}.")
-
-
-def _others(file: PeftFile | CheckpointFile) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors besides the adapters that the model must have."""
-    if isinstance(file, PeftFile):
-        for name, value in file.others.items():
-            if not any(part in f".{name}." for part in (".original_module.", ".modules_to_save.")):
-                yield name.replace(".base_layer.", "."), value
-        return
-    configs = [LoRAConfig.from_dict(entry["config"]) for entry in file.record["adapters"]]
-    for name, value in file.others.items():
-        if any(_trains(name, config) for config in configs):
-            yield name, value
-
-
-def _trains(name: str, config: LoRAConfig) -> bool:
-    """Return whether a config trains a tensor of this name in full."""
-    parts = name.split(".")
-    above = [".".join(parts[:depth]) for depth in range(1, len(parts))]
-    saved = any(matches(entry, path) for entry in config.modules_to_save for path in above)
-    return saved or (config.bias != "none" and "bias" in parts[-1])
-
-
-def attach_bare(module: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
-    """Attach to a bare skeleton, which holds nothing that a config could exclude or tie."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank
-        attach(module, replace(config, exclude_modules=(), untie_weights=False), seed=seed)
-    next(root for root in AdaptedModel(module).roots if root.module is module).attachment.config = config

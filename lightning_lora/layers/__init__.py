@@ -27,7 +27,7 @@ from lightning_lora.layers.norm import (
     weights_only_read,
 )
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
-from lightning_lora.names import join, walk
+from lightning_lora.names import walk
 
 SUPPORTED = (
     "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.EmbeddingBag, nn.Conv1d/2d/3d, "
@@ -38,15 +38,6 @@ SUPPORTED = (
 def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Return the adapted layers of a model by name; by type, so a user's ``lora_head`` is none."""
     return {name: part for name, part in walk(module) if isinstance(part, LoRALayer)}
-
-
-def all_adapters(module: nn.Module) -> dict[str, Adapter]:
-    """Return every adapter by the name of its layer, with the parameter's name where the layer has several."""
-    return {
-        join(name, key) if isinstance(layer.lora, AdapterGroup) else name: adapter
-        for name, layer in lora_layers(module).items()
-        for key, adapter in layer.adapters().items()
-    }
 
 
 __all__ = [
@@ -70,7 +61,6 @@ __all__ = [
     "WeightLoRALayer",
     "adapter_of_kind",
     "adapter_type",
-    "all_adapters",
     "base_parameter",
     "base_weight",
     "has_running_statistics",

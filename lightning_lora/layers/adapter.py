@@ -14,7 +14,7 @@ from typing_extensions import override
 
 
 class AdapterSpec(NamedTuple):
-    """All that decides one adapter, resolved for its layer.
+    """The options of one adapter, resolved for its layer.
 
     Args:
         rank: Rank of the update.
@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
 
 class InBlocks(NamedTuple):
-    """How to update a weight block by block, in its own memory.
+    """An update of a weight, block by block, in the weight's memory.
 
     Attributes:
         matrix: The weight, read as a matrix or a stack of them.
@@ -81,7 +81,7 @@ class InBlocks(NamedTuple):
     in_one_pass: bool
 
 
-# Half a megabyte of float32 stays in a CPU's caches for a second pass; 16 are for a single pass, and for a GPU.
+# Blocks of 0.5 MB of float32 stay in a CPU's caches for a second pass; 16 MB suit a single pass, and GPUs.
 _AT_ONCE_IN_CACHE, _AT_ONCE = 1 << 17, 1 << 22
 
 _EMPTY_MODULE = vars(nn.Module())
@@ -89,7 +89,7 @@ _TABLES = [(name, table) for name, table in _EMPTY_MODULE.items() if isinstance(
 
 
 class Adapter(nn.Module, ABC):
-    """What one layer learns beside its frozen weight, as the layer's child module ``lora``.
+    """The trainable update of one layer, as the layer's child module ``lora``.
 
     A child of its own lets FSDP give the trainable factors units apart from the frozen weight. A subclass states one
     kind of layer: how it uses the factors, and everything else that depends on the kind.
@@ -107,7 +107,7 @@ class Adapter(nn.Module, ABC):
     has_output_rows: ClassVar[bool] = True  # the rows of the weight, read as a matrix, are the output's features
     takes_bias: ClassVar[bool] = False  # `lora_bias` applies to this kind
     vllm_takes: ClassVar[bool] = False  # vLLM serves this kind, where PEFT can hold it
-    replaces: ClassVar[Callable[..., Tensor] | None] = None  # the forward of layers that `forward` computes as well
+    replaces: ClassVar[Callable[..., Tensor] | None] = None  # the layers' forward, if `forward` computes it too
     spec: AdapterSpec
     parameter: str
     index: Tensor
@@ -118,7 +118,7 @@ class Adapter(nn.Module, ABC):
         cls.kind = vars(cls).get("kind")  # not inherited: a subclass may store its weight in another way
 
     def __init__(self, module: nn.Module, spec: AdapterSpec, parameter: str = "weight") -> None:
-        # What nn.Module.__init__ sets, copied: it sets a dozen tables one by one, for a tenth of attaching's time.
+        # Copied from an empty module: nn.Module.__init__ sets a dozen tables one by one, a tenth of the time of attach.
         own = vars(self)
         own.update(_EMPTY_MODULE)
         for name, table in _TABLES:
@@ -131,11 +131,11 @@ class Adapter(nn.Module, ABC):
         self.build(module, parameter)
 
     def prepare(self, module: nn.Module, parameter: str) -> None:
-        """Keep what the update needs to know of the module besides the factors."""
+        """Store what the update needs from the module besides the factors."""
 
     @abstractmethod
     def build(self, module: nn.Module, parameter: str) -> None:
-        """Make the trainable parameters, at their start."""
+        """Create the trainable parameters with their initial values."""
 
     def starts(self, weight: Tensor) -> dict[str, Tensor]:  # noqa: ARG002 - most start without looking at it
         """Return the starts of the parameters that start from a base weight, given whole."""
@@ -144,9 +144,9 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
-        """Return the layer's ``output`` for ``inputs`` with what was learned, in its memory if that ``is_ours``.
+        """Return the layer's ``output`` for ``inputs`` with the update, in its memory if that ``is_ours``.
 
-        Of layers whose forward the adapter ``replaces``, the output is None.
+        If the adapter ``replaces`` the layer's forward, the output is None.
         """
 
     @abstractmethod
@@ -187,7 +187,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Go back to the start; called after a module on the meta device has been given memory."""
+        """Reset to the initial values; called after a module on the meta device got memory."""
 
     # --- what planning asks of a kind
 
@@ -228,7 +228,7 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:  # noqa: ARG003 - most kinds have none
-        """Return why such a module cannot be adapted after all, or None."""
+        """Return why a module of this kind cannot be adapted, or None."""
         return None
 
     @classmethod
@@ -239,16 +239,16 @@ class Adapter(nn.Module, ABC):
     # --- the kind in files
 
     def record(self, layer: nn.Module) -> dict[str, Any]:
-        """Return what a checkpoint says of the layer's kind, so that the file can be used without the model.
+        """Return the record of the layer's kind in a checkpoint, with which the file can be used without the model.
 
         Returns:
-            ``kind`` and ``shape``, or a kind of None where these do not say everything about the layer.
+            ``kind`` and ``shape``, or a kind of None if they do not describe the layer completely.
         """
         shape = None if self.kind is None else self.recorded_shape(layer)
         return {"kind": None} if shape is None else {"kind": self.kind, "shape": list(shape)}
 
     def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:  # noqa: ARG002 - most kinds have none
-        """Return the shape of the layer's stored weight, or None where a stand-in of it could not be used as the layer.
+        """Return the shape of the layer's stored weight, or None if a stand-in cannot represent the layer.
 
         From attributes, not from the weight itself: FSDP hides its shape, and quantisation packs it.
         """
@@ -256,10 +256,10 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     def stand_in(cls, shape: Sequence[int]) -> nn.Module:  # noqa: ARG003 - some kinds need no shape
-        """Return a layer of this kind on the meta device, without a bias, in place of one whose model is not there.
+        """Return a layer of this kind without a bias, which represents one when the model is not available.
 
         Args:
-            shape: What ``recorded_shape`` says, or nothing for a kind whose parameters are not called ``weight``.
+            shape: The shape from ``recorded_shape``; empty for a kind whose parameters are not called ``weight``.
 
         Raises:
             ValueError: No weight of this kind has such a shape.
@@ -275,7 +275,7 @@ class Adapter(nn.Module, ABC):
         use_dora: bool,  # noqa: ARG003 - some adapters in PEFT lack it
         lora_bias: bool,  # noqa: ARG003 - likewise
     ) -> str | None:
-        """Return why PEFT has no adapter that computes the same for this layer, adapted or not; None if it has one."""
+        """Return why PEFT has no equivalent adapter for this layer, adapted or not; None if it has one."""
         return f"PEFT has no adapter for {getattr(layer, 'base_class', type(layer)).__name__}"
 
     @override
@@ -292,7 +292,7 @@ class Adapter(nn.Module, ABC):
 
     def kept_dtype(self, tensor: Tensor) -> torch.dtype:
         """Return the precision in which one of the parameters is kept."""
-        # A magnitude in bfloat16 would not start at the norm of its row, and the model not as it was.
+        # In bfloat16, a magnitude would not start at the norm of its row, and attaching would change the model.
         return self.spec.dtype if tensor.ndim > 1 else torch.promote_types(self.spec.dtype, torch.float32)
 
     @override
@@ -337,7 +337,7 @@ def _adapter_of_class(layer_class: type[nn.Module]) -> type[Adapter] | None:
 
 
 def adapter_of_kind(kind: str) -> type[Adapter]:
-    """Return the adapter whose checkpoints call its layers so.
+    """Return the adapter that uses this kind in its checkpoints.
 
     Raises:
         ValueError: None is registered.

@@ -1,4 +1,4 @@
-"""Convolutions of one to three dimensions, transposed ones too: the update is a low-rank update of the kernel.
+"""Convolutions of one to three dimensions, also transposed: the update is a low-rank update of the kernel.
 
 Letters: ``g`` groups, ``r`` rank, ``K`` kernel sizes. A kernel is read as a matrix by flattening all but its first
 dimension, so the update of a grouped kernel is a grouped kernel, and merges. Source: the factorisation of the kernel is
@@ -25,9 +25,9 @@ _LAYERS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: n
 
 
 class _KernelAdapter(LowRankAdapter):
-    """The common part of both: two convolutions for the update, and a kernel that is read as a matrix."""
+    """The common base of both: two convolutions for the update, and the kernel read as a matrix."""
 
-    is_explicit = True  # the options are all that the convolution does
+    is_explicit = True  # the options describe the convolution completely
 
     @override
     def prepare(self, module: nn.Module, parameter: str) -> None:
@@ -135,7 +135,7 @@ class ConvAdapter(_KernelAdapter):
 
 
 def _differs_from_plain(layer: _ConvNd) -> str | None:
-    """Return the option for which PEFT's adapter of convolutions is not the same, or None."""
+    """Return the first option that PEFT's adapter for convolutions does not support, or None."""
     if layer.groups > 1:
         return f"groups={layer.groups}: PEFT's factors mix the groups and do not give an update of the kernel"
     if any(step > 1 for step in layer.dilation):
@@ -171,7 +171,7 @@ class ConvTransposeAdapter(_KernelAdapter):
 
     @override
     def kernels(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-        # (in, r) -> (g * r, in/g, 1...): each group's inputs to its own r channels
+        # (in, r) -> (g * r, in/g, 1...): the inputs of each group to its own r channels
         down = B.view(self.groups, -1, B.shape[1]).transpose(1, 2).reshape(-1, self.kernel[0] // self.groups)
         return down.view(*down.shape, *[1] * self.trailing_dimensions), self.for_groups(A)
 
@@ -187,7 +187,7 @@ class ConvTransposeAdapter(_KernelAdapter):
 
 
 def _has_own_forward(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether a subclass pads, standardises its kernel or does whatever else in a forward of its own."""
+    """Return whether a subclass has its own forward, which may pad or standardise the kernel, for example."""
     methods = [name for name in ("forward", "_conv_forward") if hasattr(kinds[0], name)]
     return not any(all(getattr(type(module), m) is getattr(kind, m) for m in methods) for kind in kinds)
 

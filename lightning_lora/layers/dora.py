@@ -19,7 +19,7 @@ from lightning_lora.sharding import is_sharded
 
 
 def norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the norms of a matrix's rows, computed in a precision: the magnitudes at their start."""
+    """Return the norms of the rows of a matrix, computed in a given precision: the start of the magnitudes."""
     return _roots(_squares(matrix, dtype))
 
 
@@ -67,11 +67,11 @@ def rescaled(total: Tensor, ratio: Tensor, bias: Tensor | None) -> Tensor:
         ratio: ``m / n`` of every feature, shaped to multiply the output.
         bias: The layer's own bias, shaped likewise.
     """
-    # One tensor of the output's size is kept for backward: the product of input and summed weight.
+    # Backward keeps one tensor of the output's size: the product of input and summed weight.
     if bias is None:
         return (total * ratio).to(total.dtype)
     bias = bias.to(total.dtype)
-    # Added as a change, which is zero at the start: a magnitude at its start leaves the output as it was, bit for bit.
+    # Added as a change, which is zero at the start: a new magnitude keeps the output bit for bit.
     if is_traced():
         return (total + (ratio - 1.0) * (total - bias)).to(total.dtype)
     arguments = total.detach(), total - bias.detach(), ratio, bias

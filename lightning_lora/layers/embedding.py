@@ -1,4 +1,4 @@
-"""Embeddings: low-rank updates, in which the columns of ``A`` belong to the tokens, and chosen tokens in full."""
+"""Embeddings: low-rank updates, where each column of ``A`` belongs to a token, and chosen tokens trained in full."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class EmbeddingAdapter(LowRankAdapter):
         hidden = F.embedding(inputs, self.A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         B: Tensor = self.B
         if B.dtype != output.dtype and not torch.is_autocast_enabled(output.device.type):
-            hidden, B = hidden.to(output.dtype), B.to(output.dtype)  # what was looked up, not a column for every token
+            hidden, B = hidden.to(output.dtype), B.to(output.dtype)  # the looked-up rows, not the whole table
         return F.linear(hidden * self.spec.scaling, B)  # (..., rank) -> (..., features)
 
     @override
@@ -104,17 +104,19 @@ class EmbeddingAdapter(LowRankAdapter):
 
 
 def _has_unknown_forward(layer: nn.Module, adapter: type[EmbeddingAdapter]) -> bool:
-    return reads_weight(layer, adapter) and not hasattr(layer, "embed_scale")  # the one that PEFT knows
+    return reads_weight(layer, adapter) and not hasattr(
+        layer, "embed_scale"
+    )  # PEFT supports embeddings with embed_scale
 
 
 register_adapter(nn.Embedding, EmbeddingAdapter)
 
 
-# --- chosen rows of an embedding that train in full, while all other tokens keep theirs
+# --- chosen tokens, whose rows train in full
 
 
 class TokenAdapter(Adapter):
-    """``rows`` in the place of ``W[index]``, for an ``nn.Embedding`` and for layers that share its weight.
+    """``rows`` replace ``W[index]``, in an ``nn.Embedding`` and in layers that share its weight.
 
     Shapes: ``rows`` is ``(number of tokens, features)``; ``index`` holds the tokens, in ascending order.
     """
@@ -155,7 +157,7 @@ class TokenAdapter(Adapter):
     def _look_up(self, tokens: Tensor, output: Tensor) -> Tensor:
         place = torch.searchsorted(self.index, tokens).clamp_max(len(self.index) - 1)
         is_trained = self.index[place] == tokens
-        # All other tokens look up one more row, so that scale_grad_by_freq counts the trained ones alone.
+        # All other tokens look up an extra row, so that scale_grad_by_freq counts only the trained ones.
         table = F.pad(self.rows, (0, 0, 0, 1))
         rows = F.embedding(
             torch.where(is_trained, place, len(self.index)), table, scale_grad_by_freq=self.scale_grad_by_freq
@@ -198,7 +200,7 @@ class TokenAdapter(Adapter):
 
 
 class TiedLoRALayer(LoRALayer):
-    """A layer that shares its weight with an embedding whose rows train, and so shares the rows."""
+    """A layer that shares its weight, and so the trained rows, with an embedding."""
 
     @override
     def adapters(self) -> dict[str, Adapter]:
@@ -206,7 +208,7 @@ class TiedLoRALayer(LoRALayer):
 
 
 class TiedWeightLoRALayer(WeightLoRALayer):
-    """The same for a layer with a forward of its own, which reads the rows from its weight."""
+    """The same for a layer with its own forward, which reads the rows from its weight."""
 
     @override
     def adapters(self) -> dict[str, Adapter]:

@@ -18,7 +18,7 @@ class LinearAdapter(LowRankAdapter):
     """``y += scaling * dropout(x) @ A.T @ B.T`` beside any ``nn.Linear``."""
 
     kind = "linear"
-    replaces = staticmethod(nn.Linear.forward)  # as torch defines it: one that is patched later is called
+    replaces = staticmethod(nn.Linear.forward)  # torch's own: a forward patched later is called
     takes_bias = True
     vllm_takes = True
 
@@ -41,13 +41,13 @@ class LinearAdapter(LowRankAdapter):
     @override
     def prepare(self, module: nn.Module, parameter: str) -> None:
         if self.spec.rows:
-            vars(self)["replaces"] = None  # the other rows are the layer's to compute
+            vars(self)["replaces"] = None  # the layer computes the other rows
 
     @override
     def forward(self, inputs: Tensor, output: Tensor | None, layer: Any, is_ours: bool = False) -> Tensor:
         if output is not None:
             return super().forward(inputs, output, layer, is_ours)
-        # Read at every call: FSDP, and whoever loads or moves a model, puts other tensors in their places.
+        # Read at every call, because FSDP, loading and moving a model replace these tensors.
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
         spec = self.spec
         total = lora_linear(
@@ -72,7 +72,7 @@ class LinearAdapter(LowRankAdapter):
 
     @override
     def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:
-        # Attention's output projection is one: PEFT adapts it with the attention alone.
+        # This class is the output projection of attention, which PEFT adapts only together with the attention.
         return None if isinstance(layer, NonDynamicallyQuantizableLinear) else self.matrix_shape(layer)
 
     @classmethod

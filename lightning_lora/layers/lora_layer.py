@@ -14,7 +14,7 @@ The whole mechanism::
     # merge: the update moves into the weight, and the layer is an ordinary one again
     layer.weight += scaling * B @ A
 
-    # detach: as if nothing had been
+    # detach: the exact base model is back
     del layer.lora
     layer.__class__ = nn.Linear
 
@@ -61,7 +61,7 @@ class Swapped(nn.Module):
         raise NotImplementedError
 
     def restored(self) -> None:
-        """Put right what the base class keeps besides its parameters; called when it has its own class again."""
+        """Restore what the base class keeps besides its parameters; called after the class is restored."""
 
 
 Behaviour: TypeAlias = tuple[type[Swapped], tuple[str, ...]]  # a mixin, and the attributes that it computes
@@ -77,7 +77,7 @@ def swap_in(module: nn.Module, mixin: type[Swapped], computed: tuple[str, ...] =
         mixin: The behaviour.
         computed: Attributes whose values ``mixin.read`` computes from now on.
     """
-    # Past nn.Module.__setattr__, which would look for a parameter, a module and a buffer of that name.
+    # Bypasses nn.Module.__setattr__, which would look for a parameter, a module and a buffer of that name.
     object.__setattr__(module, "__class__", _swapped_class(mixin, type(module), computed))
 
 
@@ -125,9 +125,9 @@ def _rebuild(mixin: type[Swapped], base: type[nn.Module], computed: tuple[str, .
 
 
 class AdapterGroup(nn.ModuleDict):
-    """The adapters of a layer that has several, by the names of the parameters or of the slices that they update."""
+    """The adapters of a layer with several, by the parameter or slice that each updates."""
 
-    replaces: ClassVar[None] = None  # read as that of an Adapter: each adds to the output of those before it
+    replaces: ClassVar[None] = None  # as in Adapter: each one adds to the output of those before it
 
     def __init__(self, adapters: Mapping[str, Adapter]) -> None:
         super().__init__(dict(adapters))
@@ -136,12 +136,12 @@ class AdapterGroup(nn.ModuleDict):
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
         for adapter in self._modules.values():
             output = cast(Adapter, adapter)(inputs, output, layer, is_ours)
-            is_ours = not is_traced()  # a sum that nobody else has seen
+            is_ours = not is_traced()  # a new sum, which nothing else refers to
         return output
 
 
 class LoRALayer(Swapped):
-    """A layer that carries a LoRA update; ``isinstance(module, LoRALayer)`` is how anything finds adapted layers.
+    """A layer with a LoRA update; ``isinstance(module, LoRALayer)`` finds adapted layers.
 
     Attributes:
         lora: The adapter, with the factors ``lora.A`` and ``lora.B``, or a group of adapters.
@@ -181,7 +181,7 @@ class LoRALayer(Swapped):
         return [*names, "bias"] if any(adapter.spec.lora_bias for adapter in adapters) else list(names)
 
     def fold(self, parameter: str, value: Tensor, into: Tensor | None = None) -> bool:
-        """Add the updates of a parameter to a value of it; return False if that cannot be done. Without gradients.
+        """Add the updates of a parameter to one of its values, without gradients; return False if that is impossible.
 
         Args:
             parameter: Which one.
@@ -196,7 +196,7 @@ class LoRALayer(Swapped):
         return parts is not None
 
     def sums(self, parameter: str) -> Iterable[Tensor]:
-        """Return a parameter with the updates in it in parts, which may be small; to be taken without gradients."""
+        """Return a parameter with its updates in parts, which may be small; requires no_grad."""
         parts = sums(base_parameter(self, parameter), self.adapters_of(parameter), copied=True)
         return [self.combined(parameter)] if parts is None else (total for _, total in parts)
 
@@ -211,12 +211,12 @@ class LoRALayer(Swapped):
 
     @property
     def rank(self) -> int:
-        """Rank of the update, of a layer with one."""
+        """Rank of the update, for a layer with a single update."""
         return cast(Adapter, self.lora).spec.rank
 
     @property
     def scaling(self) -> float:
-        """Factor of ``B @ A``, of a layer with one update."""
+        """Factor of ``B @ A``, for a layer with a single update."""
         return cast(Adapter, self.lora).spec.scaling
 
     def delta_weight(self, parameter: str = "weight") -> Tensor:
@@ -240,7 +240,7 @@ class LoRALayer(Swapped):
 
 
 def reads_weight(layer: nn.Module, adapter: type[Adapter]) -> bool:
-    """Return whether a layer, adapted or not, has its update in its weight instead of beside it."""
+    """Return whether a layer, adapted or not, carries its update in its weight."""
     return bool(layer.computed) if isinstance(layer, LoRALayer) else adapter.needs_weight(layer)
 
 
@@ -257,7 +257,7 @@ def updated(weight: Tensor, adapters: Iterable[Adapter]) -> Tensor:
 def sums(
     weight: Tensor, adapters: Sequence[Adapter], *, copied: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]] | None:
-    """Return a weight's blocks, each with its sum with the updates of adapters; None if it has to be summed whole.
+    """Return the blocks of a weight, each with its sum with the updates; None if only the whole can be summed.
 
     A sum is that of all updates, in float32 or better, to be rounded once; the next may take its memory. To be taken
     without gradients.
@@ -288,7 +288,7 @@ def _sums(updates: list[InBlocks], copied: bool) -> Iterator[tuple[Tensor, Tenso
 
 
 def _same_part(tensor: Tensor, part: Tensor, whole: Tensor) -> Tensor:
-    """Return what lies in a tensor where a part lies in a whole of the same layout."""
+    """Return the part of a tensor that corresponds to a part of another tensor with the same layout."""
     place = tensor.storage_offset() + part.storage_offset() - whole.storage_offset()
     return tensor.as_strided(part.shape, part.stride(), place)
 

@@ -54,7 +54,7 @@ class LowRankAdapter(Adapter):
             A, B = A.to(weight.device, spec.dtype), B.to(weight.device, spec.dtype)
         if type(weight) is not nn.Parameter and is_sharded(weight):
             A, B = place_factors(A, B, self.as_matrix(weight))
-        # Straight into the tables: nn.Module.__setattr__ asks what is known here, for a third of attaching's time.
+        # Written into the tables: the checks of nn.Module.__setattr__ would take a third of the time of attach.
         self._parameters["A"], self._parameters["B"] = nn.Parameter(A), nn.Parameter(B)
         vars(self)["is_plain"] = not (spec.use_dora or spec.lora_bias or spec.rows)
         if spec.use_dora:
@@ -118,7 +118,7 @@ class LowRankAdapter(Adapter):
         return add(output, self.update(inputs, output), is_ours)
 
     def with_extras(self, total: Tensor, layer: nn.Module) -> Tensor:
-        """Return a sum of output and update, which nobody else holds, with DoRA and the bias of ``B`` applied."""
+        """Return a sum of output and update, which may be changed, with DoRA and the bias of ``B`` applied."""
         if self.spec.use_dora:
             norms = self.row_norms(self._rows(self.as_matrix(base_parameter(layer, self.parameter))))
             bias = layer._parameters.get("bias")
@@ -135,8 +135,8 @@ class LowRankAdapter(Adapter):
         return tensor.index_select(0, self.index) if self.spec.rows else tensor
 
     def dropout_now(self) -> float:
-        """Return the probability of dropping an element in the present mode."""
-        # Asking for the mode only where it matters spares torch.compile a graph for each.
+        """Return the probability of dropping an element in the current mode."""
+        # torch.compile makes a graph for each mode that is asked for, so ask only if it matters.
         return self.spec.dropout if self.spec.dropout and self.training else 0.0
 
     def dropped(self, inputs: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ class LowRankAdapter(Adapter):
         return InBlocks(matrix, dtype, partial(self._add_to, A, B, ratio), in_one_pass=self.is_plain)
 
     def _add_to(self, A: Tensor, B: Tensor, ratio: Tensor | None, total: Tensor, block: Block) -> None:
-        """Do to a block of the weight what ``combined`` does, in place."""
+        """Apply ``combined`` to a block of the weight, in place."""
         if A.dtype is not total.dtype:
             A, B = A.to(total.dtype), B.to(total.dtype)
         if not self.spec.rows:
@@ -227,7 +227,7 @@ def _sum(matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     """Return ``matrix + scaling * B @ A``, of a stack for each of its matrices, laid out in memory as the matrix."""
     add = torch.addmm if matrix.ndim == 2 else torch.baddbmm
     if matrix.stride(-2) < matrix.stride(-1):
-        # A transpose: in another layout, readers of the weight would run other kernels, and differ in the last bits.
+        # A transpose. With another layout, torch would choose other kernels, and results differ in the last bits.
         return add(matrix.mT, A.mT, B.mT, alpha=scaling).mT
     return add(matrix, B, A, alpha=scaling)
 
@@ -236,7 +236,7 @@ def _sum(matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 Initializer: TypeAlias = Callable[[int, int, torch.Generator], Tensor]
 
-# Whatever the default device and precision: Lightning calls configure_model under those of its strategy.
+# Independent of the defaults: Lightning calls configure_model with the strategy's device and precision as defaults.
 _PLACE: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
 
 

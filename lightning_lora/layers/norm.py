@@ -18,7 +18,7 @@ _ASKED_ITERATIONS = "_lora_asked_iterations"
 
 
 class FrozenNorm(Swapped):
-    """A norm that stays in eval mode whatever its parents are told.
+    """A norm that stays in eval mode, whatever mode its parents are in.
 
     In train mode it would move its running statistics, and normalise by the batch: the frozen base would change.
 
@@ -52,7 +52,7 @@ def spectral_hooks(module: nn.Module) -> list[SpectralNorm]:
 
 
 def hold_statistics(norm: nn.Module) -> None:
-    """Keep a norm's statistics as they are; safe to repeat."""
+    """Keep a norm's statistics fixed; safe to repeat."""
     hooks = spectral_hooks(norm)
     for hook in hooks:  # its mode is that of its layer, whose adapter must know it
         if _ASKED_ITERATIONS not in vars(hook):
@@ -63,7 +63,7 @@ def hold_statistics(norm: nn.Module) -> None:
 
 
 def release_statistics(part: nn.Module) -> None:
-    """Undo ``hold_statistics``, on any module; a norm gets the mode that it was last told."""
+    """Undo ``hold_statistics`` on any module; a norm gets the mode last set."""
     for hook in spectral_hooks(part):
         hook.n_power_iterations = vars(hook).pop(_ASKED_ITERATIONS, hook.n_power_iterations)
     if isinstance(part, FrozenNorm):
@@ -75,7 +75,7 @@ def release_statistics(part: nn.Module) -> None:
 
 @contextmanager
 def weights_only_read(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Read weights that ``spectral_norm`` computes without moving its statistics, as reading in train mode would."""
+    """Read weights computed by ``spectral_norm`` without moving its statistics, as a read in train mode would."""
     moving = [part for part in parts if isinstance(part, _SpectralNorm) and part.training]
     try:
         for part in moving:

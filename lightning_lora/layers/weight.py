@@ -1,4 +1,4 @@
-"""Updates that only the weight itself can carry: the layer, or its parent, reads the parameter and does the rest."""
+"""Updates that only the weight can carry, because the layer or its parent reads the parameter directly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_lora.ops.eager import is_traced, without_autocast
 from lightning_lora.ops.recompute import recomputed, recomputing
 from lightning_lora.sharding import is_sharded, whole
 
-# What naming a module of these kinds adapts; attention's output projection is a layer of its own.
+# The parameters of attention that are adapted with it; its output projection is a layer of its own.
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _OWN_KINDS = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag)
 
@@ -117,7 +117,7 @@ class ParameterAdapter(LowRankAdapter):
 
 
 class BilinearAdapter(ParameterAdapter):
-    """The same for ``nn.Bilinear``: a row for each output, although its weight has three dimensions."""
+    """The same for ``nn.Bilinear``: one row per output, although its weight has three dimensions."""
 
     @classmethod
     @override
@@ -167,7 +167,7 @@ class TransposedStack(nn.Module):
 
 
 class TransposedExpertsAdapter(ExpertsAdapter):
-    """The same for a stack ``(experts, in, out)``, as modules in transformers hold whose ``is_transposed`` is true."""
+    """The same for a stack ``(experts, in, out)``, as in transformers modules with ``is_transposed``."""
 
     kind = "transposed stack"
     vllm_takes = True
@@ -217,7 +217,7 @@ class WeightLoRALayer(LoRALayer):
 
     @override
     def read(self, name: str) -> Tensor:
-        """Return the weight that the layer computes with: what merging would leave, to the last bit of the sum."""
+        """Return the weight that the layer computes with, bit-equal to the merged weight."""
         base = base_parameter(self, name)
         if self.lora_mode != "active" or is_sharded(base):  # fully_shard looks for its own parameter between forwards
             return base
@@ -235,12 +235,12 @@ class WeightLoRALayer(LoRALayer):
 
 def _formed(base: Tensor, adapters: Sequence[Adapter]) -> Tensor:
     """Return a weight with the updates in it, in its precision."""
-    with without_autocast(base.device.type):  # it is for the reader to round, as it does with any weight
+    with without_autocast(base.device.type):  # the layer that reads it rounds it, like any weight
         return updated(whole(base), adapters).to(base.dtype)
 
 
 def _still(base: Tensor, adapters: Sequence[Adapter]) -> Callable[[], Tensor]:
-    """Return what ``_formed`` would compute now, for later."""
+    """Return a function that computes later what ``_formed`` would compute now."""
     return partial(_formed, base.detach(), [adapter.still() for adapter in adapters])
 
 

@@ -1,1 +1,1 @@
-"""The arithmetic of adapters: fast autograd paths and plain compositions. Imports nothing else of the package."""
+"""The arithmetic of adapters: fast autograd paths and plain compositions. Imports nothing else from the package."""

@@ -49,7 +49,7 @@ class Convolution(NamedTuple):
 
 
 def composed(x: Tensor, kernel: Tensor, options: Convolution) -> Tensor:
-    """Return the convolution by torch's own function, which autocast and every transform know."""
+    """Return the convolution by torch's public function, which autocast and all transforms support."""
     function = _FUNCTIONS[kernel.ndim - 2, options.is_transposed]
     stride, padding, dilation, groups, _, more = options
     if options.is_transposed:
@@ -63,10 +63,10 @@ def pointwise(dimensions: int, groups: int) -> Convolution:
 
 
 def keeps_less(x: Tensor, A: Tensor, B: Tensor, dropout: float, dimensions: int) -> bool:
-    """Return whether ``conv_update`` can be taken, and keeps less than the composition."""
+    """Return whether ``conv_update`` applies and keeps less than the composition."""
     if x.ndim != dimensions + 2 or not (dropout or compute_dtype(x) is not x.dtype):
         return False
-    return is_fast(x, A, B, dropout)  # whether or not gradients are wanted: reentrant checkpointing runs both ways
+    return is_fast(x, A, B, dropout)  # with and without gradients: reentrant checkpointing runs both
 
 
 def conv_update(

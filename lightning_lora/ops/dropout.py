@@ -1,4 +1,4 @@
-"""Dropout masks of one bit an element, eight to a byte."""
+"""Dropout masks of one bit per element."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def random_bits(like: Tensor, dropout: float) -> Tensor:
     words.random_(-(2**63), None)
     found = words[-1]  # the last digit is a one, and is met with one half
     for digit, word in zip(reversed(digits[:-1]), reversed(words[:-1]), strict=True):
-        # A fraction is below if its first digit is lower, or the same and the rest below.
+        # A fraction is below another if its first digit is lower, or equal and the rest is below.
         if digit:
             found.bitwise_or_(word)
         else:
@@ -60,13 +60,13 @@ def random_bits(like: Tensor, dropout: float) -> Tensor:
 
 
 def alive(bits: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Return the mask that the bits ``(rows, bytes)`` say: ones and zeros, ``(rows, width)``, a tensor of its own."""
+    """Return a new mask of ones and zeros, ``(rows, width)``, from bits of shape ``(rows, bytes)``."""
     return _unpacked(bits, width, _table(dtype, bits.device))
 
 
 def dropped(x: Tensor, bits: Tensor) -> Tensor:
-    """Return ``x``, ``(rows, width)``, with zeros where a bit is not set; not as a function for autograd."""
-    # Numbers are as well kept by all ones under a bitwise "and": a fifth of a product's time in bfloat16.
+    """Return ``x``, ``(rows, width)``, with zeros where a bit is not set; autograd does not see it."""
+    # A bitwise "and" with all ones keeps a number, in a fifth of the time of a product in bfloat16.
     whole_numbers = _WHOLE_NUMBERS[x.element_size()]
     mask = _unpacked(bits, x.shape[1], _table(whole_numbers, bits.device).neg())
     return mask.bitwise_and_(x.view(whole_numbers)).view(x.dtype)

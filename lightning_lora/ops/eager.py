@@ -1,4 +1,4 @@
-"""Facts about how torch runs at this moment: tracing, autocast, and whether a tensor may be changed in place."""
+"""The current state of torch: tracing, autocast, and whether a tensor may be changed in place."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ def _unknown() -> bool:
     return True
 
 
-# Private in torch: without it nothing is known of functorch, and composing torch's own operations is always right.
+# Private in torch. If it is missing, assume that functorch is active: the composition is always right.
 functorch_is_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", _unknown)
 get_tracing_state: Callable[[], object] = torch._C._get_tracing_state
 
 
 def is_traced() -> bool:
-    """Return whether somebody looks who knows torch's operations but not ours: a compiler, functorch, forward AD."""
+    """Return whether something runs that knows only torch's own operations: a compiler, functorch, forward AD."""
     if torch.compiler.is_compiling() or get_tracing_state() is not None:
         return True
     return functorch_is_active() or getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def is_unheld(tensor: Any) -> bool:
-    """Return whether the caller's variable is all that refers to a tensor and its memory, so that it may be changed.
+    """Return whether only the caller's variable refers to a tensor and its memory, so that it may be changed.
 
     A layer of unknown make may keep its output, return its input or a view, or need the output for its backward pass.
     Each of these holds a reference more than a new tensor has.
@@ -44,7 +44,7 @@ def is_unheld(tensor: Any) -> bool:
 
 
 def add(y: Tensor, update: Tensor, is_ours: bool) -> Tensor:
-    """Return the sum in the precision of y, in y's own memory if it may be."""
+    """Return the sum in the precision of y, made in y's memory if that is allowed."""
     update = update.to(y.dtype)
     # Hooks for full backward passes hand on views that must not be changed.
     return y.add_(update) if is_ours and not y._is_view() else y + update
@@ -58,7 +58,7 @@ def _references(tensor: Tensor, count: int) -> tuple[int, ...]:
 
 @functools.cache
 def _references_of_new() -> tuple[int, ...] | None:
-    """Return what a new tensor has; counted, since it depends on the versions of Python and torch."""
+    """Return the counts of a new tensor; measured, because they depend on the versions of Python and torch."""
     try:
         # Multiplied, as layers do it: the result has a history, and memory that it shares with nothing.
         output = torch.ones(1, 1, requires_grad=True) @ torch.ones(1, 1)
@@ -75,7 +75,7 @@ def _count_as_unheld_does(tensor: Tensor) -> tuple[int, ...]:
 
 
 class _Latest(threading.local):
-    """The last cast of this thread: of what, in which circumstances, and the result, as long as both live."""
+    """The last cast of this thread: its input, its settings and its result, while both are alive."""
 
     key: tuple[Any, ...] = ()
     source: TensorWeakRef | None = None
@@ -105,11 +105,11 @@ def shared_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def is_autocast(device: str) -> bool:
     """Return whether autocast is on for this type of device."""
-    # Devices without autocast, such as meta, may not be asked; a compiler of torch 2.6 cannot ask which those are.
+    # Asking a device without autocast, such as meta, raises; the compiler of torch 2.6 cannot check for that.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
     return known and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """Return a context in which torch computes in the precision of what it is given, in place too."""
+    """Return a context without autocast, in which torch computes in the precision of its inputs."""
     return torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext()

@@ -32,8 +32,8 @@ from lightning_lora.ops.eager import (
 
 _PLAIN = (Tensor, nn.Parameter)
 _AUTOCAST_TAKES = (torch.float32, torch.float16, torch.bfloat16)
-# Elements of x below which the composition is sooner done (docs/benchmarks.md): the fast path has more calls from
-# Python, and packed masks more operations.
+# Below this many elements of x, the composition is faster (docs/benchmarks.md): the fast path makes more Python calls,
+# and packed masks need more operations.
 _FEW, _FEW_TO_DROP = 1 << 14, 1 << 18
 # Elements of x whose mask is unpacked at a time: on the CPU what fits its caches, elsewhere what keeps a GPU busy.
 _AT_ONCE_ON_CPU, _AT_ONCE = 1 << 19, 1 << 24
@@ -73,7 +73,7 @@ def lora_linear(
 def lora_add(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, *, scaling: float, dropout: float = 0.0, is_ours: bool = False
 ) -> Tensor:
-    """Return ``y + s * dropout(x) A^T B^T`` for a y that a layer has computed in a way of its own.
+    """Return ``y + s * dropout(x) A^T B^T`` for the output y of any layer.
 
     Args:
         y: Output of the layer, ``(..., n)``.
@@ -82,7 +82,7 @@ def lora_add(
         B: Second factor, ``(n, r)``.
         scaling: Factor of the update.
         dropout: As in ``lora_linear``.
-        is_ours: Whether nobody else holds y, so that the sum may be made in its memory.
+        is_ours: Whether nothing else refers to y, so that the sum may be made in its memory.
     """
     if not (is_fast(x, A, B, dropout) and type(y) is Tensor and y.layout is torch.strided):
         return add(y, lora_update(x, A, B, scaling=scaling, dropout=dropout), is_ours)
@@ -107,7 +107,7 @@ def lora_update(x: Tensor, A: Tensor, B: Tensor, *, scaling: float, dropout: flo
 
 
 class _How(NamedTuple):
-    """What is no tensor: the factor of the update, the probability of dropping, the precision to compute in."""
+    """The options that are not tensors: scaling, dropout probability, precision."""
 
     scaling: float
     dropout: float
@@ -119,7 +119,7 @@ class _How(NamedTuple):
 
 
 def is_fast(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> bool:
-    """Return whether the fast path computes the same update, and sooner."""
+    """Return whether the fast path applies to this update and is faster."""
     if x.ndim < 2 or x.numel() < (_FEW_TO_DROP if dropout else _FEW) or is_traced():
         return False
     if not (type(x) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and x.layout is torch.strided):
@@ -132,7 +132,7 @@ def is_fast(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> bool:
 def _is_frozen_linear(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Return whether the layer itself is a plain product with a frozen weight, in one known precision."""
     if type(W) not in _PLAIN or W.layout is not torch.strided or W.requires_grad:
-        return False  # also without gradients: reentrant checkpointing runs both ways, and must draw the same mask
+        return False  # with and without gradients: reentrant checkpointing runs both, and must draw the same mask
     if is_autocast(x.device.type):
         return W.dtype in _AUTOCAST_TAKES and (b is None or b.dtype in _AUTOCAST_TAKES)
     return W.dtype is x.dtype and (b is None or (b.dtype is x.dtype and type(b) in _PLAIN))
@@ -145,7 +145,7 @@ def _is_small_and_plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Te
     for tensor in (x, W, A, B) if b is None else (x, W, A, B, b):
         if type(tensor) not in _PLAIN or tensor.dtype is not x.dtype or tensor.layout is not torch.strided:
             return False
-    # is_traced() and is_autocast(), written out: every call from Python counts where the layer itself takes so little.
+    # is_traced() and is_autocast(), inlined: in a small layer, every Python call counts.
     if torch.compiler.is_compiling() or get_tracing_state() is not None or functorch_is_active():
         return False
     device = x.device.type

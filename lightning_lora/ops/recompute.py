@@ -1,4 +1,4 @@
-"""Tensors that are computed again for backward, where autograd would keep them.
+"""Recomputation: tensors that are computed again in backward instead of being kept by autograd.
 
 A layer whose weight is read with its update in it hands a new tensor of the weight's size to torch's operations, and
 these keep it: for every such layer of a model, where the frozen model keeps its weights by reference. While
@@ -24,7 +24,7 @@ _FEW = 1 << 15
 
 
 class _Recipe:
-    """How to compute a tensor again, once for all who ask for it in one backward pass.
+    """A recipe for a tensor, computed once per backward pass for all who need it.
 
     Attributes:
         alive: How many views of it autograd keeps.
@@ -67,7 +67,7 @@ class _Recipe:
 
 
 class _View:
-    """What autograd keeps in the place of a tensor that can be computed again, or of a view of one."""
+    """The stand-in that autograd keeps for a recomputable tensor or a view of one."""
 
     def __init__(self, recipe: _Recipe, tensor: Tensor) -> None:
         self.recipe, self.turn = recipe, recipe.turn
@@ -91,25 +91,25 @@ class _View:
 
 
 class _Kept(NamedTuple):
-    """Any other tensor: torch leaves the look at the version to those who set hooks."""
+    """Any other tensor, with its version, which hooks must check themselves."""
 
     tensor: Tensor
     version: int
 
 
 class _Made(NamedTuple):
-    """A tensor that was computed, its version then, and how to compute it again."""
+    """A computed tensor, its version, and how to compute it again."""
 
     tensor: Tensor
     version: int
     recipe: _Recipe
 
     def is_as_made(self) -> bool:
-        return self.tensor._version == self.version  # else whoever read it has changed it
+        return self.tensor._version == self.version  # else a reader has changed it
 
 
 class _Scope:
-    """What was made since ``recomputing`` began, and the hooks that recognise it."""
+    """The tensors made since ``recomputing`` began, and the hooks that recognise them."""
 
     def __init__(self, outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None) -> None:
         self.outer = outer  # of torch's hooks only the innermost are called
@@ -150,10 +150,10 @@ _recipes: WeakValueDictionary[Hashable, _Recipe] = WeakValueDictionary()
 
 @contextmanager
 def recomputing() -> Iterator[None]:
-    """Have autograd keep a recipe for each tensor that ``recomputed`` makes meanwhile.
+    """Have autograd keep a recipe for each tensor that ``recomputed`` makes inside the block.
 
-    Composes with the hooks of others, such as those of ``save_on_cpu`` and activation checkpointing. Without gradients,
-    and where somebody looks on who knows torch's operations alone, it does nothing.
+    Composes with other hooks, such as those of ``save_on_cpu`` and activation checkpointing. Does nothing without
+    gradients and under transforms.
     """
     if not _may_set_hooks():
         yield
@@ -212,7 +212,7 @@ def _hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
 
 
 def _at_the_end_of_backward(callback: Callable[[], None]) -> bool:
-    """Have something called when the present backward pass is over; return False if there is none."""
+    """Call a function at the end of the current backward pass; return False if there is none."""
     try:
         cast(Any, torch.autograd.Variable)._execution_engine.queue_callback(callback)
     except RuntimeError:
@@ -236,7 +236,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _check(tensor: Tensor, version: int) -> None:
-    """Raise what torch raises without hooks."""
+    """Raise the error that torch raises without hooks, if a tensor was changed in place."""
     if tensor._version != version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor "

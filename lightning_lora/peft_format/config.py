@@ -25,7 +25,7 @@ _OTHER_METHODS = (
     "use_qalora",
     "velora_config",
 )
-# Options that decide where and how PEFT starts: the file's own tensors say where, and they are no start.
+# Options that decide where PEFT adapts and how it starts: the tensors say where, and they replace the start.
 _WITHOUT_MEANING_HERE = (
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core"),
@@ -64,7 +64,7 @@ Tokens = tuple[int, ...] | dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What a PEFT directory's config says about the function that its adapter computes.
+    """The options of a PEFT directory that decide the function that its adapter computes.
 
     Attributes:
         rank: ``r``, the rank of every layer without a pattern.
@@ -130,11 +130,11 @@ def _first_match(patterns: Mapping[str, float], name: str, default: float) -> fl
 
 
 def parse_config(options: object) -> tuple[PeftConfig, list[str]]:
-    """Return a config as PEFT wrote it, and the options in it that nobody knows.
+    """Return a config as PEFT wrote it, and the names of its unknown options.
 
     Raises:
-        ValueError: It is no config of a LoRA adapter, holds values that make no sense, or uses options that have no
-            equal here; one error lists all.
+        ValueError: It is not the config of a LoRA adapter, holds invalid values, or uses unsupported options; one
+            error lists all.
     """
     if not isinstance(options, dict):
         raise ValueError(f"it holds a {type(options).__name__}, not an object of options")
@@ -143,7 +143,7 @@ def parse_config(options: object) -> tuple[PeftConfig, list[str]]:
     reader = _Reader(options)
     config = reader.config()
     reader.problems += [
-        f"{name}={options[name]!r} has no equal in lightning_lora" for name in _OTHER_METHODS if options.get(name)
+        f"{name}={options[name]!r} is not supported by lightning_lora" for name in _OTHER_METHODS if options.get(name)
     ]
     start = options.get("init_lora_weights")
     if not any(start is known or start == known for known in _STARTS_THAT_LEAVE_THE_BASE):
@@ -157,7 +157,7 @@ def parse_config(options: object) -> tuple[PeftConfig, list[str]]:
 
 
 class _Reader:
-    """Reads options one by one and collects what is wrong with them."""
+    """Reads options one by one and collects the problems."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
@@ -166,7 +166,7 @@ class _Reader:
     def config(self) -> PeftConfig:
         bias = self.options.get("bias", "none")
         if bias not in get_args(Bias):
-            self.problems.append(f"bias={bias!r} is none of {', '.join(map(repr, get_args(Bias)))}")
+            self.problems.append(f"bias={bias!r} must be one of {', '.join(map(repr, get_args(Bias)))}")
         return PeftConfig(
             rank=int(self._number("r", self.options.get("r", 8), whole=True)),
             alpha=self._number("lora_alpha", self.options.get("lora_alpha", 8)),
@@ -188,16 +188,16 @@ class _Reader:
     ) -> float:
         kinds = (int,) if whole else (int, float)
         if isinstance(value, kinds) and not isinstance(value, bool):
-            number = min(value, 2**63) if isinstance(value, int) else value  # beyond, it is no float either
+            number = min(value, 2**63) if isinstance(value, int) else value  # a larger one overflows as a float
             if (number > 0 if least is None else number >= least) and number < min(below, 2**31):
                 return number
-        self.problems.append(f"{name}={_shown(value)} makes no sense")
+        self.problems.append(f"{name} must be a number in range, not {_shown(value)}")
         return 1
 
     def _flag(self, name: str) -> bool:
         value = self.options.get(name, False)
         if not isinstance(value, bool):
-            self.problems.append(f"{name}={_shown(value)} is neither true nor false")
+            self.problems.append(f"{name} must be true or false, not {_shown(value)}")
         return bool(value)
 
     def _names(self, name: str) -> tuple[str, ...]:
@@ -205,13 +205,13 @@ class _Reader:
         if isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value):
             return tuple(sorted(value))
         if value:
-            self.problems.append(f"{name}={_shown(value)} is no list of names")
+            self.problems.append(f"{name} must be a list of names, not {_shown(value)}")
         return ()
 
     def _pattern(self, name: str, *, whole: bool) -> Iterator[tuple[str, float]]:
         value = self.options.get(name) or {}
         if not isinstance(value, dict):
-            self.problems.append(f"{name}={_shown(value)} does not map names to numbers")
+            self.problems.append(f"{name} must map names to numbers, not {_shown(value)}")
             return
         for key, number in value.items():
             if reason := _pattern_problem(key):
@@ -231,7 +231,7 @@ class _Reader:
                 return tuple(tokens)
             self.problems.append(f"{name} holds a token twice")
         else:
-            self.problems.append(f"{name}={_shown(tokens)} is no list of token numbers")
+            self.problems.append(f"{name} must be a list of token numbers, not {_shown(tokens)}")
         return ()
 
 
@@ -242,11 +242,11 @@ def _version(text: object) -> tuple[int, ...]:
 
 def _pattern_problem(key: str) -> str | None:
     if len(key) > _LONGEST_PATTERN or _REPEATED_GROUP.search(key) or len(_REPEATS.findall(key)) > _MOST_REPEATS:
-        return "is too complicated a regular expression to be tried safely"
+        return "is too complex a regular expression to evaluate safely"
     try:
         re.compile(key)
     except (re.error, OverflowError, RecursionError) as error:
-        return f"is no regular expression ({error})"
+        return f"is not a valid regular expression ({error})"
     return None
 
 
@@ -258,8 +258,8 @@ def _shown(value: object) -> str:
 def unknown_options_message(names: Sequence[str]) -> str:
     """Return the warning for options that were added to PEFT after this was written."""
     return (
-        f"adapter_config.json has options that this version does not know, and ignores: {listed(names)}. If they "
-        "change what the adapter computes, it computes something else here."
+        f"adapter_config.json has unknown options, which are ignored: {listed(names)}. If they change what the "
+        "adapter computes, its output differs here."
     )
 
 
@@ -333,7 +333,7 @@ def lora_config(config: PeftConfig, layers: Sequence[Scaled], **options: Any) ->
     """Return our config for layers of these ranks and scalings, with the options that both sides share.
 
     Raises:
-        ValueError: A value makes no sense here.
+        ValueError: A value is invalid here.
     """
     numbers = numbers_for(layers, use_rslora=config.use_rslora)
     return LoRAConfig(

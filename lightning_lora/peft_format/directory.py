@@ -7,8 +7,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -49,7 +48,7 @@ class PeftFile(AdapterFile):
     """A PEFT directory, read without its model; names are relative to the model that PEFT wrapped.
 
     Attributes:
-        config: What the options mean.
+        config: The parsed options.
         alien: Names in the file that do not begin as PEFT's do.
         base_text: The fingerprint of the base, as the file holds it.
     """
@@ -70,7 +69,12 @@ class PeftFile(AdapterFile):
     @functools.cached_property
     def keys_by_path(self) -> dict[str, list[str]]:
         """The names of the factors, by the paths of their layers; a path holds ``base_layer`` where PEFT wraps."""
-        return keys_by_path(self.tensors)
+        found: dict[str, list[str]] = {}
+        for key in self.tensors:
+            path, mark, last = key.rpartition(".lora_")
+            if mark and f"{mark}{last}" in _SHORT:
+                found.setdefault(path, []).append(key)
+        return found
 
     @functools.cached_property
     @override
@@ -111,7 +115,7 @@ class PeftFile(AdapterFile):
         )
 
     def _numbers(self, path: str) -> tuple[int | None, float | None]:
-        """Return the rank and the scaling of a layer, or None where they depend on what the file does not say."""
+        """Return the rank and the scaling of a layer, or None where the file does not determine them."""
         module, is_inside, _ = path.partition(".base_layer.")
         module = module if is_inside else _unwrapped(path)  # of attention's output, patterns match the attention's name
         names = self.config.parameters_of(module) or [module]
@@ -168,57 +172,34 @@ def _registered(names: list[str]) -> list[str]:
     return names
 
 
-def keys_by_path(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names of factors by the paths of their layers."""
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        path, mark, last = key.rpartition(".lora_")
-        if mark and f"{mark}{last}" in _SHORT:
-            found.setdefault(path, []).append(key)
-    return found
-
-
 def read_directory(directory: str | PathLike[str]) -> PeftFile:
     """Return the adapter in a PEFT directory.
 
     Raises:
-        ValueError: The files cannot be read, or use options that have no equal here.
+        ValueError: The files cannot be read, or use unsupported options.
         FileNotFoundError: They do not exist.
     """
     path = Path(directory)
-    options = _read_options(path / CONFIG_FILE)
-    config = _understood(options, path / CONFIG_FILE)
+    options, config = _read_config(path / CONFIG_FILE)
     tensors, base = _read_tensors(path)
     alien = tuple(key for key in tensors if not key.startswith(PREFIX))
     named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     return PeftFile(path, named, options, {}, config, alien, base)
 
 
-def _read_options(path: Path) -> Any:
+def _read_config(path: Path) -> tuple[dict[str, Any], PeftConfig]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{str(path)!r} does not exist; a PEFT directory holds {CONFIG_FILE} and {TENSORS_FILE}."
-        )
-    with _unreadable_config(path):
+        raise FileNotFoundError(f"{str(path)!r} does not exist; a PEFT directory has {CONFIG_FILE}, {TENSORS_FILE}.")
+    try:
         if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it has {path.stat().st_size:,} bytes")
-        return json.loads(path.read_bytes())
-
-
-def _understood(options: Any, path: Path) -> PeftConfig:
-    with _unreadable_config(path):
+        options = json.loads(path.read_bytes())
         config, unknown = parse_config(options)
-    if unknown:
-        warnings.warn(unknown_options_message(unknown), stacklevel=5)
-    return config
-
-
-@contextmanager
-def _unreadable_config(path: Path) -> Iterator[None]:
-    try:
-        yield
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no config that can be loaded: {error}. Nothing was changed.") from error
+        raise ValueError(f"{str(path)!r} cannot be loaded as a config: {error}. Nothing was changed.") from error
+    if unknown:
+        warnings.warn(unknown_options_message(unknown), stacklevel=4)
+    return options, config
 
 
 def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:

@@ -33,9 +33,9 @@ class ExportedLayer(NamedTuple):
         target: The name that PEFT's patterns are matched with: the layer's, or the parameter's.
         module: The layer.
         adapter: The kind of adapter.
-        parameter: What it updates.
+        parameter: The updated parameter.
         by_parameter: Whether ``target_parameters`` names it.
-        geometry: What decides its shapes.
+        geometry: The sizes that decide the factors' shapes.
         factors: The update.
     """
 
@@ -57,7 +57,7 @@ class Export:
         root: The exported model.
         root_name: Its name in the module that was given.
         layers: The low-rank updates.
-        tokens: Embeddings of which rows train.
+        tokens: Embeddings whose rows train.
         saved: Modules trained in full.
         biases: Biases of the base that train, by the names of their parameters.
         refused: Name -> why PEFT cannot hold it.
@@ -122,7 +122,7 @@ class Export:
         }
 
     def caveats(self) -> list[str]:
-        """Return what is right in the files and yet may surprise with some PEFT."""
+        """Return warnings about correct files that some PEFT versions apply differently."""
         by_name = {layer.name: layer for layer in self.layers}
         doubled = [layer.name for layer in self.layers if layer.name != layer.target and not layer.by_parameter]
         found = []

@@ -19,13 +19,13 @@ from lightning_lora.layers.embedding import EmbeddingAdapter
 
 
 class Geometry(NamedTuple):
-    """What decides the shapes of a layer's factors besides the rank.
+    """The sizes that, with the rank, decide the shapes of a layer's factors.
 
     Attributes:
         out_features: Rows of the weight, read as a matrix.
         in_features: Its columns.
         kernel: The shape of a convolution's kernel without its first dimension.
-        experts: How many matrices a stacked parameter holds; 0 for one that is no stack.
+        experts: How many matrices a stacked parameter holds; 0 if it is not a stack.
         is_embedding: Whether tokens choose the columns of ``A``.
     """
 

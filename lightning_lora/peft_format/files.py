@@ -50,7 +50,7 @@ def save_adapter(
         export_root: Name of the submodule that PEFT will wrap, to which the names in the files are relative. If left
             out it is the one transformers model inside, or of a LightningModule the one child that holds all
             adapters, or the module itself (``""``).
-        base_model_name_or_path: What to record as the base model; the model's own ``name_or_path`` if left out.
+        base_model_name_or_path: Name of the base model to record; the model's own ``name_or_path`` if left out.
         uniform_rank: Pad all layers with zeros to the highest rank and give them one scaling, for loaders such as vLLM
             that ignore patterns of ranks and alphas. The adapter computes the same.
         base: The fingerprint of the module's base, where this process does not see the base's values.
@@ -99,10 +99,10 @@ def write_export(
 
 
 def exported(module: nn.Module, export_root: str | None = None) -> Export:
-    """Return what a module's PEFT directory will hold, with the reasons against it.
+    """Return the content of a module's PEFT directory, with the reasons for everything that PEFT cannot hold.
 
     Raises:
-        ValueError: The module has no adapters, or the model to export cannot be told.
+        ValueError: The module has no adapters, or the model to export is ambiguous.
         RuntimeError: The adapters are folded into the weights, inside ``merged``.
     """
     model = AdaptedModel(module)
@@ -147,7 +147,7 @@ YES = "yes"
 
 
 class PreflightRow(NamedTuple):
-    """One layer, module or option: what it is, and whether PEFT and vLLM take it, ``"yes"`` or why not."""
+    """One layer, module or option: its kind, and whether PEFT and vLLM accept it: ``"yes"``, or the reason why not."""
 
     name: str
     kind: str
@@ -159,12 +159,12 @@ class PreflightRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Preflight:
-    """What PEFT and vLLM will accept of an adapter; ``print`` shows a table.
+    """The parts of an adapter that PEFT and vLLM accept; ``print`` shows a table.
 
     Attributes:
         root: Name of the model that would be exported; the names in the rows are relative to it.
         rows: Layers, modules and options.
-        notes: What else is to be known.
+        notes: Other remarks.
     """
 
     root: str
@@ -206,14 +206,14 @@ class Preflight:
 
 
 def preflight(module: nn.Module, *, export_root: str | None = None) -> Preflight:
-    """Say for each layer and option of an adapted module what PEFT and vLLM will and will not accept.
+    """Report for each layer and option of an adapted module whether PEFT and vLLM accept it.
 
     Args:
         module: An adapted module.
         export_root: As in ``save_adapter``.
 
     Raises:
-        ValueError: The module has no adapters, or the model to export cannot be told.
+        ValueError: The module has no adapters, or the model to export is ambiguous.
         RuntimeError: The adapters are folded into the weights, inside ``merged``.
     """
     export = exported(module, export_root)

@@ -1,4 +1,4 @@
-"""From what a PEFT directory holds to adapters in a model; everything is checked before the model is touched."""
+"""Match a PEFT directory with a model; everything is checked before the model is changed."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class ImportedLayer(NamedTuple):
 
     Attributes:
         name: The layer's name.
-        parameter: What it updates.
+        parameter: The updated parameter.
         by_parameter: Whether ``target_parameters`` names it.
-        label: What the adapter will be called.
+        label: The adapter's name in the model.
         factors: The update.
     """
 
@@ -59,7 +59,7 @@ class ImportedLayer(NamedTuple):
 
 @dataclass
 class Import:
-    """What a file brings to a model.
+    """The content of a file, matched with a model.
 
     Attributes:
         make_config: Gives ``config``.
@@ -75,12 +75,12 @@ class Import:
 
     @functools.cached_property
     def config(self) -> LoRAConfig:
-        """What to attach; not needed, and not made, where a model has such adapters already."""
+        """The config to attach; computed only if the model has no adapters yet."""
         return self.make_config()
 
 
 def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> tuple[str, nn.Module, Import]:
-    """Return the model inside a module that a file is for, with its name, and what the file means for it.
+    """Return the model inside a module that a file is for: its name, the model, and the matched content.
 
     Args:
         module: The module that holds the model.
@@ -106,7 +106,7 @@ def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -
 
 
 def make_import(root: nn.Module, file: PeftFile, names: ModuleNames | None = None) -> Import:
-    """Return what a file means for a model.
+    """Return a file's content matched with a model.
 
     Args:
         root: The model to which the file's names are relative.
@@ -206,7 +206,7 @@ class _Importer:
         return used
 
     def _read_the_rest(self, keys: Collection[str]) -> set[str]:
-        """Read biases, and let values of the frozen base pass that are what the model has."""
+        """Read biases, and accept tensors of the frozen base whose values the model has."""
         live, biases = AdaptedModel(self.root).tensors if keys else {}, set[str]()
         for key in sorted(keys):
             path, _, last = key.rpartition(".")
@@ -261,11 +261,11 @@ class _Importer:
 
 
 class _LayerReader:
-    """Reads layer by layer, and collects what does not fit.
+    """Reads layer by layer and collects problems.
 
     Attributes:
-        layers: What was read.
-        problems: What does not fit.
+        layers: The updates read so far.
+        problems: The mismatches found so far.
     """
 
     def __init__(self, names: ModuleNames, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
@@ -327,7 +327,7 @@ class _LayerReader:
                 )
 
     def _chosen(self, name: str, module: nn.Module, depth: int, path: str) -> tuple[type[Adapter], str, str] | str:
-        """Return the kind of adapter, the parameter and the name that patterns mean, or why there is none."""
+        """Return the kind of adapter, the parameter and the name that patterns match, or the problem."""
         if parameters := parameters_named(name, module, self.config.target_parameters):
             if depth >= len(parameters):
                 return f"there are more of them than the {len(parameters)} of target_parameters on this module"
@@ -366,33 +366,30 @@ def _shown(tensor: Tensor) -> str:
 # --- into a module's state
 
 
-def import_state(
-    root: nn.Module, content: Import, tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
-) -> dict[str, Tensor]:
-    """Return a file's values under the names of a module's own state.
+def import_state(content: Import, root: AdaptedModel, model: AdaptedModel) -> dict[str, Tensor]:
+    """Return a file's values under the names of an adapted module's own state.
 
     Args:
-        root: The model that the file is for.
         content: The file.
-        tensors: The module's ``AdaptedModel.trained``.
-        adapters: The model's adapters.
+        root: The adapted model that the file is for.
+        model: The module that holds it, or the same.
     """
-    live = AdaptedModel(root).tensors if content.values else {}
+    live = root.tensors if content.values else {}
     values: dict[int, Tensor] = {}
     for layer in content.layers:
-        adapter, factors = adapters[layer.label], layer.factors
+        adapter, factors = root.adapters[layer.label], layer.factors
         assert isinstance(adapter, LowRankAdapter)
         for key, tensor in adapter._parameters.items():
             if (value := getattr(factors, key)) is not None:
                 values[id(tensor)] = value
-    values |= {id(adapters[name].rows): rows for name, (_, rows) in content.tokens.items()}
+    values |= {id(root.adapters[name].rows): rows for name, (_, rows) in content.tokens.items()}
     for name, value in content.values.items():
         before = values.setdefault(id(live[name]), value)
         if not torch.equal(before, value):
             raise ValueError(f"{name!r} shares its memory with a tensor to which the file gives another value.")
-    state = {name: values[id(tensor)] for name, tensor in tensors.items() if id(tensor) in values}
+    state = {name: values[id(tensor)] for name, tensor in model.trained.items() if id(tensor) in values}
     # PEFT trains the biases of attention's and recurrent layers' own kind, but does not save them.
-    return {name: tensor for name, tensor in _unsaved_biases(tensors).items() if name not in state} | state
+    return {name: tensor for name, tensor in _unsaved_biases(model.trained).items() if name not in state} | state
 
 
 def _unsaved_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

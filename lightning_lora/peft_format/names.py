@@ -19,14 +19,14 @@ def chosen_root(module: nn.Module, export_root: str) -> tuple[str, nn.Module]:
     """Return the submodule of this name, with its name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: It does not exist.
     """
     for name, (part, aliases) in module_names(module).items():
         if export_root in aliases:
             return name, part
     near = near_names(export_root, (name for name, _ in module.named_modules()))
     hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
-    raise ValueError(f"export_root={export_root!r} is no module of {type(module).__name__}.{hint}")
+    raise ValueError(f"export_root={export_root!r} is not a module of {type(module).__name__}.{hint}")
 
 
 def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tuple[str, nn.Module]:
@@ -53,8 +53,8 @@ def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tup
         ]
     if len(models) > 1:
         raise ValueError(
-            f"{type(module).__name__} holds several models that may be meant: {listed([name for name, _ in models])}. "
-            "Say which with export_root."
+            f"{type(module).__name__} holds several models: {listed([name for name, _ in models])}. "
+            "Choose one with export_root."
         )
     return models[0] if models else ("", module)
 
@@ -64,7 +64,7 @@ def matching_root(
     paths: set[str],
     names_of: Callable[[nn.Module], ModuleNames] = module_names,
 ) -> nn.Module:
-    """Return the model in which all these paths of a file name modules; ValueError if several may be meant."""
+    """Return the model that has a module at each of these paths of a file; ValueError if several do."""
 
     @functools.cache
     def has_all(part: nn.Module) -> bool:
@@ -98,7 +98,7 @@ def _is_lightning_module(module: nn.Module) -> bool:
 
 
 def live_path(name: str, wrappers: Mapping[str, int]) -> str:
-    """Return what a module or tensor is called when PEFT has wrapped some of the modules above it.
+    """Return the name of a module or tensor after PEFT has wrapped some of the modules above it.
 
     Args:
         name: Its name in the model.
@@ -114,7 +114,7 @@ def live_path(name: str, wrappers: Mapping[str, int]) -> str:
 
 
 def without_wrappers(path: str, names: Collection[str]) -> tuple[str, int] | None:
-    """Return the module that a path in a file names, and how many wrappers are left of it, or None if there is none.
+    """Return the module at a path of a file, and the number of wrappers left of it; None if no module matches.
 
     Args:
         path: The path, with ``base_layer`` where PEFT wraps a module.

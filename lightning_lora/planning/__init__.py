@@ -1,1 +1,1 @@
-"""From a config and a model to the exact list of changes: what is meant, what is missed, what cannot be."""
+"""From a config and a model to the exact list of changes, or to one error with every problem."""

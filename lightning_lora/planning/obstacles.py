@@ -1,4 +1,4 @@
-"""Reasons why a config and a model do not fit: layers that cannot be adapted, and entries that reach nothing."""
+"""Reasons why a config does not fit a model: layers that cannot be adapted, and entries that match nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_lora.names import (
     sweeps,
     unmatched,
 )
-from lightning_lora.planning.plan import Plan, Target
+from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
 # Parents that read their children's weights, always or in evaluation, so that the weight must carry the update.
@@ -31,7 +31,7 @@ _WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 class Obstacles:
-    """Reasons why layers of one model cannot be adapted although there are adapters for their kinds.
+    """Reasons why layers of supported kinds cannot be adapted in one model.
 
     Attributes:
         tied: Parameters that share memory with others -> the others.
@@ -53,32 +53,32 @@ class Obstacles:
         self._asks_for_more = bool(config.dropout or config.lora_bias or config.use_dora) or not self.is_common
         self._heads = _output_embeddings(modules) if config.target_modules == ALL_LINEAR else set[int]()
 
-    def of(self, target: Target, rank: int, shape: tuple[int, int]) -> str | None:
+    def of(self, layer: PlannedLayer, rank: int, shape: tuple[int, int]) -> str | None:
         """Return why an adapter cannot be made, or None."""
-        module = target.module
+        module = layer.module
         if isinstance(module, LoRALayer):
             return None  # it was judged when it was adapted
-        if reason := target.adapter.obstacle(module) or instance_obstacle(module):
+        if reason := layer.adapter.obstacle(module) or instance_obstacle(module):
             return reason
-        if self.tied and (reason := self._of_tie(target)):
+        if self.tied and (reason := self._of_tie(layer)):
             return reason
         if id(module) in self._heads:
             return "output embedding of a transformers model"
         if rank > shape[0] or rank > shape[1]:
             return f"rank {rank} is above {min(shape)}, the highest rank of its weight; lower it with rank_pattern"
         if self._asks_for_more:
-            return self._of_options(target.parameter, module, target.adapter)
+            return self._of_options(layer.parameter, module, layer.adapter)
         return None
 
-    def _of_tie(self, target: Target) -> str | None:
-        others, named = self.tied.get(join(target.names[0], target.parameter)), target.pattern != ALL_LINEAR
+    def _of_tie(self, layer: PlannedLayer) -> str | None:
+        others, named = self.tied.get(join(layer.names[0], layer.parameter)), layer.pattern != ALL_LINEAR
         if not others or (named and self.config.untie_weights):
             return None
         remedy = "; untie_weights=True gives it a copy of its own" if named else ""
         return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it{remedy}"
 
     def _of_options(self, parameter: str, module: nn.Module, adapter: type[Adapter]) -> str | None:
-        """Return what keeps an option beyond plain LoRA, or an uncommon kind of weight, from working here."""
+        """Return why an option beyond plain LoRA, or an uncommon kind of weight, does not work here, or None."""
         weight = base_parameter(module, parameter)
         if not weight.is_floating_point() and (why := self._carried_by_weight(module, adapter)):
             return f"{why}; that needs a floating-point weight, not {weight.dtype}"
@@ -120,7 +120,7 @@ class Obstacles:
 
 
 def instance_obstacle(module: nn.Module) -> str | None:
-    """Return what this very module has that an adapted layer cannot have, or None."""
+    """Return why this instance cannot be an adapted layer, whatever its class, or None."""
     if "forward" in vars(module):
         return "its forward was replaced on the instance, so an adapter would never run"
     if not isinstance(module, LoRALayer) and (taken := taken_names(module)):
@@ -153,12 +153,12 @@ def _output_embeddings(modules: Collection[nn.Module]) -> set[int]:
 
 
 def missed_entries(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
-    """Yield a sentence for every entry of the config that did nothing.
+    """Yield a problem for every entry of the config that reached nothing.
 
     Args:
         plan: The plan with its layers and modules.
         config: The request.
-        root: What to call the model.
+        root: The name of the model's class.
     """
     everything = list(plan.names.values())
     if config.target_modules != ALL_LINEAR:
@@ -196,7 +196,7 @@ def _missed_targets(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
 def _missed_patterns(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
     reached = [layer.label for layer in plan.layers]
     covered = {*reached, *plan.left_out}
-    layers = {layer.name for layer in plan.layers} | (plan.left_out.keys() & plan.names.keys())
+    layers = {layer.names[0] for layer in plan.layers} | (plan.left_out.keys() & plan.names.keys())
     covered |= {alias for name in layers for alias in plan.names[name]}
     for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for key in patterns:
@@ -205,7 +205,7 @@ def _missed_patterns(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]
 
 
 def _empty_saves(plan: Plan, config: LoRAConfig) -> Iterator[str]:
-    """A glob may sweep over modules without parameters, but it must reach one with some."""
+    """A glob may match modules without parameters, but must match at least one with parameters."""
     for entry in filter(is_glob, config.modules_to_save):
         found = [name for name, names in plan.names.items() if selected((entry,), names)]
         if found and not any(is_below(name, plan.saved) for name in found):

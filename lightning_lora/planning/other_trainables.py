@@ -20,7 +20,7 @@ _TOKENS = "trainable_token_indices"
 
 
 def plan_saved_modules(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
-    """Plan what ``modules_to_save`` names, and yield what is wrong with it."""
+    """Plan the modules of ``modules_to_save`` and yield the problems."""
     for name, module in plan.modules.items():
         entry = selected(config.modules_to_save, plan.names[name])
         if entry is None or is_below(name, plan.saved):
@@ -40,7 +40,7 @@ def plan_saved_modules(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[s
 
 
 def plan_biases(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
-    """Plan the biases that train, and yield what is wrong with them.
+    """Plan the biases to train and yield the problems.
 
     A bias is a parameter whose own name says so, as in PEFT: ``bias``, ``in_proj_bias``, ``bias_ih_l0``.
     """
@@ -70,7 +70,7 @@ def plan_biases(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
 
 
 def plan_token_rows(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
-    """Plan what ``trainable_token_indices`` names, and yield what is wrong with it."""
+    """Plan the rows of ``trainable_token_indices`` and yield the problems."""
     wanted = config.trainable_token_indices
     embeddings = [name for name, part in plan.modules.items() if isinstance(part, nn.Embedding)]
     if not isinstance(wanted, Mapping):
@@ -124,25 +124,14 @@ def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int], config: LoRACo
         return
     dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, config.adapter_dtype)
     spec = AdapterSpec(len(tokens), 1.0, 0.0, "", dtype, 0, rows=tuple(range(t, t + 1) for t in tokens))
-    plan.layers.append(
-        PlannedLayer(
-            name=name,
-            module=module,
-            pattern=_TOKENS,
-            adapter=TokenAdapter,
-            spec=spec,
-            parameter="weight",
-            key="",
-            in_weight=TokenAdapter.needs_weight(module),
-            label=name,
-            size=len(tokens) * weight.shape[1],
-            followers=tuple(followers.values()),
-        )
-    )
+    layer = PlannedLayer((name,), module, _TOKENS, TokenAdapter, "weight", followers=tuple(followers.values()))
+    layer.spec, layer.key, layer.label = spec, "", name
+    layer.in_weight, layer.size = TokenAdapter.needs_weight(module), len(tokens) * weight.shape[1]
+    plan.layers.append(layer)
 
 
 def _taken(plan: Plan, names: Sequence[str]) -> str | None:
-    if taken := sorted({layer.name for layer in plan.layers} & {*names}):
+    if taken := sorted({layer.names[0] for layer in plan.layers} & {*names}):
         return f"{listed(taken)} is adapted already; leave it out of the other targets"
     if below := [name for name in names if is_below(name, plan.saved)]:
         return f"{listed(below)} is trained in full by modules_to_save"

@@ -9,9 +9,9 @@ from torch import nn
 from lightning_lora.layers import Adapter, AdapterSpec
 
 
-@dataclass(slots=True)  # both are made by the thousand: half the time of a NamedTuple
-class Target:
-    """An adapter that the config asks for.
+@dataclass(slots=True)  # made by the thousand: half the time of a NamedTuple
+class PlannedLayer:
+    """An adapter that the config asks for; the planner resolves the rest, or finds an obstacle.
 
     Attributes:
         names: All names of the layer; the first one counts.
@@ -21,6 +21,12 @@ class Target:
         parameter: The parameter that it updates.
         part: The name of a slice of that parameter; empty for all of it.
         rows: The rows of that slice.
+        followers: Layers that share the adapter, because they share the weight.
+        spec: Everything that decides the adapter.
+        key: Its name in the layer's group of adapters; empty where the layer has one.
+        label: The adapter's name: the layer's, with the key where there is one.
+        in_weight: Whether the update is read from the weight instead of being added to the output.
+        size: Number of the adapter's parameters.
     """
 
     names: tuple[str, ...]
@@ -30,37 +36,12 @@ class Target:
     parameter: str
     part: str = ""
     rows: tuple[range, ...] = ()
-
-
-@dataclass(slots=True)
-class PlannedLayer:
-    """An adapter that attaching will make.
-
-    Attributes:
-        name: The layer's name.
-        module: The layer.
-        pattern: The entry of the config that chose it.
-        adapter: The kind of adapter.
-        spec: Everything that decides the adapter.
-        parameter: The parameter that it updates.
-        key: Its name in the layer's group of adapters; empty where the layer has one.
-        in_weight: Whether the update is read from the weight instead of being added to the output.
-        label: The adapter's name: the layer's, with the key where there is one.
-        size: Number of the adapter's parameters.
-        followers: Layers that share the adapter, because they share the weight.
-    """
-
-    name: str
-    module: nn.Module
-    pattern: str
-    adapter: type[Adapter]
-    spec: AdapterSpec
-    parameter: str
-    key: str
-    in_weight: bool
-    label: str
-    size: int
     followers: tuple[nn.Module, ...] = ()
+    spec: AdapterSpec = field(init=False)
+    key: str = field(init=False)
+    label: str = field(init=False)
+    in_weight: bool = field(init=False)
+    size: int = field(init=False)
 
 
 @dataclass

@@ -39,7 +39,7 @@ from lightning_lora.names import (
 )
 from lightning_lora.planning.obstacles import Obstacles, missed_entries
 from lightning_lora.planning.other_trainables import plan_biases, plan_saved_modules, plan_token_rows
-from lightning_lora.planning.plan import Plan, PlannedLayer, Target
+from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
 
@@ -169,7 +169,7 @@ class _Planner:
             self.problems.append(f"target_modules={pattern!r}: {_unsupported(names[0], module)}")
         else:
             for parameter in adapter.parameters_of(module):
-                self._add_parameter(Target(names, module, str(pattern), adapter, parameter))
+                self._add_parameter(PlannedLayer(names, module, str(pattern), adapter, parameter))
         if not self.automatic and pattern is not None and isinstance(module, nn.MultiheadAttention):
             projection = tuple(join(alias, "out_proj") for alias in names)
             left_alone = selected(self.config.exclude_modules, projection)
@@ -200,12 +200,12 @@ class _Planner:
             if taken & chosen:
                 self.problems.append(f"{option}: {part!r} of {name!r} overlaps with another slice.")
             taken |= chosen
-            self._add_parameter(Target(names, module, option, adapter, parameter, part, rows))
+            self._add_parameter(PlannedLayer(names, module, option, adapter, parameter, part, rows))
 
     # --- target_parameters
 
     def _add_target_parameters(self) -> None:
-        adapted = {layer.name for layer in self.plan.layers}
+        adapted = {layer.names[0] for layer in self.plan.layers}
         for name, module in self.plan.modules.items():
             names = self.plan.names[name]
             for key, parameter in module._parameters.items():
@@ -220,62 +220,54 @@ class _Planner:
                 elif name in adapted:
                     self.problems.append(f"{option}: target_modules adapts {name!r} already; exclude it there.")
                 else:
-                    self._add_parameter(Target(names, module, option, parameter_adapter(module, key), key))
+                    self._add_parameter(PlannedLayer(names, module, option, parameter_adapter(module, key), key))
 
     # --- one adapter
 
-    def _add_parameter(self, target: Target) -> None:
-        """Plan one adapter, or note why it cannot be made."""
-        plan, module, adapter, parameter = self.plan, target.module, target.adapter, target.parameter
-        name = target.names[0]
-        key = target.part or (parameter if issubclass(adapter, ParameterAdapter) else "")
-        label = join(name, key) if key else name
-        known_as = (*target.names, *(join(alias, key) for alias in target.names)) if key else target.names
+    def _add_parameter(self, layer: PlannedLayer) -> None:
+        """Plan one adapter, or record why it is impossible."""
+        config, known_as = self.config, layer.names
+        module, adapter, parameter = layer.module, layer.adapter, layer.parameter
+        layer.key = layer.part or (parameter if issubclass(adapter, ParameterAdapter) else "")
+        layer.label = known_as[0]
+        if layer.key:
+            layer.label = join(known_as[0], layer.key)
+            known_as = (*known_as, *(join(alias, layer.key) for alias in known_as))
         out_features, in_features = adapter.matrix_shape(module, parameter)
-        if target.rows:
-            out_features = sum(map(len, target.rows))
-        rank = first_match(self.config.rank_pattern, known_as, self.config.rank)
-        reason = self.obstacles.of(target, rank, (out_features, in_features))
+        if layer.rows:
+            out_features = sum(map(len, layer.rows))
+        rank = first_match(config.rank_pattern, known_as, config.rank)
+        reason = self.obstacles.of(layer, rank, (out_features, in_features))
         if reason is not None:
-            self._leave_out(target, label, reason)
+            self._leave_out(layer, reason)
             return
         size = rank * (out_features + in_features)
-        plan.layers.append(
-            PlannedLayer(
-                name=name,
-                module=module,
-                pattern=target.pattern,
-                adapter=adapter,
-                spec=self._spec(target, known_as, label, rank),
-                parameter=parameter,
-                key=key,
-                in_weight=adapter.needs_weight(module) or id(module) in self.obstacles.readers,
-                label=label,
-                size=adapter.stack(module, parameter) * size + out_features * self.extras,
-            )
-        )
+        layer.size = adapter.stack(module, parameter) * size + out_features * self.extras
+        layer.in_weight = adapter.needs_weight(module) or id(module) in self.obstacles.readers
+        layer.spec = self._spec(layer, rank, first_match(config.alpha_pattern, known_as, config.alpha))
+        self.plan.layers.append(layer)
         if self.tied:
-            self._untie(join(name, parameter))
+            self._untie(join(layer.names[0], parameter))
         if size >= out_features * in_features:
-            plan.wasteful.append(f"{label} (rank {rank}, weight {out_features} x {in_features})")
+            self.plan.wasteful.append(f"{layer.label} (rank {rank}, weight {out_features} x {in_features})")
 
-    def _spec(self, target: Target, known_as: tuple[str, ...], label: str, rank: int) -> AdapterSpec:
-        config, weight = self.config, base_parameter(target.module, target.parameter)
-        scaling = config.scaling(rank, first_match(config.alpha_pattern, known_as, config.alpha))
+    def _spec(self, layer: PlannedLayer, rank: int, alpha: float) -> AdapterSpec:
+        config, weight = self.config, base_parameter(layer.module, layer.parameter)
+        scaling = config.scaling(rank, alpha)
         # A float32 adapter would quietly lower the precision of a float64 layer.
         dtype = weight.dtype if weight.dtype == torch.float64 else self.adapter_dtype
-        seed = layer_seed(self.seed, label, weight.shape)
+        seed = layer_seed(self.seed, layer.label, weight.shape)
         return AdapterSpec(
-            rank, scaling, config.dropout, config.init, dtype, seed, config.use_dora, config.lora_bias, target.rows
+            rank, scaling, config.dropout, config.init, dtype, seed, config.use_dora, config.lora_bias, layer.rows
         )
 
-    def _leave_out(self, target: Target, label: str, reason: str) -> None:
-        if target.pattern == ALL_LINEAR:
-            self.plan.left_out[label] = reason
+    def _leave_out(self, layer: PlannedLayer, reason: str) -> None:
+        if layer.pattern == ALL_LINEAR:
+            self.plan.left_out[layer.label] = reason
         else:
-            names_option = target.pattern.startswith(("target_parameters=", "target_slices="))
-            option = target.pattern if names_option else f"target_modules={target.pattern!r}"
-            self.problems.append(f"{option}: {label!r} cannot be adapted: {reason}.")
+            names_option = layer.pattern.startswith(("target_parameters=", "target_slices="))
+            option = layer.pattern if names_option else f"target_modules={layer.pattern!r}"
+            self.problems.append(f"{option}: {layer.label!r} cannot be adapted: {reason}.")
 
     def _untie(self, weight_name: str) -> None:
         if others := [other for other in self.tied.get(weight_name, ()) if other not in self.plan.untied]:

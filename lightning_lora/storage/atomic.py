@@ -1,4 +1,4 @@
-"""Writing a directory of files so that there is always a complete one: the old, or the new."""
+"""Atomic writes: a file or a directory is always complete, the old one or the new one."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from pathlib import Path
 
 
 def replace_directory(directory: Path, write: Callable[[Path], None], *, marker: str, stale: tuple[str, ...]) -> None:
-    """Write files into a new directory, and put it in the place of an old one only when it is complete.
+    """Write files into a new directory, and let it replace an old one when it is complete.
 
-    Files of the old directory that are not written anew come along. Between the two last renames a machine that dies
-    leaves the old directory under a hidden name beside its place; nothing is ever lost.
+    Other files of the old directory are copied. If the machine dies between the last two renames, the old directory
+    remains under a hidden name beside its place; nothing is lost.
 
     Args:
-        directory: The place; its parents are made.
-        write: Writes the files into the directory that it is given.
-        marker: The file by which an old directory is known to be one of these.
-        stale: Files of an old directory that must not come along.
+        directory: Where to write; parents are created.
+        write: Writes the files into the directory that it receives.
+        marker: The file that identifies an old directory of this kind.
+        stale: Files of an old directory that are not copied.
 
     Raises:
-        ValueError: There is something else in this place.
-        OSError: Something could not be written. The old directory is as it was.
+        ValueError: The place holds something else.
+        OSError: Something could not be written; the old directory is unchanged.
     """
-    place = Path(os.path.realpath(directory))  # a link stays, what it leads to is replaced
+    place = Path(os.path.realpath(directory))  # a link stays, its target is replaced
     _check_place(place, marker)
     place.parent.mkdir(parents=True, exist_ok=True)
     new, old = (place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.{which}") for which in ("new", "old"))
@@ -86,7 +86,7 @@ def _removed_on_error(path: Path) -> Iterator[None]:
 
 
 def _flush(path: Path) -> None:
-    """Have the disk hold what was written; directories too, where the system can."""
+    """Flush a file to disk, or a directory where the system supports it."""
     if path.is_symlink() or (path.is_dir() and os.name != "posix"):
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -97,10 +97,10 @@ def _flush(path: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, and put it there only when the disk holds all of it.
+    """Write a file beside its place, and move it there when it is complete on disk.
 
     Raises:
-        OSError: It could not be written. What was there is as it was.
+        OSError: It could not be written; an old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     place = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")

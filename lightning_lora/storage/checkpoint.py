@@ -85,7 +85,7 @@ class CheckpointFile(AdapterFile):
     """The adapter of a ``.ckpt`` that was written under a LoRACallback.
 
     Attributes:
-        record: What was written beside the tensors.
+        record: The plain values saved with the tensors.
     """
 
     record: Mapping[str, Any]

@@ -54,7 +54,7 @@ class StoredTensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """Return the tensor, mapped into memory; what is written to it stays out of the file."""
+        """Return the tensor, mapped into memory; writing to it leaves the file unchanged."""
         with _opened(self.path) as file:
             tensor: Tensor = file.get_tensor(self.name)
         return tensor
@@ -74,7 +74,7 @@ class TensorFile:
 
 
 def read_table(path: Path) -> TensorFile:
-    """Return what a file holds, without reading any tensor.
+    """Return a file's table of contents, without reading any tensor.
 
     Raises:
         ValueError: It is not a file of safetensors, or is damaged.

@@ -1,1 +1,1 @@
-"""Everything that knows Lightning: one run of the callback, checkpoints, checks, and the strategies."""
+"""Integration with the Trainer: strategies, checkpoints, checks and other callbacks."""

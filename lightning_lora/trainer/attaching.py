@@ -1,4 +1,4 @@
-"""When a module gets its adapters: now, or after the method that builds its layers; and which, if a checkpoint says."""
+"""The moment of attaching: at once or after the method that builds the layers; options may come from a checkpoint."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ _CONVERT_LATER = (DeepSpeedPrecision, FSDPPrecision, HalfPrecision, MixedPrecisi
 
 
 class MethodWraps:
-    """Methods of modules that do something more until ``remove`` is called."""
+    """Wraps methods of modules until ``remove`` is called."""
 
     def __init__(self) -> None:
         self._wrapped: list[tuple[nn.Module, str]] = []
 
     def after(self, module: Module, name: str, afterwards: Callable[[Module, Any], None]) -> None:
-        """Call ``afterwards(module, result)`` whenever this method of the module has run."""
+        """Call ``afterwards(module, result)`` after each run of this method of the module."""
         method = getattr(module, name)
 
         @functools.wraps(method)  # keeps Lightning's is_overridden right
@@ -68,7 +68,7 @@ class MethodWraps:
 
 
 class Attaching:
-    """Attaches what the callback asks for: as late as the module's layers need, as early as the strategy needs.
+    """Attaches the callback's adapters: late enough for the module's layers, early enough for the strategy.
 
     Attributes:
         coverage: The result of ``hints.coverage`` while the module was whole: FSDP hides sizes.
@@ -108,7 +108,7 @@ class Attaching:
             self._attach(module)
 
     def _take_saved_options(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take the options of the checkpoint that is about to be loaded, if any."""
+        """Take the options from the checkpoint that is about to be loaded, if there is one."""
         saved, before = saved_options(chosen_record(trainer)), get_attachment(module)
         if saved is None:
             return
@@ -158,7 +158,7 @@ def _is_flattened(module: nn.Module) -> bool:
 
 
 def convert_layers(plugin: Precision, module: LightningModule) -> None:
-    """Let a plugin that replaces layers, as those of bitsandbytes and TransformerEngine do, do so before attaching.
+    """Let plugins such as bitsandbytes and TransformerEngine replace layers before attaching.
 
     Lightning converts later, when the layers carry adapters, which would be lost. Such plugins leave a converted module
     alone, so the second time changes nothing.

@@ -71,7 +71,7 @@ class AdapterCheckpoints:
 
     @property
     def _model(self) -> AdaptedModel:
-        """The adapters as they are now: they may have come, gone or been merged since the last call."""
+        """The current adapters, which may have been added, removed or merged since the last call."""
         return AdaptedModel(module_of(self.strategy))
 
     # --- saving
@@ -187,7 +187,7 @@ class AdapterCheckpoints:
         return [message] if message else []
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load optimizer states, each to the parameter of its name."""
+        """Load optimizer states by parameter name."""
         record, states = checkpoint.get(RECORD_KEY), checkpoint.get("optimizer_states")
         if states is None:
             raise KeyError(

@@ -1,4 +1,4 @@
-"""Checks of a run: whatever would let it finish without having trained raises, or warns if only a part is affected."""
+"""Checks of a run: anything that would keep it from training raises, or warns if only a part is affected."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_import_names(trainer: Trainer, module: LightningModule, lora: Callback
 def explain_mixed_import_names(
     exception: BaseException, trainer: Trainer, module: LightningModule, lora: Callback
 ) -> None:
-    """Add to an error that the two packages are mixed, if they are: it may be the reason."""
+    """Add to an error that the two packages are mixed, if they are."""
     try:
         check_import_names(trainer, module, lora)
     except MisconfigurationException as mixed:
@@ -146,7 +146,7 @@ def _check_declared(model: AdaptedModel) -> None:
 
 
 class GradientCheck:
-    """Checks at the first step of each optimizer that a gradient has reached every adapter that it holds.
+    """Checks at the first step of each optimizer that every adapter it holds has received a gradient.
 
     Under manual optimization a module may step an optimizer that Lightning does not know; then the gradients of the
     first batch are checked at its end.
@@ -158,7 +158,7 @@ class GradientCheck:
         self._reached: set[str] | None = None  # adapters, by any backward pass so far
 
     def after_backward(self) -> None:
-        """Note which adapters the pass reached, if it may be stepped past Lightning."""
+        """Record which adapters received gradients, if the optimizer may be stepped without Lightning."""
         if not self.module.automatic_optimization and not self._checked:
             self._reached = (self._reached or set()) | reached_adapters(self.module, self.layout)
 

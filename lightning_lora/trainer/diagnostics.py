@@ -30,7 +30,7 @@ _BLOCK = 2**20  # elements of a weight that are read at once
 
 
 class FitDiagnostics:
-    """Measures the adapters every so many steps, and logs the numbers as the module would.
+    """Measures the adapters every N steps, and logs the numbers through the module.
 
     Steps are those of the loggers, one for each batch after which an optimizer was stepped: ``_batches_that_stepped``
     counts them, as for Lightning's own LearningRateMonitor, and a checkpoint keeps it. If a module steps its optimizers
@@ -57,7 +57,7 @@ class FitDiagnostics:
         self._has_gradients, self._periods = False, self._steps() // every_n_steps  # periods measured so far
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Note the gradients, if the time has come."""
+        """Record the gradients if a measurement is due."""
         if (self._steps() + 1) // self.every_n_steps > self._periods:
             self._diagnostics.note_gradients(optimizer)
             self._has_gradients = True
@@ -89,7 +89,7 @@ def check_interval(every_n_steps: object) -> None:
 
 
 class Watched(NamedTuple):
-    """An adapter to measure: its name, its group, itself, and the layer that it updates."""
+    """An adapter to measure, with its name, its group and its layer."""
 
     name: str
     group: str
@@ -135,7 +135,7 @@ class Diagnostics:
 
     @torch.no_grad()
     def note_gradients(self, optimizer: Optimizer) -> None:
-        """Note the gradients of the factors that an optimizer holds, replacing what was noted of them before.
+        """Record the gradients of the factors that an optimizer holds, replacing earlier ones.
 
         Under FSDP2 and tensor parallelism every process must call this.
         """

@@ -1,4 +1,4 @@
-"""Exporting the adapter of a finished fit as a PEFT directory, wherever the module's own tensors are."""
+"""Export of a finished fit's adapter as a PEFT directory, wherever the module's tensors are."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def check_exportable(module: nn.Module, layout: Layout) -> None:
     sliced = [name for name, adapter in adapters.items() if adapter.spec.rows and adapter.spec.use_dora]
     if sliced and layout.divides_weights:
         raise MisconfigurationException(
-            f"export_dir: PEFT's file of {listed(sliced)} (DoRA of slices) needs the norms of the whole weights, which "
-            f"{type(layout.strategy).__name__} has divided. Export the checkpoint afterwards: load_adapter(model, "
+            f"export_dir: PEFT's file of {listed(sliced)} (DoRA on slices) needs the norms of the whole weights, which "
+            f"{type(layout.strategy).__name__} has sharded. Export the checkpoint afterwards: load_adapter(model, "
             "checkpoint), then save_adapter(model, directory)."
         )
     with gathered_parameters(module), shapes_shown(module):
@@ -82,7 +82,7 @@ def _hidden_parameters(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]
 
 @contextmanager
 def _replaced(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Replace a module's parameters and buffers by others for a while."""
+    """Replace a module's parameters and buffers inside the block."""
     before = [
         (table, key, tensor, name)
         for path, part in module.named_modules()

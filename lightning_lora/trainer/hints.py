@@ -30,7 +30,7 @@ _CUT = "does not require grad and does not have a grad_fn"
 
 
 class Coverage(NamedTuple):
-    """How much of the weights that could carry adapters trains.
+    """Share of the adaptable weights that have adapters.
 
     Attributes:
         trained: Elements of the weights that carry an adapter or train in full.
@@ -50,7 +50,7 @@ def warn_of_suspicious_settings(
     lr_ratio: float,
     reach: Coverage | None,
 ) -> None:
-    """Warn once of all settings of a run that look wrong, with the numbers and what to do.
+    """Warn once about all suspicious settings of a run, with the numbers and what to do.
 
     Args:
         module: The adapted module.

@@ -96,7 +96,7 @@ def _change_both(place: str, change: Callable[[ModuleType], None]) -> None:
 
 
 class _ChangeOnImport(MetaPathFinder):
-    """Changes a module right after it is imported, once."""
+    """Changes a module once, right after its import."""
 
     def __init__(self, name: str, change: Callable[[ModuleType], None]) -> None:
         self.name, self.change = name, change

@@ -1,4 +1,4 @@
-"""One run of ``LoRACallback``: everything that it holds from ``setup`` to ``teardown``."""
+"""One run of ``LoRACallback``, from ``setup`` to ``teardown``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning_lora.attachment import request
 from lightning_lora.config import LoRAConfig
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
-from lightning_lora.probe import dead_message
+from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.state import allow_missing_base
 from lightning_lora.surgery import freeze_norms, merge
 from lightning_lora.trainer.attaching import Attaching, MethodWraps
@@ -135,16 +135,18 @@ class FitSession:
                 f"LoRACallback.probe=True calls {type(self.module).__name__}.forward with the first batch, but forward "
                 "is not defined. Define it, or leave probe out."
             )
-        if message := dead_message(self.module, batch):
-            raise MisconfigurationException(message)
+        try:
+            refuse_dead_adapters(self.module, batch)
+        except DeadAdapterError as error:
+            raise MisconfigurationException(str(error)) from error
 
     def succeed(self) -> None:
-        """Note that a fit has ended without an exception, unless it trained nothing."""
+        """Record a successful fit; raise if it trained nothing."""
         check_trained(self.layout, self.trainer, self.module)
         self._has_succeeded = True
 
     def close(self) -> None:
-        """Take every wrap, hook and request off the module."""
+        """Remove every wrap, hook and request from the module."""
         self._wraps.remove()
         self._load_hook.remove()
         request(self.module, None)

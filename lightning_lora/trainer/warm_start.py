@@ -1,4 +1,4 @@
-"""Starting a training from another adapter: ranks may have grown, layers may have been added or removed."""
+"""Warm start from another adapter: ranks may have grown, layers may have been added or removed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_lora.state import check_base_values, check_not_merged
 
 @dataclass
 class WarmStart:
-    """The values that a training starts from, and how they relate to the source.
+    """The initial values of a training, and how they relate to the source.
 
     Attributes:
         values: Name of a tensor of the module -> its start, whole.

@@ -192,7 +192,7 @@ def test_likeness_in_words():
     comparison = compare(one, other)
     said = likeness(comparison)
     middle = sorted(layer.of_inputs.all for layer in comparison.layers)[2]
-    assert f"all input directions {middle:.3f}" in said[0]
+    assert f"all of them by {middle:.3f}" in said[0]
     cosines = {layer.name: layer.cosine for layer in comparison.layers}
     assert f"{max(cosines, key=lambda name: cosines[name])} is most alike (" in said[2]
     untrained = nn.ModuleDict({"neck": nn.Linear(24, 16)})

@@ -113,7 +113,7 @@ def test_compare_matches_analysis(files: Path, capsys: pytest.CaptureFixture[str
         assert layer["cosine"] == pytest.approx(expected[layer["name"]].cosine, abs=1e-6)
         assert layer["of_inputs"]["all"] == pytest.approx(expected[layer["name"]].of_inputs.all, abs=1e-6)
     assert run("compare", files / "one", files / "other", "--out", files / "page.html") == 0
-    assert "- The leading input directions share" in capsys.readouterr().out
+    assert "- The leading input directions overlap by" in capsys.readouterr().out
     assert "What two adapters share" in (files / "page.html").read_text(encoding="utf-8")
 
 

@@ -39,7 +39,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a shard of windows": (lambda a, b: change_index(b, "head.bias", "..\\b.safetensors"), "outside this folder"),
     "a shard of pickles": (lambda a, b: change_index(b, "head.bias", "b.bin"), "outside this folder"),
     "a missing shard": (lambda a, b: (b / "b.safetensors").unlink(), "which its index names"),
-    "a name in the wrong shard": (lambda a, b: change_index(b, "head.bias", "a.safetensors"), "in other files than"),
+    "a name in the wrong shard": (lambda a, b: change_index(b, "head.bias", "a.safetensors"), "under the wrong files"),
     "a name in no shard": (lambda a, b: change_index(b, "head.more", "a.safetensors"), "do not hold"),
     "an index of nothing": (lambda a, b: (b / "model.safetensors.index.json").write_text("[]"), "not an object"),
     "an index that is cut": (lambda a, b: (b / "model.safetensors.index.json").write_text("{"), "as JSON"),

@@ -46,7 +46,7 @@ CONV_OPTIONS = [
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_every_combination_of_options_merges_to_what_it_computes(dimensions: int, rng):
+def test_merged_convolution_equals_adapted_for_all_options(dimensions: int, rng):
     assert len(CONV_OPTIONS) >= 60
     for kernel, stride, padding, dilation, groups, mode in CONV_OPTIONS:
         layer = CONVOLUTIONS[dimensions - 1](4, 8, kernel, stride, padding, dilation, groups, padding_mode=mode)
@@ -56,7 +56,7 @@ def test_every_combination_of_options_merges_to_what_it_computes(dimensions: int
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_every_combination_of_options_of_a_transposed_convolution_merges_to_what_it_computes(dimensions: int, rng):
+def test_merged_transposed_convolution_equals_adapted_for_all_options(dimensions: int, rng):
     options = itertools.product((1, 3), (2, 3), (0, 1), (0, 1), (1, 2), (1, 2, 4))
     for kernel, stride, padding, output_padding, dilation, groups in options:
         if 2 * padding > dilation * (kernel - 1):
@@ -65,7 +65,7 @@ def test_every_combination_of_options_of_a_transposed_convolution_merges_to_what
         check(layer, torch.randn(2, 4, *[4] * dimensions, generator=rng, dtype=torch.float64), rng)
 
 
-def test_the_output_size_of_a_call_holds_for_the_update_too(rng):
+def test_update_follows_output_size(rng):
     layer = nn.ConvTranspose2d(4, 6, 3, stride=2)
     model, x = adapted(layer, rng), torch.randn(1, 4, 5, 5, generator=rng, dtype=torch.float64)
     for size in ([11, 11], [12, 11], [12, 12]):
@@ -76,12 +76,12 @@ def test_the_output_size_of_a_call_holds_for_the_update_too(rng):
 
 
 @pytest.mark.parametrize("kernel", [(1, 5), (3, 1), (2, 3)])
-def test_kernels_of_any_shape(kernel: tuple[int, int], rng):
+def test_kernel_shapes(kernel: tuple[int, int], rng):
     x = torch.randn(2, 4, 9, 9, generator=rng, dtype=torch.float64)
     check(nn.Conv2d(4, 6, kernel, padding=(1, 2), dilation=(2, 1)), x, rng)
 
 
-def test_depthwise_convolutions_are_adapted_and_an_adapter_as_large_as_the_kernel_is_said_aloud(rng):
+def test_depthwise_convolution_warns_of_wasteful_rank(rng):
     layer = nn.Conv2d(8, 8, 3, groups=8, padding=1)
     with pytest.warns(UserWarning, match=r"layer \(rank 9, weight 8 x 9\)|rank 5, weight 8 x 9"):
         adapted(layer, rng, rank=5)
@@ -90,7 +90,7 @@ def test_depthwise_convolutions_are_adapted_and_an_adapter_as_large_as_the_kerne
         attach(nn.ModuleDict({"layer": nn.Conv2d(8, 8, 3, groups=8)}), LoRAConfig(rank=10, target_modules=["layer"]))
 
 
-def test_inputs_without_a_batch(rng):
+def test_unbatched_input(rng):
     layer = nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")
     model, x = adapted(layer, rng), torch.randn(4, 7, 7, generator=rng, dtype=torch.float64)
     output = layer(x)
@@ -116,11 +116,11 @@ class PadsItself(nn.Conv1d):
 @pytest.mark.parametrize(
     ("layer", "shape"), [(Standardised(4, 6, 3), (2, 4, 7, 7)), (PadsItself(4, 6, 3), (2, 4, 9))], ids=["2d", "1d"]
 )
-def test_a_convolution_with_a_forward_of_its_own_is_exact_too(layer: nn.Module, shape: tuple[int, ...], rng):
+def test_subclass_with_own_forward_is_exact(layer: nn.Module, shape: tuple[int, ...], rng):
     check(copy.deepcopy(layer), torch.randn(shape, generator=rng, dtype=torch.float64), rng)
 
 
-def test_dropout_is_refused_where_only_the_weight_can_carry_the_update():
+def test_dropout_refused_if_weight_carries_update():
     model = nn.ModuleDict({"layer": Standardised(4, 6, 3)})
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"Standardised has its own forward.*dropout=0"):
@@ -128,7 +128,7 @@ def test_dropout_is_refused_where_only_the_weight_can_carry_the_update():
     assert_unchanged(model, before)
 
 
-def test_dropout_drops_the_adapters_input_only(rng):
+def test_dropout_drops_adapter_input_only(rng):
     layer = nn.Conv2d(4, 6, 3).double()
     base, x = copy.deepcopy(layer), torch.randn(2, 4, 7, 7, generator=rng, dtype=torch.float64)
     model = adapted(layer, rng, dropout=0.5)
@@ -139,14 +139,14 @@ def test_dropout_drops_the_adapters_input_only(rng):
     assert lora_layers(model)
 
 
-def test_all_linear_does_not_adapt_convolutions():
+def test_all_linear_excludes_convolutions():
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(54, 40))
     attach(model, LoRAConfig(rank=2))
     assert list(lora_layers(model)) == ["2"]
 
 
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
-def test_forward_gradients_and_merged_kernel_are_pefts_for_one_group(kind: type[nn.Module], rng):
+def test_forward_gradients_and_merge_match_peft_for_one_group(kind: type[nn.Module], rng):
     peft = pytest.importorskip("peft")
     dimensions = CONVOLUTIONS.index(kind) + 1
     ours = nn.ModuleDict({"layer": kind(4, 6, 3, stride=2, padding=1)})
@@ -171,7 +171,7 @@ def test_forward_gradients_and_merged_kernel_are_pefts_for_one_group(kind: type[
     torch.testing.assert_close(layer.weight, wrapped.base_layer.weight, rtol=0, atol=1e-5)
 
 
-def test_where_peft_is_wrong_the_dense_reference_decides(rng):
+def test_dense_reference_holds_where_peft_differs(rng):
     """PEFT drops padding_mode from its branch, so its merged layer computes something else than its forward."""
     peft = pytest.importorskip("peft")
     layer = nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect")

@@ -20,9 +20,9 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import base_parameter
 from tests import contract
 from tests.contract import SCALING, Holder, assert_same_bits, assert_unchanged, error, raises_and_changes_nothing
-from tests.layers import test_slices as sliced
+from tests.layers import test_low_rank as sliced
 from tests.layers.test_linear import ScaledLinear
-from tests.layers.test_slices import FEATURES, Attend, as_matrix, dense_weights, factors_of, plus_low_rank
+from tests.layers.test_low_rank import FEATURES, Attend, as_matrix, dense_weights, factors_of, plus_low_rank
 
 SLICES = sliced.LAYOUTS["several pieces"]
 GRAD_MODES = (nullcontext, torch.no_grad, torch.inference_mode)
@@ -142,7 +142,7 @@ def train(model: nn.Module, rng: torch.Generator) -> None:
 @each_case
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("grad_mode", GRAD_MODES)
-def test_start_and_end_are_the_base_bit_for_bit(case: Case, training: bool, grad_mode, rng):
+def test_attach_and_detach_keep_every_bit(case: Case, training: bool, grad_mode, rng):
     model, x = case.base().train(training), case.inputs(rng)
     # Without gradients torch projects batches with other bits when no weight is to be trained, as after attaching.
     model.requires_grad_(grad_mode is nullcontext)
@@ -161,7 +161,7 @@ def test_start_and_end_are_the_base_bit_for_bit(case: Case, training: bool, grad
 
 
 @each_case
-def test_forward_is_that_of_the_rescaled_weights_in_every_mode(case: Case, rng):
+def test_forward_matches_rescaled_weight_in_every_mode(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     truth, plain = case.dense(model, x), case.dense(model, x, None, lambda W, A, B, magnitude: plus_low_rank(W, A, B))
     assert error(plain, truth) > 0.05
@@ -174,7 +174,7 @@ def test_forward_is_that_of_the_rescaled_weights_in_every_mode(case: Case, rng):
 
 
 @each_case
-def test_gradients_are_those_of_the_rescaled_weights_with_the_norm_held_fixed(case: Case, rng):
+def test_gradients_match_rescaled_weight_with_fixed_norm(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     factors, twin = factors_of(model), x.double() if x.is_floating_point() else x
     if x.is_floating_point():
@@ -194,7 +194,7 @@ def test_gradients_are_those_of_the_rescaled_weights_with_the_norm_held_fixed(ca
 
 
 @each_case
-def test_merged_weights_have_the_magnitudes_as_their_norms_and_the_same_output(case: Case, rng):
+def test_merged_rows_have_magnitude_as_norm(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     before, truth, weights = contract.snapshot(model), case.dense(model, x), case.weights(model)
     with merged(model):
@@ -211,7 +211,7 @@ def test_merged_weights_have_the_magnitudes_as_their_norms_and_the_same_output(c
 
 
 @pytest.mark.parametrize("dtype", contract.TOLERANCE)
-def test_rows_keep_their_norms_where_the_update_takes_most_of_the_weight_away(dtype: torch.dtype, rng):
+def test_norms_are_exact_where_update_cancels_weight(dtype: torch.dtype, rng):
     case, left, right = Case("linear", dtype), torch.randn(20, 4, generator=rng), torch.randn(4, 24, generator=rng)
     model, x = case.base(), case.inputs(rng)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_rows_keep_their_norms_where_the_update_takes_most_of_the_weight_away(dt
 
 
 @each_case
-def test_with_the_norms_as_magnitudes_it_is_lora(case: Case, rng):
+def test_magnitude_equal_to_norm_is_plain_lora(case: Case, rng):
     model, lora, x = case.trained(rng), case.base(), case.inputs(rng)
     lora.load_state_dict({name: model.state_dict()[name] for name in lora.state_dict()})
     attach(lora, case.configured(use_dora=False))
@@ -243,7 +243,7 @@ def test_with_the_norms_as_magnitudes_it_is_lora(case: Case, rng):
 
 
 @each_case
-def test_the_state_holds_the_magnitudes_and_makes_the_same_model_of_a_fresh_base(case: Case, rng):
+def test_state_round_trip_includes_magnitudes(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     state, output = adapter_state_dict(model), model(x)
     for name, W in case.rows(model).items():
@@ -266,7 +266,7 @@ HAS_DROPOUT += ["convolution 3d", "slices of linear", "slices of own forward", "
 
 
 @pytest.mark.parametrize("case", [Case(kind, torch.float64) for kind in HAS_DROPOUT], ids=str)
-def test_dropout_acts_on_the_input_of_the_adapter_alone(case: Case, rng):
+def test_dropout_drops_adapter_input_only(case: Case, rng):
     """Where the input has one number that is not zero, the update is either missing or counts twice."""
     model, inputs = case.trained(rng, dropout=0.5), case.inputs(rng)
     shape = inputs.shape[1:] if case.kind.startswith("convolution") else inputs.shape[2:]
@@ -286,7 +286,7 @@ HAS_BIAS = [kind for kind in HAS_DROPOUT if kind != "linear without bias"]
 
 
 @pytest.mark.parametrize("case", [Case(k, dtype) for k in HAS_BIAS for dtype in contract.TOLERANCE], ids=str)
-def test_a_bias_of_the_adapter_is_scaled_and_not_rescaled(case: Case, rng):
+def test_lora_bias_is_not_rescaled(case: Case, rng):
     model, x = case.trained(rng, lora_bias=True), case.inputs(rng)
     weights = case.weights(model)
     bias = weights["layer.bias"] = weights["layer.bias"].clone()
@@ -302,7 +302,7 @@ def test_a_bias_of_the_adapter_is_scaled_and_not_rescaled(case: Case, rng):
 
 
 @each_double
-def test_rows_of_zeros_start_and_stay_finite(case: Case, rng):
+def test_zero_rows_stay_finite(case: Case, rng):
     model, x = case.base(), case.inputs(rng)
     for name, W in model.layer.named_parameters():
         if W.ndim > 1:
@@ -317,7 +317,7 @@ def test_rows_of_zeros_start_and_stay_finite(case: Case, rng):
     assert_same_bits(model.state_dict(), state)
 
 
-def test_a_subclass_that_scales_its_output_merges_to_what_it_computed_or_refuses_to(rng):
+def test_subclass_that_scales_output_merges_exactly_or_refuses(rng):
     model, x = Holder(ScaledLinear(FEATURES, 12)), torch.randn(3, FEATURES, generator=rng)
     attach(model, LoRAConfig(**SPEC, target_modules=["layer"]))
     train(model, rng)
@@ -344,7 +344,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_has_no_rows_to_rescale_is_refused_by_name(kind: str):
+def test_layer_without_output_rows_refused(kind: str):
     build, name = REFUSED[kind]
     model = nn.ModuleDict({"layer": build(), "other": nn.Linear(16, 16)})
     where = "target_parameters" if kind == "experts" else "target_modules"
@@ -353,7 +353,7 @@ def test_what_has_no_rows_to_rescale_is_refused_by_name(kind: str):
         attach(model, config)
 
 
-def test_a_weight_on_the_meta_device_has_no_norms_to_start_from():
+def test_meta_weight_refused():
     model = nn.ModuleDict({"layer": nn.Linear(8, 8, device="meta"), "other": nn.Linear(8, 8)})
     with pytest.raises(ValueError, match=r"target_modules='layer'.*use_dora.*meta"):
         attach(model, LoRAConfig(rank=2, use_dora=True, target_modules=["layer", "other"]))
@@ -361,7 +361,7 @@ def test_a_weight_on_the_meta_device_has_no_norms_to_start_from():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_state_with_magnitudes_is_no_state_without_and_the_other_way_round():
+def test_states_with_and_without_dora_do_not_mix():
     models = [Holder(nn.Linear(24, 20)) for _ in range(2)]
     for model, use_dora in zip(models, (True, False), strict=True):
         attach(model, LoRAConfig(rank=2, target_modules=["layer"], use_dora=use_dora))
@@ -406,7 +406,7 @@ PARITY: Mapping[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("kind", PARITY)
-def test_forward_gradients_and_merged_weights_are_those_of_peft(kind: str, parity, rng):
+def test_forward_gradients_and_merge_match_peft(kind: str, parity, rng):
     ours, theirs = pair(Holder(PARITY[kind]()), rng, parity)
     x = Case(kind, torch.float32).inputs(rng)
     outputs = ours(x), theirs(x)
@@ -422,7 +422,7 @@ def test_forward_gradients_and_merged_weights_are_those_of_peft(kind: str, parit
 
 
 @pytest.mark.parametrize("kind", ["convolution 1d", "convolution 3d"])
-def test_where_peft_crashes_the_rescaled_weights_decide(kind: str, parity, rng):
+def test_dense_reference_holds_where_peft_crashes(kind: str, parity, rng):
     """PEFT's branch has no dilation, and merging takes every kernel (1, 1, n) for one of two dimensions."""
     case = Case(kind, torch.float32)
     ours, theirs = pair(case.base(), rng, parity)
@@ -432,7 +432,7 @@ def test_where_peft_crashes_the_rescaled_weights_decide(kind: str, parity, rng):
     assert error(ours(x), case.dense(ours, x)) <= case.tolerance
 
 
-def test_where_peft_drops_the_input_of_the_base_too_the_update_alone_is_dropped(parity, rng):
+def test_dropout_spares_base_unlike_peft(parity, rng):
     case = Case("linear", torch.float32)
     ours, theirs = pair(case.base(), rng, parity, lora_dropout=0.5)
     x = torch.eye(24)
@@ -447,7 +447,7 @@ def test_where_peft_drops_the_input_of_the_base_too_the_update_alone_is_dropped(
     [(nn.Linear(6, 5), (4, 3, 6)), (nn.Conv2d(6, 5, 3), (4, 6, 7, 7))],
     ids=["linear", "convolution"],
 )
-def test_a_trained_bias_gets_the_gradient_of_the_output(layer: nn.Module, shape: tuple[int, ...]):
+def test_trained_bias_gets_output_gradient(layer: nn.Module, shape: tuple[int, ...]):
     model = nn.Sequential(copy.deepcopy(layer)).double()
     attach(model, LoRAConfig(rank=2, use_dora=True, bias="lora_only", target_modules=["0"]))
     with torch.no_grad():
@@ -461,7 +461,7 @@ def test_a_trained_bias_gets_the_gradient_of_the_output(layer: nn.Module, shape:
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, lambda n, _: nn.MultiheadAttention(n, 2)], ids=["linear", "attention"])
-def test_under_autocast_the_norms_are_not_rounded(kind, rng):
+def test_norms_stay_float32_under_autocast(kind, rng):
     model = nn.Sequential(kind(16, 16))
     attach(model, LoRAConfig(rank=2, use_dora=True, target_modules=["0"]))
     contract.train_all(model, rng)

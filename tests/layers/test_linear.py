@@ -15,7 +15,7 @@ from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from tests.contract import IN, OUT, CountingLinear, train
 
 
-def test_the_forward_of_a_subclass_runs_once_a_call(rng):
+def test_subclass_forward_runs_once_per_call(rng):
     model = nn.Sequential(CountingLinear(IN, OUT))
     attach(model, LoRAConfig(rank=4))
     model(torch.randn(2, IN, generator=rng))
@@ -34,7 +34,7 @@ class WithExtras(nn.Linear):
         return super().forward(x) + self.offset * shift
 
 
-def test_a_subclass_keeps_its_submodules_buffers_and_arguments(rng):
+def test_subclass_keeps_submodules_buffers_and_arguments(rng):
     layer, x = WithExtras(IN, OUT), torch.randn(2, IN, generator=rng)
     before = layer(x, shift=2.0)
     attach(layer, LoRAConfig(rank=4))
@@ -52,7 +52,7 @@ class ScaledLinear(nn.Linear):
         return 3.0 * super().forward(x)
 
 
-def test_a_subclass_that_scales_its_output_merges_to_what_it_computed_or_refuses_to(rng):
+def test_subclass_that_scales_output_merges_exactly_or_refuses(rng):
     model, x = nn.Sequential(ScaledLinear(IN, OUT)), torch.randn(2, IN, generator=rng)
     attach(model, LoRAConfig(rank=4))
     train(model[0], rng)
@@ -73,11 +73,11 @@ def test_a_subclass_that_scales_its_output_merges_to_what_it_computed_or_refuses
     ],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
-def test_linear_layers_are_recognised(module: nn.Module, expected: type | None):
+def test_adapter_type_of_layers(module: nn.Module, expected: type | None):
     assert adapter_type(module) is expected
 
 
-def test_conv1d_is_recognised_without_transformers_and_read_as_in_by_out(rng):
+def test_conv1d_is_recognised_without_transformers(rng):
     class Conv1D(nn.Module):
         def __init__(self, nf: int, nx: int) -> None:
             super().__init__()
@@ -98,7 +98,7 @@ def test_conv1d_is_recognised_without_transformers_and_read_as_in_by_out(rng):
     assert torch.allclose(layer(x), output, atol=1e-4)
 
 
-def test_something_else_that_is_called_conv1d_is_not_taken_for_one():
+def test_conv_layer_named_conv1d_is_a_convolution():
     class Conv1D(nn.Conv1d):
         pass
 

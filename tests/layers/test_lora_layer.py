@@ -23,7 +23,7 @@ def adapted(layer: nn.Module, **options: object) -> nn.Module:
 
 @pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_factors_have_their_own_precision_and_the_output_has_the_bases(adapter_dtype: str, base_dtype, rng):
+def test_factors_keep_adapter_dtype_and_output_keeps_base_dtype(adapter_dtype: str, base_dtype, rng):
     layer = adapted(nn.Linear(24, 20).to(base_dtype), adapter_dtype=adapter_dtype)
     kept = torch.float64 if base_dtype == torch.float64 else getattr(torch, adapter_dtype)
     assert {factor.dtype for factor in layer.lora.parameters()} == {kept}
@@ -39,7 +39,7 @@ def test_factors_have_their_own_precision_and_the_output_has_the_bases(adapter_d
     assert error(output, truth) <= 8 * coarsest
 
 
-def test_an_update_too_small_for_bfloat16_is_kept_in_the_factors():
+def test_factors_keep_update_below_bfloat16_precision():
     layer = adapted(nn.Linear(24, 20).bfloat16())
     before = layer.lora.A.detach().clone()
     with torch.no_grad():
@@ -48,7 +48,7 @@ def test_an_update_too_small_for_bfloat16_is_kept_in_the_factors():
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(24, 20), nn.Embedding(24, 20)], ids=["linear", "embedding"])
-def test_autocast_decides_the_precision_of_the_arithmetic(layer: nn.Module, rng):
+def test_autocast_decides_compute_dtype(layer: nn.Module, rng):
     attach(layer, LoRAConfig(rank=2, alpha=3.0, target_modules=".*"))
     train(layer, rng)
     tokens = isinstance(layer, nn.Embedding)
@@ -81,7 +81,7 @@ def visible_dropout(p: float) -> nn.Linear:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_drops_elements_of_the_adapters_input_and_scales_up_the_rest(p: float):
+def test_dropout_zeroes_adapter_input_and_rescales(p: float):
     layer = visible_dropout(p)
     output = layer.train()(torch.ones(2000, 64))
     kept = output != 0
@@ -91,11 +91,11 @@ def test_dropout_drops_elements_of_the_adapters_input_and_scales_up_the_rest(p: 
     assert kept.double().mean(0).min() > 0  # of every element, not of whole rows
 
 
-def test_dropout_is_off_in_eval_mode():
+def test_dropout_is_off_in_eval():
     assert (visible_dropout(0.9).eval()(torch.ones(3, 64)) == 2.0).all()
 
 
-def test_dropout_leaves_the_base_alone(rng):
+def test_dropout_leaves_base_alone(rng):
     layer, x = nn.Linear(24, 20), torch.randn(5, 24, generator=rng)
     before = layer(x)
     adapted(layer, dropout=0.9)
@@ -107,7 +107,7 @@ def test_dropout_leaves_the_base_alone(rng):
         assert torch.equal(layer(x), layer(x))
 
 
-def test_the_mean_over_dropout_is_the_output_without(rng):
+def test_mean_over_dropout_is_output_without(rng):
     layer, x = adapted(nn.Linear(24, 20), dropout=0.5), torch.randn(24, generator=rng)
     train(layer, rng)
     exact = layer.eval()(x)
@@ -115,7 +115,7 @@ def test_the_mean_over_dropout_is_the_output_without(rng):
     assert ((samples.mean(0) - exact).abs() < 5 * samples.std(0) / math.sqrt(len(samples))).all()
 
 
-def test_dropout_draws_anew_each_time_and_only_when_it_has_a_probability(rng):
+def test_dropout_draws_anew_and_only_if_set(rng):
     x = torch.randn(5, 24, generator=rng)
     layer = adapted(nn.Linear(24, 20), dropout=0.5)
     train(layer, rng)
@@ -128,21 +128,21 @@ def test_dropout_draws_anew_each_time_and_only_when_it_has_a_probability(rng):
 # --- calls and switches
 
 
-def test_the_input_may_be_a_keyword_argument(rng):
+def test_input_as_keyword_argument(rng):
     layer, x = adapted(nn.Linear(24, 20)), torch.randn(5, 24, generator=rng)
     train(layer, rng)
     assert torch.equal(layer(input=x), layer(x))
 
 
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 3, 4, 24), (0, 24)])
-def test_any_number_of_leading_dimensions_will_do(shape: tuple[int, ...], rng):
+def test_any_number_of_leading_dimensions(shape: tuple[int, ...], rng):
     layer, x = adapted(nn.Linear(24, 20)), torch.randn(shape, generator=rng)
     train(layer, rng)
     W = layer.weight + 1.5 * layer.lora.B @ layer.lora.A
     assert torch.allclose(layer(x), x @ W.T + layer.bias, atol=1e-5)
 
 
-def test_reset_goes_back_to_the_start(rng):
+def test_reset_parameters_restores_start(rng):
     layer = adapted(nn.Linear(24, 20))
     start = {name: factor.clone() for name, factor in layer.lora.state_dict().items()}
     train(layer, rng)
@@ -151,14 +151,14 @@ def test_reset_goes_back_to_the_start(rng):
     assert all(factor.requires_grad for factor in layer.lora.parameters())
 
 
-def test_a_layer_says_its_rank_scaling_and_dropout():
+def test_repr_shows_rank_scaling_and_dropout():
     layer = adapted(nn.Linear(24, 20), dropout=0.25)
     assert (layer.rank, layer.scaling) == (2, 1.5)
     assert "LoRALinear" in repr(layer)
     assert "rank=2, scaling=1.5, dropout=0.25" in repr(layer)
 
 
-def test_functional_calls_and_per_sample_gradients_work(rng):
+def test_functional_call_and_per_sample_gradients(rng):
     layer, x = adapted(nn.Linear(24, 20)), torch.randn(5, 24, generator=rng)
     train(layer, rng)
     factors = {f"lora.{name}": p.detach() for name, p in layer.lora.named_parameters()}
@@ -172,7 +172,7 @@ def test_functional_calls_and_per_sample_gradients_work(rng):
     assert torch.allclose(per_sample["lora.B"].sum(0), layer.lora.B.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_gradients_agree_with_finite_differences(rng):
+def test_gradcheck(rng):
     layer, x = adapted(nn.Linear(6, 5).double()), torch.randn(3, 6, generator=rng, dtype=torch.float64)
     train(layer, rng)
 
@@ -195,7 +195,7 @@ class Loud(Swapped):
         return -super().forward(*args)
 
 
-def test_a_swapped_module_is_itself_with_more_behaviour():
+def test_swapped_module_keeps_its_identity():
     layer = nn.Linear(4, 4)
     before = snapshot(layer)
     swap_in(layer, Loud)
@@ -208,14 +208,14 @@ def test_a_swapped_module_is_itself_with_more_behaviour():
     assert_unchanged(layer, before)
 
 
-def test_one_class_is_made_for_each_base_class():
+def test_one_swapped_class_per_base_class():
     layers = [nn.Linear(4, 4), nn.Linear(5, 5), CountingLinear(4, 4)]
     for layer in layers:
         swap_in(layer, Loud)
     assert type(layers[0]) is type(layers[1]) is not type(layers[2])
 
 
-def test_classes_of_the_same_name_are_kept_apart():
+def test_base_classes_of_same_name_are_distinct():
     def make() -> type[nn.Linear]:
         class Twin(nn.Linear):
             pass
@@ -230,7 +230,7 @@ def test_classes_of_the_same_name_are_kept_apart():
     assert (type(one), type(two)) == kinds
 
 
-def test_a_swapped_module_can_be_copied_and_pickled_under_every_protocol():
+def test_swapped_module_copies_and_pickles():
     layer = CountingLinear(4, 4)
     layer.calls = 3
     swap_in(layer, Loud)

@@ -128,13 +128,13 @@ def build(case: str, rng: torch.Generator | None = None, **lora: Any) -> tuple[n
 
 
 @each
-def test_naming_the_module_adapts_all_its_weights(case: str):
+def test_naming_module_adapts_all_its_weights(case: str):
     model, _ = build(case)
     assert set(AdaptedModel(model).adapters) == {f"layer.{name}" for name in CASES[case][2]}
 
 
 @each
-def test_the_start_is_the_base_and_the_adapter_counts_the_same_in_every_mode(case: str, rng):
+def test_starts_as_base_and_acts_in_every_mode(case: str, rng):
     model, run = build(case)
     with disabled(model):
         base = run()
@@ -150,7 +150,7 @@ def test_the_start_is_the_base_and_the_adapter_counts_the_same_in_every_mode(cas
 
 
 @each
-def test_the_output_is_that_of_the_dense_weights_and_of_the_merged_model(case: str, rng):
+def test_output_matches_dense_weight_and_merged_model(case: str, rng):
     model, run = build(case, rng)
     output = run()
     dense = CASES[case][0]().double()
@@ -173,7 +173,7 @@ def test_the_output_is_that_of_the_dense_weights_and_of_the_merged_model(case: s
 
 
 @each
-def test_gradients_reach_every_factor_and_nothing_else(case: str, rng):
+def test_gradients_reach_factors_only(case: str, rng):
     model, run = build(case, rng)
     run().square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -184,7 +184,7 @@ def test_gradients_reach_every_factor_and_nothing_else(case: str, rng):
 
 
 @each
-def test_detaching_restores_every_bit(case: str, rng):
+def test_detach_restores_every_bit(case: str, rng):
     model = nn.ModuleDict({"layer": CASES[case][0]().double()})
     before = snapshot(model)
     attach(model, LoRAConfig(rank=2, target_modules=["layer"]))
@@ -199,7 +199,7 @@ def test_detaching_restores_every_bit(case: str, rng):
 
 
 @each
-def test_copies_pickles_and_states_carry_the_adapters(case: str, rng):
+def test_copies_pickles_and_states_carry_adapters(case: str, rng):
     model, run = build(case, rng)
     output = run()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -212,7 +212,7 @@ def test_copies_pickles_and_states_carry_the_adapters(case: str, rng):
 
 
 @pytest.mark.parametrize("layers", ["layer", "encoder", "decoder"])
-def test_transformer_layers_evaluate_with_the_adapter_in_the_fused_path_too(layers: str, rng):
+def test_adapter_acts_in_fused_transformer_path(layers: str, rng):
     if layers == "decoder":
         model, run = nn.TransformerDecoderLayer(E, 4, 24, dropout=0.0, batch_first=True).double(), decode
     else:
@@ -234,7 +234,7 @@ def test_transformer_layers_evaluate_with_the_adapter_in_the_fused_path_too(laye
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage.*")
-def test_padded_batches_in_the_nested_tensor_path(rng):
+def test_adapter_acts_in_nested_tensor_path(rng):
     model = nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=True)
     attach(model, LoRAConfig(rank=2))
     train_all(model, rng)
@@ -246,7 +246,7 @@ def test_padded_batches_in_the_nested_tensor_path(rng):
     torch.testing.assert_close(evaluated[~padding], trained[~padding], rtol=0, atol=1e-4)
 
 
-def test_one_projection_of_attention_can_be_named(rng):
+def test_single_projection_of_attention(rng):
     model = nn.ModuleDict({"layer": attention()})
     attach(model, LoRAConfig(rank=2, target_modules=["layer.out_proj"]))
     assert list(AdaptedModel(model).adapters) == ["layer.out_proj"]
@@ -255,13 +255,13 @@ def test_one_projection_of_attention_can_be_named(rng):
     assert model["layer"].out_proj.lora.B.grad.abs().max() > 0
 
 
-def test_a_projection_that_is_excluded_stays_out_when_its_module_is_named():
+def test_excluded_projection_stays_out():
     model = nn.ModuleDict({"layer": attention()})
     attach(model, LoRAConfig(rank=2, target_modules=["layer"], exclude_modules=["out_proj"]))
     assert list(AdaptedModel(model).adapters) == ["layer.in_proj_weight"]
 
 
-def test_ranks_of_single_weights():
+def test_rank_of_single_weight():
     model = nn.ModuleDict({"layer": nn.LSTM(8, 6)})
     attach(model, LoRAConfig(rank=2, target_modules=["layer"], rank_pattern={"weight_hh_l0": 1}))
     assert {name: a.spec.rank for name, a in AdaptedModel(model).adapters.items()} == {
@@ -271,13 +271,13 @@ def test_ranks_of_single_weights():
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}])
-def test_a_bag_of_embeddings_that_changes_its_weight_is_refused(options: dict[str, Any]):
+def test_embedding_bag_that_changes_its_weight_refused(options: dict[str, Any]):
     model = nn.ModuleDict({"layer": nn.EmbeddingBag(20, 6, **options)})
     with raises_and_changes_nothing(model, ValueError, "max_norm or sparse=True"):
         attach(model, LoRAConfig(rank=2, target_modules=["layer"]))
 
 
-def test_dropout_is_refused_by_name():
+def test_dropout_refused():
     model = nn.ModuleDict({"layer": nn.LSTM(8, 6)})
     with raises_and_changes_nothing(model, ValueError, "a LSTM has its own forward.*dropout=0"):
         attach(model, LoRAConfig(rank=2, dropout=0.1, target_modules=["layer"]))
@@ -305,7 +305,7 @@ class Experts(nn.Module):
 
 
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_every_expert_of_a_stack_has_factors_of_its_own(is_transposed: bool, rng):
+def test_every_expert_has_own_factors(is_transposed: bool, rng):
     model = nn.ModuleDict({"experts": Experts(is_transposed)})
     base = copy.deepcopy(model)
     config = LoRAConfig(rank=2, alpha=3.0, target_modules=[], target_parameters=["experts.up", "*.down"])
@@ -331,7 +331,7 @@ def test_every_expert_of_a_stack_has_factors_of_its_own(is_transposed: bool, rng
     torch.testing.assert_close(layer(x), output, rtol=0, atol=1e-10)
 
 
-def test_any_matrix_can_be_named_beside_target_modules(rng):
+def test_target_parameters_beside_target_modules(rng):
     class Mixer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -363,7 +363,7 @@ def test_any_matrix_can_be_named_beside_target_modules(rng):
         ({"target_parameters": ["1.weight"], "rank": 9}, r"rank 9 is above 8"),
     ],
 )
-def test_a_parameter_that_cannot_be_adapted_is_refused_by_name(config: dict[str, Any], message: str):
+def test_unsupported_parameter_refused(config: dict[str, Any], message: str):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model.top = nn.Parameter(torch.zeros(4, 4))
     with raises_and_changes_nothing(model, ValueError, message):

@@ -86,7 +86,7 @@ def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 
 @each_kind
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradients_are_those_of_the_dense_kernels(kind, dropout, taken):
+def test_gradients_match_dense_kernel(kind, dropout, taken):
     model, x = adapted(kind, dropout)
     torch.manual_seed(5)
     found = gradients(model, model, x)
@@ -96,7 +96,7 @@ def test_gradients_are_those_of_the_dense_kernels(kind, dropout, taken):
 
 
 @each_kind
-def test_gradcheck_once_and_twice(kind, taken):
+def test_gradcheck_and_gradgradcheck(kind, taken):
     model, x = adapted(kind, 0.5)
     A, B = (factor.detach().clone().requires_grad_() for factor in model[0].lora.parameters())
 
@@ -112,7 +112,7 @@ def test_gradcheck_once_and_twice(kind, taken):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_nothing_is_kept_but_x_the_hidden_channels_and_bits(dropout, autocast):
+def test_backward_keeps_input_hidden_and_bits_only(dropout, autocast):
     layer, x = nn.Conv2d(16, 16, 3, padding=1), torch.randn(4, 16, 8, 8)
     model = nn.Sequential(layer)
     attach(model, LoRAConfig(rank=2, dropout=dropout, target_modules=["0"]))
@@ -132,7 +132,7 @@ def test_nothing_is_kept_but_x_the_hidden_channels_and_bits(dropout, autocast):
 
 @each_kind
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_replays_the_mask(kind, use_reentrant):
+def test_checkpointing_replays_mask(kind, use_reentrant):
     model, x = adapted(kind, 0.5)
 
     def backward(run: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -174,7 +174,7 @@ TRANSFORMS: dict[str, Callable[[Call, Tensor, Tensor], Tensor]] = {
     ("transform", "kind"), [(t, k) for t in TRANSFORMS for k in KINDS if t != "compile" or k in ("2d", "transposed")]
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:There is a performance drop")
-def test_under_a_transform_it_is_the_composition(transform, kind, taken, monkeypatch):
+def test_transforms_use_composition(transform, kind, taken, monkeypatch):
     model, x = adapted(kind, 0.5)
     # Dropout that drops nothing: only a look at who watches keeps the one operation out.
     monkeypatch.setattr(F, "dropout", lambda x, *_: x)

@@ -64,7 +64,7 @@ HELD: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 4, 3)], ids=str)
 @pytest.mark.parametrize("needs", [True, False])
-def test_a_new_tensor_is_held_by_nobody(shape, needs):
+def test_new_tensor_is_unheld(shape, needs):
     output = new(torch.randn(shape, requires_grad=needs))
     assert is_unheld(output)
     with torch.no_grad():
@@ -73,18 +73,18 @@ def test_a_new_tensor_is_held_by_nobody(shape, needs):
 
 
 @pytest.mark.parametrize("make", HELD.values(), ids=HELD)
-def test_a_tensor_that_somebody_holds_is_known(make):
+def test_held_tensor_is_known(make):
     held.clear()
     x = torch.randn(2, 3, requires_grad=True)
     output = make(x)
     assert not is_unheld(output)
 
 
-def test_what_is_no_tensor_is_nobodys():
+def test_non_tensor_is_not_unheld():
     assert not is_unheld((torch.ones(1),))
 
 
-def test_under_a_transform_nothing_is_known():
+def test_nothing_is_unheld_under_transforms():
     def seen(x: Tensor) -> Tensor:
         output = new(x)
         assert not is_unheld(output)
@@ -94,7 +94,7 @@ def test_under_a_transform_nothing_is_known():
 
 
 @pytest.mark.parametrize("is_ours", [True, False])
-def test_a_sum_is_made_in_place_where_it_may_and_has_the_precision_of_the_first(is_ours):
+def test_add_works_in_place_only_if_ours(is_ours):
     y, update = torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(2, 3)
     found = add(y, update, is_ours)
     assert found.dtype == torch.bfloat16
@@ -107,7 +107,7 @@ def test_a_sum_is_made_in_place_where_it_may_and_has_the_precision_of_the_first(
 LOW = torch.bfloat16
 
 
-def test_the_same_tensor_is_cast_once():
+def test_same_tensor_is_cast_once():
     x = torch.randn(3, 4, requires_grad=True)
     first = shared_cast(x, LOW)
     assert shared_cast(x, LOW) is first
@@ -116,13 +116,13 @@ def test_the_same_tensor_is_cast_once():
     torch.testing.assert_close(first, x.to(LOW))
 
 
-def test_gradients_of_all_who_read_it_arrive():
+def test_shared_cast_sums_gradients():
     x = torch.randn(3, 4, requires_grad=True)
     (shared_cast(x, LOW) * 2 + shared_cast(x, LOW)).sum().backward()
     assert torch.equal(x.grad, torch.full((3, 4), 3.0))
 
 
-def test_another_tensor_another_value_or_another_mode_is_cast_anew():
+def test_changed_tensor_or_mode_is_cast_anew():
     x = torch.randn(3, 4)
     first = shared_cast(x, LOW)
     other = shared_cast(x.clone(), LOW)
@@ -140,7 +140,7 @@ def test_another_tensor_another_value_or_another_mode_is_cast_anew():
     assert shared_cast(x, LOW).requires_grad
 
 
-def test_what_only_autograd_still_holds_is_given_again_and_what_nobody_holds_is_forgotten():
+def test_cast_lives_as_long_as_autograd_holds_it():
     x, factor = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4, dtype=LOW, requires_grad=True)
     product = shared_cast(x, LOW) * factor  # keeps the cast for backward
     gc.collect()

@@ -78,7 +78,7 @@ def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [(), (0,), (3,), (4,), (0, 3), (2,), (3, 4)], ids=str)
-def test_gradients_are_those_of_the_dense_formula(shape, bias, frozen, runs):
+def test_gradients_match_dense_formula(shape, bias, frozen, runs):
     inputs = tensors(*shape)
     for index in frozen:
         inputs[index].requires_grad_(False)
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_the_dense_formula(shape, bias, frozen, runs):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradcheck_once_and_twice(shape, runs):
+def test_gradcheck_and_gradgradcheck(shape, runs):
     inputs = tensors(*shape)
     assert torch.autograd.gradcheck(lora, inputs)
     assert torch.autograd.gradgradcheck(lora, inputs)
@@ -123,7 +123,7 @@ def mask_of(shape: tuple[int, ...], dropout: float) -> Tensor:
 @pytest.mark.usefixtures("small_masks")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
-def test_backward_has_the_mask_of_forward_at_every_order(shape, dropout, runs):
+def test_backward_uses_mask_of_forward(shape, dropout, runs):
     inputs = tensors(*shape)
     mask = mask_of(shape, dropout)
     assert_near(gradients(seeded(dropout), inputs), gradients(lambda *i: dense(*i, mask=mask), inputs))
@@ -133,7 +133,7 @@ def test_backward_has_the_mask_of_forward_at_every_order(shape, dropout, runs):
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.3, 0.5, 0.9])
-def test_bits_are_set_as_often_as_asked_and_independently(dropout):
+def test_random_bits_have_right_frequency(dropout):
     bits = random_bits(torch.empty(4000, 13, dtype=torch.uint8), dropout)
     mask = alive(bits, 100, torch.float32)
     assert mask.shape == (4000, 100)
@@ -147,7 +147,7 @@ def test_bits_are_set_as_often_as_asked_and_independently(dropout):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("width", [96, 100])
-def test_what_is_dropped_is_zero_and_the_rest_as_it_was(width, dtype):
+def test_dropped_elements_are_zero(width, dtype):
     x = torch.randn(40, 2 * width).to(dtype)[:, ::2]
     bits = random_bits(torch.empty(40, 13, dtype=torch.uint8), 0.3)[:, : (width + 7) // 8]
     assert torch.equal(dropped(x, bits), x * alive(bits, width, dtype))
@@ -156,7 +156,7 @@ def test_what_is_dropped_is_zero_and_the_rest_as_it_was(width, dtype):
 
 @pytest.mark.usefixtures("small_masks")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_replays_the_mask(use_reentrant, runs):
+def test_checkpointing_replays_mask(use_reentrant, runs):
     inputs = tensors()
     plain = gradients_by_backward(seeded(0.5), inputs)
     again = gradients_by_backward(lambda *i: checkpoint(seeded_once(0.5), *i, use_reentrant=use_reentrant), inputs)
@@ -183,7 +183,7 @@ def gradients_by_backward(function: Call, inputs: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
-def test_under_autocast_it_computes_as_the_composition_does(factors, runs, monkeypatch):
+def test_autocast_matches_composition(factors, runs, monkeypatch):
     inputs = tensors(40, K, dtype=torch.float32, factors=factors)
     truth = gradients(dense, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs])
     with torch.autocast("cpu", torch.bfloat16):
@@ -196,7 +196,7 @@ def test_under_autocast_it_computes_as_the_composition_does(factors, runs, monke
         assert (one.double() - exact).abs().max() <= 5 * 2**-9 * exact.abs().max()
 
 
-def test_backward_may_run_inside_autocast(runs):
+def test_backward_inside_autocast(runs):
     inputs = tensors(dtype=torch.float32)
     y = lora(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
@@ -205,7 +205,7 @@ def test_backward_may_run_inside_autocast(runs):
     assert_near([inputs[3].grad, inputs[4].grad], list(expected), 1e-5)
 
 
-def test_factors_adapt_to_the_precision_of_the_input(runs):
+def test_factors_follow_input_dtype(runs):
     inputs = tensors(40, K, dtype=torch.bfloat16, factors=torch.float32)
     truth = gradients(dense, [t.detach().double().requires_grad_(t.requires_grad) for t in inputs])
     found = gradients(lora, inputs)
@@ -215,7 +215,7 @@ def test_factors_adapt_to_the_precision_of_the_input(runs):
     assert runs == ["fast"]
 
 
-def test_a_precision_that_the_layer_itself_refuses_is_refused():
+def test_dtype_mismatch_of_base_raises():
     x, *others = tensors()
     with pytest.raises(RuntimeError, match="dtype"):
         lora(x.float(), *others)
@@ -234,7 +234,7 @@ def saved_by(call: Callable[[], Any]) -> list[Tensor]:
 @pytest.mark.usefixtures("small_masks")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_nothing_is_kept_but_x_once_h_and_bits(dropout, autocast):
+def test_backward_keeps_input_hidden_and_bits_only(dropout, autocast):
     width, rows = 64, 32
     x, W, b, A, B = (torch.randn(size) for size in [(4, 8, width), (width, width), (width,), (R, width), (width, R)])
     parameters = [A.requires_grad_(), B.requires_grad_(), W]
@@ -251,7 +251,7 @@ def test_nothing_is_kept_but_x_once_h_and_bits(dropout, autocast):
     assert (x.untyped_storage().data_ptr() in where) is not autocast
 
 
-def test_a_frozen_first_factor_keeps_no_input(runs):
+def test_frozen_A_keeps_no_input(runs):
     x, W, b, A, B = tensors()
     kept = saved_by(lambda: lora(x, W, b, A.requires_grad_(False), B))
     assert x.data_ptr() not in {t.data_ptr() for t in kept}
@@ -262,7 +262,7 @@ def test_a_frozen_first_factor_keeps_no_input(runs):
 
 
 @pytest.mark.parametrize("index", [0, 1, 3, 4], ids=["x", "W", "A", "B"])
-def test_a_change_between_forward_and_backward_is_an_error(index):
+def test_change_before_backward_raises(index):
     inputs = tensors()
     y = lora(*inputs)
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_a_change_between_forward_and_backward_is_an_error(index):
         y.sum().backward()
 
 
-def test_the_output_may_be_changed_in_place():
+def test_output_may_be_changed_in_place():
     inputs = tensors()
     assert_near(gradients(lambda *i: lora(*i).relu_(), inputs), gradients(lambda *i: dense(*i).relu(), inputs))
 
@@ -286,7 +286,7 @@ def test_the_output_may_be_changed_in_place():
     ],
 )
 @pytest.mark.parametrize("bias", [True, False])
-def test_inputs_need_not_be_contiguous(view, bias, runs):
+def test_noncontiguous_inputs(view, bias, runs):
     inputs = tensors(4, 6, K)
     if not bias:
         inputs[2] = None
@@ -303,7 +303,7 @@ def test_inputs_need_not_be_contiguous(view, bias, runs):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_without_gradients_nothing_is_kept(mode, dropout, small_masks):
+def test_no_grad_keeps_nothing(mode, dropout, small_masks):
     inputs = tensors()
     with mode():
         kept = saved_by(lambda: lora(*inputs, dropout=dropout))
@@ -348,7 +348,7 @@ def added(is_ours: bool, dropout: float = 0.0) -> Call:
 @pytest.mark.parametrize("is_ours", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("frozen", [(), (0,), (3,), (4,)], ids=str)
-def test_an_update_added_to_an_output_has_the_gradients_of_the_dense_formula(shape, is_ours, dropout, frozen, runs):
+def test_added_update_gradients_match_dense_formula(shape, is_ours, dropout, frozen, runs):
     inputs = tensors(*shape)
     for index in frozen:
         inputs[index].requires_grad_(False)
@@ -362,7 +362,7 @@ def test_an_update_added_to_an_output_has_the_gradients_of_the_dense_formula(sha
 
 @pytest.mark.usefixtures("small_masks")
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_an_update_added_to_an_output_keeps_x_h_and_bits(dropout):
+def test_added_update_keeps_input_hidden_and_bits_only(dropout):
     x, W, _, A, B = tensors(32, 64)[:1] + [torch.randn(s).double() for s in [(64, 64), (64,), (R, 64), (64, R)]]
     A.requires_grad_(), B.requires_grad_()
     y = Dense.apply(x, W)
@@ -374,7 +374,7 @@ def test_an_update_added_to_an_output_keeps_x_h_and_bits(dropout):
 
 @pytest.mark.usefixtures("small_masks")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_replays_the_mask_of_an_added_update(use_reentrant):
+def test_checkpointing_replays_mask_of_added_update(use_reentrant):
     inputs = tensors()
     plain = gradients_by_backward(added(True, 0.5), inputs)
     again = gradients_by_backward(lambda *i: checkpoint(added(True, 0.5), *i, use_reentrant=use_reentrant), inputs)
@@ -382,7 +382,7 @@ def test_activation_checkpointing_replays_the_mask_of_an_added_update(use_reentr
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_an_output_keeps_its_precision(kind):
+def test_added_update_keeps_output_dtype(kind):
     x, W, _, A, B = tensors(dtype=torch.float32)
     y = F.linear(x, W).to(kind)
     found = lora_add(y, x, A, B, scaling=S, is_ours=True)
@@ -391,7 +391,7 @@ def test_an_output_keeps_its_precision(kind):
     assert (found - truth).abs().max() <= 3 * torch.finfo(kind).eps * truth.abs().max()
 
 
-def test_a_layer_of_its_own_make_gets_the_sum_in_its_output_only_where_nobody_holds_it(runs):
+def test_update_is_added_in_place_only_to_unheld_output(runs):
     class Holds(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             self.seen = F.linear(x, self.weight)
@@ -420,7 +420,7 @@ def test_a_layer_of_its_own_make_gets_the_sum_in_its_output_only_where_nobody_ho
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
 @pytest.mark.parametrize("bias", [True, False])
-def test_dora_keeps_one_tensor_of_the_outputs_size(bias):
+def test_dora_keeps_one_output_sized_tensor(bias):
     width, rows = 64, 128
     model, x = layer_of(nn.Sequential(nn.Linear(width, width, bias=bias)), use_dora=True), torch.randn(rows, width)
     kept = saved_by(lambda: model(x))
@@ -470,7 +470,7 @@ class Marked(Tensor):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_under_a_transform_it_is_the_composition(transform, monkeypatch):
+def test_transforms_use_composition(transform, monkeypatch):
     monkeypatch.setattr(ops._LoRALinear, "apply", None)
     if transform in STILL_FAST:
         monkeypatch.undo()
@@ -480,7 +480,7 @@ def test_under_a_transform_it_is_the_composition(transform, monkeypatch):
     assert_near([found], [TRANSFORMS[transform](*inputs, dense_in_double)])
 
 
-def test_batched_cotangents_pass(runs):
+def test_batched_cotangents(runs):
     inputs = tensors()
     many = torch.randn(4, 5, N, dtype=torch.float64)
 
@@ -510,9 +510,7 @@ def test_small_inputs_are_composed(runs, monkeypatch):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [(), (0,), (3,), (4,)], ids=str)
-def test_small_inputs_are_added_to_in_place_and_have_the_gradients_of_the_dense_formula(
-    shape, bias, frozen, monkeypatch
-):
+def test_small_inputs_add_in_place_with_dense_gradients(shape, bias, frozen, monkeypatch):
     monkeypatch.setattr(ops, "is_fast", lambda *_: False)
     inputs = tensors(*shape)
     for index in frozen:
@@ -536,7 +534,7 @@ def test_small_inputs_are_added_to_in_place_and_have_the_gradients_of_the_dense_
 
 
 @pytest.mark.parametrize("factors", [torch.float32, torch.float64])
-def test_devices_without_autocast_have_shapes(factors, runs):
+def test_device_without_autocast(factors, runs):
     inputs = [t.detach().to("meta").requires_grad_(t.requires_grad) for t in tensors(factors=factors)]
     found = gradients_by_backward(lora, inputs)
     assert [t.shape for t in found] == [(5, N), *(t.shape for t in inputs if t.requires_grad)]
@@ -574,14 +572,14 @@ class Own(nn.Linear):
         (nn.Linear, {"target_modules": [], "target_slices": {"0": {"a": "0:3"}}}, ["fast"]),
     ],
 )
-def test_layers_take_the_fast_path_whatever_is_on_top(build, options, expected, runs):
+def test_layers_take_fast_path(build, options, expected, runs):
     model = nn.Sequential(build(K, N))
     layer_of(model, **options)
     model(torch.randn(4, K))
     assert runs == expected
 
 
-def test_hooks_of_the_layer_and_of_its_adapter_run_once():
+def test_hooks_run_once():
     model, seen = layer_of(nn.Sequential(nn.Linear(K, N))), []
     for name, part in (("layer", model[0]), ("lora", model[0].lora)):
         part.register_forward_pre_hook(lambda m, i, name=name: seen.append(f"{name} before"))
@@ -601,12 +599,12 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return seen
 
 
-def test_a_patched_forward_is_called(patched):
+def test_patched_linear_forward_is_called(patched):
     layer_of(nn.Sequential(nn.Linear(K, N)))(torch.randn(4, K))
     assert patched == ["patched"]
 
 
-def test_a_parametrized_weight_counts_and_is_trained():
+def test_parametrized_weight_trains():
     class Doubled(nn.Module):
         def forward(self, W: Tensor) -> Tensor:
             return 2.0 * W
@@ -618,14 +616,14 @@ def test_a_parametrized_weight_counts_and_is_trained():
     assert torch.allclose(model(x) - bias, 2.0 * (before - bias), atol=1e-6)
 
 
-def test_a_trained_weight_gets_its_gradient():
+def test_trained_weight_gets_gradient():
     model, x = layer_of(nn.Sequential(nn.Linear(K, N))), torch.randn(4, K)
     model[0].weight.requires_grad_()
     model(x).sum().backward()
     assert torch.allclose(model[0].weight.grad, x.sum(0).expand(N, K), atol=1e-5)
 
 
-def test_functional_call_takes_the_parameters_it_is_given():
+def test_functional_call_uses_given_parameters():
     model, x = layer_of(nn.Sequential(nn.Linear(K, N))), torch.randn(4, K)
     other = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     W, b, A, B = (other[f"0.{name}"] for name in ("weight", "bias", "lora.A", "lora.B"))

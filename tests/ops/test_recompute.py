@@ -168,7 +168,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[StorageWeakRef]:
 
 
 @each
-def test_gradients_are_those_of_the_dense_weights(case, made):
+def test_gradients_match_dense_weights(case, made):
     base, model, x = build(case)
     found = gradients(model, model, x)
     assert_near(found, gradients(dense(base, model), model, x))
@@ -179,7 +179,7 @@ def test_gradients_are_those_of_the_dense_weights(case, made):
 
 @each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_nothing_is_kept_but_what_a_trained_weight_has_kept(case, dtype, made):
+def test_keeps_no_more_than_trained_weight(case, dtype, made):
     base, model, x = build(case, dtype)
     assert new_bytes(model, x) == new_bytes(trained(base, model), x)
     y = model(x)
@@ -208,7 +208,7 @@ class Mixed(nn.Module):
         return x + torch.tanh(x @ self.mix) @ self.mix
 
 
-def test_of_many_layers_one_weight_at_a_time_is_there_in_backward(made, monkeypatch):
+def test_backward_holds_one_weight_at_a_time(made, monkeypatch):
     model = nn.Sequential(*(Mixed() for _ in range(4))).double()
     attach(model, LoRAConfig(rank=2, target_modules=[], target_parameters=["*.mix"]))
     there, formed = [], weight._formed
@@ -232,7 +232,7 @@ def new_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("case", ["attention", "bilinear", "transposed experts", "LSTM cell"])
-def test_gradcheck_once_and_twice(case):
+def test_gradcheck_and_gradgradcheck(case):
     _, model, x = build(case)
     x = x[:2, :1].detach().clone().requires_grad_()
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad][:2]
@@ -246,7 +246,7 @@ def test_gradcheck_once_and_twice(case):
 
 
 @each
-def test_a_graph_can_be_gone_through_again(case):
+def test_graph_can_be_retained(case):
     _, model, x = build(case)
     y = model(x)
     first = torch.autograd.grad(y.sum(), [x, *factors(model)], retain_graph=True)
@@ -258,7 +258,7 @@ def test_a_graph_can_be_gone_through_again(case):
 
 @pytest.mark.parametrize("case", ["attention", "LSTM", "experts"])
 @pytest.mark.parametrize("which", ["A", "B", "weight", "input"])
-def test_a_change_between_forward_and_backward_is_an_error(case, which):
+def test_change_before_backward_raises(case, which):
     _, model, x = build(case)
     read = x * 1.0
     y = model(read)
@@ -270,7 +270,7 @@ def test_a_change_between_forward_and_backward_is_an_error(case, which):
         y.sum().backward()
 
 
-def test_another_tensor_in_the_place_of_the_weight_does_not_count():
+def test_replaced_weight_is_ignored_in_backward():
     base, model, x = build("bilinear")
     y, truth = model(x), gradients(dense(base, model), model, x)
     model.layer.weight_before = model.layer._parameters["weight"].detach()
@@ -281,7 +281,7 @@ def test_another_tensor_in_the_place_of_the_weight_does_not_count():
     assert_near(list(torch.autograd.grad(y, x, cotangent)), truth[1:2])
 
 
-def test_what_a_part_of_the_backward_pass_leaves_waiting_is_not_held(made):
+def test_partial_backward_releases_weights(made):
     _, model, x = build("experts")
     parts = model(x)
     parts[0].sum().backward(retain_graph=True)  # the other two experts never ask
@@ -304,7 +304,7 @@ class Changes(Experts):
         return first + x @ read[1].T + x @ self.up[2].T
 
 
-def test_a_weight_that_its_reader_changes_is_formed_anew_for_the_next():
+def test_changed_weight_is_formed_anew():
     model = First(Changes()).double()
     attach(model, LoRAConfig(rank=2, alpha=3.0, **STACK))
     train_all(model, torch.Generator().manual_seed(3))
@@ -334,7 +334,7 @@ class Checkpointed(Experts):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_part_of_the_layer_may_be_checkpointed(use_reentrant):
+def test_part_of_layer_checkpointed(use_reentrant):
     model = First(Checkpointed(use_reentrant)).double()
     attach(model, LoRAConfig(rank=2, alpha=3.0, **STACK))
     train_all(model, torch.Generator().manual_seed(3))
@@ -358,7 +358,7 @@ def test_a_part_of_the_layer_may_be_checkpointed(use_reentrant):
 
 @each
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_the_layer_may_be_checkpointed(case, use_reentrant):
+def test_layer_checkpointed(case, use_reentrant):
     base, model, x = build(case)
     expected = gradients(dense(base, model), model, x)
     y = checkpoint(model, x, use_reentrant=use_reentrant)
@@ -367,7 +367,7 @@ def test_the_layer_may_be_checkpointed(case, use_reentrant):
 
 
 @each
-def test_hooks_outside_get_all_but_the_weights(case):
+def test_outer_hooks_get_all_but_weights(case):
     base, model, x = build(case)
     seen: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t.numpy().copy(), torch.from_numpy):
@@ -378,7 +378,7 @@ def test_hooks_outside_get_all_but_the_weights(case):
     assert not [t for t in seen if t.shape in shapes and t.numel() > 200 and t.untyped_storage().data_ptr() not in own]
 
 
-def test_where_hooks_are_forbidden_the_weight_is_kept(made):
+def test_weight_is_kept_if_hooks_are_disabled(made):
     base, model, x = build("bilinear")
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         found = gradients(model, model, x)
@@ -387,7 +387,7 @@ def test_where_hooks_are_forbidden_the_weight_is_kept(made):
 
 
 @pytest.mark.usual_paths
-def test_a_small_weight_is_kept(made):
+def test_small_weight_is_kept(made):
     base, model, x = build("bilinear")
     found = gradients(model, model, x)
     assert len(made) == 1
@@ -412,7 +412,7 @@ TRANSFORMS: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("case", ["attention", "bilinear", "experts"])
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore:`torch.jit.script` is deprecated")
-def test_under_a_transform_gradients_are_those_of_the_dense_weights(transform, case, monkeypatch):
+def test_transforms_match_dense_weights(transform, case, monkeypatch):
     monkeypatch.setattr(recomputed, "_Recipe", None)
     base, model, x = build(case)
     name, A = next((name, p.detach()) for name, p in model.named_parameters() if name.endswith("A"))
@@ -432,7 +432,7 @@ def test_under_a_transform_gradients_are_those_of_the_dense_weights(transform, c
     assert_near([TRANSFORMS[transform](lora, A, x.detach())], [TRANSFORMS[transform](truth, A, x.detach())])
 
 
-def test_factors_that_are_computed_from_others_get_their_gradients_through_them():
+def test_computed_factors_pass_gradients_on():
     base, model, x = build("attention")
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     roots = {name: (model.get_parameter(name).detach() / 2.0).requires_grad_() for name in names}
@@ -446,13 +446,13 @@ def test_factors_that_are_computed_from_others_get_their_gradients_through_them(
 
 
 @pytest.mark.parametrize("case", ["attention", "experts", "LSTM"])
-def test_under_autocast_no_more_is_kept_than_for_a_trained_weight(case):
+def test_autocast_keeps_no_more_than_trained_weight(case):
     base, model, x = build(case, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert new_bytes(model, x) <= new_bytes(trained(base, model), x)
 
 
-def test_under_autocast_the_weight_that_is_read_is_not_rounded():
+def test_autocast_does_not_round_weight():
     base, model, x = build("bag of embeddings", torch.float32)
     expected = gradients(dense(base, model), model, x)
 
@@ -463,7 +463,7 @@ def test_under_autocast_the_weight_that_is_read_is_not_rounded():
     assert_near(gradients(run, model, x), expected, 1e-5)
 
 
-def test_backward_may_run_inside_autocast():
+def test_backward_inside_autocast():
     base, model, x = build("bag of embeddings", torch.float32)
     y, expected = model(x), gradients(dense(base, model), model, x)
     with torch.autocast("cpu", torch.bfloat16):

@@ -101,19 +101,19 @@ DAMAGES: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_tensors_that_do_not_fit_are_refused_and_nothing_is_changed(damage: str, directory: Path) -> None:
+def test_unfitting_tensors_are_refused(damage: str, directory: Path) -> None:
     change, message = DAMAGES[damage]
     change_tensors(directory, change)
     refuses(directory, message)
 
 
-def test_a_file_without_anything_to_adapt_is_refused(directory: Path) -> None:
+def test_file_without_adapter_is_refused(directory: Path) -> None:
     change_tensors(directory, lambda tensors: tensors.clear())
     change_config(directory, modules_to_save=None)
     refuses(directory, "the file holds no adapter")
 
 
-def test_all_problems_are_in_one_error(directory: Path) -> None:
+def test_problems_are_listed_in_one_error(directory: Path) -> None:
     for name in ("missing factor", "missing head", "unknown layer", "no prefix"):
         change_tensors(directory, DAMAGES[name][0])
     model = TinyModel()
@@ -129,76 +129,74 @@ def test_all_problems_are_in_one_error(directory: Path) -> None:
     ("changes", "message"),
     [
         ({"r": 10**9}, r"q_proj.lora_A.weight: file \(2, 16\) float32, expected \(1000000000, 16\)"),
-        ({"r": 10**400}, "r=1000"),
-        ({"r": 2.5}, r"r=2\.5 makes no sense"),
-        ({"r": True}, "r=True makes no sense"),
-        ({"r": -1}, "r=-1 makes no sense"),
-        ({"r": "8"}, "r='8' makes no sense"),
-        ({"lora_alpha": float("nan")}, "lora_alpha=nan makes no sense"),
-        ({"lora_alpha": float("inf")}, "lora_alpha=inf makes no sense"),
-        ({"lora_alpha": None}, "lora_alpha=None makes no sense"),
-        ({"lora_alpha": 0}, "lora_alpha=0 makes no sense"),
-        ({"lora_dropout": 1.0}, r"lora_dropout=1\.0 makes no sense"),
-        ({"rank_pattern": ["q"]}, "rank_pattern=.* does not map names"),
+        ({"r": 10**400}, "r must be a number in range, not 1000"),
+        ({"r": 2.5}, r"r must be a number in range, not 2\.5"),
+        ({"r": True}, r"r must be a number in range, not True"),
+        ({"r": -1}, r"r must be a number in range, not -1"),
+        ({"r": "8"}, r"r must be a number in range, not '8'"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha must be a number in range, not nan"),
+        ({"lora_alpha": float("inf")}, r"lora_alpha must be a number in range, not inf"),
+        ({"lora_alpha": None}, r"lora_alpha must be a number in range, not None"),
+        ({"lora_alpha": 0}, r"lora_alpha must be a number in range, not 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be a number in range, not 1\.0"),
+        ({"rank_pattern": ["q"]}, "rank_pattern must map names"),
         ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern"),
-        ({"rank_pattern": {"(": 2}}, "is no regular expression"),
-        ({"alpha_pattern": {"(a+)+$": 2}}, "too complicated a regular expression"),
-        ({"alpha_pattern": {".*.*.*.*.*x": 2}}, "too complicated a regular expression"),
-        ({"alpha_pattern": {"a" * 5000: 2}}, "too complicated a regular expression"),
-        ({"use_dora": "yes"}, "use_dora='yes' is neither true nor false"),
+        ({"rank_pattern": {"(": 2}}, "is not a valid regular expression"),
+        ({"alpha_pattern": {"(a+)+$": 2}}, "too complex a regular expression"),
+        ({"alpha_pattern": {".*.*.*.*.*x": 2}}, "too complex a regular expression"),
+        ({"alpha_pattern": {"a" * 5000: 2}}, "too complex a regular expression"),
+        ({"use_dora": "yes"}, "use_dora must be true or false, not 'yes'"),
         ({"use_dora": True}, "lora_magnitude_vector: missing"),
         ({"lora_bias": True}, "lora_bias"),
-        ({"bias": "some"}, "bias='some' is none of"),
+        ({"bias": "some"}, "bias='some' must be one of"),
         ({"bias": "none"}, "other values for this frozen tensor"),
-        ({"modules_to_save": "head"}, "modules_to_save='head' is no list of names"),
+        ({"modules_to_save": "head"}, "modules_to_save must be a list of names, not 'head'"),
         ({"modules_to_save": None}, "other values for this frozen tensor"),
-        ({"modules_to_save": [["head"]]}, "is no list of names"),
+        ({"modules_to_save": [["head"]]}, "must be a list of names"),
         ({"modules_to_save": ["norm", "head"]}, "norm.weight: missing from the file"),
         ({"trainable_token_indices": [1, 1]}, "holds a token twice"),
-        ({"trainable_token_indices": [-1]}, "is no list of token numbers"),
+        ({"trainable_token_indices": [-1]}, "must be a list of token numbers"),
         ({"trainable_token_indices": [1]}, "the file has no rows for it"),
-        ({"trainable_token_indices": {"embed": "1"}}, "is no list of token numbers"),
+        ({"trainable_token_indices": {"embed": "1"}}, "must be a list of token numbers"),
         ({"peft_type": ["LORA"]}, "only 'LORA' adapters"),
         ({"init_lora_weights": {"a": 1}}, "changes the base model"),
     ],
 )  # fmt: skip
-def test_a_hostile_config_is_refused_and_nothing_is_changed(
-    changes: dict[str, Any], message: str, directory: Path
-) -> None:
+def test_invalid_option_is_refused(changes: dict[str, Any], message: str, directory: Path) -> None:
     change_config(directory, **changes)
     refuses(directory, message)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"peft_type": "LORA"', "\ufeff{}", "[" * 100_000, '"LORA"'])
-def test_a_config_that_is_no_object_is_refused_by_name(text: str, directory: Path) -> None:
+def test_config_that_is_not_an_object_is_refused(text: str, directory: Path) -> None:
     (directory / "adapter_config.json").write_text(text, encoding="utf-8")
-    refuses(directory, r"adapter_config.json' is no config that can be loaded")
+    refuses(directory, r"adapter_config.json' cannot be loaded as a config")
 
 
 # --- files
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_a_missing_file_is_named(name: str, directory: Path) -> None:
+def test_missing_file_is_named(name: str, directory: Path) -> None:
     (directory / name).unlink()
     refuses(directory, name)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
-def test_a_truncated_file_is_refused_by_name(share: float, directory: Path) -> None:
+def test_truncated_file_is_refused_by_name(share: float, directory: Path) -> None:
     path = directory / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     refuses(directory, r"adapter_model.safetensors' cannot be read")
 
 
-def test_a_header_that_promises_terabytes_is_refused_without_allocating(directory: Path) -> None:
+def test_huge_header_is_refused_without_allocating(directory: Path) -> None:
     header = json.dumps({f"{Q}.lora_A.weight": {"dtype": "F32", "shape": [2**40, 16], "data_offsets": [0, 2**46]}})
     path = directory / "adapter_model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header.encode())
     refuses(directory, "cannot be read")
 
 
-def test_a_pickle_that_would_run_code_is_refused_unrun(directory: Path, tmp_path: Path) -> None:
+def test_malicious_bin_file_is_refused_without_running(directory: Path, tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, tuple[Path]]:
             return (Path.mkdir, (tmp_path / "run",))
@@ -211,9 +209,9 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(directory: Path, tmp_path
     refuses(directory, r"adapter_model.bin' holds no tensors by name")
 
 
-@pytest.mark.filterwarnings("ignore:adapter_config.json has options that this version does not know.*")
+@pytest.mark.filterwarnings("ignore:adapter_config.json has unknown options.*")
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
-def test_random_damage_gives_our_error_or_a_whole_adapter(seed: int, directory: Path) -> None:
+def test_random_damage_is_refused_or_harmless(seed: int, directory: Path) -> None:
     """Flipped, lost and doubled bytes anywhere: of the numbers only a checksum could tell, of the rest we do."""
     draw = random.Random(seed)
     files = {name: (directory / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}

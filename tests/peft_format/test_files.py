@@ -50,7 +50,7 @@ def content(directory: Path) -> dict[str, bytes]:
 # --- writing
 
 
-def test_the_same_adapter_gives_the_same_bytes(tiny, rng, tmp_path):
+def test_same_adapter_gives_same_bytes(tiny, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path / "one")
     other = again(tiny)
     load_adapter(other, tmp_path / "one")
@@ -66,7 +66,7 @@ def test_saving_changes_nothing(tiny, rng, tmp_path):
     assert_unchanged(tiny, before)
 
 
-def test_a_module_without_adapters_cannot_be_saved(tiny, rng, tmp_path):
+def test_module_without_adapters_is_refused(tiny, rng, tmp_path):
     with pytest.raises(ValueError, match="its adapters are missing; call attach first"):
         save_adapter(tiny, tmp_path / "adapter")
     trained_from(tiny, rng)
@@ -74,14 +74,14 @@ def test_a_module_without_adapters_cannot_be_saved(tiny, rng, tmp_path):
         save_adapter(tiny.blocks, tmp_path / "adapter")
 
 
-def test_an_adapter_on_the_meta_device_has_nothing_to_save(tiny, tmp_path):
+def test_meta_adapter_is_refused(tiny, tmp_path):
     tiny.to("meta")
     attach(tiny, CONFIG)
     with pytest.raises(ValueError, match="on the meta device"):
         save_adapter(tiny, tmp_path / "adapter")
 
 
-def test_other_files_beside_an_adapter_stay_and_a_pickled_one_goes(tiny, rng, tmp_path):
+def test_replacing_keeps_other_files_but_not_bin(tiny, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path / "adapter")
     for name in ("README.md", "adapter_model.bin"):
         (tmp_path / "adapter" / name).write_text("old")
@@ -93,7 +93,7 @@ def test_other_files_beside_an_adapter_stay_and_a_pickled_one_goes(tiny, rng, tm
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
-def test_a_directory_of_something_else_is_not_replaced(tiny, rng, tmp_path):
+def test_directory_without_adapter_is_not_replaced(tiny, rng, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"holds other files and no adapter_config\.json; nothing was written"):
         save_adapter(trained_from(tiny, rng), tmp_path)
@@ -102,7 +102,7 @@ def test_a_directory_of_something_else_is_not_replaced(tiny, rng, tmp_path):
     assert content(tmp_path) == {"thesis.tex": b"years of work"}
 
 
-def test_a_link_to_a_directory_stays_a_link(tiny, rng, tmp_path):
+def test_symlink_stays_symlink(tiny, rng, tmp_path):
     trained_from(tiny, rng)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
@@ -137,7 +137,7 @@ def failing_at(step: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_write_that_fails_at_any_step_leaves_what_was_there(exists: bool, tiny, rng, tmp_path):
+def test_failed_write_leaves_old_directory(exists: bool, tiny, rng, tmp_path):
     place = tmp_path / "adapters" / "mine"
     trained_from(tiny, rng)
     if exists:
@@ -213,7 +213,7 @@ def keys_in(directory: Path) -> set[str]:
         (lambda net: nn.ModuleDict({"a": Pretrained(net), "b": nn.Linear(2, 2)}), None, "base_model.model.inner.embed"),
     ],
 )
-def test_names_are_relative_to_the_model_inside(wrap, root, expected, tiny, rng, tmp_path):
+def test_names_are_relative_to_inner_model(wrap, root, expected, tiny, rng, tmp_path):
     model = trained_from(wrap(tiny), rng)
     save_adapter(model, tmp_path, export_root=root)
     assert expected in keys_in(tmp_path)
@@ -222,29 +222,29 @@ def test_names_are_relative_to_the_model_inside(wrap, root, expected, tiny, rng,
     assert_same_bits(adapter_state_dict(fresh), adapter_state_dict(model))
 
 
-def test_an_unknown_or_unclear_root_is_refused(tiny, rng, tmp_path):
+def test_unknown_or_ambiguous_root_is_refused(tiny, rng, tmp_path):
     model = nn.ModuleDict({"student": Pretrained(tiny), "teacher": Pretrained(type(tiny)())})
     trained_from(model, rng, LoRAConfig(rank=1, target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"'studnet' is no module of ModuleDict\. Closest names: 'student'"):
+    with pytest.raises(ValueError, match=r"'studnet' is not a module of ModuleDict\. Closest names: 'student'"):
         save_adapter(model, tmp_path, export_root="studnet")
     with pytest.raises(ValueError, match="it lies outside of the exported model"):
         save_adapter(model, tmp_path, export_root="student")
 
 
-def test_of_several_models_the_one_that_is_adapted_is_exported(tiny, rng, tmp_path):
+def test_adapted_model_among_several_is_exported(tiny, rng, tmp_path):
     model = nn.ModuleDict({"teacher": Pretrained(type(tiny)()), "student": Pretrained(tiny)})
     trained_from(model, rng, LoRAConfig(rank=1, target_modules=["student.inner.blocks.0.q_proj"]))
     save_adapter(model, tmp_path)
     assert keys_in(tmp_path) == {"base_model.model.inner.blocks.0.q_proj"}
     two = nn.ModuleDict({"a": Pretrained(type(tiny)()), "b": Pretrained(type(tiny)())})
-    with raises_and_changes_nothing(two, ValueError, "Say which with export_root"):
+    with raises_and_changes_nothing(two, ValueError, "Choose one with export_root"):
         load_adapter(two, tmp_path)
 
 
 # --- reading into models that are adapted already
 
 
-def test_an_adapted_model_takes_another_adapter_of_the_same_kind(tiny, tokens, rng, tmp_path):
+def test_adapted_model_takes_same_shaped_adapter(tiny, tokens, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path)
     expected, state = tiny(tokens), adapter_state_dict(tiny)
     train_all(tiny, rng)
@@ -259,14 +259,14 @@ def test_an_adapted_model_takes_another_adapter_of_the_same_kind(tiny, tokens, r
 
 
 @pytest.mark.parametrize("options", [{"rank": 3}, {"alpha": 7.0}, {"target_modules": ["q_proj"]}])
-def test_a_model_adapted_otherwise_refuses_the_file(options, tiny, rng, tmp_path):
+def test_model_with_other_adapter_refuses_file(options, tiny, rng, tmp_path):
     save_adapter(trained_from(again(tiny), rng), tmp_path)
     attach(tiny, LoRAConfig(**(CONFIG.to_dict() | options)))
-    with raises_and_changes_nothing(tiny, ValueError, "already carries adapters of other layers, ranks or scalings"):
+    with raises_and_changes_nothing(tiny, ValueError, "already has adapters, and their layers, ranks"):
         load_adapter(tiny, tmp_path)
 
 
-def test_a_merged_model_refuses_the_file_and_an_adapter_on_it_is_saved_with_a_warning(tiny, rng, tmp_path):
+def test_merged_base_refuses_loading_and_warns_on_saving(tiny, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path)
     merge(tiny)
     with raises_and_changes_nothing(tiny, RuntimeError, "already merged into embed"):
@@ -276,7 +276,7 @@ def test_a_merged_model_refuses_the_file_and_an_adapter_on_it_is_saved_with_a_wa
         save_adapter(tiny, tmp_path)
 
 
-def test_loading_freezes_the_model_inside(tiny, rng, tmp_path):
+def test_loading_freezes_inner_model(tiny, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path)
     fresh = Wrapping(again(tiny))
     report = load_adapter(fresh, tmp_path)
@@ -285,7 +285,7 @@ def test_loading_freezes_the_model_inside(tiny, rng, tmp_path):
     assert fresh.net.head.weight.requires_grad
 
 
-def test_the_config_is_what_people_expect(tiny, rng, tmp_path):
+def test_config_is_readable(tiny, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path, base_model_name_or_path="me/tiny")
     config = json.loads((tmp_path / FILES[0]).read_text())
     assert config["base_model_name_or_path"] == "me/tiny"

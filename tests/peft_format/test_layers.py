@@ -17,7 +17,7 @@ pytestmark = WARNED
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_computes_the_same_here_in_peft_and_back_here(kind: str, tmp_path: Path) -> None:
+def test_every_kind_round_trips_through_peft(kind: str, tmp_path: Path) -> None:
     build, inputs, options = KINDS[kind]
     ours = trained(seeded(build), **({"target_modules": ["layer"]} | options))
     expected = output(ours, inputs)
@@ -35,7 +35,7 @@ def test_every_kind_computes_the_same_here_in_peft_and_back_here(kind: str, tmp_
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "slices" not in kind and "output alone" not in kind])
-def test_every_kind_that_peft_wrote_loads_here(kind: str, tmp_path: Path) -> None:
+def test_every_kind_written_by_peft_loads(kind: str, tmp_path: Path) -> None:
     build, inputs, options = KINDS[kind]
     names = {"target_modules": ["layer"]} | {k: v for k, v in options.items() if k != "exclude_modules"}
     theirs = trained_by_peft(seeded(build), **names)
@@ -60,7 +60,7 @@ class Nested(nn.Module):
 
 
 @pytest.mark.parametrize("exclude", [["q"], ["block"], ["block.q"]])
-def test_names_that_are_ends_of_others_come_out_exactly(exclude: list[str], tmp_path: Path) -> None:
+def test_names_that_end_other_names_are_exact(exclude: list[str], tmp_path: Path) -> None:
     wanted = {"q", "block.q", "block.base_layer"} - {each for each in ("q", "block.q") if each in exclude}
     wanted -= {"block.q", "block.base_layer"} if exclude == ["block"] else set()
     wanted -= {"block.q"} if exclude == ["q"] else set()
@@ -76,7 +76,7 @@ def test_names_that_are_ends_of_others_come_out_exactly(exclude: list[str], tmp_
 # --- what of PEFT the files have to allow for; these fail when PEFT changes
 
 
-def test_peft_adds_the_update_of_the_output_projection_twice(tmp_path: Path) -> None:
+def test_peft_adds_output_projection_twice(tmp_path: Path) -> None:
     build = KINDS["attention"][0]
     ours = trained(seeded(build), target_modules=["layer.out_proj"])
     with pytest.warns(UserWarning, match="adds the update of attention's output projection twice"):
@@ -85,7 +85,7 @@ def test_peft_adds_the_update_of_the_output_projection_twice(tmp_path: Path) -> 
     assert distance(2 * projection.get_delta_weight("default"), ours.layer.out_proj.delta_weight()) <= CLOSE
 
 
-def test_peft_never_applies_an_output_projection_alone(tmp_path: Path) -> None:
+def test_peft_ignores_output_projection_alone(tmp_path: Path) -> None:
     build, inputs, _ = KINDS["attention"]
     theirs = trained_by_peft(seeded(build), target_modules=["layer.out_proj"])
     assert distance(output(theirs, inputs), output(seeded(build), inputs)) == 0
@@ -94,7 +94,7 @@ def test_peft_never_applies_an_output_projection_alone(tmp_path: Path) -> None:
         load_adapter(seeded(build), tmp_path)
 
 
-def test_a_later_peft_with_attention_is_refused_rather_than_guessed(tmp_path: Path) -> None:
+def test_attention_of_unknown_peft_version_is_refused(tmp_path: Path) -> None:
     build = KINDS["attention"][0]
     save_adapter(trained(seeded(build), target_modules=["layer"]), tmp_path)
     config = tmp_path / "adapter_config.json"
@@ -103,7 +103,7 @@ def test_a_later_peft_with_attention_is_refused_rather_than_guessed(tmp_path: Pa
         load_adapter(seeded(build), tmp_path)
 
 
-def test_peft_needs_merging_in_torchs_fused_encoder(tmp_path: Path) -> None:
+def test_fused_encoder_needs_peft_merge(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
 
@@ -115,7 +115,7 @@ def test_peft_needs_merging_in_torchs_fused_encoder(tmp_path: Path) -> None:
     assert distance(output(theirs.merge_and_unload(), sequences), output(ours, sequences)) <= CLOSE
 
 
-def test_layers_called_like_the_factors_keep_their_biases(tmp_path: Path) -> None:
+def test_layers_named_like_factors_keep_biases(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.ModuleDict({"A": nn.Linear(4, 4), "B": nn.Linear(4, 4)})
 

@@ -10,7 +10,7 @@ from lightning_lora import LoRAConfig, attach, preflight, save_adapter
 from lightning_lora.peft_format.config import parse_config
 
 
-def test_a_plain_adapter_is_accepted_by_both(tiny):
+def test_plain_adapter_is_accepted(tiny):
     attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj", "v_proj"]))
     found = preflight(tiny)
     assert found.peft_accepts
@@ -32,7 +32,7 @@ def test_a_plain_adapter_is_accepted_by_both(tiny):
         ({"trainable_token_indices": [1]}, "no trainable tokens"),
     ],
 )
-def test_what_vllm_does_not_take_is_said(options, reason, tiny):
+def test_vllm_obstacles_are_reported(options, reason, tiny):
     attach(tiny, LoRAConfig(**({"rank": 2, "target_modules": ["q_proj"]} | options)))
     found = preflight(tiny)
     assert found.peft_accepts
@@ -41,7 +41,7 @@ def test_what_vllm_does_not_take_is_said(options, reason, tiny):
     assert reason in str(found)
 
 
-def test_what_peft_cannot_express_is_in_the_table_and_stays_out_of_the_files(tiny, tmp_path):
+def test_peft_obstacles_are_reported_and_not_written(tiny, tmp_path):
     tiny.up = nn.ConvTranspose1d(4, 4, 3)
     attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj", "up"]))
     found = preflight(tiny)
@@ -52,7 +52,7 @@ def test_what_peft_cannot_express_is_in_the_table_and_stays_out_of_the_files(tin
         save_adapter(tiny, tmp_path)
 
 
-def test_one_rank_for_loaders_that_ignore_patterns(tiny, tmp_path):
+def test_uniform_rank_pads_all_layers(tiny, tmp_path):
     """As such a loader sees it: one rank, one scaling, and factors whose product is each layer's update."""
     import json
 

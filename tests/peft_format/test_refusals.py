@@ -57,9 +57,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_peft_cannot_express_is_refused_with_the_reason_before_anything_is_written(
-    kind: str, tmp_path: Path
-) -> None:
+def test_inexpressible_adapter_is_refused_with_reason(kind: str, tmp_path: Path) -> None:
     build, options, reason = REFUSED[kind]
     ours = trained(Holder(build()), **({"target_modules": ["layer"]} | options))
     with pytest.raises(ValueError, match="PEFT cannot express this adapter; nothing was written") as caught:
@@ -71,7 +69,7 @@ def test_what_peft_cannot_express_is_refused_with_the_reason_before_anything_is_
     assert reason.split(":")[0].replace("\\", "") in str(found)
 
 
-def test_all_reasons_are_in_one_error(tmp_path: Path) -> None:
+def test_reasons_are_listed_in_one_error(tmp_path: Path) -> None:
     model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3), nn.Linear(8, 8), nn.LSTM(8, 8), nn.BatchNorm1d(8))
     ours = trained(model, target_modules=["0", "1", "2"], frozen_norm="track")
     with pytest.raises(ValueError, match="transposed") as caught:
@@ -95,7 +93,7 @@ class Tied(nn.Module):
         return self.head(self.embed(x))
 
 
-def test_rows_that_peft_would_not_tie_are_refused(tmp_path: Path) -> None:
+def test_tied_token_rows_are_refused(tmp_path: Path) -> None:
     ours = trained(Tied(), target_modules=[], trainable_token_indices={"embed": [1, 2]})
     with pytest.raises(ValueError, match=r"embed: PEFT would train the rows of the embedding alone, not of \['head'\]"):
         save_adapter(ours, tmp_path)
@@ -114,26 +112,26 @@ class Shared(nn.Module):
         return self.head(self.second(torch.relu(self.first(x))))
 
 
-def test_a_layer_that_is_reached_by_two_names_is_refused(tmp_path: Path) -> None:
+def test_layer_with_two_names_is_refused_on_save(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="first: the model reaches it by 2 names"):
         save_adapter(trained(Shared(), target_modules=["first"]), tmp_path)
 
 
-def test_a_file_that_adapts_a_layer_of_two_names_is_refused(tmp_path: Path) -> None:
+def test_layer_with_two_names_is_refused_on_load(tmp_path: Path) -> None:
     trained_by_peft(Shared(), target_modules=["first"]).save_pretrained(tmp_path)
     model = Shared()
     with raises_and_changes_nothing(model, ValueError, "reaches it by 2 names"):
         load_adapter(model, tmp_path)
 
 
-def test_a_module_to_save_whose_name_ends_another_is_refused(tmp_path: Path) -> None:
+def test_module_to_save_that_ends_other_name_is_refused(tmp_path: Path) -> None:
     ours = Shared()
     attach(ours, LoRAConfig(rank=1, target_modules=["other_head"], modules_to_save=["head"]))
     with pytest.raises(ValueError, match="head: PEFT lets modules_to_save match the ends of names, and 'other_head'"):
         save_adapter(ours, tmp_path)
 
 
-def test_conv1d_beside_parameters_is_refused(tmp_path: Path) -> None:
+def test_conv1d_with_target_parameters_is_refused(tmp_path: Path) -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model = nn.ModuleDict({"a": conv1d(8, 8), "b": Experts()})
     ours = trained(model, target_modules=["a"], target_parameters=["up"])
@@ -141,7 +139,7 @@ def test_conv1d_beside_parameters_is_refused(tmp_path: Path) -> None:
         save_adapter(ours, tmp_path)
 
 
-def test_an_adapter_inside_merged_is_refused(tmp_path: Path) -> None:
+def test_saving_inside_merged_is_refused(tmp_path: Path) -> None:
     ours = trained(nn.Sequential(nn.Linear(8, 8)))
     with merged(ours), pytest.raises(RuntimeError, match="leave merged"):
         save_adapter(ours, tmp_path / "adapter")

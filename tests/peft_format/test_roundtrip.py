@@ -112,9 +112,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "name", "options"), CASES, ids=[f"{model}: {name}" for model, name, _ in CASES])
-def test_an_adapter_computes_the_same_here_in_peft_and_back_here(
-    model: str, name: str, options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_adapter_round_trips_through_peft(model: str, name: str, options: dict[str, Any], tmp_path: Path) -> None:
     build = MODELS[model]
     base, ours = logits(build()), trained(build(), **options)
     expected = logits(ours)
@@ -144,7 +142,7 @@ class Fits(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def test_what_a_trainer_fitted_serves_in_peft(tmp_path: Path) -> None:
+def test_adapter_of_fitted_model_loads_in_peft(tmp_path: Path) -> None:
     module, data = Fits(), TensorDataset(torch.randint(VOCABULARY, (16, 7)))
     trainer(LoRACallback(rank=2, dropout=0.1), max_steps=20, max_epochs=-1).fit(module, DataLoader(data, batch_size=8))
     expected = logits(module.model.eval())
@@ -158,7 +156,7 @@ def test_what_a_trainer_fitted_serves_in_peft(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_the_factors_keep_their_precision_on_a_base_of_another(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_factors_keep_their_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     ours = trained(MODELS["llama"]().to(dtype))
     save_adapter(ours, tmp_path / "ours")
     theirs = in_peft(MODELS["llama"]().to(dtype), tmp_path / "ours")

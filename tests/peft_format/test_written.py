@@ -85,7 +85,7 @@ each_directory = pytest.mark.parametrize(
 
 @each_directory
 @pytest.mark.parametrize("pickled", [False, True], ids=["safetensors", "bin"])
-def test_a_directory_that_peft_wrote_loads_here_and_goes_back(
+def test_directory_written_by_peft_round_trips(
     model: str, name: str, options: dict[str, Any], pickled: bool, tmp_path: Path
 ) -> None:
     build = MODELS[model]
@@ -106,7 +106,7 @@ def written(directory: Path, model: str = "llama", **options: Any) -> Path:
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_2"])
-def test_a_start_that_changes_the_base_is_refused_by_name(start: str, tmp_path: Path) -> None:
+def test_init_that_changes_base_is_refused(start: str, tmp_path: Path) -> None:
     model = MODELS["llama"]()
     with raises_and_changes_nothing(model, ValueError, f"init_lora_weights='{start}' changes the base model"):
         load_adapter(model, written(tmp_path, init_lora_weights=start))
@@ -127,7 +127,7 @@ def test_a_start_that_changes_the_base_is_refused_by_name(start: str, tmp_path: 
         ("peft_type", None),
     ],
 )
-def test_another_method_is_refused_by_name(option: str, value: object, tmp_path: Path) -> None:
+def test_unsupported_method_is_refused(option: str, value: object, tmp_path: Path) -> None:
     edited(written(tmp_path), **{option: value})
     model = MODELS["llama"]()
     with raises_and_changes_nothing(model, ValueError, option):
@@ -139,13 +139,13 @@ def edited(directory: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_an_option_of_a_later_version_is_named_in_a_warning(tmp_path: Path) -> None:
+def test_unknown_option_warns(tmp_path: Path) -> None:
     edited(written(tmp_path), use_something_new=True, unused_novelty=None)
-    with pytest.warns(UserWarning, match="does not know, and ignores: use_something_new"):
+    with pytest.warns(UserWarning, match="unknown options, which are ignored: use_something_new"):
         load_adapter(MODELS["llama"](), tmp_path)
 
 
-def test_a_vocabulary_that_grew_is_refused(tmp_path: Path) -> None:
+def test_grown_vocabulary_is_refused(tmp_path: Path) -> None:
     grown = MODELS["llama"]()
     grown.resize_token_embeddings(40)
     trained_by_peft(grown, target_modules=["q_proj"]).save_pretrained(tmp_path, save_embedding_layers=True)
@@ -154,7 +154,7 @@ def test_a_vocabulary_that_grew_is_refused(tmp_path: Path) -> None:
         load_adapter(model, tmp_path)
 
 
-def test_embeddings_that_peft_saved_beside_the_adapter_must_be_those_of_the_base(tmp_path: Path) -> None:
+def test_embeddings_saved_by_peft_must_match_base(tmp_path: Path) -> None:
     written(tmp_path, target_modules=["embed_tokens"])
     load_adapter(MODELS["llama"](), tmp_path)
     other = MODELS["llama"]()
@@ -164,7 +164,7 @@ def test_embeddings_that_peft_saved_beside_the_adapter_must_be_those_of_the_base
         load_adapter(other, tmp_path)
 
 
-def test_tied_modules_that_were_trained_apart_are_refused(tmp_path: Path) -> None:
+def test_tied_modules_with_different_values_are_refused(tmp_path: Path) -> None:
     trained_by_peft(
         MODELS["tied_llama"](), target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
     ).save_pretrained(tmp_path)
@@ -173,7 +173,7 @@ def test_tied_modules_that_were_trained_apart_are_refused(tmp_path: Path) -> Non
         load_adapter(model, tmp_path)
 
 
-def test_dropout_of_attention_is_left_out_aloud_as_peft_never_applies_it(tmp_path: Path) -> None:
+def test_attention_dropout_is_dropped_with_warning(tmp_path: Path) -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:
             super().__init__()

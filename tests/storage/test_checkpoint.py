@@ -32,13 +32,13 @@ def written(content: object) -> io.BytesIO:
     return stream
 
 
-def test_plain_values_are_those_that_were_saved() -> None:
+def test_plain_values_round_trip() -> None:
     found = plain_values(written({"record": PLAIN} | OTHERS))
     assert found["record"] == PLAIN
     assert found.keys() == {"record", *OTHERS}
 
 
-def test_nothing_runs() -> None:
+def test_plain_values_run_no_code() -> None:
     class Trap:
         def __reduce__(self) -> Any:
             return exec, ("raise SystemExit",)
@@ -46,7 +46,7 @@ def test_nothing_runs() -> None:
     assert plain_values(written({"record": PLAIN, "trap": Trap()}))["record"] == PLAIN
 
 
-def test_no_more_than_the_index_is_read() -> None:
+def test_plain_values_read_only_the_index() -> None:
     class Counting(io.BytesIO):
         count = 0
 
@@ -60,7 +60,7 @@ def test_no_more_than_the_index_is_read() -> None:
     assert stream.count < 2**18  # a fourth of the file: its directory is looked for in the last 64 kB
 
 
-def test_what_is_no_checkpoint_or_damaged_holds_nothing() -> None:
+def test_damaged_file_has_no_plain_values() -> None:
     whole = written({"record": PLAIN}).getvalue()
     start = whole.index(b"texts")
     assert plain_values(io.BytesIO(whole[:start] + b"wrong" + whole[start + 5 :])) == {}
@@ -69,7 +69,7 @@ def test_what_is_no_checkpoint_or_damaged_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 3, 50])
-def test_an_index_of_garbage_holds_nothing(length: int) -> None:
+def test_garbage_index_has_no_plain_values(length: int) -> None:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("archive/data.pkl", bytes(range(40, 40 + length)))

@@ -1,4 +1,4 @@
-"""The differences between Lightning's strategies: one ``Layout`` for each, chosen here."""
+"""The differences between Lightning's strategies: one ``Layout`` each, chosen here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a strategy distributes what is trained over its processes, and how it is brought together again."""
+"""How a strategy distributes trained tensors over its processes, and gathers them again."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ class Layout:
         """Refuse to train, or to measure while training, with the strategy's settings."""
 
     def attached(self, module: LightningModule) -> None:
-        """Take note of newly attached adapters before the strategy wraps the module; refuse what it cannot train."""
+        """Record newly attached adapters before the strategy wraps the module; reject what it cannot train."""
 
     def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
-        """Take note of the optimizers before the strategy takes them over; refuse what it cannot use."""
+        """Record the optimizers before the strategy takes them over; reject what it cannot use."""
 
     def gather(
         self,
@@ -89,7 +89,7 @@ class Layout:
         return parameter.shape
 
     def gathered_layer(self, layer: LoRALayer) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Have the whole of an adapted layer's weight and factors for a while; changes to them stay."""
+        """Gather an adapted layer's weight and factors inside the block; changes persist."""
         return nullcontext()
 
     def optimizer_state(self, module: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class ModelParallelLayout(Layout):
 
     @override
     def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
-        """Refuse what each process would train by itself: nothing synchronises what the module has not divided."""
+        """Reject parameters that each process would train separately, because the module has not sharded them."""
         mesh = cast(ModelParallelStrategy, self.strategy).device_mesh
         data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
         sizes = f"data_parallel_size={data.size()}, tensor_parallel_size={tensor.size()}"

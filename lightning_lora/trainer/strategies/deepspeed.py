@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 1 to 3: what it divides, under which names, and its float32 masters."""
+"""DeepSpeed ZeRO, stages 1 to 3: what it shards, under which names, and its float32 masters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_lora.trainer.strategies.base import Key, Layout, original_param_g
 
 
 class DeepSpeedLayout(Layout):
-    """ZeRO divides the optimizer's state (stage 1), gradients (2) and parameters (3).
+    """ZeRO shards the optimizer state (stage 1), gradients (2) and parameters (3).
 
     It replaces the optimizer by one that holds flat float32 masters, so the configured parameters are remembered here,
     and single ones are read and written by DeepSpeed's own functions.
@@ -102,7 +102,7 @@ class DeepSpeedLayout(Layout):
     @override
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        """Fill what trains at once, and the base with one tensor at a time gathered."""
+        """Fill the trained tensors at once, and the base with one tensor gathered at a time."""
         wanted = {name: tensor for name, tensor in tensors.items() if name in values}
         trained = {name: tensor for name, tensor in wanted.items() if tensor.requires_grad}
         for some in (trained, *({name: tensor} for name, tensor in wanted.items() if name not in trained)):
@@ -160,7 +160,7 @@ class DeepSpeedLayout(Layout):
 
 
 class _GradientNote:
-    """Notes the first gradient of a parameter that is not zero, before DeepSpeed takes it away."""
+    """Records the first nonzero gradient of a parameter, before DeepSpeed removes it."""
 
     def __init__(self, parameter: nn.Parameter, noted: set[int]) -> None:
         self.noted = noted
@@ -173,7 +173,7 @@ class _GradientNote:
 
 
 def gathered_parameters(module: nn.Module) -> AbstractContextManager[object]:
-    """Have the whole of what trains for a while, if ZeRO-3 has divided it; changes stay, and all others do nothing."""
+    """Gather trained tensors sharded by ZeRO-3 inside the block; changes persist."""
     model = AdaptedModel(module)
     tokens = [
         base_parameter(layer, adapter.parameter)  # its rows are compared with the trained ones
@@ -185,7 +185,7 @@ def gathered_parameters(module: nn.Module) -> AbstractContextManager[object]:
 
 
 def _gathered_fingerprint(module: nn.Module) -> Fingerprint:
-    """Return the fingerprint of a base that may be divided already, with one weight at a time gathered."""
+    """Return the fingerprint of a base that may be sharded, with one weight gathered at a time."""
     base, found = AdaptedModel(module).base, dict[str, Sample]()
     for name in chosen_names(base):
         with gathered([base[name]]):

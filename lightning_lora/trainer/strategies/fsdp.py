@@ -132,7 +132,7 @@ class FSDPLayout(Layout):
     @override
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        """Fill what trains slice by slice, and frozen parameters unit by unit, with one unit at a time in memory."""
+        """Fill trained tensors slice by slice, and frozen ones with one unit at a time in memory."""
         held = self._held_slices()
         frozen = {n for n, tensor in tensors.items() if isinstance(tensor, nn.Parameter) and n in values} - held.keys()
         module, filled = module_of(self.strategy), set[str]()
@@ -194,13 +194,13 @@ class FSDPLayout(Layout):
 
     @property
     def _model(self) -> nn.Module:
-        """The model that the strategy runs: the module, or the unit that it has become."""
+        """The module or FSDP unit that the strategy runs."""
         assert self._fsdp.model is not None
         return self._fsdp.model
 
     @property
     def _group(self) -> Group:
-        """The processes that a unit's parameters are divided among."""
+        """The process group that shards a unit's parameters."""
         units = _units_of(self._model)
         return units[0].process_group if units else None
 
@@ -209,7 +209,7 @@ class FSDPLayout(Layout):
 
 
 class _AdaptersApart(_Policy):
-    """The user's wrapping policy, if any, and a unit of its own for every adapter."""
+    """The user's wrapping policy, if any, plus one unit per adapter."""
 
     def __init__(self, inner: _Policy | None) -> None:
         self.inner = inner

@@ -1,9 +1,10 @@
-"""Slices of fused layers: each named slice has an adapter of its own, and every other output feature keeps its bits."""
+"""Low-rank updates of slices, which leave every other row alone, and the starts of the random factor."""
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 import pickle
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -16,8 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_lora import LoRAConfig, adapter_state_dict, attach, detach, load_adapter_state_dict, merge, merged
+from lightning_lora import (
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    detach,
+    load_adapter_state_dict,
+    lora_layers,
+    merge,
+    merged,
+)
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.layers.low_rank import INITIALIZERS, gaussian, kaiming, layer_seed, orthogonal, seeded
 from tests.contract import (
     ALPHA,
     RANK,
@@ -139,7 +150,7 @@ each_kind = pytest.mark.parametrize("case", [c for c in CASES if c.layout == "qu
 
 
 @each_case
-def test_forward_is_that_of_the_dense_weights_in_every_mode(case: Case, rng):
+def test_slices_match_dense_weight_in_every_mode(case: Case, rng):
     model, x, base = case.trained(rng), case.inputs(rng), case.base().double()
     base.load_state_dict(model.state_dict(), strict=False)
     truth = case.dense(model, x)
@@ -153,7 +164,7 @@ def test_forward_is_that_of_the_dense_weights_in_every_mode(case: Case, rng):
 
 
 @each_case
-def test_gradients_of_factors_and_input_are_those_of_the_dense_weights(case: Case, rng):
+def test_gradients_of_slices_match_dense_weight(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng).requires_grad_()
     factors, twin = factors_of(model), x.detach().double().requires_grad_()
     truth = case.dense(model, twin, factors)
@@ -169,7 +180,7 @@ def test_gradients_of_factors_and_input_are_those_of_the_dense_weights(case: Cas
 
 
 @each_case
-def test_merging_writes_the_dense_rows_and_keeps_the_bits_of_all_others(case: Case, rng):
+def test_merging_slices_keeps_bits_of_other_rows(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     before, truth, weights = snapshot(model), case.dense(model, x), case.dense_weights(model)
     with merged(model):
@@ -185,7 +196,7 @@ def test_merging_writes_the_dense_rows_and_keeps_the_bits_of_all_others(case: Ca
 
 
 @each_case
-def test_output_features_outside_the_slices_keep_their_bits(case: Case, rng):
+def test_features_outside_slices_keep_their_bits(case: Case, rng):
     model, x = case.base(), case.inputs(rng)
     read = (lambda: model.layer.in_proj_weight.T) if case.kind == "attention" else (lambda: model(x))
     before = read().clone()
@@ -199,7 +210,7 @@ def test_output_features_outside_the_slices_keep_their_bits(case: Case, rng):
 
 @each_kind
 @pytest.mark.parametrize("training", [True, False])
-def test_attaching_keeps_every_bit_of_the_output_and_detaching_every_bit_of_the_model(case: Case, training: bool, rng):
+def test_attaching_and_detaching_slices_keep_every_bit(case: Case, training: bool, rng):
     model, x = case.base().train(training), case.inputs(rng)
     model.neighbour.bias.requires_grad_(False)
     before, output = snapshot(model), model(x)
@@ -213,7 +224,7 @@ def test_attaching_keeps_every_bit_of_the_output_and_detaching_every_bit_of_the_
 
 
 @each_case
-def test_the_state_holds_two_factors_a_slice_and_makes_the_same_model_of_a_fresh_base(case: Case, rng):
+def test_state_round_trip_of_slices(case: Case, rng):
     model, x = case.trained(rng), case.inputs(rng)
     state = adapter_state_dict(model)
     shapes = {f"layer.lora.{name}.A": (RANK, FEATURES) for name in case.slices}
@@ -230,7 +241,7 @@ def test_the_state_holds_two_factors_a_slice_and_makes_the_same_model_of_a_fresh
 
 @each_kind
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_a_copy_computes_the_same_and_is_independent(case: Case, copied, rng):
+def test_copy_with_slices_is_independent(case: Case, copied, rng):
     model, x = case.trained(rng), case.inputs(rng)
     twin, output = copied(model), model(x)
     assert torch.equal(twin(x), output)
@@ -240,7 +251,7 @@ def test_a_copy_computes_the_same_and_is_independent(case: Case, copied, rng):
 
 
 @each_kind
-def test_the_start_of_a_slice_does_not_depend_on_the_others(case: Case):
+def test_start_of_slice_ignores_other_slices(case: Case):
     both, alone = case.base(), case.base()
     attach(both, case.config)
     attach(alone, replace(case.config, target_slices={"layer": {"v": case.slices["v"]}}))
@@ -252,7 +263,7 @@ def test_the_start_of_a_slice_does_not_depend_on_the_others(case: Case):
 
 
 @each_case
-def test_slices_are_one_block_diagonal_adapter(case: Case, rng):
+def test_slices_equal_one_block_diagonal_adapter(case: Case, rng):
     model, whole, x = case.trained(rng), case.base(), case.inputs(rng)
     whole.load_state_dict({name: model.state_dict()[name] for name in whole.state_dict()})
     count, adapters = len(case.slices), [model.layer.lora[name] for name in case.slices]
@@ -286,13 +297,13 @@ def sliced(slices: Mapping[str, Mapping[str, str]], **options: Any) -> LoRAConfi
         ("0.c_attn", "all-linear", ["0.c_attn.q", "0.c_attn.v", "0.c_proj", "1.c_attn", "1.c_proj"]),
     ],
 )
-def test_a_layer_named_there_is_adapted_by_its_slices_alone(key: str, target_modules: Any, names: list[str]):
+def test_sliced_layer_is_adapted_by_slices_alone(key: str, target_modules: Any, names: list[str]):
     model = nn.Sequential(Block(), Block())
     attach(model, sliced({key: {"q": "0:8", "v": "8:16"}}, target_modules=target_modules))
     assert list(AdaptedModel(model).adapters) == names
 
 
-def test_one_slice_may_have_a_rank_and_an_alpha_of_its_own(rng):
+def test_slice_with_own_rank_and_alpha(rng):
     model, x = Block(), torch.randn(3, FEATURES, generator=rng)
     pattern = {"rank_pattern": {"c_attn.q": 1}, "alpha_pattern": {"c_attn.q": 5.0}}
     attach(model, sliced({"c_attn": {"q": "0:8", "v": "8:16"}}, alpha=3.0, **pattern))
@@ -305,7 +316,7 @@ def test_one_slice_may_have_a_rank_and_an_alpha_of_its_own(rng):
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "A", "B", "lora", "adapters", "magnitude", "class"])
-def test_a_slice_may_have_any_name_that_no_module_has(name: str, rng):
+def test_slice_names(name: str, rng):
     model, x = Block(), torch.randn(3, FEATURES, generator=rng)
     attach(model, sliced({"c_attn": {name: "0:8"}}))
     train_all(model, rng)
@@ -332,7 +343,7 @@ def test_a_slice_may_have_any_name_that_no_module_has(name: str, rng):
     ],
     ids=str,
 )
-def test_slices_without_meaning_are_refused_by_name(slices: Mapping[str, Mapping[str, str]], match: str):
+def test_invalid_slices_refused(slices: Mapping[str, Mapping[str, str]], match: str):
     model = Block()
     model.update({"conv": nn.Conv2d(4, ROWS, 3), "lstm": nn.LSTM(8, 12), "embed": nn.Embedding(9, ROWS)})
     model.update({"norm": nn.LayerNorm(ROWS), "cross": nn.MultiheadAttention(FEATURES, 4, kdim=8, vdim=8)})
@@ -340,8 +351,157 @@ def test_slices_without_meaning_are_refused_by_name(slices: Mapping[str, Mapping
         attach(model, sliced(slices))
 
 
-def test_a_config_with_slices_survives_a_dict_and_json():
+def test_config_with_slices_survives_json():
     config = sliced({"c_attn": {"q": "0:8", "v": "8:16,-4:"}, "*.qkv": {"k": "::3"}})
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
     assert LoRAConfig.from_dict(config.to_dict()) == config
     assert config != sliced({"c_attn": {"q": "0:8", "v": "8:16,-5:"}, "*.qkv": {"k": "::3"}})
+
+
+# --- starts: their distribution, and that they depend on nothing but seed, name and shape
+
+
+every_init = pytest.mark.parametrize("init", INITIALIZERS)
+
+
+def starts(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: layer.lora.A.detach().clone() for name, layer in lora_layers(model).items()}
+
+
+def attached(model: nn.Module, *, seed: int = 0, **options: object) -> dict[str, torch.Tensor]:
+    attach(model, LoRAConfig(**{"rank": 4, **options}), seed=seed)
+    return starts(model)
+
+
+@every_init
+@pytest.mark.parametrize(("rank", "columns"), [(1, 1), (1, 7), (4, 4), (8, 100)])
+def test_start_is_rank_by_columns(init: str, rank: int, columns: int):
+    A = INITIALIZERS[init](rank, columns, seeded(0))
+    assert A.shape == (rank, columns)
+    assert A.dtype == torch.float32
+    assert A.isfinite().all()
+
+
+def test_kaiming_matches_torch_default():
+    expected = nn.init.kaiming_uniform_(torch.empty(8, 50), a=math.sqrt(5), generator=torch.Generator().manual_seed(3))
+    assert torch.allclose(kaiming(8, 50, seeded(3)), expected, rtol=1e-6, atol=0)
+
+
+def test_kaiming_fills_its_bounds():
+    A, bound = kaiming(64, 400, seeded(0)), 1 / math.sqrt(400)
+    assert A.abs().max() <= bound
+    assert A.abs().max() > 0.99 * bound
+    assert A.square().mean() == pytest.approx(bound**2 / 3, rel=0.02)  # 25,600 draws
+    assert A.mean().abs() < 4 * bound / math.sqrt(3 * A.numel())
+
+
+@pytest.mark.parametrize("rank", [2, 16])
+def test_gaussian_std_is_one_over_rank(rank: int):
+    A = gaussian(rank, 20_000, seeded(0))
+    assert A.std() == pytest.approx(1 / rank, rel=0.02)
+    assert A.mean().abs() < 4 / rank / math.sqrt(A.numel())
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(1, 5), (8, 8), (8, 100)])
+def test_orthogonal_rows_have_mean_square_of_kaiming(rank: int, columns: int):
+    A = orthogonal(rank, columns, seeded(0)).double()
+    assert torch.allclose(A @ A.T, torch.eye(rank, dtype=torch.float64) / 3, atol=1e-6)
+    assert A.square().mean() == pytest.approx(1 / (3 * columns), rel=1e-5)
+
+
+@every_init
+def test_start_follows_generator(init: str):
+    first, again, other = (INITIALIZERS[init](4, 30, seeded(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@every_init
+def test_layers_and_seeds_start_differently(init: str, tiny):
+    torch.manual_seed(1)
+    other = type(tiny)()
+    a, b = attached(tiny, init=init), attached(other, init=init, seed=1)
+    square = [A for A in a.values() if A.shape == (4, 16)]
+    assert len({A.sum().item() for A in square}) == len(square) == 5
+    assert all(not torch.equal(a[name], b[name]) for name in a)
+
+
+@every_init
+def test_start_ignores_global_generator_and_other_targets(init: str, tiny):
+    torch.manual_seed(1)
+    other = type(tiny)()
+    everything = attached(tiny, init=init)
+    torch.manual_seed(99)
+    few = attached(other, init=init, target_modules=["1.v_proj", "head"])
+    assert list(few) == ["blocks.1.v_proj", "head"]
+    assert_same_bits(few, {name: everything[name] for name in few})
+
+
+def test_start_ignores_weight_values_and_other_ranks(tiny):
+    other = type(tiny)()
+    expected = attached(tiny)
+    found = attached(other, rank_pattern={"q_proj": 2})
+    assert torch.equal(found["head"], expected["head"])
+    assert not torch.equal(tiny.head.weight, other.head.weight)
+
+
+def test_attach_leaves_global_generator_alone(tiny):
+    before = torch.get_rng_state()
+    attach(tiny, LoRAConfig(rank=4, init="orthogonal", target_modules=["embed", "head"]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("target", ["head", "embed"])
+def test_start_ignores_default_dtype(dtype: torch.dtype, target: str, tiny):
+    # Lightning calls configure_model under the precision's default dtype.
+    other = type(tiny)()
+    attach(tiny, LoRAConfig(rank=4, target_modules=[target]))
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        attach(other, LoRAConfig(rank=4, target_modules=[target]))
+    finally:
+        torch.set_default_dtype(previous)
+    [mine], [its] = lora_layers(tiny).values(), lora_layers(other).values()
+    assert_same_bits(its.lora.state_dict(), mine.lora.state_dict())
+
+
+@pytest.mark.parametrize("target", ["head", "embed"])
+def test_start_ignores_default_device(target: str, tiny):
+    # Lightning calls configure_model under the strategy's default device. Here the meta device stands in for a GPU.
+    other = type(tiny)()
+    attach(tiny, LoRAConfig(rank=4, target_modules=[target]))
+    with torch.device("meta"):
+        attach(other, LoRAConfig(rank=4, target_modules=[target]))
+    [mine], [its] = lora_layers(tiny).values(), lora_layers(other).values()
+    assert_same_bits(its.lora.state_dict(), mine.lora.state_dict())
+
+
+@pytest.mark.parametrize("adapter_dtype", ["bfloat16", "float16", "float64"])
+def test_low_precision_start_is_float32_start_rounded(adapter_dtype: str, tiny):
+    other = type(tiny)()
+    attach(tiny, LoRAConfig(rank=4))
+    attach(other, LoRAConfig(rank=4, adapter_dtype=adapter_dtype))
+    for name, A in starts(other).items():
+        assert torch.equal(A, starts(tiny)[name].to(getattr(torch, adapter_dtype)))
+
+
+def test_layer_is_seeded_by_run_name_and_shape(tiny):
+    attach(tiny.blocks, LoRAConfig(rank=2), seed=3)
+    layers = lora_layers(tiny.blocks)
+    assert layers
+    for name, layer in layers.items():
+        assert layer.lora.spec.seed == layer_seed(3, name, (16, 16))
+
+
+def test_layer_seed_depends_on_run_name_and_shape():
+    seeds = {
+        layer_seed(0, "a", (4, 4)),
+        layer_seed(1, "a", (4, 4)),
+        layer_seed(0, "b", (4, 4)),
+        layer_seed(0, "a", (4, 5)),
+    }
+    assert len(seeds) == 4
+    assert layer_seed(0, "a", (4, 4)) == layer_seed(0, "a", torch.Size([4, 4]))
+    assert all(0 <= seed < 2**63 for seed in seeds)
