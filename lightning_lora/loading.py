@@ -107,7 +107,7 @@ def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> A
             undo.callback(detach, root)
             inside = AdaptedModel(root)
         model = AdaptedModel(module)
-        copy_adapter_state(model, import_state(root, content, model.trained, inside.adapters))
+        copy_adapter_state(model, import_state(content, inside, model))
         undo.pop_all()
     return (get_attachment(root) or model.roots[0].attachment).report
 

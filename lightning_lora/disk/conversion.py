@@ -125,9 +125,9 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
         repeated = {key.replace(".base_layer.", ".") for key in file.tensors} - content.values.keys()
         base |= fingerprint({join(root, name): p for name, p in part.named_parameters() if name in repeated})
         _attach_bare(skeleton, _with_full_names(content, root))
-        trained = AdaptedModel(skeleton).trained
-        state = import_state(part, content, trained, AdaptedModel(part).adapters)
-        if problems := mismatches(trained, state):
+        model = AdaptedModel(skeleton)
+        state = import_state(content, AdaptedModel(part), model)
+        if problems := mismatches(model.trained, state):
             raise ValueError("; ".join(problems))
         fill(skeleton, state)
     model = AdaptedModel(skeleton)

@@ -7,7 +7,7 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -69,7 +69,12 @@ class PeftFile(AdapterFile):
     @functools.cached_property
     def keys_by_path(self) -> dict[str, list[str]]:
         """The names of the factors, by the paths of their layers; a path holds ``base_layer`` where PEFT wraps."""
-        return keys_by_path(self.tensors)
+        found: dict[str, list[str]] = {}
+        for key in self.tensors:
+            path, mark, last = key.rpartition(".lora_")
+            if mark and f"{mark}{last}" in _SHORT:
+                found.setdefault(path, []).append(key)
+        return found
 
     @functools.cached_property
     @override
@@ -165,16 +170,6 @@ def _registered(names: list[str]) -> list[str]:
     if len(names) > 1:
         return [by_key[key] for key in KNOWN_ORDER] if by_key.keys() == {*KNOWN_ORDER} else []
     return names
-
-
-def keys_by_path(keys: Iterable[str]) -> dict[str, list[str]]:
-    """Return the names of factors by the paths of their layers."""
-    found: dict[str, list[str]] = {}
-    for key in keys:
-        path, mark, last = key.rpartition(".lora_")
-        if mark and f"{mark}{last}" in _SHORT:
-            found.setdefault(path, []).append(key)
-    return found
 
 
 def read_directory(directory: str | PathLike[str]) -> PeftFile:

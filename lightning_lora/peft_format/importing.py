@@ -366,33 +366,30 @@ def _shown(tensor: Tensor) -> str:
 # --- into a module's state
 
 
-def import_state(
-    root: nn.Module, content: Import, tensors: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
-) -> dict[str, Tensor]:
-    """Return a file's values under the names of a module's own state.
+def import_state(content: Import, root: AdaptedModel, model: AdaptedModel) -> dict[str, Tensor]:
+    """Return a file's values under the names of an adapted module's own state.
 
     Args:
-        root: The model that the file is for.
         content: The file.
-        tensors: The module's ``AdaptedModel.trained``.
-        adapters: The model's adapters.
+        root: The adapted model that the file is for.
+        model: The module that holds it, or the same.
     """
-    live = AdaptedModel(root).tensors if content.values else {}
+    live = root.tensors if content.values else {}
     values: dict[int, Tensor] = {}
     for layer in content.layers:
-        adapter, factors = adapters[layer.label], layer.factors
+        adapter, factors = root.adapters[layer.label], layer.factors
         assert isinstance(adapter, LowRankAdapter)
         for key, tensor in adapter._parameters.items():
             if (value := getattr(factors, key)) is not None:
                 values[id(tensor)] = value
-    values |= {id(adapters[name].rows): rows for name, (_, rows) in content.tokens.items()}
+    values |= {id(root.adapters[name].rows): rows for name, (_, rows) in content.tokens.items()}
     for name, value in content.values.items():
         before = values.setdefault(id(live[name]), value)
         if not torch.equal(before, value):
             raise ValueError(f"{name!r} shares its memory with a tensor to which the file gives another value.")
-    state = {name: values[id(tensor)] for name, tensor in tensors.items() if id(tensor) in values}
+    state = {name: values[id(tensor)] for name, tensor in model.trained.items() if id(tensor) in values}
     # PEFT trains the biases of attention's and recurrent layers' own kind, but does not save them.
-    return {name: tensor for name, tensor in _unsaved_biases(tensors).items() if name not in state} | state
+    return {name: tensor for name, tensor in _unsaved_biases(model.trained).items() if name not in state} | state
 
 
 def _unsaved_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
