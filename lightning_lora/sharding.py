@@ -24,7 +24,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor, which every process has, laid out over the processes as another one is."""
+    """Distribute a whole tensor, which every process has, over the processes as another one is."""
     if not is_sharded(like):
         return value
     placed: Any = like
@@ -39,9 +39,9 @@ def copy_whole(target: Tensor, value: Tensor) -> None:
 
 @torch.no_grad()
 def elements(chosen: Mapping[str, tuple[Tensor, tuple[Tensor, ...]]]) -> dict[str, Tensor]:
-    """Return some elements of tensors that are spread over processes; every process must call this.
+    """Return some elements of tensors that are distributed over processes; every process must call this.
 
-    Each process looks up those that it holds, and only these few numbers travel.
+    Each process looks up those that it holds, and only these few numbers are communicated.
 
     Args:
         chosen: Name -> a ``DTensor``, and the indices of the elements, one vector for each dimension.
@@ -98,8 +98,8 @@ def _numbers(tensor: Tensor, dimension: int, known: dict[Any, Tensor]) -> Tensor
 def place_factors(A: Tensor, B: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Shard the factors as tensor parallelism has sharded their weight.
 
-    A weight divided by rows has ``B`` divided so and all of ``A`` everywhere; one divided by columns has ``A`` divided
-    so. Nothing more needs to travel than for the weight itself.
+    If the weight is divided by rows, so is ``B``, and every process has all of ``A``; if by columns, ``A`` is divided.
+    Nothing more is communicated than for the weight itself.
 
     Args:
         A: ``(rank, in)``, whole.
@@ -139,8 +139,8 @@ def gathered(tensors: Iterable[Tensor], *, to_write: bool = False) -> Iterator[N
     """Gather parameters sharded by ZeRO-3 inside the block; every process must call this.
 
     Args:
-        tensors: Any; what is whole stays as it is.
-        to_write: Whether what is written to them stays; every process must write the same.
+        tensors: Any tensors; whole ones stay as they are.
+        to_write: Whether changes to them stay; every process must make the same.
     """
     managed = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
     if not managed:
@@ -180,13 +180,13 @@ def shapes_shown(module: nn.Module) -> Iterator[None]:
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Return whether ``fully_shard`` or FSDP has taken this module's parameters over."""
+    """Return whether ``fully_shard`` or FSDP manages this module's parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return what FSDP, activation checkpointing or ``torch.compile`` has wrapped, or the module itself."""
+    """Return the module inside wrappers of FSDP, activation checkpointing and ``torch.compile``."""
     for key in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"):
         while (inner := module._modules.get(key)) is not None:
             module = inner

@@ -134,7 +134,7 @@ class Export:
         encoders = {name for name, part in self.root.named_modules() if isinstance(part, nn.TransformerEncoderLayer)}
         if inside := [name for name in by_name if name.rpartition(".")[0] in encoders]:
             found.append(
-                f"In eval mode torch's fused encoder reads the weights past PEFT's adapters of {listed(inside)}; call "
+                f"In eval mode torch's fused encoder bypasses PEFT's adapters of {listed(inside)}; call "
                 "PEFT's merge_and_unload before using them."
             )
         return found
@@ -319,10 +319,10 @@ class _Collector:
             if id(tensor) not in self.place:
                 self._refuse(
                     name,
-                    f"it lies outside of the exported model, {self.result.root_name!r}; choose another export_root",
+                    f"it is outside the exported model, {self.result.root_name!r}; choose another export_root",
                 )
             else:
-                self._refuse(name, "PEFT saves no running statistics of frozen norms (frozen_norm='track')")
+                self._refuse(name, "PEFT does not save running statistics of frozen norms (frozen_norm='track')")
 
     def _refuse_unclear_names(self) -> None:
         all_names = [alias for _, aliases in self.names.values() for alias in aliases]
@@ -344,13 +344,13 @@ class _Collector:
         for layer in mine:
             if other := next((each for each in every if each.endswith(f".{layer.target}")), None):
                 self._refuse(
-                    layer.target, f"PEFT lets target_parameters match the ends of names, and {other!r} ends so too"
+                    layer.target, f"PEFT matches target_parameters by the ends of names, and {other!r} ends the same"
                 )
             if has_conv1d:
-                self._refuse(layer.target, "PEFT combines no parameters with transformers' Conv1D (fan_in_fan_out)")
+                self._refuse(layer.target, "PEFT cannot combine parameters with transformers' Conv1D (fan_in_fan_out)")
             for name in self.result.saved:
                 if name.startswith(f"{layer.name}."):
-                    self._refuse(name, f"PEFT wraps {layer.name!r} first, and then finds no module of this name")
+                    self._refuse(name, f"PEFT wraps {layer.name!r} first, and then does not find this module")
 
 
 def _in_order(layer: LoRALayer) -> list[str]:
@@ -397,7 +397,7 @@ def _name_problems(
         return
     others = [other for other in all_names if other.endswith(name) and other != name]
     if others:
-        yield f"PEFT lets {option} match the ends of names, and {others[0]!r} ends so too"
+        yield f"PEFT matches {option} by the ends of names, and {others[0]!r} has the same ending"
     # PEFT leaves such layers out of target_modules.
     if option == "modules_to_save" and any(f".{name}." in f".{target}." for target in targets):
-        yield "layers inside of it, or of its name, are adapted, and PEFT would leave them out"
+        yield "layers inside it, or with its name, are adapted, and PEFT would skip them"

@@ -227,7 +227,7 @@ def test_unknown_or_ambiguous_root_is_refused(tiny, rng, tmp_path):
     trained_from(model, rng, LoRAConfig(rank=1, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match=r"'studnet' is not a module of ModuleDict\. Closest names: 'student'"):
         save_adapter(model, tmp_path, export_root="studnet")
-    with pytest.raises(ValueError, match="it lies outside of the exported model"):
+    with pytest.raises(ValueError, match="it is outside the exported model"):
         save_adapter(model, tmp_path, export_root="student")
 
 

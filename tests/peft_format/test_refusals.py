@@ -127,7 +127,7 @@ def test_layer_with_two_names_is_refused_on_load(tmp_path: Path) -> None:
 def test_module_to_save_that_ends_other_name_is_refused(tmp_path: Path) -> None:
     ours = Shared()
     attach(ours, LoRAConfig(rank=1, target_modules=["other_head"], modules_to_save=["head"]))
-    with pytest.raises(ValueError, match="head: PEFT lets modules_to_save match the ends of names, and 'other_head'"):
+    with pytest.raises(ValueError, match="head: PEFT matches modules_to_save by the ends of names, and 'other_head'"):
         save_adapter(ours, tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_conv1d_with_target_parameters_is_refused(tmp_path: Path) -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model = nn.ModuleDict({"a": conv1d(8, 8), "b": Experts()})
     ours = trained(model, target_modules=["a"], target_parameters=["up"])
-    with pytest.raises(ValueError, match=r"b.up: PEFT combines no parameters with transformers' Conv1D"):
+    with pytest.raises(ValueError, match=r"b.up: PEFT cannot combine parameters with transformers' Conv1D"):
         save_adapter(ours, tmp_path)
 
 

@@ -1,9 +1,13 @@
-"""Settings that look wrong are said once, with the number; sensible ones never are."""
+"""Suspicious settings warn once, with the numbers; torch's gradient errors name the adapters and the remedy."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,11 +17,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
 
 from lightning_lora import LoRACallback, LoRAConfig, attach
-from lightning_lora.trainer.hints import LOWEST_RATE, Coverage, coverage, warn_of_suspicious_settings
+from lightning_lora.trainer.hints import (
+    LOWEST_RATE,
+    Coverage,
+    coverage,
+    explain_torch_error,
+    warn_of_suspicious_settings,
+)
+from tests.distributed import unused_job
+from tests.distributed.ports import free_port
 from tests.peft_format.kinds import Experts
 from tests.test_callback import Duel
 from tests.toys import Toy, loader, network, trainer
 
+ROOT = Path(__file__).parents[2]
 ALL = Coverage(1, 1, ())
 
 
@@ -226,3 +239,54 @@ def test_run_checks_coverage():
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"lr_ratio": 16.0}, {"target_modules": ["net.0"]}])
 def test_sensible_run_is_silent(options: dict[str, Any]):
     assert not warned(Toy(), **options)
+
+
+# --- errors of torch
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_ddp_names_layers_that_never_run() -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, unused_job.__file__]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stderr
+    for rank in range(2):
+        assert f"caught in rank {rank}: DDP waits for gradients that never come" in process.stdout
+    assert process.stdout.count("none reached the adapters of idle. Use exclude_modules") == 2
+
+
+def test_parameter_ready_twice_suggests_remedy() -> None:
+    # The words of torch/csrc/distributed/c10d/reducer.cpp.
+    error = RuntimeError("Expected to mark a variable ready only once. This error is caused by one of ...")
+    explain_torch_error(error, adapted())
+    assert str(error).startswith("Expected to mark a variable ready only once.")
+    assert "an adapter, one of 0, 2, 4, was used in several backward passes" in str(error)
+    assert "use_reentrant=False" in str(error)
+
+
+def test_loss_without_gradient_suggests_remedy() -> None:
+    model = adapted()
+    with pytest.raises(RuntimeError) as caught:
+        model(torch.ones(1, 8)).sum().detach().backward()
+    explain_torch_error(caught.value, model)
+    assert "element 0 of tensors does not require grad" in str(caught.value)
+    assert "the loss depends on no adapter" in str(caught.value)
+    assert "modules_to_save" in str(caught.value)
+    assert "use_reentrant=False" in str(caught.value)
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "", "Expected to have finished reduction"])
+def test_other_errors_are_unchanged(message: str) -> None:
+    error = RuntimeError(message)
+    explain_torch_error(error, adapted())
+    assert error.args == (message,)
+
+
+def test_ddp_error_about_other_parameters_is_unchanged() -> None:
+    model, message = adapted(), "Expected to have finished reduction in the prior iteration before starting a new one."
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    error = RuntimeError(message)
+    explain_torch_error(error, model)
+    assert error.args == (message,)

@@ -110,17 +110,13 @@ class FSDPLayout(Layout):
 
         A process may have nothing of a parameter; then its optimizer has no state for it, and takes others' numbers.
         """
-        held, own = self._held_slices(), dict[Key, Any]()
-        for key, value in values.items():
-            own[key] = value.detach().cpu() if isinstance(value, Tensor) else value
-        # Copies: a view would be sent with all of the unit's memory.
-        slices = {k: value.flatten().clone() for k, value in own.items() if _is_slice(value, held.get(name_of(k)))}
+        held = self._held_slices()
+        own = {key: value.detach() if isinstance(value, Tensor) else value for key, value in values.items()}
+        slices = {key: value.flatten() for key, value in own.items() if _is_slice(value, held.get(name_of(key)))}
         numbers = {key: value for key, value in own.items() if not (isinstance(value, Tensor) and value.ndim)}
-        slices_of_all, numbers_of_all = zip(*_all_gather_object((slices, numbers), self._group), strict=True)
-        found = {key: number for theirs in numbers_of_all for key, number in theirs.items()}
+        found = {key: value for each in _all_gather_object(numbers, self._group) for key, value in each.items()}
         found |= {key: value for key, value in own.items() if key not in slices}
-        for key in dict.fromkeys(key for theirs in slices_of_all for key in theirs):
-            parts = [theirs[key] for theirs in slices_of_all if key in theirs]
+        for key, parts in _slices_of_all(slices, self.strategy.root_device, self._group).items():
             shape = self._shapes[name_of(key)]
             # With NO_SHARD each process has the whole.
             found[key] = (parts[0] if len(parts[0]) == shape.numel() else torch.cat(parts)).view(shape)
@@ -312,6 +308,9 @@ def _trained_outside(module: nn.Module) -> list[str]:
     return list(dict.fromkeys(clean_name(name).rpartition(".")[0] for name in outside))
 
 
+# --- slices
+
+
 def _is_slice(value: Any, held: range | None) -> bool:
     """Return whether a value is laid out as this process's elements of a parameter are."""
     return held is not None and isinstance(value, Tensor) and value.ndim > 0 and value.numel() == len(held)
@@ -322,3 +321,32 @@ def _all_gather_object(value: Any, group: Group) -> list[Any]:
     everywhere: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, value, group)
     return everywhere
+
+
+def _slices_of_all(slices: Mapping[Key, Tensor], device: torch.device, group: Group) -> dict[Key, list[Tensor]]:
+    """Return the slices that every process holds, in the order of the ranks; every process must call this.
+
+    Args:
+        slices: Vectors; a process may have nothing of one that others have.
+        device: The device to communicate over.
+        group: The processes.
+    """
+    told = _all_gather_object({key: (len(vector), vector.dtype) for key, vector in slices.items()}, group)
+    dtypes = {key: dtype for each in told for key, (_, dtype) in each.items()}
+    found: dict[Key, list[Tensor]] = {}
+    for dtype in sorted(set(dtypes.values()), key=str):
+        keys = [key for key in dtypes if dtypes[key] == dtype]
+        lengths = [[each[key][0] if key in each else 0 for key in keys] for each in told]
+        mine = [torch.empty(0, dtype=dtype, device=device), *(slices[key] for key in keys if key in slices)]
+        vectors = _exchanged(torch.cat(mine), [sum(each) for each in lengths], group)
+        split = [torch.split(vector, sizes) for vector, sizes in zip(vectors, lengths, strict=True)]
+        found |= {key: [parts[index] for parts in split] for index, key in enumerate(keys)}
+    return found
+
+
+def _exchanged(vector: Tensor, lengths: list[int], group: Group) -> list[Tensor]:
+    """Return the vectors of all processes, whose lengths may differ."""
+    padded = torch.cat([vector, vector.new_zeros(max(lengths) - len(vector))])
+    everywhere = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(everywhere, padded, group)
+    return [each[:length] for each, length in zip(everywhere, lengths, strict=True)]
