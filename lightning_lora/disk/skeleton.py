@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,6 @@ def _register(module: nn.Module, key: str, layout: Layout) -> None:
     is_mask = "bias" in key and len(layout.shape) != 1  # GPT-2's attention has one of this name
     if is_mask or not (layout.dtype.is_floating_point or key in module._parameters):
         module.register_buffer(key, _placeholder(layout))
-    elif key in module._parameters:
-        module._parameters[key] = nn.Parameter(_placeholder(layout), requires_grad=False)
     else:
         module.register_parameter(key, nn.Parameter(_placeholder(layout), requires_grad=False))
 
@@ -141,9 +139,9 @@ class Fitted:
 
     root: nn.Module
     names: dict[str, str]
-    values: dict[str, Tensor] = field(default_factory=dict)
-    added: dict[str, str] = field(default_factory=dict)
-    ignored: list[str] = field(default_factory=list)
+    values: dict[str, Tensor]
+    added: dict[str, str]
+    ignored: list[str]
     compared: int = 0
 
 
@@ -187,7 +185,7 @@ def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
     mine = {name: layouts[each] for name, each in names.items()}
     added = _new_modules(file, mine)
     mine |= {name: Layout(file.tensors[name].dtype, tuple(file.tensors[name].shape)) for name in added}
-    kinds, ordered = _kinds_in_base(file, mine, base.config)
+    kinds, ordered = _kinds_of_peft(file, mine, base.config)
     skeleton = build_skeleton(ordered, kinds)
     # The import compares frozen values that the file repeats with the base's own.
     repeated = {name: base.tensors[names[name]] for name in file.tensors if names.get(name) in base.tensors}
@@ -197,7 +195,7 @@ def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
     attach(skeleton, content.config)
     model = AdaptedModel(skeleton)
     state = import_state(content, model, model)
-    return _fitted(skeleton, state, names, added={name: name.removeprefix(before) for name in added})
+    return _fitted(skeleton, state, names, {name: name.removeprefix(before) for name in added}, [])
 
 
 def _new_modules(file: PeftFile, mine: Collection[str]) -> list[str]:
@@ -218,14 +216,13 @@ def _fit_checkpoint(file: CheckpointFile, base: BaseFolder, layouts: Layouts) ->
         raise ValueError("The checkpoint holds no adapter.")
     names, _ = find_names(file.paths, layouts, lambda path, modules: path in modules)
     mine = {name: layouts[each] for name, each in names.items()}
-    kinds, _ = _kinds_in_base(file, mine, base.config)
-    skeleton = build_skeleton(mine, kinds)
+    skeleton = build_skeleton(mine, _kinds_of_checkpoint(file, mine, base.config))
     for entry in file.record["adapters"]:
         attach_entry(skeleton, entry, ExitStack())
     if problems := record_problems(skeleton, file.record) + _misfits(skeleton, file):
         raise ValueError("The checkpoint does not fit this base:\n" + "\n".join(f"  - {each}" for each in problems))
     known = {name: value for name, value in file.tensors.items() if ".lora." in name or name in mine}
-    return _fitted(skeleton, known, names, ignored=sorted(file.tensors.keys() - known.keys()))
+    return _fitted(skeleton, known, names, {}, sorted(file.tensors.keys() - known.keys()))
 
 
 def _misfits(skeleton: nn.Module, file: CheckpointFile) -> list[str]:
@@ -244,10 +241,9 @@ def _misfits(skeleton: nn.Module, file: CheckpointFile) -> list[str]:
 def _fitted(
     skeleton: nn.Module,
     state: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    *,
-    added: Mapping[str, str] | None = None,
-    ignored: Collection[str] = (),
+    names: dict[str, str],
+    added: dict[str, str],
+    ignored: list[str],
 ) -> Fitted:
     """Give the adapters their values, and return everything together."""
     model = AdaptedModel(skeleton)
@@ -255,15 +251,13 @@ def _fitted(
     factors = {name: state[name] for name, tensor in model.trained.items() if id(tensor) in owned and name in state}
     fill(skeleton, factors)
     values = {name: value for name, value in state.items() if name not in factors}
-    _check_finite(model, values)
-    return Fitted(skeleton, dict(names), values, dict(added or {}), ignored=list(ignored))
-
-
-def _check_finite(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
-    found = [name for name, adapter in model.adapters.items() if not all(map(_is_finite, adapter.parameters()))]
-    found += [name for name, value in values.items() if not _is_finite(value)]
-    if found:
-        raise ValueError(f"The adapter holds NaN or infinity in {listed(found)}; merging it would destroy the weights.")
+    broken = [name for name, adapter in model.adapters.items() if not all(map(_is_finite, adapter.parameters()))]
+    broken += [name for name, value in values.items() if not _is_finite(value)]
+    if broken:
+        raise ValueError(
+            f"The adapter holds NaN or infinity in {listed(broken)}; merging it would destroy the weights."
+        )
+    return Fitted(skeleton, names, values, added, ignored)
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -273,25 +267,8 @@ def _is_finite(tensor: Tensor) -> bool:
 # --- the kinds of the adapted layers, told from the shapes
 
 
-def _kinds_in_base(
-    file: PeftFile | CheckpointFile, layouts: Layouts, config: Mapping[str, Any]
-) -> tuple[Kinds, Layouts]:
-    """Return the kinds of the adapted layers, and the tensors in the order in which the model registers them.
-
-    Args:
-        file: The adapter.
-        layouts: The base's tensors, under the adapter's names.
-        config: The base's config.
-
-    Raises:
-        ValueError: A kind is ambiguous, or cannot be merged without the model.
-    """
-    if isinstance(file, PeftFile):
-        return _kinds_of_peft(file, layouts, config)
-    return _kinds_of_checkpoint(file, layouts, config), layouts
-
-
 def _kinds_of_peft(file: PeftFile, layouts: Layouts, config: Mapping[str, Any]) -> tuple[Kinds, Layouts]:
+    """Return the kinds of the adapted layers, and the tensors in the order in which the model registers them."""
     modules, parameters, ordered = module_paths(layouts), file.config.target_parameters, dict(layouts)
     kinds: Kinds = {name: "embedding" for name in file.tokens if f"{name}.weight" in layouts}
     stacks: dict[str, dict[int, tuple[int, int]]] = {}
@@ -306,14 +283,14 @@ def _kinds_of_peft(file: PeftFile, layouts: Layouts, config: Mapping[str, Any]) 
         sizes = (len(B) if B is not None and B.ndim else 0, A.shape[-1] if A is not None and A.ndim else 0)
         if _targets(parameters, name, layouts):
             stacks.setdefault(name, {})[depth] = sizes
-        elif f"{path}.lora_embedding_A" in keys:
-            _weight_shape(name, layouts)
+            continue
+        shape = _weight_shape(name, layouts)
+        if f"{path}.lora_embedding_A" in keys:
             kinds[name] = "embedding"
         elif A is not None and A.ndim > 2:
-            _weight_shape(name, layouts)
             kinds[name] = "conv"
         else:
-            kinds[name] = _linear_kind(name, _weight_shape(name, layouts), sizes, is_transposed)
+            kinds[name] = _linear_kind(name, shape, sizes, is_transposed)
     for name, each in stacks.items():
         order, kind = _stack(name, {key: layouts[key].shape for key in _targets(parameters, name, layouts)}, each)
         ordered |= {key: ordered.pop(key) for key in order}
@@ -388,15 +365,8 @@ def _stack(
 ) -> tuple[tuple[str, ...], str]:
     """Return the order in which a module registers its adapted parameters, and the kind of its stacks.
 
-    PEFT tells several parameters of one module apart by that order alone, and no tensor file holds it.
-
-    Args:
-        name: The module.
-        shapes: The shapes of its adapted parameters.
-        sizes: How many of PEFT's wrappers are left of a path -> the sizes of the factors there.
-
-    Raises:
-        ValueError: Several choices fit the shapes.
+    PEFT tells several parameters of one module apart by that order alone, and no tensor file holds it. ``sizes`` are
+    those of the factors, by the number of PEFT's wrappers that are left of their path.
     """
     known = tuple(join(name, key) for key in KNOWN_ORDER)
     orders = [known] if set(shapes) == set(known) else list(permutations(shapes))[:_MOST_ORDERS]
