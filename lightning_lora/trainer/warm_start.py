@@ -62,7 +62,7 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
     """
     model = AdaptedModel(module)
     full_names = _full_names(model)
-    source, scalings = _read(module, path, full_names, check_base=check_base)
+    source, scalings = _read(model, path, full_names, check_base=check_base)
     start, problems = _resolved(model, source, scalings, {name: key for key, name in full_names.items()})
     if not start.values:
         problems.append(f"it shares no tensor with this {type(module).__name__}")
@@ -75,16 +75,16 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
 
 
 def _read(
-    module: nn.Module, path: str | PathLike[str], full_names: Mapping[tuple[str, str], str], *, check_base: bool
+    model: AdaptedModel, path: str | PathLike[str], full_names: Mapping[tuple[str, str], str], *, check_base: bool
 ) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
     """Return the source's tensors under the names of this module, and the scalings of its adapters."""
     file = read_adapter(path)
-    check_not_merged(module, file.merges)
+    check_not_merged(model.module, file.merges)
     if not isinstance(file, PeftFile):
         if check_base:
-            check_base_values(AdaptedModel(module), file.base)
+            check_base_values(model, file.base)
         return file.tensors, {name: layer["scaling"] for name, layer in file.record["layers"].items()}
-    root_name, _, content = import_into(module, file, check_base=check_base)
+    root_name, _, content = import_into(model.module, file, check_base=check_base)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
     for label, each in factors.items():
