@@ -19,6 +19,8 @@ from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
 from lightning_lora.state import check_base_values, check_not_merged
 
+_FACTORS = ("A", "B", "magnitude", "bias")  # of a low-rank adapter
+
 
 @dataclass
 class WarmStart:
@@ -87,16 +89,13 @@ def _read(
     root_name, _, content = import_into(model.module, file, check_base=check_base)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
-    for label, each in factors.items():
-        found = {key: getattr(each, key) for key in ("A", "B", "magnitude", "bias")}
-        source |= {
-            full_names.get((label, key), f"{label}.lora.{key}"): value
-            for key, value in found.items()
-            if value is not None
-        }
-    for name, (_, rows) in content.tokens.items():
-        label = join(root_name, name)
-        source[full_names.get((label, "rows"), f"{label}.lora.rows")] = rows
+    found = {(label, key): getattr(each, key) for label, each in factors.items() for key in _FACTORS}
+    found |= {(join(root_name, name), "rows"): rows for name, (_, rows) in content.tokens.items()}
+    source |= {
+        full_names.get((label, key), f"{label}.lora.{key}"): value
+        for (label, key), value in found.items()
+        if value is not None
+    }
     return source, {label: each.scaling for label, each in factors.items()}
 
 
