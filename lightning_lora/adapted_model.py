@@ -23,9 +23,9 @@ class Root(NamedTuple):
 
     def trained_modules(self) -> Iterator[nn.Module]:
         """Yield the modules that train in full, with everything below them."""
-        if self.attachment.saved_modules:
+        if saved := self.attachment.report.saved:
             modules = module_names(self.module)
-            for name in self.attachment.saved_modules:
+            for name in saved:
                 yield from modules[name][0].modules()
 
     @torch.no_grad()

@@ -110,7 +110,6 @@ class Attachment:
         config: The request.
         seed: Seed of the random starts.
         report: The result.
-        saved_modules: Names of the modules trained in full.
         required_grad: Parameter name -> whether it required a gradient before.
         base_values: Original values of the base tensors that the config lets training change: running statistics of
             frozen norms, and biases.
@@ -120,7 +119,6 @@ class Attachment:
     config: LoRAConfig
     seed: int
     report: AttachReport
-    saved_modules: tuple[str, ...]
     required_grad: dict[str, bool] = field(default_factory=dict)
     base_values: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)

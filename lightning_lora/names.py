@@ -117,7 +117,7 @@ def is_below(name: str, roots: Collection[str]) -> bool:
 
 def any_below(names: Sequence[str], roots: Collection[str]) -> bool:
     """Return whether one of a module's names is one of the roots or lies below one."""
-    return bool(roots) and any(is_below(name, roots) for name in names)
+    return any(is_below(name, roots) for name in names)
 
 
 def selected(entries: str | Sequence[str], names: Sequence[str]) -> str | None:
@@ -131,9 +131,9 @@ def selected(entries: str | Sequence[str], names: Sequence[str]) -> str | None:
 
 def unmatched(entries: str | Sequence[str], all_names: Iterable[Sequence[str]]) -> list[str]:
     """Return the entries that select none of the modules."""
-    listed = [(entries, entries)] if isinstance(entries, str) else [(entry, (entry,)) for entry in entries]
+    queries = [(entries, entries)] if isinstance(entries, str) else [(entry, (entry,)) for entry in entries]
     pool = list(all_names)
-    return [entry for entry, query in listed if not any(selected(query, names) for names in pool)]
+    return [entry for entry, query in queries if not any(selected(query, names) for names in pool)]
 
 
 def parse_slices(text: object) -> list[slice]:

@@ -80,7 +80,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     with _no_garbage_collection(), shapes_shown(module) if "deepspeed" in sys.modules else nullcontext():
         plan = make_plan(module, config, seed)
         new = [layer for layer in plan.layers if not isinstance(layer.module, LoRALayer)]
-        _check(module, plan, new, is_adapted=old is not None)
+        _check(plan, new, is_adapted=old is not None)
         with weights_only_read(plan.normalising.values()) if plan.normalising else nullcontext():
             made = _make_adapters(new)
         # All or nothing: no line above changes the model, and none below can fail.
@@ -90,7 +90,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
             _set_parameter(plan.modules, name, plan.parameters[name])
         for layer, adapters in made.items():
             _swap_in_adapters(layer, adapters)
-        attachment = _record(plan, config, seed, old)
+        attachment = _record(plan, seed, old)
         set_attachment(module, attachment)
         _freeze_parameters(plan, attachment)
         if plan.norms:
@@ -178,16 +178,15 @@ def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig
         )
 
 
-def _check(module: nn.Module, plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
+def _check(plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
     """Reject models that cannot take the planned adapters, and warn about wasteful ones."""
-    kind = type(module).__name__
     if not is_adapted and (names := [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]):
         raise ValueError(
-            f"{len(names)} layers of {kind} already carry adapters, such as {names[0]!r}, attached to another module. "
-            "Call detach on that module first."
+            f"{len(names)} layers of {plan.root} already carry adapters, such as {names[0]!r}, attached to another "
+            "module. Call detach on that module first."
         )
     if new and torch.distributed.is_available() and torch.distributed.is_initialized():
-        _refuse_wrapped(kind, plan.modules.values())
+        _refuse_wrapped(plan.root, plan.modules.values())
     if plan.untied and (divided := [name for name in plan.untied if hasattr(plan.parameters[name], "ds_id")]):
         raise ValueError(
             f"untie_weights: {listed(divided)} are already sharded by DeepSpeed ZeRO-3, so they cannot be copied. "
@@ -290,9 +289,9 @@ def _set_parameter(modules: Mapping[str, nn.Module], name: str, parameter: nn.Pa
     modules[owner]._parameters[key] = parameter
 
 
-def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -> Attachment:
+def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
     """Return the record of an attach; it continues that of an earlier one."""
-    layers = []
+    config, layers = plan.config, []
     for each in plan.layers:
         spec = each.spec
         dtype = "float64" if spec.dtype is torch.float64 else config.adapter_dtype
@@ -310,7 +309,7 @@ def _record(plan: Plan, config: LoRAConfig, seed: int, old: Attachment | None) -
         biases=plan.biases,
         untied=plan.untied,
     )
-    record = Attachment(config, seed, report, tuple(plan.saved), untied=dict(plan.untied))
+    record = Attachment(config, seed, report, untied=dict(plan.untied))
     if old is not None:
         record.required_grad, record.base_values = old.required_grad, old.base_values
         record.untied |= old.untied

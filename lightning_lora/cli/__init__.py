@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning_lora
-from lightning_lora.cli.commands import COMMANDS, OK, PROBLEM, OneOf, Option
+from lightning_lora.cli.commands import COMMANDS, OK, PROBLEM
 from lightning_lora.cli.text import BAD, WARNING, highlighted, say
 
 
@@ -58,20 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {lightning_lora.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name, command in COMMANDS.items():
-        own = commands.add_parser(name, help=command.help.removesuffix("."), description=command.help)
-        for option in command.options:
-            _add(own, option)
+        text = command.run.__doc__ or ""
+        own = commands.add_parser(name, help=text.removesuffix("."), description=text)
+        for add_option in command.options:
+            add_option(own)
         own.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
-
-
-def _add(parser: argparse._ActionsContainer, option: Option | OneOf) -> None:
-    if isinstance(option, Option):
-        parser.add_argument(*option.names, **option.settings)
-    else:
-        group = parser.add_mutually_exclusive_group(required=True)
-        for each in option.options:
-            _add(group, each)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -10,18 +10,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lora.attachment import table_lines
-from lightning_lora.cli.text import (
-    WARNING,
-    about_base,
-    merge_lines,
-    progress_bar,
-    say,
-    summary_lines,
-)
+from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, summary_lines
 from lightning_lora.names import listed
 
 if TYPE_CHECKING:
@@ -39,37 +33,24 @@ class Result(NamedTuple):
 
 
 Run = Callable[[argparse.Namespace], Result]
-
-
-class Option(NamedTuple):
-    """The arguments of one ``add_argument``."""
-
-    names: tuple[str, ...]
-    settings: dict[str, Any]
-
-
-class OneOf(NamedTuple):
-    """Options of which exactly one must be given."""
-
-    options: tuple[Option, ...]
+Option = Callable[[argparse._ActionsContainer], object]  # adds itself to a parser
 
 
 class Command(NamedTuple):
-    """One command of ``lightning-lora``."""
+    """One command of ``lightning-lora``; the docstring of ``run`` is its help."""
 
-    help: str
-    options: tuple[Option | OneOf, ...]
     run: Run
+    options: tuple[Option, ...]
 
 
 COMMANDS: dict[str, Command] = {}
 
 
-def command(*options: Option | OneOf) -> Callable[[Run], Run]:
-    """Register a function as the command of its name, with its docstring as the help."""
+def command(*options: Option) -> Callable[[Run], Run]:
+    """Register a function as the command of its name."""
 
     def register(run: Run) -> Run:
-        COMMANDS[run.__name__.rstrip("_")] = Command(run.__doc__ or "", options, run)
+        COMMANDS[run.__name__.rstrip("_")] = Command(run, options)
         return run
 
     return register
@@ -77,7 +58,18 @@ def command(*options: Option | OneOf) -> Callable[[Run], Run]:
 
 def option(*names: str, **settings: Any) -> Option:
     """Return an option, declared as for ``add_argument``."""
-    return Option(names, settings)
+    return methodcaller("add_argument", *names, **settings)
+
+
+def one_of(*options: Option) -> Option:
+    """Return options of which exactly one must be given."""
+
+    def add(parser: argparse._ActionsContainer) -> None:
+        group = parser.add_mutually_exclusive_group(required=True)
+        for each in options:
+            each(group)
+
+    return add
 
 
 # --- the values of options
@@ -354,13 +346,11 @@ def _compare_layers(options: argparse.Namespace) -> Result:
 
 @command(
     BASE,
-    OneOf(
-        (
-            option("--parameters", type=_count, metavar="N", help="budget in parameters, such as 4.7M"),
-            option("--bytes", type=_size, metavar="N", help="budget in bytes of the factors, such as 35MB"),
-            option("--optimizer-bytes", type=_size, metavar="N", help="budget in bytes of optimizer state"),
-            option("--rank", type=_count, metavar="R", help="no budget: show what this rank costs"),
-        )
+    one_of(
+        option("--parameters", type=_count, metavar="N", help="budget in parameters, such as 4.7M"),
+        option("--bytes", type=_size, metavar="N", help="budget in bytes of the factors, such as 35MB"),
+        option("--optimizer-bytes", type=_size, metavar="N", help="budget in bytes of optimizer state"),
+        option("--rank", type=_count, metavar="R", help="no budget: show what this rank costs"),
     ),
     option("--targets", type=_names, metavar="A,B", help="layers to choose from (default: all linear layers)"),
     option("--group", type=_names, action="append", metavar="A,B", help="a combination to consider; may be repeated"),

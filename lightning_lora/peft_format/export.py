@@ -300,7 +300,7 @@ class _Collector:
         first_names = {id(part): name for name, (part, _) in self.names.items()}
         for _, owner, attachment in self.model.roots:
             modules = module_names(owner)
-            for name in attachment.saved_modules:
+            for name in attachment.report.saved:
                 part = modules[name][0]
                 if id(part) in first_names:
                     self.result.saved[first_names[id(part)]] = part

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
 
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_lora.config import ALL_LINEAR, LoRAConfig
-from lightning_lora.layers import SUPPORTED, Adapter, LoRALayer, adapter_type, base_parameter, taken_names
+from lightning_lora.config import ALL_LINEAR
+from lightning_lora.layers import SUPPORTED, LoRALayer, adapter_type, base_parameter, taken_names
 from lightning_lora.names import (
     is_below,
     is_glob,
@@ -34,19 +34,13 @@ class Obstacles:
     """Reasons why layers of supported kinds cannot be adapted in one model.
 
     Attributes:
-        tied: Parameters that share memory with others -> the others.
         readers: Identities of layers whose weight the parent reads instead of calling them -> the parent's class.
         is_common: Whether all parameters are ordinary ones, in floating point.
     """
 
-    def __init__(
-        self,
-        config: LoRAConfig,
-        modules: Collection[nn.Module],
-        parameters: Collection[nn.Parameter],
-        tied: Mapping[str, tuple[str, ...]],
-    ) -> None:
-        self.config, self.tied, self.readers = config, tied, weight_readers(modules)
+    def __init__(self, plan: Plan) -> None:
+        config, modules, parameters = plan.config, plan.modules.values(), plan.parameters.values()
+        self.config, self.tied, self.readers = config, plan.tied, weight_readers(modules)
         precisions = set(map(attrgetter("dtype"), parameters))  # far fewer than parameters, as are the classes
         is_ordinary = set(map(type, parameters)) <= {nn.Parameter}
         self.is_common = is_ordinary and all(map(attrgetter("is_floating_point"), precisions))
@@ -67,7 +61,7 @@ class Obstacles:
         if rank > shape[0] or rank > shape[1]:
             return f"rank {rank} is above {min(shape)}, the highest rank of its weight; lower it with rank_pattern"
         if self._asks_for_more:
-            return self._of_options(layer.parameter, module, layer.adapter)
+            return self._of_options(layer)
         return None
 
     def _of_tie(self, layer: PlannedLayer) -> str | None:
@@ -77,46 +71,43 @@ class Obstacles:
         remedy = "; untie_weights=True gives it a copy of its own" if named else ""
         return f"its weight is tied to {', '.join(map(repr, others))}, which would change with it{remedy}"
 
-    def _of_options(self, parameter: str, module: nn.Module, adapter: type[Adapter]) -> str | None:
+    def _of_options(self, layer: PlannedLayer) -> str | None:
         """Return why an option beyond plain LoRA, or an uncommon kind of weight, does not work here, or None."""
-        weight = base_parameter(module, parameter)
-        if not weight.is_floating_point() and (why := self._carried_by_weight(module, adapter)):
-            return f"{why}; that needs a floating-point weight, not {weight.dtype}"
-        if is_sharded(weight) and (why := self._beyond_tensor_parallel(module, adapter)):
-            return f"its weight is sharded by tensor parallelism, under which {why}"
-        if self.config.dropout and adapter.drops_input and (why := self._carried_by_weight(module, adapter)):
-            return f"{why}; that needs dropout=0"
-        if self.config.lora_bias:
-            if why := self._carried_by_weight(module, adapter):
-                return f"{why}; that needs lora_bias=False"
-            if not adapter.takes_bias:
-                return f"lora_bias does not apply to a {type(module).__name__}"
-        return self._of_dora(parameter, module, adapter) if self.config.use_dora else None
+        module, adapter, config = layer.module, layer.adapter, self.config
+        weight, carried = base_parameter(module, layer.parameter), self._carried_by_weight(layer)
+        if carried and not weight.is_floating_point():
+            return f"{carried}; that needs a floating-point weight, not {weight.dtype}"
+        if is_sharded(weight):
+            where = "its weight is sharded by tensor parallelism, under which"
+            if carried or not (isinstance(module, nn.Linear) and adapter.takes_bias):
+                return f"{where} only a plain nn.Linear can be adapted"
+            if config.use_dora or config.lora_bias:
+                return f"{where} use_dora and lora_bias are not supported"
+        if carried and config.dropout and adapter.drops_input:
+            return f"{carried}; that needs dropout=0"
+        if carried and config.lora_bias:
+            return f"{carried}; that needs lora_bias=False"
+        if config.lora_bias and not adapter.takes_bias:
+            return f"lora_bias does not apply to a {type(module).__name__}"
+        return _obstacle_to_dora(layer, weight) if config.use_dora else None
 
-    def _of_dora(self, parameter: str, module: nn.Module, adapter: type[Adapter]) -> str | None:
-        weight = base_parameter(module, parameter)
-        if not adapter.has_output_rows or isinstance(module, nn.EmbeddingBag):
-            kind = type(module).__name__
-            return f"use_dora needs a row for each output, and {parameter!r} of a {kind} has none"
-        if weight.is_meta:
-            return "use_dora starts from the weights' norms, and this one is on the meta device; attach later"
-        if not weight.is_floating_point():
-            return f"use_dora needs a floating-point weight, not {weight.dtype}"
-        return None
-
-    def _beyond_tensor_parallel(self, module: nn.Module, adapter: type[Adapter]) -> str | None:
-        if not (isinstance(module, nn.Linear) and adapter.takes_bias) or self._carried_by_weight(module, adapter):
-            return "only nn.Linear with its own forward is adapted"
-        if self.config.use_dora or self.config.lora_bias:
-            return "use_dora and lora_bias are not supported"
-        return None
-
-    def _carried_by_weight(self, module: nn.Module, adapter: type[Adapter]) -> str | None:
-        if reader := self.readers.get(id(module)):
+    def _carried_by_weight(self, layer: PlannedLayer) -> str | None:
+        if reader := self.readers.get(id(layer.module)):
             return f"its parent, a {reader}, reads the weight, which must carry the update"
-        if adapter.needs_weight(module):
-            return f"a {type(module).__name__} has its own forward, so its weight must carry the update"
+        if layer.adapter.needs_weight(layer.module):
+            return f"a {type(layer.module).__name__} has its own forward, so its weight must carry the update"
         return None
+
+
+def _obstacle_to_dora(layer: PlannedLayer, weight: Tensor) -> str | None:
+    if not layer.adapter.has_output_rows or isinstance(layer.module, nn.EmbeddingBag):
+        kind = type(layer.module).__name__
+        return f"use_dora needs a row for each output, and {layer.parameter!r} of a {kind} has none"
+    if weight.is_meta:
+        return "use_dora starts from the weights' norms, and this one is on the meta device; attach later"
+    if not weight.is_floating_point():
+        return f"use_dora needs a floating-point weight, not {weight.dtype}"
+    return None
 
 
 def instance_obstacle(module: nn.Module) -> str | None:
@@ -152,79 +143,66 @@ def _output_embeddings(modules: Collection[nn.Module]) -> set[int]:
 # --- entries that reach nothing
 
 
-def missed_entries(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
-    """Yield a problem for every entry of the config that reached nothing.
-
-    Args:
-        plan: The plan with its layers and modules.
-        config: The request.
-        root: The name of the model's class.
-    """
-    everything = list(plan.names.values())
+def missed_entries(plan: Plan) -> Iterator[str]:
+    """Yield a problem for every entry of the config that reached nothing."""
+    config, everything = plan.config, list(plan.names.values())
     if config.target_modules != ALL_LINEAR:
-        yield from _missed_targets(plan, config, root)
+        yield from _missed_targets(plan)
     elif not (plan.layers or plan.left_out or config.target_parameters or config.trainable_token_indices):
-        yield f"target_modules={ALL_LINEAR!r}: {root} has no linear layer."
+        yield f"target_modules={ALL_LINEAR!r}: {plan.root} has no linear layer."
     for option, entries in (
         ("exclude_modules", config.exclude_modules),
         ("modules_to_save", config.modules_to_save),
         ("target_slices", tuple(config.target_slices)),
     ):
         for entry in unmatched(entries, everything) if entries else ():
-            yield _miss(config, root, option, entry, everything)
+            yield _miss(plan, option, entry, everything)
     if config.target_parameters:
         parameters = [[join(n, key) for n in plan.names[p]] for p, m in plan.modules.items() for key in m._parameters]
         for entry in unmatched(config.target_parameters, parameters):
-            yield _miss(config, root, "target_parameters", entry, parameters)
+            yield _miss(plan, "target_parameters", entry, parameters)
     if config.modules_to_save:
-        yield from _empty_saves(plan, config)
+        yield from _empty_saves(plan)
     if config.rank_pattern or config.alpha_pattern:
-        yield from _missed_patterns(plan, config, root)
+        yield from _missed_patterns(plan)
 
 
-def _missed_targets(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
-    everything = list(plan.names.values())
+def _missed_targets(plan: Plan) -> Iterator[str]:
+    targets, everything = plan.config.target_modules, list(plan.names.values())
     adaptable = [plan.names[name] for name, module in plan.modules.items() if adapter_type(module)]
-    unknown = unmatched(config.target_modules, everything)
-    for entry in unmatched(config.target_modules, adaptable):
+    unknown = unmatched(targets, everything)
+    for entry in unmatched(targets, adaptable):
         if entry in unknown:
-            yield _miss(config, root, "target_modules", entry, everything, [names[0] for names in adaptable])
-        elif sweeps(config.target_modules, entry):
+            yield _miss(plan, "target_modules", entry, everything, [names[0] for names in adaptable])
+        elif sweeps(targets, entry):
             yield f"target_modules={entry!r} matched no layer of a supported kind: {SUPPORTED}."
 
 
-def _missed_patterns(plan: Plan, config: LoRAConfig, root: str) -> Iterator[str]:
+def _missed_patterns(plan: Plan) -> Iterator[str]:
     reached = [layer.label for layer in plan.layers]
     covered = {*reached, *plan.left_out}
     layers = {layer.names[0] for layer in plan.layers} | (plan.left_out.keys() & plan.names.keys())
     covered |= {alias for name in layers for alias in plan.names[name]}
-    for option, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+    for option, patterns in (("rank_pattern", plan.config.rank_pattern), ("alpha_pattern", plan.config.alpha_pattern)):
         for key in patterns:
             if not any(matches_pattern(key, name) for name in covered):
-                yield _miss(config, root, option, key, [(name,) for name in reached])
+                yield _miss(plan, option, key, [(name,) for name in reached])
 
 
-def _empty_saves(plan: Plan, config: LoRAConfig) -> Iterator[str]:
+def _empty_saves(plan: Plan) -> Iterator[str]:
     """A glob may match modules without parameters, but must match at least one with parameters."""
-    for entry in filter(is_glob, config.modules_to_save):
+    for entry in filter(is_glob, plan.config.modules_to_save):
         found = [name for name, names in plan.names.items() if selected((entry,), names)]
         if found and not any(is_below(name, plan.saved) for name in found):
             yield f"modules_to_save={entry!r} matched no module with parameters: {listed(found)}."
 
 
-def _miss(
-    config: LoRAConfig,
-    root: str,
-    option: str,
-    entry: str,
-    pool: Sequence[Sequence[str]],
-    layers: Sequence[str] = (),
-) -> str:
+def _miss(plan: Plan, option: str, entry: str, pool: Sequence[Sequence[str]], layers: Sequence[str] = ()) -> str:
     near = near_names(entry, (name for names in pool for name in names))
     hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
     if layers and not near:
         hint = f" Its layers are {listed(layers)}."
-    if option == "target_modules" and config.target_modules == entry:
+    if option == "target_modules" and plan.config.target_modules == entry:
         hint += " A string is one regular expression over full names; pass names as a list."
     what = {"rank_pattern": "adapted layer", "alpha_pattern": "adapted layer", "target_parameters": "parameter"}
-    return f"{option}={entry!r} matched no {what.get(option, 'module')} of {root}.{hint}"
+    return f"{option}={entry!r} matched no {what.get(option, 'module')} of {plan.root}.{hint}"

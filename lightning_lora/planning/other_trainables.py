@@ -7,22 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import AdapterSpec, TokenAdapter, base_weight
 from lightning_lora.names import is_below, is_glob, join, listed, matches, selected
 from lightning_lora.planning.obstacles import instance_obstacle
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
-Ties = Mapping[str, tuple[str, ...]]  # parameter -> those that share its memory
-
 _TOKENS = "trainable_token_indices"
 
 
-def plan_saved_modules(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
+def plan_saved_modules(plan: Plan) -> Iterator[str]:
     """Plan the modules of ``modules_to_save`` and yield the problems."""
     for name, module in plan.modules.items():
-        entry = selected(config.modules_to_save, plan.names[name])
+        entry = selected(plan.config.modules_to_save, plan.names[name])
         if entry is None or is_below(name, plan.saved):
             continue
         if any(True for _ in module.parameters()) or (not is_glob(entry) and module.state_dict()):
@@ -32,46 +29,46 @@ def plan_saved_modules(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[s
     for name, module in plan.saved.items():
         for key, _ in module.named_parameters():
             full = join(name, key)
-            if outside := [other for other in tied.get(full, ()) if not is_below(other, plan.saved)]:
+            if outside := [other for other in plan.tied.get(full, ()) if not is_below(other, plan.saved)]:
                 yield (
                     f"modules_to_save: {full!r} is tied to {outside}, which would change with it. Name the modules on "
                     "both sides, or untie them."
                 )
 
 
-def plan_biases(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
+def plan_biases(plan: Plan) -> Iterator[str]:
     """Plan the biases to train and yield the problems.
 
     A bias is a parameter whose own name says so, as in PEFT: ``bias``, ``in_proj_bias``, ``bias_ih_l0``.
     """
-    adapted = {id(layer.module) for layer in plan.layers}
+    bias, adapted = plan.config.bias, {id(layer.module) for layer in plan.layers}
     found = {
         join(name, key): parameter
         for name, part in plan.modules.items()
-        if (config.bias == "all" or id(part) in adapted) and not is_below(name, plan.saved)
+        if (bias == "all" or id(part) in adapted) and not is_below(name, plan.saved)
         for key, parameter in part._parameters.items()
         if parameter is not None and "bias" in key
     }
     plan.biases |= {name: parameter.numel() for name, parameter in found.items()}
     if on_meta := [name for name, parameter in found.items() if parameter.is_meta]:
         yield (
-            f"bias={config.bias!r}: {listed(on_meta)} are on the meta device and have no values for detach to put "
+            f"bias={bias!r}: {listed(on_meta)} are on the meta device and have no values for detach to put "
             "back; attach after the weights are loaded."
         )
     if not plan.biases and plan.layers:
-        where = "The model has" if config.bias == "all" else "The adapted layers have"
-        yield f"bias={config.bias!r}: {where} no bias to train. Use bias='none'."
+        where = "The model has" if bias == "all" else "The adapted layers have"
+        yield f"bias={bias!r}: {where} no bias to train. Use bias='none'."
     for name in plan.biases:
-        if outside := [other for other in tied.get(name, ()) if other not in plan.biases]:
-            yield f"bias={config.bias!r}: {name!r} is tied to {outside}, which would change with it."
+        if outside := [other for other in plan.tied.get(name, ()) if other not in plan.biases]:
+            yield f"bias={bias!r}: {name!r} is tied to {outside}, which would change with it."
 
 
 # --- rows of embeddings
 
 
-def plan_token_rows(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
+def plan_token_rows(plan: Plan) -> Iterator[str]:
     """Plan the rows of ``trainable_token_indices`` and yield the problems."""
-    wanted = config.trainable_token_indices
+    wanted = plan.config.trainable_token_indices
     embeddings = [name for name, part in plan.modules.items() if isinstance(part, nn.Embedding)]
     if not isinstance(wanted, Mapping):
         inputs = _input_embeddings(plan)
@@ -84,7 +81,7 @@ def plan_token_rows(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]
         chosen = [name for name, names in plan.names.items() if any(matches(entry, alias) for alias in names)]
         for name in chosen:
             if name in embeddings:
-                yield from _plan_embedding(plan, name, tokens, config, tied)
+                yield from _plan_embedding(plan, name, tokens)
             elif not is_glob(entry):
                 yield f"{_TOKENS}: {name!r} is a {type(plan.modules[name]).__name__}, not an nn.Embedding."
         if not chosen:
@@ -106,10 +103,10 @@ def _input_embeddings(plan: Plan) -> list[str]:
     return declared or [name for name, part in plan.modules.items() if isinstance(part, nn.Embedding)]
 
 
-def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int], config: LoRAConfig, tied: Ties) -> Iterator[str]:
+def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int]) -> Iterator[str]:
     module = plan.modules[name]
     assert isinstance(module, nn.Embedding)
-    sharing = tied.get(join(name, "weight"), ())
+    sharing = plan.tied.get(join(name, "weight"), ())
     owners = [other.rpartition(".") for other in sharing]
     followers = {owner: plan.modules[owner] for owner, _, key in owners if key == "weight" and owner}
     weight, others = base_weight(module), set(sharing) - {join(follower, "weight") for follower in followers}
@@ -122,7 +119,7 @@ def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int], config: LoRACo
     ):
         yield f"{_TOKENS}: {name!r} cannot train tokens: {reason}."
         return
-    dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, config.adapter_dtype)
+    dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, plan.config.adapter_dtype)
     spec = AdapterSpec(len(tokens), 1.0, 0.0, "", dtype, 0, rows=tuple(range(t, t + 1) for t in tokens))
     layer = PlannedLayer((name,), module, _TOKENS, TokenAdapter, "weight", followers=tuple(followers.values()))
     layer.spec, layer.key, layer.label = spec, "", name

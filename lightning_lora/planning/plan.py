@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, AdapterSpec
 
 
@@ -49,9 +50,12 @@ class Plan:
     """Everything that attaching will do.
 
     Attributes:
+        root: The name of the model's class.
+        config: The request.
         modules: Every module of the base, by its first name.
         names: First name of a module -> all its names.
         parameters: Every parameter of the base, by the name of its module; one in two modules has two names.
+        tied: Parameters that share memory with others -> the others.
         base_parameters: Number of parameters without adapters.
         layers: The layers to adapt.
         saved: The modules to train in full.
@@ -63,9 +67,12 @@ class Plan:
         norms: Number of frozen modules that have running statistics.
     """
 
+    root: str
+    config: LoRAConfig
     modules: dict[str, nn.Module] = field(default_factory=dict)
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+    tied: dict[str, tuple[str, ...]] = field(default_factory=dict)
     base_parameters: int = 0
     layers: list[PlannedLayer] = field(default_factory=list)
     saved: dict[str, nn.Module] = field(default_factory=dict)

@@ -62,8 +62,8 @@ def make_plan(module: nn.Module, config: LoRAConfig, seed: int = 0) -> Plan:
 
 class _Planner:
     def __init__(self, module: nn.Module, config: LoRAConfig, seed: int) -> None:
-        self.root, self.config, self.seed = type(module).__name__, config, seed
-        self.plan, self.problems = Plan(), list[str]()
+        self.config, self.seed = config, seed
+        self.plan, self.problems = Plan(type(module).__name__, config), list[str]()
         found = module_names(module)
         own = set[int]()  # the adapters of an earlier attach are no targets
         for part, _ in found.values():
@@ -75,9 +75,8 @@ class _Planner:
                 if part._forward_pre_hooks or isinstance(part, NORMALISING):
                     self.plan.normalising[name] = part
         self.plan.parameters = parameter_names(self.plan.modules)
-        parameters = self.plan.parameters.values()
-        self.tied = tied_names(self.plan.parameters)
-        self.obstacles = Obstacles(config, self.plan.modules.values(), parameters, self.tied)
+        self.plan.tied = tied_names(self.plan.parameters)
+        self.obstacles = Obstacles(self.plan)
         self.automatic = config.target_modules == ALL_LINEAR
         self.adapter_dtype: torch.dtype = getattr(torch, config.adapter_dtype)
         self.extras = config.use_dora + config.lora_bias  # numbers besides the factors, for each output feature
@@ -86,37 +85,37 @@ class _Planner:
         plan, config = self.plan, self.config
         plan.base_parameters = self._count_parameters()
         if config.modules_to_save:
-            self.problems += plan_saved_modules(plan, config, self.tied)
+            self.problems += plan_saved_modules(plan)
         self._add_target_modules()
         if config.target_parameters:
             self._add_target_parameters()
         if config.trainable_token_indices:
-            self.problems += plan_token_rows(plan, config, self.tied)
+            self.problems += plan_token_rows(plan)
         if config.bias != "none":
-            self.problems += plan_biases(plan, config, self.tied)
+            self.problems += plan_biases(plan)
         for name, part in plan.normalising.items():
             plan.norms += has_running_statistics(part) and not is_below(name, plan.saved)
-        self.problems += missed_entries(plan, config, self.root)
+        self.problems += missed_entries(plan)
         if not (plan.layers or self.problems):
             reasons = listed([f"{name}: {reason}" for name, reason in plan.left_out.items()])
             self.problems.append(f"target_modules={config.target_modules!r} left out every layer ({reasons}).")
         if self.problems:
             lines = "\n".join(f"  - {problem}" for problem in self.problems)
             raise ValueError(
-                f"LoRA cannot be attached to {self.root}; nothing was changed:\n{lines}\n"
+                f"LoRA cannot be attached to {plan.root}; nothing was changed:\n{lines}\n"
                 "lightning_lora.target_names(model) lists all names."
             )
         return plan
 
     def _count_parameters(self) -> int:
-        parameters = self.plan.parameters
+        plan, parameters = self.plan, self.plan.parameters
         if not self.obstacles.is_common:
             shapeless = [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]
             if owners := list(dict.fromkeys(name.rpartition(".")[0] for name in shapeless)):
                 raise ValueError(
-                    f"The weights of {listed(owners)} have no shape yet; run one batch through the {self.root} first."
+                    f"The weights of {listed(owners)} have no shape yet; run one batch through the {plan.root} first."
                 )
-        unique = {id(p): p for p in parameters.values()} if self.tied else parameters
+        unique = {id(p): p for p in parameters.values()} if plan.tied else parameters
         return sum(map(methodcaller("numel"), unique.values()))
 
     # --- target_modules and target_slices
@@ -246,7 +245,7 @@ class _Planner:
         layer.in_weight = adapter.needs_weight(module) or id(module) in self.obstacles.readers
         layer.spec = self._spec(layer, rank, first_match(config.alpha_pattern, known_as, config.alpha))
         self.plan.layers.append(layer)
-        if self.tied:
+        if self.plan.tied:
             self._untie(join(layer.names[0], parameter))
         if size >= out_features * in_features:
             self.plan.wasteful.append(f"{layer.label} (rank {rank}, weight {out_features} x {in_features})")
@@ -270,7 +269,7 @@ class _Planner:
             self.problems.append(f"{option}: {layer.label!r} cannot be adapted: {reason}.")
 
     def _untie(self, weight_name: str) -> None:
-        if others := [other for other in self.tied.get(weight_name, ()) if other not in self.plan.untied]:
+        if others := [other for other in self.plan.tied.get(weight_name, ()) if other not in self.plan.untied]:
             self.plan.untied[weight_name] = others[0]
 
 

@@ -81,7 +81,7 @@ def test_tokens_of_sharded_embedding_are_rejected() -> None:
         ({"use_dora": True}, "use_dora and lora_bias are not supported"),
         ({"lora_bias": True}, "use_dora and lora_bias are not supported"),
         ({"target_modules": [], "target_slices": {"0": {"q": "0:4"}}}, "sharded by tensor parallelism"),
-        ({"target_modules": [], "target_parameters": ["0.weight"]}, "only nn.Linear with its own forward"),
+        ({"target_modules": [], "target_parameters": ["0.weight"]}, "only a plain nn.Linear can be adapted"),
     ],
 )
 def test_unsupported_option_is_rejected(options: dict[str, Any], reason: str) -> None:
