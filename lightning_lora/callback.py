@@ -106,14 +106,12 @@ class LoRACallback(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after each backward pass: with manual optimization, note which adapters the first batch reaches."""
-        if self._run.gradients is not None:
-            self._run.gradients.after_backward()
+        self._run.gradients.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before each optimizer step: at the first one, name the adapters that no gradient reached."""
-        if self._run.gradients is not None:
-            self._run.gradients.before_step(optimizer)
+        self._run.gradients.before_step(optimizer)
         if self._run.diagnostics is not None:
             self._run.diagnostics.before_step(optimizer)
 
@@ -124,8 +122,7 @@ class LoRACallback(Callback):
         """Called after each batch: log diagnostics, and check the first batch if it was stepped past Lightning."""
         if self._run.diagnostics is not None:
             self._run.diagnostics.after_batch()
-        if self._run.gradients is not None:
-            self._run.gradients.after_batch()
+        self._run.gradients.after_batch()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -58,16 +58,13 @@ class AdapterCheckpoints:
         "load_optimizer_state_dict",
     )
 
-    def __init__(self, strategy: Strategy, layout: Layout) -> None:
-        self.strategy, self.layout = strategy, layout
+    def __init__(self, strategy: Strategy) -> None:
+        self.strategy, self.layout = strategy, layout_of(strategy)
         self.check_base = True
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
-
-    def install(self) -> None:
-        """Replace the strategy's methods."""
         for name in self._REPLACED:
-            setattr(self.strategy, name, getattr(self, name))
-        setattr(self.strategy, _INSTALLED, self)
+            setattr(strategy, name, getattr(self, name))
+        setattr(strategy, _INSTALLED, self)
 
     @property
     def _model(self) -> AdaptedModel:
@@ -229,10 +226,7 @@ def adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
         MisconfigurationException: The strategy is not supported, or not with these settings.
     """
     found: AdapterCheckpoints | None = vars(strategy).get(_INSTALLED)
-    if found is None:
-        found = AdapterCheckpoints(strategy, layout_of(strategy))
-        found.install()
-    return found
+    return AdapterCheckpoints(strategy) if found is None else found
 
 
 def trained_state(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 
-_AVERAGING = (WeightAveraging, StochasticWeightAveraging)
+AVERAGING = (WeightAveraging, StochasticWeightAveraging)  # they copy the module before its own ``setup`` runs
 
 # --- before attaching: the Trainer and its other callbacks
 
@@ -56,9 +56,9 @@ def explain_mixed_import_names(
 
 def check_other_callbacks(trainer: Trainer, lora: Callback) -> None:
     """Refuse callbacks that do not work beside ``LoRACallback``, and tell of copies of the base."""
-    callbacks = _callbacks(trainer)
-    for callback in callbacks[: callbacks.index(lora)]:
-        if isinstance(callback, with_twins(*_AVERAGING)):
+    callbacks, averaging = _callbacks(trainer), callbacks_of(trainer, *AVERAGING)
+    for callback in averaging:
+        if callbacks.index(callback) < callbacks.index(lora):
             raise MisconfigurationException(
                 f"{type(callback).__name__} is listed before LoRACallback, so it would average a copy without "
                 "adapters. List LoRACallback first."
@@ -71,19 +71,14 @@ def check_other_callbacks(trainer: Trainer, lora: Callback) -> None:
                 f"{type(callback).__name__} changes which parameters train, and so does LoRACallback. Remove one "
                 "of them; modules_to_save trains whole modules beside the adapters."
             )
-    if has_averaging(trainer):
-        names = [type(callback).__name__ for callback in callbacks if isinstance(callback, with_twins(*_AVERAGING))]
+    if averaging:
+        names = [type(callback).__name__ for callback in averaging]
         rank_zero_info(f"LoRA: {', '.join(names)} keeps a copy of the whole module, the frozen base included.")
 
 
-def has_averaging(trainer: Trainer) -> bool:
-    """Return whether a callback averages weights; it copies the module before the module's own ``setup`` runs."""
-    return has_callback(trainer, *_AVERAGING)
-
-
-def has_callback(trainer: Trainer, *kinds: type[Callback]) -> bool:
-    """Return whether the Trainer has a callback of one of these kinds."""
-    return any(isinstance(callback, with_twins(*kinds)) for callback in _callbacks(trainer))
+def callbacks_of(trainer: Trainer, *kinds: type[Callback]) -> list[Callback]:
+    """Return the Trainer's callbacks of these kinds."""
+    return [callback for callback in _callbacks(trainer) if isinstance(callback, with_twins(*kinds))]
 
 
 def check_launcher(strategy: Strategy, module: LightningModule) -> None:

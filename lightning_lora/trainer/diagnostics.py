@@ -235,9 +235,9 @@ def _weight_square(watched: Watched) -> float:
         weight = whole(weight)  # of one layer at a time, as its forward has it
     matrix = adapter.as_matrix(weight) if adapter.spec.rows else weight
     rows = max(1, _BLOCK * len(matrix) // max(1, matrix.numel()))
-    if adapter.spec.rows:
-        return sum(_to_floats([_square(matrix.index_select(0, part)) for part in torch.split(adapter.index, rows)]))
-    return sum(_to_floats([_square(part) for part in torch.split(matrix, rows)]))
+    places = torch.split(adapter.index, rows) if adapter.spec.rows else ()
+    parts = (matrix.index_select(0, place) for place in places) if places else torch.split(matrix, rows)
+    return sum(_to_floats([_square(part) for part in parts]))
 
 
 def _square(tensor: Tensor) -> Tensor:

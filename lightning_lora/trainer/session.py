@@ -31,11 +31,11 @@ from lightning_lora.storage.checkpoint import saved_options
 from lightning_lora.surgery import attach, detach, freeze_norms, merge
 from lightning_lora.trainer.checkpoints import adapter_checkpoints
 from lightning_lora.trainer.checks import (
+    AVERAGING,
     GradientCheck,
+    callbacks_of,
     check_before_training,
     check_trained,
-    has_averaging,
-    has_callback,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics
 from lightning_lora.trainer.export import check_exportable, export_fit
@@ -71,7 +71,7 @@ class FitSession:
 
     Attributes:
         layout: How the strategy distributes what is trained.
-        gradients: The check of the first step, once training has begun.
+        gradients: The check of the first step, made anew when a training begins.
         diagnostics: What measures the adapters, once training has begun and if asked for.
 
     Args:
@@ -89,7 +89,7 @@ class FitSession:
         checkpoints = adapter_checkpoints(trainer.strategy)
         checkpoints.check_base = options.check_base
         self.layout = checkpoints.layout
-        self.gradients: GradientCheck | None = None
+        self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
         self._config, self._seed = options.config, int(os.environ.get("PL_GLOBAL_SEED", "0"))  # of seed_everything
         # Evaluating without options takes any adapters: those of the checkpoint, or those that are attached.
@@ -120,7 +120,7 @@ class FitSession:
         if overrides(module, "configure_model"):
             self.layout.before_wrapping = self._attach_before_wrapping
             self._wraps.after(module, "configure_model", self._attach_now)
-        elif overrides(module, "setup") and not has_averaging(self.trainer):
+        elif overrides(module, "setup") and not callbacks_of(self.trainer, *AVERAGING):
             self._wraps.after(module, "setup", self._attach_now)  # it may build layers or load base weights
         else:
             self._attach_now()
@@ -208,7 +208,7 @@ class FitSession:
         self.gradients, self._is_probed = GradientCheck(self.module, self.layout), False
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
-        if self.options.lr_ratio != 1.0 and has_callback(self.trainer, LearningRateFinder):
+        if self.options.lr_ratio != 1.0 and callbacks_of(self.trainer, LearningRateFinder):
             rank_zero_warn(
                 "LearningRateFinder sets one learning rate for all parameter groups, so "
                 f"lr_ratio={self.options.lr_ratio} has no effect. Find the rate without lr_ratio first."

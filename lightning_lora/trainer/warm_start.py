@@ -19,6 +19,8 @@ from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
 from lightning_lora.state import check_base_values, check_not_merged
 
+_FACTORS = ("A", "B", "magnitude", "bias")  # of a low-rank adapter
+
 
 @dataclass
 class WarmStart:
@@ -62,7 +64,7 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
     """
     model = AdaptedModel(module)
     full_names = _full_names(model)
-    source, scalings = _read(module, path, full_names, check_base=check_base)
+    source, scalings = _read(model, path, full_names, check_base=check_base)
     start, problems = _resolved(model, source, scalings, {name: key for key, name in full_names.items()})
     if not start.values:
         problems.append(f"it shares no tensor with this {type(module).__name__}")
@@ -75,28 +77,25 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
 
 
 def _read(
-    module: nn.Module, path: str | PathLike[str], full_names: Mapping[tuple[str, str], str], *, check_base: bool
+    model: AdaptedModel, path: str | PathLike[str], full_names: Mapping[tuple[str, str], str], *, check_base: bool
 ) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
     """Return the source's tensors under the names of this module, and the scalings of its adapters."""
     file = read_adapter(path)
-    check_not_merged(module, file.merges)
+    check_not_merged(model.module, file.merges)
     if not isinstance(file, PeftFile):
         if check_base:
-            check_base_values(AdaptedModel(module), file.base)
+            check_base_values(model, file.base)
         return file.tensors, {name: layer["scaling"] for name, layer in file.record["layers"].items()}
-    root_name, _, content = import_into(module, file, check_base=check_base)
+    root_name, _, content = import_into(model.module, file, check_base=check_base)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
-    for label, each in factors.items():
-        found = {key: getattr(each, key) for key in ("A", "B", "magnitude", "bias")}
-        source |= {
-            full_names.get((label, key), f"{label}.lora.{key}"): value
-            for key, value in found.items()
-            if value is not None
-        }
-    for name, (_, rows) in content.tokens.items():
-        label = join(root_name, name)
-        source[full_names.get((label, "rows"), f"{label}.lora.rows")] = rows
+    found = {(label, key): getattr(each, key) for label, each in factors.items() for key in _FACTORS}
+    found |= {(join(root_name, name), "rows"): rows for name, (_, rows) in content.tokens.items()}
+    source |= {
+        full_names.get((label, key), f"{label}.lora.{key}"): value
+        for (label, key), value in found.items()
+        if value is not None
+    }
     return source, {label: each.scaling for label, each in factors.items()}
 
 

@@ -150,8 +150,9 @@ class FSDPLayout(Layout):
     def shape(self, name: str, parameter: Tensor) -> torch.Size:
         return self._shapes.get(name, parameter.shape)
 
+    @override
     @contextmanager
-    def _gathered_units(self, layer: LoRALayer) -> Iterator[None]:
+    def gathered_layer(self, layer: LoRALayer) -> Iterator[None]:
         units = [
             unit
             for unit in _units_of(self._model)
@@ -166,10 +167,6 @@ class FSDPLayout(Layout):
             yield
             for name in hidden:
                 del layer._parameters[name]
-
-    @override
-    def gathered_layer(self, layer: LoRALayer) -> AbstractContextManager[object]:
-        return self._gathered_units(layer)
 
     def _held_slices(self) -> dict[str, range]:
         """Return which elements of each trained parameter this process holds; the first call needs every process."""
