@@ -97,7 +97,8 @@ def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -
 
 def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> AttachReport:
     """Attach and load what the files say, or nothing at all."""
-    _, root, content = import_into(module, file, check_base=check_base)
+    content = import_into(module, file, check_base=check_base)
+    root = content.root
     with ExitStack() as undo:
         inside = AdaptedModel(root)
         if inside.layers:

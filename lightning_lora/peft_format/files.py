@@ -24,7 +24,7 @@ from lightning_lora.peft_format.directory import (
     TENSORS_FILE,
     write_tensors,
 )
-from lightning_lora.peft_format.export import Export, make_export
+from lightning_lora.peft_format.export import Export, ExportCollector
 from lightning_lora.peft_format.names import chosen_root, found_root
 from lightning_lora.sharding import is_sharded
 from lightning_lora.storage.atomic import replace_directory
@@ -120,7 +120,7 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
         return trained <= {id(tensor) for tensor in AdaptedModel(part).tensors.values()}
 
     root = found_root(module, holds_all) if export_root is None else chosen_root(module, export_root)
-    return make_export(module, *root)
+    return ExportCollector(module, *root).collect()
 
 
 def _base_name(root: nn.Module) -> str | None:

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
-from lightning_lora.names import join, listed
+from lightning_lora.names import join, listed, walk
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
@@ -84,7 +84,8 @@ def _read(
         if check_base:
             check_base_values(AdaptedModel(module), file.base)
         return file.tensors, {name: layer["scaling"] for name, layer in file.record["layers"].items()}
-    root_name, _, content = import_into(module, file, check_base=check_base)
+    content = import_into(module, file, check_base=check_base)
+    root_name = next(name for name, part in walk(module) if part is content.root)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
     for label, each in factors.items():
