@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.disk.base_folder import BaseFolder, find_names, module_paths
-from lightning_lora.fingerprint import Fingerprint, other_base, places, sample
+from lightning_lora.fingerprint import Fingerprint, base_problems, places, sample
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.loading import attach_entry, read_adapter
@@ -177,8 +177,8 @@ def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
         for name in recorded
         if (tensor := stored.get(name)) is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
     }
-    if message := other_base(recorded, found, "folder or file", override="--any-base"):
-        raise ValueError(message)
+    if problems := base_problems(recorded, found, "folder or file", override="--any-base"):
+        raise ValueError(problems[0])
     return len(found)
 
 

@@ -221,8 +221,8 @@ def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:
         raise
     except _UNREADABLE as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read; it may be truncated or something else. Nothing was changed. The reader "
-            f"said: {type(error).__name__}: {error}"
+            f"{str(path)!r} cannot be read; it may be truncated or in another format. Nothing was changed. The reader "
+            f"failed with {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         return found, ""

@@ -298,7 +298,7 @@ def _differences(
         yield f"{key}: missing from the file"
     for key, tensor in found.items():
         if key not in expected:
-            yield f"{key}: unexpected for this kind of layer with these use_dora and lora_bias"
+            yield f"{key}: not expected for this kind of layer with these use_dora and lora_bias"
         elif tuple(tensor.shape) != expected[key]:
             yield f"{key}: file {_shown(tensor)}, expected {expected[key]}"
         elif not tensor.is_floating_point() and (like is None or like[key].dtype != tensor.dtype):
