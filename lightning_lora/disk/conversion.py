@@ -125,7 +125,7 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
         base |= fingerprint({join(root, name): p for name, p in part.named_parameters() if name in repeated})
         _attach_bare(skeleton, _with_full_names(content, root))
         model = AdaptedModel(skeleton)
-        state = import_state(content, AdaptedModel(part), model)
+        state = import_state(content, model)
         if problems := mismatches(model.trained, state):
             raise ValueError("; ".join(problems))
         fill(skeleton, state)

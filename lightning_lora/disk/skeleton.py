@@ -196,7 +196,7 @@ def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
     put(skeleton, {name: _placeholder(mine[name]) for name in repeated})
     attach(skeleton, content.config)
     model = AdaptedModel(skeleton)
-    state = import_state(content, model, model)
+    state = import_state(content, model)
     return _fitted(skeleton, state, names, added={name: name.removeprefix(before) for name in added})
 
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 from lightning_lora.config import Bias
@@ -68,19 +68,19 @@ class PeftConfig:
         peft_version: The PEFT that wrote it, if it says so.
     """
 
-    rank: int = 8
-    alpha: float = 8.0
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    bias: Bias = "none"
-    dropout: float = 0.0
-    target_parameters: tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    trainable_token_indices: Tokens = ()
-    peft_version: tuple[int, ...] = ()
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    bias: Bias
+    dropout: float
+    target_parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: Tokens
+    peft_version: tuple[int, ...]
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a layer or parameter."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -157,10 +157,12 @@ class ExportCollector:
     def collect(self) -> Export:
         """Return it, with the reason for everything that PEFT cannot hold."""
         self._read_options()
+        attentions = [name for name, (part, _) in self.names.items() if isinstance(part, nn.MultiheadAttention)]
+        projections = {join(name, "out_proj") for name in attentions}
         for name, (part, _) in self.names.items():
             if isinstance(part, nn.MultiheadAttention):
                 self._add_attention(name, part)
-            elif isinstance(part, LoRALayer) and name not in self._projections():
+            elif isinstance(part, LoRALayer) and name not in projections:
                 self._add_layer(name, part)
         self._add_what_trains_in_full()
         self._refuse_what_is_left()
@@ -183,11 +185,6 @@ class ExportCollector:
         self.result.refused.setdefault(name or type(self.root).__name__, reason)
 
     # --- layers
-
-    def _projections(self) -> set[str]:
-        return {
-            join(name, "out_proj") for name, (part, _) in self.names.items() if isinstance(part, nn.MultiheadAttention)
-        }
 
     def _add_layer(self, name: str, layer: LoRALayer) -> None:
         adapters = layer.adapters()
@@ -279,17 +276,28 @@ class ExportCollector:
                 self._refuse(name, "PEFT does not save running statistics of frozen norms (frozen_norm='track')")
 
     def _refuse_unclear_names(self) -> None:
-        all_names = [alias for _, aliases in self.names.values() for alias in aliases]
         requests = dict.fromkeys((layer.name for layer in self.result.layers), "target_modules")
         requests |= dict.fromkeys(self.result.tokens, "trainable_token_indices")
         requests |= dict.fromkeys(self.result.saved, "modules_to_save")
         for name, option in requests.items():
-            aliases = self.names[name][1] if name else (name,)
-            for reason in _name_problems(
-                name, aliases, option=option, all_names=all_names, targets=self.result.targets()
-            ):
+            for reason in self._name_problems(name, option):
                 self._refuse(name, reason)
         self._refuse_unclear_parameters()
+
+    def _name_problems(self, name: str, option: str) -> Iterator[str]:
+        """Yield why PEFT would misunderstand a name in an option."""
+        aliases = self.names[name][1] if name else ()
+        if len(aliases) > 1:
+            names = ", ".join(aliases)
+            yield f"the model reaches it by {len(aliases)} names ({names}), and PEFT would replace the first"
+        if option == "target_modules":
+            return
+        every = (alias for _, aliases in self.names.values() for alias in aliases)
+        if other := next((each for each in every if each.endswith(name) and each != name), None):
+            yield f"PEFT matches {option} by the ends of names, and {other!r} has the same ending"
+        # PEFT leaves such layers out of target_modules.
+        if option == "modules_to_save" and any(f".{name}." in f".{target}." for target in self.result.targets()):
+            yield "layers inside it, or with its name, are adapted, and PEFT would skip them"
 
     def _refuse_unclear_parameters(self) -> None:
         mine = [layer for layer in self.result.layers if layer.by_parameter]
@@ -331,27 +339,3 @@ def _whole_update(layer: LoRALayer, parameter: str) -> Factors:
     )
     norms = torch.linalg.vector_norm(weight, dim=1) if first.spec.use_dora else None
     return placed([(adapter.index, factors_of(adapter)) for adapter in adapters], weight.shape[0], norms)
-
-
-def _name_problems(
-    name: str, aliases: Collection[str], *, option: str, all_names: Collection[str], targets: Collection[str]
-) -> Iterator[str]:
-    """Yield why PEFT would not understand a name as meant.
-
-    Args:
-        name: The module.
-        aliases: All its names.
-        option: What names it: ``"target_modules"``, or an option whose entries PEFT matches with the ends of names.
-        all_names: The names of all modules.
-        targets: The names of the adapted layers.
-    """
-    if len(aliases) > 1:
-        yield f"the model reaches it by {len(aliases)} names ({', '.join(aliases)}), and PEFT would replace the first"
-    if option == "target_modules":
-        return
-    others = [other for other in all_names if other.endswith(name) and other != name]
-    if others:
-        yield f"PEFT matches {option} by the ends of names, and {others[0]!r} has the same ending"
-    # PEFT leaves such layers out of target_modules.
-    if option == "modules_to_save" and any(f".{name}." in f".{target}." for target in targets):
-        yield "layers inside it, or with its name, are adapted, and PEFT would skip them"

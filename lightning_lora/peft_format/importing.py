@@ -313,14 +313,14 @@ def _shown(tensor: Tensor) -> str:
 # --- into a module's state
 
 
-def import_state(content: Import, root: AdaptedModel, model: AdaptedModel) -> dict[str, Tensor]:
+def import_state(content: Import, model: AdaptedModel) -> dict[str, Tensor]:
     """Return a file's values under the names of an adapted module's own state.
 
     Args:
         content: The file.
-        root: The adapted model that the file is for.
-        model: The module that holds it, or the same.
+        model: The module that holds the model that the file is for, or that model; it has the file's adapters.
     """
+    root = model if model.module is content.root else AdaptedModel(content.root)
     live = root.tensors if content.values else {}
     values: dict[int, Tensor] = {}
     for layer in content.layers:
