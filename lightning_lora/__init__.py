@@ -1,6 +1,7 @@
 """LoRA for any LightningModule, and for any PyTorch module.
 
-The public API is the names in ``__all__`` and in ``lightning_lora.analysis.__all__``. Everything else is private.
+The public API is the names in ``__all__`` and in ``lightning_lora.analysis.__all__``. So are the adapter base
+classes that ``docs/layers.md`` describes. Everything else is private.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.p
 5. ``LoRACallback.__bases__`` gains ``pytorch_lightning.Callback`` if that was imported before: its command line accepts
    only callbacks of its own.
 
-Changes to single objects are undone when a stage ends: wrapped methods of a module (``attaching.MethodWraps``). Only
+Changes to single objects are undone when a stage ends: wrapped methods of a module (``MethodWraps``). Only
 the methods of a strategy object that save and load stay replaced (``checkpoints.AdapterCheckpoints``).
 """
 
@@ -211,3 +211,35 @@ def _guard_loading(saving: ModuleType) -> None:
         return load_state
 
     _replace(saving, "_load_state", guarded)
+
+
+# --- methods of one module
+
+
+class MethodWraps:
+    """Wraps methods of modules until ``remove`` is called."""
+
+    def __init__(self) -> None:
+        self._wrapped: list[tuple[nn.Module, str]] = []
+
+    def after(self, module: nn.Module, name: str, afterwards: Callable[[Any], None]) -> None:
+        """Call ``afterwards(result)`` after each run of this method of the module."""
+        method = getattr(module, name)
+
+        @functools.wraps(method)  # keeps Lightning's is_overridden right
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            afterwards(result)
+            return result
+
+        setattr(module, name, wrapper)
+        self._wrapped.append((module, name))
+
+    def remove(self) -> None:
+        """Restore every method."""
+        for module, name in reversed(self._wrapped):
+            wrapper = vars(module).pop(name, None)
+            method = getattr(wrapper, "__wrapped__", None)
+            if method is not None and getattr(method, "__func__", None) is not getattr(type(module), name, None):
+                setattr(module, name, method)  # it was set on the instance before, as LightningCLI does
+        self._wrapped.clear()

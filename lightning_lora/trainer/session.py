@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Protocol
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.plugins.precision import (
+    DeepSpeedPrecision,
+    FSDPPrecision,
+    HalfPrecision,
+    MixedPrecision,
+    Precision,
+)
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_lora.attachment import request
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.attachment import get_attachment, request
 from lightning_lora.config import LoRAConfig
+from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
+from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import allow_missing_base
-from lightning_lora.surgery import freeze_norms, merge
-from lightning_lora.trainer.attaching import Attaching, MethodWraps
+from lightning_lora.storage.checkpoint import saved_options
+from lightning_lora.surgery import attach, detach, freeze_norms, merge
 from lightning_lora.trainer.checkpoints import adapter_checkpoints
-from lightning_lora.trainer.checks import GradientCheck, check_before_training, check_trained, has_callback
+from lightning_lora.trainer.checks import (
+    GradientCheck,
+    check_before_training,
+    check_trained,
+    has_averaging,
+    has_callback,
+)
 from lightning_lora.trainer.diagnostics import FitDiagnostics
 from lightning_lora.trainer.export import check_exportable, export_fit
-from lightning_lora.trainer.hints import warn_of_suspicious_settings
-from lightning_lora.trainer.lightning_patches import chosen_checkpoint, overrides
+from lightning_lora.trainer.hints import Coverage, coverage, warn_of_suspicious_settings
+from lightning_lora.trainer.lightning_patches import (
+    MethodWraps,
+    chosen_checkpoint,
+    chosen_record,
+    overrides,
+    with_twins,
+)
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 from lightning_lora.trainer.warm_start import start_from
+
+# These convert later, since factors keep their own precision. Float64 cannot: a checkpoint would lose bits before.
+_CONVERT_LATER = (DeepSpeedPrecision, FSDPPrecision, HalfPrecision, MixedPrecision, Precision)
 
 
 class Options(Protocol):
@@ -45,7 +73,6 @@ class FitSession:
         layout: How the strategy distributes what is trained.
         gradients: The check of the first step, once training has begun.
         diagnostics: What measures the adapters, once training has begun and if asked for.
-        is_probed: Whether the probe has run.
 
     Args:
         options: The callback.
@@ -64,24 +91,84 @@ class FitSession:
         self.layout = checkpoints.layout
         self.gradients: GradientCheck | None = None
         self.diagnostics: FitDiagnostics | None = None
-        self.is_probed = False
-        self._has_succeeded = False
-        self._attaching = Attaching(options.config, self.layout, self._begin, is_fit=is_fit)
+        self._config, self._seed = options.config, int(os.environ.get("PL_GLOBAL_SEED", "0"))  # of seed_everything
+        # Evaluating without options takes any adapters: those of the checkpoint, or those that are attached.
+        self._takes_any = not is_fit and options.config == LoRAConfig()
+        self._is_first = get_attachment(module) is None
+        self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
+        self._is_probed, self._has_succeeded = False, False
         self._wraps = MethodWraps()
         self._load_hook: Any = module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
         )
 
+    # --- attaching: late enough for the module's layers, early enough for the strategy
+
     def attach(self) -> None:
         """Attach, or arrange to attach once the layers exist; to train, also prepare ``configure_optimizers``."""
+        module = self.module
         if self._is_fit:
             self.layout.check_fit(with_diagnostics=bool(self.options.diagnostics_every_n_steps))
-            self._wraps.after(self.module, "configure_optimizers", self._repair_optimizers)
-        self._attaching.arrange(self.trainer, self.module, self._wraps)
+            self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
+        model = AdaptedModel(module)
+        if not self._is_fit and model.merges and not model.layers:
+            return  # evaluating a merged model: the adapter is in its weights
+        if self._takes_any:
+            self._take_saved_options()
+        request(module, *self._wanted())  # for attach(self) in configure_model
+        self.layout.before_wrapping = None
+        if overrides(module, "configure_model"):
+            self.layout.before_wrapping = self._attach_before_wrapping
+            self._wraps.after(module, "configure_model", self._attach_now)
+        elif overrides(module, "setup") and not has_averaging(self.trainer):
+            self._wraps.after(module, "setup", self._attach_now)  # it may build layers or load base weights
+        else:
+            self._attach_now()
 
-    def _begin(self, module: LightningModule) -> None:
+    def _take_saved_options(self) -> None:
+        """Take the options from the checkpoint that is about to be loaded, if there is one."""
+        saved, before = saved_options(chosen_record(self.trainer)), get_attachment(self.module)
+        if saved is None:
+            return
+        is_wrapped = any(is_fully_sharded(part) for part in self.module.modules())
+        if before is not None and before.config == self._config != saved[0] and not is_wrapped:
+            detach(self.module)  # what an earlier stage attached by default
+        self._config, self._seed = saved
+        rank_zero_info("LoRA: rank, targets and all other options come from the checkpoint.")
+
+    def _wanted(self) -> tuple[LoRAConfig, int]:
+        """Return the config and the seed to attach with: those of present adapters, if any will do."""
+        before = get_attachment(self.module)
+        if before is None:
+            return self._config, self._seed
+        return before.config if self._takes_any else self._config, before.seed
+
+    def _attach_before_wrapping(self) -> None:
+        if get_attachment(self.module) is None:
+            raise RuntimeError(
+                f"{type(self.module).__name__}.configure_model wraps parts of itself before it has adapters; adapters "
+                "that come later would not be synchronised between processes. Build all layers, call "
+                "lightning_lora.attach(self), then wrap."
+            )
+        self._attach_now()
+
+    def _attach_now(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
+        module, (config, seed), before = self.module, self._wanted(), get_attachment(self.module)
+        if before is not None and (before.config, before.seed) == (config, seed) and _is_flattened(module):
+            self.layout.attached(module)  # nothing more can be attached
+            return
+        _convert_layers(module.trainer.precision_plugin, module)
+        report = attach(module, config, seed=seed)
+        self._coverage = coverage(module)
+        self.layout.attached(module)
+        if self._is_first:
+            self._is_first = False
+            rank_zero_info(f"{report}")
+            self._begin()
+
+    def _begin(self) -> None:
         """Start from another adapter, and refuse what could not be exported later."""
-        path = self.options.init_from
+        module, path = self.module, self.options.init_from
         if path is not None and chosen_checkpoint(self.trainer) is None:
             with gathered_parameters(module):
                 start = start_from(module, path, check_base=self.options.check_base)
@@ -89,16 +176,18 @@ class FitSession:
         if self.options.export_dir is not None and self._is_fit:
             check_exportable(module, self.layout)
 
-    def _repair_optimizers(self, module: LightningModule, configured: Any) -> None:
+    # --- training
+
+    def _repair_optimizers(self, configured: Any) -> None:
         """Give the adapters to the optimizers that ``configure_optimizers`` has returned, and take the base away."""
         optimizers, schedulers = unpack_configured(configured)
         if not optimizers:
             return
         try:
-            repair_optimizers(module, optimizers, schedulers, lr_ratio=self.options.lr_ratio)
+            repair_optimizers(self.module, optimizers, schedulers, lr_ratio=self.options.lr_ratio)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        self.layout.configured(module, optimizers)
+        self.layout.configured(self.module, optimizers)
         for index, optimizer in enumerate(optimizers):
             if not any(group["params"] for group in optimizer.param_groups):
                 rank_zero_warn(
@@ -112,11 +201,11 @@ class FitSession:
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._attaching.coverage)
+        warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""
-        self.gradients, self.is_probed = GradientCheck(self.module, self.layout), False
+        self.gradients, self._is_probed = GradientCheck(self.module, self.layout), False
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
         if self.options.lr_ratio != 1.0 and has_callback(self.trainer, LearningRateFinder):
@@ -127,9 +216,9 @@ class FitSession:
 
     def probe(self, batch: Any) -> None:
         """Prove on the first batch of a training that every adapter has an effect."""
-        if self.is_probed:
+        if self._is_probed:
             return
-        self.is_probed = True
+        self._is_probed = True
         if not overrides(self.module, "forward"):
             raise MisconfigurationException(
                 f"LoRACallback.probe=True calls {type(self.module).__name__}.forward with the first batch, but forward "
@@ -163,3 +252,32 @@ class FitSession:
         if self.options.merge_on_teardown:
             merge(self.module, whole=self.layout.gathered_layer)
             rank_zero_info("LoRA: adapters merged into the weights.")
+
+
+def _is_flattened(module: nn.Module) -> bool:
+    """Return whether FSDP has made units in a module, so that its tensors cannot be read."""
+    return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+
+
+def _convert_layers(plugin: Precision, module: LightningModule) -> None:
+    """Let plugins such as bitsandbytes and TransformerEngine replace layers before attaching.
+
+    Lightning converts later, when the layers carry adapters, which would be lost. Such plugins leave a converted module
+    alone, so the second time changes nothing.
+
+    Raises:
+        MisconfigurationException: The plugin replaces layers that carry adapters already. Nothing was changed.
+    """
+    if type(plugin) in with_twins(*_CONVERT_LATER):
+        return
+    before = [(part, dict(part._modules)) for part in module.modules()]
+    adapted = AdaptedModel(module).layers
+    plugin.convert_module(module)
+    there = set(module.modules())
+    if lost := [name for name, layer in adapted.items() if layer not in there]:
+        for part, children in before:
+            part._modules.update(children)
+        raise MisconfigurationException(
+            f"{type(plugin).__name__} replaces {listed(lost)}, which carry adapters already; the adapters would be "
+            "lost. Leave attaching to LoRACallback, which has the layers replaced first."
+        )
