@@ -21,7 +21,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.fingerprint import fingerprint, other_base, samples
+from lightning_lora.fingerprint import base_problems, fingerprint, samples
 
 WIDTH, HIDDEN, LAYERS, VOCABULARY, ROUNDS = 2048, 5632, 22, 32000, 9
 
@@ -66,7 +66,7 @@ def main() -> None:
 
         loading = seconds(load)
     recorded = fingerprint(AdaptedModel(model).base)
-    comparing = seconds(lambda: other_base(recorded, samples(AdaptedModel(model).base, recorded), "model"))
+    comparing = seconds(lambda: base_problems(recorded, samples(AdaptedModel(model).base, recorded), "model"))
     attach(model, LoRAConfig(rank=16))
     taking = seconds(lambda: fingerprint(AdaptedModel(model).base))
     tensors = AdaptedModel(model).base

@@ -94,10 +94,10 @@ def places(shape: Collection[int]) -> list[int]:
     return [int((k * _GOLDEN) % 1.0 * count) for k in range(1, _ELEMENTS + 1)]
 
 
-def other_base(
+def base_problems(
     recorded: Fingerprint, found: Fingerprint, what: str, *, override: str = "check_base=False"
-) -> str | None:
-    """Return how a base differs from the one that an adapter was trained on, and the remedy, or None.
+) -> list[str]:
+    """Return how a base differs from the one that an adapter was trained on, in one sentence if it does.
 
     Args:
         recorded: The fingerprint in the adapter's file.
@@ -112,11 +112,11 @@ def other_base(
         if not _is_same(recorded[name], found[name])
     ]
     if not differing:
-        return None
-    return (
+        return []
+    return [
         f"The adapter was trained on a different base than this {what}: {len(differing)} of {len(shared)} compared "
         f"tensors differ, first {listed(differing, 3)}. Load the base it was trained on; {override} accepts any base."
-    )
+    ]
 
 
 def _is_same(one: Sample, other: Sample) -> bool:

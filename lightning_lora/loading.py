@@ -97,22 +97,22 @@ def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -
 
 def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> AttachReport:
     """Attach and load what the files say, or nothing at all."""
-    _, root, content = import_into(module, file, check_base=check_base)
+    content = import_into(module, file, check_base=check_base)
+    root = content.root
     with ExitStack() as undo:
-        inside = AdaptedModel(root)
-        if inside.layers:
-            _check_same_adapters(root, content, inside.adapters)
+        before = AdaptedModel(root)
+        if before.layers:
+            _check_same_adapters(content, before.adapters)
         else:
             attach(root, content.config)
             undo.callback(detach, root)
-            inside = AdaptedModel(root)
         model = AdaptedModel(module)
-        copy_adapter_state(model, import_state(content, inside, model))
+        copy_adapter_state(model, import_state(content, model))
         undo.pop_all()
     return (get_attachment(root) or model.roots[0].attachment).report
 
 
-def _check_same_adapters(root: nn.Module, content: Import, adapters: Mapping[str, Adapter]) -> None:
+def _check_same_adapters(content: Import, adapters: Mapping[str, Adapter]) -> None:
     """Refuse a file whose adapters differ from those that the model already has."""
     wanted: dict[str, tuple[Any, ...]] = {
         layer.label: (layer.factors.rank, layer.factors.scaling) for layer in content.layers
@@ -122,8 +122,8 @@ def _check_same_adapters(root: nn.Module, content: Import, adapters: Mapping[str
     if different := sorted(name for name in wanted.keys() | mine.keys() if wanted.get(name) != mine.get(name)):
         shown = [f"{name} (file {wanted.get(name)}, here {mine.get(name)})" for name in different]
         raise ValueError(
-            f"This {type(root).__name__} already has adapters, and their layers, ranks or scalings differ from the "
-            f"file's: {listed(shown)}. Nothing was changed. Call detach first."
+            f"This {type(content.root).__name__} already has adapters, and their layers, ranks or scalings differ from "
+            f"the file's: {listed(shown)}. Nothing was changed. Call detach first."
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
-from lightning_lora.fingerprint import Fingerprint, other_base, samples
+from lightning_lora.fingerprint import Fingerprint, base_problems, samples
 from lightning_lora.names import clean_name, join, listed, near_names
 
 FORMAT_VERSION = 1
@@ -138,8 +138,8 @@ def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Modul
     """
     if recorded:
         base = model.base if part is None else base_parameters(part, model.trained)
-        if message := other_base(recorded, samples(base, recorded), type(part or model.module).__name__):
-            raise ValueError(f"{message} Nothing was changed.")
+        if problems := base_problems(recorded, samples(base, recorded), type(part or model.module).__name__):
+            raise ValueError(f"{problems[0]} Nothing was changed.")
 
 
 def describe(module: nn.Module) -> dict[str, Any]:

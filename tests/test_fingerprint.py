@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, merge, merged, save_adapter
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.cli import main
-from lightning_lora.fingerprint import digest, fingerprint, from_plain, other_base, places, samples, to_plain
+from lightning_lora.fingerprint import base_problems, digest, fingerprint, from_plain, places, samples, to_plain
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from lightning_lora.trainer.warm_start import start_from
 from tests.contract import raises_and_changes_nothing, train_all
@@ -32,7 +32,7 @@ def of(module: nn.Module) -> Any:
 
 
 def refusal(module: nn.Module, recorded: Any) -> str | None:
-    return other_base(recorded, samples(AdaptedModel(module).base, recorded), "model")
+    return next(iter(base_problems(recorded, samples(AdaptedModel(module).base, recorded), "model")), None)
 
 
 class Other(Toy):

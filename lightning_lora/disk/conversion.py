@@ -19,7 +19,7 @@ from lightning_lora.layers import adapter_of_kind
 from lightning_lora.names import join, listed, matches
 from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import PeftFile, read_directory
-from lightning_lora.peft_format.files import exported, write_export
+from lightning_lora.peft_format.files import below, exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.state import describe, mismatches, record_problems
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredWeight, damage_named
@@ -62,8 +62,7 @@ def export_checkpoint(
         skeleton = _skeleton_of_checkpoint(file)
         root = _common_root(AdaptedModel(skeleton).trained) if root is None else root
         export = exported(skeleton, root)
-    export.is_partial, before = True, f"{root}." if root else ""
-    base = {name.removeprefix(before): each for name, each in file.base.items() if name.startswith(before)}
+    export.is_partial, base = True, below(file.base, export.root_name)
     write_export(export, directory, base_model_name_or_path, base, uniform_rank=uniform_rank)
     return sorted(layer.name for layer in export.layers)
 
@@ -75,7 +74,7 @@ def _check_exportable(file: CheckpointFile) -> None:
     if any(each.get("rows") for each in file.record["layers"].values()) and any(each.use_dora for each in configs):
         raise ValueError(f"DoRA on slices needs the norms of the base's other rows. {_REMEDY}")
     if any(each.frozen_norm == "track" for each in configs) and any(n.endswith(_STATISTICS) for n in file.tensors):
-        raise ValueError("PEFT saves no running statistics of frozen norms (frozen_norm='track').")
+        raise ValueError("PEFT does not save running statistics of frozen norms (frozen_norm='track').")
 
 
 def _skeleton_of_checkpoint(file: CheckpointFile) -> nn.Module:
@@ -126,7 +125,7 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
         base |= fingerprint({join(root, name): p for name, p in part.named_parameters() if name in repeated})
         _attach_bare(skeleton, _with_full_names(content, root))
         model = AdaptedModel(skeleton)
-        state = import_state(content, AdaptedModel(part), model)
+        state = import_state(content, model)
         if problems := mismatches(model.trained, state):
             raise ValueError("; ".join(problems))
         fill(skeleton, state)

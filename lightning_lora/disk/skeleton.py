@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.disk.base_folder import BaseFolder, find_names, module_paths
-from lightning_lora.fingerprint import Fingerprint, other_base, places, sample
+from lightning_lora.fingerprint import Fingerprint, base_problems, places, sample
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.loading import attach_entry, read_adapter
@@ -175,8 +175,8 @@ def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
         for name in recorded
         if (tensor := stored.get(name)) is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
     }
-    if message := other_base(recorded, found, "folder or file", override="--any-base"):
-        raise ValueError(message)
+    if problems := base_problems(recorded, found, "folder or file", override="--any-base"):
+        raise ValueError(problems[0])
     return len(found)
 
 
@@ -194,7 +194,7 @@ def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
     put(skeleton, {name: _placeholder(mine[name]) for name in repeated})
     attach(skeleton, content.config)
     model = AdaptedModel(skeleton)
-    state = import_state(content, model, model)
+    state = import_state(content, model)
     return _fitted(skeleton, state, names, {name: name.removeprefix(before) for name in added}, [])
 
 

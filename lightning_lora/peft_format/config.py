@@ -6,11 +6,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast, get_args
+from dataclasses import dataclass
+from typing import Any, cast, get_args
 
-from lightning_lora.config import Bias, LoRAConfig
-from lightning_lora.names import listed
+from lightning_lora.config import Bias
+from lightning_lora.peft_format.factors import Factors
 
 # Options under which PEFT computes something else than LoRA does, or changes the base model while it loads.
 _OTHER_METHODS = (
@@ -26,25 +26,11 @@ _OTHER_METHODS = (
     "velora_config",
 )
 # Options that decide where PEFT adapts and how it starts: the tensors say where, and they replace the start.
-_WITHOUT_MEANING_HERE = (
+_WITHOUT_MEANING_HERE = {
     *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules", "fan_in_fan_out"),
     *("inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_ga_config", "megatron_core"),
     *("qalora_group_size", "revision", "runtime_config", "target_modules", "task_type"),
-)
-_UNDERSTOOD = (
-    *("alpha_pattern", "bias", "init_lora_weights", "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save"),
-    *(
-        "peft_type",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "target_parameters",
-        "trainable_token_indices",
-        "use_dora",
-        "use_rslora",
-    ),
-)
-_KNOWN = frozenset((*_OTHER_METHODS, *_WITHOUT_MEANING_HERE, *_UNDERSTOOD))
+}
 _STARTS_THAT_LEAVE_THE_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 # A pattern that repeats groups, or repeats often, can take the regular expression engine for ever.
@@ -82,19 +68,19 @@ class PeftConfig:
         peft_version: The PEFT that wrote it, if it says so.
     """
 
-    rank: int = 8
-    alpha: float = 8.0
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
-    bias: Bias = "none"
-    dropout: float = 0.0
-    target_parameters: tuple[str, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
-    trainable_token_indices: Tokens = ()
-    peft_version: tuple[int, ...] = ()
+    rank: int
+    alpha: float
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    bias: Bias
+    dropout: float
+    target_parameters: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: Tokens
+    peft_version: tuple[int, ...]
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a layer or parameter."""
@@ -138,14 +124,13 @@ def parse_config(options: object) -> tuple[PeftConfig, list[str]]:
     """
     if not isinstance(options, dict):
         raise ValueError(f"it holds a {type(options).__name__}, not an object of options")
-    if options.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type={options.get('peft_type')!r}; only 'LORA' adapters can be loaded")
     reader = _Reader(options)
+    if (kind := reader.take("peft_type")) != "LORA":
+        raise ValueError(f"peft_type={kind!r}; only 'LORA' adapters can be loaded")
     config = reader.config()
-    reader.problems += [
-        f"{name}={options[name]!r} is not supported by lightning_lora" for name in _OTHER_METHODS if options.get(name)
-    ]
-    start = options.get("init_lora_weights")
+    others = {name: value for name in _OTHER_METHODS if (value := reader.take(name))}
+    reader.problems += [f"{name}={value!r} is not supported by lightning_lora" for name, value in others.items()]
+    start = reader.take("init_lora_weights")
     if not any(start is known or start == known for known in _STARTS_THAT_LEAVE_THE_BASE):
         reader.problems.append(
             f"init_lora_weights={start!r} changes the base model when PEFT loads the adapter; convert it to plain LoRA "
@@ -153,34 +138,37 @@ def parse_config(options: object) -> tuple[PeftConfig, list[str]]:
         )
     if reader.problems:
         raise ValueError("; ".join(reader.problems))
-    return config, sorted(str(name) for name in options.keys() - _KNOWN if options[name])
+    return config, sorted(name for name, value in reader.left.items() if value and name not in _WITHOUT_MEANING_HERE)
 
 
 class _Reader:
-    """Reads options one by one and collects the problems."""
+    """Takes options one by one and collects the problems; ``left`` are those that nothing has asked for."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self.options = options
+        self.left = dict(options)
         self.problems: list[str] = []
 
+    def take(self, name: str, default: Any = None) -> Any:
+        return self.left.pop(name, default)
+
     def config(self) -> PeftConfig:
-        bias = self.options.get("bias", "none")
+        bias = self.take("bias", "none")
         if bias not in get_args(Bias):
             self.problems.append(f"bias={bias!r} must be one of {', '.join(map(repr, get_args(Bias)))}")
         return PeftConfig(
-            rank=int(self._number("r", self.options.get("r", 8), whole=True)),
-            alpha=self._number("lora_alpha", self.options.get("lora_alpha", 8)),
+            rank=int(self._number("r", self.take("r", 8), whole=True)),
+            alpha=self._number("lora_alpha", self.take("lora_alpha", 8)),
             rank_pattern={k: int(v) for k, v in self._pattern("rank_pattern", whole=True)},
             alpha_pattern=dict(self._pattern("alpha_pattern", whole=False)),
             use_rslora=self._flag("use_rslora"),
             use_dora=self._flag("use_dora"),
             lora_bias=self._flag("lora_bias"),
             bias=bias,
-            dropout=self._number("lora_dropout", self.options.get("lora_dropout", 0.0), least=0.0, below=1.0),
+            dropout=self._number("lora_dropout", self.take("lora_dropout", 0.0), least=0.0, below=1.0),
             target_parameters=self._names("target_parameters"),
             modules_to_save=self._names("modules_to_save"),
             trainable_token_indices=self._tokens("trainable_token_indices"),
-            peft_version=_version(self.options.get("peft_version")),
+            peft_version=_version(self.take("peft_version")),
         )
 
     def _number(
@@ -195,13 +183,13 @@ class _Reader:
         return 1
 
     def _flag(self, name: str) -> bool:
-        value = self.options.get(name, False)
+        value = self.take(name, False)
         if not isinstance(value, bool):
             self.problems.append(f"{name} must be true or false, not {_shown(value)}")
         return bool(value)
 
     def _names(self, name: str) -> tuple[str, ...]:
-        value = self.options.get(name) or ()
+        value = self.take(name) or ()
         if isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value):
             return tuple(sorted(value))
         if value:
@@ -209,7 +197,7 @@ class _Reader:
         return ()
 
     def _pattern(self, name: str, *, whole: bool) -> Iterator[tuple[str, float]]:
-        value = self.options.get(name) or {}
+        value = self.take(name) or {}
         if not isinstance(value, dict):
             self.problems.append(f"{name} must map names to numbers, not {_shown(value)}")
             return
@@ -220,7 +208,7 @@ class _Reader:
                 yield key, self._number(f"{name}[{key!r}]", number, whole=whole)
 
     def _tokens(self, name: str) -> Tokens:
-        value = self.options.get(name) or ()
+        value = self.take(name) or ()
         if isinstance(value, dict):
             return {str(key): self._token_list(f"{name}[{key!r}]", tokens) for key, tokens in value.items()}
         return self._token_list(name, value) if value else ()
@@ -255,38 +243,22 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def unknown_options_message(names: Sequence[str]) -> str:
-    """Return the warning for options that were added to PEFT after this was written."""
-    return (
-        f"adapter_config.json has unknown options, which are ignored: {listed(names)}. If they change what the "
-        "adapter computes, its output differs here."
-    )
-
-
 # --- resolved numbers and names as options
 
 
-class Scaled(NamedTuple):
-    """A layer's or parameter's resolved rank and scaling."""
-
-    name: str
-    rank: int
-    scaling: float
-
-
-def numbers_for(layers: Sequence[Scaled], *, use_rslora: bool) -> dict[str, Any]:
+def numbers_for(layers: Mapping[str, Factors], *, use_rslora: bool) -> dict[str, Any]:
     """Return the options from which PEFT resolves exactly these ranks and scalings.
 
     The most common rank and alpha are the defaults; layers that differ get a pattern that matches them alone.
     """
-    alphas = {layer.name: alpha_for(layer.scaling, layer.rank, use_rslora=use_rslora) for layer in layers}
-    rank = _most_common([layer.rank for layer in layers], 8)
+    alphas = {name: alpha_for(each.scaling, each.rank, use_rslora=use_rslora) for name, each in layers.items()}
+    rank = _most_common([each.rank for each in layers.values()], 8)
     alpha = _most_common(list(alphas.values()), 8)
     return {
         "r": rank,
         "lora_alpha": _plain(alpha),
         "use_rslora": use_rslora,
-        "rank_pattern": {anchored(layer.name): layer.rank for layer in layers if layer.rank != rank},
+        "rank_pattern": {anchored(name): each.rank for name, each in layers.items() if each.rank != rank},
         "alpha_pattern": {anchored(name): _plain(each) for name, each in alphas.items() if each != alpha},
     }
 
@@ -327,22 +299,3 @@ def _most_common(values: Sequence[Any], default: Any) -> Any:
 
 def _plain(number: float) -> float:
     return int(number) if float(number).is_integer() else number
-
-
-def lora_config(config: PeftConfig, layers: Sequence[Scaled], **options: Any) -> LoRAConfig:
-    """Return our config for layers of these ranks and scalings, with the options that both sides share.
-
-    Raises:
-        ValueError: A value is invalid here.
-    """
-    numbers = numbers_for(layers, use_rslora=config.use_rslora)
-    return LoRAConfig(
-        rank=numbers["r"],
-        alpha=numbers["lora_alpha"],
-        rank_pattern=numbers["rank_pattern"],
-        alpha_pattern=numbers["alpha_pattern"],
-        use_rslora=config.use_rslora,
-        use_dora=config.use_dora,
-        lora_bias=config.lora_bias,
-        **options,
-    )

@@ -18,13 +18,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_lora.fingerprint import Fingerprint, Sample, from_plain, to_plain
+from lightning_lora.names import listed
 from lightning_lora.peft_format.config import (
     KNOWN_ORDER,
     LAST_KNOWN_PEFT,
     TIMES_PEFT_ADDS_OUT_PROJ,
     PeftConfig,
     parse_config,
-    unknown_options_message,
 )
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight
@@ -198,7 +198,11 @@ def _read_config(path: Path) -> tuple[dict[str, Any], PeftConfig]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} cannot be loaded as a config: {error}. Nothing was changed.") from error
     if unknown:
-        warnings.warn(unknown_options_message(unknown), stacklevel=4)
+        warnings.warn(
+            f"adapter_config.json has unknown options, which are ignored: {listed(unknown)}. If they change what the "
+            "adapter computes, its output differs here.",
+            stacklevel=4,
+        )
     return options, config
 
 
@@ -217,8 +221,8 @@ def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:
         raise
     except _UNREADABLE as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read; it may be truncated or something else. Nothing was changed. The reader "
-            f"said: {type(error).__name__}: {error}"
+            f"{str(path)!r} cannot be read; it may be truncated or in another format. Nothing was changed. The reader "
+            f"failed with {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         return found, ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,36 +18,11 @@ from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.config import (
     LAST_KNOWN_PEFT_TEXT,
     TIMES_PEFT_ADDS_OUT_PROJ,
-    Scaled,
     numbers_for,
     targets_for,
 )
-from lightning_lora.peft_format.factors import Factors, Geometry, factors_of, no_update, placed, to_file
+from lightning_lora.peft_format.factors import Factors, Geometry, PeftLayer, factors_of, placed, to_file
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, live_path, tensors_in_full
-
-
-class ExportedLayer(NamedTuple):
-    """One update as PEFT sees it.
-
-    Attributes:
-        name: The layer's name.
-        target: The name that PEFT's patterns are matched with: the layer's, or the parameter's.
-        module: The layer.
-        adapter: The kind of adapter.
-        parameter: The updated parameter.
-        by_parameter: Whether ``target_parameters`` names it.
-        geometry: The sizes that decide the factors' shapes.
-        factors: The update.
-    """
-
-    name: str
-    target: str
-    module: nn.Module
-    adapter: type[Adapter]
-    parameter: str
-    by_parameter: bool
-    geometry: Geometry
-    factors: Factors
 
 
 @dataclass
@@ -66,7 +42,7 @@ class Export:
 
     root: nn.Module
     root_name: str
-    layers: list[ExportedLayer] = field(default_factory=list)
+    layers: list[PeftLayer] = field(default_factory=list)
     tokens: dict[str, TokenAdapter] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
@@ -88,10 +64,7 @@ class Export:
 
     def numbers(self) -> dict[str, Any]:
         """Return the options that decide ranks and scalings."""
-        layers = {
-            layer.target: Scaled(layer.target, layer.factors.rank, layer.factors.scaling) for layer in self.layers
-        }
-        return numbers_for([layers[name] for name in sorted(layers)], use_rslora=self.use_rslora)
+        return numbers_for({layer.target: layer.factors for layer in self.layers}, use_rslora=self.use_rslora)
 
     def targets(self) -> list[str]:
         """Return the names of the layers that ``target_modules`` names."""
@@ -141,10 +114,13 @@ class Export:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what ``adapter_model.safetensors`` holds, in the order of the keys."""
-        wrappers = self._wrappers()
+        wrappers = Counter(layer.name for layer in self.layers)  # how often PEFT will have wrapped each module
+        left = Counter(wrappers)
         found: dict[str, Tensor] = {}
-        for layer, wrapped in self._by_depth(wrappers):
-            found |= to_file(wrapped, layer.factors, layer.geometry)
+        for layer in self.layers:  # of several on one module, PEFT wraps the first registered innermost
+            left[layer.name] -= 1
+            path = live_path(layer.name, wrappers) + ".base_layer" * left[layer.name]
+            found |= to_file(path, layer.factors, Geometry.of(layer.adapter, layer.module, layer.parameter))
         for name, adapter in self.tokens.items():
             found[name + TOKENS_SUFFIX] = adapter.rows
         for name, module in self.saved.items():
@@ -153,20 +129,6 @@ class Export:
         # Copies, since a file cannot hold one tensor twice.
         return {PREFIX + key: found[key].detach().cpu().clone().contiguous() for key in sorted(found)}
 
-    def _wrappers(self) -> dict[str, int]:
-        """Return how often PEFT will have wrapped each module."""
-        count: dict[str, int] = {}
-        for layer in self.layers:
-            count[layer.name] = count.get(layer.name, 0) + 1
-        return count
-
-    def _by_depth(self, wrappers: Mapping[str, int]) -> Iterator[tuple[ExportedLayer, str]]:
-        """Yield each update with its place: of several on one module, PEFT wraps the first registered innermost."""
-        left = dict(wrappers)
-        for layer in self.layers:
-            left[layer.name] -= 1
-            yield layer, live_path(layer.name, wrappers) + ".base_layer" * left[layer.name]
-
 
 def _base_names(root: nn.Module) -> list[str]:
     """Return the first names of all modules of the base, without the adapters."""
@@ -174,18 +136,15 @@ def _base_names(root: nn.Module) -> list[str]:
     return [name for name, (part, _) in module_names(root).items() if name and id(part) not in own]
 
 
-def make_export(module: nn.Module, root_name: str, root: nn.Module) -> Export:
-    """Return what an adapted module's PEFT directory will hold.
+class ExportCollector:
+    """Collects what an adapted module's PEFT directory will hold.
 
     Args:
         module: The module that holds all that was trained.
         root_name: The name in it of the model to which names are relative.
         root: That model.
     """
-    return _Collector(module, root_name, root).collect()
 
-
-class _Collector:
     def __init__(self, module: nn.Module, root_name: str, root: nn.Module) -> None:
         self.model, self.root = AdaptedModel(module), root
         self.result = Export(root, root_name)
@@ -196,11 +155,14 @@ class _Collector:
         self.done: set[int] = set()
 
     def collect(self) -> Export:
+        """Return it, with the reason for everything that PEFT cannot hold."""
         self._read_options()
+        attentions = [name for name, (part, _) in self.names.items() if isinstance(part, nn.MultiheadAttention)]
+        projections = {join(name, "out_proj") for name in attentions}
         for name, (part, _) in self.names.items():
             if isinstance(part, nn.MultiheadAttention):
                 self._add_attention(name, part)
-            elif isinstance(part, LoRALayer) and name not in self._projections():
+            elif isinstance(part, LoRALayer) and name not in projections:
                 self._add_layer(name, part)
         self._add_what_trains_in_full()
         self._refuse_what_is_left()
@@ -224,11 +186,6 @@ class _Collector:
 
     # --- layers
 
-    def _projections(self) -> set[str]:
-        return {
-            join(name, "out_proj") for name, (part, _) in self.names.items() if isinstance(part, nn.MultiheadAttention)
-        }
-
     def _add_layer(self, name: str, layer: LoRALayer) -> None:
         adapters = layer.adapters()
         self._mark(layer.lora)
@@ -240,16 +197,12 @@ class _Collector:
             return
         for parameter in _in_order(layer):
             adapter = type(_adapters_of(layer, parameter)[0])
-            by_parameter = issubclass(adapter, ParameterAdapter)
+            target = join(name, parameter) if issubclass(adapter, ParameterAdapter) else name
             if reason := self._obstacle(layer, adapter, parameter):
-                self._refuse(join(name, parameter) if by_parameter else name, reason)
+                self._refuse(target, reason)
                 continue
-            target = join(name, parameter) if by_parameter else name
-            geometry = Geometry.of(adapter, layer, parameter)
             factors = _whole_update(layer, parameter)
-            self.result.layers.append(
-                ExportedLayer(name, target, layer, adapter, parameter, by_parameter, geometry, factors)
-            )
+            self.result.layers.append(PeftLayer(name, target, layer, adapter, parameter, factors))
 
     def _obstacle(self, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
         options = {"use_dora": self.result.use_dora, "lora_bias": self.result.lora_bias}
@@ -274,12 +227,10 @@ class _Collector:
                 updates[place] = factors._replace(scaling=factors.scaling / TIMES_PEFT_ADDS_OUT_PROJ)
         first, rank = next(iter(updates.values())), max(factors.rank for factors in updates.values())
         for (path, parameter), projection in parts.items():
-            geometry = Geometry(*base_parameter(projection, parameter).shape)
-            factors = updates.get((path, parameter)) or no_update(geometry, rank, first.scaling, first.A)
-            factors = factors.padded(rank).rescaled(first.scaling)
-            self.result.layers.append(
-                ExportedLayer(path, name, projection, ParameterAdapter, parameter, False, geometry, factors)
-            )
+            height, width = base_parameter(projection, parameter).shape
+            zero = Factors(first.A.new_zeros(rank, width), first.A.new_zeros(height, rank), first.scaling)
+            factors = updates.get((path, parameter), zero).padded(rank).rescaled(first.scaling)
+            self.result.layers.append(PeftLayer(path, name, projection, ParameterAdapter, parameter, factors))
 
     def _add_tokens(self, name: str, layer: LoRALayer, adapter: TokenAdapter) -> None:
         followers = [other for other, each in self.layers.items() if each.lora is adapter and other != name]
@@ -325,17 +276,28 @@ class _Collector:
                 self._refuse(name, "PEFT does not save running statistics of frozen norms (frozen_norm='track')")
 
     def _refuse_unclear_names(self) -> None:
-        all_names = [alias for _, aliases in self.names.values() for alias in aliases]
         requests = dict.fromkeys((layer.name for layer in self.result.layers), "target_modules")
         requests |= dict.fromkeys(self.result.tokens, "trainable_token_indices")
         requests |= dict.fromkeys(self.result.saved, "modules_to_save")
         for name, option in requests.items():
-            aliases = self.names[name][1] if name else (name,)
-            for reason in _name_problems(
-                name, aliases, option=option, all_names=all_names, targets=self.result.targets()
-            ):
+            for reason in self._name_problems(name, option):
                 self._refuse(name, reason)
         self._refuse_unclear_parameters()
+
+    def _name_problems(self, name: str, option: str) -> Iterator[str]:
+        """Yield why PEFT would misunderstand a name in an option."""
+        aliases = self.names[name][1] if name else ()
+        if len(aliases) > 1:
+            names = ", ".join(aliases)
+            yield f"the model reaches it by {len(aliases)} names ({names}), and PEFT would replace the first"
+        if option == "target_modules":
+            return
+        every = (alias for _, aliases in self.names.values() for alias in aliases)
+        if other := next((each for each in every if each.endswith(name) and each != name), None):
+            yield f"PEFT matches {option} by the ends of names, and {other!r} has the same ending"
+        # PEFT leaves such layers out of target_modules.
+        if option == "modules_to_save" and any(f".{name}." in f".{target}." for target in self.result.targets()):
+            yield "layers inside it, or with its name, are adapted, and PEFT would skip them"
 
     def _refuse_unclear_parameters(self) -> None:
         mine = [layer for layer in self.result.layers if layer.by_parameter]
@@ -377,27 +339,3 @@ def _whole_update(layer: LoRALayer, parameter: str) -> Factors:
     )
     norms = torch.linalg.vector_norm(weight, dim=1) if first.spec.use_dora else None
     return placed([(adapter.index, factors_of(adapter)) for adapter in adapters], weight.shape[0], norms)
-
-
-def _name_problems(
-    name: str, aliases: Collection[str], *, option: str, all_names: Collection[str], targets: Collection[str]
-) -> Iterator[str]:
-    """Yield why PEFT would not understand a name as meant.
-
-    Args:
-        name: The module.
-        aliases: All its names.
-        option: What names it: ``"target_modules"``, or an option whose entries PEFT matches with the ends of names.
-        all_names: The names of all modules.
-        targets: The names of the adapted layers.
-    """
-    if len(aliases) > 1:
-        yield f"the model reaches it by {len(aliases)} names ({', '.join(aliases)}), and PEFT would replace the first"
-    if option == "target_modules":
-        return
-    others = [other for other in all_names if other.endswith(name) and other != name]
-    if others:
-        yield f"PEFT matches {option} by the ends of names, and {others[0]!r} has the same ending"
-    # PEFT leaves such layers out of target_modules.
-    if option == "modules_to_save" and any(f".{name}." in f".{target}." for target in targets):
-        yield "layers inside it, or with its name, are adapted, and PEFT would skip them"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lightning_lora.layers import Adapter, LowRankAdapter, ParameterAdapter, base_parameter
 from lightning_lora.layers.conv import ConvAdapter
 from lightning_lora.layers.embedding import EmbeddingAdapter
+from lightning_lora.names import join
 
 
 class Geometry(NamedTuple):
@@ -90,16 +91,40 @@ class Factors(NamedTuple):
         return self._replace(A=square.contiguous(), B=product)
 
 
+class PeftLayer(NamedTuple):
+    """One update as PEFT sees it.
+
+    Attributes:
+        name: The layer's name.
+        target: The name that PEFT's patterns are matched with: the layer's, or the parameter's.
+        module: The layer.
+        adapter: The kind of adapter.
+        parameter: The updated parameter.
+        factors: The update.
+    """
+
+    name: str
+    target: str
+    module: nn.Module
+    adapter: type[Adapter]
+    parameter: str
+    factors: Factors
+
+    @property
+    def by_parameter(self) -> bool:
+        """Whether ``target_parameters`` names it."""
+        return self.target == join(self.name, self.parameter)
+
+    @property
+    def label(self) -> str:
+        """The adapter's name in the model."""
+        return join(self.name, self.parameter) if issubclass(self.adapter, ParameterAdapter) else self.name
+
+
 def factors_of(adapter: LowRankAdapter) -> Factors:
     """Return copies of an adapter's factors, on the CPU."""
     kept = {name: tensor.detach().cpu().clone() for name, tensor in adapter.named_parameters()}
     return Factors(kept["A"], kept["B"], adapter.spec.scaling, kept.get("magnitude"), kept.get("bias"))
-
-
-def no_update(geometry: Geometry, rank: int, scaling: float, like: Tensor) -> Factors:
-    """Return the factors of a layer that stays as it is."""
-    A, B = like.new_zeros(rank, geometry.in_features), like.new_zeros(geometry.out_features, rank)
-    return Factors(A, B, scaling)
 
 
 def placed(parts: Sequence[tuple[Tensor, Factors]], out_features: int, row_norms: Tensor | None) -> Factors:

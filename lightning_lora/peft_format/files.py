@@ -15,16 +15,11 @@ from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, fingerprint
-from lightning_lora.layers import Adapter, LoRALayer
-from lightning_lora.names import clean_name, listed
+from lightning_lora.names import listed
 from lightning_lora.peft_format.config import anchored
-from lightning_lora.peft_format.directory import (
-    CONFIG_FILE,
-    PICKLED_FILE,
-    TENSORS_FILE,
-    write_tensors,
-)
-from lightning_lora.peft_format.export import Export, make_export
+from lightning_lora.peft_format.directory import CONFIG_FILE, PICKLED_FILE, TENSORS_FILE, write_tensors
+from lightning_lora.peft_format.export import Export, ExportCollector
+from lightning_lora.peft_format.factors import PeftLayer
 from lightning_lora.peft_format.names import chosen_root, found_root
 from lightning_lora.sharding import is_sharded
 from lightning_lora.storage.atomic import replace_directory
@@ -69,7 +64,7 @@ def save_adapter(
             stacklevel=2,
         )
     name = base_model_name_or_path or _base_name(export.root)
-    base = _fingerprint(module, export.root) if base is None else _below(base, module, export.root)
+    base = _fingerprint(module, export.root) if base is None else below(base, export.root_name)
     write_export(export, Path(directory), name, base, uniform_rank=uniform_rank)
 
 
@@ -120,7 +115,7 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
         return trained <= {id(tensor) for tensor in AdaptedModel(part).tensors.values()}
 
     root = found_root(module, holds_all) if export_root is None else chosen_root(module, export_root)
-    return make_export(module, *root)
+    return ExportCollector(module, *root).collect()
 
 
 def _base_name(root: nn.Module) -> str | None:
@@ -134,10 +129,9 @@ def _fingerprint(module: nn.Module, root: nn.Module) -> Fingerprint:
     return {} if any(map(is_sharded, tensors.values())) else fingerprint(tensors)
 
 
-def _below(base: Fingerprint, module: nn.Module, root: nn.Module) -> Fingerprint:
+def below(base: Fingerprint, root_name: str) -> Fingerprint:
     """Return the part of a module's fingerprint that is of a module inside, by the names that it has there."""
-    path = next(clean_name(name) for name, part in module.named_modules() if part is root)
-    start = f"{path}." if path else ""
+    start = f"{root_name}." if root_name else ""
     return {name.removeprefix(start): each for name, each in base.items() if name.startswith(start)}
 
 
@@ -195,13 +189,8 @@ class Preflight:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
         ]
         rule = "  ".join("-" * width for width in widths)
-        takes = {
-            name: YES if accepts else "no"
-            for name, accepts in (("PEFT", self.peft_accepts), ("vLLM", self.vllm_accepts))
-        }
-        head = f"Export of {repr(self.root) if self.root else 'the module itself'}: " + ", ".join(
-            f"{name} {verdict}" for name, verdict in takes.items()
-        )
+        peft, vllm = (YES if accepts else "no" for accepts in (self.peft_accepts, self.vllm_accepts))
+        head = f"Export of {repr(self.root) if self.root else 'the module itself'}: PEFT {peft}, vLLM {vllm}"
         return "\n".join([head, lines[0], rule, *lines[1:], *self.notes])
 
 
@@ -227,18 +216,11 @@ def _layer_rows(export: Export) -> list[PreflightRow]:
     patterns = numbers["rank_pattern"].keys() | numbers["alpha_pattern"].keys()
     rows = []
     for layer in export.layers:
-        vllm = _vllm_obstacle(
-            layer.module,
-            layer.adapter,
-            use_dora=export.use_dora,
-            lora_bias=export.lora_bias,
-            like_default=anchored(layer.target) not in patterns,
-        )
-        kind = layer.module.base_class if isinstance(layer.module, LoRALayer) else type(layer.module)
+        vllm = _vllm_verdict(export, layer, like_default=anchored(layer.target) not in patterns)
+        kind = getattr(layer.module, "base_class", type(layer.module)).__name__
         name = layer.target if layer.by_parameter else layer.name
-        rank, scaling = layer.factors.rank, layer.factors.scaling
         if not {name, layer.name} & export.refused.keys():
-            rows.append(PreflightRow(name, kind.__name__, rank, scaling, YES, vllm or YES))
+            rows.append(PreflightRow(name, kind, layer.factors.rank, layer.factors.scaling, YES, vllm))
     return rows
 
 
@@ -257,16 +239,12 @@ def _notes(export: Export) -> list[str]:
     return notes + export.caveats()
 
 
-def _vllm_obstacle(
-    module: nn.Module, adapter: type[Adapter], *, use_dora: bool, lora_bias: bool, like_default: bool
-) -> str | None:
-    """Return why vLLM would refuse this layer or compute something else with it, or None."""
-    if use_dora:
+def _vllm_verdict(export: Export, layer: PeftLayer, *, like_default: bool) -> str:
+    """Return ``"yes"``, or why vLLM would refuse this layer or compute another function with it."""
+    if export.use_dora:
         return "no DoRA"
-    if lora_bias:
+    if export.lora_bias:
         return "no bias in lora_B"
-    if not adapter.vllm_takes:
-        return f"no adapter for {getattr(module, 'base_class', type(module)).__name__}"
-    if not like_default:
-        return "ignores patterns: save with uniform_rank=True"
-    return None
+    if not layer.adapter.vllm_takes:
+        return f"no adapter for {getattr(layer.module, 'base_class', type(layer.module)).__name__}"
+    return YES if like_default else "ignores patterns: save with uniform_rank=True"

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import Adapter, LowRankAdapter, ParameterAdapter, adapter_type, parameter_adapter
+from lightning_lora.layers import Adapter, LowRankAdapter, adapter_type, parameter_adapter
 from lightning_lora.layers.norm import weights_only_read
-from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names, walk
+from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names
 from lightning_lora.peft_format.config import (
     LAST_KNOWN_PEFT,
     LAST_KNOWN_PEFT_TEXT,
     TIMES_PEFT_ADDS_OUT_PROJ,
-    PeftConfig,
-    Scaled,
-    lora_config,
+    numbers_for,
     targets_for,
 )
 from lightning_lora.peft_format.directory import PeftFile
-from lightning_lora.peft_format.factors import Factors, Geometry, from_file, shapes_in_file
+from lightning_lora.peft_format.factors import Geometry, PeftLayer, from_file, shapes_in_file
 from lightning_lora.peft_format.names import (
     PREFIX,
     matching_root,
@@ -39,48 +35,8 @@ from lightning_lora.state import check_base_values
 from lightning_lora.storage.adapter_file import StoredTokens
 
 
-class ImportedLayer(NamedTuple):
-    """One update that a file brings.
-
-    Attributes:
-        name: The layer's name.
-        parameter: The updated parameter.
-        by_parameter: Whether ``target_parameters`` names it.
-        label: The adapter's name in the model.
-        factors: The update.
-    """
-
-    name: str
-    parameter: str
-    by_parameter: bool
-    label: str
-    factors: Factors
-
-
-@dataclass
-class Import:
-    """The content of a file, matched with a model.
-
-    Attributes:
-        make_config: Gives ``config``.
-        layers: The low-rank updates.
-        tokens: Embedding -> its tokens in ascending order, and their rows.
-        values: Name of a parameter or buffer that was trained in full -> its value.
-    """
-
-    make_config: Callable[[], LoRAConfig]
-    layers: list[ImportedLayer] = field(default_factory=list)
-    tokens: dict[str, tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-
-    @functools.cached_property
-    def config(self) -> LoRAConfig:
-        """The config to attach; computed only if the model has no adapters yet."""
-        return self.make_config()
-
-
-def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> tuple[str, nn.Module, Import]:
-    """Return the model inside a module that a file is for: its name, the model, and the matched content.
+def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> Import:
+    """Match a file with the model inside a module that it is for.
 
     Args:
         module: The module that holds the model.
@@ -102,7 +58,7 @@ def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -
         ) from None
     if check_base:
         check_base_values(AdaptedModel(module), file.base, root)
-    return next(name for name, part in walk(module) if part is root), root, content
+    return content
 
 
 def make_import(root: nn.Module, file: PeftFile, names: ModuleNames | None = None) -> Import:
@@ -111,51 +67,121 @@ def make_import(root: nn.Module, file: PeftFile, names: ModuleNames | None = Non
     Args:
         root: The model to which the file's names are relative.
         file: The adapter.
-        names: The root's ``module_names``, where they are at hand.
+        names: The root's ``module_names``, if already known.
 
     Raises:
         ValueError: They do not fit; one error lists all.
     """
-    reader = _Importer(root, file, module_names(root) if names is None else names)
-    found = reader.read()
-    if reader.problems:
-        raise ValueError("\n".join(f"  - {problem}" for problem in reader.problems))
-    return found
+    content = Import(root, file, module_names(root) if names is None else names)
+    if content.problems:
+        raise ValueError("\n".join(f"  - {problem}" for problem in content.problems))
+    return content
 
 
-class _Importer:
+class Import:
+    """The content of a file, matched with a model.
+
+    Attributes:
+        root: The model.
+        layers: The low-rank updates.
+        tokens: Embedding -> its tokens in ascending order, and their rows.
+        values: Name of a parameter or buffer that was trained in full -> its value.
+        problems: The mismatches.
+    """
+
     def __init__(self, root: nn.Module, file: PeftFile, names: ModuleNames) -> None:
-        self.root, self.file, self.config, self.tensors = root, file, file.config, file.tensors
-        self.problems: list[str] = []
-        if file.alien:
-            self.problems.append(f"keys that do not begin with {PREFIX!r}: {listed(file.alien)}")
-        if broken := [key for key, tensor in self.tensors.items() if tensor.is_complex() or tensor.is_quantized]:
-            self.problems.append(f"tensors of a kind that no adapter has: {listed(broken)}")
-        self.reader = _LayerReader(names, file.config, self.tensors)
-        self.names, self.modules, self.first = self.reader.names, self.reader.modules, self.reader.first
-        self.layers = self.reader.layers
+        self.root, self.names = root, names
+        self.modules = {alias: part for part, aliases in names.values() for alias in aliases}
+        self.first = {alias: name for name, (_, aliases) in names.items() for alias in aliases}
+        self.peft, self.tensors = file.config, file.tensors
+        self.variant = {"use_dora": file.config.use_dora, "lora_bias": file.config.lora_bias}
+        self.layers: list[PeftLayer] = []
         self.tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         self.values: dict[str, Tensor] = {}
+        self.problems: list[str] = []
+        self._read(file)
 
-    def read(self) -> Import:
+    def _read(self, file: PeftFile) -> None:
+        if file.alien:
+            self.problems.append(f"keys without the prefix {PREFIX!r}: {listed(file.alien)}")
+        if broken := [key for key, tensor in self.tensors.items() if tensor.is_complex() or tensor.is_quantized]:
+            self.problems.append(f"complex or quantized tensors, which no adapter holds: {listed(broken)}")
         keys = set(self.tensors)
-        for path, mine in sorted(self.file.keys_by_path.items()):
-            self.reader.read(path, mine)
+        for path, mine in sorted(file.keys_by_path.items()):
+            self._read_layer(path, mine)
             keys -= set(mine)
-        self.problems += self.reader.problems
-        for name, stored in self.file.tokens.items():
+        for name, stored in file.tokens.items():
             self._read_tokens(name, stored)
             keys.remove(stored.key)
         self._check_requested_tokens()
         keys -= self._read_saved_modules(keys)
-        biases = self._read_the_rest(keys)
+        self.has_biases = self._read_the_rest(keys)
         if not (self.layers or self.tokens or self.problems):
             self.problems.append("the file holds no adapter")
-        if self.problems:
-            return Import(LoRAConfig)
-        return Import(
-            functools.partial(self._lora_config, has_biases=bool(biases)), self.layers, self.tokens, self.values
-        )
+
+    # --- the layers
+
+    def _read_layer(self, path: str, keys: Collection[str]) -> None:
+        place = without_wrappers(path, self.modules)
+        if place is None:
+            self.problems.append(f"the model has no module {path!r}")
+            return
+        name, depth = self.first[place[0]], place[1]
+        module = self.modules[name]
+        if (chosen := self._chosen(name, module, depth, path)) is None:
+            return
+        adapter, parameter, target = chosen
+        if reason := adapter.peft_obstacle(module, parameter, **self.variant):
+            self.problems.append(f"{path}: {reason}")
+            return
+        geometry = Geometry.of(adapter, module, parameter)
+        expected = shapes_in_file(path, geometry, self.peft.rank_of(target), **self.variant)
+        problems = list(_differences(expected, {key: self.tensors[key] for key in sorted(keys)}))
+        problems = problems or list(self._other_functions(path, name, target))
+        self.problems += problems
+        if not problems:
+            factors = from_file(path, self.tensors, geometry, self._scaling(name, target, parameter))
+            # PEFT allows more than the weight's own rank, which adds nothing to what can be computed.
+            factors = factors.within(min(geometry.out_features, geometry.in_features))
+            self.layers.append(PeftLayer(name, target, module, adapter, parameter, factors))
+
+    def _scaling(self, name: str, target: str, parameter: str) -> float:
+        is_projection = target not in (name, join(name, parameter))
+        return (TIMES_PEFT_ADDS_OUT_PROJ if is_projection else 1) * self.peft.scaling_of(target)
+
+    def _other_functions(self, path: str, name: str, target: str) -> Iterator[str]:
+        """Yield why PEFT computes something else with this layer than we would."""
+        aliases = self.names[name][1]
+        if len(aliases) > 1:
+            yield f"{path}: the model reaches it by {len(aliases)} names ({', '.join(aliases)}), and PEFT adapts one"
+        parent, _, last = name.rpartition(".")
+        if last == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention):
+            written = self.peft.peft_version
+            if target == name and self.tensors[f"{path}.lora_B.weight"].any():
+                yield f"{path}: PEFT never applies an adapter of attention's output projection alone"
+            elif target == parent and written > LAST_KNOWN_PEFT:
+                yield (
+                    f"{path}: PEFT up to {LAST_KNOWN_PEFT_TEXT} adds this update twice, and it is unknown whether "
+                    f"{'.'.join(map(str, written))}, which wrote the file, still does"
+                )
+
+    def _chosen(self, name: str, module: nn.Module, depth: int, path: str) -> tuple[type[Adapter], str, str] | None:
+        """Return the kind of adapter, the parameter and the name that patterns match; None after noting a problem."""
+        if parameters := parameters_named(name, module, self.peft.target_parameters):
+            if depth >= len(parameters):
+                self.problems.append(f"{path}: target_parameters names only {len(parameters)} of this module")
+                return None
+            parameter = parameters[len(parameters) - 1 - depth]
+            return parameter_adapter(module, parameter), parameter, join(name, parameter)
+        adapter = adapter_type(module)
+        if adapter is None or depth:
+            self.problems.append(f"{path}: {name!r} is a {type(module).__name__}, which has no adapter of this kind")
+            return None
+        parent = self.modules.get(name.rpartition(".")[0])
+        # Of attention PEFT adapts both projections, under the one name.
+        of_attention = isinstance(parent, nn.MultiheadAttention) and path != name
+        target = name.rpartition(".")[0] if of_attention else name
+        return adapter, adapter.parameters_of(module)[0], target
 
     # --- tokens
 
@@ -175,7 +201,7 @@ class _Importer:
             self.tokens[self.first[name]] = (tuple(sorted(wanted)), rows[torch.tensor(order)])
 
     def _check_requested_tokens(self) -> None:
-        wanted = self.config.trainable_token_indices
+        wanted = self.peft.trainable_token_indices
         entries = list(wanted) if isinstance(wanted, Mapping) else [""] * bool(wanted)
         for entry in entries:
             if not any(name.endswith(entry) for name in self.tokens) and not self.problems:
@@ -185,7 +211,7 @@ class _Importer:
 
     def _saved_modules(self) -> dict[str, nn.Module]:
         """Return the modules that PEFT's ``modules_to_save`` names: by the ends of their names."""
-        entries = self.config.modules_to_save
+        entries = self.peft.modules_to_save
         found = {name: part for name, (part, _) in self.names.items() if name and entries and name.endswith(entries)}
         return {name: part for name, part in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
@@ -205,9 +231,9 @@ class _Importer:
                 self.values |= found
         return used
 
-    def _read_the_rest(self, keys: Collection[str]) -> set[str]:
-        """Read biases, and accept tensors of the frozen base whose values the model has."""
-        live, biases = AdaptedModel(self.root).tensors if keys else {}, set[str]()
+    def _read_the_rest(self, keys: Collection[str]) -> bool:
+        """Read biases, and accept frozen tensors that equal the model's; return whether there are biases."""
+        live, has_biases = AdaptedModel(self.root).tensors if keys else {}, False
         for key in sorted(keys):
             path, _, last = key.rpartition(".")
             place = without_wrappers(path, self.modules)
@@ -217,130 +243,51 @@ class _Importer:
                 self.problems.append(f"{key}: the model has no such tensor")
             elif problems := list(_differences({key: tuple(value.shape)}, {key: tensor}, like={key: value})):
                 self.problems += problems
-            elif "bias" in last and self.config.bias != "none":
+            elif "bias" in last and self.peft.bias != "none":
                 self.values[name] = tensor
-                biases.add(name)
+                has_biases = True
             elif not torch.equal(tensor.to(value.dtype), value.detach().cpu()):
-                self.problems.append(f"{key}: the file brings other values for this frozen tensor; it needs that base")
-        return biases
+                self.problems.append(f"{key}: the model's frozen tensor has other values; load the file's base")
+        return has_biases
 
     # --- our config
 
-    def _lora_config(self, *, has_biases: bool) -> LoRAConfig:
-        by_name = [layer.name for layer in self.layers if not layer.by_parameter]
-        options: dict[str, Any] = {
-            "bias": self.config.bias if has_biases else "none",
-            "dropout": self.config.dropout,
-            "modules_to_save": sorted(self._saved_modules()),
-            "target_modules": targets_for(by_name, list(self.modules)),
-            "target_parameters": sorted(layer.label for layer in self.layers if layer.by_parameter),
-            "trainable_token_indices": {name: tokens for name, (tokens, _) in sorted(self.tokens.items())},
-        }
-        tied = tied_names(parameter_names(self.modules))
-        options["untie_weights"] = any(join(layer.name, layer.parameter) in tied for layer in self.layers)
-        if self.config.dropout and (carried := list(self._carried_by_weight())):
+    @functools.cached_property
+    def config(self) -> LoRAConfig:
+        """The config to attach; computed only if the model has no adapters yet."""
+        dropout = self.peft.dropout
+        if dropout and (carried := list(self._carried_by_weight())):
             # As in PEFT, which makes a dropout for attention and never applies it.
             warnings.warn(
-                f"lora_dropout={self.config.dropout} is left out: the update of {listed(carried)} is in the weight.",
-                stacklevel=8,
+                f"lora_dropout={dropout} is left out: the update of {listed(carried)} is in the weight.", stacklevel=5
             )
-            options["dropout"] = 0.0
-        layers = [Scaled(layer.label, layer.factors.rank, layer.factors.scaling) for layer in self.layers]
-        return lora_config(self.config, layers, **options)
+            dropout = 0.0
+        numbers = numbers_for({layer.label: layer.factors for layer in self.layers}, use_rslora=self.peft.use_rslora)
+        by_name = [layer.name for layer in self.layers if not layer.by_parameter]
+        tied = tied_names(parameter_names(self.modules))
+        return LoRAConfig(
+            rank=numbers["r"],
+            alpha=numbers["lora_alpha"],
+            rank_pattern=numbers["rank_pattern"],
+            alpha_pattern=numbers["alpha_pattern"],
+            bias=self.peft.bias if self.has_biases else "none",
+            dropout=dropout,
+            lora_bias=self.peft.lora_bias,
+            modules_to_save=sorted(self._saved_modules()),
+            target_modules=targets_for(by_name, list(self.modules)),
+            target_parameters=sorted(layer.label for layer in self.layers if layer.by_parameter),
+            trainable_token_indices={name: tokens for name, (tokens, _) in sorted(self.tokens.items())},
+            untie_weights=any(join(layer.name, layer.parameter) in tied for layer in self.layers),
+            use_dora=self.peft.use_dora,
+            use_rslora=self.peft.use_rslora,
+        )
 
     def _carried_by_weight(self) -> Iterator[str]:
         readers = weight_readers(self.modules.values())
         for layer in self.layers:
-            module = self.modules[layer.name]
-            adapter = adapter_type(module)
-            if id(module) in readers or layer.by_parameter or (adapter and adapter.needs_weight(module)):
+            adapter = adapter_type(layer.module)
+            if id(layer.module) in readers or layer.by_parameter or (adapter and adapter.needs_weight(layer.module)):
                 yield layer.label
-
-
-# --- the layers
-
-
-class _LayerReader:
-    """Reads layer by layer and collects problems.
-
-    Attributes:
-        layers: The updates read so far.
-        problems: The mismatches found so far.
-    """
-
-    def __init__(self, names: ModuleNames, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
-        self.config, self.tensors = config, tensors
-        self.variant = {"use_dora": config.use_dora, "lora_bias": config.lora_bias}
-        self.names = names
-        self.modules = {alias: part for part, aliases in self.names.values() for alias in aliases}
-        self.first = {alias: name for name, (_, aliases) in self.names.items() for alias in aliases}
-        self.layers: list[ImportedLayer] = []
-        self.problems: list[str] = []
-
-    def read(self, path: str, keys: Collection[str]) -> None:
-        """Read the layer at a path of the file, or note why it does not fit."""
-        place = without_wrappers(path, self.modules)
-        if place is None:
-            self.problems.append(f"the model has no module {path!r}")
-            return
-        name, depth = self.first[place[0]], place[1]
-        module = self.modules[name]
-        chosen = self._chosen(name, module, depth, path)
-        if isinstance(chosen, str):
-            self.problems.append(f"{path}: {chosen}")
-            return
-        adapter, parameter, target = chosen
-        if reason := adapter.peft_obstacle(module, parameter, **self.variant):
-            self.problems.append(f"{path}: {reason}")
-            return
-        geometry = Geometry.of(adapter, module, parameter)
-        expected = shapes_in_file(path, geometry, self.config.rank_of(target), **self.variant)
-        problems = list(_differences(expected, {key: self.tensors[key] for key in sorted(keys)}))
-        problems = problems or list(self._other_functions(path, name, target))
-        self.problems += problems
-        if not problems:
-            label = join(name, parameter) if issubclass(adapter, ParameterAdapter) else name
-            factors = from_file(path, self.tensors, geometry, self._scaling(name, target, parameter))
-            # PEFT allows more than the weight's own rank, which adds nothing to what can be computed.
-            factors = factors.within(min(geometry.out_features, geometry.in_features))
-            by_parameter = target == join(name, parameter)
-            self.layers.append(ImportedLayer(name, parameter, by_parameter, label, factors))
-
-    def _scaling(self, name: str, target: str, parameter: str) -> float:
-        is_projection = target not in (name, join(name, parameter))
-        return (TIMES_PEFT_ADDS_OUT_PROJ if is_projection else 1) * self.config.scaling_of(target)
-
-    def _other_functions(self, path: str, name: str, target: str) -> Iterator[str]:
-        """Yield why PEFT computes something else with this layer than we would."""
-        aliases = self.names[name][1]
-        if len(aliases) > 1:
-            yield f"{path}: the model reaches it by {len(aliases)} names ({', '.join(aliases)}), and PEFT adapts one"
-        parent, _, last = name.rpartition(".")
-        if last == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention):
-            written = self.config.peft_version
-            if target == name and self.tensors[f"{path}.lora_B.weight"].any():
-                yield f"{path}: PEFT never applies an adapter of attention's output projection alone"
-            elif target == parent and written > LAST_KNOWN_PEFT:
-                yield (
-                    f"{path}: PEFT up to {LAST_KNOWN_PEFT_TEXT} adds this update twice, and it is unknown whether "
-                    f"{'.'.join(map(str, written))}, which wrote the file, still does"
-                )
-
-    def _chosen(self, name: str, module: nn.Module, depth: int, path: str) -> tuple[type[Adapter], str, str] | str:
-        """Return the kind of adapter, the parameter and the name that patterns match, or the problem."""
-        if parameters := parameters_named(name, module, self.config.target_parameters):
-            if depth >= len(parameters):
-                return f"there are more of them than the {len(parameters)} of target_parameters on this module"
-            parameter = parameters[len(parameters) - 1 - depth]
-            return parameter_adapter(module, parameter), parameter, join(name, parameter)
-        adapter = adapter_type(module)
-        if adapter is None or depth:
-            return f"{name!r} is a {type(module).__name__}, which has no adapter of this kind"
-        parent = self.modules.get(name.rpartition(".")[0])
-        # Of attention PEFT adapts both projections, under the one name.
-        of_attention = isinstance(parent, nn.MultiheadAttention) and path != name
-        target = name.rpartition(".")[0] if of_attention else name
-        return adapter, adapter.parameters_of(module)[0], target
 
 
 def _differences(
@@ -351,7 +298,7 @@ def _differences(
         yield f"{key}: missing from the file"
     for key, tensor in found.items():
         if key not in expected:
-            yield f"{key}: not expected here; use_dora, lora_bias or the kind of layer says otherwise"
+            yield f"{key}: not expected for this kind of layer with these use_dora and lora_bias"
         elif tuple(tensor.shape) != expected[key]:
             yield f"{key}: file {_shown(tensor)}, expected {expected[key]}"
         elif not tensor.is_floating_point() and (like is None or like[key].dtype != tensor.dtype):
@@ -366,14 +313,14 @@ def _shown(tensor: Tensor) -> str:
 # --- into a module's state
 
 
-def import_state(content: Import, root: AdaptedModel, model: AdaptedModel) -> dict[str, Tensor]:
+def import_state(content: Import, model: AdaptedModel) -> dict[str, Tensor]:
     """Return a file's values under the names of an adapted module's own state.
 
     Args:
         content: The file.
-        root: The adapted model that the file is for.
-        model: The module that holds it, or the same.
+        model: The module that holds the model that the file is for, or that model; it has the file's adapters.
     """
+    root = model if model.module is content.root else AdaptedModel(content.root)
     live = root.tensors if content.values else {}
     values: dict[int, Tensor] = {}
     for layer in content.layers:

@@ -28,19 +28,43 @@ def replace_directory(directory: Path, write: Callable[[Path], None], *, marker:
     """
     place = Path(os.path.realpath(directory))  # a link stays, its target is replaced
     _check_place(place, marker)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.{which}") for which in ("new", "old"))
-    with _removed_on_error(new):
+    with _beside(place) as new:
         new.mkdir()
         write(new)
         if place.exists():
             _bring_along(place, new, {*stale, *(path.name for path in new.iterdir())})
         for path in [*new.iterdir(), new]:
             _flush(path)
+        old = new.with_suffix(".old")
         _exchange(place, new, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place, and move it there when it is complete on disk.
+
+    Raises:
+        OSError: It could not be written; an old file is unchanged.
+    """
+    with _beside(path) as new:
+        write(new)
+        _flush(new)
+        new.replace(path)
+
+
+@contextmanager
+def _beside(place: Path) -> Iterator[Path]:
+    """Give a hidden path beside a place, to be moved there; on an error whatever was written is removed."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.new")
+    try:
+        yield new
+    except BaseException:
+        with suppress(OSError):
+            shutil.rmtree(new) if new.is_dir() else new.unlink()
+        raise
     with suppress(OSError):  # it is done: a disk that cannot confirm the new name leaves the old or the new one
         _flush(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_place(place: Path, marker: str) -> None:
@@ -75,16 +99,6 @@ def _exchange(place: Path, new: Path, old: Path) -> None:
         raise
 
 
-@contextmanager
-def _removed_on_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):
-            shutil.rmtree(path)
-        raise
-
-
 def _flush(path: Path) -> None:
     """Flush a file to disk, or a directory where the system supports it."""
     if path.is_symlink() or (path.is_dir() and os.name != "posix"):
@@ -94,23 +108,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside its place, and move it there when it is complete on disk.
-
-    Raises:
-        OSError: It could not be written; an old file is unchanged.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    place = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
-    try:
-        write(place)
-        _flush(place)
-        place.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            place.unlink()
-        raise
-    with suppress(OSError):
-        _flush(path.parent)

@@ -8,8 +8,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -41,24 +40,26 @@ _UNREADABLE = (
 )
 
 
-@contextmanager
-def reading(path: object) -> Iterator[None]:
-    """Turn whatever a reader raises for a file that is not a checkpoint into one clear error.
+def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, Any]:
+    """Return what a reader makes of a checkpoint, and turn whatever it raises into one clear error.
 
     Raises:
-        ValueError: The file cannot be read.
+        ValueError: The file cannot be read, or Lightning did not write it.
         FileNotFoundError: It does not exist.
     """
     try:
         _check_sums(path)
-        yield
+        checkpoint = read()
     except (FileNotFoundError, PermissionError):
         raise
     except _UNREADABLE as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or something else. Nothing "
-            f"was changed. The reader said: {type(error).__name__}: {error}"
+            f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or in another format. "
+            f"Nothing was changed. The reader failed with {type(error).__name__}: {error}"
         ) from error
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
+        return checkpoint
+    raise ValueError(f"{str(path)!r} is not a Lightning checkpoint: it has no 'state_dict'. Nothing was changed.")
 
 
 def _check_sums(path: object) -> None:
@@ -68,16 +69,6 @@ def _check_sums(path: object) -> None:
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the bytes of {damaged!r} do not match their checksum")
-
-
-def check_is_checkpoint(checkpoint: object, path: object) -> None:
-    """Refuse a file that torch can read but Lightning did not write.
-
-    Raises:
-        ValueError: It has no state dict.
-    """
-    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
-        raise ValueError(f"{str(path)!r} is not a Lightning checkpoint: it has no 'state_dict'. Nothing was changed.")
 
 
 @dataclass(frozen=True)
@@ -160,9 +151,7 @@ def read_checkpoint(path: str | PathLike[str]) -> CheckpointFile:
         raise FileNotFoundError(
             f"{str(path)!r} does not exist; name a PEFT directory, or the .ckpt of a LoRACallback run."
         )
-    with reading(path):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    check_is_checkpoint(checkpoint, path)
+    checkpoint = checked_checkpoint(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
     record = checkpoint.get(RECORD_KEY)
     if record is None:
         raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")

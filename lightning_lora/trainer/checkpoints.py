@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.fingerprint import Fingerprint, fingerprint, other_base, samples, to_plain
+from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
 from lightning_lora.names import clean_name, join
 from lightning_lora.optimizers import group_names, reordered_state
@@ -32,7 +32,7 @@ from lightning_lora.state import (
     other_shapes,
     record_problems,
 )
-from lightning_lora.storage.checkpoint import RECORD_KEY, check_is_checkpoint, reading, recorded_base
+from lightning_lora.storage.checkpoint import RECORD_KEY, checked_checkpoint, recorded_base
 from lightning_lora.trainer.lightning_patches import with_twins
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
@@ -122,10 +122,7 @@ class AdapterCheckpoints:
                     "lightning.pytorch.utilities.consolidate_checkpoint` (for DeepSpeed: lightning.pytorch.utilities."
                     "deepspeed.convert_zero_checkpoint_to_fp32_state_dict), or load it in configure_model."
                 )
-        with reading(path):
-            checkpoint = read(path, weights_only=weights_only)
-        check_is_checkpoint(checkpoint, path)
-        return cast(dict[str, Any], checkpoint)
+        return checked_checkpoint(path, lambda: read(path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load an adapter, strictly for its own keys; or a full checkpoint from before LoRA as the base."""
@@ -180,8 +177,7 @@ class AdapterCheckpoints:
             found: Fingerprint = samples(model.base, names)  # every process must call this
         else:
             found = {name: base[name] for name in names if name in base}
-        message = other_base(recorded, found, type(model.module).__name__)
-        return [message] if message else []
+        return base_problems(recorded, found, type(model.module).__name__)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load optimizer states by parameter name."""

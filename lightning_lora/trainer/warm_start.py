@@ -86,7 +86,8 @@ def _read(
         if check_base:
             check_base_values(model, file.base)
         return file.tensors, {name: layer["scaling"] for name, layer in file.record["layers"].items()}
-    root_name, _, content = import_into(model.module, file, check_base=check_base)
+    content = import_into(model.module, file, check_base=check_base)
+    root_name = next(name for name, part in model.parts if part is content.root)
     source = {join(root_name, name): value for name, value in content.values.items()}
     factors = {join(root_name, layer.label): layer.factors for layer in content.layers}
     found = {(label, key): getattr(each, key) for label, each in factors.items() for key in _FACTORS}

@@ -231,5 +231,5 @@ def test_tracked_statistics_are_refused_by_export(
     model = nn.Sequential(OrderedDict(layer=spectral_norm(nn.Linear(8, 8))))
     trained(model, target_modules=["layer"], frozen_norm="track")
     assert run("export", write_checkpoint(model, tmp_path / "adapter.ckpt"), tmp_path / "peft") == 1
-    assert "PEFT saves no running statistics of frozen norms" in capsys.readouterr().err
+    assert "PEFT does not save running statistics of frozen norms" in capsys.readouterr().err
     assert not (tmp_path / "peft").exists()
