@@ -247,7 +247,7 @@ class Import:
                 self.values[name] = tensor
                 has_biases = True
             elif not torch.equal(tensor.to(value.dtype), value.detach().cpu()):
-                self.problems.append(f"{key}: the model's frozen tensor has other values; load the file's base")
+                self.problems.append(f"{key}: the model's frozen tensor has different values; load that base")
         return has_biases
 
     # --- our config
