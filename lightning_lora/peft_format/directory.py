@@ -217,12 +217,12 @@ def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:
         raise
     except _UNREADABLE as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read; it may be truncated or something else. Nothing was changed. The reader "
-            f"said: {type(error).__name__}: {error}"
+            f"{str(path)!r} cannot be read; it may be truncated or in a different format. Nothing was changed. "
+            f"Reason: {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         return found, ""
-    raise ValueError(f"{str(path)!r} holds no tensors by name. Nothing was changed.")
+    raise ValueError(f"{str(path)!r} does not contain a mapping of names to tensors. Nothing was changed.")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, base: Fingerprint) -> None:

@@ -28,7 +28,7 @@ def plan_saved_modules(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[s
         if any(True for _ in module.parameters()) or (not is_glob(entry) and module.state_dict()):
             plan.saved[name] = module
         elif not is_glob(entry):
-            yield f"modules_to_save: {name!r} is a {type(module).__name__} without parameters and buffers to save."
+            yield f"modules_to_save: {name!r} is a {type(module).__name__} with no parameters or buffers to save."
     for name, module in plan.saved.items():
         for key, _ in module.named_parameters():
             full = join(name, key)
@@ -55,8 +55,8 @@ def plan_biases(plan: Plan, config: LoRAConfig, tied: Ties) -> Iterator[str]:
     plan.biases |= {name: parameter.numel() for name, parameter in found.items()}
     if on_meta := [name for name, parameter in found.items() if parameter.is_meta]:
         yield (
-            f"bias={config.bias!r}: {listed(on_meta)} are on the meta device and have no values for detach to put "
-            "back; attach after the weights are loaded."
+            f"bias={config.bias!r}: detach could not restore biases on the meta device; attach after the weights "
+            f"are loaded: {listed(on_meta)}."
         )
     if not plan.biases and plan.layers:
         where = "The model has" if config.bias == "all" else "The adapted layers have"
@@ -132,9 +132,9 @@ def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int], config: LoRACo
 
 def _taken(plan: Plan, names: Sequence[str]) -> str | None:
     if taken := sorted({layer.names[0] for layer in plan.layers} & {*names}):
-        return f"{listed(taken)} is adapted already; leave it out of the other targets"
+        return f"another target option already adapts {listed(taken)}; each layer can have only one"
     if below := [name for name in names if is_below(name, plan.saved)]:
-        return f"{listed(below)} is trained in full by modules_to_save"
+        return f"modules_to_save already trains {listed(below)} in full"
     return None
 
 

@@ -1,4 +1,9 @@
-"""The ``.ckpt`` files of a LoRACallback run: the adapter in them, clear errors, and their record without loading."""
+"""The ``.ckpt`` files of a LoRACallback run: the adapter in them, clear errors, and their record without loading.
+
+A ``.ckpt`` is read in three ways: ``read_checkpoint`` here gives the adapter to tools and to ``load_adapter``;
+``AdapterCheckpoints.load_checkpoint`` in ``trainer/checkpoints.py`` reads the whole file for the Trainer; and
+``plain_values`` here reads the record alone, without any tensor.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +61,8 @@ def reading(path: object) -> Iterator[None]:
         raise
     except _UNREADABLE as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or something else. Nothing "
-            f"was changed. The reader said: {type(error).__name__}: {error}"
+            f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or in a different "
+            f"format. Nothing was changed. Reason: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -137,7 +142,7 @@ class CheckpointFile(AdapterFile):
                     rows=tuple(map(tuple, said.get("rows", ()))),
                     keys=tuple(begin + key for key in names),
                 )
-        raise ValueError(f"{str(self.path)!r} holds no factors of {name!r}; the file was changed or damaged.")
+        raise ValueError(f"{str(self.path)!r} holds no factors of {name!r}; the file may have been edited or damaged.")
 
 
 def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
@@ -185,10 +190,12 @@ def _check_record(record: Any, path: object) -> None:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
             f"{str(path)!r} has format version {record['format_version']}; this lightning_lora reads up to "
-            f"{FORMAT_VERSION}. Update it."
+            f"{FORMAT_VERSION}. Upgrade lightning_lora."
         )
     if not isinstance(record, dict) or not {"adapters", "layers", "merges"} <= record.keys():
-        raise ValueError(f"The record of the adapter in {str(path)!r} is incomplete; the file was changed or damaged.")
+        raise ValueError(
+            f"The record of the adapter in {str(path)!r} is incomplete; the file may have been edited or damaged."
+        )
 
 
 def recorded_base(record: Mapping[str, Any]) -> dict[str, Sample]:

@@ -112,7 +112,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"{str(path)!r} cannot be read as safetensors; it may be truncated or something else: {error}"
+            f"{str(path)!r} cannot be read as safetensors; it may be truncated or in a different format: {error}"
         ) from error
 
 

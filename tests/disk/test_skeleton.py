@@ -47,7 +47,7 @@ def test_repeated_frozen_tensor_must_match_base(files: tuple[Path, Path], capsys
     assert run("verify", *files) == 0
     change_tensors(files[0], lambda tensors: tensors["base_model.model.embed.weight"].add_(1))
     assert run("verify", *files) == 1
-    assert "it needs that base" in capsys.readouterr().err
+    assert "load that base" in capsys.readouterr().err
 
 
 def test_adapter_trained_on_merged_base_is_refused(

@@ -160,7 +160,7 @@ def test_embeddings_saved_by_peft_must_match_base(tmp_path: Path) -> None:
     other = MODELS["llama"]()
     with torch.no_grad():
         other.model.embed_tokens.weight[3, 4] += 1
-    with raises_and_changes_nothing(other, ValueError, "other values for this frozen tensor"):
+    with raises_and_changes_nothing(other, ValueError, "different values for this frozen tensor"):
         load_adapter(other, tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_tied_modules_with_different_values_are_refused(tmp_path: Path) -> None:
         MODELS["tied_llama"](), target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
     ).save_pretrained(tmp_path)
     model = MODELS["tied_llama"]()
-    with raises_and_changes_nothing(model, ValueError, "shares its memory"):
+    with raises_and_changes_nothing(model, ValueError, "is tied to a tensor"):
         load_adapter(model, tmp_path)
 
 
