@@ -31,8 +31,8 @@ class LoRACallback(Callback):
             a ModelCheckpoint kept one, else the last state.
         init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory to start training from, unless training resumes
             a checkpoint. Ranks may have grown, layers may have been added or removed; the log says what happened.
-        check_base: Refuse to load an adapter into a base with other values than the one it was trained on; the same
-            values in another precision are accepted.
+        check_base: Reject a base whose values differ from those the adapter was trained on; the same values in another
+            precision are accepted.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
             and in evaluation; costs a few passes.
         lr_ratio: Learning rate of ``B`` over that of ``A`` (LoRA+, Hayou et al. 2024, who recommend about 16); 1 means

@@ -56,7 +56,8 @@ class LoRAConfig:
             the full name (as in PEFT).
         exclude_modules: Modules to leave out, with everything below them: a list of names or one regular expression.
         target_parameters: Parameters of two or more dimensions to adapt, in any module: names, ends of names, globs.
-            One of three dimensions is a stack of experts, ``(experts, out, in)``; every expert gets its own factors.
+            A three-dimensional parameter is treated as a stack of experts, ``(experts, out, in)``; every expert gets
+            its own factors.
         target_slices: Output features of fused layers to adapt, ``{layer: {name: slices}}``, each part with its own
             factors: ``{"c_attn": {"q": "0:768", "v": "1536:2304"}}``. Slices are Python's, joined by commas.
         trainable_token_indices: Rows of an embedding to train, for new tokens: a list for the input embedding, or
@@ -114,7 +115,8 @@ class LoRAConfig:
                 object.__setattr__(self, option.name, _CHECKS[option.name](option.name, value))
         if not (self.target_modules or self.target_parameters or self.target_slices or self.trainable_token_indices):
             raise ValueError(
-                f"LoRAConfig.target_modules={self.target_modules!r} names nothing; use {ALL_LINEAR!r} or names."
+                f"No target given (LoRAConfig.target_modules={self.target_modules!r}): set target_modules, target_parameters, "
+                "target_slices or trainable_token_indices."
             )
 
     def scaling(self, rank: int, alpha: float) -> float:
@@ -248,7 +250,10 @@ def _slices(name: str, values: Any) -> dict[str, dict[str, str]]:
             raise ValueError(f"LoRAConfig.{name}[{layer!r}] names no slice, got {parts!r}.")
         for part, text in parts.items():
             if not (isinstance(part, str) and part.isidentifier()) or hasattr(nn.ModuleDict(), part):
-                raise ValueError(f"LoRAConfig.{name}[{layer!r}]: {part!r} cannot name a slice; choose another.")
+                raise ValueError(
+                    f"LoRAConfig.{name}[{layer!r}]: {part!r} is not a valid slice name: use a Python identifier that "
+                    "is not an attribute of nn.ModuleDict."
+                )
             try:
                 parse_slices(text)
             except ValueError as error:
@@ -269,9 +274,9 @@ def _tokens(name: str, values: Any) -> tuple[int, ...] | dict[str, tuple[int, ..
 
 def _token_list(name: str, tokens: Any) -> tuple[int, ...]:
     if not isinstance(tokens, Sequence) or not all(type(token) is int for token in tokens):
-        raise TypeError(f"LoRAConfig.{name} must be a list of token numbers, got {tokens!r}.")
+        raise TypeError(f"LoRAConfig.{name} must be a list of token IDs, got {tokens!r}.")
     if min(tokens, default=0) < 0 or len(set(tokens)) < len(tokens):
-        raise ValueError(f"LoRAConfig.{name} must hold different numbers from 0 on, got {tokens!r}.")
+        raise ValueError(f"LoRAConfig.{name} must contain distinct token IDs, each at least 0, got {tokens!r}.")
     return tuple(sorted(tokens))
 
 

@@ -39,7 +39,7 @@ def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bo
         module: A base model of the trained kind with its pretrained weights, adapted in the same way or not at all.
         path: A ``.ckpt`` written under a ``LoRACallback``, or a directory written by ``save_adapter`` or by PEFT. The
             model that a directory's names are relative to is found in the module by those names.
-        check_base: Refuse a base with other values than those that the adapter was trained on, if the file holds a
+        check_base: Reject a base whose values differ from those the adapter was trained on, if the file holds a
             fingerprint; the same values in another precision are accepted.
 
     Returns:

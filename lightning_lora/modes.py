@@ -122,7 +122,7 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
     if _overflows(layer, parameter, max(bounds, default=0.0)):
         raise ValueError(
             f"The update of {name!r} is too large for its weight's precision ({weight.dtype}); merging it would "
-            "leave infinities. Convert the model to a wider one first."
+            "leave infinities. Convert the model to a wider dtype first."
         )
 
 

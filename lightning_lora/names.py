@@ -149,7 +149,7 @@ def parse_slices(text: object) -> list[slice]:
             raise ValueError(f"{text!r} is not a slice; write 'start:stop' or 'start:stop:step', joined by commas.")
         found.append(slice(*(int(number) if number.strip() else None for number in numbers)))
     if any(part.step == 0 for part in found):
-        raise ValueError(f"{text!r} has a step of 0.")
+        raise ValueError(f"{text!r} has step 0; a step must not be zero.")
     return found
 
 

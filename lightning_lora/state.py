@@ -89,7 +89,7 @@ def other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[st
         for name, value in state.items()
         if name in own and own[name].shape != value.shape
     ]
-    return [f"other shapes: {listed(found)}"] if found else []
+    return [f"shape mismatch: {listed(found)}"] if found else []
 
 
 def mismatch_message(what: str, problems: Iterable[str]) -> str:
@@ -129,12 +129,12 @@ def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Modul
     """Reject an adapter that was trained on a different base.
 
     Args:
-        model: The model to load into; where its tensors are divided among processes, every one must call this.
+        model: The model to load into; where its tensors are sharded over processes, every one must call this.
         recorded: The fingerprint in the adapter's file.
         part: The part of the model to which the names in the fingerprint are relative; all of it if left out.
 
     Raises:
-        ValueError: The base has other values.
+        ValueError: The base has different values.
     """
     if recorded:
         base = model.base if part is None else base_parameters(part, model.trained)
@@ -193,7 +193,7 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
             problems.append(f"{'alpha or use_rslora (scaling)' if key == 'scaling' else key}: {listed(differing)}")
     moved = [name for name, layer in mine.items() if name in theirs and theirs[name].get("rows") != layer.get("rows")]
     if moved:
-        problems.append(f"target_slices or trainable_token_indices: other rows of {listed(moved)}")
+        problems.append(f"target_slices or trainable_token_indices: different rows for {listed(moved)}")
     return problems
 
 

@@ -189,7 +189,7 @@ def _check(plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
         _refuse_wrapped(plan.root, plan.modules.values())
     if plan.untied and (divided := [name for name in plan.untied if hasattr(plan.parameters[name], "ds_id")]):
         raise ValueError(
-            f"untie_weights: {listed(divided)} are already sharded by DeepSpeed ZeRO-3, so they cannot be copied. "
+            f"untie_weights cannot copy weights that DeepSpeed ZeRO-3 has already sharded: {listed(divided)}. "
             "Untie them where the model is built, or use ZeRO stage 2."
         )
     if plan.wasteful:
@@ -205,8 +205,8 @@ def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
         if isinstance(part, DistributedDataParallel) or is_fully_sharded(part):
             raise RuntimeError(
                 f"{kind} is already wrapped for several processes (by {type(part).__name__}). Adapters attached now "
-                "would not be synchronised between them. Call attach first and wrap afterwards: in configure_model, "
-                "lightning_lora.attach(self) before fully_shard takes the LoRACallback's options."
+                "would not be synchronized between them. Call attach first and wrap afterwards: in configure_model, "
+                "call lightning_lora.attach(self) before fully_shard; it uses the LoRACallback's options."
             )
 
 

@@ -95,6 +95,12 @@ def test_invalid_value_names_option_and_value(option: str, value: Any):
         LoRAConfig(**{option: value})
 
 
+@pytest.mark.parametrize("option", [option.name for option in dataclasses.fields(LoRAConfig)])
+def test_every_option_is_checked(option: str):
+    with pytest.raises((TypeError, ValueError), match=option):
+        LoRAConfig(**{option: object()})
+
+
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 def test_invalid_number_in_pattern_names_its_key(option: str):
     with pytest.raises(ValueError, match=rf"LoRAConfig.{option}\['q_proj'\].*-2"):

@@ -82,7 +82,7 @@ def _names(text: str) -> list[str]:
 def _share(text: str) -> float:
     share = float(text)
     if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"must be greater than 0 and at most 1, got {text}")
     return share
 
 
@@ -337,7 +337,9 @@ def _compare_layers(options: argparse.Namespace) -> Result:
 
     found = layer_similarity(options.first)
     if not found:
-        raise ValueError(f"{str(options.first)!r} has no two layers of one kind and shape in different blocks.")
+        raise ValueError(
+            f"{str(options.first)!r} needs at least two layers of the same kind and shape in different blocks."
+        )
     _write_outputs(options, lambda: layers_page(found, options.first.name))
     table = table_lines([*similarity_rows(found), ("",) * 4])[:-2]
     lines = ["between two blocks, the median of all pairs: 0 is chance, 1 the same directions", *table]

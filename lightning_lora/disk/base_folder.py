@@ -173,9 +173,9 @@ def find_names(
     near = near_names(missing[0], module_paths(names))
     hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
     raise ValueError(
-        f"The base has no modules {listed(missing)}, which the adapter names.{hint} It is another model, or one whose "
-        "library renames tensors while loading; in that case load the model, then use lightning_lora.load_adapter and "
-        "merge."
+        f"The base has no modules {listed(missing)}, which the adapter targets.{hint} Either it is a different "
+        "model, or its library renames tensors on loading; in that case load the model, then use "
+        "lightning_lora.load_adapter and merge."
     )
 
 

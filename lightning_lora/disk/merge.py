@@ -133,7 +133,7 @@ class _Merger:
         alone = changed if not (self.heads or "lm_head.weight" in tied) else []
         if alone or (rows and len(tied) > 1):
             raise ValueError(
-                f"{listed(alone or rows)}: loading this base ties the weight to others, and its files do not tell to "
+                f"{listed(alone or rows)}: loading this base ties this weight to others, but the files do not say "
                 "which. Load the model and merge it in memory."
             )
 

@@ -130,7 +130,7 @@ class ConvAdapter(_KernelAdapter):
         if why := _differs_from_plain(cast(_ConvNd, layer)):
             return why
         if reads_weight(layer, cls):
-            return "it has its own forward, which PEFT's adapter for convolutions ignores"
+            return "it has a custom forward, which PEFT's adapter for convolutions ignores"
         return None
 
 
@@ -187,7 +187,7 @@ class ConvTransposeAdapter(_KernelAdapter):
 
 
 def _has_own_forward(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether a subclass has its own forward, which may pad or standardise the kernel, for example."""
+    """Return whether a subclass has a custom forward, which may pad or standardize the kernel, for example."""
     methods = [name for name in ("forward", "_conv_forward") if hasattr(kinds[0], name)]
     return not any(all(getattr(type(module), m) is getattr(kind, m) for m in methods) for kind in kinds)
 

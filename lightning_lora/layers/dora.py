@@ -1,6 +1,6 @@
 """DoRA: each row of ``W + scaling * B @ A`` is rescaled to a trained norm ``m``, as ``m * (W + scaling * B @ A) / n``.
 
-``n`` is the norm that the row has; it gets no gradient. Source: Liu et al. 2024, "DoRA", arXiv:2402.09353, eq. 5 and
+``n`` is the row's current norm; it gets no gradient. Source: Liu et al. 2024, "DoRA", arXiv:2402.09353, eq. 5 and
 section 4.3.
 """
 
@@ -25,7 +25,9 @@ def norms(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.no_grad()
 def norms_of_sum(matrix: Tensor, A: Tensor, B: Tensor, scaling: float, index: Tensor | None = None) -> Tensor:
-    """Return the norms of the rows of ``matrix + scaling * B @ A`` without forming that sum; no gradient.
+    """Return the rows' current norms, those of ``matrix + scaling * B @ A``, without forming that sum; no gradient.
+
+    ``LowRankAdapter`` calls this in every forward pass, for the divisor ``n``.
 
     Args:
         matrix: The weight's rows that are adapted; with an ``index``, all of its rows.

@@ -54,7 +54,7 @@ class EmbeddingAdapter(LowRankAdapter):
     @override
     def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
         if _has_unknown_forward(layer, cls):
-            return "it has its own forward, which PEFT's adapter for embeddings ignores"
+            return "it has a custom forward, which PEFT's adapter for embeddings ignores"
         return "PEFT's adapter for embeddings has no bias (lora_bias)" if lora_bias else None
 
     @classmethod
@@ -208,7 +208,7 @@ class TiedLoRALayer(LoRALayer):
 
 
 class TiedWeightLoRALayer(WeightLoRALayer):
-    """The same for a layer with its own forward, which reads the rows from its weight."""
+    """The same for a layer with a custom forward, which reads the rows from its weight."""
 
     @override
     def adapters(self) -> dict[str, Adapter]:

@@ -20,7 +20,8 @@ The whole mechanism::
 
 The layer stays the same object with the same parameters under the same names. Optimizers, tied weights, hooks, FSDP
 and state dicts see nothing new but the child ``lora``. Where the update cannot be added to an output, ``weight.py``
-has the weight itself read as ``W + scaling * B @ A``.
+has the weight itself read as ``W + scaling * B @ A``. The arithmetic of the forward pass is in ``ops/linear.py``
+(``lora_linear``), the summed weight that merging uses in ``low_rank.py`` (``LowRankAdapter.combined``).
 """
 
 from __future__ import annotations

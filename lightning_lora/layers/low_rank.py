@@ -65,7 +65,10 @@ class LowRankAdapter(Adapter):
             self._parameters["bias"] = nn.Parameter(bias.to(self.kept_dtype(bias)))
 
     def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
-        """Return ``A`` and ``B`` as they start, on the CPU: the same for the same spec, on any device and rank."""
+        """Return the initial ``A`` and ``B``, on the CPU: the same for the same spec, on any device and rank.
+
+        By default ``A`` is random and ``B`` zero. Embeddings override this: their ``A`` is zero and their ``B`` random.
+        """
         A = INITIALIZERS[self.spec.init](self.spec.rank, in_features, seeded(self.spec.seed))
         return A, zeros(out_features, self.spec.rank)
 

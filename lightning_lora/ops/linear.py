@@ -52,7 +52,7 @@ def lora_linear(
         B: Second factor, ``(n, r)``; likewise.
         scaling: Factor of the update.
         dropout: Probability with which the update, and it alone, misses an element of x. The fast path rounds it to
-            a thousandth of itself and draws other numbers than ``F.dropout``.
+            a thousandth of itself and draws different numbers from ``F.dropout``.
 
     Returns:
         ``(..., n)``.

@@ -226,7 +226,7 @@ def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:
         ) from error
     if isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
         return found, ""
-    raise ValueError(f"{str(path)!r} holds no tensors by name. Nothing was changed.")
+    raise ValueError(f"{str(path)!r} does not contain a mapping of names to tensors. Nothing was changed.")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, base: Fingerprint) -> None:

@@ -104,7 +104,7 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
     if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
     if unmade := [name for name, tensor in model.trained.items() if tensor.is_meta]:
-        raise ValueError(f"{listed(unmade)} are on the meta device and have no values to save.")
+        raise ValueError(f"On the meta device, without values to save: {listed(unmade)}.")
     trained = {id(tensor) for tensor in model.trained.values()}
     if not trained or not model.roots:
         elsewhere = "belong to a parent of it; name this part with export_root"

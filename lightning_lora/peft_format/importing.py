@@ -333,7 +333,7 @@ def import_state(content: Import, model: AdaptedModel) -> dict[str, Tensor]:
     for name, value in content.values.items():
         before = values.setdefault(id(live[name]), value)
         if not torch.equal(before, value):
-            raise ValueError(f"{name!r} shares its memory with a tensor to which the file gives another value.")
+            raise ValueError(f"{name!r} is tied to a tensor for which the file has a different value.")
     state = {name: values[id(tensor)] for name, tensor in model.trained.items() if id(tensor) in values}
     # PEFT trains the biases of attention's and recurrent layers' own kind, but does not save them.
     return {name: tensor for name, tensor in _unsaved_biases(model.trained).items() if name not in state} | state

@@ -25,7 +25,7 @@ def plan_saved_modules(plan: Plan) -> Iterator[str]:
         if any(True for _ in module.parameters()) or (not is_glob(entry) and module.state_dict()):
             plan.saved[name] = module
         elif not is_glob(entry):
-            yield f"modules_to_save: {name!r} is a {type(module).__name__} without parameters and buffers to save."
+            yield f"modules_to_save: {name!r} is a {type(module).__name__} with no parameters or buffers to save."
     for name, module in plan.saved.items():
         for key, _ in module.named_parameters():
             full = join(name, key)
@@ -129,9 +129,9 @@ def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int]) -> Iterator[st
 
 def _taken(plan: Plan, names: Sequence[str]) -> str | None:
     if taken := sorted({layer.names[0] for layer in plan.layers} & {*names}):
-        return f"{listed(taken)} is adapted already; leave it out of the other targets"
+        return f"another target option already adapts {listed(taken)}; each layer can have only one"
     if below := [name for name in names if is_below(name, plan.saved)]:
-        return f"{listed(below)} is trained in full by modules_to_save"
+        return f"modules_to_save already trains {listed(below)} in full"
     return None
 
 

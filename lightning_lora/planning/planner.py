@@ -279,5 +279,5 @@ def _unsupported(name: str, module: nn.Module) -> str:
         return f"{name!r} is a {kind} that contains layers; name them, for example {f'{name}.*'!r}."
     return (
         f"{name!r} is a {kind}; adapters exist for {SUPPORTED}. target_parameters adapts any parameter of two or more "
-        "dimensions, modules_to_save trains a module in full."
+        "dimensions; modules_to_save trains a module in full."
     )

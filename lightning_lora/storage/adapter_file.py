@@ -144,12 +144,12 @@ def damage_named(path: object) -> Iterator[None]:
     """Turn the errors that damaged content causes into one that names the file.
 
     Raises:
-        ValueError: The content cannot be understood.
+        ValueError: The content is malformed.
     """
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         raise ValueError(
-            f"The adapter in {str(path)!r} cannot be understood; the file was changed or damaged: "
+            f"The adapter in {str(path)!r} is malformed; the file may have been edited or damaged: "
             f"{type(error).__name__}: {error}"
         ) from error

@@ -1,4 +1,9 @@
-"""The ``.ckpt`` files of a LoRACallback run: the adapter in them, clear errors, and their record without loading."""
+"""The ``.ckpt`` files of a LoRACallback run: the adapter in them, clear errors, and their record without loading.
+
+A ``.ckpt`` is read in three ways: ``read_checkpoint`` here gives the adapter to tools and to ``load_adapter``;
+``AdapterCheckpoints.load_checkpoint`` in ``trainer/checkpoints.py`` reads the whole file for the Trainer; and
+``plain_values`` here reads the record alone, without any tensor.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +133,7 @@ class CheckpointFile(AdapterFile):
                     rows=tuple(map(tuple, said.get("rows", ()))),
                     keys=tuple(begin + key for key in names),
                 )
-        raise ValueError(f"{str(self.path)!r} holds no factors of {name!r}; the file was changed or damaged.")
+        raise ValueError(f"{str(self.path)!r} holds no factors of {name!r}; the file may have been edited or damaged.")
 
 
 def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
@@ -174,10 +179,12 @@ def _check_record(record: Any, path: object) -> None:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise ValueError(
             f"{str(path)!r} has format version {record['format_version']}; this lightning_lora reads up to "
-            f"{FORMAT_VERSION}. Update it."
+            f"{FORMAT_VERSION}. Upgrade lightning_lora."
         )
     if not isinstance(record, dict) or not {"adapters", "layers", "merges"} <= record.keys():
-        raise ValueError(f"The record of the adapter in {str(path)!r} is incomplete; the file was changed or damaged.")
+        raise ValueError(
+            f"The record of the adapter in {str(path)!r} is incomplete; the file may have been edited or damaged."
+        )
 
 
 def recorded_base(record: Mapping[str, Any]) -> dict[str, Sample]:

@@ -193,9 +193,10 @@ class AdapterCheckpoints:
         theirs, ours = record["optimizers"], self._optimizer_names()
         if _as_sets(theirs) != _as_sets(ours):
             raise ValueError(
-                "The checkpoint's optimizers hold other parameters than this run's, so their moments would end up "
-                f"at the wrong ones: {_group_sizes(theirs)} in the checkpoint, {_group_sizes(ours)} here. "
-                "Use the same configure_optimizers and lr_ratio, or start from the weights alone."
+                "The checkpoint's optimizers hold different parameters from this run's, so optimizer state would "
+                f"be assigned to the wrong parameters: {_group_sizes(theirs)} in the checkpoint, "
+                f"{_group_sizes(ours)} here. Use the same configure_optimizers and lr_ratio, or start from the weights "
+                "alone."
             )
         for optimizer, state, their_groups, our_groups in zip(
             self.strategy.optimizers, states, theirs, ours, strict=True
@@ -215,7 +216,7 @@ class AdapterCheckpoints:
         return [group_names(module, original_param_groups(self.layout, each)) for each in self.strategy.optimizers]
 
 
-def adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
+def install_adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
     """Make a strategy save and load only adapters; safe to repeat.
 
     Raises:

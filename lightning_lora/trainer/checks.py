@@ -65,7 +65,7 @@ def check_other_callbacks(trainer: Trainer, lora: Callback) -> None:
             )
     for callback in callbacks:
         if isinstance(callback, type(lora)) and callback is not lora:
-            raise MisconfigurationException("This Trainer has two LoRACallbacks; put all targets into one.")
+            raise MisconfigurationException("This Trainer has two LoRACallbacks; combine them into one.")
         if isinstance(callback, with_twins(BaseFinetuning, ModelPruning)):
             raise MisconfigurationException(
                 f"{type(callback).__name__} changes which parameters train, and so does LoRACallback. Remove one "
@@ -106,8 +106,8 @@ def check_before_training(module: LightningModule, layout: Layout, optimizers: l
     _check_declared(model)
     if any(root.attachment.config.adapter_dtype == "float16" for root in model.roots):
         rank_zero_warn(
-            "adapter_dtype='float16': Adam's eps of 1e-8 is zero in float16, so its steps become NaN. Use 'float32', "
-            "which costs little, or an optimizer without such a divisor."
+            "adapter_dtype='float16': Adam's eps (1e-8) underflows to zero in float16, so its updates become NaN. Use "
+            "'float32', which costs little, or an optimizer that does not divide by eps."
         )
     groups = [group for optimizer in optimizers for group in original_param_groups(layout, optimizer)]
     if unheld := unheld_parameters(module, groups):
@@ -122,8 +122,8 @@ def _check_not_replaced(model: AdaptedModel) -> None:
     expected = [join(root.name, layer.name) for root in model.roots for layer in root.attachment.report.layers]
     if lost := [name for name in expected if name not in model.adapters]:
         raise MisconfigurationException(
-            f"{listed(lost)} were replaced after LoRA was attached, and their adapters with them. Replace layers "
-            "earlier: in __init__ or configure_model."
+            f"Replaced after LoRA was attached, so their adapters are gone: {listed(lost)}. Replace layers earlier: in "
+            "__init__ or configure_model."
         )
 
 
@@ -132,8 +132,8 @@ def _check_declared(model: AdaptedModel) -> None:
     trainable = [clean_name(name) for name, p in model.module.named_parameters() if p.requires_grad]
     if undeclared := [name for name in trainable if name not in model.trained]:
         raise MisconfigurationException(
-            f"{listed(undeclared)} would train but not be saved: they belong to no adapter. Name their modules in "
-            "modules_to_save, or leave them frozen."
+            f"Parameters that would train but not be saved, because they belong to no adapter: {listed(undeclared)}. "
+            "Name their modules in modules_to_save, or leave them frozen."
         )
 
 

@@ -48,7 +48,9 @@ class FitDiagnostics:
         self.every_n_steps, self.trainer, self.module = every_n_steps, trainer, module
         option = f"diagnostics_every_n_steps={every_n_steps}"
         if trainer.barebones:
-            raise MisconfigurationException(f"{option}: a barebones Trainer logs nothing. Leave one of them out.")
+            raise MisconfigurationException(
+                f"{option}: a barebones Trainer logs nothing. Unset diagnostics_every_n_steps, or use barebones=False."
+            )
         self._diagnostics = Diagnostics(module)
         if not self._diagnostics.watched:
             raise MisconfigurationException(f"{option}: the model has no low-rank adapter to measure. Leave it out.")

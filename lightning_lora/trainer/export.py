@@ -62,7 +62,7 @@ def export_fit(layout: Layout, directory: str | PathLike[str], checkpoint: str |
         state = dict(read_checkpoint(checkpoint).tensors)
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(
-            f"export_dir={str(directory)!r}: {listed(broken)} hold NaN or infinity, so training diverged. Nothing was "
+            f"export_dir={str(directory)!r}: training diverged; NaN or infinity in {listed(broken)}. Nothing was "
             "written."
         )
     with _replaced(model.module, {**_hidden_parameters(layout, model), **state}):

@@ -1,4 +1,4 @@
-"""All changes that this package makes to Lightning's classes and modules, in one place.
+"""All changes that importing this package makes to Lightning, and the one to ``LoRACallback`` that goes with them.
 
 Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.pytorch`` and for its twin
 ``pytorch_lightning`` (the same classes under another import name):
@@ -10,8 +10,8 @@ Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.p
 3. ``core.saving._load_state``, the end of ``load_from_checkpoint``, refuses adapter checkpoints: it would return the
    bare base model.
 4. ``sys.meta_path`` gets a finder that applies 1 to 3 to ``pytorch_lightning`` when a program imports it later.
-5. ``LoRACallback.__bases__`` gains ``pytorch_lightning.Callback`` if that was imported before: its command line accepts
-   only callbacks of its own.
+5. Our own class, not Lightning's: ``LoRACallback.__bases__`` gains ``pytorch_lightning.Callback`` if that was imported
+   before, because its command line accepts only callbacks of its own.
 
 Changes to single objects are undone when a stage ends: wrapped methods of a module (``MethodWraps``). Only
 the methods of a strategy object that save and load stay replaced (``checkpoints.AdapterCheckpoints``).

@@ -29,7 +29,7 @@ from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import allow_missing_base
 from lightning_lora.storage.checkpoint import saved_options
 from lightning_lora.surgery import attach, detach, freeze_norms, merge
-from lightning_lora.trainer.checkpoints import adapter_checkpoints
+from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
     AVERAGING,
     GradientCheck,
@@ -86,7 +86,7 @@ class FitSession:
 
     def __init__(self, options: Options, trainer: Trainer, module: LightningModule, *, is_fit: bool) -> None:
         self.options, self.trainer, self.module, self._is_fit = options, trainer, module, is_fit
-        checkpoints = adapter_checkpoints(trainer.strategy)
+        checkpoints = install_adapter_checkpoints(trainer.strategy)
         checkpoints.check_base = options.check_base
         self.layout = checkpoints.layout
         self.gradients = GradientCheck(module, self.layout)
@@ -222,7 +222,7 @@ class FitSession:
         if not overrides(self.module, "forward"):
             raise MisconfigurationException(
                 f"LoRACallback.probe=True calls {type(self.module).__name__}.forward with the first batch, but forward "
-                "is not defined. Define it, or leave probe out."
+                "is not defined. Define it, or set probe=False."
             )
         try:
             refuse_dead_adapters(self.module, batch)

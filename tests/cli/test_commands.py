@@ -129,7 +129,7 @@ def test_compare_of_one_adapter_compares_layers(files: Path, capsys: pytest.Capt
     attach(alone, LoRAConfig(rank=2))
     save_adapter(alone, files / "alone")
     assert run("compare", files / "alone") == 1
-    assert "no two layers of one kind" in capsys.readouterr().err
+    assert "at least two layers of the same kind" in capsys.readouterr().err
 
 
 # --- plan

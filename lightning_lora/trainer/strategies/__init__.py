@@ -17,6 +17,7 @@ from lightning_lora.trainer.strategies.base import Layout, ModelParallelLayout
 from lightning_lora.trainer.strategies.deepspeed import DeepSpeedLayout
 from lightning_lora.trainer.strategies.fsdp import FSDPLayout
 
+# A subclass comes after its base class: `layout_of` takes the last entry that fits.
 _SUPPORTED: dict[type[Strategy], type[Layout]] = {
     SingleDeviceStrategy: Layout,
     DDPStrategy: Layout,
@@ -32,7 +33,7 @@ def layout_of(strategy: Strategy) -> Layout:
     Raises:
         MisconfigurationException: The strategy is not supported, or not with these settings.
     """
-    for known, kind in reversed(_SUPPORTED.items()):  # a DeepSpeedStrategy is a DDPStrategy, too
+    for known, kind in reversed(_SUPPORTED.items()):
         if isinstance(strategy, with_twins(known)):
             return kind(strategy)
     others = [kind.__name__ for kind in _SUPPORTED if kind is not SingleDeviceStrategy]

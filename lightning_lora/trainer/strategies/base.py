@@ -147,7 +147,7 @@ class ModelParallelLayout(Layout):
             owners = list(dict.fromkeys(clean_name(name).rpartition(".")[0] for name in apart))
             raise MisconfigurationException(
                 f"{listed(owners)} would train separately in each process: under ModelParallelStrategy({sizes}) only "
-                "what fully_shard has sharded is synchronised. In configure_model call "
+                "what fully_shard has sharded is synchronized. In configure_model call "
                 'fully_shard(..., mesh=self.device_mesh["data_parallel"]) on these layers, or last on the whole model.'
             )
         if tensor.size() > 1 and not any(_spans(parameter, tensor) for parameter in divided):

@@ -59,7 +59,7 @@ class DeepSpeedLayout(Layout):
         if with_diagnostics:
             raise MisconfigurationException(
                 "diagnostics_every_n_steps: DeepSpeed removes gradients as soon as they are computed, and its stage "
-                "3 divides the factors. Leave it out and look at checkpoints with lightning_lora.analysis.analyze, or "
+                "3 shards the factors. Leave it out and look at checkpoints with lightning_lora.analysis.analyze, or "
                 "use DDP or ModelParallelStrategy (FSDP2)."
             )
 
@@ -80,9 +80,9 @@ class DeepSpeedLayout(Layout):
         if not all(groups):
             raise MisconfigurationException(
                 f"{sum(not group for group in groups)} of the {len(groups)} parameter groups that configure_optimizers "
-                "returned hold frozen parameters only. DeepSpeed drops such groups, and schedulers would give the "
-                "others their learning rates. Leave them out: [group for group in groups if any(p.requires_grad for "
-                "p in group['params'])]."
+                "returned hold frozen parameters only. DeepSpeed drops such groups, and the remaining groups would "
+                "get the wrong learning rates from your schedulers. Leave them out: [group for group in groups if "
+                "any(p.requires_grad for p in group['params'])]."
             )
         self.original_parameters = [list(group) for group in groups]
         self.noted_gradients = set()

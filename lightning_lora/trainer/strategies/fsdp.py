@@ -31,8 +31,8 @@ Group = dist.ProcessGroup | None
 class FSDPLayout(Layout):
     """FSDP flattens the parameters of each unit and gives every process a slice.
 
-    Adapters get units of their own: in one unit with frozen weights, these would be given gradients, and be gathered at
-    every save.
+    Adapters get units of their own: in one unit with frozen weights, FSDP would allocate gradients for these and gather
+    them at every save.
     """
 
     divides_weights = True
@@ -83,8 +83,8 @@ class FSDPLayout(Layout):
             )
         if late := [name for name in AdaptedModel(module).tensors if name not in self._shapes]:
             raise MisconfigurationException(
-                f"{listed(late)} were added to {type(module).__name__} after it had wrapped parts of itself, too late "
-                "for adapters. In configure_model, build all layers, call lightning_lora.attach(self), then wrap."
+                f"Added to {type(module).__name__} after it had wrapped parts of itself, too late for adapters: "
+                f"{listed(late)}. In configure_model, build all layers, call lightning_lora.attach(self), then wrap."
             )
         _wrap_adapters(module, wrap)
         if _is_ours_alone(self._fsdp.kwargs.get("auto_wrap_policy")):
@@ -94,9 +94,9 @@ class FSDPLayout(Layout):
     def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
         if names := _mixed_adapters(self._model):
             raise MisconfigurationException(
-                f"FSDP holds the adapters of {listed(names)} together with frozen weights, which would be given "
-                "gradients. In configure_model use wrap(...) of torch.distributed.fsdp.wrap instead of FSDP(...): it "
-                "gives adapters units of their own."
+                f"FSDP holds the adapters of {listed(names)} together with frozen weights, so FSDP would allocate "
+                "gradients for them. In configure_model use wrap(...) of torch.distributed.fsdp.wrap instead of "
+                "FSDP(...): it gives adapters units of their own."
             )
         if names := _trained_outside(self._model):
             raise MisconfigurationException(

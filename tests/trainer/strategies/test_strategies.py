@@ -19,7 +19,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy, size_bas
 from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers
 from lightning_lora.layers import Adapter
 from lightning_lora.optimizers import repair_optimizers
-from lightning_lora.trainer.checkpoints import adapter_checkpoints
+from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import reached_adapters
 from lightning_lora.trainer.strategies import layout_of
 from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
@@ -32,7 +32,7 @@ def test_unsupported_strategy_is_refused() -> None:
 
     Odd.__abstractmethods__ = frozenset()
     with pytest.raises(MisconfigurationException, match=r"not support Odd yet\. Supported are a single device and DDP"):
-        adapter_checkpoints(Odd())
+        install_adapter_checkpoints(Odd())
 
 
 def test_spawn_launcher_is_refused() -> None:
