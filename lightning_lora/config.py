@@ -115,8 +115,8 @@ class LoRAConfig:
                 object.__setattr__(self, option.name, _CHECKS[option.name](option.name, value))
         if not (self.target_modules or self.target_parameters or self.target_slices or self.trainable_token_indices):
             raise ValueError(
-                f"No target given (LoRAConfig.target_modules={self.target_modules!r}): set target_modules, target_parameters, "
-                "target_slices or trainable_token_indices."
+                f"No target given (LoRAConfig.target_modules={self.target_modules!r}): set target_modules, "
+                "target_parameters, target_slices or trainable_token_indices."
             )
 
     def scaling(self, rank: int, alpha: float) -> float:

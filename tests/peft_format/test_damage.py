@@ -149,9 +149,9 @@ def test_problems_are_listed_in_one_error(directory: Path) -> None:
         ({"use_dora": True}, "lora_magnitude_vector: missing"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "some"}, "bias='some' must be one of"),
-        ({"bias": "none"}, "frozen tensor has other values"),
+        ({"bias": "none"}, "frozen tensor has different values"),
         ({"modules_to_save": "head"}, "modules_to_save must be a list of names, not 'head'"),
-        ({"modules_to_save": None}, "frozen tensor has other values"),
+        ({"modules_to_save": None}, "frozen tensor has different values"),
         ({"modules_to_save": [["head"]]}, "must be a list of names"),
         ({"modules_to_save": ["norm", "head"]}, "norm.weight: missing from the file"),
         ({"trainable_token_indices": [1, 1]}, "holds a token twice"),
@@ -206,7 +206,7 @@ def test_malicious_bin_file_is_refused_without_running(directory: Path, tmp_path
     refuses(directory, r"adapter_model.bin' cannot be read")
     assert not (tmp_path / "run").exists()
     torch.save([1, 2], directory / "adapter_model.bin")
-    refuses(directory, r"adapter_model.bin' holds no tensors by name")
+    refuses(directory, r"adapter_model.bin' does not contain a mapping of names to tensors")
 
 
 @pytest.mark.filterwarnings("ignore:adapter_config.json has unknown options.*")

@@ -77,7 +77,7 @@ def test_module_without_adapters_is_refused(tiny, rng, tmp_path):
 def test_meta_adapter_is_refused(tiny, tmp_path):
     tiny.to("meta")
     attach(tiny, CONFIG)
-    with pytest.raises(ValueError, match="on the meta device"):
+    with pytest.raises(ValueError, match="On the meta device"):
         save_adapter(tiny, tmp_path / "adapter")
 
 

@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "cell": (lambda: nn.GRUCell(8, 8), {}, "layer.weight_hh: PEFT has no adapter for GRUCell"),
     "bilinear": (lambda: nn.Bilinear(8, 8, 8), {}, "layer.weight: PEFT has no adapter for Bilinear"),
     "bag": (lambda: nn.EmbeddingBag(20, 8), {}, "layer.weight: PEFT has no adapter for EmbeddingBag"),
-    "scaled embedding": (lambda: ScaledEmbedding(20, 8), {}, "layer: it has its own forward"),
+    "scaled embedding": (lambda: ScaledEmbedding(20, 8), {}, "layer: it has a custom forward"),
     "attention of several sizes": (
         lambda: nn.MultiheadAttention(8, 2, kdim=6),
         {},

@@ -160,7 +160,7 @@ def test_embeddings_saved_by_peft_must_match_base(tmp_path: Path) -> None:
     other = MODELS["llama"]()
     with torch.no_grad():
         other.model.embed_tokens.weight[3, 4] += 1
-    with raises_and_changes_nothing(other, ValueError, "frozen tensor has other values"):
+    with raises_and_changes_nothing(other, ValueError, "frozen tensor has different values"):
         load_adapter(other, tmp_path)
 
 

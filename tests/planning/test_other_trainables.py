@@ -16,7 +16,7 @@ def test_saved_modules_get_no_adapter(tiny):
 
 
 def test_named_saved_module_without_parameters_is_rejected(tiny):
-    with raises_and_changes_nothing(tiny, ValueError, "modules_to_save: 'blocks.0.act' is a GELU without parameters"):
+    with raises_and_changes_nothing(tiny, ValueError, "modules_to_save: 'blocks.0.act' is a GELU with no parameters"):
         report(tiny, modules_to_save=["act"])
 
 
