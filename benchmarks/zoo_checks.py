@@ -193,6 +193,8 @@ class Examination:
                 check()
             except Exception as error:
                 self.problems.append(problem(check.__name__, error))
+                if check == self.identity and not isinstance(error, Wrong):
+                    return  # it computes nothing at all
 
     def summary(self) -> dict[str, Any]:
         """Return the verdict with all that belongs to it."""
@@ -259,21 +261,18 @@ class Examination:
         return True
 
     def chosen_targets(self) -> str:
-        """Return "all-linear", or "convolutions" where those hold most of the weights."""
-        sizes = {"linear": 0, "convolutions": 0}
-        for part in self.base.modules():
-            if isinstance(part, nn.Linear):
-                sizes["linear"] += part.weight.numel()
-            elif isinstance(part, CONVOLUTIONS):
-                sizes["convolutions"] += part.weight.numel()
-        return "convolutions" if sizes["convolutions"] > sizes["linear"] else "all-linear"
+        """Return "all-linear", or "convolutions" where there are more of those than linear layers."""
+        parts = list(self.base.modules())
+        linear, convolutions = (sum(isinstance(part, kind) for part in parts) for kind in (nn.Linear, CONVOLUTIONS))
+        return "convolutions" if convolutions > linear else "all-linear"
 
     def options(self) -> dict[str, Any]:
-        """Return what is asked of LoRAConfig."""
+        """Return what is asked of LoRAConfig: of convolutional networks, all layers that are larger than the rank."""
         found: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
         if self.targets == "convolutions":
-            kinds = (nn.Linear, *CONVOLUTIONS)
-            found["target_modules"] = [n for n, part in self.base.named_modules() if isinstance(part, kinds) and n]
+            layers = {n: p for n, p in self.base.named_modules() if n and isinstance(p, (nn.Linear, *CONVOLUTIONS))}
+            shapes = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
+            found["target_modules"] = [name for name, shape in shapes.items() if min(shape) >= RANK]
         return found
 
     def attached(self, filled: bool = False) -> nn.Module:
@@ -330,10 +329,9 @@ class Examination:
 
     def reload(self) -> None:
         """A state loaded into another copy gives the same outputs."""
-        other = self.attached()
-        load_adapter_state_dict(other, adapter_state_dict(self.filled))
-        self.equal("reload", outputs(self.specimen, other), self.after)
-        self.other = other
+        self.other = self.attached()
+        load_adapter_state_dict(self.other, adapter_state_dict(self.filled))
+        self.equal("reload", outputs(self.specimen, self.other), self.after)
 
     def merging(self) -> None:
         """A merged model computes the same, and is made of the base's classes and keys."""
@@ -359,7 +357,12 @@ class Examination:
                 PeftModel.from_pretrained(part, str(Path(folder) / "adapter"))
             except Exception as error:
                 raise Wrong(f"PEFT does not load it: {type(error).__name__}: {first_line(error)}") from error
-        self.equal("PEFT", outputs(self.specimen, other), self.after)
+        taken = {name for name, layer in part.named_modules() if hasattr(layer, "lora_A")}
+        left_out = sorted({row.name for row in report.rows if row.rank is not None} - taken)
+        try:
+            self.equal("PEFT", outputs(self.specimen, other), self.after)
+        except Wrong as error:
+            raise Wrong(f"{error}; PEFT leaves out {len(left_out)} of {len(report.rows)} layers: {left_out[:3]}") from None
 
     def detaching(self) -> None:
         """Detaching gives the exact base back."""
