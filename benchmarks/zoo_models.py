@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import zoo_generic
 import zoo_transformers
 from torch import nn
 
@@ -114,11 +115,7 @@ def build_torchvision(name: str) -> Call:
     from torchvision import models
 
     def build(*shape: int, **options: Any) -> Call:
-        model = models.get_model(name, weights=None, **options)
-        for key, part in list(model.named_modules()):
-            if isinstance(part, nn.Linear) and part.weight.numel() > 8_000_000:  # the heads of AlexNet and VGG
-                model.set_submodule(key, nn.Linear(part.in_features, part.out_features).to("cpu"))
-        return call(model, torch.randn(*shape))
+        return call(models.get_model(name, weights=None, **options), torch.randn(*shape))
 
     few = {"num_classes": 10}
     if "raft" in name:
@@ -298,6 +295,11 @@ def build_clip(name: str) -> Call:
     return call(cls(**options), images(vision["image_size"]), torch.randint(1, 128, (2, 16)))
 
 
+def by_name(package: str, builders: Callable[[], dict[str, Callable[[], Call]]]) -> Library:
+    """Return a library whose models have a builder each."""
+    return Library(package, lambda: list(builders()), lambda name: builders()[name]())
+
+
 LIBRARIES = {
     "transformers": Library("transformers", zoo_transformers.names, zoo_transformers.build),
     "timm": Library("timm", timm_names, build_timm),
@@ -305,6 +307,10 @@ LIBRARIES = {
     "torch_geometric": Library("torch_geometric", geometric_names, build_geometric),
     "segmentation_models_pytorch": Library("segmentation_models_pytorch", segmentation_names, build_segmentation),
     "open_clip": Library("open_clip_torch", clip_names, build_clip),
+    "diffusers": Library("diffusers", zoo_generic.diffusers_names, zoo_generic.build_diffusers),
+    "torchaudio": by_name("torchaudio", zoo_generic.audio_builders),
+    "speechbrain": by_name("speechbrain", zoo_generic.brain_builders),
+    "pytorch_forecasting": Library("pytorch-forecasting", zoo_generic.forecasting_names, zoo_generic.build_forecasting),
 }
 
 
