@@ -30,7 +30,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 RESULTS, PAGE = FOLDER / "zoo.json", FOLDER.parent / "docs" / "models.md"
-SECONDS, MEMORY = 120.0, 12 << 30
+SECONDS, MEMORY = 120.0, 10 << 30
 VERDICTS = {
     "ok": "ok",
     "refused": "refused",
@@ -209,10 +209,12 @@ def page(files: Sequence[Path]) -> str:
 
 EXPLANATION = """\
 **ok**: all checks held. An adapter changes nothing at its start; every weight that learns without an adapter has an adapter
-that learns; training computes what evaluation does; a reloaded, a merged and a detached model are exact; PEFT computes
-the same from the exported files, or `preflight` said that it would not; three steps through `LoRACallback` move every
-adapter that can learn, and nothing else. **refused**: `attach`, or another function, said why not. **cannot be built
-here**: the model does not run by itself, without an adapter. **wrong** and **crash** are mistakes of this package."""
+that learns; training computes what evaluation does; a reloaded, a merged and a detached model are exact; PEFT computes the
+same from the exported files, or `preflight` said that it would not; three steps through `LoRACallback` move every adapter
+that can learn, and nothing else. **refused**: `attach`, or another function, said why not. **cannot be built here**: the
+model does not run by itself, without an adapter. **wrong** and **crash** are mistakes of this package. Adapted are all
+linear layers; where a network has more convolutions than those, all convolutions too; where it has neither, its matrices, by
+`target_parameters`."""
 
 
 def counts(results: dict[str, Result], libraries: Iterable[str]) -> str:
@@ -277,7 +279,9 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="what one model may take")
     parser.add_argument("--json", type=Path, action="append", help="file of the results; --page reads several")
     parser.add_argument("--list", action="store_true", help="print the names and do nothing")
-    parser.add_argument("--page", action="store_true", help=f"write docs/{PAGE.name} from the results and do nothing else")
+    parser.add_argument(
+        "--page", action="store_true", help=f"write docs/{PAGE.name} from the results and do nothing else"
+    )
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

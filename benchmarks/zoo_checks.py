@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 import random
+import re
 import tempfile
 import traceback
 import warnings
@@ -31,6 +32,7 @@ from lightning_lora import (
 )
 
 RANK, ALPHA, STEPS = 4, 8.0, 3
+LARGE, TOO_LARGE = 10_000_000, 150_000_000  # parameters: from here in float32 alone; from there not at all
 # Relative to the largest value of an output: what rounding may cost; float64 models have steps in float32 inside.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -44,11 +46,11 @@ class Specimen(NamedTuple):
     kwargs: Mapping[str, Any] = {}
 
 
-class Unbuildable(Exception):
+class UnbuildableError(Exception):
     """The model fails by itself, without an adapter."""
 
 
-class Wrong(Exception):
+class WrongError(Exception):
     """A check found a difference."""
 
 
@@ -174,7 +176,7 @@ class Examination:
         """Run everything and return what was found, ready for JSON."""
         try:
             self.prepare()
-        except Unbuildable as error:
+        except UnbuildableError as error:
             return {"verdict": "unbuildable", "reason": str(error)}
         self.tell("attach")
         try:
@@ -194,7 +196,7 @@ class Examination:
                 check()
             except Exception as error:
                 self.problems.append(problem(check.__name__, error))
-                if check == self.identity and not isinstance(error, Wrong):
+                if check == self.identity and not isinstance(error, WrongError):
                     return  # it computes nothing at all
 
     def summary(self) -> dict[str, Any]:
@@ -223,20 +225,26 @@ class Examination:
             self.tolerance = TOLERANCE[self.dtype]
             self.before = outputs(self.specimen, self.base)
             if not any(torch.isfinite(each).any() for each in self.before):
-                raise Unbuildable("its outputs hold no finite number")
+                raise UnbuildableError("its outputs hold no finite number")
             if difference(outputs(self.specimen, copy.deepcopy(self.base)), self.before) > self.tolerance:
-                raise Unbuildable("two calls, or two copies, differ")
+                raise UnbuildableError("two calls, or two copies, differ")
             self.train = self.trains()
             self.alive = gradients(self.specimen, copy.deepcopy(self.base), self.train)
-        except Unbuildable:
+        except UnbuildableError:
             raise
         except Exception as error:
-            raise Unbuildable(f"{type(error).__name__}: {first_line(error)}") from error
+            raise UnbuildableError(f"{type(error).__name__}: {first_line(error)}") from error
         self.targets = self.chosen_targets()
 
     def choose_precision(self) -> torch.dtype:
         """Turn model and inputs to float64, where the model runs so."""
         single = self.specimen
+        size = sum(weight.numel() for weight in self.base.parameters())
+        if size > TOO_LARGE:
+            raise UnbuildableError(f"{size:,} parameters are too many")
+        if size > LARGE:
+            outputs(single, single.model)
+            return torch.float32
         doubled = copy.deepcopy((self.base, single.args, dict(single.kwargs)))
         model, args, kwargs = doubled
         double = Specimen(model.double(), in_double(args), in_double(kwargs))
@@ -262,18 +270,24 @@ class Examination:
         return True
 
     def chosen_targets(self) -> str:
-        """Return "all-linear", or "convolutions" where there are more of those than linear layers."""
+        """Return "all-linear"; "convolutions" where there are more of those, "parameters" where there is neither."""
         parts = list(self.base.modules())
         linear, convolutions = (sum(isinstance(part, kind) for part in parts) for kind in (nn.Linear, CONVOLUTIONS))
+        if linear + convolutions == 0:
+            return "parameters"
         return "convolutions" if convolutions > linear else "all-linear"
 
-    def options(self) -> dict[str, Any]:
-        """Return what is asked of LoRAConfig: of convolutional networks, all layers that are larger than the rank."""
+    def options(self, prefix: str = "") -> dict[str, Any]:
+        """Return what is asked of LoRAConfig, names where "all-linear" would miss the point: all that fits the rank."""
         found: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
         if self.targets == "convolutions":
             layers = {n: p for n, p in self.base.named_modules() if n and isinstance(p, (nn.Linear, *CONVOLUTIONS))}
             shapes = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
-            found["target_modules"] = [name for name, shape in shapes.items() if min(shape) >= RANK]
+            found["target_modules"] = [f"{prefix}{name}" for name, shape in shapes.items() if min(shape) >= RANK]
+        elif self.targets == "parameters":
+            shapes = {name: weight.shape for name, weight in self.base.named_parameters() if weight.ndim == 2}
+            found |= {"rank": 2, "target_modules": []}
+            found["target_parameters"] = [f"{prefix}{name}" for name, shape in shapes.items() if min(shape) >= 2]
         return found
 
     def attached(self, filled: bool = False) -> nn.Module:
@@ -296,7 +310,7 @@ class Examination:
         """Note how far two outputs are from each other; too far is wrong."""
         self.numbers[what] = found = difference(left, right)
         if not found <= self.tolerance:
-            raise Wrong(f"outputs differ by {found:.2g} of their size")
+            raise WrongError(f"outputs differ by {found:.2g} of their size")
 
     # --- the checks
 
@@ -310,15 +324,15 @@ class Examination:
         largest = max(self.alive.values(), default=0.0)
         noise = largest * (1e-13 if self.dtype is torch.float64 else 1e-6)
         self.expected = {
-            name: factors
-            for name, factors in adapters_of(self.adapted).items()
-            if self.alive.get(name, 0.0) > noise
+            name: factors for name, factors in adapters_of(self.adapted).items() if self.alive.get(name, 0.0) > noise
         }
         self.numbers["adapters without use"] = self.count - len(self.expected)
         bypassed = [name for name, factors in self.expected.items() if not factors & found.keys()]
         self.numbers["bypassed"] = len(bypassed)
         if bypassed:
-            raise Wrong(f"bypassed: {', '.join(described(self.base, name) for name in bypassed[:4])}, {len(bypassed)} in all")
+            raise WrongError(
+                f"bypassed: {', '.join(described(self.base, name) for name in bypassed[:4])}, {len(bypassed)} in all"
+            )
 
     def modes(self) -> None:
         """Training computes what evaluation does, where all dropout is off and the base does."""
@@ -350,20 +364,23 @@ class Examination:
         from peft import PeftModel
 
         other = copy.deepcopy(self.base)
-        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             save_adapter(self.filled, Path(folder) / "adapter")
             part = other.get_submodule(report.root) if report.root else other
             try:
                 PeftModel.from_pretrained(part, str(Path(folder) / "adapter"))
             except Exception as error:
-                raise Wrong(f"PEFT does not load it: {type(error).__name__}: {first_line(error)}") from error
+                raise WrongError(f"PEFT does not load it: {type(error).__name__}: {first_line(error)}") from error
         taken = {name for name, layer in part.named_modules() if hasattr(layer, "lora_A")}
         left_out = sorted({row.name for row in report.rows if row.rank is not None} - taken)
+        unfilled = sorted({key for each in said for key in re.findall(r"'([\w.]+)\.lora_A", str(each.message))})
         try:
             self.equal("PEFT", outputs(self.specimen, other), self.after)
-        except Wrong as error:
-            raise Wrong(f"{error}; PEFT leaves out {len(left_out)} of {len(report.rows)} layers: {left_out[:3]}") from None
+        except WrongError as error:
+            lost = [f"does not adapt {left_out[:3]}, {len(left_out)} in all"] if left_out else []
+            lost += [f"finds no values for {unfilled[:3]}, {len(unfilled)} in all"] if unfilled else []
+            raise WrongError("; ".join([str(error), *(f"PEFT {each}" for each in lost)])) from None
 
     def detaching(self) -> None:
         """Detaching gives the exact base back, also after the weights held the update for a while."""
@@ -377,15 +394,15 @@ class Examination:
         """Compare classes, keys, gradient flags and, bit for bit, values with the base's."""
         for name, part in self.base.named_modules():
             if type(model.get_submodule(name)) is not type(part):
-                raise Wrong(f"{what} leaves {name!r} as {type(model.get_submodule(name)).__name__}")
+                raise WrongError(f"{what} leaves {name!r} as {type(model.get_submodule(name)).__name__}")
         mine, base = model.state_dict(), self.base.state_dict()
         if list(mine) != list(base):
-            raise Wrong(f"{what} changes the keys: {sorted(mine.keys() ^ base.keys())[:4]}")
+            raise WrongError(f"{what} changes the keys: {sorted(mine.keys() ^ base.keys())[:4]}")
         for name, weight in self.base.named_parameters():
             if model.get_parameter(name).requires_grad != weight.requires_grad:
-                raise Wrong(f"{what} leaves requires_grad of {name!r} changed")
+                raise WrongError(f"{what} leaves requires_grad of {name!r} changed")
         if values and (changed := [name for name in base if not same_bits(mine[name], base[name])]):
-            raise Wrong(f"{what} leaves other values: {changed[:4]}")
+            raise WrongError(f"{what} leaves other values: {changed[:4]}")
 
     def fit(self) -> None:
         """Three steps through the callback move every adapter that can learn, and nothing else."""
@@ -393,13 +410,11 @@ class Examination:
 
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
         module = wrapped(self.specimen, copy.deepcopy(self.base), self.train)
-        options = self.options()
-        if "target_modules" in options:
-            options["target_modules"] = [f"net.{name}" for name in options["target_modules"]]
         quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer = Trainer(accelerator="cpu", max_steps=STEPS, callbacks=[LoRACallback(**options)], **quiet)
+            callback = LoRACallback(**self.options("net."))
+            trainer = Trainer(accelerator="cpu", max_steps=STEPS, callbacks=[callback], **quiet)
             start = {}
             module.when_started = lambda: start.update(values_of(module.net))
             trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(STEPS, 1)))
@@ -409,9 +424,11 @@ class Examination:
         others = sorted(name for name in moved if not is_factor(name))
         self.numbers["moved"] = len([name for name in self.expected if name not in still])
         if still:
-            raise Wrong(f"a fit does not move {', '.join(described(self.base, name) for name in still[:4])}, {len(still)} in all")
+            raise WrongError(
+                f"a fit does not move {', '.join(described(self.base, n) for n in still[:4])}, {len(still)} in all"
+            )
         if wrong := [name for name in others if name in dict(self.base.named_parameters())]:
-            raise Wrong(f"a fit moves {wrong[:4]}")
+            raise WrongError(f"a fit moves {wrong[:4]}")
         if others:
             self.notes.append(f"a fit moves buffers: {others[:4]}")
 
@@ -474,7 +491,7 @@ def problem(check: str, error: BaseException) -> dict[str, str]:
     """Return what an exception in a check means: wrong, refused by the package in words of its own, or a crash."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = "lightning_lora" in last.filename and (last.line or "").startswith("raise")
-    verdict = "wrong" if isinstance(error, Wrong) else "refused" if ours else "crash"
+    verdict = "wrong" if isinstance(error, WrongError) else "refused" if ours else "crash"
     reason = first_line(error) if verdict != "crash" else f"{type(error).__name__}: {first_line(error)}"
     where = "" if verdict != "crash" else f"{'/'.join(Path(last.filename).parts[-3:])}:{last.lineno}"
     return {"check": check, "verdict": verdict, "reason": reason, "where": where}
@@ -497,7 +514,7 @@ def wrapped(specimen: Specimen, net: nn.Module, train: bool) -> Any:
         def on_train_start(self) -> None:
             self.when_started()
 
-        def training_step(self, batch: Tensor) -> Tensor:
+        def training_step(self, _batch: Tensor) -> Tensor:
             return loss_of(self())
 
         def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -24,7 +24,9 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_single_layers", "num_refiner_layers", "num_mmdit_layers", "num_single_dit_layers"), 1),
     **dict.fromkeys(("joint_attention_dim", "cross_attention_dim", "caption_channels", "caption_projection_dim"), DIM),
     **dict.fromkeys(("text_embed_dim", "text_dim", "pooled_projection_dim", "hidden_size", "cap_feat_dim"), DIM),
-    **dict.fromkeys(("time_embed_dim", "timestep_dim", "embedding_dim", "encoder_hid_dim", "cross_attention_input_dim"), DIM),
+    **dict.fromkeys(
+        ("time_embed_dim", "timestep_dim", "embedding_dim", "encoder_hid_dim", "cross_attention_input_dim"), DIM
+    ),
     **dict.fromkeys(("ffn_dim", "ff_inner_dim", "intermediate_size"), 2 * DIM),
     "axes_dims_rope": (4, 4, 8),
     "rope_axes_dim": (4, 4, 8),
@@ -34,82 +36,234 @@ SMALL: dict[str, Any] = {
     "norm_num_groups": 4,
     "freq_dim": 32,
 }
-MODELS = (
-    "AllegroTransformer3DModel AsymmetricAutoencoderKL AuraFlowTransformer2DModel AutoencoderDC AutoencoderKL "
-    "AutoencoderKLCogVideoX AutoencoderKLTemporalDecoder AutoencoderKLWan AutoencoderKLQwenImage AutoencoderTiny "
-    "AutoencoderKLLTXVideo AutoencoderKLHunyuanVideo AutoencoderKLMochi AutoencoderKLMagvit AutoencoderOobleck "
-    "BriaTransformer2DModel ChromaTransformer2DModel CogVideoXTransformer3DModel CogView3PlusTransformer2DModel "
-    "CogView4Transformer2DModel ConsisIDTransformer3DModel ControlNetModel DiTTransformer2DModel "
-    "FluxTransformer2DModel Flux2Transformer2DModel HunyuanDiT2DModel HunyuanVideoTransformer3DModel "
-    "Kandinsky3UNet LTXVideoTransformer3DModel LatteTransformer3DModel Lumina2Transformer2DModel "
-    "LuminaNextDiT2DModel MochiTransformer3DModel PixArtTransformer2DModel PriorTransformer "
-    "QwenImageTransformer2DModel SD3Transformer2DModel SanaTransformer2DModel StableAudioDiTModel "
-    "T2IAdapter Transformer2DModel TransformerTemporalModel UNet1DModel UNet2DConditionModel UNet2DModel "
-    "UNet3DConditionModel UNetMotionModel UNetSpatioTemporalConditionModel UVit2DModel VQModel WanTransformer3DModel"
-).split()
+MODELS = [
+    "AllegroTransformer3DModel",
+    "AsymmetricAutoencoderKL",
+    "AuraFlowTransformer2DModel",
+    "AutoencoderDC",
+    "AutoencoderKL",
+    "AutoencoderKLCogVideoX",
+    "AutoencoderKLTemporalDecoder",
+    "AutoencoderKLWan",
+    "AutoencoderKLQwenImage",
+    "AutoencoderTiny",
+    "AutoencoderKLLTXVideo",
+    "AutoencoderKLHunyuanVideo",
+    "AutoencoderKLMochi",
+    "AutoencoderKLMagvit",
+    "AutoencoderOobleck",
+    "BriaTransformer2DModel",
+    "ChromaTransformer2DModel",
+    "CogVideoXTransformer3DModel",
+    "CogView3PlusTransformer2DModel",
+    "CogView4Transformer2DModel",
+    "ConsisIDTransformer3DModel",
+    "ControlNetModel",
+    "DiTTransformer2DModel",
+    "FluxTransformer2DModel",
+    "Flux2Transformer2DModel",
+    "HunyuanDiT2DModel",
+    "HunyuanVideoTransformer3DModel",
+    "Kandinsky3UNet",
+    "LTXVideoTransformer3DModel",
+    "LatteTransformer3DModel",
+    "Lumina2Transformer2DModel",
+    "LuminaNextDiT2DModel",
+    "MochiTransformer3DModel",
+    "PixArtTransformer2DModel",
+    "PriorTransformer",
+    "QwenImageTransformer2DModel",
+    "SD3Transformer2DModel",
+    "SanaTransformer2DModel",
+    "StableAudioDiTModel",
+    "T2IAdapter",
+    "Transformer2DModel",
+    "TransformerTemporalModel",
+    "UNet1DModel",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "UNet3DConditionModel",
+    "UNetMotionModel",
+    "UNetSpatioTemporalConditionModel",
+    "UVit2DModel",
+    "VQModel",
+    "WanTransformer3DModel",
+]
 SPECIAL: dict[str, dict[str, Any]] = {
     "Transformer2DModel": {"in_channels": 32, "norm_num_groups": 8},
     "TransformerTemporalModel": {"in_channels": 32, "norm_num_groups": 8},
-    "PixArtTransformer2DModel": {"in_channels": 4, "patch_size": 2, "caption_channels": DIM, "cross_attention_dim": DIM},
-    "UNet1DModel": {"block_out_channels": (32, 32), "sample_size": SIDE, "extra_in_channels": 16,
-                    "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D"), "up_block_types": ("UpBlock1D", "UpBlock1DNoSkip")},
-    "UNet2DModel": {"block_out_channels": (32, 64), "attention_head_dim": 8, "norm_num_groups": 8,
-                    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")},
-    "UNet2DConditionModel": {"block_out_channels": (32, 64), "attention_head_dim": 8, "num_attention_heads": None, "norm_num_groups": 8,
-                             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-                             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")},
-    "UNet3DConditionModel": {"block_out_channels": (32, 64), "attention_head_dim": 8, "num_attention_heads": None, "norm_num_groups": 8,
-                             "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-                             "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D")},
-    "UNetMotionModel": {"block_out_channels": (32, 64), "motion_num_attention_heads": 2, "norm_num_groups": 8,
-                        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
-                        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion")},
-    "UNetSpatioTemporalConditionModel": {"block_out_channels": (32, 64), "num_attention_heads": (2, 4),
-                                         "addition_time_embed_dim": 32, "projection_class_embeddings_input_dim": 96,
-                                         "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-                                         "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")},
-    "ControlNetModel": {"block_out_channels": (32, 64), "conditioning_embedding_out_channels": (16, 32), "norm_num_groups": 8,
-                        "attention_head_dim": 8, "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")},
-    "AutoencoderKL": {"block_out_channels": (32, 64), "norm_num_groups": 8, "down_block_types": ("DownEncoderBlock2D",) * 2,
-                      "up_block_types": ("UpDecoderBlock2D",) * 2},
-    "VQModel": {"block_out_channels": (32, 64), "norm_num_groups": 8, "down_block_types": ("DownEncoderBlock2D",) * 2,
-                "up_block_types": ("UpDecoderBlock2D",) * 2},
-    "AsymmetricAutoencoderKL": {"down_block_out_channels": (32, 64), "layers_per_down_block": 1, "up_block_out_channels": (32, 64),
-                                "layers_per_up_block": 1, "norm_num_groups": 8, "down_block_types": ("DownEncoderBlock2D",) * 2,
-                                "up_block_types": ("UpDecoderBlock2D",) * 2},
-    "AutoencoderKLWan": {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1,
-                         "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
-    "AutoencoderKLQwenImage": {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1,
-                               "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
-    "AutoencoderTiny": {"encoder_block_out_channels": (32, 32), "decoder_block_out_channels": (32, 32),
-                        "num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1)},
-    "AutoencoderOobleck": {"encoder_hidden_size": 12, "decoder_channels": 12, "decoder_input_channels": 6, "audio_channels": 2,
-                           "downsampling_ratios": [2, 4], "channel_multiples": [1, 2]},
+    "PixArtTransformer2DModel": {
+        "in_channels": 4,
+        "patch_size": 2,
+        "caption_channels": DIM,
+        "cross_attention_dim": DIM,
+    },
+    "UNet1DModel": {
+        "block_out_channels": (32, 32),
+        "sample_size": SIDE,
+        "extra_in_channels": 16,
+        "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D"),
+        "up_block_types": ("UpBlock1D", "UpBlock1DNoSkip"),
+    },
+    "UNet2DModel": {
+        "block_out_channels": (32, 64),
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    },
+    "UNet2DConditionModel": {
+        "block_out_channels": (32, 64),
+        "attention_head_dim": 8,
+        "num_attention_heads": None,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    },
+    "UNet3DConditionModel": {
+        "block_out_channels": (32, 64),
+        "attention_head_dim": 8,
+        "num_attention_heads": None,
+        "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    },
+    "UNetMotionModel": {
+        "block_out_channels": (32, 64),
+        "motion_num_attention_heads": 2,
+        "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "up_block_types": ("UpBlockMotion", "CrossAttnUpBlockMotion"),
+    },
+    "UNetSpatioTemporalConditionModel": {
+        "block_out_channels": (32, 64),
+        "num_attention_heads": (2, 4),
+        "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": 96,
+        "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+    },
+    "ControlNetModel": {
+        "block_out_channels": (32, 64),
+        "conditioning_embedding_out_channels": (16, 32),
+        "norm_num_groups": 8,
+        "attention_head_dim": 8,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    },
+    "AutoencoderKL": {
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    },
+    "VQModel": {
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    },
+    "AsymmetricAutoencoderKL": {
+        "down_block_out_channels": (32, 64),
+        "layers_per_down_block": 1,
+        "up_block_out_channels": (32, 64),
+        "layers_per_up_block": 1,
+        "norm_num_groups": 8,
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    },
+    "AutoencoderKLWan": {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "latents_mean": [0.0] * 4,
+        "latents_std": [1.0] * 4,
+    },
+    "AutoencoderKLQwenImage": {
+        "base_dim": 8,
+        "z_dim": 4,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "latents_mean": [0.0] * 4,
+        "latents_std": [1.0] * 4,
+    },
+    "AutoencoderTiny": {
+        "encoder_block_out_channels": (32, 32),
+        "decoder_block_out_channels": (32, 32),
+        "num_encoder_blocks": (1, 2),
+        "num_decoder_blocks": (2, 1),
+    },
+    "AutoencoderOobleck": {
+        "encoder_hidden_size": 12,
+        "decoder_channels": 12,
+        "decoder_input_channels": 6,
+        "audio_channels": 2,
+        "downsampling_ratios": [2, 4],
+        "channel_multiples": [1, 2],
+    },
     "AutoencoderKLTemporalDecoder": {"block_out_channels": (32, 64), "down_block_types": ("DownEncoderBlock2D",) * 2},
     "AutoencoderKLCogVideoX": {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 2, "latent_channels": 4},
-    "SanaTransformer2DModel": {"num_cross_attention_heads": 2, "cross_attention_head_dim": 16, "cross_attention_dim": DIM},
+    "SanaTransformer2DModel": {
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 16,
+        "cross_attention_dim": DIM,
+    },
     "SD3Transformer2DModel": {"caption_projection_dim": DIM, "in_channels": 4, "out_channels": 4},
-    "UVit2DModel": {"hidden_size": DIM, "block_out_channels": DIM, "encoder_hidden_size": DIM, "cond_embed_dim": DIM,
-                    "micro_cond_encode_dim": 8, "micro_cond_embed_dim": 40, "vocab_size": 32, "codebook_size": 32,
-                    "num_hidden_layers": 2, "block_num_heads": 2, "num_attention_heads": 2},
+    "UVit2DModel": {
+        "hidden_size": DIM,
+        "block_out_channels": DIM,
+        "encoder_hidden_size": DIM,
+        "cond_embed_dim": DIM,
+        "micro_cond_encode_dim": 8,
+        "micro_cond_embed_dim": 40,
+        "vocab_size": 32,
+        "codebook_size": 32,
+        "num_hidden_layers": 2,
+        "block_num_heads": 2,
+        "num_attention_heads": 2,
+    },
     "LatteTransformer3DModel": {"patch_size": 2, "in_channels": 4, "out_channels": 4},
     "HunyuanDiT2DModel": {"patch_size": 2, "in_channels": 4},
     "PriorTransformer": {"num_embeddings": LENGTH},
-    "CogVideoXTransformer3DModel": {"sample_height": SIDE, "sample_width": SIDE, "sample_frames": 17, "max_text_seq_length": LENGTH},
-    "ConsisIDTransformer3DModel": {"sample_height": SIDE, "sample_width": SIDE, "sample_frames": 17, "max_text_seq_length": LENGTH},
-    "AutoencoderDC": {"encoder_block_out_channels": (16, 16, 32), "decoder_block_out_channels": (16, 16, 32),
-                      "encoder_layers_per_block": (1, 1, 1), "decoder_layers_per_block": (1, 1, 1),
-                      "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
-                      "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"), "encoder_qkv_multiscales": ((), (), (5,)),
-                      "decoder_qkv_multiscales": ((), (), (5,)), "attention_head_dim": 8},
+    "CogVideoXTransformer3DModel": {
+        "sample_height": SIDE,
+        "sample_width": SIDE,
+        "sample_frames": 17,
+        "max_text_seq_length": LENGTH,
+    },
+    "ConsisIDTransformer3DModel": {
+        "sample_height": SIDE,
+        "sample_width": SIDE,
+        "sample_frames": 17,
+        "max_text_seq_length": LENGTH,
+    },
+    "AutoencoderDC": {
+        "encoder_block_out_channels": (16, 16, 32),
+        "decoder_block_out_channels": (16, 16, 32),
+        "encoder_layers_per_block": (1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1),
+        "encoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "decoder_block_types": ("ResBlock", "ResBlock", "EfficientViTBlock"),
+        "encoder_qkv_multiscales": ((), (), (5,)),
+        "decoder_qkv_multiscales": ((), (), (5,)),
+        "attention_head_dim": 8,
+    },
     "AutoencoderKLHunyuanVideo": {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
     "AutoencoderKLMagvit": {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4},
-    "AutoencoderKLLTXVideo": {"block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
-                              "layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1, 1), "latent_channels": 8},
-    "ChromaTransformer2DModel": {"approximator_num_channels": 32, "approximator_hidden_dim": DIM, "approximator_layers": 1},
+    "AutoencoderKLLTXVideo": {
+        "block_out_channels": (8, 8, 8, 8),
+        "decoder_block_out_channels": (8, 8, 8, 8),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1, 1, 1),
+        "latent_channels": 8,
+    },
+    "ChromaTransformer2DModel": {
+        "approximator_num_channels": 32,
+        "approximator_hidden_dim": DIM,
+        "approximator_layers": 1,
+    },
     "T2IAdapter": {"channels": [16, 16, 32, 32], "num_res_blocks": 1},
 }
-NORM_GROUPS = 4
 
 
 def diffusers_names() -> list[str]:
@@ -129,8 +283,17 @@ def build_diffusers(name: str) -> Call:
     model = cls(**options)
     pictures = 3 if "Autoencoder" in name else 4
     channels = getattr(model.config, "in_channels", None) or getattr(model.config, "num_channels_latents", pictures)
-    shapes = [(2, channels, SIDE, SIDE), (2, channels, 5, SIDE, SIDE), (2, 5, channels, SIDE, SIDE), (2, 16, channels),
-              (2, channels, 64), (2, channels, 256), (2 * 5, channels, SIDE, SIDE), (2, channels), (2, channels, 64, 64)]  # fmt: skip
+    shapes = [
+        (2, channels, SIDE, SIDE),
+        (2, channels, 5, SIDE, SIDE),
+        (2, 5, channels, SIDE, SIDE),
+        (2, 16, channels),
+        (2, channels, 64),
+        (2, channels, 256),
+        (2 * 5, channels, SIDE, SIDE),
+        (2, channels),
+        (2, channels, 64, 64),
+    ]
     error: Exception = ValueError("nothing to try")
     times = (torch.tensor([3, 5]), torch.tensor([0.3, 0.5]))
     for shape, time in itertools.product(shapes, times):
@@ -170,11 +333,21 @@ def diffusion_inputs(model: nn.Module, sample: torch.Tensor, time: torch.Tensor)
         "num_frames": 1,
         "height": 4,
         "width": 4,
-    }  # fmt: skip
-    if isinstance(getattr(model, "config", None), dict) and model.config.get("patch_size") and sample.ndim == 3:
-        known["num_frames"] = 1
-    wanted = ("encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "added_cond_kwargs",
-              "encoder_attention_mask", "encoder_hidden_states_mask", "img_shapes", "num_frames", "height", "width")  # fmt: skip
+    }
+    wanted = (
+        "encoder_hidden_states",
+        "pooled_projections",
+        "timestep",
+        "img_ids",
+        "txt_ids",
+        "added_cond_kwargs",
+        "encoder_attention_mask",
+        "encoder_hidden_states_mask",
+        "img_shapes",
+        "num_frames",
+        "height",
+        "width",
+    )
     parameters = inspect.signature(model.forward).parameters
     if type(model).__name__ in ("DiTTransformer2DModel",):
         wanted = (*wanted, "class_labels")
@@ -204,77 +377,92 @@ def audio_builders() -> dict[str, Callable[[], Call]]:
     """Return the models of torchaudio."""
     from torchaudio import models
 
-    features = {"sample_rate": 16000}
     wave = {
         "extractor_mode": "group_norm",
         "extractor_conv_layer_config": [(16, 10, 5), (16, 3, 2), (16, 3, 2)],
         "extractor_conv_bias": False,
         "encoder_embed_dim": DIM,
-        "encoder_projection_dropout": 0.0,
         "encoder_pos_conv_kernel": 8,
         "encoder_pos_conv_groups": 4,
         "encoder_num_layers": 2,
         "encoder_num_heads": 4,
-        "encoder_attention_dropout": 0.0,
         "encoder_ff_interm_features": 64,
-        "encoder_ff_interm_dropout": 0.0,
-        "encoder_dropout": 0.0,
         "encoder_layer_norm_first": False,
         "encoder_layer_drop": 0.0,
         "aux_num_out": 12,
+    } | {f"encoder_{part}dropout": 0.0 for part in ("", "projection_", "attention_", "ff_interm_")}
+    buckets = {"encoder_num_buckets": 32, "encoder_max_distance": 64}
+    speech = dict.fromkeys(
+        ("symbol_embedding_dim", "encoder_embedding_dim", "decoder_rnn_dim", "attention_rnn_dim"), DIM
+    )
+    spoken = (torch.randint(0, 20, (2, 9)), lengths(9, 9), sound(2, 16, 12), lengths(12, 12))
+    made: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = {
+        "Conformer": (lambda: models.Conformer(16, 4, 32, 2, 7), (sound(2, 20, 16), lengths(20, 20))),
+        "ConvTasNet": (lambda: models.ConvTasNet(2, 16, 32, 3, 16, 32, 2, 2), (sound(2, 1, 800),)),
+        "DeepSpeech": (lambda: models.DeepSpeech(16, 32, 10), (sound(2, 1, 20, 16),)),
+        "Emformer": (
+            lambda: models.Emformer(16, 4, 32, 2, 4, right_context_length=1),
+            (sound(2, 17, 16), lengths(16, 16)),
+        ),
+        "HDemucs": (lambda: models.HDemucs(["a", "b"], channels=8, nfft=1024, depth=4), (sound(1, 2, 8000),)),
+        "Tacotron2": (lambda: models.Tacotron2(n_mels=16, n_symbol=20, postnet_embedding_dim=DIM, **speech), spoken),
+        "Wav2Letter": (lambda: models.Wav2Letter(10, "mfcc", 16), (sound(2, 16, 200),)),
+        "Wav2Vec2": (lambda: models.wav2vec2_model(**wave), (sound(2, 2000),)),
+        "WavLM": (lambda: models.wavlm_model(**wave, **buckets), (sound(2, 2000),)),
+        "WaveRNN": (
+            lambda: models.WaveRNN([2, 2], 16, 4, 2, 16, 16, 5, 16, 16, 16),
+            (sound(2, 1, 32), sound(2, 1, 16, 12)),
+        ),
     }
-    assert features
-    wavlm = {key: value for key, value in wave.items()} | {"encoder_num_buckets": 32, "encoder_max_distance": 64}
-    return {
-        "Conformer": lambda: (models.Conformer(16, 4, 32, 2, 7), (sound(2, 20, 16), lengths(20, 20)), {}),
-        "ConvTasNet": lambda: (models.ConvTasNet(2, 16, 32, 3, 16, 32, 2, 2), (sound(2, 1, 800),), {}),
-        "DeepSpeech": lambda: (models.DeepSpeech(16, 32, 10), (sound(2, 1, 20, 16),), {}),
-        "Emformer": lambda: (models.Emformer(16, 4, 32, 2, 4, right_context_length=1), (sound(2, 17, 16), lengths(16, 16)), {}),
-        "HDemucs": lambda: (models.HDemucs(["a", "b"], channels=8, nfft=1024, depth=4), (sound(1, 2, 8000),), {}),
-        "Tacotron2": lambda: (
-            models.Tacotron2(n_mels=16, n_symbol=20, symbol_embedding_dim=32, encoder_embedding_dim=32, decoder_rnn_dim=32,
-                             attention_rnn_dim=32, prenet_dim=16, postnet_embedding_dim=32),
-            (torch.randint(0, 20, (2, 9)), lengths(9, 9), sound(2, 16, 12), lengths(12, 12)), {}),
-        "Wav2Letter": lambda: (models.Wav2Letter(10, "mfcc", 16), (sound(2, 16, 200),), {}),
-        "Wav2Vec2": lambda: (models.wav2vec2_model(**wave), (sound(2, 2000),), {}),
-        "WavLM": lambda: (models.wavlm_model(**wavlm), (sound(2, 2000),), {}),
-        "WaveRNN": lambda: (models.WaveRNN([2, 2], 16, 4, 2, 16, 16, 5, 16, 16, 16), (sound(2, 1, 32), sound(2, 1, 16, 12)), {}),
-    }  # fmt: skip
+    return {name: lambda model=model, given=given: (model(), given, {}) for name, (model, given) in made.items()}
 
 
-def brain(path: str, *args: Any, **kwargs: Any) -> nn.Module:
-    """Return a model of speechbrain by its name within the package."""
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(f"speechbrain.{module}"), name)(*args, **kwargs)
+TDNN = {"channels": [32, 32, 32, 32, 96], "kernel_sizes": [5, 3, 3, 3, 1], "dilations": [1, 2, 3, 4, 1]}
+XVECTOR = {"tdnn_channels": [16, 16], "tdnn_kernel_sizes": [3, 1], "tdnn_dilations": [1, 1], "tdnn_blocks": 2}
+RECURRENT = {"rnn_layers": 1, "rnn_neurons": 16, "dnn_blocks": 1, "dnn_neurons": 16}
+ATTENTION = {"d_model": 32, "nhead": 4, "num_encoder_layers": 2, "d_ffn": 64}
+ASR = {"tgt_vocab": 20, "input_size": 16, "num_decoder_layers": 2, **ATTENTION}
+RELATIVE = {"normalize_before": True, "attention_type": "RelPosMHAXL", "kernel_size": 5}
+BRANCHES = {"encoder_module": "branchformer", "csgu_linear_units": 32}
+RESNET = {"channels": [16] * 4, "block_sizes": [1] * 4, "lin_neurons": 16}
+
+# Where a model of speechbrain is, its options, and which inputs it takes.
+BRAINS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "ECAPA_TDNN": ("ECAPA_TDNN", {"input_size": 16, "lin_neurons": 16, "attention_channels": 16, **TDNN}, "features"),
+    "Xvector": ("Xvector", {"in_channels": 16, "lin_neurons": 16, **XVECTOR}, "features"),
+    "CRDNN": ("CRDNN", {"input_size": 16, "cnn_blocks": 1, "cnn_channels": [8], **RECURRENT}, "features"),
+    "VanillaNN": ("VanillaNN", {"input_shape": [2, 30, 16], "dnn_blocks": 2, "dnn_neurons": 16}, "features"),
+    "ResNet": ("ResNet", {"input_size": 16, **RESNET}, "features"),
+    "RNNLM": ("RNNLM", {"output_neurons": 20, "embedding_dim": 16, **RECURRENT}, "tokens"),
+    "TransformerLM": ("transformer.TransformerLM", {"vocab": 20, "num_decoder_layers": 0, **ATTENTION}, "tokens"),
+    "TransformerASR": ("transformer.TransformerASR", ASR, "both"),
+    "ConformerASR": ("transformer.TransformerASR", {**ASR, **RELATIVE, "encoder_module": "conformer"}, "both"),
+    "BranchformerASR": ("transformer.TransformerASR", {**ASR, **RELATIVE, **BRANCHES}, "both"),
+}
 
 
-def brain_builders() -> dict[str, Callable[[], Call]]:
-    """Return models of speechbrain."""
-    lobes, near = "lobes.models", {"channels": [32, 32, 32, 32, 96], "kernel_sizes": [5, 3, 3, 3, 1], "dilations": [1, 2, 3, 4, 1]}
-    asr = {"tgt_vocab": 20, "input_size": 16, "d_model": 32, "nhead": 4, "num_encoder_layers": 2, "num_decoder_layers": 2, "d_ffn": 64}
-    both = (sound(2, 20, 16), torch.randint(1, 20, (2, 7)))
-    return {
-        "ECAPA_TDNN": lambda: (brain(f"{lobes}.ECAPA_TDNN.ECAPA_TDNN", 16, lin_neurons=16, attention_channels=16, **near), (sound(2, 30, 16),), {}),
-        "Xvector": lambda: (brain(f"{lobes}.Xvector.Xvector", tdnn_blocks=2, tdnn_channels=[16, 16], tdnn_kernel_sizes=[3, 1], tdnn_dilations=[1, 1], lin_neurons=16, in_channels=16), (sound(2, 30, 16),), {}),
-        "CRDNN": lambda: (brain(f"{lobes}.CRDNN.CRDNN", input_size=16, cnn_blocks=1, cnn_channels=[8], rnn_layers=1, rnn_neurons=16, dnn_blocks=1, dnn_neurons=16), (sound(2, 20, 16),), {}),
-        "ContextNet": lambda: (brain(f"{lobes}.ContextNet.ContextNet", input_shape=(2, 20, 16), out_channels=16, conv_channels=[16] * 21), (sound(2, 20, 16),), {}),
-        "VanillaNN": lambda: (brain(f"{lobes}.VanillaNN.VanillaNN", input_shape=[2, 20, 16], dnn_blocks=2, dnn_neurons=16), (sound(2, 20, 16),), {}),
-        "RNNLM": lambda: (brain(f"{lobes}.RNNLM.RNNLM", output_neurons=20, embedding_dim=16, rnn_layers=1, rnn_neurons=16, dnn_blocks=1, dnn_neurons=16), (torch.randint(0, 20, (2, 9)),), {}),
-        "TransformerASR": lambda: (brain(f"{lobes}.transformer.TransformerASR.TransformerASR", **asr), both, {}),
-        "ConformerASR": lambda: (brain(f"{lobes}.transformer.TransformerASR.TransformerASR", **asr, encoder_module="conformer", attention_type="RelPosMHAXL", kernel_size=5), both, {}),
-        "BranchformerASR": lambda: (brain(f"{lobes}.transformer.TransformerASR.TransformerASR", **asr, encoder_module="branchformer", attention_type="RelPosMHAXL", kernel_size=5, csgu_linear_units=32, local_proj_out_size=16 ), both, {}),
-        "TransformerLM": lambda: (brain(f"{lobes}.transformer.TransformerLM.TransformerLM", 20, d_model=32, nhead=4, num_encoder_layers=2, num_decoder_layers=0, d_ffn=64), (torch.randint(1, 20, (2, 9)),), {}),
-        "ResNet": lambda: (brain(f"{lobes}.ResNet.ResNet", in_channels=16, channels=[16, 16, 16, 16], block_sizes=[1, 1, 1, 1], lin_neurons=16), (sound(2, 30, 16),), {}),
-        "LSTM": lambda: (brain("nnet.RNN.LSTM", 16, input_size=16), (sound(2, 20, 16),), {}),
-        "LiGRU": lambda: (brain("nnet.RNN.LiGRU", 16, input_shape=[2, 20, 16]), (sound(2, 20, 16),), {}),
-        "QLSTM": lambda: (brain("nnet.quaternion_networks.q_RNN.QLSTM", 16, input_shape=[2, 20, 16]), (sound(2, 20, 16),), {}),
-    }  # fmt: skip
+def brain_names() -> list[str]:
+    """Return the models of speechbrain."""
+    import speechbrain  # noqa: F401
+
+    return list(BRAINS)
+
+
+def build_brain(name: str) -> Call:
+    """Return a model of speechbrain."""
+    module, options, takes = BRAINS[name]
+    found = importlib.import_module(f"speechbrain.lobes.models.{module}")
+    inputs = {"features": sound(2, 30, 16), "tokens": torch.randint(1, 20, (2, 9))}
+    chosen = tuple(inputs.values()) if takes == "both" else (inputs[takes],)
+    return getattr(found, module.rpartition(".")[2])(**options), chosen, {}
 
 
 # --- pytorch-forecasting: each network on one small data set
 
 
-FORECASTERS = "DecoderMLP DeepAR NBeats NBeatsKAN NHiTS RecurrentNetwork TemporalFusionTransformer TiDEModel TimeXer xLSTMTime"
+FORECASTERS = (
+    "DecoderMLP DeepAR NBeats NBeatsKAN NHiTS RecurrentNetwork TemporalFusionTransformer TiDEModel TimeXer xLSTMTime"
+)
 
 
 def forecasting_names() -> list[str]:
@@ -290,18 +478,29 @@ def build_forecasting(name: str) -> Call:
     import pytorch_forecasting as forecasting
 
     steps = 40
-    table = pandas.DataFrame({
-        "time": list(range(steps)) * 2,
-        "group": ["a"] * steps + ["b"] * steps,
-        "value": torch.randn(2 * steps).tolist(),
-    })  # fmt: skip
+    table = pandas.DataFrame(
+        {
+            "time": list(range(steps)) * 2,
+            "group": ["a"] * steps + ["b"] * steps,
+            "value": torch.randn(2 * steps).tolist(),
+        }
+    )
     shape = {"max_encoder_length": 12, "min_encoder_length": 12, "max_prediction_length": 4, "min_prediction_length": 4}
     data = forecasting.TimeSeriesDataSet(
-        table, "time", "value", ["group"], time_varying_unknown_reals=["value"],
-        target_normalizer=forecasting.EncoderNormalizer(), **shape,
-    )  # fmt: skip
+        table,
+        "time",
+        "value",
+        ["group"],
+        time_varying_unknown_reals=["value"],
+        target_normalizer=forecasting.EncoderNormalizer(),
+        **shape,
+    )
     cls = getattr(forecasting, name)
     accepted = inspect.signature(cls.__init__).parameters
-    options = {key: 8 for key in ("hidden_size", "hidden_continuous_size", "d_model", "widths") if key in accepted and key != "widths"}
+    options = {
+        key: 8
+        for key in ("hidden_size", "hidden_continuous_size", "d_model", "widths")
+        if key in accepted and key != "widths"
+    }
     batch, _ = next(iter(data.to_dataloader(train=False, batch_size=2)))
     return cls.from_dataset(data, **options), (dict(batch),), {}

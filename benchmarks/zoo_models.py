@@ -37,17 +37,15 @@ def call(model: nn.Module, *args: Any, **kwargs: Any) -> Call:
 
 
 def first_that_runs(candidates: Iterable[Callable[[], Call]]) -> Call:
-    """Return the first candidate that computes something; of none, what the last one raises."""
-    error: Exception = ValueError("nothing to try")
-    for build in candidates:
-        try:
+    """Return the first candidate that computes something, or the last one."""
+    *others, last = candidates
+    for build in others:
+        with contextlib.suppress(Exception):
             model, args, kwargs = build()
             with torch.no_grad():
                 copy.deepcopy(model).eval()(*args, **kwargs)
             return model, args, kwargs
-        except Exception as raised:
-            error = raised
-    raise error
+    return last()
 
 
 def images(size: int, channels: int = 3) -> torch.Tensor:
@@ -247,7 +245,10 @@ def segmentation_names() -> list[str]:
     import segmentation_models_pytorch as smp
 
     encoders = ("densenet121", "dpn68", "efficientnet-b0", "mit_b0", "mobilenet_v2", "mobileone_s0", "timm-regnetx_002")
-    names = [f"{cls.__name__}/{'tu-vit_tiny_patch16_224' if cls is smp.DPT else 'resnet18'}" for cls in smp._MODEL_ARCHITECTURES]
+    names = [
+        f"{cls.__name__}/{'tu-vit_tiny_patch16_224' if cls is smp.DPT else 'resnet18'}"
+        for cls in smp._MODEL_ARCHITECTURES
+    ]
     return [*names, *(f"Unet/{encoder}" for encoder in (*encoders, "se_resnet50", "tu-convnext_atto", "vgg11"))]
 
 
@@ -264,9 +265,21 @@ TEXT = {"context_length": 16, "vocab_size": 128, "width": 32, "heads": 4, "layer
 CLIPS: dict[str, dict[str, Any]] = {
     "ViT": {"vision_cfg": {"layers": 2, "width": 32, "head_width": 8, "patch_size": 16, "image_size": 64}},
     "ModifiedResNet": {"vision_cfg": {"layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "image_size": 64}},
-    "timm": {"vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear", "image_size": 64}},
-    "attentional-pool": {"vision_cfg": {"layers": 2, "width": 32, "head_width": 8, "patch_size": 16, "image_size": 64,
-                                        "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 4}},
+    "timm": {
+        "vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+    },
+    "attentional-pool": {
+        "vision_cfg": {
+            "layers": 2,
+            "width": 32,
+            "head_width": 8,
+            "patch_size": 16,
+            "image_size": 64,
+            "attentional_pool": True,
+            "attn_pooler_queries": 4,
+            "attn_pooler_heads": 4,
+        }
+    },
     "EVA": {"vision_cfg": {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "image_size": 224}},
 }
 
@@ -309,7 +322,7 @@ LIBRARIES = {
     "open_clip": Library("open_clip_torch", clip_names, build_clip),
     "diffusers": Library("diffusers", zoo_generic.diffusers_names, zoo_generic.build_diffusers),
     "torchaudio": by_name("torchaudio", zoo_generic.audio_builders),
-    "speechbrain": by_name("speechbrain", zoo_generic.brain_builders),
+    "speechbrain": Library("speechbrain", zoo_generic.brain_names, zoo_generic.build_brain),
     "pytorch_forecasting": Library("pytorch-forecasting", zoo_generic.forecasting_names, zoo_generic.build_forecasting),
 }
 
@@ -326,10 +339,10 @@ def names(libraries: Sequence[str] | None = None) -> list[str]:
     prepare()
     found = []
     for library in libraries or LIBRARIES:
-        try:
+        if importlib.util.find_spec(library) is None:
+            print(f"{library} is not installed: left out", file=sys.stderr)
+        else:
             found += [f"{library}/{name}" for name in LIBRARIES[library].names()]
-        except ImportError as error:
-            print(f"{library} is left out: {error}", file=sys.stderr)
     return found
 
 

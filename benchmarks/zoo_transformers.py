@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture of transformers, for the zoo: configs shrunk by the names of their fields."""
+"""Tiny random models of every architecture of transformers for the zoo: configs shrunk by the names of their fields."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ KINDS = {
     "token": "TOKEN_CLASSIFICATION",
 }
 VOCABULARY, IMAGE, TOKENS, HEADS = 128, 64, 12, 4
-NEEDED = {"head_dim": 8, "num_key_value_heads": HEADS}  # where a config leaves them out
+NEEDED = {
+    "head_dim": 8,
+    "num_key_value_heads": HEADS,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+}  # where a config leaves them out
 
 # What a whole number becomes, by the first expression that matches all of the field's name. None leaves it out.
 SIZES: list[tuple[str, int]] = [
-    (r".*vocab(_size)?(_base)?|.*num_embeddings", VOCABULARY),
+    (r".*vocab(_size)?(_base)?|vocab_size_.*|.*num_embeddings", VOCABULARY),
     (r"pad_token_id", 0),
     (r"(bos|decoder_start|cls)_token_id", 1),
     (r"(eos|sep)_token_id", 2),
@@ -60,24 +65,44 @@ SIZES: list[tuple[str, int]] = [
 ]
 SKIPPED = re.compile(r".*(ratio|stride|kernel|reduction|dilation|padding|pos_type).*|num_labels|patch_size")
 
+EFFICIENTNET = {"hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.2}
+INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 8, "compress_ratio": 2}
+
 # What the rules get wrong, by model type; "." leads into a sub-config.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "dbrx": {"attn_config.rope_theta": 10000.0},
-    "emu3": {"pad_token_id": 0},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "llama4": {"pad_token_id": 0},
-    "mamba2": {"num_heads": 8, "n_groups": 1},
-    "reformer": {"is_decoder": True},
-    "cohere_compass_text": {},
+    "align": {f"vision_config.{key}": value for key, value in EFFICIENTNET.items()} | {"projection_dim": 320},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"topk_method": "greedy"},
     "donut-swin": {"num_heads": [2, 2, 2, 2]},
-    "swinv2": {"num_heads": [2, 2, 2, 2]},
-    "swin": {"num_heads": [2, 2, 2, 2]},
-    "esm": {"vocab_size": 128, "pad_token_id": 0},
-    "esmc": {"num_key_value_heads": 4},
+    "dots1": {"n_shared_experts": 1},
+    "efficientnet": EFFICIENTNET,
+    "emu3": {"pad_token_id": 0},
+    "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0},
+    "esmc": {"num_key_value_heads": HEADS},
+    "gemma3n": {"text_config.num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4": {"pad_token_id": 0},
+    "longcat_flash": {"qk_head_dim": 16},
+    "mamba2": {"num_heads": 8, "n_groups": 1},
+    "masked/reformer": {"is_decoder": False},
+    "moonshine": {"decoder_num_key_value_heads": HEADS, "encoder_num_key_value_heads": HEADS},
     "neomme": {"head_dim": 16, "hidden_size": 64},
+    "perceiver": {"d_latents": 32, "d_model": 32, "num_latents": 8, "num_self_attends_per_block": 2},
+    "qwen4_exp": {f"text_config.indexer_{key}": value for key, value in INDEXER.items()},
+    "qwen4_exp_text": {f"indexer_{key}": value for key, value in INDEXER.items()},
+    "reformer": {"is_decoder": True, "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [16, 16]},
+    "siglip2": {"vision_config.num_patches": 16},
+    "speech_to_text": {"num_conv_layers": 2, "conv_channels": 32},
+    "swin": {"num_heads": [2, 2, 2, 2], "embed_dim": 32},
+    "swinv2": {"num_heads": [2, 2, 2, 2], "embed_dim": 32},
+    "wav2vec2-bert": {"vocab_size": VOCABULARY},
+    "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2},
 }
 
 
@@ -101,7 +126,9 @@ def build(name: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
     kind, model_type = name.split("/")
     class_name = getattr(modeling_auto, f"MODEL_FOR_{KINDS[kind]}_MAPPING_NAMES")[model_type]
     model_class = getattr(transformers, class_name[0] if isinstance(class_name, tuple) else class_name)
-    config = part_for(model_class, shrunk(CONFIG_MAPPING[model_type], SPECIAL.get(model_type, {})))
+    config = part_for(
+        model_class, shrunk(CONFIG_MAPPING[model_type], SPECIAL.get(model_type, {}) | SPECIAL.get(name, {}))
+    )
     model = model_class(config)
     return model, (), inputs(model, kind)
 
@@ -178,7 +205,7 @@ def smaller(key: str, value: Any, config: Any, layers: int) -> Any:
         return value
     for expression, size in SIZES:
         if re.fullmatch(expression, key):
-            if size == 2 and "layer" in key or key in ("depth", "num_blocks"):
+            if size == 2 and ("layer" in key or key in ("depth", "num_blocks")):
                 size = layers
             return size if key.endswith("_id") else min(value, size)
     if re.fullmatch(r".*_token_(id|index)", key) and value >= VOCABULARY:
@@ -189,7 +216,7 @@ def smaller(key: str, value: Any, config: Any, layers: int) -> Any:
 def smaller_list(key: str, value: list[Any], config: Any, layers: int) -> list[Any]:
     """Return the tiny value of a list: a number for each stage, or something for each layer."""
     old = next((n for k in ("num_hidden_layers", "n_layer", "num_layers") if (n := getattr(config, k, None))), None)
-    if len(value) == old:
+    if len(value) == old and not hasattr(config, "depths"):
         return value[:layers]
     if not all(type(each) is int for each in value) or SKIPPED.fullmatch(key):
         return [0.0 if isinstance(each, float) and "drop" in key else each for each in value]
@@ -210,17 +237,24 @@ def inputs(model: torch.nn.Module, kind: str) -> dict[str, Any]:
     config: Any = model.config
     accepted = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
-    given: dict[str, Any] = {}
-    if main == "input_ids" or (kind == "zero-shot" and "input_ids" in accepted):
-        given["input_ids"] = tokens(text_config(config), TOKENS)
-    if "pixel_values" in accepted and (main == "pixel_values" or kind == "zero-shot"):
-        given["pixel_values"] = torch.randn(2, *image_shape(config))
-    if main == "input_features":
-        given["input_features"] = torch.randn(2, *feature_shape(model))
-    if main == "input_values":
-        given["input_values"] = torch.randn(2, *sound_shape(config))
+    known = {
+        "input_ids": lambda: tokens(text_config(config), TOKENS).repeat_interleave(
+            vars(config).get("num_codebooks", 1), 0
+        ),
+        "pixel_values": lambda: torch.randn(2, *image_shape(config)),
+        "pixel_values_videos": lambda: torch.randn(2, 4, *image_shape(config)),
+        "input_features": lambda: torch.randn(2, *feature_shape(model)),
+        "input_values": lambda: torch.randn(2, *sound_shape(config)),
+        "inputs": lambda: torch.randn(2, *image_shape(config)) if kind == "image" else tokens(config, TOKENS),
+    }
+    both = ("input_ids", "pixel_values", "pixel_values_videos") if kind == "zero-shot" else ()
+    given: dict[str, Any] = {key: make() for key, make in known.items() if key in (main, *both) and key in accepted}
     if "decoder_input_ids" in accepted and kind in ("seq2seq", "speech", "sequence", "token"):
         given["decoder_input_ids"] = given["input_ids"].clone() if kind == "sequence" else tokens(config, 7)
+    if "spatial_shapes" in accepted:  # an image is a list of patches
+        given["pixel_values"] = torch.randn(2, 16, 3 * 16 * 16)
+        given["pixel_attention_mask"] = torch.ones(2, 16, dtype=torch.long)
+        given["spatial_shapes"] = torch.tensor([[4, 4], [2, 8]])
     if "bbox" in accepted:
         given["bbox"] = torch.zeros(2, TOKENS, 4, dtype=torch.long)
     if "use_cache" in accepted:
@@ -253,9 +287,14 @@ def feature_shape(model: Any) -> tuple[int, ...]:
     """Return (frames, bins) of a model's spectrograms, or (bins, frames) where it counts frames last."""
     config = model.config
     bins = next(
-        (n for key in ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim") for part in
-         (config, getattr(config, "encoder_config", None), getattr(config, "audio_config", None))
-         if (n := getattr(part, key, None))), 16)
+        (
+            n
+            for key in ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+            for part in (config, getattr(config, "encoder_config", None), getattr(config, "audio_config", None))
+            if (n := getattr(part, key, None))
+        ),
+        16,
+    )
     if getattr(config, "max_source_positions", None) and hasattr(config, "num_mel_bins"):
         return bins, 2 * config.max_source_positions
     return 64, bins
