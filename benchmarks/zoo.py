@@ -208,13 +208,13 @@ def page(files: Sequence[Path]) -> str:
 
 
 EXPLANATION = """\
-**ok**: all checks held. An adapter changes nothing at its start; every weight that learns without an adapter has an adapter
-that learns; training computes what evaluation does; a reloaded, a merged and a detached model are exact; PEFT computes the
-same from the exported files, or `preflight` said that it would not; three steps through `LoRACallback` move every adapter
-that can learn, and nothing else. **refused**: `attach`, or another function, said why not. **cannot be built here**: the
-model does not run by itself, without an adapter. **wrong** and **crash** are mistakes of this package. Adapted are all
-linear layers; where a network has more convolutions than those, all convolutions too; where it has neither, its matrices, by
-`target_parameters`."""
+**ok**: all checks held. An adapter changes nothing at its start; every weight that learns without an adapter has an
+adapter that learns; training computes what evaluation does; a reloaded, a merged and a detached model are exact;
+PEFT computes the same from the exported files, or `preflight` said that it would not; three steps through
+`LoRACallback` move every adapter that can learn, and nothing else. **refused**: `attach`, or another function, said
+why not. **cannot be built here**: the model does not run by itself, without an adapter. **wrong** and **crash** are
+mistakes of this package. Adapted are all linear layers; where a network has more convolutions than those, all
+convolutions too; where it has neither, its matrices, by `target_parameters`."""
 
 
 def counts(results: dict[str, Result], libraries: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import logging
@@ -171,6 +172,8 @@ class Examination:
         self.numbers: dict[str, float] = {}
         self.problems: list[dict[str, str]] = []
         self.notes: list[str] = []
+        self.bypassed: set[str] = set()
+        self.expected: dict[str, set[str]] = {}
 
     def result(self) -> dict[str, Any]:
         """Run everything and return what was found, ready for JSON."""
@@ -184,13 +187,14 @@ class Examination:
         except Exception as error:
             self.problems.append(problem("attach", error))
         else:
+            self.count = len(adapters_of(self.adapted))
             self.examine()
         return self.summary()
 
     def examine(self) -> None:
         """Run the checks on the adapted model."""
-        checks = (self.identity, self.live, self.modes, self.reload, self.merging, self.peft, self.detaching, self.fit)
-        for check in checks:
+        first = (self.identity, self.live, self.modes, self.reload, self.merging)
+        for check in (*first, self.peft, self.detaching, self.fit, self.wider):
             self.tell(check.__name__)
             try:
                 check()
@@ -281,22 +285,26 @@ class Examination:
         """Return what is asked of LoRAConfig, names where "all-linear" would miss the point: all that fits the rank."""
         found: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
         if self.targets == "convolutions":
-            layers = {n: p for n, p in self.base.named_modules() if n and isinstance(p, (nn.Linear, *CONVOLUTIONS))}
-            shapes = {name: layer.weight.flatten(1).shape for name, layer in layers.items()}
-            found["target_modules"] = [f"{prefix}{name}" for name, shape in shapes.items() if min(shape) >= RANK]
+            found["target_modules"] = [f"{prefix}{name}" for name in self.layers(nn.Linear, *CONVOLUTIONS)]
         elif self.targets == "parameters":
             shapes = {name: weight.shape for name, weight in self.base.named_parameters() if weight.ndim == 2}
             found |= {"rank": 2, "target_modules": []}
             found["target_parameters"] = [f"{prefix}{name}" for name, shape in shapes.items() if min(shape) >= 2]
         return found
 
-    def attached(self, filled: bool = False) -> nn.Module:
+    def layers(self, *kinds: type[nn.Module]) -> list[str]:
+        """Return the names of all layers of some kinds whose weights fit the rank and are no other layer's too."""
+        found = {n: p.weight for n, p in self.base.named_modules() if n and isinstance(p, kinds)}
+        uses = collections.Counter(id(weight) for weight in found.values())
+        fits = {name: min(weight.flatten(1).shape) >= RANK for name, weight in found.items()}
+        return [name for name, weight in found.items() if fits[name] and uses[id(weight)] == 1]
+
+    def attached(self, filled: bool = False, **options: Any) -> nn.Module:
         """Return an adapted copy of the base, with its factors at their start or at random."""
         model = copy.deepcopy(self.base)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            attach(model, LoRAConfig(**self.options()))
-        self.count = len(adapters_of(model))
+            attach(model, LoRAConfig(**self.options() | options))
         if filled:
             draw = torch.Generator().manual_seed(2)
             with torch.no_grad():
@@ -320,19 +328,22 @@ class Examination:
 
     def live(self) -> None:
         """A weight that has a gradient without an adapter has an adapter that gets one."""
-        found = gradients(self.specimen, self.adapted, self.train)
-        largest = max(self.alive.values(), default=0.0)
-        noise = largest * (1e-13 if self.dtype is torch.float64 else 1e-6)
-        self.expected = {
-            name: factors for name, factors in adapters_of(self.adapted).items() if self.alive.get(name, 0.0) > noise
-        }
-        self.numbers["adapters without use"] = self.count - len(self.expected)
-        bypassed = [name for name, factors in self.expected.items() if not factors & found.keys()]
-        self.numbers["bypassed"] = len(bypassed)
-        if bypassed:
-            raise WrongError(
-                f"bypassed: {', '.join(described(self.base, name) for name in bypassed[:4])}, {len(bypassed)} in all"
-            )
+        self.expected = self.dead_or_alive("", self.adapted)
+
+    def dead_or_alive(self, what: str, model: nn.Module) -> dict[str, set[str]]:
+        """Return the adapters that should learn, by weight, and their factors; one that does not is wrong."""
+        found = gradients(self.specimen, model, self.train)
+        noise = max(self.alive.values(), default=0.0) * (1e-13 if self.dtype is torch.float64 else 1e-6)
+        adapters = adapters_of(model)
+        expected = {name: factors for name, factors in adapters.items() if self.alive.get(name, 0.0) > noise}
+        self.numbers[f"{what}adapters without use"] = len(adapters) - len(expected)
+        silent = {name for name, factors in expected.items() if not factors & found.keys()} - self.bypassed
+        self.numbers[f"{what}bypassed"] = len(silent)
+        self.bypassed |= silent
+        if silent:
+            some = ", ".join(described(self.base, name) for name in sorted(silent)[:4])
+            self.problems.append(problem("live", WrongError(f"bypassed: {some}, {len(silent)} in all")))
+        return expected
 
     def modes(self) -> None:
         """Training computes what evaluation does, where all dropout is off and the base does."""
@@ -389,6 +400,26 @@ class Examination:
             pass
         detach(model)
         self.unchanged("detach", model, values=True)
+
+    def wider(self) -> None:
+        """The same of embeddings and convolutions beside the linear layers: start, gradients, merging."""
+        adapted = list(lora_layers(self.adapted))
+        more = [name for name in self.layers(nn.Linear, nn.Embedding, *CONVOLUTIONS) if name not in adapted]
+        if not more or self.targets == "parameters":
+            return
+        names = [*adapted, *more]
+        try:
+            model = self.attached(target_modules=names)
+        except ValueError as error:
+            self.notes.append(f"embeddings and convolutions are refused: {first_line(error)}")
+            return
+        self.equal("wider identity", outputs(self.specimen, model), self.before)
+        self.dead_or_alive("wider ", model)
+        model = self.attached(filled=True, target_modules=names)
+        after = outputs(self.specimen, model)
+        merge(model)
+        if not self.bypassed:
+            self.equal("wider merge", outputs(self.specimen, model), after)
 
     def unchanged(self, what: str, model: nn.Module, values: bool) -> None:
         """Compare classes, keys, gradient flags and, bit for bit, values with the base's."""
@@ -489,12 +520,14 @@ def first_line(error: BaseException) -> str:
 
 def problem(check: str, error: BaseException) -> dict[str, str]:
     """Return what an exception in a check means: wrong, refused by the package in words of its own, or a crash."""
+    if isinstance(error, WrongError):
+        return {"check": check, "verdict": "wrong", "reason": first_line(error), "where": ""}
     last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = "lightning_lora" in last.filename and (last.line or "").startswith("raise")
-    verdict = "wrong" if isinstance(error, WrongError) else "refused" if ours else "crash"
-    reason = first_line(error) if verdict != "crash" else f"{type(error).__name__}: {first_line(error)}"
-    where = "" if verdict != "crash" else f"{'/'.join(Path(last.filename).parts[-3:])}:{last.lineno}"
-    return {"check": check, "verdict": verdict, "reason": reason, "where": where}
+    if "lightning_lora" in last.filename and (last.line or "").startswith("raise"):
+        return {"check": check, "verdict": "refused", "reason": first_line(error), "where": ""}
+    where = f"{'/'.join(Path(last.filename).parts[-3:])}:{last.lineno}"
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return {"check": check, "verdict": "crash", "reason": reason, "where": where}
 
 
 def wrapped(specimen: Specimen, net: nn.Module, train: bool) -> Any:
