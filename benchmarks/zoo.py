@@ -200,6 +200,7 @@ def page(files: Sequence[Path]) -> str:
         "[`benchmarks/zoo.json`](../benchmarks/zoo.json).",
         "With " + ", ".join(f"{package} {version}" for package, version in with_versions.items()) + ".",
         counts(results, libraries),
+        exports(results),
         EXPLANATION,
         *(section(kind, results) for kind in ("wrong", "crash", "refused")),
         *(table(library, results) for library in libraries),
@@ -227,6 +228,13 @@ def counts(results: dict[str, Result], libraries: Iterable[str]) -> str:
         lines.append(row(library, found.total() - found["unbuildable"], *(found[verdict] for verdict in VERDICTS)))
     lines.append(row("**all**", total.total() - total["unbuildable"], *(total[verdict] for verdict in VERDICTS)))
     return "\n".join(lines)
+
+
+def exports(results: dict[str, Result]) -> str:
+    """Return what PEFT made of the exports, in one sentence."""
+    same = sum("PEFT" in result.get("numbers", {}) for result in results.values())
+    refused = sum(any("PEFT cannot" in note for note in result.get("notes", ())) for result in results.values())
+    return f"PEFT loaded {same:,} of the exports and ran; of {refused:,} models `preflight` had said that it would not."
 
 
 def section(verdict: str, results: dict[str, Result]) -> str:

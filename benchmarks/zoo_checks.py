@@ -341,7 +341,7 @@ class Examination:
         self.numbers[f"{what}bypassed"] = len(silent)
         self.bypassed |= silent
         if silent:
-            some = ", ".join(described(self.base, name) for name in sorted(silent)[:4])
+            some = ", ".join(described(self.base, name) for name in sorted(silent)[:2])
             self.problems.append(problem("live", WrongError(f"bypassed: {some}, {len(silent)} in all")))
         return expected
 
@@ -402,16 +402,17 @@ class Examination:
         self.unchanged("detach", model, values=True)
 
     def wider(self) -> None:
-        """The same of embeddings and convolutions beside the linear layers: start, gradients, merging."""
+        """The same of embeddings, convolutions and recurrent layers too: start, gradients, merging."""
         adapted = list(lora_layers(self.adapted))
-        more = [name for name in self.layers(nn.Linear, nn.Embedding, *CONVOLUTIONS) if name not in adapted]
+        recurrent = [name for name, part in self.base.named_modules() if name and isinstance(part, nn.RNNBase)]
+        more = [name for name in self.layers(nn.Linear, nn.Embedding, *CONVOLUTIONS) if name not in adapted] + recurrent
         if not more or self.targets == "parameters":
             return
         names = [*adapted, *more]
         try:
             model = self.attached(target_modules=names)
         except ValueError as error:
-            self.notes.append(f"embeddings and convolutions are refused: {first_line(error)}")
+            self.notes.append(f"more layers are refused: {first_line(error)}")
             return
         self.equal("wider identity", outputs(self.specimen, model), self.before)
         self.dead_or_alive("wider ", model)
@@ -456,7 +457,7 @@ class Examination:
         self.numbers["moved"] = len([name for name in self.expected if name not in still])
         if still:
             raise WrongError(
-                f"a fit does not move {', '.join(described(self.base, n) for n in still[:4])}, {len(still)} in all"
+                f"a fit does not move {', '.join(described(self.base, n) for n in still[:2])}, {len(still)} in all"
             )
         if wrong := [name for name in others if name in dict(self.base.named_parameters())]:
             raise WrongError(f"a fit moves {wrong[:4]}")

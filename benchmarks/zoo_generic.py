@@ -426,18 +426,48 @@ RELATIVE = {"normalize_before": True, "attention_type": "RelPosMHAXL", "kernel_s
 BRANCHES = {"encoder_module": "branchformer", "csgu_linear_units": 32}
 RESNET = {"channels": [16] * 4, "block_sizes": [1] * 4, "lin_neurons": 16}
 
+CONTEXT = {"out_channels": 16, "conv_channels": [16] * 21}
+
 # Where a model of speechbrain is, its options, and which inputs it takes.
 BRAINS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "ECAPA_TDNN": ("ECAPA_TDNN", {"input_size": 16, "lin_neurons": 16, "attention_channels": 16, **TDNN}, "features"),
-    "Xvector": ("Xvector", {"in_channels": 16, "lin_neurons": 16, **XVECTOR}, "features"),
-    "CRDNN": ("CRDNN", {"input_size": 16, "cnn_blocks": 1, "cnn_channels": [8], **RECURRENT}, "features"),
-    "VanillaNN": ("VanillaNN", {"input_shape": [2, 30, 16], "dnn_blocks": 2, "dnn_neurons": 16}, "features"),
-    "ResNet": ("ResNet", {"input_size": 16, **RESNET}, "features"),
-    "RNNLM": ("RNNLM", {"output_neurons": 20, "embedding_dim": 16, **RECURRENT}, "tokens"),
-    "TransformerLM": ("transformer.TransformerLM", {"vocab": 20, "num_decoder_layers": 0, **ATTENTION}, "tokens"),
-    "TransformerASR": ("transformer.TransformerASR", ASR, "both"),
-    "ConformerASR": ("transformer.TransformerASR", {**ASR, **RELATIVE, "encoder_module": "conformer"}, "both"),
-    "BranchformerASR": ("transformer.TransformerASR", {**ASR, **RELATIVE, **BRANCHES}, "both"),
+    "ECAPA_TDNN": (
+        "lobes.models.ECAPA_TDNN.ECAPA_TDNN",
+        {"input_size": 16, "lin_neurons": 16, "attention_channels": 16, **TDNN},
+        "features",
+    ),
+    "Xvector": ("lobes.models.Xvector.Xvector", {"in_channels": 16, "lin_neurons": 16, **XVECTOR}, "features"),
+    "CRDNN": (
+        "lobes.models.CRDNN.CRDNN",
+        {"input_size": 16, "cnn_blocks": 1, "cnn_channels": [8], **RECURRENT},
+        "features",
+    ),
+    "VanillaNN": (
+        "lobes.models.VanillaNN.VanillaNN",
+        {"input_shape": [2, 30, 16], "dnn_blocks": 2, "dnn_neurons": 16},
+        "features",
+    ),
+    "ResNet": ("lobes.models.ResNet.ResNet", {"input_size": 16, **RESNET}, "features"),
+    "RNNLM": ("lobes.models.RNNLM.RNNLM", {"output_neurons": 20, "embedding_dim": 16, **RECURRENT}, "tokens"),
+    "TransformerLM": (
+        "lobes.models.transformer.TransformerLM.TransformerLM",
+        {"vocab": 20, "num_decoder_layers": 0, **ATTENTION},
+        "tokens",
+    ),
+    "TransformerASR": ("lobes.models.transformer.TransformerASR.TransformerASR", ASR, "both"),
+    "ConformerASR": (
+        "lobes.models.transformer.TransformerASR.TransformerASR",
+        {**ASR, **RELATIVE, "encoder_module": "conformer"},
+        "both",
+    ),
+    "BranchformerASR": (
+        "lobes.models.transformer.TransformerASR.TransformerASR",
+        {**ASR, **RELATIVE, **BRANCHES},
+        "both",
+    ),
+    "ContextNet": ("lobes.models.ContextNet.ContextNet", {"input_shape": (2, 30, 16), **CONTEXT}, "features"),
+    "LSTM": ("nnet.RNN.LSTM", {"hidden_size": 16, "input_size": 16}, "features"),
+    "LiGRU": ("nnet.RNN.LiGRU", {"hidden_size": 16, "input_shape": [2, 30, 16]}, "features"),
+    "QLSTM": ("nnet.quaternion_networks.q_RNN.QLSTM", {"hidden_size": 16, "input_shape": [2, 30, 16]}, "features"),
 }
 
 
@@ -450,11 +480,11 @@ def brain_names() -> list[str]:
 
 def build_brain(name: str) -> Call:
     """Return a model of speechbrain."""
-    module, options, takes = BRAINS[name]
-    found = importlib.import_module(f"speechbrain.lobes.models.{module}")
+    path, options, takes = BRAINS[name]
+    module, _, cls = path.rpartition(".")
+    found = getattr(importlib.import_module(f"speechbrain.{module}"), cls)
     inputs = {"features": sound(2, 30, 16), "tokens": torch.randint(1, 20, (2, 9))}
-    chosen = tuple(inputs.values()) if takes == "both" else (inputs[takes],)
-    return getattr(found, module.rpartition(".")[2])(**options), chosen, {}
+    return found(**options), tuple(inputs.values()) if takes == "both" else (inputs[takes],), {}
 
 
 # --- pytorch-forecasting: each network on one small data set
