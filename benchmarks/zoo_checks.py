@@ -333,7 +333,7 @@ class Examination:
     def dead_or_alive(self, what: str, model: nn.Module) -> dict[str, set[str]]:
         """Return the adapters that should learn, by weight, and their factors; one that does not is wrong."""
         found = gradients(self.specimen, model, self.train)
-        noise = max(self.alive.values(), default=0.0) * (1e-13 if self.dtype is torch.float64 else 1e-6)
+        noise = max(self.alive.values(), default=0.0) * (1e-10 if self.dtype is torch.float64 else 1e-5)
         adapters = adapters_of(model)
         expected = {name: factors for name, factors in adapters.items() if self.alive.get(name, 0.0) > noise}
         self.numbers[f"{what}adapters without use"] = len(adapters) - len(expected)

@@ -21,6 +21,8 @@ KINDS = {
     "zero-shot": "ZERO_SHOT_IMAGE_CLASSIFICATION",
     "sequence": "SEQUENCE_CLASSIFICATION",
     "token": "TOKEN_CLASSIFICATION",
+    "multimodal": "IMAGE_TEXT_TO_TEXT",
+    "video": "VIDEO_CLASSIFICATION",
 }
 VOCABULARY, IMAGE, TOKENS, HEADS = 128, 64, 12, 4
 NEEDED = {
@@ -63,15 +65,19 @@ SIZES: list[tuple[str, int]] = [
     (r".*(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embd?_dim|embedding_size|embedding_dim|emb_dim).*", 32),
     (r"dim|.*projection_(dim|size)|.*proj_(dim|size)|.*_dim|.*lru_width|.*_hidden_size.*|prediction_head_size", 32),
 ]
-SKIPPED = re.compile(r".*(ratio|stride|kernel|reduction|dilation|padding|pos_type).*|num_labels|patch_size")
+SKIPPED = re.compile(
+    r"st(age|em)_.*|.*(ratio|stride|kernel|reduction|dilation|padding|pos_type).*|num_labels|patch_size"
+)
 
 EFFICIENTNET = {"hidden_dim": 320, "width_coefficient": 0.25, "depth_coefficient": 0.2}
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 INDEXER = {"n_heads": 2, "kv_heads": 1, "head_dim": 8, "budget": 8, "compress_ratio": 2}
 
 # What the rules get wrong, by model type; "." leads into a sub-config.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "align": {f"vision_config.{key}": value for key, value in EFFICIENTNET.items()} | {"projection_dim": 320},
+    "align": {f"vision_config.{key}": value for key, value in EFFICIENTNET.items()} | {"projection_dim": 80},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "cvt": {"depth": [1, 2, 3]},
     "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {"topk_method": "greedy"},
     "donut-swin": {"num_heads": [2, 2, 2, 2]},
@@ -84,6 +90,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_assistant": {"text_config.hidden_size_per_layer_input": 0},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "hgnet_v2": {"hidden_sizes": [256, 512, 1024, 2048]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "llama4": {"pad_token_id": 0},
     "longcat_flash": {"qk_head_dim": 16},
@@ -99,10 +106,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "speech_to_text": {"num_conv_layers": 2, "conv_channels": 32},
     "swin": {"num_heads": [2, 2, 2, 2], "embed_dim": 32},
     "swinv2": {"num_heads": [2, 2, 2, 2], "embed_dim": 32},
+    "textnet": {"hidden_sizes": [64, 64, 128, 256, 512]},
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid"] * 2, "num_hidden_layers": 6},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2},
+}
+SPECIAL |= {
+    model_type: {"text_config.rope_parameters": SECTIONS}
+    for model_type in ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl")
 }
 
 
@@ -237,11 +250,12 @@ def inputs(model: torch.nn.Module, kind: str) -> dict[str, Any]:
     config: Any = model.config
     accepted = inspect.signature(model.forward).parameters
     main = getattr(model, "main_input_name", "input_ids")
+    frames = [getattr(config, "num_frames", 8)] if kind == "video" else []
     known = {
         "input_ids": lambda: tokens(text_config(config), TOKENS).repeat_interleave(
             vars(config).get("num_codebooks", 1), 0
         ),
-        "pixel_values": lambda: torch.randn(2, *image_shape(config)),
+        "pixel_values": lambda: torch.randn(2, *frames, *image_shape(config)),
         "pixel_values_videos": lambda: torch.randn(2, 4, *image_shape(config)),
         "input_features": lambda: torch.randn(2, *feature_shape(model)),
         "input_values": lambda: torch.randn(2, *sound_shape(config)),
