@@ -154,10 +154,11 @@ def read(file: Path) -> dict[str, Result]:
 
 
 def write(file: Path, results: dict[str, Result]) -> None:
-    """Write all results, with what they were measured with; a file is whole at any moment."""
-    content = {"date": time.strftime("%d %B %Y"), "versions": versions(), "results": dict(sorted(results.items()))}
+    """Write all results, a line for each, with what they were measured with; a file is whole at any moment."""
+    head = json.dumps({"date": time.strftime("%d %B %Y"), "versions": versions()})[:-1]
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(results.items()))
     new = file.with_suffix(".new")
-    new.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    new.write_text(f'{head}, "results": {{\n{lines}\n}}}}\n', encoding="utf-8")
     new.replace(file)
 
 

@@ -199,7 +199,11 @@ class Examination:
             try:
                 check()
             except Exception as error:
-                self.problems.append(problem(check.__name__, error))
+                found = problem(check.__name__, error)
+                if check == self.wider and found["verdict"] == "refused":
+                    self.notes.append(f"more layers are refused: {found['reason']}")
+                else:
+                    self.problems.append(found)
                 if check == self.identity and not isinstance(error, WrongError):
                     return  # it computes nothing at all
 
@@ -409,11 +413,7 @@ class Examination:
         if not more or self.targets == "parameters":
             return
         names = [*adapted, *more]
-        try:
-            model = self.attached(target_modules=names)
-        except ValueError as error:
-            self.notes.append(f"more layers are refused: {first_line(error)}")
-            return
+        model = self.attached(target_modules=names)
         self.equal("wider identity", outputs(self.specimen, model), self.before)
         self.dead_or_alive("wider ", model)
         model = self.attached(filled=True, target_modules=names)
