@@ -281,7 +281,9 @@ class Examination:
         """Return "all-linear"; "convolutions" where there are more of those, "parameters" where there is neither."""
         parts = list(self.base.modules())
         linear, convolutions = (sum(isinstance(part, kind) for part in parts) for kind in (nn.Linear, CONVOLUTIONS))
-        if linear + convolutions == 0:
+        if linear + convolutions == 0 and any(
+            min(weight.shape) >= 2 for weight in self.base.parameters() if weight.ndim == 2
+        ):
             return "parameters"
         return "convolutions" if convolutions > linear else "all-linear"
 

@@ -207,6 +207,18 @@ SPECIAL_GRAPHS: dict[str, dict[str, Any]] = {
 }
 
 
+class Net(nn.Module):
+    """A network of one layer: what belongs to a network itself cannot be named."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, **arguments: Any) -> Any:
+        """Return what the layer does."""
+        return self.layer(**arguments)
+
+
 def geometric_names() -> list[str]:
     """Return every convolution, and every model that takes a graph."""
     from torch_geometric.nn import conv, models
@@ -220,7 +232,7 @@ def build_geometric(name: str) -> Call:
     """Return a convolution or a model on a small graph: with features of edges where it takes them."""
     from torch_geometric import nn as gnn
 
-    name = name.split("/")[1]
+    kind, name = name.split("/")
     cls = getattr(gnn, name)
     options, given = graph_options(), graph()
 
@@ -232,7 +244,8 @@ def build_geometric(name: str) -> Call:
     def build(*edges: str) -> Call:
         constructed = taken(cls.__init__, options, "local_nn", "hidden_channels", "num_layers", *edges)
         model = cls(**constructed | SPECIAL_GRAPHS.get(name, {}))
-        return call(model, **taken(model.forward, given, "edge_index", "edge_type", "batch", *edges))
+        arguments = taken(model.forward, given, "edge_index", "edge_type", "batch", *edges)
+        return call(Net(model) if kind == "conv" else model, **arguments)
 
     return first_that_runs([lambda: build("edge_dim", "edge_attr"), build])
 
