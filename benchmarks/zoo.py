@@ -51,10 +51,15 @@ def work() -> None:
     limit_memory()
     import zoo_models
 
+    def tell(phase: str) -> None:
+        print(json.dumps({"phase": phase}), file=answers)
+
     zoo_models.prepare()
+    import zoo_checks  # noqa: F401  # takes seconds, which are no model's
+
+    tell("ready")
     for line in sys.stdin:
-        examined = zoo_models.examine(json.loads(line), lambda phase: print(json.dumps({"phase": phase}), file=answers))
-        print(json.dumps(examined), file=answers)
+        print(json.dumps(zoo_models.examine(json.loads(line), tell)), file=answers)
 
 
 def limit_memory() -> None:
@@ -82,6 +87,8 @@ class Worker:
         )
         self.answers: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
+        if not self.answers.get():
+            raise RuntimeError(f"The worker does not start; {' '.join(command)} says why.")
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
