@@ -308,9 +308,15 @@ class Examination:
     def attached(self, filled: bool = False, **options: Any) -> nn.Module:
         """Return an adapted copy of the base, with its factors at their start or at random."""
         model = copy.deepcopy(self.base)
+        kinds = [type(part) for part in model.modules()]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            attach(model, LoRAConfig(**self.options() | options))
+            try:
+                attach(model, LoRAConfig(**self.options() | options))
+            except Exception as error:
+                if [type(part) for part in model.modules()] != kinds:
+                    raise WrongError(f"half attached after {type(error).__name__}: {first_line(error)}") from error
+                raise
         if filled:
             draw = torch.Generator().manual_seed(2)
             with torch.no_grad():

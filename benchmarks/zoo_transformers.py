@@ -110,7 +110,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "wav2vec2-bert": {"vocab_size": VOCABULARY},
     "wav2vec2-conformer": {"vocab_size": VOCABULARY},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["mamba", "mamba", "hybrid"] * 2, "num_hidden_layers": 6},
+    "zamba": {
+        "layers_block_type": ["mamba", "mamba", "hybrid"] * 2,
+        "num_hidden_layers": 6,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2},
 }
 SPECIAL |= {
