@@ -101,7 +101,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "UNet1DModel": {
         "block_out_channels": (32, 32),
         "sample_size": SIDE,
-        "extra_in_channels": 16,
+        "extra_in_channels": 64,
         "down_block_types": ("DownBlock1DNoSkip", "DownBlock1D"),
         "up_block_types": ("UpBlock1D", "UpBlock1DNoSkip"),
     },
@@ -293,6 +293,7 @@ def build_diffusers(name: str) -> Call:
         (2 * 5, channels, SIDE, SIDE),
         (2, channels),
         (2, channels, 64, 64),
+        (2, DIM),
     ]
     error: Exception = ValueError("nothing to try")
     times = (torch.tensor([3, 5]), torch.tensor([0.3, 0.5]))
@@ -327,6 +328,9 @@ def diffusion_inputs(model: nn.Module, sample: torch.Tensor, time: torch.Tensor)
         "target_size": torch.tensor([[16.0, 16.0]] * 2),
         "crop_coords": torch.tensor([[0.0, 0.0]] * 2),
         "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+        "input_ids": torch.randint(0, 32, (2, 4, 4)),
+        "pooled_text_emb": torch.randn(2, DIM),
+        "micro_conds": torch.randn(2, 5),
         "controlnet_cond": torch.randn(2, 3, 8 * SIDE, 8 * SIDE),
         "image_rotary_emb": None,
         "guidance": torch.tensor([1.0, 2.0]),
