@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -174,6 +175,7 @@ class Examination:
         self.notes: list[str] = []
         self.bypassed: set[str] = set()
         self.expected: dict[str, set[str]] = {}
+        self.same_in_both = False
 
     def result(self) -> dict[str, Any]:
         """Run everything and return what was found, ready for JSON."""
@@ -231,13 +233,15 @@ class Examination:
             self.base.eval().requires_grad_(True)
             self.dtype = self.choose_precision()
             self.tolerance = TOLERANCE[self.dtype]
+            self.settle()
             self.before = outputs(self.specimen, self.base)
             if not any(torch.isfinite(each).any() for each in self.before):
                 raise UnbuildableError("its outputs hold no finite number")
             if difference(outputs(self.specimen, copy.deepcopy(self.base)), self.before) > self.tolerance:
                 raise UnbuildableError("two calls, or two copies, differ")
             self.train = self.trains()
-            self.alive = gradients(self.specimen, copy.deepcopy(self.base), self.train)
+            # An adapted model's norms keep their statistics in training, so that its base in evaluation is its like.
+            self.alive = gradients(self.specimen, copy.deepcopy(self.base), self.train and self.same_in_both)
         except UnbuildableError:
             raise
         except Exception as error:
@@ -264,6 +268,17 @@ class Examination:
             return torch.float32
         self.specimen, self.base = double, double.model
         return torch.float64
+
+    def settle(self) -> None:
+        """Give norms statistics of this input: with those they are made with, signals die or explode."""
+        norms = [part for part in self.base.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        with contextlib.suppress(Exception):  # it does not run in training mode
+            outputs(self.specimen, self.base, train=True)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
 
     def trains(self) -> bool:
         """Return whether the model runs in training mode too; with labels alone, some do."""
@@ -301,7 +316,8 @@ class Examination:
     def layers(self, *kinds: type[nn.Module]) -> list[str]:
         """Return the names of all layers of some kinds whose weights fit the rank and are no other layer's too."""
         found = {n: p.weight for n, p in self.base.named_modules() if n and isinstance(p, kinds)}
-        uses = collections.Counter(id(weight) for weight in found.values())
+        parts = self.base.modules()
+        uses = collections.Counter(id(weight) for part in parts for weight in part.parameters(recurse=False))
         fits = {name: min(weight.flatten(1).shape) >= RANK for name, weight in found.items()}
         return [name for name, weight in found.items() if fits[name] and uses[id(weight)] == 1]
 
@@ -344,7 +360,7 @@ class Examination:
 
     def dead_or_alive(self, what: str, model: nn.Module) -> dict[str, set[str]]:
         """Return the adapters that should learn, by weight, and their factors; one that does not is wrong."""
-        found = gradients(self.specimen, model, self.train)
+        found = gradients(self.specimen, model, self.train and self.same_in_both)
         noise = max(self.alive.values(), default=0.0) * (1e-10 if self.dtype is torch.float64 else 1e-5)
         adapters = adapters_of(model)
         expected = {name: factors for name, factors in adapters.items() if self.alive.get(name, 0.0) > noise}

@@ -147,6 +147,9 @@ def build(name: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
     config = part_for(
         model_class, shrunk(CONFIG_MAPPING[model_type], SPECIAL.get(model_type, {}) | SPECIAL.get(name, {}))
     )
+    for part in (config, text_config(config)):
+        if getattr(part, "pad_token_id", 0) is None:
+            part.pad_token_id = 0
     model = model_class(config)
     return model, (), inputs(model, kind)
 
