@@ -12,7 +12,7 @@ import re
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -306,7 +306,7 @@ class Examination:
         """Return what is asked of LoRAConfig, names where "all-linear" would miss the point: all that fits the rank."""
         found: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
         if self.targets == "convolutions":
-            found["target_modules"] = [f"{prefix}{name}" for name in self.layers(nn.Linear, *CONVOLUTIONS)]
+            found["target_modules"] = exactly(f"{prefix}{name}" for name in self.layers(nn.Linear, *CONVOLUTIONS))
         elif self.targets == "parameters":
             shapes = {name: weight.shape for name, weight in self.base.named_parameters() if weight.ndim == 2}
             found |= {"rank": 2, "target_modules": []}
@@ -436,7 +436,7 @@ class Examination:
         more = [name for name in self.layers(nn.Linear, nn.Embedding, *CONVOLUTIONS) if name not in adapted] + recurrent
         if not more or self.targets == "parameters":
             return
-        names = [*adapted, *more]
+        names = exactly([*adapted, *more])
         model = self.attached(target_modules=names)
         self.equal("wider identity", outputs(self.specimen, model), self.before)
         self.dead_or_alive("wider ", model)
@@ -490,6 +490,11 @@ class Examination:
 
 
 # --- parts
+
+
+def exactly(names: Iterable[str]) -> str:
+    """Return the expression that matches these names and no longer ones that end so."""
+    return "|".join(map(re.escape, names))
 
 
 def is_factor(name: str) -> bool:
