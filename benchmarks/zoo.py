@@ -30,7 +30,7 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 RESULTS, PAGE = FOLDER / "zoo.json", FOLDER.parent / "docs" / "models.md"
-SECONDS, MEMORY = 120.0, 10 << 30
+SECONDS, MEMORY, TURNS = 120.0, 10 << 30, 25  # a worker examines so many models: what they leave behind adds up
 VERDICTS = {
     "ok": "ok",
     "refused": "refused",
@@ -139,7 +139,8 @@ def examine_all(names: Sequence[str], results: dict[str, Result], file: Path, se
     """Examine model after model; each result is on disk before the next begins."""
     worker = Worker()
     for number, name in enumerate(names, 1):
-        if not worker.is_alive:
+        if not worker.is_alive or number % TURNS == 0:
+            worker.stop()
             worker = Worker()
         started = time.monotonic()
         results[name] = worker.examine(name, seconds) | {"seconds": round(time.monotonic() - started, 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import inspect
 import logging
@@ -370,7 +371,10 @@ def examine(name: str, tell: Callable[[str], None]) -> dict[str, Any]:
         specimen = Specimen(*LIBRARIES[library].build(inner))
     except Exception as error:
         return {"verdict": "unbuildable", "reason": f"{type(error).__name__}: {first_line(error)}"}
-    return Examination(specimen, tell).result()
+    try:
+        return Examination(specimen, tell).result()
+    finally:
+        gc.collect()
 
 
 _OPERATORS: list[torch.library.Library] = []  # operators go when what holds them goes
