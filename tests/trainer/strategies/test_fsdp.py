@@ -158,7 +158,7 @@ class ConstructsToo(Wraps):
     ("kind", "error", "message"),
     [
         (WrapsFirst, RuntimeError, r"wraps parts of itself before it has adapters.*attach\(self\), then wrap"),
-        (BuildsLater, MisconfigurationException, r"more\.weight, more\.bias were added to BuildsLater after"),
+        (BuildsLater, MisconfigurationException, r"Added to BuildsLater after .*: more\.weight, more\.bias\."),
         (LeavesTrained, MisconfigurationException, r"^net\.4 would train without FSDP.*Wrap them too"),
         (Constructs, MisconfigurationException, r"was wrapped by FSDP\(\.\.\.\) itself.*then wrap\(\.\.\.\)"),
         (ConstructsToo, MisconfigurationException, r"adapters of net\.2 together with frozen weights.*use wrap\("),
