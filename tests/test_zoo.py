@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 def checks(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("zoo_checks")
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    yield importlib.import_module("zoo_checks")
+    logger.setLevel(level)  # the zoo silences it
 
 
 @pytest.fixture
