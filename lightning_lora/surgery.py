@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
@@ -83,20 +83,20 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         _check(plan, new, is_adapted=old is not None)
         with weights_only_read(plan.normalising.values()) if plan.normalising else nullcontext():
             made = _make_adapters(new)
-        # All or nothing: no line above changes the model, and none below can fail.
-        for name in plan.untied:
-            weight = plan.parameters[name]
-            plan.parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-            _set_parameter(plan.modules, name, plan.parameters[name])
-        for layer, adapters in made.items():
-            _swap_in_adapters(layer, adapters)
-        attachment = _record(plan, seed, old)
-        set_attachment(module, attachment)
-        _freeze_parameters(plan, attachment)
-        if plan.norms:
-            freeze_norms(module)
-    if probe is not None:
-        _refuse_dead(module, probe, is_new=old is None)
+        with _undone_on_failure(module, plan, made, old):  # no line above changes the model
+            for name in plan.untied:
+                weight = plan.parameters[name]
+                plan.parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                _set_parameter(plan.modules, name, plan.parameters[name])
+            for layer, adapters in made.items():
+                _swap_in_adapters(layer, adapters)
+            attachment = _record(plan, seed, old)
+            set_attachment(module, attachment)
+            _freeze_parameters(plan, attachment)
+            if plan.norms:
+                freeze_norms(module)
+            if probe is not None:
+                refuse_dead_adapters(module, probe)
     return attachment.report
 
 
@@ -210,15 +210,6 @@ def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _refuse_dead(module: nn.Module, batch: object, *, is_new: bool) -> None:
-    try:
-        refuse_dead_adapters(module, batch)
-    except BaseException:
-        if is_new:
-            detach(module)
-        raise
-
-
 def _refuse_part(model: AdaptedModel) -> None:
     covered = {id(part) for root in model.roots for part in root.module.modules()}
     for _, part in model.parts:
@@ -246,6 +237,34 @@ def _no_garbage_collection() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
+
+
+@contextmanager
+def _undone_on_failure(
+    module: nn.Module, plan: Plan, layers: Collection[nn.Module], old: Attachment | None
+) -> Iterator[None]:
+    """Take back everything that attaching to these layers has changed, whatever raises inside."""
+    parameters = {name: (parameter, parameter.requires_grad) for name, parameter in plan.parameters.items()}
+    kept = {} if old is None else dict(old.base_values)
+    try:
+        yield
+    except BaseException:
+        followers = [follower for layer in plan.layers for follower in layer.followers if layer.module in layers]
+        for layer in (*layers, *followers):
+            layer._modules.pop("lora", None)
+            if isinstance(layer, LoRALayer):
+                swap_out(layer)
+        for name in plan.untied:
+            _set_parameter(plan.modules, name, parameters[name][0])
+        for parameter, requires_grad in parameters.values():
+            parameter.requires_grad_(requires_grad)
+        if old is None:
+            for part in plan.normalising.values():
+                release_statistics(part)
+        else:
+            old.base_values = kept
+        set_attachment(module, old)
+        raise
 
 
 def _make_adapters(layers: list[PlannedLayer]) -> dict[nn.Module, list[tuple[PlannedLayer, Adapter]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from lightning_lora import (
     lora_layers,
     merge,
     merged,
+    surgery,
 )
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
@@ -460,3 +462,73 @@ def test_merge_under_autocast_gives_the_same_bits(layer, use_dora, rng):
     with torch.autocast("cpu", torch.bfloat16):
         merge(other)
     assert_same_bits(other.state_dict(), model.state_dict())
+
+
+# --- an attach that fails
+
+
+class Everything(nn.Module):
+    """Something of all that attaching changes: tied and untied weights, norms, biases, tokens, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.out = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+        self.out.weight = self.tokens.weight
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.attention, self.recurrent = nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.first.weight.requires_grad_(False)
+
+
+EVERYTHING = {
+    "rank": 1,
+    "target_modules": ["first", "third", "attention", "recurrent"],
+    "untie_weights": True,
+    "bias": "lora_only",
+    "trainable_token_indices": {"tokens": [1, 2]},
+}
+
+
+def _fail_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Make the given call of a step of ``attach`` raise, after the step."""
+    step, calls = getattr(surgery, name), itertools.count()
+
+    def failing(*args: Any) -> Any:
+        result = step(*args)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(surgery, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *(("swap_in", i) for i in range(7)),
+        *(("_swap_in_adapters", i) for i in range(6)),
+        *((name, 0) for name in ("_set_parameter", "set_attachment", "_freeze_parameters", "freeze_norms")),
+    ],
+)
+def test_attach_that_fails_undoes_itself(name: str, call: int, monkeypatch):
+    model, config = Everything(), LoRAConfig(**EVERYTHING)
+    with raises_and_changes_nothing(model, KeyboardInterrupt):
+        _fail_at(monkeypatch, name, call)
+        attach(model, config)
+    monkeypatch.undo()
+    assert len(attach(model, config).layers) == 7
+    model.third = nn.Linear(8, 8)  # what a second attach adapts
+    with raises_and_changes_nothing(model, KeyboardInterrupt):
+        _fail_at(monkeypatch, name if name != "_set_parameter" else "set_attachment", 0)
+        attach(model, config)
+
+
+def test_class_that_cannot_be_derived_from_leaves_the_model_unchanged():
+    class Final(nn.Linear):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("Final is final")
+
+    model = nn.Sequential(nn.Linear(4, 4), Final(4, 4), nn.Linear(4, 4))
+    with raises_and_changes_nothing(model, TypeError, "Final is final"):
+        attach(model, LoRAConfig(rank=1))

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import Bias
-from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, ParameterAdapter, TokenAdapter, base_parameter
+from lightning_lora.layers import (
+    Adapter,
+    LoRALayer,
+    LowRankAdapter,
+    ParameterAdapter,
+    TokenAdapter,
+    base_parameter,
+    weight_readers,
+)
 from lightning_lora.layers.linear import Conv1DAdapter
 from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.config import (
@@ -104,11 +112,13 @@ class Export:
                 f"PEFT up to {LAST_KNOWN_PEFT_TEXT} adds the update of attention's output projection twice, so the "
                 f"files hold half of it; a PEFT that adds it once computes something else ({listed(doubled)})."
             )
-        encoders = {name for name, part in self.root.named_modules() if isinstance(part, nn.TransformerEncoderLayer)}
-        if inside := [name for name in by_name if name.rpartition(".")[0] in encoders]:
+        readers = weight_readers(list(self.root.modules()))
+        if read := [layer for layer in self.layers if id(layer.module) in readers and layer.name not in doubled]:
+            parents = sorted({readers[id(layer.module)].name for layer in read})
             found.append(
-                f"In eval mode torch's fused encoder bypasses PEFT's adapters of {listed(inside)}; call "
-                "PEFT's merge_and_unload before using them."
+                f"{listed(parents)} reads the weights of {listed([layer.name for layer in read])} in some modes, as "
+                "torch's fused encoder does in eval mode, and so bypasses PEFT's adapters; call PEFT's "
+                "merge_and_unload before using them."
             )
         return found
 
@@ -147,7 +157,7 @@ class ExportCollector:
 
     def __init__(self, module: nn.Module, root_name: str, root: nn.Module) -> None:
         self.model, self.root = AdaptedModel(module), root
-        self.result = Export(root, root_name)
+        self.result, self.readers = Export(root, root_name), weight_readers(list(root.modules()))
         self.names = module_names(root)
         inside = AdaptedModel(root)
         self.layers = inside.layers
@@ -205,6 +215,9 @@ class ExportCollector:
             self.result.layers.append(PeftLayer(name, target, layer, adapter, parameter, factors))
 
     def _obstacle(self, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
+        reader = self.readers.get(id(layer))
+        if reader is not None and not reader.calls:
+            return f"PEFT adds the update to the layer's output, and its parent, a {reader.name}, reads its weight"
         options = {"use_dora": self.result.use_dora, "lora_bias": self.result.lora_bias}
         return adapter.peft_obstacle(layer, parameter, **options)
 
