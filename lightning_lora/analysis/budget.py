@@ -19,7 +19,7 @@ from typing_extensions import override
 
 from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
+from lightning_lora.disk import WIDE, BaseFolder, open_base
 from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.names import listed
 from lightning_lora.planning.plan import PlannedLayer
