@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_lora.names import listed, near_names
+from lightning_lora.peft_format.names import without_wrappers
 from lightning_lora.storage.safetensors import StoredTensor, TensorFile, read_table
 
 SINGLE_FILE = "model.safetensors"
@@ -143,18 +144,11 @@ def _check_index(where: Mapping[str, str], shards: Mapping[str, TensorFile]) -> 
 # --- names
 
 
-def find_names(
-    paths: Collection[str], names: Collection[str], resolves: Callable[[str, Collection[str]], bool]
-) -> tuple[dict[str, str], str]:
+def find_names(paths: Collection[str], names: Collection[str]) -> tuple[dict[str, str], str]:
     """Return the adapter's name of every tensor -> its name in the base, and the prefix that only the adapter uses.
 
     An adapter may have been trained on the base inside another module: a model with a head calls ``h.0`` of its body
     ``transformer.h.0``, and a LightningModule calls it ``model.h.0``. So names may lose a first part and gain others.
-
-    Args:
-        paths: The modules that the adapter names.
-        names: The names of the base's tensors.
-        resolves: Whether a path names one of the given modules.
 
     Raises:
         ValueError: No such renaming finds all paths in the base.
@@ -165,7 +159,7 @@ def find_names(
         if len(renamed) < len(names):
             continue
         modules = module_paths(renamed)
-        unresolved = sorted(path for path in paths if not resolves(path, modules))
+        unresolved = sorted(path for path in paths if without_wrappers(path, modules) is None)
         if not unresolved:
             return renamed, before
         if len(paths) - len(unresolved) > most:
