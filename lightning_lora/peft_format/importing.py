@@ -35,7 +35,7 @@ from lightning_lora.peft_format.names import (
 )
 from lightning_lora.planning.obstacles import weight_readers
 from lightning_lora.state import check_base_values
-from lightning_lora.storage.adapter_file import StoredTokens
+from lightning_lora.storage import StoredTokens
 
 
 def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> Import:
