@@ -51,9 +51,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
     If there are many parameters, some are chosen by a hash of their names: at regular intervals all might be norms.
     Quantized ones and those without values are left out. The same values give the same fingerprint on any device and
     however they are sharded; if they are, every process must call this.
-
-    Args:
-        tensors: The parameters that training leaves as they are.
     """
     return samples(tensors, chosen_names(tensors))
 
@@ -99,11 +96,8 @@ def base_problems(
 ) -> list[str]:
     """Return how a base differs from the one that an adapter was trained on, in one sentence if it does.
 
-    Args:
-        recorded: The fingerprint in the adapter's file.
-        found: Samples of the base to compare; only tensors that both sides have are compared.
-        what: Name of the base to compare.
-        override: The option that takes any base.
+    Only tensors that both fingerprints have are compared. ``what`` names the base that was ``found``, and ``override``
+    the option that accepts any.
     """
     shared = [name for name in recorded if name in found]
     differing = [

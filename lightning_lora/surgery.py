@@ -179,7 +179,7 @@ def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig
 
 
 def _check(plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
-    """Reject models that cannot take the planned adapters, and warn about wasteful ones."""
+    """Reject models that cannot take the planned adapters, and warn about wasteful and surprising ones."""
     if not is_adapted and (names := [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]):
         raise ValueError(
             f"{len(names)} layers of {plan.root} already carry adapters, such as {names[0]!r}, attached to another "
@@ -196,6 +196,17 @@ def _check(plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
         warnings.warn(
             f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
             "with rank_pattern, or train the layers in full with modules_to_save.",
+            stacklevel=3,
+        )
+    if not is_adapted and (thawed := plan.thawed()):
+        excluded, targets = plan.config.exclude_modules, plan.config.target_modules
+        kept = [*(() if isinstance(excluded, str) else excluded), *thawed]
+        named = [*((targets,) if isinstance(targets, str) else targets)]
+        named += [f"{name}.*" if plan.modules[name]._modules else name for name in thawed]
+        warnings.warn(
+            f"These modules were frozen, and now train adapters because target_modules={targets!r} reaches them: "
+            f"{listed(thawed)}. exclude_modules={kept} leaves them as they were; target_modules={named} adapts them "
+            "without this warning.",
             stacklevel=3,
         )
 

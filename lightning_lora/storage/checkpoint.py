@@ -10,9 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import pickle
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -27,22 +25,9 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.names import join
 from lightning_lora.state import FORMAT_VERSION
-from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
+from lightning_lora.storage import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
 RECORD_KEY = "lightning_lora"
-
-# torch.load raises these for files that are truncated, empty or of another format.
-_UNREADABLE = (
-    pickle.UnpicklingError,
-    EOFError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-    struct.error,
-    LookupError,
-    ValueError,
-    OSError,
-)
 
 
 def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, Any]:
@@ -55,9 +40,9 @@ def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, An
     try:
         _check_sums(path)
         checkpoint = read()
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, ImportError):
         raise
-    except _UNREADABLE as error:
+    except Exception as error:  # damaged pickles raise whatever their bytes happen to mean
         raise ValueError(
             f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or in another format. "
             f"Nothing was changed. The reader failed with {type(error).__name__}: {error}"
@@ -101,22 +86,17 @@ class CheckpointFile(AdapterFile):
     def layers(self) -> dict[str, StoredLayer]:
         with damage_named(self.path):
             records = self.record["layers"].items()
-            return {name: self._layer(name, said) for name, said in records if self._rows_key(name) not in self.tensors}
+            return {name: self._layer(name, said) for name, said in records if f"{name}.lora.rows" not in self.tensors}
 
     @functools.cached_property
     @override
     def tokens(self) -> dict[str, StoredTokens]:
         with damage_named(self.path):
-            found = {name: (self._rows_key(name), said) for name, said in self.record["layers"].items()}
             return {
                 name: StoredTokens(self.tensors[key], None, _weight(name, said), key)
-                for name, (key, said) in found.items()
-                if key in self.tensors
+                for name, said in self.record["layers"].items()
+                if (key := f"{name}.lora.rows") in self.tensors
             }
-
-    @staticmethod
-    def _rows_key(name: str) -> str:
-        return f"{name}.lora.rows"
 
     def _layer(self, name: str, said: Mapping[str, Any]) -> StoredLayer:
         """Return one update; an adapter is its layer's only one, or one of a group below the layer's ``lora``."""
@@ -214,11 +194,7 @@ def plain_values(stream: IO[bytes]) -> dict[str, Any]:
     Only the index of the file is read, whatever the size of its tensors. Objects of any class become placeholders that
     do nothing, so no code of theirs runs.
 
-    Args:
-        stream: The file.
-
-    Returns:
-        The values; empty if ``torch.save`` did not write the file, or it is damaged: loading it gives the error.
+    The result is empty if ``torch.save`` did not write the file, or it is damaged: loading it gives the error.
     """
     try:
         with zipfile.ZipFile(stream) as archive:

@@ -38,6 +38,52 @@ def test_targets_reach_exactly_the_named_layers(targets, expected: list[str], ti
     assert reached(tiny, target_modules=targets) == expected
 
 
+def one_layer_of_each_family() -> nn.Module:
+    layers = {"embed": nn.Embedding(9, 8), "conv": nn.Conv1d(8, 8, 3), "up": nn.ConvTranspose2d(8, 8, 2)}
+    layers |= {"norm": nn.BatchNorm1d(8), "rnn": nn.LSTM(8, 8), "fc": nn.Linear(8, 8), "head": nn.Linear(8, 8)}
+    return nn.ModuleDict({**layers, "attention": nn.MultiheadAttention(8, 2)})
+
+
+LINEAR, CONVOLUTIONS = ["fc", "head", "attention", "attention.out_proj"], ["conv", "up"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", LINEAR),
+        ("all-conv", CONVOLUTIONS),
+        (["all-linear", "all-conv"], [*CONVOLUTIONS, *LINEAR]),
+        (["all-conv", "head"], [*CONVOLUTIONS, "head"]),
+        (["all-linear", "e*"], ["embed", *LINEAR]),
+        ("all", ["embed", *CONVOLUTIONS, "rnn", *LINEAR]),
+        (["all"], ["embed", *CONVOLUTIONS, "rnn", *LINEAR]),
+    ],
+)
+def test_words_reach_whole_families_and_combine_with_names(targets, expected: list[str]):
+    model = one_layer_of_each_family()
+    found = report(model, target_modules=targets)
+    assert list(lora_layers(model)) == expected
+    assert attach(model, LoRAConfig(rank=2, target_modules=targets)).layers == found.layers
+
+
+@pytest.mark.parametrize("family", ["all-linear", "all-conv", "all"])
+def test_words_leave_out_what_a_name_insists_on(family: str):
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "conv": nn.Conv1d(8, 8, 3), "tiny": nn.Linear(8, 1)})
+    model["small"] = nn.Conv1d(1, 1, 1)
+    found = report(model, target_modules=[family])
+    assert {**found.left_out} == {
+        name: "rank 2 is above 1, the highest rank of its weight; lower it with rank_pattern"
+        for name, families in (("tiny", ("all-linear", "all")), ("small", ("all-conv", "all")))
+        if family in families
+    }
+
+
+def test_name_beside_a_word_insists_on_its_layer():
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "tiny": nn.Linear(8, 1)})
+    with raises_and_changes_nothing(model, ValueError, "'tiny' cannot be adapted: rank 2 is above 1"):
+        report(model, target_modules=["all-linear", "tiny"])
+
+
 @pytest.mark.parametrize(
     ("excluded", "expected"),
     [
@@ -166,6 +212,44 @@ def test_adapter_as_large_as_its_weight_warns():
     ) as seen:
         report(model)
     assert len(seen) == 1
+
+
+# --- modules that were frozen beforehand
+
+
+def gan_with_frozen_critic() -> nn.Module:
+    critic = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).requires_grad_(False)
+    model = nn.ModuleDict({"generator": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "critic": critic})
+    model["generator"][1].requires_grad_(False)
+    return model
+
+
+def test_frozen_modules_that_get_adapters_are_named_once_with_two_remedies():
+    with pytest.warns(UserWarning, match=r"frozen.*'all-linear' reaches them: generator.1, critic\.") as seen:
+        report(model := gan_with_frozen_critic())
+    assert len(seen) == 1
+    assert len(lora_layers(model)) == 4
+    report(model)  # again, without a warning
+    remedies = [
+        {"exclude_modules": ["generator.1", "critic"]},
+        {"target_modules": ["all-linear", "generator.1", "critic.*"]},
+    ]
+    for count, options in zip((1, 4), remedies, strict=True):
+        [(option, value)] = options.items()
+        assert f"{option}={value}" in str(seen[0].message)
+        assert len(reached(gan_with_frozen_critic(), **options)) == count
+
+
+def test_frozen_modules_are_no_surprise_if_all_are_frozen_named_or_left_alone():
+    assert len(reached(gan_with_frozen_critic().requires_grad_(False))) == 4
+    assert len(reached(gan_with_frozen_critic(), target_modules=["critic.*"])) == 2
+    assert len(reached(gan_with_frozen_critic(), modules_to_save=["critic"], exclude_modules=["generator.1"])) == 1
+
+
+def test_integer_parameters_do_not_count_as_frozen():
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+    model["fc"].codes = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+    assert reached(model) == ["fc"]
 
 
 def test_warning_raised_as_error_leaves_model_unchanged():
