@@ -296,8 +296,8 @@ def _swap_in_adapters(module: nn.Module, made: list[tuple[PlannedLayer, Adapter]
     else:
         swap_in(module, LoRALayer)
     module._modules["lora"] = lora
-    for follower in first.followers:
-        swap_in(follower, *swapped_as_follower(follower))
+    for follower, in_weight in first.followers.items():
+        swap_in(follower, *swapped_as_follower(in_weight=in_weight))
         follower._modules["lora"] = lora
 
 

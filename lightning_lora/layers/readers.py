@@ -21,7 +21,7 @@ Path: TypeAlias = tuple[str, ...]  # attribute names below a module; "*" stands 
 
 _ARGUMENT = "<argument>"  # starts the path of what a function was given
 _ENTRANCES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
-_LIBRARIES = ("torch.nn.modules.module", "lightning.", "pytorch_lightning.")
+_LIBRARIES = ("torch.nn.modules.module", "lightning.", "pytorch_lightning.", "lightning_lora.")
 _METADATA = frozenset(
     {"data_ptr", "device", "dim", "dtype", "element_size", "grad", "is_contiguous", "is_cuda", "layout"}
 )
@@ -52,7 +52,7 @@ def weight_readers(modules: Collection[nn.Module]) -> dict[int, Reader]:
         for path in read.get(type(parent), ()):
             if path and path[0] != _ARGUMENT:
                 name = getattr(parent, "base_class", type(parent)).__name__
-                reader = Reader(name, path in _paths_called(type(parent)))
+                reader = Reader(name, path in _paths_called(type(parent)))  # type: ignore[arg-type] # Module's own hash
                 found |= {id(layer): reader for layer in _at(parent, path)}
     return found
 

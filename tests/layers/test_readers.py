@@ -385,3 +385,26 @@ def test_norm_with_another_layout_is_held(rng):
     assert torch.equal(model[1].running_mean, torch.zeros(E))
     detach(model)
     assert type(model[1]) is AbstractNorm
+
+
+class TiedByHand(nn.Module):
+    """A language model whose output layer is written as a product with the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(9, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tokens(x) @ self.tokens.weight.T
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["tokens"]}, {"trainable_token_indices": {"tokens": [1, 4]}}])
+def test_embedding_that_the_parent_also_multiplies_with_is_adapted_in_both_places(options: dict[str, Any], rng):
+    model, x = TiedByHand(), torch.tensor([[1, 2, 4]])
+    attach(model, LoRAConfig(rank=2, **{"target_modules": [], **options}))
+    for parameter in model.tokens.lora.parameters():
+        parameter.data.normal_(generator=rng)
+    trained, weight = model(x), model.tokens.weight
+    assert torch.allclose(trained, F.embedding(x, weight) @ weight.T, atol=1e-6)
+    merge(model)
+    assert torch.allclose(model(x), trained, atol=1e-6)
