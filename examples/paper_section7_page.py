@@ -7,16 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_lora.analysis.plots import (
-    INK,
-    as_svg,
-    axis_names,
-    hue,
-    new_figure,
-    plot_layers,
-    plot_similarities,
-    title,
-)
+from lightning_lora.analysis.plots import HUES, INK, as_svg, new_figure, plot_layers, plot_similarities
 from lightning_lora.analysis.reports import Page
 
 Rows = list[dict[str, Any]]
@@ -237,20 +228,24 @@ def _figures(numbers: dict[str, Any], pictures: dict[str, Any]) -> dict[str, tup
 
 
 def _bars(rows: list[tuple[str, dict[str, Any]]], name: str) -> Any:
-    figure, panels = new_figure(6.0, 0.7 + 0.32 * len(rows))
-    axes = panels[0, 0]
-    for at, (_, row) in enumerate(rows):
-        axes.barh(at, 100 * row["mean"], height=0.68, color=hue(0))
-        axes.plot(
-            [100 * score for score in row["accuracies"]], [at] * len(row["accuracies"]), "o", color=INK, markersize=3
-        )
-        axes.text(1.5, at, f"{row['mean']:.1%}", va="center", fontsize=8, color="white")
-    axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-    axes.invert_yaxis()
-    axes.set_xlim(0, 100)
-    axes.spines[["top", "right"]].set_visible(False)
-    axis_names(axes, "accuracy on 397 test images (%)", "")
-    title(axes, name)
+    with new_figure(6.0, 0.7 + 0.32 * len(rows)) as (figure, panels):
+        axes = panels[0, 0]
+        for at, (_, row) in enumerate(rows):
+            axes.barh(at, 100 * row["mean"], height=0.68, color=HUES[0])
+            axes.plot(
+                [100 * score for score in row["accuracies"]],
+                [at] * len(row["accuracies"]),
+                "o",
+                color=INK,
+                markersize=3,
+            )
+            axes.text(1.5, at, f"{row['mean']:.1%}", va="center", fontsize=8, color="white")
+        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("accuracy on 397 test images (%)")
+        axes.set_title(name)
     return figure
 
 

@@ -31,7 +31,8 @@ else:
     except ImportError:  # the command line is an extra
         NonNegativeInt, PositiveInt, PositiveFloat, Probability = int, int, float, float
 
-ALL_LINEAR = "all-linear"
+ALL_LINEAR, ALL_CONV, EVERYTHING = "all-linear", "all-conv", "all"
+FAMILIES = (ALL_LINEAR, ALL_CONV, EVERYTHING)  # the words of target_modules that mean kinds of layers, not names
 
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
@@ -52,8 +53,8 @@ class LoRAConfig:
         alpha: Numerator of the scaling: the update is multiplied by ``alpha / rank``.
         dropout: Probability in ``[0, 1)`` of dropping an element of the adapter's input in training. The frozen layer's
             own input and an embedding's token numbers are never dropped.
-        target_modules: Layers to adapt: ``"all-linear"``, a list of names, or one regular expression that must match
-            the full name (as in PEFT).
+        target_modules: Layers to adapt: ``"all-linear"``, ``"all-conv"``, ``"all"`` (every layer of a supported kind),
+            a list of names and of these words, or one regular expression that must match the full name (as in PEFT).
         exclude_modules: Modules to leave out, with everything below them: a list of names or one regular expression.
         target_parameters: Parameters of two or more dimensions to adapt, in any module: names, ends of names, globs.
             A three-dimensional parameter is treated as a stack of experts, ``(experts, out, in)``; every expert gets
@@ -118,6 +119,19 @@ class LoRAConfig:
                 f"No target given (LoRAConfig.target_modules={self.target_modules!r}): set target_modules, "
                 "target_parameters, target_slices or trainable_token_indices."
             )
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The words of ``target_modules`` that mean all layers of some kinds."""
+        targets = self.target_modules
+        return tuple(word for word in ((targets,) if isinstance(targets, str) else targets) if word in FAMILIES)
+
+    @property
+    def named_targets(self) -> str | tuple[str, ...]:
+        """The rest of ``target_modules``: names and globs, or one regular expression."""
+        if isinstance(self.target_modules, str):
+            return () if self.families else self.target_modules
+        return tuple(entry for entry in self.target_modules if entry not in FAMILIES)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the scaling of ``B @ A`` for a layer of this rank and alpha."""

@@ -51,9 +51,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
     If there are many parameters, some are chosen by a hash of their names: at regular intervals all might be norms.
     Quantized ones and those without values are left out. The same values give the same fingerprint on any device and
     however they are sharded; if they are, every process must call this.
-
-    Args:
-        tensors: The parameters that training leaves as they are.
     """
     return samples(tensors, chosen_names(tensors))
 
@@ -68,7 +65,11 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
     """Return samples of the named tensors that can be read; every process must call this, as for ``fingerprint``."""
     wanted = set(names)
     chosen = {name: tensor for name, tensor in tensors.items() if name in wanted and _is_readable(tensor)}
-    divided = {name: (tensor, _index(tensor)) for name, tensor in chosen.items() if is_sharded(tensor)}
+    divided = {
+        name: (tensor, torch.unravel_index(_places(tensor.shape), tensor.shape))
+        for name, tensor in chosen.items()
+        if is_sharded(tensor)
+    }
     values = elements(divided) if divided else {}
     values |= {
         name: tensor.detach().take(_places(tensor.shape).to(tensor.device))
@@ -99,11 +100,8 @@ def base_problems(
 ) -> list[str]:
     """Return how a base differs from the one that an adapter was trained on, in one sentence if it does.
 
-    Args:
-        recorded: The fingerprint in the adapter's file.
-        found: Samples of the base to compare; only tensors that both sides have are compared.
-        what: Name of the base to compare.
-        override: The option that takes any base.
+    Only tensors that both fingerprints have are compared. ``what`` names the base that was ``found``, and ``override``
+    the option that accepts any.
     """
     shared = [name for name in recorded if name in found]
     differing = [
@@ -153,15 +151,6 @@ def _mixed(text: str) -> bytes:
 @functools.lru_cache(maxsize=256)  # a model has many weights and few shapes
 def _places(shape: tuple[int, ...]) -> Tensor:
     return torch.tensor(places(shape), dtype=torch.long)
-
-
-def _index(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Return the indices of the samples, a vector for each dimension; torch's own way takes ten times as long."""
-    rest, found = places(tensor.shape), list[list[int]]()
-    for size in reversed(tensor.shape):
-        found.append([place % size for place in rest])
-        rest = [place // size for place in rest]
-    return tuple(torch.tensor(each, dtype=torch.long) for each in reversed(found))
 
 
 # --- in files

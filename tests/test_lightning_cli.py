@@ -102,6 +102,7 @@ def test_flags_train_with_cli_optimizer_and_scheduler(run: Run) -> None:
 
 def test_yaml_trains_and_checkpoint_evaluates_without_options(run: Run, tmp_path: Path) -> None:
     options = {"rank": 2, "alpha": 8.0, "dropout": 0.1, "rank_pattern": {"net.2": 4}, "modules_to_save": ["net.4"]}
+    options["target_modules"] = ["all-linear", "net.2"]
     callbacks = [
         {"class_path": "lightning_lora.LoRACallback", "init_args": options},
         {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "save_last": True}},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.spectrum import ThinSVD, thin_svd
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
+from lightning_lora.disk import WIDE, BaseFolder, open_base
 from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, TokenAdapter, base_parameter
 from lightning_lora.loading import read_adapter
@@ -26,7 +26,7 @@ from lightning_lora.peft_format.names import matching_root
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged
-from lightning_lora.storage.adapter_file import StoredLayer
+from lightning_lora.storage import StoredLayer
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import StoredTensor
 
@@ -299,13 +299,6 @@ def stored_matrices(
 
     The adapter is put on a skeleton of the base, as ``lightning-lora merge`` does, so that both read it alike.
 
-    Args:
-        adapter: A PEFT directory, or the ``.ckpt`` of a LoRACallback run.
-        base: A model's folder, or one safetensors file.
-        tokens: Whether to include trained embedding rows.
-        progress: Called with the number of adapters done and their total.
-        check_base: Reject a base whose values differ from those that the adapter was trained on.
-
     Raises:
         ValueError: The files do not fit each other, or the base is quantized. Nothing was yielded yet.
         FileNotFoundError: The adapter or the base does not exist.
@@ -314,7 +307,16 @@ def stored_matrices(
     fitted = fit_adapter(Path(adapter), folder, check_base=check_base)
     placed = _placed(fitted.root)
     weights = _stored_weights(placed, fitted, folder)
-    return _one_by_one(placed, weights, tokens, progress or (lambda _done, _all: None))
+
+    def one_by_one() -> Iterator[AdapterMatrix]:
+        for done, (name, each) in enumerate(placed.items(), 1):
+            yield from _of_adapter(name, each.adapter, weights[name].read(), tokens=tokens)
+            if progress:
+                progress(done, len(placed))
+
+    if progress:
+        progress(0, len(placed))
+    return one_by_one()
 
 
 def _stored_weights(placed: Mapping[str, _Placed], fitted: Fitted, base: BaseFolder) -> dict[str, StoredTensor]:
@@ -327,12 +329,3 @@ def _stored_weights(placed: Mapping[str, _Placed], fitted: Fitted, base: BaseFol
     if quantized := [names[name] for name, tensor in found.items() if tensor.dtype not in WIDE]:
         raise ValueError(f"The base is quantized ({listed(quantized)}); give the unquantized one.")
     return found
-
-
-def _one_by_one(
-    placed: Mapping[str, _Placed], weights: Mapping[str, StoredTensor], tokens: bool, progress: Progress
-) -> Iterator[AdapterMatrix]:
-    for done, (name, each) in enumerate(placed.items()):
-        progress(done, len(placed))
-        yield from _of_adapter(name, each.adapter, weights[name].read(), tokens=tokens)
-    progress(len(placed), len(placed))

@@ -1,4 +1,4 @@
-"""Plan an adapter before attaching it: which layers at which rank a budget allows, and what a choice costs.
+"""Plan an adapter before attaching it: which layers at which rank a budget allows, and the memory that a step takes.
 
 The LoRA paper's section 7.1 asks which weight matrices to adapt under one parameter budget. In its table 5, more kinds
 of matrices at a lower rank do better than one kind at a higher rank; the tables here are in that order.
@@ -7,30 +7,29 @@ of matrices at a lower rank do better than one kind at a higher rank; the tables
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
-from lightning_lora.disk.skeleton import build_skeleton
 from lightning_lora.names import listed
 from lightning_lora.planning.plan import PlannedLayer
 from lightning_lora.planning.planner import make_plan
-from lightning_lora.storage.safetensors import Layout
+from lightning_lora.probe import RandomState, arguments_for, left_as_it_was, tensors_in
+from lightning_lora.surgery import attach, detach
 
 ADAM_BYTES = 8  # per trained parameter: two averages in float32
 _ALL_SUBSETS_UP_TO = 4
 _MEGA = 1e6
-_EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
-_HEADS = ("lm_head", "embed_out")
 
 
 @dataclass(frozen=True)
@@ -127,24 +126,29 @@ def plan_budget(
     budget = _only_budget(
         {"parameters": parameters, "file_bytes": file_bytes, "optimizer_bytes": optimizer_bytes, "rank": rank}
     )
-    known, base_parameters = _groups(module, config)
-    prices = _Prices(config.adapter_dtype, bytes_per_state, base_parameters)
+    plan = make_plan(module, replace(config, rank=1, rank_pattern={}, alpha_pattern={}, trainable_token_indices=()))
+    known: dict[str, list[_Cost]] = {}
+    for layer in plan.layers:
+        known.setdefault(_group(layer), []).append(_cost(layer))
+    prices = _Prices(config.adapter_dtype, bytes_per_state, plan.base_parameters)
     limit, words = prices.limit(*budget)
     chosen = [tuple(group) for group in groups] if groups is not None else list(_combinations(list(known)))
     if unknown := sorted({name for group in chosen for name in group} - known.keys()):
         raise ValueError(f"groups: the model has no {listed(unknown)}; its groups are {listed(list(known))}.")
     choices, too_small = [], []
     for targets in chosen:
-        cost = sum((known[target] for target in targets), _Cost())
-        highest = (limit - cost.fixed) // cost.per_rank if rank is None else rank
+        costs = [cost for target in targets for cost in known[target]]
+        fixed, per_rank = sum(cost.fixed for cost in costs), sum(cost.per_rank for cost in costs)
+        highest = (limit - fixed) // per_rank if rank is None else rank
         if highest < 1:
             too_small.append(targets)
             continue
-        at = min(highest, cost.highest_rank)
-        capped = (cost.smallest,) if at == cost.highest_rank else ()
-        choices.append(prices.choice(targets, cost.layers, at, cost.fixed + at * cost.per_rank, capped))
+        smallest = min(costs, key=lambda cost: cost.full_rank)
+        at = min(highest, smallest.full_rank)
+        capped = (smallest.label,) if at == smallest.full_rank else ()
+        choices.append(prices.choice(targets, len(costs), at, fixed + at * per_rank, capped))
     ordered = sorted(choices, key=lambda choice: (-len(choice.targets), -choice.parameters))
-    return BudgetPlan(tuple(ordered), tuple(too_small), words, base_parameters)
+    return BudgetPlan(tuple(ordered), tuple(too_small), words, plan.base_parameters)
 
 
 def adapter_size(module: nn.Module, config: LoRAConfig | None = None, *, bytes_per_state: int = ADAM_BYTES) -> Choice:
@@ -195,25 +199,13 @@ class _Prices(NamedTuple):
         return 0, f"rank {budget}"
 
 
-@dataclass(frozen=True)
-class _Cost:
-    """Parameters of a group's adapters, ``fixed + rank * per_rank``, and the highest rank that all its layers allow."""
+class _Cost(NamedTuple):
+    """Parameters of one adapter, ``fixed + rank * per_rank``, and the full rank of its layer."""
 
-    layers: int = 0
-    fixed: int = 0
-    per_rank: int = 0
-    highest_rank: int = 2**62
-    smallest: str = ""
-
-    def __add__(self, other: _Cost) -> _Cost:
-        smaller = min(self, other, key=lambda cost: cost.highest_rank)
-        return _Cost(
-            self.layers + other.layers,
-            self.fixed + other.fixed,
-            self.per_rank + other.per_rank,
-            smaller.highest_rank,
-            smaller.smallest,
-        )
+    label: str
+    fixed: int
+    per_rank: int
+    full_rank: int
 
 
 def _only_budget(budgets: Mapping[str, int | None]) -> tuple[str, int]:
@@ -226,21 +218,12 @@ def _only_budget(budgets: Mapping[str, int | None]) -> tuple[str, int]:
     return name, budget
 
 
-def _groups(module: nn.Module, config: LoRAConfig) -> tuple[Mapping[str, _Cost], int]:
-    """Return the cost of each group of layers, by an entry that names exactly its layers, and the model's size."""
-    at_rank_one = replace(config, rank=1, rank_pattern={}, alpha_pattern={}, trainable_token_indices=())
-    plan = make_plan(module, at_rank_one)
-    groups: dict[str, _Cost] = {}
-    for layer in plan.layers:
-        groups[_group(layer)] = groups.get(_group(layer), _Cost()) + _cost(layer)
-    return groups, plan.base_parameters
-
-
 def _cost(layer: PlannedLayer) -> _Cost:
+    """Return the cost of a layer that was planned at rank 1."""
     rows, columns = layer.adapter.matrix_shape(layer.module, layer.parameter)
     rows = sum(map(len, layer.spec.rows)) or rows
     per_rank = layer.adapter.stack(layer.module, layer.parameter) * (rows + columns)
-    return _Cost(1, layer.size - per_rank, per_rank, min(rows, columns), layer.label)
+    return _Cost(layer.label, layer.size - per_rank, per_rank, min(rows, columns))
 
 
 def _group(layer: PlannedLayer) -> str:
@@ -250,10 +233,7 @@ def _group(layer: PlannedLayer) -> str:
 
 
 def _combinations(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    sizes: Iterable[int] = range(1, len(names) + 1)
-    if len(names) > _ALL_SUBSETS_UP_TO:
-        sizes = (1, 2, len(names))
-    for size in sizes:
+    for size in range(1, len(names) + 1) if len(names) <= _ALL_SUBSETS_UP_TO else (1, 2, len(names)):
         yield from combinations(names, size)
 
 
@@ -266,65 +246,187 @@ def _megabytes(size: int) -> str:
     return f"{size / _MEGA:,.1f}" if size >= _MEGA else f"{size / _MEGA:.3f}"
 
 
-# --- a model from the headers of its files
+# --- the memory of a training step
+
+_PARTS = ("weights", "gradients", "optimizer", "activations")
+_CURES = {
+    "weights": "a base in bfloat16 or quantized, or weights sharded over processes, would help most",
+    "gradients": "a lower rank or fewer targets would help most",
+    "optimizer": "a lower rank or an optimizer with less state would help most",
+    "activations": "activation checkpointing would help most, then a smaller batch",
+}
 
 
-class ShapedModel(NamedTuple):
-    """A model without values, to plan with.
+@dataclass(frozen=True)
+class MemoryUse:
+    """The bytes that one way of training takes.
 
     Attributes:
-        module: Modules with the base's names and shapes.
-        heads: The output layers of language models, which ``"all-linear"`` leaves out of a loaded model.
-        experts: Number of its linear layers that are experts; some libraries stack them while loading.
+        weights: Parameters, including adapters, and buffers.
+        gradients: Gradients of the trained parameters, each in its parameter's precision.
+        optimizer: Optimizer state.
+        activations: What autograd saves of one batch for the backward pass, including the batch where needed; None
+            without a batch.
     """
 
-    module: nn.Module
-    heads: tuple[str, ...]
-    experts: int = 0
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts. The peak of a step is slightly lower: activations are freed as gradients arrive."""
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
 
 
-def model_of_shapes(path: Path) -> ShapedModel:
-    """Return a base as far as its files describe it without its code; no tensor is read.
+@dataclass(frozen=True)
+class MemoryForecast:
+    """The memory of a training step; ``print(forecast)`` shows a table.
 
-    A weight of two dimensions counts as a linear layer, unless its name, or a row for each word of the vocabulary,
-    marks it as an embedding or an output layer. Whether a layer is stored transposed does not change its size.
+    Attributes:
+        lora: With the adapters.
+        full: With full fine-tuning of the same model on the same batch.
+    """
+
+    lora: MemoryUse
+    full: MemoryUse
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: which part dominates with LoRA, and what would reduce it."""
+        use = self.lora
+        part = max(_PARTS, key=lambda part: getattr(use, part) or 0)
+        share = getattr(use, part) / use.total if use.total else 0.0
+        verb = "dominates" if part == "optimizer" else "dominate"
+        known = "" if use.activations is not None else " of what is known without a batch"
+        return f"{part} {verb} ({share:.0%}{known}): {_CURES[part]}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        uses = {"lora": self.lora, "full": self.full}
+        return {name: asdict(use) | {"total": use.total} for name, use in uses.items()} | {"verdict": self.verdict}
+
+    @override
+    def __str__(self) -> str:
+        rows: list[tuple[str, ...]] = [("MB", "LoRA", "full fine-tuning")]
+        for part in (*_PARTS, "total"):
+            values = [getattr(use, part) for use in (self.lora, self.full)]
+            rows.append((part, *("-" if value is None else f"{value / _MEGA:,.1f}" for value in values)))
+        return "\n".join(["Memory of a training step:", *table_lines(rows), self.verdict])
+
+
+def forecast_memory(
+    module: nn.Module,
+    config: LoRAConfig | None = None,
+    batch: object = None,
+    *,
+    step: Callable[[nn.Module, Any], object] | None = None,
+    bytes_per_state: int = ADAM_BYTES,
+) -> MemoryForecast:
+    """Return the memory of a training step with LoRA and with full fine-tuning; activations are measured on a batch.
+
+    The model runs forward twice in training mode, without adapters and with them; they are removed again. Parameters,
+    buffers, gradients, modes and the random state stay as they were. Temporary memory of operators is not counted, nor
+    what a loss outside of ``step`` saves.
 
     Args:
-        path: A model's folder, or one safetensors file.
+        module: The model without adapters; it may be on the meta device, with a batch on it.
+        config: Which layers to adapt; ``LoRAConfig()`` by default.
+        batch: A batch of the size to train with: a tensor; a tuple or list, from which ``forward`` gets the arguments
+            it requires; or a dict, from which it gets those it accepts. Without it activations are unknown.
+        step: Called with the module and the batch in place of ``forward``, and returns a loss; for autocast or a
+            ``training_step``.
+        bytes_per_state: Bytes of optimizer state per trained parameter: 8 for Adam, 0 for SGD, 2 for 8-bit Adam.
 
     Raises:
-        ValueError: The files cannot be read, or are quantized.
-        FileNotFoundError: The files do not exist.
+        ValueError: The module is already adapted, the config does not fit it, or it has no forward.
+        TypeError: The forward pass or the step returned no tensor with a gradient.
     """
-    base = open_base(path)
-    layouts = {name: Layout(tensor.dtype, tensor.shape) for name, tensor in base.tensors.items()}
-    kinds = dict(_kinds(layouts))
-    if quantized := [name for name in kinds if layouts[f"{name}.weight"].dtype not in WIDE]:
-        raise ValueError(
-            f"The weights of {listed(quantized)} are quantized and do not have the shapes of their layers; give the "
-            "unquantized base."
-        )
-    heads = tuple(name for name, kind in kinds.items() if kind == "linear" and _is_head(name, base, layouts))
-    experts = sum(kind == "linear" and ".experts." in name for name, kind in kinds.items())
-    return ShapedModel(build_skeleton(layouts, kinds), heads, experts)
+    if AdaptedModel(module).layers:
+        raise ValueError("forecast_memory needs the model without adapters: call it before attach, or detach first.")
+    run = None if batch is None else _runner(module, batch, step)
+    with _all_training(module):
+        full = _use(module, run, bytes_per_state)
+    attach(module, config or LoRAConfig())
+    try:
+        lora = _use(module, run, bytes_per_state)
+    finally:
+        detach(module)
+    return MemoryForecast(lora, full)
 
 
-def _kinds(layouts: Mapping[str, Layout]) -> Iterator[tuple[str, str]]:
-    for name, layout in layouts.items():
-        path, _, key = name.rpartition(".")
-        if key != "weight" or not path:
-            continue
-        if len(layout.shape) == 2:
-            yield path, "embedding" if _is_embedding(path) else "linear"
-        elif 3 <= len(layout.shape) <= 5:
-            yield path, "conv"
+@contextmanager
+def _all_training(module: nn.Module) -> Iterator[None]:
+    """Let every parameter require a gradient temporarily, as full fine-tuning does."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(parameter.is_floating_point())
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
-def _is_embedding(path: str) -> bool:
-    last = path.rpartition(".")[2]
-    return last in _EMBEDDINGS or ("embed" in last and last not in _HEADS)
+def _use(module: nn.Module, run: Callable[[], object] | None, bytes_per_state: int) -> MemoryUse:
+    weights = _storages([*module.parameters(), *module.buffers()])
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    activations = None
+    if run is not None:
+        with left_as_it_was(module), RandomState():
+            module.train()
+            activations = _saved_bytes(run, weights)
+    stored = sum(storage.nbytes() for storage in weights.values())
+    elements = sum(parameter.numel() for parameter in trained)
+    return MemoryUse(stored, sum(p.nbytes for p in trained), elements * bytes_per_state, activations)
 
 
-def _is_head(path: str, base: BaseFolder, layouts: Mapping[str, Layout]) -> bool:
-    words = base.config.get("vocab_size")
-    return path.rpartition(".")[2] in _HEADS or layouts[f"{path}.weight"].shape[0] == words
+def _runner(module: nn.Module, batch: object, step: Callable[[nn.Module, Any], object] | None) -> Callable[[], object]:
+    if step is None and getattr(module.forward, "__name__", "") == "_forward_unimplemented":
+        raise ValueError(f"{type(module).__name__} has no forward to run a batch through. Pass step.")
+
+    def run() -> list[Tensor]:
+        args, kwargs = arguments_for(module, batch) if step is None else ((), {})
+        found = list(tensors_in(module(*args, **kwargs) if step is None else step(module, batch)))
+        if not any(tensor.requires_grad for tensor in found):
+            what = type(module).__name__ if step is None else "step"
+            raise TypeError(f"forecast_memory: {what} returned no tensor with a gradient, so nothing would train.")
+        return found
+
+    return run
+
+
+# --- counting memory
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """Return the memory that tensors occupy, by its address; views of one another share theirs, and it counts once."""
+    found = (inner.untyped_storage() for tensor in tensors for inner in _inner_tensors(tensor))
+    return {storage._cdata: storage for storage in found}
+
+
+def _saved_bytes(run: Callable[[], object], apart_from: Collection[int]) -> int:
+    """Return the bytes that autograd saves for the backward pass of a computation, which does not run.
+
+    Whatever checkpointing recomputes is not saved, and not counted; nor is the memory at the addresses ``apart_from``.
+    """
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used again meanwhile
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.update(_storages([tensor]))
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in apart_from)
+
+
+def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors that hold the values; a packed weight wraps several."""
+    wrapper = cast(Any, tensor)
+    if not is_traceable_wrapper_subclass(wrapper):
+        yield tensor
+        return
+    for name in wrapper.__tensor_flatten__()[0]:
+        yield from _inner_tensors(getattr(wrapper, name))

@@ -17,15 +17,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.analysis import spectrum
 from lightning_lora.analysis.adapters import AdapterMatrix, kind_of, place, read_matrices
-from lightning_lora.analysis.spectrum import (
-    above_baseline,
-    known_median,
-    numerical_rank,
-    subspace_similarity,
-    update_cosine,
-    update_similarity,
-)
+from lightning_lora.analysis.spectrum import known_median, plain, update_similarity
 from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed
 
@@ -52,6 +46,12 @@ class Overlap(NamedTuple):
     def above_chance(self) -> float:
         """``all`` rescaled so that 0 is chance and 1 the same directions; NaN where chance leaves no room."""
         return (self.all - self.chance) / (1 - self.chance) if self.chance < 1 else math.nan
+
+
+def _overlap(phi: Tensor, ranks: Sequence[int], dimension: int) -> Overlap:
+    if not min(ranks):
+        return Overlap(math.nan, math.nan, math.nan)
+    return Overlap(float(phi[0, 0]), float(phi[ranks[0] - 1, ranks[1] - 1]), max(ranks) / dimension)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,36 +81,26 @@ class LayerComparison:
     @property
     def of_inputs(self) -> Overlap:
         """Overlap of the input directions."""
-        return self._overlap(self.inputs, self.shape[1])
+        return _overlap(self.inputs, self.ranks, self.shape[1])
 
     @property
     def of_outputs(self) -> Overlap:
         """Overlap of the output directions."""
-        return self._overlap(self.outputs, self.shape[0])
+        return _overlap(self.outputs, self.ranks, self.shape[0])
 
     @property
     def numbers(self) -> tuple[float, ...]:
         """The cosine and both overlaps, as in the table."""
         return (self.cosine, *self.of_inputs, *self.of_outputs)
 
-    def _overlap(self, phi: Tensor, dimension: int) -> Overlap:
-        if not min(self.ranks):
-            return Overlap(math.nan, math.nan, math.nan)
-        last = phi[self.ranks[0] - 1, self.ranks[1] - 1]
-        return Overlap(float(phi[0, 0]), float(last), max(self.ranks) / dimension)
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON; unknown ones are None."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "ranks": list(self.ranks),
-            "norms": list(self.norms),
-            "cosine": _or_none(self.cosine),
-            "of_inputs": {key: _or_none(value) for key, value in self.of_inputs._asdict().items()},
-            "of_outputs": {key: _or_none(value) for key, value in self.of_outputs._asdict().items()},
-            "phi": {side: _nested(getattr(self, side)) for side in ("inputs", "outputs", "factors")},
-        }
+        phi = {"inputs": self.inputs, "outputs": self.outputs, "factors": self.factors}
+        numbers = {key: value for key, value in vars(self).items() if key not in phi}
+        found: dict[str, Any] = plain(
+            numbers | {"of_inputs": self.of_inputs, "of_outputs": self.of_outputs, "phi": phi}
+        )
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +120,7 @@ class AdapterComparison:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         layers = [layer.to_dict() for layer in self.layers]
-        return {"only_first": list(self.only_first), "only_second": list(self.only_second), "layers": layers}
+        return {"only_first": [*self.only_first], "only_second": [*self.only_second], "layers": layers}
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table as text: a header, a row for each layer, and the medians."""
@@ -189,12 +179,12 @@ def _compared(one: AdapterMatrix, other: AdapterMatrix) -> LayerComparison:
     return LayerComparison(
         name=one.name,
         shape=one.shape,
-        ranks=(numerical_rank(first.values), numerical_rank(second.values)),
+        ranks=(spectrum.numerical_rank(first.values), spectrum.numerical_rank(second.values)),
         norms=(first.norm, second.norm),
-        cosine=update_cosine(first, second),
+        cosine=spectrum.update_cosine(first, second),
         inputs=similarity.inputs,
         outputs=similarity.outputs,
-        factors=subspace_similarity(one.A, other.A),
+        factors=spectrum.subspace_similarity(one.A, other.A),
     )
 
 
@@ -242,11 +232,6 @@ class KindSimilarity(NamedTuple):
     inputs: Tensor
     outputs: Tensor
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON; unknown ones are None."""
-        tables = {"inputs": _nested(self.inputs), "outputs": _nested(self.outputs)}
-        return {"kind": self.kind, "blocks": list(self.blocks)} | tables
-
 
 def layer_similarity(source: nn.Module | str | PathLike[str]) -> list[KindSimilarity]:
     """Return how much the updates of the same kind of layer share between the blocks of a model.
@@ -266,20 +251,14 @@ def layer_similarity(source: nn.Module | str | PathLike[str]) -> list[KindSimila
 
 def _between(kind: str, alike: Sequence[AdapterMatrix]) -> KindSimilarity:
     found = [each.svd().significant() for each in alike]
-    tables = torch.full((2, len(found), len(found)), math.nan, dtype=torch.float64)
+    tables = torch.empty(2, len(found), len(found), dtype=torch.float64)
     for at, one in enumerate(found):
         for to, other in enumerate(found[: at + 1]):
-            if len(one.values) and len(other.values):
-                both = update_similarity(one, other)
-                pair = [_above_chance(both.inputs, alike[at].shape[1]), _above_chance(both.outputs, alike[at].shape[0])]
-                tables[:, at, to] = tables[:, to, at] = torch.tensor(pair, dtype=torch.float64)
+            both = update_similarity(one, other)
+            for table, phi, size in zip(tables, (both.inputs, both.outputs), alike[at].shape[::-1], strict=True):
+                table[at, to] = table[to, at] = _overlap(phi, phi.shape, size).above_chance
     blocks = tuple(place(each.name)[0] for each in alike)
     return KindSimilarity(kind, blocks, tables[0], tables[1])
-
-
-def _above_chance(phi: Tensor, dimension: int) -> float:
-    # Two sets that fill the space are the same by necessity: nothing can be above chance.
-    return float(above_baseline(phi, dimension)[-1, -1]) if max(phi.shape) < dimension else math.nan
 
 
 def similarity_rows(similarities: Sequence[KindSimilarity]) -> Iterator[tuple[str, ...]]:
@@ -295,11 +274,3 @@ def similarity_rows(similarities: Sequence[KindSimilarity]) -> Iterator[tuple[st
 
 def _cell(value: float) -> str:
     return "-" if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"  # no minus before a zero
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _nested(phi: Tensor) -> list[list[float | None]]:
-    return [[_or_none(round(value, 4)) for value in row] for row in phi.tolist()]

@@ -9,15 +9,17 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lora.analysis.adapters import place
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, LayerComparison
-from lightning_lora.analysis.summary import METRICS, AdapterAnalysis, LayerAnalysis
+from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis, metric_of
 
 Metric = Literal["effective_rank", "stable_rank", "suggested_rank", "norm", "ratio", "amplification", "alignment"]
 Likeness = Literal["cosine", "inputs", "outputs"]
@@ -44,23 +46,21 @@ _WIDEST, _TALLEST = 24, 80  # cells; with more, such as many experts, each becom
 INK = "#1c2127"
 _UNKNOWN = "#9aa0a6"
 _MOST_NUMBERS = 160  # with more cells, numbers do not fit into them
-_SCALE = "viridis"
 # Of medium lightness, to be visible on white, on black and in grey print.
-_LINES = ("#3b7dd8", "#dd6b35", "#2a9d6f", "#a565c9", "#b98a12", "#d1495b")
-_DOTS_PER_INCH = 130
+HUES = ("#3b7dd8", "#dd6b35", "#2a9d6f", "#a565c9", "#b98a12", "#d1495b")
+_STYLE: dict[Any, Any] = {
+    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "legend.labelcolor", "text.color"), INK),
+    **{"axes.labelsize": 9, "axes.linewidth": 0.6, "axes.titlesize": 10, "figure.dpi": 130, "legend.frameon": False},
+    # Dashes tell lines apart when the colours repeat.
+    "axes.prop_cycle": f"cycler('linestyle', ['-', '--', ':']) * cycler('color', {list(HUES)})",
+}
 
 
 # --- subspace similarity
 
 
 def plot_similarity(phi: Tensor, *, title: str = "", labels: tuple[str, str] = ("i", "j")) -> Any:
-    """Return a heat map of ``phi(i, j)``, as in figures 3 and 4 of the LoRA paper.
-
-    Args:
-        phi: ``(r1, r2)`` from ``subspace_similarity`` or ``update_similarity``.
-        title: What is compared.
-        labels: Names of the rows and the columns.
-    """
+    """Return a heat map of ``phi(i, j)``, as in figures 3 and 4 of the LoRA paper; see ``plot_similarities``."""
     return plot_similarities({title or "subspace similarity": phi}, labels=labels)
 
 
@@ -80,10 +80,6 @@ def plot_similarities(phis: Mapping[str, Tensor], *, labels: tuple[str, str] = (
 def plot_blocks(similarities: Sequence[KindSimilarity], side: Side = "inputs") -> Any:
     """Return what the updates of each kind of layer share between blocks: 0 is chance, 1 the same directions.
 
-    Args:
-        similarities: The result of ``layer_similarity``.
-        side: Input or output directions.
-
     Raises:
         ValueError: ``similarities`` is empty.
     """
@@ -96,19 +92,21 @@ def _tables(tables: Mapping[str, Tensor], labels: tuple[str, str], scale: str, *
         raise ValueError("There is nothing to draw.")
     columns = min(_ACROSS, len(tables))
     rows = math.ceil(len(tables) / columns)
-    size = (5.2, 4.4) if len(tables) == 1 else (2.3 * columns + 0.9, 2.2 * rows + 0.2)
-    figure, panels = new_figure(*size, rows, columns)
-    small = len(tables) > 1
-    for at, (axes, (name, table)) in enumerate(zip(panels.flat, tables.items(), strict=False)):
-        image = _heat_map(axes, table, lowest=0.0, highest=1.0)
-        for axis, count in zip((axes.yaxis, axes.xaxis), table.shape, strict=True):
-            _count_ticks(axis, count, first=first, most=9 if first else 8)
-        title(axes, name, size=8 if small else 10)
-        is_lowest = at + columns >= len(tables)
-        axis_names(axes, labels[1] if is_lowest else "", labels[0] if at % columns == 0 else "", size=8 if small else 9)
-    for axes in panels.flat[len(tables) :]:
-        axes.set_axis_off()
-    _colour_bar(figure, image, panels, scale)
+    is_alone = len(tables) == 1
+    size = (5.2, 4.4) if is_alone else (2.3 * columns + 0.9, 2.2 * rows + 0.2)
+    with new_figure(*size, rows, columns) as (figure, panels):
+        for at, (axes, (name, table)) in enumerate(zip(panels.flat, tables.items(), strict=False)):
+            image = _heat_map(axes, table, lowest=0.0, highest=1.0)
+            for axis, count in zip((axes.yaxis, axes.xaxis), table.shape, strict=True):
+                _name_ticks(axis, [str(first + cell) for cell in range(count)], most=9 if first else 8)
+            axes.set_title(name, fontsize=10 if is_alone else 8)
+            if at + columns >= len(tables):
+                axes.set_xlabel(labels[1], fontsize=9 if is_alone else 8)
+            if at % columns == 0:
+                axes.set_ylabel(labels[0], fontsize=9 if is_alone else 8)
+        for axes in panels.flat[len(tables) :]:
+            axes.set_axis_off()
+        figure.colorbar(image, ax=panels, pad=0.02, label=scale)
     return figure
 
 
@@ -121,10 +119,9 @@ def plot_spectra(analysis: AdapterAnalysis) -> Any:
     Up to a dozen updates get a line and a name each; more are shown as median, middle half and range.
     """
     layers = [layer for layer in analysis.layers if layer.numerical_rank]
-    figure, axes = _curves(layers, lambda layer: layer.singular_values[: layer.numerical_rank])
-    axes.set_yscale("log")
-    axis_names(axes, "index of the singular value", "singular value of the update")
-    title(axes, f"spectra of {len(layers)} update{'s' * (len(layers) != 1)}")
+    with _curves(layers, lambda layer: layer.singular_values[: layer.numerical_rank]) as (figure, axes):
+        axes.set_title(f"spectra of {len(layers)} update{'s' * (len(layers) != 1)}")
+        axes.set(yscale="log", xlabel="index of the singular value", ylabel="singular value of the update")
     return figure
 
 
@@ -134,11 +131,10 @@ def plot_energy(analysis: AdapterAnalysis) -> Any:
     The suggested rank is where a curve crosses the dotted line. Lines are drawn as in ``plot_spectra``.
     """
     layers = [layer for layer in analysis.layers if layer.numerical_rank]
-    figure, axes = _curves(layers, _held)
-    axes.axhline(analysis.energy, color=INK, linewidth=0.9, linestyle=":")
-    axes.set_ylim(None, 1.0 + 0.02)
-    axis_names(axes, "leading directions", "share of the squared norm")
-    title(axes, f"energy of {len(layers)} update{'s' * (len(layers) != 1)}; dotted: {analysis.energy:.0%}")
+    with _curves(layers, _held) as (figure, axes):
+        axes.axhline(analysis.energy, color=INK, linewidth=0.9, linestyle=":")
+        axes.set_title(f"energy of {len(layers)} update{'s' * (len(layers) != 1)}; dotted: {analysis.energy:.0%}")
+        axes.set(ylim=(None, 1.0 + 0.02), xlabel="leading directions", ylabel="share of the squared norm")
     return figure
 
 
@@ -148,35 +144,35 @@ def _held(layer: LayerAnalysis) -> Sequence[float]:
     return held
 
 
-def _curves(layers: Sequence[LayerAnalysis], of: Callable[[LayerAnalysis], Sequence[float]]) -> tuple[Any, Any]:
-    figure, panels = new_figure(6.4 if len(layers) <= _MOST_NAMES else 5.3, 3.8)
-    axes = panels[0, 0]
-    if len(layers) > _MOST_NAMES:
-        _draw_ranges(axes, [of(layer) for layer in layers])
-    for at, layer in enumerate(layers if len(layers) <= _MOST_NAMES else ()):
-        values = of(layer)
-        style = {"color": hue(at), "linestyle": _dash(at), "label": layer.name}
-        axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, **style)
-    if 0 < len(layers) <= _MOST_NAMES:
-        beside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "borderaxespad": 0.0}
-        _legend(axes, fontsize=7, handlelength=3.5, **beside)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(True, alpha=0.25)
-    return figure, axes
+@contextmanager
+def _curves(
+    layers: Sequence[LayerAnalysis], of: Callable[[LayerAnalysis], Sequence[float]]
+) -> Iterator[tuple[Any, Any]]:
+    """Give a figure with a curve for each layer, or with their ranges, and its axes."""
+    is_few = len(layers) <= _MOST_NAMES
+    with new_figure(6.4 if is_few else 5.3, 3.8) as (figure, panels):
+        axes = panels[0, 0]
+        if not is_few:
+            _draw_ranges(axes, [of(layer) for layer in layers])
+        for layer in layers if is_few else ():
+            values = of(layer)
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=layer.name)
+        if is_few and layers:
+            axes.legend(fontsize=7, handlelength=3.5, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(True, alpha=0.25)
+        yield figure, axes
 
 
 def _draw_ranges(axes: Any, curves: Sequence[Sequence[float]]) -> None:
-    longest = max(map(len, curves))
-    quantiles = []
-    for at in range(longest):
-        values = torch.tensor([curve[at] for curve in curves if len(curve) > at], dtype=torch.float64)
-        quantiles.append(values.quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1]).double()))
-    lowest, lower, middle, upper, highest = torch.stack(quantiles, 1).tolist()
-    index = range(1, longest + 1)
-    axes.fill_between(index, lowest, highest, color=hue(0), alpha=0.2, linewidth=0, label="all")
-    axes.fill_between(index, lower, upper, color=hue(0), alpha=0.4, linewidth=0, label="middle half")
-    axes.plot(index, middle, color=hue(1), marker="o", markersize=3, label="median")
-    _legend(axes, fontsize=8)
+    table = pad_sequence([torch.tensor(curve, dtype=torch.float64) for curve in curves], padding_value=math.nan)
+    shares = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
+    lowest, lower, middle, upper, highest = table.nanquantile(shares, dim=1).tolist()
+    index = range(1, len(table) + 1)
+    axes.fill_between(index, lowest, highest, color=HUES[0], alpha=0.2, linewidth=0, label="all")
+    axes.fill_between(index, lower, upper, color=HUES[0], alpha=0.4, linewidth=0, label="middle half")
+    axes.plot(index, middle, color=HUES[1], marker="o", markersize=3, label="median")
+    axes.legend(fontsize=8)
 
 
 # --- layer by layer
@@ -185,10 +181,6 @@ def _draw_ranges(axes: Any, curves: Sequence[Sequence[float]]) -> None:
 def plot_layers(analysis: AdapterAnalysis, metric: Metric = "effective_rank") -> Any:
     """Return a heat map of one metric: a row for each block, a column for each kind of layer.
 
-    Args:
-        analysis: The result of ``analyze``.
-        metric: The metric.
-
     Raises:
         ValueError: The metric does not exist.
     """
@@ -196,15 +188,13 @@ def plot_layers(analysis: AdapterAnalysis, metric: Metric = "effective_rank") ->
         raise ValueError(f"metric={metric!r} must be one of {', '.join(_TITLES)}.")
     # Ranks are shown on a scale up to the full rank, so that small differences look small.
     highest = max((layer.rank for layer in analysis.layers), default=1) if metric.endswith("rank") else None
-    return _by_place({layer.name: METRICS[metric](layer) for layer in analysis.layers}, _TITLES[metric], highest)
+    return _by_place({layer.name: metric_of(layer, metric) for layer in analysis.layers}, _TITLES[metric], highest)
 
 
 def plot_comparison(comparison: AdapterComparison, of: Likeness = "cosine") -> Any:
     """Return a heat map of what two adapters share: a row for each block, a column for each kind of layer.
 
-    Args:
-        comparison: The result of ``compare``.
-        of: The cosine between the updates, or the share of input or output directions above chance.
+    ``of`` is the cosine between the updates, or the share of input or output directions above chance.
 
     Raises:
         ValueError: ``of`` is something else.
@@ -216,32 +206,33 @@ def plot_comparison(comparison: AdapterComparison, of: Likeness = "cosine") -> A
 
 
 def _by_place(
-    numbers: Mapping[str, float | None], name: str, highest: float | None = None, *, decimals: int | None = None
+    numbers: Mapping[str, float], name: str, highest: float | None = None, *, decimals: int | None = None
 ) -> Any:
     places = {layer: place(layer) for layer in numbers}
     rows, columns = (list(dict.fromkeys(each[at] for each in places.values())) for at in (0, 1))
     table = torch.full((len(rows), len(columns)), math.nan, dtype=torch.float64)
     for layer, value in numbers.items():
         row, column = places[layer]
-        table[rows.index(row), columns.index(column)] = math.nan if value is None else value
+        table[rows.index(row), columns.index(column)] = value
     names = [row or _OUTSIDE for row in rows]
     across, down = min(max(3, len(columns)), _WIDEST), min(max(5, len(rows)), _TALLEST)
-    figure, panels = new_figure(1.2 + 0.075 * max(map(len, names)) + 0.42 * across, 1.4 + 0.18 * down)
-    axes = panels[0, 0]
     known = table[~table.isnan()]
     lowest = min(0.0, float(known.min())) if len(known) else 0.0
-    image = _heat_map(axes, table, lowest=lowest, highest=highest)
-    _name_ticks(axes.yaxis, names, most=_TALLEST // 2)
-    _name_ticks(axes.xaxis, columns, most=_WIDEST)
-    _slanted(axes)
-    title(axes, name)
-    _colour_bar(figure, image, axes)
-    if len(columns) <= _WIDEST and table.numel() <= _MOST_NUMBERS * 2:
-        _write_numbers(axes, image, table, decimals)
+    with new_figure(1.2 + 0.075 * max(map(len, names)) + 0.42 * across, 1.4 + 0.18 * down) as (figure, panels):
+        axes = panels[0, 0]
+        axes.set_title(name)
+        image = _heat_map(axes, table, lowest=lowest, highest=highest)
+        figure.colorbar(image, ax=axes, pad=0.02)
+        _name_ticks(axes.yaxis, names, most=_TALLEST // 2)
+        _name_ticks(axes.xaxis, columns, most=_WIDEST)
+        for label in axes.get_xticklabels():  # slanted, so that they do not overlap
+            label.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
+        if len(columns) <= _WIDEST and table.numel() <= _MOST_NUMBERS * 2:
+            _write_numbers(axes, image, table, decimals)
     return figure
 
 
-# --- figures, axes and colours
+# --- figures
 
 
 def can_draw() -> bool:
@@ -253,93 +244,38 @@ def can_draw() -> bool:
     return True
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
-    """Return a figure and a ``(rows, columns)`` array of its axes.
-
-    Args:
-        width: In inches.
-        height: In inches.
-        rows: Rows of panels.
-        columns: Columns of panels.
+@contextmanager
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Give a figure of this size in inches and a ``(rows, columns)`` array of its axes, to draw in the pages' style.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Plots need matplotlib: pip install 'lightning-lora[plots]'. Tables do not.") from error
-    figure = Figure(figsize=(width, height), dpi=_DOTS_PER_INCH, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes in panels.flat:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(rows, columns, squeeze=False)
+    for axes in figure.axes:  # ticks are made when they are drawn, without the style
         axes.tick_params(colors=INK, labelsize=8)
-        for spine in axes.spines.values():
-            spine.set_edgecolor(INK)
-            spine.set_linewidth(0.6)
-    return figure, panels
-
-
-def title(axes: Any, text: str, *, size: float = 10) -> None:
-    """Write the title of a panel."""
-    axes.set_title(text, color=INK, fontsize=size)
-
-
-def axis_names(axes: Any, across: str, down: str, *, size: float = 9) -> None:
-    """Write the names of both axes."""
-    axes.set_xlabel(across, color=INK, fontsize=size)
-    axes.set_ylabel(down, color=INK, fontsize=size)
-
-
-def _legend(axes: Any, **options: Any) -> None:
-    """Draw a legend without a frame."""
-    axes.legend(frameon=False, labelcolor=INK, **options)
 
 
 def _heat_map(axes: Any, table: Tensor, *, lowest: float | None = None, highest: float | None = None) -> Any:
     """Draw a table as colours, with unknown cells in grey, and return the image."""
     import matplotlib
 
-    colours = matplotlib.colormaps[_SCALE].with_extremes(bad=_UNKNOWN)
+    colours = matplotlib.colormaps["viridis"].with_extremes(bad=_UNKNOWN)
     cells = table.detach().cpu().double().numpy()
     return axes.imshow(cells, cmap=colours, vmin=lowest, vmax=highest, aspect="auto", interpolation="nearest")
-
-
-def _colour_bar(figure: Any, image: Any, panels: Any, name: str = "") -> None:
-    """Draw the colour scale of one or several heat maps."""
-    bar = figure.colorbar(image, ax=panels, pad=0.02)
-    bar.set_label(name, color=INK, fontsize=9)
-    bar.ax.tick_params(colors=INK, labelsize=8)
-    bar.outline.set_edgecolor(INK)
-    bar.outline.set_linewidth(0.6)
-
-
-def hue(at: int) -> str:
-    """Return the colour of a line."""
-    return _LINES[at % len(_LINES)]
-
-
-def _dash(at: int) -> str:
-    """Return the dash pattern of a line, which changes when the colours repeat."""
-    return ("-", "--", ":")[at // len(_LINES) % 3]
-
-
-def _count_ticks(axis: Any, count: int, *, first: int, most: int) -> None:
-    """Number the cells of an axis from ``first``, at most so many of them."""
-    _name_ticks(axis, [str(first + at) for at in range(count)], most=most)
 
 
 def _name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
     """Name the cells of an axis, at most so many of them, evenly spaced."""
     step = max(1, math.ceil(len(names) / most))
-    axis.set_ticks(range(0, len(names), step), [names[at] for at in range(0, len(names), step)])
-
-
-def _slanted(axes: Any) -> None:
-    """Rotate the names below the axes, so that they do not overlap."""
-    axes.tick_params(axis="x", rotation=30)
-    for label in axes.get_xticklabels():
-        label.set_horizontalalignment("right")
-        label.set_rotation_mode("anchor")
+    axis.set_ticks(range(0, len(names), step), names[::step])
 
 
 def _write_numbers(axes: Any, image: Any, table: Tensor, decimals: int | None = None) -> None:
@@ -360,9 +296,7 @@ def _short(value: float) -> str:
 def as_svg(figure: Any, name: str) -> str:
     """Return a figure as SVG for a page: text stays text, and the ink takes the colour of the page's text.
 
-    Args:
-        figure: Any figure of this package.
-        name: A name that is unique on the page; the ids of the figure's parts begin with it.
+    The ids of its parts begin with ``name``, which must be unique on the page.
     """
     import matplotlib
 

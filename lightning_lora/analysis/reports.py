@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from string import Template
 from typing import Any, get_args
 
 from lightning_lora.analysis import plots
@@ -33,14 +34,7 @@ _Figure = tuple[str, Any, str, str]  # name of a file, figure, its description, 
 def analysis_page(
     analysis: AdapterAnalysis, name: str, *, similarities: Sequence[KindSimilarity] = (), facts: Sequence[str] = ()
 ) -> Page:
-    """Return the page of one adapter.
-
-    Args:
-        analysis: The result of ``analyze``.
-        name: The adapter's name.
-        similarities: The result of ``layer_similarity``.
-        facts: Facts about the files.
-    """
+    """Return the page of one adapter; ``facts`` are about its files."""
     related = any(layer.relation for layer in analysis.layers)
     page = Page(f"What {name} learned", ". ".join(facts))
     page.heading("In short")
@@ -118,12 +112,7 @@ def _suggestion_rows(suggestions: Sequence[RankSuggestion]) -> Iterator[tuple[st
 
 
 def comparison_page(comparison: AdapterComparison, names: tuple[str, str]) -> Page:
-    """Return the page of two adapters.
-
-    Args:
-        comparison: The result of ``compare``.
-        names: The names of the adapters.
-    """
+    """Return the page of two adapters, by their names."""
     page = Page("What two adapters share", f"First: {names[0]}. Second: {names[1]}.")
     page.heading("In short")
     page.points(likeness(comparison))
@@ -180,12 +169,7 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def layers_page(similarities: Sequence[KindSimilarity], name: str) -> Page:
-    """Return the page of the layers of one adapter.
-
-    Args:
-        similarities: The result of ``layer_similarity``.
-        name: The adapter's name.
-    """
+    """Return the page of the layers of one adapter."""
     page = Page(f"What the layers of {name} share")
     _mention_missing_pictures(page)
     _add_similarities(page, similarities)
@@ -224,52 +208,7 @@ def _add(page: Page, *figures: Iterable[_Figure]) -> None:
 # --- HTML
 
 _SHORT = 25  # rows of a table that is kept together in print
-_STYLE = """
-:root { color-scheme: light dark;
-  --paper: #ffffff; --ink: #1c2127; --quiet: #5b6570; --line: #d5dae0; --soft: #f4f6f8; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #14171a; --ink: #e6e9ec; --quiet: #a3adb8; --line: #3a4149; --soft: #1e2328; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 70rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .5rem; padding-top: .5rem; border-top: 1px solid var(--line); }
-p, li { max-width: 46rem; }
-.lead { color: var(--quiet); overflow-wrap: anywhere; }
-figure { margin: 1.25rem 0; }
-figure svg { display: block; max-width: 100%; height: auto; }
-figure svg text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif !important; }
-figcaption, caption { color: var(--quiet); font-size: .875rem; text-align: left; max-width: 46rem; }
-figcaption { margin-top: .5rem; }
-caption { padding-bottom: .5rem; caption-side: top; }
-.figures { display: flex; flex-wrap: wrap; gap: 0 1rem; align-items: flex-start; }
-.figures figure { flex: 0 1 auto; max-width: 100%; }
-.wide { overflow-x: auto; margin: 1.25rem 0; }
-table { min-width: min(100%, 30rem); border-collapse: collapse; font-size: .875rem;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-thead th { border-bottom: 2px solid var(--line); vertical-align: bottom; }
-tbody th { font-weight: normal; }
-pre { background: var(--soft); padding: .75rem 1rem; white-space: pre-wrap; font-size: .875rem; }
-@page { margin: 1.6cm; }
-@media print {
-  :root { --paper: #ffffff; --ink: #000000; --quiet: #444444; --line: #bbbbbb; --soft: #ffffff; color-scheme: light; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { font-size: 10.5pt; padding: 0; max-width: none; }
-  h2 { break-after: avoid; }
-  figure, pre, tr { break-inside: avoid; }
-  .figures { display: block; }
-  .wide { overflow: visible; }
-  .short { break-inside: avoid; }
-  caption { break-after: avoid; }
-  table { font-size: 7.5pt; }
-  th, td { padding: .12rem .45rem; }
-  thead { display: table-header-group; }
-  pre { border: 1px solid var(--line); }
-}
-"""
+_PAGE = Path(__file__).with_name("page.html")
 
 
 class Page:
@@ -307,12 +246,7 @@ class Page:
         self._parts.append(f"<pre><code>{escape(text)}</code></pre>")
 
     def table(self, rows: Sequence[Sequence[str]], caption: str) -> None:
-        """Add a table.
-
-        Args:
-            rows: The header first; the first cell of each row names the row.
-            caption: The caption, which is also read by screen readers.
-        """
+        """Add a table: the header first, and the first cell of each row names it."""
         header, *body = rows
         head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)
         kind = "wide short" if len(body) <= _SHORT else "wide"
@@ -329,11 +263,7 @@ class Page:
         )
 
     def figures(self, figures: Iterable[tuple[str, str, str]]) -> None:
-        """Add figures, side by side where there is room.
-
-        Args:
-            figures: For each its SVG, its description for screen readers, and its caption.
-        """
+        """Add figures, side by side where there is room: SVG, description for screen readers, and caption of each."""
         parts = [
             f"<figure{_width(svg)}>{_labelled(svg, description)}<figcaption>{escape(caption)}</figcaption></figure>"
             for svg, description, caption in figures
@@ -342,14 +272,8 @@ class Page:
 
     def html(self) -> str:
         """Return the page."""
-        body = "\n".join(self._parts)
-        return (
-            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            '<meta name="color-scheme" content="light dark">\n'
-            f"<title>{escape(self._title)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-            f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
-        )
+        page = Template(_PAGE.read_text(encoding="utf-8"))
+        return page.substitute(title=escape(self._title), body="\n".join(self._parts))
 
     def write(self, path: Path) -> None:
         """Write the page to a file."""

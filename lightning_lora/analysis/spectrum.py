@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import is_dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 NUMERICAL_ZERO = 1e-6  # of the largest singular value: float32 factors say nothing below it
 _ROWS_AT_ONCE = 512  # larger blocks leave the processor's cache; with smaller ones, threads mostly wait for each other
-_EXTRA = 8  # directions beyond those requested, so that the last of these converges too
-_ACCURATE = 1e-8  # residual of a singular pair, relative to the largest singular value
 
 
 # --- singular values and ranks
@@ -115,10 +114,25 @@ def numerical_rank(values: Tensor, tolerance: float = NUMERICAL_ZERO) -> int:
     return int((values > tolerance * values.max()).sum()) if values.numel() else 0
 
 
-def known_median(values: Iterable[float | None]) -> float:
-    """Return the median of the values that are neither None nor NaN; NaN if there are none."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
+def known_median(values: Iterable[float]) -> float:
+    """Return the median of the values that are not NaN; NaN if there are none."""
+    known = [value for value in values if not math.isnan(value)]
     return statistics.median(known) if known else math.nan
+
+
+def plain(found: Any) -> Any:
+    """Return results as plain values, for JSON: unknown numbers are None, tensors are lists with four decimals."""
+    if isinstance(found, Tensor):
+        return plain([[round(value, 4) for value in row] for row in found.tolist()])
+    if isinstance(found, tuple) and hasattr(found, "_asdict"):
+        return plain(found._asdict())
+    if is_dataclass(found):
+        return plain(vars(found))
+    if isinstance(found, dict):
+        return {key: plain(value) for key, value in found.items()}
+    if isinstance(found, (list, tuple)):
+        return [plain(value) for value in found]
+    return None if isinstance(found, float) and math.isnan(found) else found
 
 
 # --- similarity of two updates, or of two factors
@@ -153,8 +167,8 @@ def subspace_similarity(A1: Tensor, A2: Tensor) -> Tensor:
     """
     if A1.ndim != 2 or A2.ndim != 2 or A1.shape[1] != A2.shape[1]:
         raise ValueError(f"The factors must be (r1, k) and (r2, k), got {tuple(A1.shape)} and {tuple(A2.shape)}.")
-    (V1, rank1), (V2, rank2) = _right_directions(A1), _right_directions(A2)
-    return _phi(V1, V2, rank1, rank2)
+    one, other = (thin_svd(A, torch.eye(len(A))) for A in (A1, A2))
+    return _phi(one.V, other.V, numerical_rank(one.values), numerical_rank(other.values))
 
 
 @torch.no_grad()
@@ -180,12 +194,7 @@ def update_similarity(one: ThinSVD, other: ThinSVD) -> UpdateSimilarity:
 
 @torch.no_grad()
 def update_cosine(one: ThinSVD, other: ThinSVD) -> float:
-    """Return the cosine of the angle between two updates as vectors, without forming them; NaN if one is zero.
-
-    Args:
-        one: ``thin_svd`` of one update of ``(out, in)``.
-        other: That of the other.
-    """
+    """Return the cosine of the angle between two updates as vectors, without forming them; NaN if one is zero."""
     scale = one.norm * other.norm
     # <U1 S1 V1', U2 S2 V2'> = sum over i, j of s1_i s2_j (U1'U2)_ij (V1'V2)_ij
     shared = (one.U.T @ other.U) * (one.V.T @ other.V)
@@ -193,16 +202,7 @@ def update_cosine(one: ThinSVD, other: ThinSVD) -> float:
 
 
 def random_baseline(rows: int, columns: int, dimension: int) -> Tensor:
-    """Return the mean of ``phi`` over random subspaces: ``max(i, j) / dimension``.
-
-    Args:
-        rows: Largest i.
-        columns: Largest j.
-        dimension: Dimension of the space that the subspaces lie in: the number of columns of ``A``.
-
-    Returns:
-        ``(rows, columns)``, float64.
-    """
+    """Return the mean of ``phi`` over random subspaces of a space: ``max(i, j) / dimension``, ``(rows, columns)``."""
     i, j = torch.arange(1, rows + 1), torch.arange(1, columns + 1)
     return torch.maximum(i.unsqueeze(1), j).double() / dimension
 
@@ -211,13 +211,6 @@ def above_baseline(phi: Tensor, dimension: int) -> Tensor:
     """Return ``(phi - baseline) / (1 - baseline)``: 0 is chance, 1 is one subspace inside the other."""
     baseline = random_baseline(phi.shape[0], phi.shape[1], dimension)
     return (phi - baseline) / (1 - baseline)
-
-
-def _right_directions(A: Tensor) -> tuple[Tensor, int]:
-    # Decomposing the r x r triangle gives the directions of a wide factor at the cost of its rank.
-    Q, R = torch.linalg.qr(A.cpu().double().T)
-    U, values, _ = torch.linalg.svd(R, full_matrices=False)
-    return Q @ U, numerical_rank(values)
 
 
 def _phi(V1: Tensor, V2: Tensor, rank1: int, rank2: int) -> Tensor:
@@ -349,7 +342,7 @@ def intruder_dimensions(
 ) -> Intruders:
     """Return the leading directions of ``W + scaling * B @ A`` that are absent from ``W``; they come with forgetting.
 
-    The sum is never formed: a block Krylov method finds its leading directions. The weight is decomposed in full.
+    The weight is decomposed in full, and the sum through the smaller of its two Gram matrices.
 
     Args:
         W: ``(out, in)``.
@@ -363,38 +356,12 @@ def intruder_dimensions(
         Shuttleworth et al. 2024, "LoRA vs full fine-tuning: an illusion of equivalence", arXiv:2410.21228, section 3
         and algorithm 1; the same set as PEFT's ``reduce_intruder_dimension``.
     """
-    W, A, B = W.double(), A.double().to(W.device), scaling * B.double().to(W.device)
-    values, U = _leading(
-        lambda X: W @ X + B @ (A @ X), lambda Y: W.T @ Y + A.T @ (B.T @ Y), W.shape, min(top_k, *W.shape), W.device
-    )
+    W = W.double()
+    adapted = torch.addmm(W, B.double().to(W.device), A.double().to(W.device), alpha=scaling)
+    is_tall = W.shape[0] > W.shape[1]
+    squares, directions = torch.linalg.eigh(adapted.T @ adapted if is_tall else adapted @ adapted.T)
+    values, directions = squares.flip(0)[:top_k].clamp(min=0).sqrt(), directions.flip(1)[:, :top_k]
+    U = adapted @ directions / values if is_tall else directions
     U_base = torch.linalg.svd(W, full_matrices=False)[0]
     similarity = (U.T @ U_base).abs().amax(1)
     return Intruders(tuple(torch.nonzero(similarity < threshold).flatten().tolist()), similarity, values)
-
-
-def _leading(
-    times: Callable[[Tensor], Tensor],
-    transposed_times: Callable[[Tensor], Tensor],
-    shape: torch.Size,
-    count: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Return the leading singular values and left singular vectors of a matrix known by its products.
-
-    The subspace grows by a block of products until the requested pairs are exact, at the latest when it is complete.
-    """
-    generator = torch.Generator().manual_seed(0)
-    width = min(count + _EXTRA, *shape)
-    block = torch.randn(shape[1], width, dtype=torch.float64, generator=generator).to(device)
-    basis = torch.linalg.qr(times(block))[0]
-    while True:
-        V, values, right = torch.linalg.svd(transposed_times(basis), full_matrices=False)
-        U = basis @ right.T
-        residual = torch.linalg.vector_norm(times(V[:, :count]) - U[:, :count] * values[:count], dim=0)
-        room = min(shape) - basis.shape[1]
-        if room <= 0 or bool((residual <= _ACCURATE * values[0]).all()):
-            return values[:count], U[:, :count]
-        fresh = times(transposed_times(basis[:, -width:]))
-        for _ in range(2):  # a single pass leaves rounding errors of the large directions in the small ones
-            fresh = fresh - basis @ (basis.T @ fresh)
-        basis = torch.linalg.qr(torch.cat([basis, torch.linalg.qr(fresh)[0][:, :room]], 1))[0]

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
+from lightning_lora.analysis import spectrum
 from lightning_lora.analysis.adapters import AdapterMatrix, Progress, kind_of, read_matrices, stored_matrices
-from lightning_lora.analysis.spectrum import (
-    Relation,
-    effective_rank,
-    energy_rank,
-    intruder_dimensions,
-    known_median,
-    numerical_rank,
-    relate,
-    stable_rank,
-)
+from lightning_lora.analysis.spectrum import Relation, known_median, plain
 from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed
 
@@ -66,25 +58,13 @@ class LayerAnalysis:
     intruders: int | None = None
     is_rescaled: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON; unknown ones are None."""
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        numbers = None if self.relation is None else self.relation._asdict()
-        plain["relation"] = numbers and {k: None if math.isnan(v) else v for k, v in numbers.items()}
-        return plain
+
+METRICS = ("rank", "norm", "ratio", "effective_rank", "stable_rank", "suggested_rank", "amplification", "alignment")
 
 
-# The metrics of a layer by name; None or NaN where unknown.
-METRICS: dict[str, Callable[[LayerAnalysis], float | None]] = {
-    "rank": lambda layer: layer.rank,
-    "norm": lambda layer: layer.norm,
-    "ratio": lambda layer: layer.relation and layer.relation.ratio,
-    "effective_rank": lambda layer: layer.effective_rank,
-    "stable_rank": lambda layer: layer.stable_rank,
-    "suggested_rank": lambda layer: layer.suggested_rank,
-    "amplification": lambda layer: layer.relation and layer.relation.amplification,
-    "alignment": lambda layer: layer.relation and layer.relation.alignment,
-}
+def metric_of(layer: LayerAnalysis, metric: str) -> float:
+    """Return a metric of a layer by its name; NaN where unknown."""
+    return float(getattr(layer, metric, getattr(layer.relation, metric, math.nan)))
 
 
 @dataclass(frozen=True)
@@ -106,7 +86,7 @@ class AdapterAnalysis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {"energy": self.energy, "idle": self.idle, "layers": [layer.to_dict() for layer in self.layers]}
+        return {"energy": self.energy, "idle": self.idle, "layers": plain(self.layers)}
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table as text: a header, a row for each update, and the medians."""
@@ -169,7 +149,7 @@ def _analyzed(matrix: AdapterMatrix, energy: float, intruders: bool) -> LayerAna
     if intruders:
         if weight is None:
             raise ValueError("intruders=True needs the weights: give the base model, not on the meta device.")
-        count = len(intruder_dimensions(weight, matrix.A, matrix.B, matrix.scaling).indices)
+        count = len(spectrum.intruder_dimensions(weight, matrix.A, matrix.B, matrix.scaling).indices)
     return LayerAnalysis(
         name=matrix.name,
         shape=matrix.shape,
@@ -177,20 +157,20 @@ def _analyzed(matrix: AdapterMatrix, energy: float, intruders: bool) -> LayerAna
         scaling=matrix.scaling,
         norm=svd.norm,
         singular_values=tuple(svd.values.tolist()),
-        effective_rank=effective_rank(svd.values),
-        stable_rank=stable_rank(svd.values),
-        numerical_rank=numerical_rank(svd.values),
-        suggested_rank=energy_rank(svd.values, energy),
-        relation=None if weight is None else relate(weight, svd),
+        effective_rank=spectrum.effective_rank(svd.values),
+        stable_rank=spectrum.stable_rank(svd.values),
+        numerical_rank=spectrum.numerical_rank(svd.values),
+        suggested_rank=spectrum.energy_rank(svd.values, energy),
+        relation=None if weight is None else spectrum.relate(weight, svd),
         intruders=count,
         is_rescaled=matrix.is_rescaled,
     )
 
 
 def _row(layer: LayerAnalysis) -> tuple[str, ...]:
-    known = layer.relation
-    related = (known.ratio, known.amplification, known.alignment) if known else (math.nan,) * 3
-    ratio, amplification, alignment = map(_cell, related)
+    ratio, amplification, alignment = (
+        _cell(metric_of(layer, each)) for each in ("ratio", "amplification", "alignment")
+    )
     ranks = (f"{layer.effective_rank:.2f}", f"{layer.stable_rank:.2f}", str(layer.suggested_rank))
     shape = f"{layer.shape[0]} x {layer.shape[1]}"
     return (layer.name, shape, str(layer.rank), f"{layer.norm:.3g}", ratio, *ranks, amplification, alignment)
@@ -201,7 +181,7 @@ def _cell(value: float) -> str:
 
 
 def _median(layers: Iterable[LayerAnalysis], metric: str) -> float:
-    return known_median(METRICS[metric](layer) for layer in layers)
+    return known_median(metric_of(layer, metric) for layer in layers)
 
 
 # --- ranks for the next run
@@ -229,19 +209,12 @@ class RankSuggestion:
     parameters: int
     parameters_suggested: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return asdict(self)
-
 
 def suggest_ranks(analysis: AdapterAnalysis) -> list[RankSuggestion]:
     """Return the rank that each kind of layer needs to hold the energy of its updates.
 
     A suggestion shows how much of the rank was used, not what a higher one would have achieved: where the rank is used
     up, a higher one may do better.
-
-    Args:
-        analysis: The result of ``analyze``.
     """
     groups: dict[str, list[LayerAnalysis]] = {}
     for layer in analysis.layers:
@@ -266,11 +239,7 @@ def _suggestion(kind: str, layers: Sequence[LayerAnalysis]) -> RankSuggestion:
 
 
 def findings(analysis: AdapterAnalysis) -> list[str]:
-    """Return what the numbers mean, in a sentence or two for each question.
-
-    Args:
-        analysis: The result of ``analyze``.
-    """
+    """Return what the numbers mean, in a sentence or two for each question."""
     live = [layer for layer in analysis.layers if layer.numerical_rank]
     if not live:
         return ["Every update is zero: this adapter was never trained, or learned nothing."]
@@ -301,7 +270,7 @@ def _of_ranks(live: Sequence[LayerAnalysis], analysis: AdapterAnalysis) -> Itera
 
 
 def _of_sizes(live: Sequence[LayerAnalysis]) -> Iterator[str]:
-    ratios = {layer.name: layer.relation.ratio for layer in live if layer.relation}
+    ratios = {layer.name: metric_of(layer, "ratio") for layer in live}
     known = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
     if known:
         named = _largest(known, ".2g")

@@ -11,15 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning_lora
-from lightning_lora.cli.commands import COMMANDS, OK, PROBLEM
+from lightning_lora.cli.commands import COMMANDS, OK, PROBLEM, Result
 from lightning_lora.cli.text import BAD, WARNING, highlighted, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command.
-
-    Args:
-        arguments: The command-line arguments without the program's name; those of the process if left out.
+    """Run the command, with the arguments of the process by default.
 
     Returns:
         0 on success, 1 if a problem was found, 2 if the command line is wrong.
@@ -31,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            result = COMMANDS[options.command].run(options)
+            result: Result = options.run(options)
             if options.json:
                 print(json.dumps(result.content, indent=2, default=str), flush=True)
             else:
@@ -57,10 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {lightning_lora.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for name, command in COMMANDS.items():
-        text = command.run.__doc__ or ""
+    for name, (run, added) in COMMANDS.items():
+        text = run.__doc__ or ""
         own = commands.add_parser(name, help=text.removesuffix("."), description=text)
-        for add_option in command.options:
+        own.set_defaults(run=run)
+        for add_option in added:
             add_option(own)
         own.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser

@@ -9,7 +9,6 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,21 +35,14 @@ Run = Callable[[argparse.Namespace], Result]
 Option = Callable[[argparse._ActionsContainer], object]  # adds itself to a parser
 
 
-class Command(NamedTuple):
-    """One command of ``lightning-lora``; the docstring of ``run`` is its help."""
-
-    run: Run
-    options: tuple[Option, ...]
-
-
-COMMANDS: dict[str, Command] = {}
+COMMANDS: dict[str, tuple[Run, tuple[Option, ...]]] = {}  # the docstring of what runs is the help
 
 
 def command(*options: Option) -> Callable[[Run], Run]:
     """Register a function as the command of its name."""
 
     def register(run: Run) -> Run:
-        COMMANDS[run.__name__.rstrip("_")] = Command(run, options)
+        COMMANDS[run.__name__.rstrip("_")] = (run, options)
         return run
 
     return register
@@ -206,7 +198,7 @@ def _converted(path: Path, layers: list[str]) -> Result:
 def verify(options: argparse.Namespace) -> Result:
     """Check that an adapter fits a base: names, shapes and finite values."""
     from lightning_lora.adapted_model import AdaptedModel
-    from lightning_lora.disk.base_folder import open_base
+    from lightning_lora.disk import open_base
     from lightning_lora.disk.skeleton import fit_adapter
 
     fitted = fit_adapter(options.adapter, open_base(options.base), check_base=options.check_base)
@@ -242,6 +234,7 @@ def merge(options: argparse.Namespace) -> Result:
     """Write a base model with an adapter merged into it, one tensor at a time."""
     import torch
 
+    from lightning_lora.analysis.spectrum import plain
     from lightning_lora.disk.merge import merge_files
 
     report = merge_files(
@@ -252,8 +245,7 @@ def merge(options: argparse.Namespace) -> Result:
         check_base=options.check_base,
         progress=progress_bar(sys.stderr) if sys.stderr.isatty() else None,
     )
-    content = asdict(report) | {"merged": [each._asdict() for each in report.merged]}
-    return Result(content, merge_lines(report))
+    return Result(plain(report), merge_lines(report))
 
 
 # --- analysis
@@ -277,6 +269,7 @@ def report(options: argparse.Namespace) -> Result:
     """Show what an adapter learned: ranks, sizes and relation to the weights; optionally as an HTML page."""
     from lightning_lora.analysis import analyze, findings, layer_similarity, suggest_ranks
     from lightning_lora.analysis.reports import analysis_page, rank_pattern
+    from lightning_lora.analysis.spectrum import plain
 
     if options.intruders and options.base is None:
         raise ValueError("--intruders needs the weights: give --base.")
@@ -302,7 +295,7 @@ def report(options: argparse.Namespace) -> Result:
     suggestions, found = suggest_ranks(analysis), findings(analysis)
     content = analysis.to_dict() | {
         "findings": found,
-        "suggestions": [each.to_dict() for each in suggestions],
+        "suggestions": plain(suggestions),
         "rank_pattern": rank_pattern(suggestions),
     }
     return Result(content, [str(analysis), "", *(f"- {each}" for each in found)])
@@ -334,6 +327,7 @@ def _compare_adapters(options: argparse.Namespace) -> Result:
 def _compare_layers(options: argparse.Namespace) -> Result:
     from lightning_lora.analysis.comparison import layer_similarity, similarity_rows
     from lightning_lora.analysis.reports import layers_page
+    from lightning_lora.analysis.spectrum import plain
 
     found = layer_similarity(options.first)
     if not found:
@@ -343,7 +337,7 @@ def _compare_layers(options: argparse.Namespace) -> Result:
     _write_outputs(options, lambda: layers_page(found, options.first.name))
     table = table_lines([*similarity_rows(found), ("",) * 4])[:-2]
     lines = ["between two blocks, the median of all pairs: 0 is chance, 1 the same directions", *table]
-    return Result({"kinds": [each.to_dict() for each in found]}, lines)
+    return Result({"kinds": plain(found)}, lines)
 
 
 @command(
@@ -366,8 +360,9 @@ def _compare_layers(options: argparse.Namespace) -> Result:
 )
 def plan(options: argparse.Namespace) -> Result:
     """Show which layers a budget can adapt and at which rank; reads shapes, not weights."""
-    from lightning_lora.analysis.budget import model_of_shapes, plan_budget
+    from lightning_lora.analysis.budget import plan_budget
     from lightning_lora.config import LoRAConfig
+    from lightning_lora.disk.skeleton import model_of_shapes
 
     model = model_of_shapes(options.base)
     left_out = () if options.targets else model.heads

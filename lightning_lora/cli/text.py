@@ -89,10 +89,8 @@ def merge_lines(report: MergeReport) -> list[str]:
     ]
     last = (f"{len(report.merged)} merged", "", "", "")
     lines = table_lines([("tensor", "norm of update", "of rounding", "ratio"), *rows, last])
-    for what, names in (("replaced", report.replaced), ("added", report.added)):
-        lines += [f"{what}: {listed(names)}"] if names else []
-    if report.ignored:
-        lines.append(f"ignored, not in the base: {listed(report.ignored)}")
+    named = {"replaced": report.replaced, "added": report.added, "ignored, not in the base": report.ignored}
+    lines += [f"{what}: {listed(names)}" for what, names in named.items() if names]
     if report.untied:
         lines.append("the output layer is now untied: config.json has tie_word_embeddings=false")
     lines.append(about_base(report.compared))
@@ -109,13 +107,7 @@ def about_base(compared: int) -> str:
 def progress_bar(
     stream: TextIO, doing: str = "merging", shown: Callable[[int], str] | None = None
 ) -> Callable[[int, int], None]:
-    """Return a function that draws a progress bar, given the amount done and the total.
-
-    Args:
-        stream: The terminal.
-        doing: The label of the bar.
-        shown: Formats an amount; as a size in bytes by default.
-    """
+    """Return a function that draws a progress bar, given the amount done and the total, in bytes unless ``shown``."""
     write = shown or _size
     drawn = -1
 

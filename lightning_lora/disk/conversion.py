@@ -22,7 +22,7 @@ from lightning_lora.peft_format.directory import PeftFile, read_directory
 from lightning_lora.peft_format.files import below, exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.state import describe, mismatches, record_problems
-from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredWeight, damage_named
+from lightning_lora.storage import AdapterFile, StoredLayer, StoredWeight, damage_named
 from lightning_lora.storage.atomic import replace_file
 from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, read_checkpoint
 from lightning_lora.storage.safetensors import Layout
@@ -42,16 +42,8 @@ def export_checkpoint(
 ) -> list[str]:
     """Write the adapter of a ``.ckpt`` as a PEFT directory, as ``save_adapter`` of the loaded model would.
 
-    Args:
-        checkpoint: A file written under LoRACallback.
-        directory: Where to write; an adapter in it is replaced.
-        root: Name of the model inside the LightningModule, to which the names in the directory are relative; by default
-            the one child that holds everything, or ``""``.
-        base_model_name_or_path: The name of the base model to record.
-        uniform_rank: As in ``save_adapter``.
-
-    Returns:
-        The names of the layers.
+    Names are relative to ``root``, the model inside the LightningModule: by default the one child that holds
+    everything, or ``""``. The names of the layers are returned.
 
     Raises:
         ValueError: The file does not describe the adapter well enough, or PEFT cannot express it. Nothing was written.
@@ -100,13 +92,8 @@ def _common_root(names: Collection[str]) -> str:
 def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") -> list[str]:
     """Write a PEFT directory as a ``.ckpt`` for ``load_adapter`` and ``trainer.test(ckpt_path=...)``.
 
-    Args:
-        directory: A directory written by PEFT or by ``save_adapter``.
-        checkpoint: The file to write; it must not exist.
-        root: Name of the model inside the LightningModule, which precedes all names; ``""`` if it is the module itself.
-
-    Returns:
-        The names of the layers.
+    All names begin with ``root``, the name of the model inside the LightningModule, ``""`` if it is the module itself.
+    The names of the layers are returned.
 
     Raises:
         ValueError: The files do not describe the adapter well enough, or use unsupported options. Nothing was written.
@@ -133,7 +120,7 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
     checkpoint_content = {
         "epoch": 0,
         "global_step": 0,
-        "pytorch-lightning_version": _lightning_version(),
+        "pytorch-lightning_version": importlib.metadata.version("lightning"),
         "state_dict": {name: tensor.detach() for name, tensor in model.trained.items()},
         RECORD_KEY: describe(skeleton) | {"base": to_plain(base), "optimizers": []},
     }
@@ -160,22 +147,11 @@ def _with_full_names(content: Import, root: str) -> LoRAConfig:
     )
 
 
-def _lightning_version() -> str:
-    try:
-        return importlib.metadata.version("lightning")
-    except importlib.metadata.PackageNotFoundError:
-        return "2.6.0"  # the oldest supported version
-
-
 # --- the skeleton of an adapter alone: the adapted layers, and the tensors trained in full
 
 
 def _bare_skeleton(file: PeftFile | CheckpointFile, root: str = "") -> nn.Module:
-    """Return a skeleton without adapters that has a place for all that an adapter file brings.
-
-    Args:
-        file: The adapter.
-        root: Name of the model inside the skeleton.
+    """Return a skeleton without adapters that has a place, below ``root``, for all that an adapter file brings.
 
     Raises:
         ValueError: The file does not describe its layers well enough.

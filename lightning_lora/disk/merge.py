@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.disk.base_folder import INDEX_FILE, MODEL_CONFIG_FILE, TIE_OPTION, WIDE, BaseFolder, open_base
+from lightning_lora.disk import INDEX_FILE, MODEL_CONFIG_FILE, TIE_OPTION, WIDE, BaseFolder, open_base
 from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import LoRALayer, TokenAdapter
 from lightning_lora.names import join, listed
@@ -76,16 +76,12 @@ def merge_files(
 ) -> MergeReport:
     """Write a base with an adapter merged into it: the same bits as loading both and calling ``merge``.
 
-    Args:
-        adapter: A PEFT directory, or a ``.ckpt`` written under LoRACallback.
-        base: A model folder, or one safetensors file.
-        out: The folder to write; it must be empty or not exist.
-        dtype: Precision of the floating point tensors; by default each keeps its own.
-        check_base: Raise if the base's values differ from those that the adapter was trained on.
-        progress: Called with the bytes done and the total.
+    Floating point tensors keep their own precision unless ``dtype`` is given. ``progress`` is called with the bytes
+    done and the total.
 
     Raises:
-        ValueError: The files do not fit each other, or cannot be merged without the model. Nothing was written.
+        ValueError: The files do not fit each other, cannot be merged without the model, or the adapter was trained on
+            another base and ``check_base`` is set. Nothing was written.
         FileNotFoundError: A file does not exist.
         OSError: The folder could not be written; it was removed.
     """
@@ -217,17 +213,17 @@ def _merged(
     total = weight.to(reduce(torch.promote_types, factors, torch.promote_types(weight.dtype, torch.float32)), copy=True)
     # As in memory: in place where the weight has the sum's precision, else by parts from the weight.
     if not layer.fold(key, total if total.dtype == weight.dtype else weight, into=total):
-        before = layer._parameters[key]
+        own = layer._parameters[key]
         layer._parameters[key] = nn.Parameter(weight, requires_grad=False)
         total = layer.combined(key)
-        layer._parameters[key] = before
+        layer._parameters[key] = own
     found = torch.empty(total.shape, dtype=dtype)  # contiguous, as in a file
     found.copy_(total)
     update = rounding = largest = 0.0
-    for rows in _row_blocks(total):
-        exact = total[rows]
-        difference = found[rows].to(exact.dtype) - exact
-        update += float(torch.linalg.vector_norm(exact - weight[rows])) ** 2
+    step = max(1, _AT_ONCE // max(1, math.prod(total.shape[1:])))
+    for exact, rounded, before in zip(*(torch.split(each, step) for each in (total, found, weight)), strict=True):
+        difference = rounded.to(exact.dtype) - exact
+        update += float(torch.linalg.vector_norm(exact - before)) ** 2
         rounding += float(torch.linalg.vector_norm(difference)) ** 2
         largest = max(largest, float(torch.linalg.vector_norm(difference, torch.inf)))
         if not math.isfinite(rounding):
@@ -236,9 +232,3 @@ def _merged(
                 f"for {dtype}, or the base holds NaN or infinity. Choose a wider precision with --dtype."
             )
     return found, (math.sqrt(update), math.sqrt(rounding), largest)
-
-
-def _row_blocks(tensor: Tensor) -> Iterator[slice]:
-    step = max(1, _AT_ONCE // max(1, math.prod(tensor.shape[1:])))
-    for start in range(0, tensor.shape[0] if tensor.ndim else 0, step):
-        yield slice(start, start + step)

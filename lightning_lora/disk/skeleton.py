@@ -8,18 +8,18 @@ a layer is stored is known to its adapter class, which also makes the stand-in f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.disk.base_folder import BaseFolder, find_names, module_paths
+from lightning_lora.disk import WIDE, BaseFolder, find_names, module_paths, open_base
 from lightning_lora.fingerprint import Fingerprint, base_problems, places, sample
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
@@ -30,7 +30,7 @@ from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_state, make_import
 from lightning_lora.peft_format.names import without_wrappers
 from lightning_lora.state import mismatches, record_problems
-from lightning_lora.storage.adapter_file import StoredLayer, damage_named
+from lightning_lora.storage import StoredLayer, damage_named
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import Layout, StoredTensor
 from lightning_lora.surgery import attach
@@ -40,17 +40,15 @@ Kinds = dict[str, str]  # path of a module -> the kind of its layer
 
 _DEEPEST = 64
 _MOST_ORDERS = 24
+_EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
+_HEADS = ("lm_head", "embed_out")
 _ATTENTION = ("in_proj_weight", "q_proj_weight")
 # Models in transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")
 
 
 def build_skeleton(layouts: Layouts, kinds: Mapping[str, str]) -> nn.Module:
-    """Return a module with parameters of these names and shapes.
-
-    Args:
-        layouts: Name -> shape and precision.
-        kinds: Path of a module -> the kind of its layer; all others are plain modules.
+    """Return a module with parameters of these names and shapes; modules without a kind are plain.
 
     Raises:
         ValueError: A name cannot be that of a parameter, or a weight does not have the dimensions of its kind.
@@ -148,21 +146,17 @@ class Fitted:
 def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fitted:
     """Put the adapter of a PEFT directory or a ``.ckpt`` on the skeleton of a base.
 
-    Args:
-        path: The adapter.
-        base: The base.
-        check_base: Raise if the base's values differ from those that the adapter was trained on.
-
     Raises:
-        ValueError: They do not fit each other, or cannot be read.
+        ValueError: They do not fit each other, cannot be read, or the adapter was trained on a base with other values
+            and ``check_base`` is set.
         FileNotFoundError: The adapter does not exist.
     """
     file = read_adapter(path)
-    layouts = {name: Layout(tensor.dtype, tensor.shape) for name, tensor in base.tensors.items()}
+    layouts: dict[str, Layout] = dict(base.tensors)
     layouts |= {head: layouts[source] for head, source in base.tied_heads.items()}
     with warnings.catch_warnings(), damage_named(path):
         warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank
-        fit = _fit_peft(file, base, layouts) if isinstance(file, PeftFile) else _fit_checkpoint(file, base, layouts)
+        fit = _fit_peft(file, base, layouts) if isinstance(file, PeftFile) else _fit_checkpoint(file, layouts)
     if check_base:
         fit.compared = _compared(file.base, {n: base.tensors[b] for n, b in fit.names.items() if b in base.tensors})
     return fit
@@ -181,7 +175,7 @@ def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
 
 
 def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
-    names, before = find_names(file.paths, layouts, lambda path, modules: without_wrappers(path, modules) is not None)
+    names, before = find_names(file.paths, layouts)
     mine = {name: layouts[each] for name, each in names.items()}
     added = _new_modules(file, mine)
     mine |= {name: Layout(file.tensors[name].dtype, tuple(file.tensors[name].shape)) for name in added}
@@ -209,14 +203,14 @@ def _new_modules(file: PeftFile, mine: Collection[str]) -> list[str]:
     ]
 
 
-def _fit_checkpoint(file: CheckpointFile, base: BaseFolder, layouts: Layouts) -> Fitted:
+def _fit_checkpoint(file: CheckpointFile, layouts: Layouts) -> Fitted:
     if file.merges:
         raise ValueError("The adapter was trained on a base with another adapter merged into it; merge it in memory.")
     if not file.paths:
         raise ValueError("The checkpoint holds no adapter.")
-    names, _ = find_names(file.paths, layouts, lambda path, modules: path in modules)
+    names, _ = find_names(file.paths, layouts)
     mine = {name: layouts[each] for name, each in names.items()}
-    skeleton = build_skeleton(mine, _kinds_of_checkpoint(file, mine, base.config))
+    skeleton = build_skeleton(mine, _kinds_of_checkpoint(file, mine))
     for entry in file.record["adapters"]:
         attach_entry(skeleton, entry, ExitStack())
     if problems := record_problems(skeleton, file.record) + _misfits(skeleton, file):
@@ -272,7 +266,7 @@ def _kinds_of_peft(file: PeftFile, layouts: Layouts, config: Mapping[str, Any]) 
     modules, parameters, ordered = module_paths(layouts), file.config.target_parameters, dict(layouts)
     kinds: Kinds = {name: "embedding" for name in file.tokens if f"{name}.weight" in layouts}
     stacks: dict[str, dict[int, tuple[int, int]]] = {}
-    is_transposed = _is_transposed(config, file.options.get("fan_in_fan_out") is True)
+    is_transposed = config.get("model_type") in _CONV1D_MODELS or file.options.get("fan_in_fan_out") is True
     for path, keys in sorted(file.keys_by_path.items()):
         place = without_wrappers(path, modules)
         assert place is not None, "find_names resolves every path"
@@ -290,7 +284,7 @@ def _kinds_of_peft(file: PeftFile, layouts: Layouts, config: Mapping[str, Any]) 
         elif A is not None and A.ndim > 2:
             kinds[name] = "conv"
         else:
-            kinds[name] = _linear_kind(name, shape, sizes, is_transposed)
+            kinds[name] = _linear_kind(shape, sizes, is_transposed)
     for name, each in stacks.items():
         order, kind = _stack(name, {key: layouts[key].shape for key in _targets(parameters, name, layouts)}, each)
         ordered |= {key: ordered.pop(key) for key in order}
@@ -298,61 +292,33 @@ def _kinds_of_peft(file: PeftFile, layouts: Layouts, config: Mapping[str, Any]) 
     return kinds, ordered
 
 
-def _kinds_of_checkpoint(file: CheckpointFile, layouts: Layouts, config: Mapping[str, Any]) -> Kinds:
-    options = [entry["config"] for entry in file.record["adapters"]]
+def _kinds_of_checkpoint(file: CheckpointFile, layouts: Layouts) -> Kinds:
+    """Return the kinds of the adapted layers, as the record states them."""
     kinds: Kinds = dict.fromkeys(file.tokens, "embedding")
-    votes: dict[str, set[bool]] = {}
     for layer in file.layers.values():
         name, _, inner = layer.keys[0].partition(".lora.")
         _check_not_attention(name, layouts)
-        parameter, sizes = join(name, inner.rpartition(".")[0]), (layer.B.shape[-2], layer.A.shape[-1])
-        if parameter not in layouts:
-            kinds[name] = _kind_in_checkpoint(name, _weight_shape(name, layouts), layer, options, config)
-        elif len(shape := layouts[parameter].shape) == 3:
-            is_plain, is_turned = (_fits(kind, shape, sizes) for kind in ("parameter", "transposed stack"))
-            votes.setdefault(name, set()).update(() if is_plain and is_turned else (is_turned,))
-    for name, told in votes.items():
-        if len(told) != 1:
-            raise ValueError(f"{name}: its parameters are square, so their orientation is ambiguous; merge in memory.")
-        kinds |= {name: "transposed stack"} if told == {True} else {}
+        kind = layer.weight.kind or _unstated_kind(name, inner.rpartition(".")[0], layer, layouts)
+        if kind != "parameter":
+            kinds[name] = kind
     return kinds
 
 
-def _kind_in_checkpoint(
-    name: str,
-    shape: tuple[int, ...],
-    layer: StoredLayer,
-    options: Sequence[Mapping[str, Any]],
-    config: Mapping[str, Any],
-) -> str:
-    if len(shape) > 2:
-        return "conv"
-    rows, columns = layer.B.shape[-2], layer.A.shape[-1]
-    if any(each.get("target_slices") for each in options):  # the B of a slice has some of the weight's rows
-        rows = shape[0] if columns == shape[1] else shape[1]
-    kind = _linear_kind(name, shape, (rows, columns), _is_transposed(config, None))
-    # Embeddings are transposed too; only a bias of B tells the two apart, and only for it does the difference matter.
-    is_embedding = kind == "conv1d" and layer.bias is None and any(each.get("lora_bias") for each in options)
-    return "embedding" if is_embedding else kind
+def _unstated_kind(name: str, key: str, layer: StoredLayer, layouts: Layouts) -> str:
+    """Return the kind of a layer that PEFT does not have, or that an early version wrote: the record says nothing."""
+    is_parameter = join(name, key) in layouts
+    shape = layouts[join(name, key)].shape if is_parameter else _weight_shape(name, layouts)
+    if len(shape) == 3 if is_parameter else len(shape) == 2 and shape[0] == shape[1]:
+        raise ValueError(f"{name}: the file does not state how its weight is stored; load the model and merge there.")
+    if is_parameter:
+        return "parameter"
+    return "conv" if len(shape) > 2 else _linear_kind(shape, (layer.B.shape[-2], layer.A.shape[-1]), False)
 
 
-def _is_transposed(config: Mapping[str, Any], option: bool | None) -> bool | None:
-    """Return whether a base stores linear weights as (in, out), as its config or the adapter says; None if unknown."""
-    if config.get("model_type") in _CONV1D_MODELS or option:
-        return True
-    return False if "model_type" in config else option
-
-
-def _linear_kind(name: str, shape: tuple[int, ...], sizes: tuple[int, int], is_transposed: bool | None) -> str:
-    fitting = [kind for kind in ("linear", "conv1d") if len(shape) == 2 and _fits(kind, shape, sizes)]
-    if len(fitting) == 2 and is_transposed is None:
-        raise ValueError(
-            f"{name}: the weight is square, so its orientation is ambiguous. Put the model's config.json next to the "
-            "base, or export the adapter with save_adapter and merge that."
-        )
-    if len(fitting) == 2:
-        return "conv1d" if is_transposed else "linear"
-    return fitting[0] if fitting else "linear"
+def _linear_kind(shape: tuple[int, ...], sizes: tuple[int, int], is_transposed: bool) -> str:
+    """Return the kind of a linear layer; of a square weight, only the base's config or the adapter can tell."""
+    kinds = ("conv1d", "linear") if is_transposed else ("linear", "conv1d")
+    return next((kind for kind in kinds if len(shape) == 2 and _fits(kind, shape, sizes)), "linear")
 
 
 def _fits(kind: str, shape: tuple[int, ...], sizes: tuple[int, int]) -> bool:
@@ -411,3 +377,56 @@ def _targets(parameters: Collection[str], name: str, layouts: Layouts) -> list[s
         return []
     own = [each for each in layouts if each.rpartition(".")[0] == name]
     return [each for each in own if any(f".{each}".endswith(f".{entry}") for entry in parameters)]
+
+
+# --- a model from the headers of its files
+
+
+class ShapedModel(NamedTuple):
+    """A model without values, to plan with.
+
+    Attributes:
+        module: Modules with the base's names and shapes.
+        heads: The output layers of language models, which ``"all-linear"`` leaves out of a loaded model.
+        experts: Number of its linear layers that are experts; some libraries stack them while loading.
+    """
+
+    module: nn.Module
+    heads: tuple[str, ...]
+    experts: int = 0
+
+
+def model_of_shapes(path: Path) -> ShapedModel:
+    """Return a base as far as its files describe it without its code; no tensor is read.
+
+    A weight of two dimensions counts as a linear layer, unless its name, or a row for each word of the vocabulary,
+    marks it as an embedding or an output layer. Whether a layer is stored transposed does not change its size.
+
+    Raises:
+        ValueError: The files cannot be read, or are quantized.
+        FileNotFoundError: The files do not exist.
+    """
+    base = open_base(path)
+    kinds = dict(_kinds_by_shape(base.tensors))
+    shapes = {name: base.tensors[f"{name}.weight"].shape for name in kinds}
+    if quantized := [name for name in kinds if base.tensors[f"{name}.weight"].dtype not in WIDE]:
+        raise ValueError(
+            f"The weights of {listed(quantized)} are quantized and do not have the shapes of their layers; give the "
+            "unquantized base."
+        )
+    linear, words = [name for name, kind in kinds.items() if kind == "linear"], base.config.get("vocab_size")
+    heads = tuple(name for name in linear if name.rpartition(".")[2] in _HEADS or shapes[name][0] == words)
+    return ShapedModel(build_skeleton(base.tensors, kinds), heads, sum(".experts." in name for name in linear))
+
+
+def _kinds_by_shape(layouts: Layouts) -> Iterator[tuple[str, str]]:
+    for name, layout in layouts.items():
+        path, _, key = name.rpartition(".")
+        if key != "weight" or not path:
+            continue
+        last = path.rpartition(".")[2]
+        if len(layout.shape) == 2:
+            is_embedding = last in _EMBEDDINGS or ("embed" in last and last not in _HEADS)
+            yield path, "embedding" if is_embedding else "linear"
+        elif 3 <= len(layout.shape) <= 5:
+            yield path, "conv"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_lora.config import ALL_CONV, ALL_LINEAR, EVERYTHING
 from lightning_lora.layers.adapter import (
     Adapter,
     AdapterSpec,
@@ -35,6 +36,13 @@ SUPPORTED = (
 )
 
 
+def family_of(adapter: type[Adapter], module: nn.Module) -> str:
+    """Return the narrowest word of ``LoRAConfig.target_modules`` that means a module with this kind of adapter."""
+    if adapter.in_all_linear(module):
+        return ALL_LINEAR
+    return ALL_CONV if issubclass(adapter, (ConvAdapter, ConvTransposeAdapter)) else EVERYTHING
+
+
 def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Return the adapted layers of a model by name; by type, so a user's ``lora_head`` is none."""
     return {name: part for name, part in walk(module) if isinstance(part, LoRALayer)}
@@ -63,6 +71,7 @@ __all__ = [
     "adapter_type",
     "base_parameter",
     "base_weight",
+    "family_of",
     "has_running_statistics",
     "hold_statistics",
     "lora_layers",

@@ -7,6 +7,7 @@ that of loralib and PEFT for one group; for several, ``A`` is shared by the grou
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -131,6 +132,12 @@ class ConvAdapter(_KernelAdapter):
             return why
         if reads_weight(layer, cls):
             return "it has a custom forward, which PEFT's adapter for convolutions ignores"
+        kind, plain = getattr(layer, "base_class", type(layer)), cast(_ConvNd, layer)
+        try:  # as PEFT makes its A
+            sizes = (plain.in_channels, 1, plain.kernel_size, plain.stride, plain.padding)
+            inspect.signature(kind).bind(*sizes, bias=False)
+        except TypeError:
+            return f"PEFT calls {kind.__name__} with the arguments of torch's convolutions, which it does not take"
         return None
 
 

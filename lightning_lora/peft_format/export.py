@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,8 +14,16 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import Bias
-from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, ParameterAdapter, TokenAdapter, base_parameter
-from lightning_lora.layers.linear import Conv1DAdapter
+from lightning_lora.layers import (
+    Adapter,
+    LoRALayer,
+    LowRankAdapter,
+    ParameterAdapter,
+    TokenAdapter,
+    adapter_type,
+    base_parameter,
+)
+from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.config import (
     LAST_KNOWN_PEFT_TEXT,
@@ -22,7 +32,17 @@ from lightning_lora.peft_format.config import (
     targets_for,
 )
 from lightning_lora.peft_format.factors import Factors, Geometry, PeftLayer, factors_of, placed, to_file
-from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX, live_path, tensors_in_full
+from lightning_lora.peft_format.names import (
+    MAMBA_MODELS,
+    MAMBA_NAMES,
+    PREFIX,
+    TOKENS_SUFFIX,
+    expert_names,
+    live_path,
+    model_type,
+    paths_in_file,
+    tensors_in_full,
+)
 
 
 @dataclass
@@ -38,6 +58,7 @@ class Export:
         biases: Biases of the base that train, by the names of their parameters.
         refused: Name -> why PEFT cannot hold it.
         is_partial: Whether the model has other modules, so that only full names mean these.
+        spellings: The path in PEFT's model -> the path in the files from which PEFT makes it.
     """
 
     root: nn.Module
@@ -48,6 +69,7 @@ class Export:
     biases: dict[str, Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     is_partial: bool = False
+    spellings: dict[str, str] = field(default_factory=dict)
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -70,6 +92,17 @@ class Export:
         """Return the names of the layers that ``target_modules`` names."""
         return sorted({layer.target for layer in self.layers if not layer.by_parameter})
 
+    def by_weight(self) -> list[str]:
+        """Return the linear layers that PEFT adapts right only as parameters."""
+        return [layer.name for layer in self.layers if layer.by_parameter and layer.label == layer.name]
+
+    def target_modules(self) -> str | list[str]:
+        """Return the option: names that mean these layers alone."""
+        targets = self.targets()
+        found = targets if self.is_partial else targets_for(targets, _base_names(self.root))
+        # Of a regular expression, PEFT keeps the last parts of the names in models with experts.
+        return targets if isinstance(found, str) and expert_names(self.root) else found
+
     def config(self, base_model_name_or_path: str | None) -> dict[str, Any]:
         """Return what ``adapter_config.json`` says."""
         parameters = sorted(layer.target for layer in self.layers if layer.by_parameter)
@@ -81,13 +114,11 @@ class Export:
             "inference_mode": True,
             "init_lora_weights": True,
             "lora_bias": self.lora_bias,
-            "lora_dropout": self.dropout,
+            "lora_dropout": 0.0 if parameters else self.dropout,  # PEFT raises for dropout with parameters
             "modules_to_save": sorted(self.saved) or None,
             "peft_type": "LORA",
             "peft_version": LAST_KNOWN_PEFT_TEXT,
-            "target_modules": self.targets()
-            if self.is_partial
-            else targets_for(self.targets(), _base_names(self.root)),
+            "target_modules": self.target_modules(),
             "target_parameters": parameters or None,
             "task_type": None,
             "trainable_token_indices": tokens or None,
@@ -104,6 +135,11 @@ class Export:
                 f"PEFT up to {LAST_KNOWN_PEFT_TEXT} adds the update of attention's output projection twice, so the "
                 f"files hold half of it; a PEFT that adds it once computes something else ({listed(doubled)})."
             )
+        if self.dropout and (linear := self.by_weight()):
+            found.append(
+                f"The files say lora_dropout=0, not {self.dropout:g}: PEFT adapts {listed(linear)} as parameters, "
+                "without dropout. That matters only for further training in PEFT."
+            )
         encoders = {name for name, part in self.root.named_modules() if isinstance(part, nn.TransformerEncoderLayer)}
         if inside := [name for name in by_name if name.rpartition(".")[0] in encoders]:
             found.append(
@@ -112,20 +148,30 @@ class Export:
             )
         return found
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what ``adapter_model.safetensors`` holds, in the order of the keys."""
-        wrappers = Counter(layer.name for layer in self.layers)  # how often PEFT will have wrapped each module
-        left = Counter(wrappers)
-        found: dict[str, Tensor] = {}
+    def _wrappers(self) -> Counter[str]:
+        """Return how often PEFT will have wrapped each module."""
+        return Counter(layer.name for layer in self.layers)
+
+    def paths(self) -> list[str]:
+        """Return the layers' paths in PEFT's model."""
+        wrappers, left = self._wrappers(), self._wrappers()
+        found = []
         for layer in self.layers:  # of several on one module, PEFT wraps the first registered innermost
             left[layer.name] -= 1
-            path = live_path(layer.name, wrappers) + ".base_layer" * left[layer.name]
-            found |= to_file(path, layer.factors, Geometry.of(layer.adapter, layer.module, layer.parameter))
+            found.append(live_path(layer.name, wrappers) + ".base_layer" * left[layer.name])
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what ``adapter_model.safetensors`` holds, in the order of the keys."""
+        found: dict[str, Tensor] = {}
+        for layer, path in zip(self.layers, self.paths(), strict=True):
+            geometry = Geometry.of(layer.adapter, layer.module, layer.parameter)
+            found |= to_file(self.spellings.get(path, path), layer.factors, geometry)
         for name, adapter in self.tokens.items():
             found[name + TOKENS_SUFFIX] = adapter.rows
         for name, module in self.saved.items():
             found |= tensors_in_full(name, module)
-        found |= {live_path(name, wrappers): tensor for name, tensor in self.biases.items()}
+        found |= {live_path(name, self._wrappers()): tensor for name, tensor in self.biases.items()}
         # Copies, since a file cannot hold one tensor twice.
         return {PREFIX + key: found[key].detach().cpu().clone().contiguous() for key in sorted(found)}
 
@@ -153,6 +199,7 @@ class ExportCollector:
         self.layers = inside.layers
         self.place = {id(tensor): name for name, tensor in reversed(inside.tensors.items())}
         self.done: set[int] = set()
+        self.model_type, self.expert_names = model_type(root), expert_names(root)
 
     def collect(self) -> Export:
         """Return it, with the reason for everything that PEFT cannot hold."""
@@ -168,6 +215,7 @@ class ExportCollector:
         self._refuse_what_is_left()
         self._refuse_unclear_names()
         self.result.layers.sort(key=lambda layer: layer.name)  # stable: parameters of one module keep their order
+        self._spell_paths()
         return self.result
 
     def _read_options(self) -> None:
@@ -198,15 +246,43 @@ class ExportCollector:
         for parameter in _in_order(layer):
             adapter = type(_adapters_of(layer, parameter)[0])
             target = join(name, parameter) if issubclass(adapter, ParameterAdapter) else name
-            if reason := self._obstacle(layer, adapter, parameter):
+            if reason := self._obstacle(layer, adapter, parameter) or self._obstacle_to_loading(
+                name, layer, adapter, parameter
+            ):
                 self._refuse(target, reason)
                 continue
+            if name.rpartition(".")[2] in self.expert_names:
+                target = join(name, parameter)
             factors = _whole_update(layer, parameter)
             self.result.layers.append(PeftLayer(name, target, layer, adapter, parameter, factors))
 
     def _obstacle(self, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
         options = {"use_dora": self.result.use_dora, "lora_bias": self.result.lora_bias}
         return adapter.peft_obstacle(layer, parameter, **options)
+
+    def _obstacle_to_loading(self, name: str, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
+        """Return why PEFT cannot load an adapter that it could have made, or None."""
+        last, kind = name.rpartition(".")[2], self.model_type
+        if kind in MAMBA_MODELS and last in MAMBA_NAMES:
+            return (
+                f"PEFT does not adapt {last!r} of {kind} models, because their fused kernels read its weight; leave it "
+                "out with exclude_modules, or merge the adapter"
+            )
+        if last in self.expert_names and not issubclass(adapter, ParameterAdapter):
+            is_linear = issubclass(adapter, LinearAdapter) and not issubclass(adapter, Conv1DAdapter)
+            if self.result.use_dora or self.result.lora_bias or not is_linear:
+                return (
+                    f"while PEFT loads adapters of {kind} models, it takes {last!r} in target_modules for experts, and "
+                    "as a parameter it adapts only linear layers, without DoRA and lora_bias; leave it out with "
+                    "exclude_modules, or merge the adapter"
+                )
+        own = adapter_type(layer) if issubclass(adapter, ParameterAdapter) else None
+        if own and not issubclass(own, ParameterAdapter) and not self._obstacle(layer, own, parameter):
+            return (
+                "PEFT applies the update of a parameter only while the layer itself runs, not where its parent reads "
+                "the parameter; name the layer in target_modules if it runs, or merge the adapter"
+            )
+        return None
 
     def _add_attention(self, name: str, attention: nn.MultiheadAttention) -> None:
         """PEFT adapts both projections at one rank and scaling; one that is not adapted gets an update of zero."""
@@ -218,7 +294,8 @@ class ExportCollector:
             return
         others = [key for key in _in_order(self.layers[name]) if key != "in_proj_weight"] if name in self.layers else []
         parameter = "in_proj_weight" if attention._parameters.get("in_proj_weight") is not None else "q_proj_weight"
-        if reason := self._obstacle(attention, ParameterAdapter, others[0] if others else parameter):
+        reason = self._obstacle(attention, ParameterAdapter, others[0] if others else parameter)
+        if reason := reason or _obstacle_of_parent(self.root, name):
             self._refuse(name, reason)
             return
         updates = {place: _whole_update(part, place[1]) for place, part in adapted.items()}
@@ -275,6 +352,18 @@ class ExportCollector:
             else:
                 self._refuse(name, "PEFT does not save running statistics of frozen norms (frozen_norm='track')")
 
+    def _spell_paths(self) -> None:
+        paths = self.result.paths()
+        spellings = paths_in_file(self.root, paths)
+        self.result.spellings = {path: spelling for path, spelling in spellings.items() if spelling}
+        for layer, path in zip(self.result.layers, paths, strict=True):
+            if not spellings[path]:
+                self._refuse(
+                    layer.target,
+                    f"while PEFT loads adapters of {self.model_type} models, it renames this layer, and then does not "
+                    "find it; leave it out with exclude_modules, or merge the adapter",
+                )
+
     def _refuse_unclear_names(self) -> None:
         requests = dict.fromkeys((layer.name for layer in self.result.layers), "target_modules")
         requests |= dict.fromkeys(self.result.tokens, "trainable_token_indices")
@@ -290,8 +379,8 @@ class ExportCollector:
         if len(aliases) > 1:
             names = ", ".join(aliases)
             yield f"the model reaches it by {len(aliases)} names ({names}), and PEFT would replace the first"
-        if option == "target_modules":
-            return
+        if option == "target_modules" and not self.expert_names:
+            return  # there, a regular expression can say it
         every = (alias for _, aliases in self.names.values() for alias in aliases)
         if other := next((each for each in every if each.endswith(name) and each != name), None):
             yield f"PEFT matches {option} by the ends of names, and {other!r} has the same ending"
@@ -303,7 +392,12 @@ class ExportCollector:
         mine = [layer for layer in self.result.layers if layer.by_parameter]
         every = [join(name, key) for name, (part, _) in self.names.items() for key in part._parameters]
         has_conv1d = any(issubclass(layer.adapter, Conv1DAdapter) for layer in self.result.layers)
+        wrapped = {layer.name for layer in mine}
         for layer in mine:
+            if outer := next((name for name in wrapped if layer.name.startswith(f"{name}.")), None):
+                self._refuse(
+                    layer.target, f"PEFT wraps {outer!r} for a parameter of it, and then does not find this one"
+                )
             if other := next((each for each in every if each.endswith(f".{layer.target}")), None):
                 self._refuse(
                     layer.target, f"PEFT matches target_parameters by the ends of names, and {other!r} ends the same"
@@ -313,6 +407,25 @@ class ExportCollector:
             for name in self.result.saved:
                 if name.startswith(f"{layer.name}."):
                     self._refuse(name, f"PEFT wraps {layer.name!r} first, and then does not find this module")
+
+
+def _obstacle_of_parent(root: nn.Module, name: str) -> str | None:
+    """Return why PEFT's wrapper of an attention would not do for its parent, or None."""
+    path, _, child = name.rpartition(".")
+    kind = type(root.get_submodule(path))
+    if not name or kind.forward.__module__.startswith("torch."):
+        return None
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return None
+    own = rf"self\.{re.escape(child)}\b"
+    if re.search(rf"isinstance\(\s*{own}|{own}\.(in_proj|out_proj|[qkv]_proj)_?", source):
+        return (
+            f"{kind.__name__} reads the weights or checks the class of this attention, and PEFT wraps it in another "
+            "class that applies its update only when called; merge the adapter"
+        )
+    return None
 
 
 def _in_order(layer: LoRALayer) -> list[str]:

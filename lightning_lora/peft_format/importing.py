@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import Adapter, LowRankAdapter, adapter_type, parameter_adapter
+from lightning_lora.layers import Adapter, LowRankAdapter, ParameterAdapter, adapter_type, parameter_adapter
+from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.layers.norm import weights_only_read
 from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names
 from lightning_lora.peft_format.config import (
@@ -25,14 +26,16 @@ from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.factors import Geometry, PeftLayer, from_file, shapes_in_file
 from lightning_lora.peft_format.names import (
     PREFIX,
+    expert_names,
     matching_root,
     parameters_named,
+    paths_in_model,
     tensors_in_full,
     without_wrappers,
 )
 from lightning_lora.planning.obstacles import weight_readers
 from lightning_lora.state import check_base_values
-from lightning_lora.storage.adapter_file import StoredTokens
+from lightning_lora.storage import StoredTokens
 
 
 def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> Import:
@@ -93,7 +96,7 @@ class Import:
         self.root, self.names = root, names
         self.modules = {alias: part for part, aliases in names.values() for alias in aliases}
         self.first = {alias: name for name, (_, aliases) in names.items() for alias in aliases}
-        self.peft, self.tensors = file.config, file.tensors
+        self.peft, self.tensors, self.paths = file.config, file.tensors, file.keys_by_path
         self.variant = {"use_dora": file.config.use_dora, "lora_bias": file.config.lora_bias}
         self.layers: list[PeftLayer] = []
         self.tokens: dict[str, tuple[tuple[int, ...], Tensor]] = {}
@@ -122,7 +125,7 @@ class Import:
     # --- the layers
 
     def _read_layer(self, path: str, keys: Collection[str]) -> None:
-        place = without_wrappers(path, self.modules)
+        place = without_wrappers(path, self.modules) or without_wrappers(self._loaded_paths[path], self.modules)
         if place is None:
             self.problems.append(f"the model has no module {path!r}")
             return
@@ -143,7 +146,13 @@ class Import:
             factors = from_file(path, self.tensors, geometry, self._scaling(name, target, parameter))
             # PEFT allows more than the weight's own rank, which adds nothing to what can be computed.
             factors = factors.within(min(geometry.out_features, geometry.in_features))
+            if target == join(name, parameter) and not issubclass(adapter, ParameterAdapter):
+                target = name
             self.layers.append(PeftLayer(name, target, module, adapter, parameter, factors))
+
+    @functools.cached_property
+    def _loaded_paths(self) -> dict[str, str]:
+        return paths_in_model(self.root, self.paths)
 
     def _scaling(self, name: str, target: str, parameter: str) -> float:
         is_projection = target not in (name, join(name, parameter))
@@ -172,7 +181,8 @@ class Import:
                 self.problems.append(f"{path}: target_parameters names only {len(parameters)} of this module")
                 return None
             parameter = parameters[len(parameters) - 1 - depth]
-            return parameter_adapter(module, parameter), parameter, join(name, parameter)
+            own = self._adapter_of_linear(name, module)
+            return own or parameter_adapter(module, parameter), parameter, join(name, parameter)
         adapter = adapter_type(module)
         if adapter is None or depth:
             self.problems.append(f"{path}: {name!r} is a {type(module).__name__}, which has no adapter of this kind")
@@ -182,6 +192,12 @@ class Import:
         of_attention = isinstance(parent, nn.MultiheadAttention) and path != name
         target = name.rpartition(".")[0] if of_attention else name
         return adapter, adapter.parameters_of(module)[0], target
+
+    def _adapter_of_linear(self, name: str, module: nn.Module) -> type[Adapter] | None:
+        """Return the adapter of a linear layer that is named by its weight only because of PEFT's conversion."""
+        adapter = adapter_type(module)
+        is_linear = adapter is not None and issubclass(adapter, LinearAdapter)
+        return adapter if is_linear and name.rpartition(".")[2] in expert_names(self.root) else None
 
     # --- tokens
 

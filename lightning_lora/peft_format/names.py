@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,6 +15,19 @@ from lightning_lora.names import ModuleNames, clean_name, join, listed, module_n
 PREFIX = "base_model.model."
 TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # of the key of an embedding's trained rows
 _WRAPPER = "base_layer"
+
+# While PEFT 0.21 loads an adapter of a transformers model, it adapts names of transformers 4 to version 5, whatever
+# version wrote them (its ``transformers_weight_conversion``). In models whose experts became stacks, it takes entries
+# of target_modules with these last parts for the experts', also where they mean a dense layer or a shared expert.
+# Keys of tensors it renames like those of the base's checkpoints.
+EXPERT_NAMES = {
+    "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
+    "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
+}
+# PEFT 0.21 raises for these layers of Mamba models, because fused kernels read their weights.
+MAMBA_MODELS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+MAMBA_NAMES = frozenset({"conv1d", "out_proj"})
+_FACTOR = ".lora_A.default.weight"  # the end of a key while PEFT renames it
 
 
 def chosen_root(module: nn.Module, export_root: str) -> tuple[str, nn.Module]:
@@ -145,3 +160,58 @@ def tensors_in_full(name: str, module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module that is trained in full, by their full names."""
     state = module.state_dict().items()
     return {join(name, clean_name(key)): value for key, value in state if isinstance(value, Tensor)}
+
+
+# --- what PEFT makes of names while it loads
+
+
+def model_type(root: nn.Module) -> str:
+    """Return the kind of a transformers model, by which PEFT decides; empty for other models."""
+    kind = getattr(getattr(root, "config", None), "model_type", None)
+    return kind if isinstance(kind, str) else ""
+
+
+def expert_names(root: nn.Module) -> Collection[str]:
+    """Return the last parts of names that PEFT takes for names of experts in ``target_modules`` of this model."""
+    patterns = {"mixtral": "mixtral", **getattr(_conversions(), "_MODEL_TO_CONVERSION_PATTERN", {})}
+    return EXPERT_NAMES.get(patterns.get(model_type(root), ""), ())
+
+
+def paths_in_model(root: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """Return the layers of the model to which PEFT loads the factors that a file has under these paths."""
+    return _renamed(paths, _renamings(root))
+
+
+def paths_in_file(root: nn.Module, paths: Iterable[str]) -> dict[str, str | None]:
+    """Return the paths under which a file must have factors for PEFT to load them to these layers, or None."""
+    found: dict[str, str | None] = {}
+    moved = [path for path, loaded in paths_in_model(root, paths).items() if loaded != path]
+    before = _renamed(moved, [step.reverse_transform() for step in reversed(_renamings(root))]) if moved else {}
+    after = paths_in_model(root, before.values()) if moved else {}
+    for path in paths:
+        found[path] = path if path not in before else before[path] if after[before[path]] == path else None
+    return found
+
+
+def _conversions() -> Any:
+    """Return the module in which transformers 5 keeps them; whoever has one of its models has loaded it."""
+    return sys.modules.get("transformers.conversion_mapping")
+
+
+def _renamings(root: nn.Module) -> list[Any]:
+    """Return the renamings of a model's checkpoints; fresh ones, because some of them remember what they met."""
+    module, kind = _conversions(), model_type(root)
+    if not (module and kind and hasattr(root, "base_model_prefix") and module.get_checkpoint_conversion_mapping(kind)):
+        return []
+    return [step for step in module.get_model_conversion_mapping(root) if not hasattr(step, "operations")]
+
+
+def _renamed(paths: Iterable[str], steps: Sequence[Any]) -> dict[str, str]:
+    found = {}
+    for path in sorted(paths):
+        key = path + _FACTOR
+        for step in steps:
+            key, _ = step.rename_source_key(key)
+        # PEFT takes back what only removes the beginning.
+        found[path] = path if f"{path}{_FACTOR}".endswith(key) else key.removesuffix(_FACTOR)
+    return found

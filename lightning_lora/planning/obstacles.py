@@ -7,8 +7,8 @@ from operator import attrgetter
 
 from torch import Tensor, nn
 
-from lightning_lora.config import ALL_LINEAR
-from lightning_lora.layers import SUPPORTED, LoRALayer, adapter_type, base_parameter, taken_names
+from lightning_lora.config import ALL_CONV, ALL_LINEAR, EVERYTHING, FAMILIES
+from lightning_lora.layers import SUPPORTED, LoRALayer, adapter_type, base_parameter, family_of, taken_names
 from lightning_lora.names import (
     is_below,
     is_glob,
@@ -45,7 +45,7 @@ class Obstacles:
         is_ordinary = set(map(type, parameters)) <= {nn.Parameter}
         self.is_common = is_ordinary and all(map(attrgetter("is_floating_point"), precisions))
         self._asks_for_more = bool(config.dropout or config.lora_bias or config.use_dora) or not self.is_common
-        self._heads = _output_embeddings(modules) if config.target_modules == ALL_LINEAR else set[int]()
+        self._heads = _output_embeddings(modules) if config.families else set[int]()
 
     def of(self, layer: PlannedLayer, rank: int, shape: tuple[int, int]) -> str | None:
         """Return why an adapter cannot be made, or None."""
@@ -56,7 +56,7 @@ class Obstacles:
             return reason
         if self.tied and (reason := self._of_tie(layer)):
             return reason
-        if id(module) in self._heads:
+        if id(module) in self._heads and layer.pattern in FAMILIES:
             return "output embedding of a transformers model"
         if rank > shape[0] or rank > shape[1]:
             return f"rank {rank} is above {min(shape)}, the highest rank of its weight; lower it with rank_pattern"
@@ -65,7 +65,7 @@ class Obstacles:
         return None
 
     def _of_tie(self, layer: PlannedLayer) -> str | None:
-        others, named = self.tied.get(join(layer.names[0], layer.parameter)), layer.pattern != ALL_LINEAR
+        others, named = self.tied.get(join(layer.names[0], layer.parameter)), layer.pattern not in FAMILIES
         if not others or (named and self.config.untie_weights):
             return None
         remedy = "; untie_weights=True gives it a copy of its own" if named else ""
@@ -146,10 +146,7 @@ def _output_embeddings(modules: Collection[nn.Module]) -> set[int]:
 def missed_entries(plan: Plan) -> Iterator[str]:
     """Yield a problem for every entry of the config that reached nothing."""
     config, everything = plan.config, list(plan.names.values())
-    if config.target_modules != ALL_LINEAR:
-        yield from _missed_targets(plan)
-    elif not (plan.layers or plan.left_out or config.target_parameters or config.trainable_token_indices):
-        yield f"target_modules={ALL_LINEAR!r}: {plan.root} has no linear layer."
+    yield from _missed_targets(plan)
     for option, entries in (
         ("exclude_modules", config.exclude_modules),
         ("modules_to_save", config.modules_to_save),
@@ -168,7 +165,15 @@ def missed_entries(plan: Plan) -> Iterator[str]:
 
 
 def _missed_targets(plan: Plan) -> Iterator[str]:
-    targets, everything = plan.config.target_modules, list(plan.names.values())
+    config, targets, everything = plan.config, plan.config.named_targets, list(plan.names.values())
+    # The default is no request if other targets are given.
+    is_default = config.target_modules == ALL_LINEAR and (config.target_parameters or config.trainable_token_indices)
+    kinds = ((adapter_type(module), module) for module in plan.modules.values())
+    there = set() if is_default else {family_of(adapter, module) for adapter, module in kinds if adapter is not None}
+    for word in () if is_default else config.families:
+        if word not in there and not (word == EVERYTHING and there):
+            what = {ALL_LINEAR: "linear layer", ALL_CONV: "convolution"}.get(word, f"layer of these kinds: {SUPPORTED}")
+            yield f"target_modules={word!r}: {plan.root} has no {what}."
     adaptable = [plan.names[name] for name, module in plan.modules.items() if adapter_type(module)]
     unknown = unmatched(targets, everything)
     for entry in unmatched(targets, adaptable):
@@ -198,7 +203,8 @@ def _empty_saves(plan: Plan) -> Iterator[str]:
 
 
 def _miss(plan: Plan, option: str, entry: str, pool: Sequence[Sequence[str]], layers: Sequence[str] = ()) -> str:
-    near = near_names(entry, (name for names in pool for name in names))
+    words = FAMILIES if option == "target_modules" else ()
+    near = near_names(entry, (*(name for names in pool for name in names), *words))
     hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
     if layers and not near:
         hint = f" Its layers are {listed(layers)}."

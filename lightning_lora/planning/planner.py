@@ -8,7 +8,7 @@ from operator import methodcaller
 import torch
 from torch import nn
 
-from lightning_lora.config import ALL_LINEAR, LoRAConfig
+from lightning_lora.config import EVERYTHING, FAMILIES, LoRAConfig
 from lightning_lora.layers import (
     NORMALISING,
     SUPPORTED,
@@ -18,6 +18,7 @@ from lightning_lora.layers import (
     ParameterAdapter,
     adapter_type,
     base_parameter,
+    family_of,
     has_running_statistics,
     parameter_adapter,
     weights_only_read,
@@ -77,7 +78,7 @@ class _Planner:
         self.plan.parameters = parameter_names(self.plan.modules)
         self.plan.tied = tied_names(self.plan.parameters)
         self.obstacles = Obstacles(self.plan)
-        self.automatic = config.target_modules == ALL_LINEAR
+        self.families, self.named_targets = config.families, config.named_targets
         self.adapter_dtype: torch.dtype = getattr(torch, config.adapter_dtype)
         self.extras = config.use_dora + config.lora_bias  # numbers besides the factors, for each output feature
 
@@ -126,10 +127,7 @@ class _Planner:
             excluded |= {name for name, names in plan.names.items() if selected(config.exclude_modules, names)}
         for name, module in plan.modules.items():
             names, adapter = plan.names[name], adapter_type(module)
-            if self.automatic:
-                pattern = ALL_LINEAR if adapter is not None and adapter.in_all_linear(module) else None
-            else:
-                pattern = self._choosing_entry(names, is_adaptable=adapter is not None)
+            pattern = self._choosing_entry(names, module, adapter)
             key = self._slicing_key(names) if config.target_slices else None
             if pattern is None and key is None:
                 continue
@@ -142,11 +140,15 @@ class _Planner:
             else:
                 self._add(names, module, adapter, pattern, key)
 
-    def _choosing_entry(self, names: tuple[str, ...], *, is_adaptable: bool) -> str | None:
-        pattern = selected(self.config.target_modules, names)
+    def _choosing_entry(self, names: tuple[str, ...], module: nn.Module, adapter: type[Adapter] | None) -> str | None:
+        pattern = selected(self.named_targets, names)
         # Globs and regular expressions sweep over containers and activations; only a name insists on its module.
-        insists = pattern is not None and not sweeps(self.config.target_modules, pattern)
-        return pattern if is_adaptable or insists else None
+        if pattern is not None and (adapter is not None or not sweeps(self.named_targets, pattern)):
+            return pattern
+        if adapter is None or not self.families:
+            return None
+        word = family_of(adapter, module)
+        return word if word in self.families else EVERYTHING if EVERYTHING in self.families else None
 
     def _slicing_key(self, names: tuple[str, ...]) -> str | None:
         keys = [key for key in self.config.target_slices if selected((key,), names)]
@@ -169,10 +171,10 @@ class _Planner:
         else:
             for parameter in adapter.parameters_of(module):
                 self._add_parameter(PlannedLayer(names, module, str(pattern), adapter, parameter))
-        if not self.automatic and pattern is not None and isinstance(module, nn.MultiheadAttention):
+        if pattern is not None and pattern not in FAMILIES and isinstance(module, nn.MultiheadAttention):
             projection = tuple(join(alias, "out_proj") for alias in names)
             left_alone = selected(self.config.exclude_modules, projection)
-            if not (left_alone or selected(self.config.target_modules, projection)):
+            if not (left_alone or self._choosing_entry(projection, module.out_proj, adapter_type(module.out_proj))):
                 self._add(projection, module.out_proj, adapter_type(module.out_proj), pattern)
 
     def _add_slices(self, names: tuple[str, ...], module: nn.Module, adapter: type[Adapter] | None, key: str) -> None:
@@ -261,7 +263,7 @@ class _Planner:
         )
 
     def _leave_out(self, layer: PlannedLayer, reason: str) -> None:
-        if layer.pattern == ALL_LINEAR:
+        if layer.pattern in FAMILIES:
             self.plan.left_out[layer.label] = reason
         else:
             names_option = layer.pattern.startswith(("target_parameters=", "target_slices="))

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """Precision and shape of a tensor in a file."""
 
     dtype: torch.dtype
@@ -40,18 +41,12 @@ class Layout(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class StoredTensor(NamedTuple):
+@dataclass(frozen=True)
+class StoredTensor(Layout):
     """A tensor in a file, unread."""
 
     path: Path
     name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Its bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
         """Return the tensor, mapped into memory; writing to it leaves the file unchanged."""
@@ -89,7 +84,7 @@ def _stored(path: Path, name: str, file: Any) -> StoredTensor:
     found = file.get_slice(name)
     if (dtype := _DTYPES.get(found.get_dtype())) is None:
         raise ValueError(f"{name!r} has the unknown precision {found.get_dtype()!r}")
-    return StoredTensor(path, name, dtype, tuple(found.get_shape()))
+    return StoredTensor(dtype, tuple(found.get_shape()), path, name)
 
 
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type
+from lightning_lora.config import EVERYTHING, FAMILIES, LoRAConfig
+from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of
 from lightning_lora.names import listed
 
 # Full fine-tuning of large models runs below it, and LoRA wants about ten times those rates.
@@ -21,6 +22,8 @@ LOWEST_SCALING, HIGHEST_SCALING = 0.1, 32.0
 HIGHEST_RATIO = 64.0  # LoRA+ recommends about 16
 # The query and value projections of a model with grouped queries are 9 % of its linear layers.
 SMALLEST_SHARE = 0.05
+# Whoever names no layer expects most of the model to learn; a convolutional net's linear layers are its head alone.
+SMALLEST_SHARE_UNNAMED = 0.5
 _RATES = ("lr", "initial_lr", "max_lr")  # of a group: during warm-up "lr" alone says little
 
 # Words of torch's errors
@@ -36,11 +39,15 @@ class Coverage(NamedTuple):
         trained: Elements of the weights that carry an adapter or train in full.
         total: Elements of all weights that could carry one, without embeddings, which are rarely adapted.
         rest: Kinds of layers without adapters, those with most elements first.
+        expected: The share below which the user is told.
+        remedy: What ``target_modules`` would have to be to reach the rest; None if no word does.
     """
 
     trained: int
     total: int
     rest: tuple[str, ...]
+    expected: float = SMALLEST_SHARE
+    remedy: str | list[str] | None = None
 
 
 def warn_of_suspicious_settings(
@@ -74,6 +81,7 @@ def coverage(module: nn.Module) -> Coverage | None:
     """Return how much of the weights that could carry adapters trains; None without a low-rank adapter."""
     if not any(isinstance(adapter, LowRankAdapter) for adapter in AdaptedModel(module).adapters.values()):
         return None
+    config, missing = AdaptedModel(module).roots[0].attachment.config, set[str]()
     embeddings = {id(part._parameters.get("weight")) for part in module.modules() if isinstance(part, nn.Embedding)}
     trained, rest = 0, dict[str, int]()
     for part in module.modules():
@@ -85,7 +93,23 @@ def coverage(module: nn.Module) -> Coverage | None:
                 trained += size
             else:
                 rest[type(part).__name__] = rest.get(type(part).__name__, 0) + size
-    return Coverage(trained, trained + sum(rest.values()), tuple(sorted(rest, key=lambda kind: -rest[kind])))
+                kind = adapter_type(part)
+                missing |= {family_of(kind, part)} if kind else set()
+    expected = SMALLEST_SHARE_UNNAMED if config.families else SMALLEST_SHARE
+    kinds = tuple(sorted(rest, key=lambda kind: -rest[kind]))
+    return Coverage(trained, trained + sum(rest.values()), kinds, expected, _wider_targets(config, missing))
+
+
+def _wider_targets(config: LoRAConfig, missing: set[str]) -> str | list[str] | None:
+    """Return ``target_modules`` with the words for families of layers that it misses."""
+    more = [word for word in FAMILIES if word in missing.difference(config.families)]
+    if EVERYTHING in config.families or not more:
+        return None  # what is missing was left out for a reason
+    if EVERYTHING in more:
+        return EVERYTHING
+    names = () if isinstance(config.named_targets, str) else config.named_targets
+    wider = [*config.families, *names, *more]
+    return wider if len(wider) > 1 else wider[0]
 
 
 def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
@@ -182,9 +206,10 @@ def _ratio(lr_ratio: float) -> Iterator[str]:
 
 
 def _targets(reach: Coverage | None) -> Iterator[str]:
-    if reach is not None and reach.trained < SMALLEST_SHARE * reach.total:
+    if reach is not None and reach.trained < reach.expected * reach.total:
+        remedy = "add them to target_modules" if reach.remedy is None else f"set target_modules={reach.remedy!r}"
         yield (
             f"the adapters reach {reach.trained / reach.total:.1%} of the weights that could carry one; most of the "
             f"rest are in {listed(reach.rest, 2)} layers. Adapting all kinds of layers works better at the same size: "
-            "add them to target_modules."
+            f"{remedy}."
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.analysis import adapter_size, plan_budget
-from lightning_lora.analysis.budget import model_of_shapes
+from lightning_lora.disk.skeleton import model_of_shapes
 from lightning_lora.storage.safetensors import StoredTensor
 from tests.peft_format.kinds import Experts
 from tests.peft_format.models import QUIET, bert, gpt2, llama, mixtral, t5, tied_llama, vit

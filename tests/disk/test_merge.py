@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora import load_adapter, merge, save_adapter
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.files import FACTOR, change_tensors, files_of, run, tensors_of, write_checkpoint
 from tests.peft_format.kinds import KINDS, WARNED, seeded
 from tests.peft_format.models import (
@@ -254,12 +255,32 @@ def test_attention_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "out").exists()
 
 
-def test_square_weight_of_unknown_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = nn.ModuleDict({"layer": nn.Linear(8, 8)})
+@pytest.mark.parametrize("layer", [nn.Linear, transformers.pytorch_utils.Conv1D], ids=["linear", "transposed"])
+def test_orientation_of_square_weight_is_in_the_checkpoint(layer: type[nn.Module], tmp_path: Path) -> None:
+    model = nn.ModuleDict({"layer": layer(8, 8)})
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
     write_checkpoint(trained(model), tmp_path / "last.ckpt")
-    assert run("verify", tmp_path / "last.ckpt", tmp_path / "model.safetensors") == 1
-    assert "the weight is square" in capsys.readouterr().err
+    assert run("merge", tmp_path / "last.ckpt", tmp_path / "model.safetensors", tmp_path / "out") == 0
+    merge(model)
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), model.state_dict())
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_record_without_kinds_is_merged_unless_a_weight_is_square(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(8, width)})
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    content = torch.load(write_checkpoint(trained(model), tmp_path / "last.ckpt"), weights_only=True)
+    del content[RECORD_KEY]["layers"]["layer"]["kind"]
+    torch.save(content, tmp_path / "last.ckpt")
+    code = run("merge", tmp_path / "last.ckpt", tmp_path / "model.safetensors", tmp_path / "out")
+    assert code == (width == 8)
+    if code:
+        assert "does not state how its weight is stored" in capsys.readouterr().err
+    else:
+        merge(model)
+        assert_same(load_file(tmp_path / "out" / "model.safetensors"), model.state_dict())
 
 
 def test_overflow_leaves_no_files(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

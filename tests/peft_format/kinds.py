@@ -47,6 +47,17 @@ class Experts(nn.Module):
         return torch.einsum("bei,eoi->bo", hidden, down)
 
 
+class Router(nn.Module):
+    """A layer of no known kind, with a weight and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(0.3 * torch.randn(12, 8)), nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
 def attend(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x, x, x, need_weights=False)[0]
 
@@ -107,7 +118,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
     ),
     "one expert": (lambda: Holder(Experts(experts=1)), vectors, {"target_modules": [], "target_parameters": ["up"]}),
     "a parameter of a layer": (
-        lambda: Holder(nn.Linear(8, 12)),
+        lambda: Holder(Router()),
         vectors,
         {"target_modules": [], "target_parameters": ["layer.weight"], "bias": "lora_only"},
     ),

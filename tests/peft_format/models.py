@@ -89,6 +89,39 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     model.__name__: model for model in (gpt2, llama, tied_llama, bert, t5, vit, mixtral)
 }
 
+SMALL = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "moe_intermediate_size": 8, "num_experts_per_tok": 2},
+    **{"max_position_embeddings": 12, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+SHARED = {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+# Models whose names PEFT changes while it loads an adapter.
+CONVERTED: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        **{**SMALL, **SHARED, "q_lora_rank": 8, "kv_lora_rank": 8, "num_key_value_heads": 4},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8},
+    },
+    "glm4_moe": {**SMALL, **SHARED},
+    "laguna": {**SMALL, "head_dim": 8, "num_experts": 4, "shared_expert_intermediate_size": 8},
+    "qwen3_moe": {**SMALL, "head_dim": 8, "num_experts": 4, "mlp_only_layers": [0]},
+    "qwen3_next": {
+        **{**SMALL, "head_dim": 8, "num_experts": 4, "shared_expert_intermediate_size": 8},
+        **{
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}
+
+
+def of_type(model_type: str, **sizes: Any) -> nn.Module:
+    """Return a small causal model of one of transformers' types."""
+    config = transformers.AutoConfig.for_model(model_type, **(sizes or CONVERTED[model_type]))
+    return _seeded(lambda: transformers.AutoModelForCausalLM.from_config(config))
+
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:

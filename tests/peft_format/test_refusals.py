@@ -17,6 +17,40 @@ from tests.peft_format.models import trained, trained_by_peft
 
 pytestmark = WARNED
 
+
+class Outer(Experts):
+    """Parameters beside a module that has its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Experts()
+
+
+class Widened(nn.Conv2d):
+    """A convolution that chooses its own sizes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2 * width, 3)
+
+
+class CheckedAttention(nn.Module):
+    """Attention among alternatives of other classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x)[0] if isinstance(self.attention, nn.MultiheadAttention) else x
+
+
+class ReadAttention(CheckedAttention):
+    """Attention whose projections the parent computes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention.out_proj(nn.functional.linear(x, self.attention.in_proj_weight)[..., -8:])
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "transposed convolution": (lambda: nn.ConvTranspose2d(4, 4, 3), {}, "layer: PEFT has no adapter for transposed"),
     "grouped convolution": (lambda: nn.Conv2d(4, 8, 3, groups=2), {}, "layer: groups=2"),
@@ -47,6 +81,31 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         lambda: nn.Conv2d(4, 8, 3),
         {"target_modules": [], "target_parameters": ["layer.weight"]},
         "layer.weight: PEFT adapts parameters of two or three",
+    ),
+    "weight of a linear layer as a parameter": (
+        lambda: nn.Linear(8, 8),
+        {"target_modules": [], "target_parameters": ["layer.weight"]},
+        "layer.weight: PEFT applies the update of a parameter only while the layer itself runs",
+    ),
+    "parameters inside each other's module": (
+        Outer,
+        {"target_modules": [], "target_parameters": ["layer.mix", "layer.inner.mix"]},
+        "layer.inner.mix: PEFT wraps 'layer' for a parameter of it, and then does not find this one",
+    ),
+    "convolution with a constructor of its own": (
+        lambda: Widened(4),
+        {},
+        "layer: PEFT calls Widened with the arguments of torch's convolutions",
+    ),
+    "attention whose class is checked": (
+        CheckedAttention,
+        {"target_modules": ["out_proj"]},
+        "layer.attention: CheckedAttention reads the weights or checks the class of this attention",
+    ),
+    "attention whose weights are read": (
+        ReadAttention,
+        {"target_modules": ["layer.attention"]},
+        "layer.attention: ReadAttention reads the weights or checks the class of this attention",
     ),
     "one transposed expert": (
         lambda: Experts(True, experts=1),

@@ -22,6 +22,23 @@ def test_unmatched_name_suggests_near_names(option: str, entry: str, near: str, 
         report(tiny, **{option: ["head", entry]})
 
 
+@pytest.mark.parametrize("targets", ["all-conv", ["all-linear", "all-conv"]])
+def test_word_for_a_missing_family_is_rejected(targets, tiny):
+    with raises_and_changes_nothing(tiny, ValueError, "target_modules='all-conv': TinyModel has no convolution"):
+        report(tiny, target_modules=targets)
+
+
+def test_word_for_every_family_needs_a_layer():
+    norm = nn.LayerNorm(4)
+    with raises_and_changes_nothing(norm, ValueError, "'all': LayerNorm has no layer of these kinds"):
+        report(norm, target_modules="all")
+
+
+def test_misspelt_word_suggests_the_word(tiny):
+    with raises_and_changes_nothing(tiny, ValueError, "'all_linear' matched no module.*'all-linear'"):
+        report(tiny, target_modules="all_linear")
+
+
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize(("entry", "near"), [("q_porj", "'q_proj'"), ("blocks.0.q_porj", "'blocks.0.q_proj'")])
 def test_unmatched_pattern_suggests_near_names(option: str, entry: str, near: str, tiny):

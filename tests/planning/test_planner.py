@@ -38,6 +38,52 @@ def test_targets_reach_exactly_the_named_layers(targets, expected: list[str], ti
     assert reached(tiny, target_modules=targets) == expected
 
 
+def one_layer_of_each_family() -> nn.Module:
+    layers = {"embed": nn.Embedding(9, 8), "conv": nn.Conv1d(8, 8, 3), "up": nn.ConvTranspose2d(8, 8, 2)}
+    layers |= {"norm": nn.BatchNorm1d(8), "rnn": nn.LSTM(8, 8), "fc": nn.Linear(8, 8), "head": nn.Linear(8, 8)}
+    return nn.ModuleDict({**layers, "attention": nn.MultiheadAttention(8, 2)})
+
+
+LINEAR, CONVOLUTIONS = ["fc", "head", "attention", "attention.out_proj"], ["conv", "up"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", LINEAR),
+        ("all-conv", CONVOLUTIONS),
+        (["all-linear", "all-conv"], [*CONVOLUTIONS, *LINEAR]),
+        (["all-conv", "head"], [*CONVOLUTIONS, "head"]),
+        (["all-linear", "e*"], ["embed", *LINEAR]),
+        ("all", ["embed", *CONVOLUTIONS, "rnn", *LINEAR]),
+        (["all"], ["embed", *CONVOLUTIONS, "rnn", *LINEAR]),
+    ],
+)
+def test_words_reach_whole_families_and_combine_with_names(targets, expected: list[str]):
+    model = one_layer_of_each_family()
+    found = report(model, target_modules=targets)
+    assert list(lora_layers(model)) == expected
+    assert attach(model, LoRAConfig(rank=2, target_modules=targets)).layers == found.layers
+
+
+@pytest.mark.parametrize("family", ["all-linear", "all-conv", "all"])
+def test_words_leave_out_what_a_name_insists_on(family: str):
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "conv": nn.Conv1d(8, 8, 3), "tiny": nn.Linear(8, 1)})
+    model["small"] = nn.Conv1d(1, 1, 1)
+    found = report(model, target_modules=[family])
+    assert {**found.left_out} == {
+        name: "rank 2 is above 1, the highest rank of its weight; lower it with rank_pattern"
+        for name, families in (("tiny", ("all-linear", "all")), ("small", ("all-conv", "all")))
+        if family in families
+    }
+
+
+def test_name_beside_a_word_insists_on_its_layer():
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8), "tiny": nn.Linear(8, 1)})
+    with raises_and_changes_nothing(model, ValueError, "'tiny' cannot be adapted: rank 2 is above 1"):
+        report(model, target_modules=["all-linear", "tiny"])
+
+
 @pytest.mark.parametrize(
     ("excluded", "expected"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
 
-from lightning_lora import LoRACallback, LoRAConfig, attach
+from lightning_lora import LoRACallback, LoRAConfig, attach, detach
 from lightning_lora.trainer.hints import (
     LOWEST_RATE,
     Coverage,
@@ -171,7 +172,7 @@ def test_coverage_counts_adaptable_weights(rng: torch.Generator):
     config = LoRAConfig(rank=2, target_modules=["q"], target_parameters=["experts.up"], modules_to_save=["head"])
     attach(model, config)
     trained = 8 * 8 + model["experts"]._parameters["up"].numel() + 4 * 8
-    assert coverage(model) == Coverage(trained, trained + 8 * 16 * 3, ("Conv1d",))
+    assert coverage(model) == Coverage(trained, trained + 8 * 16 * 3, ("Conv1d",), remedy=["q", "all-conv"])
 
 
 def test_coverage_skips_head_tied_to_embedding():
@@ -179,6 +180,36 @@ def test_coverage_skips_head_tied_to_embedding():
     model["head"].weight = model["embed"].weight
     attach(model, LoRAConfig(rank=2, target_modules=["q"]))
     assert coverage(model) == Coverage(64, 64, ())
+
+
+def small_resnet() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.Flatten(1), nn.Linear(32, 32))
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "line"),
+    [
+        (small_resnet(), "all-linear", "set target_modules=['all-linear', 'all-conv']."),
+        (nn.Sequential(nn.LSTM(8, 32), nn.Linear(32, 4)), "all-linear", "set target_modules='all'."),
+        (nn.Sequential(nn.Linear(8, 8), nn.Linear(64, 64)), ["0"], "set target_modules=['0', 'all-linear']."),
+        (nn.Sequential(nn.Linear(8, 8), nn.Linear(64, 64)), "0", "set target_modules='all-linear'."),
+    ],
+)
+def test_narrow_targets_are_told_the_line_that_widens_them(model: nn.Module, targets, line: str):
+    attach(model, LoRAConfig(rank=2, target_modules=targets))
+    message = warning(model, reach=coverage(model))
+    assert message is not None
+    assert line in message
+    wider = LoRAConfig(rank=2, target_modules=ast.literal_eval(line.partition("=")[2].removesuffix(".")))
+    detach(model)
+    attach(model, wider)
+    assert warning(model, reach=coverage(model)) is None
+
+
+def test_layers_that_a_word_left_out_for_a_reason_are_not_suggested_again():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(256, 1))
+    attach(model, LoRAConfig(rank=2))
+    assert "add them to target_modules" in str(warning(model, reach=coverage(model)))
 
 
 @pytest.mark.parametrize("grouped", [1, 8])
