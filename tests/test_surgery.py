@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -460,3 +461,36 @@ def test_merge_under_autocast_gives_the_same_bits(layer, use_dora, rng):
     with torch.autocast("cpu", torch.bfloat16):
         merge(other)
     assert_same_bits(other.state_dict(), model.state_dict())
+
+
+# --- transformers models that resize their embeddings
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_resizing_adapted_embeddings_raises_at_once(target: str) -> None:
+    model = tiny_llama()
+    attach(model, LoRAConfig(rank=2, target_modules=[target]))
+    before = snapshot(model)
+    for holder in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(RuntimeError, match="embeddings of this LlamaForCausalLM carry LoRA adapters.*Resize before"):
+            holder.resize_token_embeddings(40)
+    model.resize_token_embeddings(len(model.get_input_embeddings().weight))  # as it is
+    assert_same_bits(snapshot(model), before)
+    detach(model)
+    model.resize_token_embeddings(40)
+    assert model.get_output_embeddings().out_features == 40
+
+
+def test_embeddings_without_adapters_can_be_resized() -> None:
+    model = tiny_llama()
+    attach(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    model.resize_token_embeddings(40)
+    assert model(torch.tensor([[39]])).logits.shape[-1] == 40
+    assert len(adapter_state_dict(model)) == 2
+
+
+def tiny_llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
-from lightning_lora.config import ALL_LINEAR
+from lightning_lora.config import FAMILIES
 from lightning_lora.layers import base_parameter
 from lightning_lora.names import clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
@@ -379,8 +379,10 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
     found = set[str]()
     for root in model.roots:
         targets = root.attachment.config.target_modules
+        plain = () if isinstance(targets, str) else [each for each in targets if not (is_glob(each) or each in FAMILIES)]
         for layer in root.attachment.report.layers:
-            if layer.pattern not in (targets, ALL_LINEAR) and not is_glob(layer.pattern):
+            is_swept = layer.pattern in (targets, *FAMILIES) or is_glob(layer.pattern)
+            if not is_swept or selected(plain, (layer.name,)):
                 found.add(join(root.name, layer.name))
     return found
 
