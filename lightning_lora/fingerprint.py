@@ -65,11 +65,7 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
     """Return samples of the named tensors that can be read; every process must call this, as for ``fingerprint``."""
     wanted = set(names)
     chosen = {name: tensor for name, tensor in tensors.items() if name in wanted and _is_readable(tensor)}
-    divided = {
-        name: (tensor, torch.unravel_index(_places(tensor.shape), tensor.shape))
-        for name, tensor in chosen.items()
-        if is_sharded(tensor)
-    }
+    divided = {name: (tensor, _index(tensor)) for name, tensor in chosen.items() if is_sharded(tensor)}
     values = elements(divided) if divided else {}
     values |= {
         name: tensor.detach().take(_places(tensor.shape).to(tensor.device))
@@ -151,6 +147,15 @@ def _mixed(text: str) -> bytes:
 @functools.lru_cache(maxsize=256)  # a model has many weights and few shapes
 def _places(shape: tuple[int, ...]) -> Tensor:
     return torch.tensor(places(shape), dtype=torch.long)
+
+
+def _index(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the indices of the samples, a vector for each dimension; torch's own way takes ten times as long."""
+    rest, found = places(tensor.shape), list[list[int]]()
+    for size in reversed(tensor.shape):
+        found.append([place % size for place in rest])
+        rest = [place // size for place in rest]
+    return tuple(torch.tensor(each, dtype=torch.long) for each in reversed(found))
 
 
 # --- in files

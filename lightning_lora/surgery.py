@@ -186,7 +186,7 @@ def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig
 
 
 def _check(plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
-    """Reject models that cannot take the planned adapters, and warn about wasteful ones."""
+    """Reject models that cannot take the planned adapters, and warn about wasteful and surprising ones."""
     if not is_adapted and (names := [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]):
         raise ValueError(
             f"{len(names)} layers of {plan.root} already carry adapters, such as {names[0]!r}, attached to another "
@@ -203,6 +203,17 @@ def _check(plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
         warnings.warn(
             f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
             "with rank_pattern, or train the layers in full with modules_to_save.",
+            stacklevel=3,
+        )
+    if not is_adapted and (thawed := plan.thawed()):
+        excluded, targets = plan.config.exclude_modules, plan.config.target_modules
+        kept = [*(() if isinstance(excluded, str) else excluded), *thawed]
+        named = [*((targets,) if isinstance(targets, str) else targets)]
+        named += [f"{name}.*" if plan.modules[name]._modules else name for name in thawed]
+        warnings.warn(
+            f"These modules were frozen, and now train adapters because target_modules={targets!r} reaches them: "
+            f"{listed(thawed)}. exclude_modules={kept} leaves them as they were; target_modules={named} adapts them "
+            "without this warning.",
             stacklevel=3,
         )
 
@@ -346,16 +357,20 @@ def _guard_resizing(modules: Collection[nn.Module]) -> None:
             vars(part)[_RESIZE] = partial(_resize, part)
 
 
-def _resize(model: Any, new_num_tokens: int | None = None, *args: Any, **options: Any) -> Any:
+def _resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
+) -> Any:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     sizes = {len(base_parameter(end, "weight")) for end in ends if isinstance(end, LoRALayer)}
-    if sizes and (args or options or {new_num_tokens} - {None} - sizes):
-        raise RuntimeError(
-            f"resize_token_embeddings: the embeddings of this {type(model).__name__} carry LoRA adapters, which would "
-            "be lost or no longer fit. Resize before attaching: in __init__, setup or configure_model; or call "
-            "detach(module) first."
-        )
-    return getattr(type(model), _RESIZE)(model, new_num_tokens, *args, **options)
+    if not sizes:
+        return getattr(type(model), _RESIZE)(model, new_num_tokens, pad_to_multiple_of, **options)
+    if new_num_tokens in {None, *sizes} and not any(size % (pad_to_multiple_of or 1) for size in sizes):
+        return ends[0]  # not by the model's own method, which would freeze the adapters
+    raise RuntimeError(
+        f"resize_token_embeddings: the embeddings of this {type(model).__name__} carry LoRA adapters, which would be "
+        "lost or no longer fit. Resize before attaching: in __init__, setup or configure_model; or call "
+        "detach(module) first."
+    )
 
 
 def _thaw(model: AdaptedModel) -> None:

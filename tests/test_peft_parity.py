@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, attach, lora_layers, merge
-from tests.contract import KINDS, Case, Holder, error, train_all
+from tests.contract import KINDS, Case, Holder, error, raises_and_changes_nothing, train_all
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # about PEFT's optional dependencies
@@ -144,3 +144,24 @@ def test_contract_model_is_the_one_peft_wraps(rng):
     ours, theirs = pair(Holder(nn.Linear(24, 20)), rng)
     assert not torch.equal(ours.layer.weight, theirs.layer.get_delta_weight("default"))
     assert error(ours.layer.delta_weight(), theirs.layer.get_delta_weight("default")) <= CLOSE
+
+
+@pytest.mark.parametrize("injected", [False, True])
+def test_model_with_adapters_of_peft_is_rejected(injected: bool):
+    model: Any = nn.ModuleDict({"teacher": nn.Sequential(nn.Linear(8, 8)), "student": nn.Linear(8, 8)})
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    if injected:
+        peft.inject_adapter_in_model(config, model)["student"].requires_grad_(True)
+    else:
+        model["teacher"] = peft.get_peft_model(model["teacher"], config)
+    for targets in ("all-linear", ["student"]):
+        with raises_and_changes_nothing(model, ValueError, r"adapters of PEFT.*'teacher.*merge_and_unload"):
+            attach(model, LoRAConfig(rank=2, target_modules=targets))
+    attach(model, LoRAConfig(rank=2, exclude_modules=["teacher"]))
+    assert list(lora_layers(model)) == ["student"]
+
+
+def test_model_merged_by_peft_is_adapted():
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(r=2, target_modules=["0"]))
+    attach(merged := model.merge_and_unload(), LoRAConfig(rank=2))
+    assert list(lora_layers(merged)) == ["0"]

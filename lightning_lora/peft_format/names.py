@@ -179,18 +179,24 @@ def expert_names(root: nn.Module) -> Collection[str]:
 
 def paths_in_model(root: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """Return the layers of the model to which PEFT loads the factors that a file has under these paths."""
-    return _renamed(paths, _renamings(root))
+    # PEFT takes a renaming back that only removes the beginning, or seems to: its prefix counts too.
+    return {
+        path: path if f"{PREFIX}{path}".endswith(new) else new
+        for path, new in _renamed(paths, _renamings(root)).items()
+    }
 
 
-def paths_in_file(root: nn.Module, paths: Iterable[str]) -> dict[str, str | None]:
+def paths_in_file(root: nn.Module, paths: Collection[str]) -> dict[str, str | None]:
     """Return the paths under which a file must have factors for PEFT to load them to these layers, or None."""
-    found: dict[str, str | None] = {}
     moved = [path for path, loaded in paths_in_model(root, paths).items() if loaded != path]
-    before = _renamed(moved, [step.reverse_transform() for step in reversed(_renamings(root))]) if moved else {}
-    after = paths_in_model(root, before.values()) if moved else {}
-    for path in paths:
-        found[path] = path if path not in before else before[path] if after[before[path]] == path else None
-    return found
+    if not moved:
+        return {path: path for path in paths}
+    # Back to the names in the model's checkpoints, as transformers writes them: not to older ones.
+    steps = [step.reverse_transform() for step in reversed(_renamings(root, add_legacy=False))]
+    before = _renamed(moved, steps)
+    loaded = paths_in_model(root, before.values())
+    spelled = {path: name if loaded[name] == path else None for path, name in before.items()}
+    return {path: spelled.get(path, path) for path in paths}
 
 
 def _conversions() -> Any:
@@ -198,12 +204,12 @@ def _conversions() -> Any:
     return sys.modules.get("transformers.conversion_mapping")
 
 
-def _renamings(root: nn.Module) -> list[Any]:
+def _renamings(root: nn.Module, **options: bool) -> list[Any]:
     """Return the renamings of a model's checkpoints; fresh ones, because some of them remember what they met."""
     module, kind = _conversions(), model_type(root)
     if not (module and kind and hasattr(root, "base_model_prefix") and module.get_checkpoint_conversion_mapping(kind)):
         return []
-    return [step for step in module.get_model_conversion_mapping(root) if not hasattr(step, "operations")]
+    return [step for step in module.get_model_conversion_mapping(root, **options) if not hasattr(step, "operations")]
 
 
 def _renamed(paths: Iterable[str], steps: Sequence[Any]) -> dict[str, str]:
@@ -212,6 +218,5 @@ def _renamed(paths: Iterable[str], steps: Sequence[Any]) -> dict[str, str]:
         key = path + _FACTOR
         for step in steps:
             key, _ = step.rename_source_key(key)
-        # PEFT takes back what only removes the beginning.
-        found[path] = path if f"{path}{_FACTOR}".endswith(key) else key.removesuffix(_FACTOR)
+        found[path] = key.removesuffix(_FACTOR)
     return found

@@ -140,6 +140,22 @@ def _output_embeddings(modules: Collection[nn.Module]) -> set[int]:
     return found
 
 
+def adapters_of_peft(plan: Plan) -> Iterator[str]:
+    """Yield a problem if the model carries adapters of PEFT, whose factors would be adapted or frozen."""
+    kinds = set(map(type, plan.modules.values()))
+    theirs = {kind for kind in kinds if any(base.__module__.startswith("peft.") for base in kind.__mro__)}
+    exclude = plan.config.exclude_modules
+    left_alone = {name for name, names in plan.names.items() if selected(exclude, names)} if theirs and exclude else ()
+    parts = plan.modules.items() if theirs else ()
+    found = [name for name, part in parts if type(part) in theirs and not is_below(name, left_alone)]
+    if found:
+        yield (
+            f"{plan.root} already carries adapters of PEFT, in {len(found)} modules such as {found[-1]!r}. Merge them "
+            "with PEFT's merge_and_unload() or remove them with unload() first. To continue their training, load their "
+            "directory into the bare model with lightning_lora.load_adapter. exclude_modules leaves them as they are."
+        )
+
+
 # --- entries that reach nothing
 
 

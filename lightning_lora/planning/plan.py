@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import FAMILIES, LoRAConfig
 from lightning_lora.layers import Adapter, AdapterSpec
 
 
@@ -82,3 +83,23 @@ class Plan:
     wasteful: list[str] = field(default_factory=list)
     normalising: dict[str, nn.Module] = field(default_factory=dict)
     norms: int = 0
+
+    def thawed(self) -> list[str]:
+        """Return the outermost modules that were frozen although their layers get adapters without being named.
+
+        None if the whole model was frozen. Quantized parameters do not count: they never require a gradient.
+        """
+        still = {name: parameter for name, parameter in self.parameters.items() if not parameter.requires_grad}
+        frozen = {name for name, p in still.items() if type(p) is nn.Parameter and p.is_floating_point()}
+        if not frozen or len(still) == len(self.parameters):
+            return []
+        moving = {prefix for name in self.parameters.keys() - frozen for prefix in _prefixes(name)}
+        reached = [layer.names[0] for layer in self.layers if layer.pattern in FAMILIES]
+        outermost = (next((prefix for prefix in _prefixes(name) if prefix not in moving), None) for name in reached)
+        return list(dict.fromkeys(name for name in outermost if name is not None))
+
+
+def _prefixes(name: str) -> Iterator[str]:
+    """Yield the names of the modules around a module, from the outermost one, and its own name."""
+    parts = name.split(".")
+    return (".".join(parts[:count]) for count in range(1, len(parts) + 1))

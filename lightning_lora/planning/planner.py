@@ -38,7 +38,7 @@ from lightning_lora.names import (
     sweeps,
     tied_names,
 )
-from lightning_lora.planning.obstacles import Obstacles, missed_entries
+from lightning_lora.planning.obstacles import Obstacles, adapters_of_peft, missed_entries
 from lightning_lora.planning.other_trainables import plan_biases, plan_saved_modules, plan_token_rows
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
@@ -85,6 +85,7 @@ class _Planner:
     def planned(self) -> Plan:
         plan, config = self.plan, self.config
         plan.base_parameters = self._count_parameters()
+        self.problems += adapters_of_peft(plan)
         if config.modules_to_save:
             self.problems += plan_saved_modules(plan)
         self._add_target_modules()

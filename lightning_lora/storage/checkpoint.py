@@ -86,22 +86,17 @@ class CheckpointFile(AdapterFile):
     def layers(self) -> dict[str, StoredLayer]:
         with damage_named(self.path):
             records = self.record["layers"].items()
-            return {name: self._layer(name, said) for name, said in records if self._rows_key(name) not in self.tensors}
+            return {name: self._layer(name, said) for name, said in records if f"{name}.lora.rows" not in self.tensors}
 
     @functools.cached_property
     @override
     def tokens(self) -> dict[str, StoredTokens]:
         with damage_named(self.path):
-            found = {name: (self._rows_key(name), said) for name, said in self.record["layers"].items()}
             return {
                 name: StoredTokens(self.tensors[key], None, _weight(name, said), key)
-                for name, (key, said) in found.items()
-                if key in self.tensors
+                for name, said in self.record["layers"].items()
+                if (key := f"{name}.lora.rows") in self.tensors
             }
-
-    @staticmethod
-    def _rows_key(name: str) -> str:
-        return f"{name}.lora.rows"
 
     def _layer(self, name: str, said: Mapping[str, Any]) -> StoredLayer:
         """Return one update; an adapter is its layer's only one, or one of a group below the layer's ``lora``."""

@@ -378,8 +378,8 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
     """Return the adapters that the config names, instead of sweeping them up."""
     found = set[str]()
     for root in model.roots:
-        targets = root.attachment.config.target_modules
-        plain = () if isinstance(targets, str) else [each for each in targets if not (is_glob(each) or each in FAMILIES)]
+        targets, entries = root.attachment.config.target_modules, root.attachment.config.named_targets
+        plain = () if isinstance(entries, str) else [entry for entry in entries if not is_glob(entry)]
         for layer in root.attachment.report.layers:
             is_swept = layer.pattern in (targets, *FAMILIES) or is_glob(layer.pattern)
             if not is_swept or selected(plain, (layer.name,)):

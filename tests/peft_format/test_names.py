@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lightning_lora import LoRAConfig, attach, load_adapter, preflight, save_adapter
 from lightning_lora.peft_format.names import MAMBA_MODELS, MAMBA_NAMES, expert_names, paths_in_file, paths_in_model
 from tests.peft_format.models import (
     CLOSE,
     CONVERTED,
+    MODELS,
     QUIET,
     VOCABULARY,
     distance,
@@ -26,6 +28,8 @@ from tests.peft_format.models import (
     transformers,
 )
 
+conversion = pytest.importorskip("transformers.conversion_mapping")
+WeightRenaming = pytest.importorskip("transformers.core_model_loading").WeightRenaming
 pytestmark = QUIET
 LINEAR = ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"]
 EVERYTHING: dict[str, Any] = {
@@ -90,6 +94,25 @@ def test_variants_of_layers_that_peft_adapts_as_parameters_are_refused(option: s
         save_adapter(ours, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("name", "layer", "reason"),
+    [
+        ("up_proj", torch.nn.Embedding(4, 4), "it takes 'up_proj' in target_modules for experts"),
+        (
+            "draft",
+            MODELS["llama"](),
+            "matches target_modules by the ends of names, and 'draft.model.layers.0.self_attn",
+        ),
+    ],
+)
+def test_layers_that_no_option_names_alone_are_refused(name: str, layer: torch.nn.Module, reason: str) -> None:
+    model = of_type("glm4_moe")
+    model.add_module(name, layer)
+    targets = ["up_proj" if name == "up_proj" else "model.layers.0.self_attn.q_proj"]
+    ours = trained(model, target_modules=targets, exclude_modules=["draft"] if name == "draft" else [])
+    assert any(reason in row.peft for row in preflight(ours).rows)
+
+
 @pytest.mark.parametrize("model_type", ["falcon_mamba", "mamba"])
 def test_layers_that_peft_refuses_in_mamba_models_are_refused(model_type: str, tmp_path: Path) -> None:
     ours = trained(of_type(model_type, **MAMBA), target_modules=["in_proj", "out_proj"])
@@ -106,6 +129,19 @@ def test_other_layers_of_mamba_models_load_in_peft(tmp_path: Path) -> None:
     ours = trained(of_type("falcon_mamba", **MAMBA), target_modules=["in_proj", "x_proj"])
     save_adapter(ours, tmp_path)
     assert distance(logits(in_peft(of_type("falcon_mamba", **MAMBA), tmp_path)), logits(ours)) <= CLOSE
+
+
+def test_layer_is_written_under_its_name_in_the_checkpoints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in Unlimited OCR, whose smallest model is larger than this one."""
+    conversion.get_checkpoint_conversion_mapping("bert")  # makes the cache
+    renamings = [WeightRenaming(r"^trunk\.", "encoder."), WeightRenaming(r"(^|bert\.)encoder\.", r"\1bert.encoder.")]
+    monkeypatch.setitem(conversion._checkpoint_conversion_mapping_cache, "bert", renamings)
+    ours = trained(MODELS["bert"](), target_modules=["query", "classifier"])
+    save_adapter(ours, tmp_path)
+    keys = {key.removeprefix("base_model.model.") for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert {"trunk.layer.0.attention.self.query.lora_A.weight", "classifier.lora_B.weight"} <= keys
+    assert distance(logits(in_peft(MODELS["bert"](), tmp_path)), logits(ours)) <= CLOSE
+    assert distance(logits(loaded(MODELS["bert"](), tmp_path)), logits(ours)) <= CLOSE
 
 
 def test_renamed_layer_without_a_name_that_loads_is_refused(tmp_path: Path) -> None:
@@ -174,3 +210,12 @@ def test_paths_are_renamed_as_peft_renames_them(model_type: str, sizes: dict[str
     assert paths_in_model(model, paths) == _loaded_by_peft(model, paths)
     spelled = {path: spelling for path, spelling in paths_in_file(model, paths).items() if spelling}
     assert _loaded_by_peft(model, list(spelled.values())) == {spelling: path for path, spelling in spelled.items()}
+
+
+def test_renaming_that_only_removes_a_beginning_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's own prefix counts as part of the name, and it ends in ``model.``."""
+    conversion.get_checkpoint_conversion_mapping("llama")
+    renaming = WeightRenaming(r"(^|model\.)layers\.", r"\1model.layers.")
+    monkeypatch.setitem(conversion._checkpoint_conversion_mapping_cache, "llama", [renaming])
+    paths = ["model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj", "lm_head"]
+    assert paths_in_model(MODELS["llama"](), paths) == _loaded_by_peft(MODELS["llama"](), paths)

@@ -214,6 +214,44 @@ def test_adapter_as_large_as_its_weight_warns():
     assert len(seen) == 1
 
 
+# --- modules that were frozen beforehand
+
+
+def gan_with_frozen_critic() -> nn.Module:
+    critic = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).requires_grad_(False)
+    model = nn.ModuleDict({"generator": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "critic": critic})
+    model["generator"][1].requires_grad_(False)
+    return model
+
+
+def test_frozen_modules_that_get_adapters_are_named_once_with_two_remedies():
+    with pytest.warns(UserWarning, match=r"frozen.*'all-linear' reaches them: generator.1, critic\.") as seen:
+        report(model := gan_with_frozen_critic())
+    assert len(seen) == 1
+    assert len(lora_layers(model)) == 4
+    report(model)  # again, without a warning
+    remedies = [
+        {"exclude_modules": ["generator.1", "critic"]},
+        {"target_modules": ["all-linear", "generator.1", "critic.*"]},
+    ]
+    for count, options in zip((1, 4), remedies, strict=True):
+        [(option, value)] = options.items()
+        assert f"{option}={value}" in str(seen[0].message)
+        assert len(reached(gan_with_frozen_critic(), **options)) == count
+
+
+def test_frozen_modules_are_no_surprise_if_all_are_frozen_named_or_left_alone():
+    assert len(reached(gan_with_frozen_critic().requires_grad_(False))) == 4
+    assert len(reached(gan_with_frozen_critic(), target_modules=["critic.*"])) == 2
+    assert len(reached(gan_with_frozen_critic(), modules_to_save=["critic"], exclude_modules=["generator.1"])) == 1
+
+
+def test_integer_parameters_do_not_count_as_frozen():
+    model = nn.ModuleDict({"fc": nn.Linear(8, 8)})
+    model["fc"].codes = nn.Parameter(torch.ones(3, dtype=torch.uint8), requires_grad=False)
+    assert reached(model) == ["fc"]
+
+
 def test_warning_raised_as_error_leaves_model_unchanged():
     model = nn.ModuleDict({"small": nn.Linear(4, 4)})
     with warnings.catch_warnings():
