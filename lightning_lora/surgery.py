@@ -7,7 +7,8 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from lightning_lora.layers import (
     AdapterGroup,
     FrozenNorm,
     LoRALayer,
+    base_parameter,
     has_running_statistics,
     hold_statistics,
     release_statistics,
@@ -44,6 +46,8 @@ from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
+
+_RESIZE = "resize_token_embeddings"  # of transformers models
 
 
 def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0, probe: object = None) -> AttachReport:
@@ -95,6 +99,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
             _freeze_parameters(plan, attachment)
             if plan.norms:
                 freeze_norms(module)
+            _guard_resizing(plan.modules.values())
             if probe is not None:
                 refuse_dead_adapters(module, probe)
     return attachment.report
@@ -131,10 +136,12 @@ def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextMana
 
     Raises:
         ValueError: An adapter holds NaN or infinity, or the module has none. Nothing was changed.
-        RuntimeError: A weight cannot take the update. Nothing was changed.
+        RuntimeError: A weight cannot take the update, or adapted layers have been replaced or resized. Nothing was
+            changed.
     """
     model = AdaptedModel(module)
     _refuse_part(model)
+    model.check_unchanged()
     layers = model.layers
     if not layers:
         raise ValueError(f"merge: {type(module).__name__} has no adapters.")
@@ -270,8 +277,9 @@ def _undone_on_failure(
         for parameter, requires_grad in parameters.values():
             parameter.requires_grad_(requires_grad)
         if old is None:
-            for part in plan.normalising.values():
+            for part in plan.modules.values():
                 release_statistics(part)
+                vars(part).pop(_RESIZE, None)
         else:
             old.base_values = kept
         set_attachment(module, old)
@@ -361,10 +369,35 @@ def _freeze_parameters(plan: Plan, record: Attachment) -> None:
             parameter.requires_grad_(wanted)
 
 
+def _guard_resizing(modules: Collection[nn.Module]) -> None:
+    """Let transformers models refuse to resize adapted embeddings, which would lose the adapters or not fit them."""
+    kinds = {kind for kind in set(map(type, modules)) if hasattr(kind, _RESIZE)}
+    for part in modules if kinds else ():
+        if type(part) in kinds:
+            vars(part)[_RESIZE] = partial(_resize, part)
+
+
+def _resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
+) -> Any:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    sizes = {len(base_parameter(end, "weight")) for end in ends if isinstance(end, LoRALayer)}
+    if not sizes:
+        return getattr(type(model), _RESIZE)(model, new_num_tokens, pad_to_multiple_of, **options)
+    if new_num_tokens in {None, *sizes} and not any(size % (pad_to_multiple_of or 1) for size in sizes):
+        return ends[0]  # not by the model's own method, which would freeze the adapters
+    raise RuntimeError(
+        f"resize_token_embeddings: the embeddings of this {type(model).__name__} carry LoRA adapters, which would be "
+        "lost or no longer fit. Resize before attaching: in __init__, setup or configure_model; or call "
+        "detach(module) first."
+    )
+
+
 def _thaw(model: AdaptedModel) -> None:
     """Undo freezing and remove the records."""
     for _, part in model.parts:
         release_statistics(part)
+        vars(part).pop(_RESIZE, None)
     for root in model.roots:
         for name, parameter in root.module.named_parameters():
             parameter.requires_grad_(root.attachment.required_grad.get(clean_name(name), parameter.requires_grad))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -532,3 +533,38 @@ def test_class_that_cannot_be_derived_from_leaves_the_model_unchanged():
     model = nn.Sequential(nn.Linear(4, 4), Final(4, 4), nn.Linear(4, 4))
     with raises_and_changes_nothing(model, TypeError, "Final is final"):
         attach(model, LoRAConfig(rank=1))
+
+
+# --- transformers models that resize their embeddings
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_resizing_adapted_embeddings_raises_at_once(target: str) -> None:
+    model = tiny_llama()
+    attach(model, LoRAConfig(rank=2, target_modules=[target]))
+    before = snapshot(model)
+    for holder in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(RuntimeError, match=r"this LlamaForCausalLM carry LoRA adapters.*Resize before"):
+            holder.resize_token_embeddings(40)
+    with pytest.raises(RuntimeError, match="Resize before attaching"):
+        model.resize_token_embeddings(pad_to_multiple_of=8)
+    model.resize_token_embeddings(len(model.get_input_embeddings().weight))  # as it is
+    assert_unchanged(model, before)
+    detach(model)
+    model.resize_token_embeddings(40)
+    assert model.get_output_embeddings().out_features == 40
+
+
+def test_embeddings_without_adapters_can_be_resized() -> None:
+    model = tiny_llama()
+    attach(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    model.resize_token_embeddings(40)
+    assert model(torch.tensor([[39]])).logits.shape[-1] == 40
+    assert len(adapter_state_dict(model)) == 2
+
+
+def tiny_llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))
