@@ -40,7 +40,8 @@ class Reader(NamedTuple):
 
 def weight_readers(modules: Collection[nn.Module]) -> dict[int, Reader]:
     """Return the identities of layers whose weight is read from outside, with the class that reads it."""
-    classes = dict.fromkeys(map(type, modules))  # far fewer than modules
+    # Far fewer than modules; torch's own layers without layers read no other's weight.
+    classes = dict.fromkeys(type(each) for each in modules if each._modules or not _is_of_torch(each))
     read = {each: paths for each in classes if (paths := paths_read(each))}
     given = {path[1:] for paths in read.values() for path in paths if path[0:1] == (_ARGUMENT,)}
     if given:  # by code that gets the layer, or what contains it, as an argument
@@ -55,6 +56,10 @@ def weight_readers(modules: Collection[nn.Module]) -> dict[int, Reader]:
                 reader = Reader(name, path in _paths_called(type(parent)))  # type: ignore[arg-type] # Module's own hash
                 found |= {id(layer): reader for layer in _at(parent, path)}
     return found
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 @functools.cache
