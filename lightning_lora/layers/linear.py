@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_lora.layers.adapter import KNOWN_BY_NAME, base_weight, register_adapter
 from lightning_lora.layers.lora_layer import LoRALayer, Mode, reads_weight
 from lightning_lora.layers.low_rank import LowRankAdapter, seeded
-from lightning_lora.layers.readers import paths_read
+from lightning_lora.layers.readers import reads_own_weight
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
 
 
@@ -47,7 +47,7 @@ class LinearAdapter(LowRankAdapter):
     def needs_weight(cls, module: nn.Module) -> bool:
         # A subclass may compute anything with its weight; one with a quantized weight applies it as it is.
         own = _own_forward(module)
-        return own is not None and base_weight(module).is_floating_point() and () in paths_read(own)  # type: ignore[arg-type] # for mypy, Module's own hash
+        return own is not None and base_weight(module).is_floating_point() and reads_own_weight(own)
 
     @classmethod
     @override

@@ -13,79 +13,86 @@ import inspect
 import textwrap
 from collections.abc import Collection, Iterable, Iterator
 from types import CodeType, FunctionType
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
 Path: TypeAlias = tuple[str, ...]  # attribute names below a module; "*" stands for every member of a container
 
 _ARGUMENT = "<argument>"  # starts the path of what a function was given
-_ENTRANCES = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+_ENTRANCES = frozenset({"forward", "training_step", "validation_step", "test_step", "predict_step"})
 _LIBRARIES = ("torch.nn.modules.module", "lightning.", "pytorch_lightning.", "lightning_lora.")
 _METADATA = frozenset(
     {"data_ptr", "device", "dim", "dtype", "element_size", "grad", "is_contiguous", "is_cuda", "layout"}
 )
-_METADATA |= {"is_floating_point", "is_meta", "ndim", "numel", "requires_grad", "shape", "size", "stride", "type"}
+_METADATA |= {"is_floating_point", "is_meta", "ndim", "numel", "requires_grad", "shape", "size", "stride"}
 _QUESTIONS = frozenset({"hasattr", "id", "isinstance", "len", "print", "type"})
 _ITERATORS = frozenset({"enumerate", "iter", "list", "reversed", "tuple", "zip"})
 _VIEWS = frozenset({"items", "values"})
 
 
-class Reader(NamedTuple):
-    """A class that reads a layer's weight, and whether it calls the layer as well, in another mode."""
-
-    name: str
-    calls: bool
-
-
-def weight_readers(modules: Collection[nn.Module]) -> dict[int, Reader]:
+def weight_readers(modules: Collection[nn.Module]) -> dict[int, str]:
     """Return the identities of layers whose weight is read from outside, with the class that reads it."""
-    # Far fewer than modules; torch's own layers without layers read no other's weight.
-    classes = dict.fromkeys(type(each) for each in modules if each._modules or not _is_of_torch(each))
-    read = {each: paths for each in classes if (paths := paths_read(each))}
+    parents = [each for each in modules if each._modules or not _is_of_torch(each)]
+    classes: set[type] = set(map(type, parents))  # far fewer
+    called = _ENTRANCES
+    for _ in range(2):  # modules call methods of other modules, which may call others
+        called = called.union(*(_names_used(each, called & _methods(each)) for each in classes))
+    entrances = {each: called & _methods(each) for each in classes}
+    read = {each: paths for each in classes if (paths := paths_read(each, entrances[each]))}
     given = {path[1:] for paths in read.values() for path in paths if path[0:1] == (_ARGUMENT,)}
     if given:  # by code that gets the layer, or what contains it, as an argument
         for each in classes:
-            handed = {path + rest for path in _paths_passed(each) for rest in given}
+            handed = {path + rest for path in _paths_passed(each, entrances[each]) for rest in given}
             read[each] = read.get(each, frozenset()) | handed
-    found = dict[int, Reader]()
-    for parent in modules if read else ():
+    found = dict[int, str]()
+    for parent in parents if read else ():
         for path in read.get(type(parent), ()):
             if path and path[0] != _ARGUMENT:
                 name = getattr(parent, "base_class", type(parent)).__name__
-                reader = Reader(name, path in _paths_called(type(parent)))  # type: ignore[arg-type] # Module's own hash
-                found |= {id(layer): reader for layer in _at(parent, path)}
+                found |= {id(layer): name for layer in _at(parent, path)}
     return found
 
 
 def _is_of_torch(module: nn.Module) -> bool:
+    """Return whether a module is one of torch's; those without children read no other's weight."""
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
 @functools.cache
-def paths_read(module_class: type[nn.Module]) -> frozenset[Path]:
+def paths_read(module_class: type, entrances: frozenset[str]) -> frozenset[Path]:
     """Return the paths of layers whose weight the methods of a class read; the empty path is the module itself."""
     found = frozenset[Path]()
-    for function, is_method in _reachable(module_class):
+    for function, is_method in _reachable(module_class, entrances):
         if "weight" in _names(function.__code__):
             found |= _Scan(function, is_method=is_method).weights_read()
     return found
 
 
+def reads_own_weight(module_class: type) -> bool:
+    """Return whether the forward of a class computes with the module's own weight."""
+    return () in paths_read(module_class, frozenset({"forward"}))
+
+
 @functools.cache
-def _paths_passed(module_class: type[nn.Module]) -> frozenset[Path]:
+def _paths_passed(module_class: type, entrances: frozenset[str]) -> frozenset[Path]:
     found = frozenset[Path]()
-    for function, is_method in _reachable(module_class):
+    for function, is_method in _reachable(module_class, entrances):
         found |= _Scan(function, is_method=is_method).passed()
     return found
 
 
 @functools.cache
-def _paths_called(module_class: type[nn.Module]) -> frozenset[Path]:
-    found = frozenset[Path]()
-    for function, is_method in _reachable(module_class):
-        found |= _Scan(function, is_method=is_method).called()
-    return found
+def _names_used(module_class: type, entrances: frozenset[str]) -> frozenset[str]:
+    functions = (function for function, _ in _reachable(module_class, entrances))
+    return frozenset[str]().union(*(_names(function.__code__) for function in functions))
+
+
+@functools.cache
+def _methods(module_class: type) -> frozenset[str]:
+    return frozenset(
+        name for each in module_class.__mro__ if not each.__module__.startswith(_LIBRARIES) for name in vars(each)
+    )
 
 
 def _at(module: nn.Module, path: Path) -> Iterator[nn.Module]:
@@ -98,9 +105,9 @@ def _at(module: nn.Module, path: Path) -> Iterator[nn.Module]:
             yield from _at(child, tuple(rest))
 
 
-def _reachable(module_class: type[nn.Module]) -> Iterator[tuple[FunctionType, bool]]:
+def _reachable(module_class: type, entrances: frozenset[str]) -> Iterator[tuple[FunctionType, bool]]:
     """Yield the functions that a forward pass can call: methods, and functions of their modules that take a layer."""
-    waiting, names, seen = list(_ENTRANCES), set(_ENTRANCES), set[FunctionType]()
+    waiting, names, seen = list(entrances), set(entrances), set[FunctionType]()
     while waiting:
         for function in _definitions(module_class, waiting.pop()):
             seen.add(function)
@@ -115,7 +122,7 @@ def _reachable(module_class: type[nn.Module]) -> Iterator[tuple[FunctionType, bo
                     yield other, False
 
 
-def _definitions(module_class: type[nn.Module], name: str) -> Iterator[FunctionType]:
+def _definitions(module_class: type, name: str) -> Iterator[FunctionType]:
     """Yield a method, and those that it overrides and calls."""
     for each in module_class.__mro__:
         function = vars(each).get(name)
@@ -173,11 +180,6 @@ class _Scan:
                     found |= {path for path in self._paths(value) if path and path[0] != _ARGUMENT}
         return frozenset(found)
 
-    def called(self) -> frozenset[Path]:
-        """Return the paths of modules that it calls."""
-        calls = (self._paths(node.func) for node in self.nodes if isinstance(node, ast.Call))
-        return frozenset[Path]().union(*calls)
-
     def _follow_names(self) -> None:
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
@@ -228,6 +230,8 @@ def _asked_about(node: ast.AST) -> Iterable[ast.AST]:
         return (node.value,)
     if isinstance(node, ast.Call) and getattr(node.func, "id", None) in _QUESTIONS:
         return node.args
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.args:
+        return (node.func.value,) if node.func.attr == "type" else ()  # with an argument, it converts
     if isinstance(node, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in node.ops):
         return node.left, *node.comparators
     return ()

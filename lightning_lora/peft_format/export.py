@@ -45,6 +45,8 @@ from lightning_lora.peft_format.names import (
     tensors_in_full,
 )
 
+_FUSED_IN_EVAL = "TransformerEncoderLayer"  # calls its layers whenever gradients flow
+
 
 @dataclass
 class Export:
@@ -137,12 +139,10 @@ class Export:
                 "without dropout. That matters only for further training in PEFT."
             )
         readers = weight_readers(list(self.root.modules()))
-        if read := [layer for layer in self.layers if id(layer.module) in readers and layer.name not in doubled]:
-            parents = sorted({readers[id(layer.module)].name for layer in read})
+        if fused := [name for name, layer in by_name.items() if readers.get(id(layer.module)) == _FUSED_IN_EVAL]:
             found.append(
-                f"{listed(parents)} reads the weights of {listed([layer.name for layer in read])} in some modes, as "
-                "torch's fused encoder does in eval mode, and so bypasses PEFT's adapters; call PEFT's "
-                "merge_and_unload before using them."
+                f"In eval mode torch's fused encoder bypasses PEFT's adapters of {listed(fused)}; call "
+                "PEFT's merge_and_unload before using them."
             )
         return found
 
@@ -256,8 +256,8 @@ class ExportCollector:
 
     def _obstacle(self, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
         reader = self.readers.get(id(layer))
-        if reader is not None and not reader.calls:
-            return f"PEFT adds the update to the layer's output, and its parent, a {reader.name}, reads its weight"
+        if reader not in {None, _FUSED_IN_EVAL}:
+            return f"PEFT adds the update to the layer's output, and its parent, a {reader}, reads its weight"
         options = {"use_dora": self.result.use_dora, "lora_bias": self.result.lora_bias}
         return adapter.peft_obstacle(layer, parameter, **options)
 

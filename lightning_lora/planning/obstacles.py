@@ -97,7 +97,7 @@ class Obstacles:
     def carried_by_weight(self, layer: PlannedLayer) -> str | None:
         """Return why the weight must carry the update, or None where the update is added to the output."""
         if reader := self.readers.get(id(layer.module)):
-            return f"its parent, a {reader.name}, reads the weight, which must carry the update"
+            return f"its parent, a {reader}, reads the weight, which must carry the update"
         if layer.adapter.needs_weight(layer.module) and not self._may_be_added(layer):
             return f"a {type(layer.module).__name__} has its own forward, so its weight must carry the update"
         return None

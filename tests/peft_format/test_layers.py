@@ -108,7 +108,7 @@ def test_fused_encoder_needs_peft_merge(tmp_path: Path) -> None:
         return nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
 
     ours = trained(seeded(build), target_modules=["0.linear1", "0.linear2"])
-    with pytest.warns(UserWarning, match=r"reads the weights of 0\.linear1, 0\.linear2 .* bypasses PEFT's adapters"):
+    with pytest.warns(UserWarning, match=r"bypasses PEFT's adapters of 0\.linear1, 0\.linear2"):
         save_adapter(ours, tmp_path)
     theirs = in_peft(seeded(build), tmp_path)
     assert distance(output(theirs, sequences), output(seeded(build), sequences)) == 0
