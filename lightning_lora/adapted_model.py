@@ -131,6 +131,21 @@ class AdaptedModel:
         if changed := self.changed():
             raise RuntimeError(changed)
 
+    def check_adapted(self, caller: str) -> None:
+        """Raise if there is nothing for a function to act on.
+
+        Raises:
+            ValueError: The model has no adapters; the message says whether they were merged.
+        """
+        if not self.layers and not self.roots:
+            now = "call attach or load_adapter first."
+            if self.merges:
+                now = (
+                    f"they were merged into the weights of {listed(list(self.merges))}, which cannot be undone. Build "
+                    "the base anew, or keep the adapters: merged(module) restores the exact weights."
+                )
+            raise ValueError(f"{caller}: {type(self.module).__name__} has no adapters; {now}")
+
     @functools.cached_property
     def merges(self) -> dict[str, int]:
         """The number of adapters merged for good into each layer."""

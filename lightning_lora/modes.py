@@ -44,12 +44,21 @@ def merged(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def disabled(module: nn.Module) -> Iterator[None]:
+def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
     """Compute with the bare base model, bit for bit, and switch the adapters back on afterwards.
 
     Modules trained in full are not affected.
+
+    Args:
+        module: An adapted module.
+        missing_ok: Accept a module without adapters, for code that serves both.
+
+    Raises:
+        ValueError: The module has no adapters, or they were merged, so that nothing could be switched off.
     """
     model = AdaptedModel(module)
+    if not missing_ok:
+        model.check_adapted("disabled")
     with _modes(model.layers, lambda _: "disabled"), _base_values(model):
         yield
 

@@ -111,10 +111,11 @@ def detach(module: nn.Module) -> None:
     Modules trained in full keep what they learned.
 
     Raises:
-        ValueError: The adapters were attached to a parent of this module.
+        ValueError: The module has no adapters, or they were attached to a parent of it.
     """
     model = AdaptedModel(module)
     _refuse_part(model)
+    model.check_adapted("detach")
     for layer in model.layers.values():
         set_mode(layer, "disabled")
         _swap_out_adapter(layer)
@@ -141,10 +142,9 @@ def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextMana
     """
     model = AdaptedModel(module)
     _refuse_part(model)
+    model.check_adapted("merge")
     model.check_unchanged()
     layers = model.layers
-    if not layers:
-        raise ValueError(f"merge: {type(module).__name__} has no adapters.")
     for name, layer in layers.items():
         with whole(layer):
             check_mergeable({name: layer})

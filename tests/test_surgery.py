@@ -220,11 +220,12 @@ def test_detach_and_attach_starts_over(tiny):
     assert_same_bits(adapter_state_dict(tiny), start)
 
 
-def test_detaching_twice_is_harmless(tiny):
+def test_detaching_twice_raises(tiny):
     before = snapshot(tiny)
     attach(tiny, CONFIG)
     detach(tiny)
-    detach(tiny)
+    with pytest.raises(ValueError, match="TinyModel has no adapters; call attach"):
+        detach(tiny)
     assert_unchanged(tiny, before)
 
 
@@ -280,9 +281,16 @@ def test_merging_twice_raises(trained):
         merge(trained)
 
 
-def test_merge_without_adapters_raises(tiny):
-    with raises_and_changes_nothing(tiny, ValueError, "TinyModel has no adapters"):
-        merge(tiny)
+@pytest.mark.parametrize("change", [merge, detach])
+def test_merge_and_detach_without_adapters_raise(change: Callable[[nn.Module], None], tiny):
+    with raises_and_changes_nothing(tiny, ValueError, "TinyModel has no adapters; call attach"):
+        change(tiny)
+
+
+def test_detach_after_a_merge_raises(trained):
+    merge(trained)
+    with raises_and_changes_nothing(trained, ValueError, "merged into the weights of .* cannot be undone"):
+        detach(trained)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
