@@ -25,7 +25,7 @@ from lightning_lora.layers import (
     weight_readers,
 )
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
-from lightning_lora.names import join, listed, module_names
+from lightning_lora.names import is_below, join, listed, module_names
 from lightning_lora.peft_format.config import (
     LAST_KNOWN_PEFT_TEXT,
     TIMES_PEFT_ADDS_OUT_PROJ,
@@ -46,6 +46,7 @@ from lightning_lora.peft_format.names import (
 )
 
 _FUSED_IN_EVAL = "TransformerEncoderLayer"  # calls its layers whenever gradients flow
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT saves none whole
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Export:
         layers: The low-rank updates.
         tokens: Embeddings whose rows train.
         saved: Modules trained in full.
+        namesakes: Those of them that are frozen, and only have names that end like another's.
         biases: Biases of the base that train, by the names of their parameters.
         refused: Name -> why PEFT cannot hold it.
         is_partial: Whether the model has other modules, so that only full names mean these.
@@ -69,6 +71,7 @@ class Export:
     layers: list[PeftLayer] = field(default_factory=list)
     tokens: dict[str, TokenAdapter] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
+    namesakes: list[str] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     is_partial: bool = False
@@ -137,6 +140,11 @@ class Export:
             found.append(
                 f"The files say lora_dropout=0, not {self.dropout:g}: PEFT adapts {listed(linear)} as parameters, "
                 "without dropout. That matters only for further training in PEFT."
+            )
+        if self.namesakes:
+            found.append(
+                f"The files also hold {listed(self.namesakes)}, with the base's values: PEFT matches modules_to_save "
+                "by the ends of names. Further training in PEFT would train them."
             )
         readers = weight_readers(list(self.root.modules()))
         if fused := [name for name, layer in by_name.items() if readers.get(id(layer.module)) == _FUSED_IN_EVAL]:
@@ -211,6 +219,7 @@ class ExportCollector:
                 self._add_layer(name, part)
         self._add_what_trains_in_full()
         self._refuse_what_is_left()
+        self._add_namesakes()
         self._refuse_unclear_names()
         self.result.layers.sort(key=lambda layer: layer.name)  # stable: parameters of one module keep their order
         self._spell_paths()
@@ -341,6 +350,16 @@ class ExportCollector:
                     self.result.biases[self.place[id(tensor)]] = tensor
                     self.done.add(id(tensor))
 
+    def _add_namesakes(self) -> None:
+        """PEFT also wraps modules whose names end as those of saved ones do: frozen ones keep the base's values."""
+        saved, trained = tuple(self.result.saved), {id(tensor) for tensor in self.model.trained.values()}
+        for name, (part, aliases) in self.names.items():
+            own = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+            is_like = bool(saved) and name.endswith(saved) and not is_below(name, saved)
+            if is_like and len(aliases) == 1 and not own & trained and not isinstance(part, _CONTAINERS):
+                self.result.saved[name] = part
+                self.result.namesakes.append(name)
+
     def _refuse_what_is_left(self) -> None:
         for name, tensor in self.model.trained.items():
             if id(tensor) in self.done:
@@ -383,7 +402,8 @@ class ExportCollector:
         if option == "target_modules" and not self.expert_names:
             return  # a regular expression can say it, of which PEFT keeps only last parts in models with experts
         every = (alias for _, aliases in self.names.values() for alias in aliases)
-        if other := next((each for each in every if each.endswith(name) and each != name), None):
+        fine = {name, *(self.result.saved if option == "modules_to_save" else ())}
+        if other := next((each for each in every if each.endswith(name) and each not in fine), None):
             yield f"PEFT matches {option} by the ends of names, and {other!r} has the same ending"
         # PEFT leaves such layers out of target_modules.
         if option == "modules_to_save" and any(f".{name}." in f".{target}." for target in self.result.targets()):

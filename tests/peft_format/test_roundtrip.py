@@ -18,6 +18,7 @@ from tests.peft_format.models import (
     QUIET,
     VOCABULARY,
     distance,
+    distilbert,
     in_peft,
     loaded,
     logits,
@@ -109,6 +110,28 @@ CASES = [
     ),
     *SPECIAL,
 ]
+
+
+@pytest.mark.parametrize("saved", [["pre_classifier", "classifier"], ["classifier"]], ids=["both", "one"])
+@pytest.mark.filterwarnings("ignore:The files also hold pre_classifier, with the base's values")
+def test_heads_with_the_same_ending_round_trip_through_peft(saved: list[str], tmp_path: Path) -> None:
+    ours = trained(distilbert(), target_modules=["q_lin"], modules_to_save=saved)
+    expected = logits(ours)
+    save_adapter(ours, tmp_path / "ours")
+    theirs = in_peft(distilbert(), tmp_path / "ours")
+    assert theirs.peft_config["default"].modules_to_save == ["classifier", "pre_classifier"]
+    assert distance(logits(theirs), expected) <= CLOSE
+    theirs.save_pretrained(tmp_path / "theirs")
+    for directory in ("ours", "theirs"):
+        again = loaded(distilbert(), tmp_path / directory)
+        assert distance(logits(again), expected) <= CLOSE
+        save_adapter(again, tmp_path / "again")  # what was loaded can be saved
+
+
+def test_frozen_head_that_joins_the_file_is_reported(tmp_path: Path) -> None:
+    ours = trained(distilbert(), target_modules=["q_lin"], modules_to_save=["classifier"])
+    with pytest.warns(UserWarning, match="also hold pre_classifier, with the base's values"):
+        save_adapter(ours, tmp_path)
 
 
 @pytest.mark.parametrize(("model", "name", "options"), CASES, ids=[f"{model}: {name}" for model, name, _ in CASES])
