@@ -27,6 +27,7 @@ from lightning_lora.layers import (
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.names import is_below, join, listed, module_names
 from lightning_lora.peft_format.config import (
+    HEADS_OF_TASKS,
     LAST_KNOWN_PEFT_TEXT,
     TIMES_PEFT_ADDS_OUT_PROJ,
     numbers_for,
@@ -102,11 +103,12 @@ class Export:
         """Return the linear layers that PEFT adapts right only as parameters."""
         return [layer.name for layer in self.layers if layer.by_parameter and layer.label == layer.name]
 
-    def config(self, base_model_name_or_path: str | None) -> dict[str, Any]:
+    def config(self, base_model_name_or_path: str | None, task_type: str | None = None) -> dict[str, Any]:
         """Return what ``adapter_config.json`` says."""
         parameters = sorted(layer.target for layer in self.layers if layer.by_parameter)
         tokens = {name: [int(token) for token in adapter.index] for name, adapter in sorted(self.tokens.items())}
         return self.numbers() | {
+            "auto_mapping": None if task_type else self._auto_mapping(),
             "base_model_name_or_path": base_model_name_or_path,
             "bias": self.bias if self.biases else "none",
             "fan_in_fan_out": any(issubclass(layer.adapter, Conv1DAdapter) for layer in self.layers),
@@ -121,10 +123,31 @@ class Export:
             if self.is_partial
             else targets_for(self.targets(), _base_names(self.root)),
             "target_parameters": parameters or None,
-            "task_type": None,
+            "task_type": task_type,
             "trainable_token_indices": tokens or None,
             "use_dora": self.use_dora,
         }
+
+    def _auto_mapping(self) -> dict[str, str] | None:
+        """Return the class from which PEFT's ``AutoPeftModel`` makes the base; unknown where only a file was read."""
+        kind = type(self.root)
+        return None if self.is_partial else {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+    def check_task(self, task_type: str | None) -> None:
+        """Reject a task of PEFT's that is unknown, or for which PEFT would skip an adapted head.
+
+        Raises:
+            ValueError: Its message says which.
+        """
+        if task_type not in {None, *HEADS_OF_TASKS}:
+            known = ", ".join(map(repr, HEADS_OF_TASKS))
+            raise ValueError(f"task_type={task_type!r} is unknown to PEFT; choose one of {known}.")
+        heads = HEADS_OF_TASKS.get(task_type or "", ())
+        if skipped := [layer.name for layer in self.layers if set(layer.name.split(".")) & set(heads)]:
+            raise ValueError(
+                f"task_type={task_type!r}: PEFT trains modules named {' and '.join(heads)} in full for this task, and "
+                f"would skip the adapters of {listed(skipped)}. Leave task_type out, or name them in modules_to_save."
+            )
 
     def caveats(self) -> list[str]:
         """Return warnings about correct files that some PEFT versions apply differently."""

@@ -10,14 +10,22 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.names import listed
 from lightning_lora.peft_format.config import anchored
-from lightning_lora.peft_format.directory import CONFIG_FILE, PICKLED_FILE, TENSORS_FILE, write_tensors
+from lightning_lora.peft_format.directory import (
+    CARD_FILE,
+    CARD_MARK,
+    CONFIG_FILE,
+    PICKLED_FILE,
+    TENSORS_FILE,
+    model_card,
+    write_tensors,
+)
 from lightning_lora.peft_format.export import Export, ExportCollector
 from lightning_lora.peft_format.factors import PeftLayer
 from lightning_lora.peft_format.names import chosen_root, found_root
@@ -33,6 +41,7 @@ def save_adapter(
     base_model_name_or_path: str | None = None,
     uniform_rank: bool = False,
     overwrite: bool = False,
+    task_type: str | None = None,
     base: Fingerprint | None = None,
 ) -> None:
     """Write the adapter as a PEFT directory, which PEFT, vLLM and ``load_adapter`` read.
@@ -50,6 +59,8 @@ def save_adapter(
         uniform_rank: Pad all layers with zeros to the highest rank and give them one scaling, for loaders such as vLLM
             that ignore patterns of ranks and alphas. The adapter computes the same.
         overwrite: Replace an adapter that is in the directory; other files beside it stay.
+        task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``, for tools that ask for it. If left out, the files
+            name the class of the base model, from which PEFT's ``AutoPeftModel`` loads them.
         base: The fingerprint of the module's base, where this process does not see the base's values.
 
     Raises:
@@ -68,7 +79,9 @@ def save_adapter(
         )
     name = base_model_name_or_path or _base_name(export.root)
     base = _fingerprint(module, export.root) if base is None else below(base, export.root_name)
-    write_export(export, Path(directory), name, base, uniform_rank=uniform_rank, overwrite=overwrite)
+    write_export(
+        export, Path(directory), name, base, uniform_rank=uniform_rank, overwrite=overwrite, task_type=task_type
+    )
 
 
 def write_export(
@@ -79,6 +92,7 @@ def write_export(
     *,
     uniform_rank: bool = False,
     overwrite: bool = False,
+    task_type: str | None = None,
 ) -> None:
     """Write what ``exported`` gave, as ``save_adapter`` does.
 
@@ -89,15 +103,18 @@ def write_export(
     if export.refused:
         reasons = "\n".join(f"  - {name}: {reason}" for name, reason in export.refused.items())
         raise ValueError(f"PEFT cannot express this adapter; nothing was written:\n{reasons}")
+    export.check_task(task_type)
     for caveat in export.caveats():
         warnings.warn(caveat, stacklevel=3)
     if uniform_rank:
         export.uniform()
-    config, tensors = export.config(base_name), export.tensors()
+    config, tensors = export.config(base_name, task_type), export.tensors()
 
     def write(new: Path) -> None:
         write_tensors(tensors, new / TENSORS_FILE, base)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if not (card := directory / CARD_FILE).is_file() or CARD_MARK in card.read_text("utf-8", errors="replace"):
+            (new / CARD_FILE).write_text(model_card(config, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
 
     replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,), overwrite=overwrite)
 

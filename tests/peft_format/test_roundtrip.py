@@ -128,6 +128,29 @@ def test_heads_with_the_same_ending_round_trip_through_peft(saved: list[str], tm
         save_adapter(again, tmp_path / "again")  # what was loaded can be saved
 
 
+def test_auto_class_of_peft_loads_a_directory(tmp_path: Path) -> None:
+    llama = MODELS["llama"]
+    llama().save_pretrained(tmp_path / "base")
+    ours = trained(llama(), target_modules=["q_proj"])
+    save_adapter(ours, tmp_path / "any", base_model_name_or_path=str(tmp_path / "base"))
+    save_adapter(ours, tmp_path / "lm", base_model_name_or_path=str(tmp_path / "base"), task_type="CAUSAL_LM")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft.auto.check_file_exists_on_hf_hub", lambda **_: False)
+        for kind, name in (
+            ("AutoPeftModel", "any"),
+            ("AutoPeftModelForCausalLM", "any"),
+            ("AutoPeftModelForCausalLM", "lm"),
+        ):
+            theirs = getattr(peft, kind).from_pretrained(tmp_path / name)
+            assert distance(logits(theirs.eval()), logits(ours)) <= CLOSE
+
+
+def test_task_for_which_peft_would_skip_an_adapter_is_refused(tmp_path: Path) -> None:
+    ours = trained(distilbert(), target_modules=["q_lin", "classifier"])
+    with pytest.raises(ValueError, match="PEFT trains modules named classifier and score in full.*of classifier"):
+        save_adapter(ours, tmp_path, task_type="SEQ_CLS")
+
+
 def test_frozen_head_that_joins_the_file_is_reported(tmp_path: Path) -> None:
     ours = trained(distilbert(), target_modules=["q_lin"], modules_to_save=["classifier"])
     with pytest.warns(UserWarning, match="also hold pre_classifier, with the base's values"):
