@@ -240,6 +240,11 @@ class Examination:
                 raise UnbuildableError("its outputs hold no finite number")
             if difference(outputs(self.specimen, copy.deepcopy(self.base)), self.before) > self.tolerance:
                 raise UnbuildableError("two calls, or two copies, differ")
+            if (
+                difference(outputs(self.specimen, copy.deepcopy(self.base).requires_grad_(False)), self.before)
+                > self.tolerance
+            ):
+                raise UnbuildableError("frozen, it computes something else by itself")
             self.train = self.trains()
             # An adapted model's norms keep their statistics in training, so that its base in evaluation is its like.
             self.alive = gradients(self.specimen, copy.deepcopy(self.base), self.train and self.same_in_both)

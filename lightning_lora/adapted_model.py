@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import Attachment, get_attachment, merge_count
-from lightning_lora.layers import Adapter, AdapterGroup, LoRALayer
-from lightning_lora.names import clean_name, join, module_names, walk
+from lightning_lora.layers import Adapter, AdapterGroup, LoRALayer, LowRankAdapter
+from lightning_lora.names import clean_name, join, listed, module_names, walk
 
 
 class Root(NamedTuple):
@@ -106,6 +106,45 @@ class AdaptedModel:
             *self.module.named_buffers(remove_duplicate=False),
         )
         return {clean_name(name): tensor for name, tensor in named}
+
+    def changed(self) -> str | None:
+        """Return which adapters are no longer in the model as they were attached, and what to do; None if all are."""
+        expected = [join(root.name, layer.name) for root in self.roots for layer in root.attachment.report.layers]
+        lost = [name for name in expected if name not in self.adapters]
+        resized = [
+            name
+            for name, layer in self.layers.items()
+            if not all(a.fits(layer) for a in layer.adapters().values() if isinstance(a, LowRankAdapter))
+        ]
+        found = f"Replaced after LoRA was attached, so their adapters are gone: {listed(lost)}. " if lost else ""
+        if resized:
+            found += f"Resized after LoRA was attached, so their adapters do not fit: {listed(resized)}. "
+        when = "in __init__, setup or configure_model; without a Trainer, before attach"
+        return f"{found}Replace and resize layers earlier: {when}." if found else None
+
+    def check_unchanged(self) -> None:
+        """Raise if adapted layers have been replaced or resized since the adapters were attached.
+
+        Raises:
+            RuntimeError: Its message names them.
+        """
+        if changed := self.changed():
+            raise RuntimeError(changed)
+
+    def check_adapted(self, caller: str) -> None:
+        """Raise if there is nothing for a function to act on.
+
+        Raises:
+            ValueError: The model has no adapters; the message says whether they were merged.
+        """
+        if not self.layers and not self.roots:
+            now = "call attach or load_adapter first."
+            if self.merges:
+                now = (
+                    f"they were merged into the weights of {listed(list(self.merges))}, which cannot be undone. Build "
+                    "the base anew, or keep the adapters: merged(module) restores the exact weights."
+                )
+            raise ValueError(f"{caller}: {type(self.module).__name__} has no adapters; {now}")
 
     @functools.cached_property
     def merges(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,7 +10,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_lora.config import OPTIONS, LoRAConfig, NonNegativeInt, PositiveFloat, check_known, check_positive
+from lightning_lora.config import (
+    OPTIONS,
+    LoRAConfig,
+    NonNegativeInt,
+    PositiveFloat,
+    check_known,
+    check_names,
+    check_positive,
+)
 from lightning_lora.trainer import checks, lightning_patches
 from lightning_lora.trainer.diagnostics import check_interval
 from lightning_lora.trainer.hints import explain_torch_error
@@ -35,6 +44,9 @@ class LoRACallback(Callback):
             precision are accepted.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
             and in evaluation; costs a few passes.
+        allow_untrained: Names or globs of adapters that may end the fit without ever having had a gradient. Without
+            it, a fit raises if gradients reached no adapter at all, or not all of those that were named as targets,
+            and warns of others.
         lr_ratio: Learning rate of ``B`` over that of ``A`` (LoRA+, Hayou et al. 2024, who recommend about 16); 1 means
             plain LoRA.
         diagnostics_every_n_steps: Log every so many steps, for each group of layers (``q_proj``), the norm of the
@@ -60,6 +72,7 @@ class LoRACallback(Callback):
         init_from: str | None = None,
         check_base: bool = True,
         probe: bool = False,
+        allow_untrained: Sequence[str] = (),
         lr_ratio: PositiveFloat = 1.0,
         diagnostics_every_n_steps: NonNegativeInt | None = None,
         **lora: Any,
@@ -68,6 +81,7 @@ class LoRACallback(Callback):
         self.config = LoRAConfig(**lora)
         check_positive("LoRACallback.lr_ratio", lr_ratio)
         check_interval(diagnostics_every_n_steps)
+        self.allow_untrained = check_names("LoRACallback.allow_untrained", allow_untrained)
         self.merge_on_teardown = merge_on_teardown
         self.export_dir, self.init_from = export_dir, init_from
         self.check_base, self.probe = check_base, probe
@@ -99,18 +113,17 @@ class LoRACallback(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before each training batch: at the first one, prove that every adapter has an effect, if asked to."""
-        if self.probe:
-            self._run.probe(batch)
+        """Called before each training batch: at the first one, check that the adapters are as they were attached."""
+        self._run.begin_batch(batch)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called after each backward pass: with manual optimization, note which adapters the first batch reaches."""
+        """Called after each backward pass: with manual optimization, note which adapters it reaches."""
         self._run.gradients.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Called before each optimizer step: at the first one, name the adapters that no gradient reached."""
+        """Called before each optimizer step: note which adapters gradients reach, and name those that none reached."""
         self._run.gradients.before_step(optimizer)
         if self._run.diagnostics is not None:
             self._run.diagnostics.before_step(optimizer)
@@ -119,10 +132,10 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after each batch: log diagnostics, and check the first batch if it was stepped past Lightning."""
+        """Called after each batch: log diagnostics, and note gradients and losses that Lightning does not step."""
         if self._run.diagnostics is not None:
             self._run.diagnostics.after_batch()
-        self._run.gradients.after_batch()
+        self._run.gradients.after_batch(outputs)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

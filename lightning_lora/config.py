@@ -222,13 +222,18 @@ def _choice(name: str, value: Any, *, of: Any) -> str:
     return str(value)
 
 
-def _names(name: str, values: Any) -> tuple[str, ...]:
+def check_names(name: str, values: Any) -> tuple[str, ...]:
+    """Return a list of names as it is kept; reject anything else."""
     is_list = isinstance(values, Sequence) and not isinstance(values, str)
     if not is_list or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"LoRAConfig.{name} must be a list of names, got {values!r}.")
+        raise TypeError(f"{name} must be a list of names, got {values!r}.")
     if not all(values):
-        raise ValueError(f"LoRAConfig.{name} holds an empty name: {list(values)!r}.")
+        raise ValueError(f"{name} holds an empty name: {list(values)!r}.")
     return tuple(values)
+
+
+def _names(name: str, values: Any) -> tuple[str, ...]:
+    return check_names(f"LoRAConfig.{name}", values)
 
 
 def _regex_or_names(name: str, value: Any) -> str | tuple[str, ...]:

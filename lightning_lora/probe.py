@@ -1,20 +1,29 @@
-"""The probe: prove on one batch that every adapter changes the output, in training and in evaluation."""
+"""The probe: prove on one batch that every adapter changes the output; and see why an adapter gets no gradient."""
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
+import linecache
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from typing import Any
+from types import CodeType, FrameType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import Adapter
+from lightning_lora.names import join, listed
+from lightning_lora.sharding import is_divided, is_sharded
 
 _MODES = ("training", "asked_mode")  # the second is that of a frozen norm
 _EFFECT = 0.5  # of an adapter that is still at its start: as large as what its layer computes
@@ -33,7 +42,7 @@ def dead_adapters(module: nn.Module, batch: object) -> dict[str, str]:
         batch: A tensor, the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts.
     """
     args, kwargs = arguments_for(module, batch)
-    with left_as_it_was(module), RandomState() as random_state:
+    with left_as_it_was(module), _zeros_filled(module), RandomState() as random_state:
         return _Probe(module, lambda: random_state.repeated(lambda: _outputs(module, args, kwargs))).dead()
 
 
@@ -100,8 +109,14 @@ def refuse_dead_adapters(module: nn.Module, batch: object) -> None:
         lines = "\n".join(f"  - {name}: {where}" for name, where in dead.items())
         raise DeadAdapterError(
             f"These adapters do not change the output of {type(module).__name__} for the probe:\n{lines}\n"
-            "Leave the layers out with exclude_modules, or make sure they are called."
+            "Leave the layers out with exclude_modules, or make sure they are called." + _advice_on_zeros(module)
         )
+
+
+def _advice_on_zeros(module: nn.Module) -> str:
+    if zeros := [name for name, weight in _zero_weights(module).items() if not weight.requires_grad]:
+        return f" Frozen weights of zero let nothing through: {listed(zeros)}. modules_to_save trains them in full."
+    return ""
 
 
 @torch.no_grad()
@@ -110,6 +125,35 @@ def _give_effect(adapter: Adapter) -> None:
         noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
         size = float(parameter.float().abs().mean()) or _EFFECT / adapter.spec.scaling
         parameter.add_((size * noise).to(parameter))
+
+
+@contextmanager
+def _zeros_filled(module: nn.Module) -> Iterator[None]:
+    """Give weights that train in full and start at zero, such as a new head's, values like a later step's."""
+    zeros = [weight for weight in _zero_weights(module).values() if weight.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    put_back(zeros, [_EFFECT * torch.randn(weight.shape, generator=generator).to(weight) for weight in zeros])
+    try:
+        yield
+    finally:
+        put_back(zeros, list(map(torch.zeros_like, zeros)))
+
+
+def _zero_weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: weight for name, weight in blocking_weights(module) if not weight.any()}
+
+
+def blocking_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the weights outside of adapters that would let no gradient through if they were zero."""
+    model = AdaptedModel(module)
+    own = {id(parameter) for adapter in model.adapters.values() for parameter in adapter.parameters()}
+    for path, part in model.parts:
+        for key, weight in part._parameters.items():
+            if weight is None or id(weight) in own or "bias" in key or is_divided(weight):
+                continue
+            is_packed = is_traceable_wrapper_subclass(cast(Any, weight)) and not is_sharded(weight)
+            if weight.is_floating_point() and not is_packed:
+                yield join(path, key), weight
 
 
 def _is_nonzero(gradient: Tensor | None) -> bool:
@@ -131,6 +175,103 @@ def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     if not found:
         raise TypeError(f"probe: {type(module).__name__} returned no tensor of floating point numbers.")
     return found
+
+
+# --- why an adapter gets no gradient
+
+# Attributes of a weight that a parent may look up without computing with it.
+_FREE = frozenset({"dtype", "device", "shape", "size", "ndim", "dim", "numel", "is_meta", "is_cuda", "requires_grad"})
+
+
+class Witness:
+    """Sees which adapted layers a model calls, and where else their weights are read, until ``close``.
+
+    Models with compiled parts are left alone, since hooks would be compiled into them.
+
+    Attributes:
+        watches: Whether it sees anything.
+        calls: Names of called layers -> why the calls had no gradients; empty if one of them had.
+        reads: Names of layers whose weight was read before any call -> where.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.calls, self.reads = dict[str, str](), dict[str, str]()
+        self.watches = not any(_is_compiled(part) for part in module.modules())
+        self._names: dict[int, str] = {}
+        self._hooks: list[Any] = []
+        self._classes: list[tuple[type, str]] = []
+        for name, layer in AdaptedModel(module).layers.items() if self.watches else ():
+            self._names[id(layer)] = name
+            self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._see_call, name)))
+            for adapter in layer.adapters().values():
+                if not hasattr(type(layer), adapter.parameter):  # else the class computes it
+                    setattr(type(layer), adapter.parameter, _Watched(adapter.parameter, self._see_read))
+                    self._classes.append((type(layer), adapter.parameter))
+
+    def close(self) -> None:
+        """Stop watching; safe to repeat."""
+        for hook in self._hooks:
+            hook.remove()
+        for kind, parameter in self._classes:
+            delattr(kind, parameter)
+        self._hooks, self._classes = [], []
+
+    def _see_call(self, name: str, layer: nn.Module, args: Any) -> None:  # noqa: ARG002 - as hooks are called
+        if torch.is_grad_enabled():
+            self.calls[name] = ""
+        elif name not in self.calls:
+            self.calls[name] = _why_without_gradients()
+
+    def _see_read(self, layer: nn.Module, reader: FrameType) -> None:
+        name = self._names.get(id(layer))
+        if name is None or name in self.calls or name in self.reads:
+            return
+        is_ours = str(reader.f_globals.get("__name__", "")).startswith("lightning_lora.")
+        if not is_ours and _uses_value(reader.f_code, reader.f_lasti):
+            self.reads[name] = _place(reader)
+
+
+class _Watched:
+    """Reports every read of a parameter; not a data descriptor, so that FSDP may set a plain attribute of its name."""
+
+    def __init__(self, parameter: str, see: Callable[[nn.Module, FrameType], None]) -> None:
+        self.parameter, self.see = parameter, see
+
+    def __get__(self, layer: nn.Module | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        if not torch.compiler.is_compiling():
+            self.see(layer, sys._getframe(1))
+        return layer.__getattr__(self.parameter)
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    is_lightnings = vars(part).get("_compiler_ctx") is not None
+    return is_lightnings or part._compiled_call_impl is not None or "_orig_mod" in part._modules
+
+
+@functools.cache
+def _uses_value(code: CodeType, at: int) -> bool:
+    """Return whether the code that has just read a weight at an offset looks at more than its type or shape."""
+    after = next((each for each in dis.get_instructions(code) if each.offset > at and each.opname != "CACHE"), None)
+    return after is None or not (after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval in _FREE)
+
+
+def _place(frame: FrameType) -> str:
+    """Return where a frame is, and its line of source."""
+    code, owner = frame.f_code, frame.f_locals.get("self")
+    where = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
+    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+    return f"{where} ({os.path.basename(code.co_filename)}:{frame.f_lineno}" + (f": {line})" if line else ")")
+
+
+def _why_without_gradients() -> str:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return "inside reentrant activation checkpointing, none of whose inputs needs a gradient"
+        frame = frame.f_back
+    return "without gradients (torch.no_grad or inference mode)"
 
 
 # --- a pass that leaves no trace

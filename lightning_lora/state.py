@@ -22,11 +22,13 @@ def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         ValueError: The module has no adapters.
+        RuntimeError: Adapted layers have been replaced or resized.
     """
-    trained = AdaptedModel(module).trained
-    if not trained:
+    model = AdaptedModel(module)
+    model.check_unchanged()
+    if not model.trained:
         raise ValueError(f"{type(module).__name__} has no adapters; call attach first.")
-    return {name: tensor.detach().clone() for name, tensor in trained.items()}
+    return {name: tensor.detach().clone() for name, tensor in model.trained.items()}
 
 
 def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:

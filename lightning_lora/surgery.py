@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from lightning_lora.layers import (
     AdapterGroup,
     FrozenNorm,
     LoRALayer,
+    base_parameter,
     has_running_statistics,
     hold_statistics,
     release_statistics,
@@ -44,6 +46,8 @@ from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
+
+_RESIZE = "resize_token_embeddings"  # of transformers models
 
 
 def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0, probe: object = None) -> AttachReport:
@@ -83,20 +87,21 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         _check(plan, new, is_adapted=old is not None)
         with weights_only_read(plan.normalising.values()) if plan.normalising else nullcontext():
             made = _make_adapters(new)
-        # All or nothing: no line above changes the model, and none below can fail.
-        for name in plan.untied:
-            weight = plan.parameters[name]
-            plan.parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
-            _set_parameter(plan.modules, name, plan.parameters[name])
-        for layer, adapters in made.items():
-            _swap_in_adapters(layer, adapters)
-        attachment = _record(plan, seed, old)
-        set_attachment(module, attachment)
-        _freeze_parameters(plan, attachment)
-        if plan.norms:
-            freeze_norms(module)
-    if probe is not None:
-        _refuse_dead(module, probe, is_new=old is None)
+        with _undone_on_failure(module, plan, made, old):  # no line above changes the model
+            for name in plan.untied:
+                weight = plan.parameters[name]
+                plan.parameters[name] = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+                _set_parameter(plan.modules, name, plan.parameters[name])
+            for layer, adapters in made.items():
+                _swap_in_adapters(layer, adapters)
+            attachment = _record(plan, seed, old)
+            set_attachment(module, attachment)
+            _freeze_parameters(plan, attachment)
+            if plan.norms:
+                freeze_norms(module)
+            _guard_resizing(plan.modules.values())
+            if probe is not None:
+                refuse_dead_adapters(module, probe)
     return attachment.report
 
 
@@ -106,10 +111,11 @@ def detach(module: nn.Module) -> None:
     Modules trained in full keep what they learned.
 
     Raises:
-        ValueError: The adapters were attached to a parent of this module.
+        ValueError: The module has no adapters, or they were attached to a parent of it.
     """
     model = AdaptedModel(module)
     _refuse_part(model)
+    model.check_adapted("detach")
     for layer in model.layers.values():
         set_mode(layer, "disabled")
         _swap_out_adapter(layer)
@@ -131,13 +137,14 @@ def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextMana
 
     Raises:
         ValueError: An adapter holds NaN or infinity, or the module has none. Nothing was changed.
-        RuntimeError: A weight cannot take the update. Nothing was changed.
+        RuntimeError: A weight cannot take the update, or adapted layers have been replaced or resized. Nothing was
+            changed.
     """
     model = AdaptedModel(module)
     _refuse_part(model)
+    model.check_adapted("merge")
+    model.check_unchanged()
     layers = model.layers
-    if not layers:
-        raise ValueError(f"merge: {type(module).__name__} has no adapters.")
     for name, layer in layers.items():
         with whole(layer):
             check_mergeable({name: layer})
@@ -221,15 +228,6 @@ def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
             )
 
 
-def _refuse_dead(module: nn.Module, batch: object, *, is_new: bool) -> None:
-    try:
-        refuse_dead_adapters(module, batch)
-    except BaseException:
-        if is_new:
-            detach(module)
-        raise
-
-
 def _refuse_part(model: AdaptedModel) -> None:
     covered = {id(part) for root in model.roots for part in root.module.modules()}
     for _, part in model.parts:
@@ -259,6 +257,35 @@ def _no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _undone_on_failure(
+    module: nn.Module, plan: Plan, layers: Collection[nn.Module], old: Attachment | None
+) -> Iterator[None]:
+    """Take back everything that attaching to these layers has changed, whatever raises inside."""
+    parameters = {name: (parameter, parameter.requires_grad) for name, parameter in plan.parameters.items()}
+    kept = {} if old is None else dict(old.base_values)
+    try:
+        yield
+    except BaseException:
+        followers = [follower for layer in plan.layers for follower in layer.followers if layer.module in layers]
+        for layer in (*layers, *followers):
+            layer._modules.pop("lora", None)
+            if isinstance(layer, LoRALayer):
+                swap_out(layer)
+        for name in plan.untied:
+            _set_parameter(plan.modules, name, parameters[name][0])
+        for parameter, requires_grad in parameters.values():
+            parameter.requires_grad_(requires_grad)
+        if old is None:
+            for part in plan.modules.values():
+                release_statistics(part)
+                vars(part).pop(_RESIZE, None)
+        else:
+            old.base_values = kept
+        set_attachment(module, old)
+        raise
+
+
 def _make_adapters(layers: list[PlannedLayer]) -> dict[nn.Module, list[tuple[PlannedLayer, Adapter]]]:
     """Build the adapters of each layer, without putting them in place."""
     made: dict[nn.Module, list[tuple[PlannedLayer, Adapter]]] = {}
@@ -277,8 +304,8 @@ def _swap_in_adapters(module: nn.Module, made: list[tuple[PlannedLayer, Adapter]
     else:
         swap_in(module, LoRALayer)
     module._modules["lora"] = lora
-    for follower in first.followers:
-        swap_in(follower, *swapped_as_follower(follower))
+    for follower, in_weight in first.followers.items():
+        swap_in(follower, *swapped_as_follower(in_weight=in_weight))
         follower._modules["lora"] = lora
 
 
@@ -342,10 +369,35 @@ def _freeze_parameters(plan: Plan, record: Attachment) -> None:
             parameter.requires_grad_(wanted)
 
 
+def _guard_resizing(modules: Collection[nn.Module]) -> None:
+    """Let transformers models refuse to resize adapted embeddings, which would lose the adapters or not fit them."""
+    kinds = {kind for kind in set(map(type, modules)) if hasattr(kind, _RESIZE)}
+    for part in modules if kinds else ():
+        if type(part) in kinds:
+            vars(part)[_RESIZE] = partial(_resize, part)
+
+
+def _resize(
+    model: Any, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **options: Any
+) -> Any:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    sizes = {len(base_parameter(end, "weight")) for end in ends if isinstance(end, LoRALayer)}
+    if not sizes:
+        return getattr(type(model), _RESIZE)(model, new_num_tokens, pad_to_multiple_of, **options)
+    if new_num_tokens in {None, *sizes} and not any(size % (pad_to_multiple_of or 1) for size in sizes):
+        return ends[0]  # not by the model's own method, which would freeze the adapters
+    raise RuntimeError(
+        f"resize_token_embeddings: the embeddings of this {type(model).__name__} carry LoRA adapters, which would be "
+        "lost or no longer fit. Resize before attaching: in __init__, setup or configure_model; or call "
+        "detach(module) first."
+    )
+
+
 def _thaw(model: AdaptedModel) -> None:
     """Undo freezing and remove the records."""
     for _, part in model.parts:
         release_statistics(part)
+        vars(part).pop(_RESIZE, None)
     for root in model.roots:
         for name, parameter in root.module.named_parameters():
             parameter.requires_grad_(root.attachment.required_grad.get(clean_name(name), parameter.requires_grad))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
-from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -186,14 +185,11 @@ def test_loading_full_state_sets_trained_biases_only(bias: str, rng):
     assert_base(fresh, base, x)
 
 
-def test_meta_device_biases_are_restored_or_rejected():
+def test_meta_device_biases_are_rejected():
     with torch.device("meta"):
         model = Net()
-    with suppress(ValueError):
+    with pytest.raises(ValueError, match="meta device"):
         attach(model, LoRAConfig(rank=2, target_modules=["linear"], bias="all"))
-    model.to_empty(device="cpu").load_state_dict((loaded := Net()).state_dict(), strict=False)
-    detach(model)
-    assert_base(model, loaded, torch.randn(3, 5, 8))
 
 
 def test_bias_shared_with_other_layer_is_rejected():

@@ -48,7 +48,7 @@ class Held(Callback):
         ("lora_alpha", "Did you mean 'alpha'"),
         ("target_module", "Did you mean 'target_modules'"),
         ("lr_ration", "Did you mean 'lr_ratio'"),
-        ("xyz", "Options are adapter_dtype, alpha, "),
+        ("xyz", "Options are adapter_dtype, allow_untrained, alpha, "),
     ],
 )
 def test_unknown_option_suggests_closest(wrong: str, hint: str) -> None:
@@ -212,52 +212,6 @@ def test_module_without_optimizer_is_refused() -> None:
         pytest.raises(MisconfigurationException, match="No optimizer holds"),
     ):
         trainer(LoRACallback(rank=4)).fit(Idle(), loader())
-
-
-def test_adapter_without_gradient_is_named() -> None:
-    class Skips(Toy):
-        def loss(self, batch: list[Tensor]) -> Tensor:
-            x, y = batch
-            return ((self.net[4](self.net[0](x)) - y) ** 2).mean()
-
-    with pytest.warns(UserWarning, match=r"No gradient reached the adapters of net\.2 in"):
-        trainer(LoRACallback(rank=4)).fit(Skips(), loader())
-
-
-def test_run_without_adapter_gradients_is_stopped() -> None:
-    class Frozen(Toy):
-        def build(self) -> None:
-            super().build()
-            self.head = nn.Linear(FEATURES, FEATURES)
-
-        def loss(self, batch: list[Tensor]) -> Tensor:
-            x, y = batch
-            with torch.no_grad():
-                features = self.net(x)
-            return ((self.head(features) - y) ** 2).mean()
-
-    callback = LoRACallback(rank=4, target_modules=["net.*"], modules_to_save=["head"])
-    with pytest.raises(MisconfigurationException, match=r"No gradient reached the adapters of net\.0, net\.2, net\.4"):
-        trainer(callback).fit(Frozen(), loader())
-
-
-def test_reentrant_checkpoint_over_frozen_inputs_is_refused() -> None:
-    class Reentrant(Toy):
-        def build(self) -> None:
-            super().build()
-            self.head = nn.Linear(FEATURES, FEATURES)
-
-        def loss(self, batch: list[Tensor]) -> Tensor:
-            x, y = batch
-            features = torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=True)
-            return ((self.head(features) - y) ** 2).mean()
-
-    callback = LoRACallback(rank=4, target_modules=["net.*"], modules_to_save=["head"])
-    with (
-        pytest.warns(UserWarning, match="None of the inputs have requires_grad"),
-        pytest.raises(MisconfigurationException, match="use_reentrant=False"),
-    ):
-        trainer(callback).fit(Reentrant(), loader())
 
 
 def test_layers_replaced_after_attaching_are_refused() -> None:

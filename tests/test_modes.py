@@ -168,3 +168,15 @@ def test_detach_inside_disabled_restores_tracked_statistics(rng):
     with disabled(model):
         detach(model)
     assert_unchanged(model, before)
+
+
+def test_disabled_raises_without_adapters_and_after_a_merge(tiny, tokens):
+    output = tiny(tokens)
+    with raises_and_changes_nothing(tiny, ValueError, "disabled: TinyModel has no adapters; call"), disabled(tiny):
+        pass
+    with disabled(tiny, missing_ok=True):
+        assert torch.equal(tiny(tokens), output)
+    attach(tiny, CONFIG)
+    merge(tiny)
+    with raises_and_changes_nothing(tiny, ValueError, r"merged into the weights of .*q_proj"), disabled(tiny):
+        pass

@@ -40,7 +40,8 @@ class Model(nn.Module):
 
     def functional(self, x: Tensor) -> Tensor:
         """Read the weight past the layer, and so past its adapter."""
-        return F.linear(x, self.odd.weight, self.odd.bias)
+        odd = self.get_submodule("odd")  # the source does not show which layer this is
+        return F.linear(x, odd.weight, odd.bias)
 
 
 class EvaluatesWithoutGradients(Model):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +23,7 @@ from lightning_lora import (
     lora_layers,
     merge,
     merged,
+    surgery,
 )
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
@@ -217,11 +220,12 @@ def test_detach_and_attach_starts_over(tiny):
     assert_same_bits(adapter_state_dict(tiny), start)
 
 
-def test_detaching_twice_is_harmless(tiny):
+def test_detaching_twice_raises(tiny):
     before = snapshot(tiny)
     attach(tiny, CONFIG)
     detach(tiny)
-    detach(tiny)
+    with pytest.raises(ValueError, match="TinyModel has no adapters; call attach"):
+        detach(tiny)
     assert_unchanged(tiny, before)
 
 
@@ -277,9 +281,16 @@ def test_merging_twice_raises(trained):
         merge(trained)
 
 
-def test_merge_without_adapters_raises(tiny):
-    with raises_and_changes_nothing(tiny, ValueError, "TinyModel has no adapters"):
-        merge(tiny)
+@pytest.mark.parametrize("change", [merge, detach])
+def test_merge_and_detach_without_adapters_raise(change: Callable[[nn.Module], None], tiny):
+    with raises_and_changes_nothing(tiny, ValueError, "TinyModel has no adapters; call attach"):
+        change(tiny)
+
+
+def test_detach_after_a_merge_raises(trained):
+    merge(trained)
+    with raises_and_changes_nothing(trained, ValueError, "merged into the weights of .* cannot be undone"):
+        detach(trained)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -460,3 +471,108 @@ def test_merge_under_autocast_gives_the_same_bits(layer, use_dora, rng):
     with torch.autocast("cpu", torch.bfloat16):
         merge(other)
     assert_same_bits(other.state_dict(), model.state_dict())
+
+
+# --- an attach that fails
+
+
+class Everything(nn.Module):
+    """Something of all that attaching changes: tied and untied weights, norms, biases, tokens, attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.out = nn.Embedding(9, 8), nn.Linear(8, 9, bias=False)
+        self.out.weight = self.tokens.weight
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.attention, self.recurrent = nn.MultiheadAttention(8, 2), nn.LSTM(8, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.first.weight.requires_grad_(False)
+
+
+EVERYTHING = {
+    "rank": 1,
+    "target_modules": ["first", "third", "attention", "recurrent"],
+    "untie_weights": True,
+    "bias": "lora_only",
+    "trainable_token_indices": {"tokens": [1, 2]},
+}
+
+
+def _fail_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """Make the given call of a step of ``attach`` raise, after the step."""
+    step, calls = getattr(surgery, name), itertools.count()
+
+    def failing(*args: Any) -> Any:
+        result = step(*args)
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(surgery, name, failing)
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *(("swap_in", i) for i in range(7)),
+        *(("_swap_in_adapters", i) for i in range(6)),
+        *((name, 0) for name in ("_set_parameter", "set_attachment", "_freeze_parameters", "freeze_norms")),
+    ],
+)
+def test_attach_that_fails_undoes_itself(name: str, call: int, monkeypatch):
+    model, config = Everything(), LoRAConfig(**EVERYTHING)
+    with raises_and_changes_nothing(model, KeyboardInterrupt):
+        _fail_at(monkeypatch, name, call)
+        attach(model, config)
+    monkeypatch.undo()
+    assert len(attach(model, config).layers) == 7
+    model.third = nn.Linear(8, 8)  # what a second attach adapts
+    with raises_and_changes_nothing(model, KeyboardInterrupt):
+        _fail_at(monkeypatch, name if name != "_set_parameter" else "set_attachment", 0)
+        attach(model, config)
+
+
+def test_class_that_cannot_be_derived_from_leaves_the_model_unchanged():
+    class Final(nn.Linear):
+        def __init_subclass__(cls) -> None:
+            raise TypeError("Final is final")
+
+    model = nn.Sequential(nn.Linear(4, 4), Final(4, 4), nn.Linear(4, 4))
+    with raises_and_changes_nothing(model, TypeError, "Final is final"):
+        attach(model, LoRAConfig(rank=1))
+
+
+# --- transformers models that resize their embeddings
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_resizing_adapted_embeddings_raises_at_once(target: str) -> None:
+    model = tiny_llama()
+    attach(model, LoRAConfig(rank=2, target_modules=[target]))
+    before = snapshot(model)
+    for holder in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(RuntimeError, match=r"this LlamaForCausalLM carry LoRA adapters.*Resize before"):
+            holder.resize_token_embeddings(40)
+    with pytest.raises(RuntimeError, match="Resize before attaching"):
+        model.resize_token_embeddings(pad_to_multiple_of=8)
+    model.resize_token_embeddings(len(model.get_input_embeddings().weight))  # as it is
+    assert_unchanged(model, before)
+    detach(model)
+    model.resize_token_embeddings(40)
+    assert model.get_output_embeddings().out_features == 40
+
+
+def test_embeddings_without_adapters_can_be_resized() -> None:
+    model = tiny_llama()
+    attach(model, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    model.resize_token_embeddings(40)
+    assert model(torch.tensor([[39]])).logits.shape[-1] == 40
+    assert len(adapter_state_dict(model)) == 2
+
+
+def tiny_llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads))

@@ -27,6 +27,7 @@ from lightning_lora.layers.norm import (
     release_statistics,
     weights_only_read,
 )
+from lightning_lora.layers.readers import weight_readers
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
 from lightning_lora.names import walk
 
@@ -84,5 +85,6 @@ __all__ = [
     "swapped_as",
     "swapped_as_follower",
     "taken_names",
+    "weight_readers",
     "weights_only_read",
 ]

@@ -236,6 +236,11 @@ class Adapter(nn.Module, ABC):
         """Return whether the update must be read from such a module's weight, not added to its output."""
         return False
 
+    @classmethod
+    def adds_to_output(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds know the forward
+        """Return whether changing the weight adds to the output what the update would, whatever the forward does."""
+        return True
+
     # --- the kind in files
 
     def record(self, layer: nn.Module) -> dict[str, Any]:
@@ -356,7 +361,12 @@ def adapter_of_kind(kind: str) -> type[Adapter]:
 def base_parameter(module: nn.Module, name: str) -> Tensor:
     """Return a parameter that an adapter of ``module`` updates, without the update."""
     parameter = module._parameters.get(name)
-    return cast(Tensor, getattr(module, name)) if parameter is None else parameter
+    if parameter is not None:
+        return parameter
+    if name in getattr(module, "computed", ()):  # by a layer with the update in it; below is what its base computes
+        own = next(each for each in type(module).__mro__ if name in vars(each))
+        return cast(Tensor, getattr(super(own, module), name))
+    return cast(Tensor, getattr(module, name))
 
 
 def base_weight(module: nn.Module) -> Tensor:

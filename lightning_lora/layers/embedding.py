@@ -219,8 +219,8 @@ class TiedWeightLoRALayer(WeightLoRALayer):
         return [self.lora] if parameter == self.lora.parameter else []
 
 
-def swapped_as_follower(module: nn.Module) -> Behaviour:
+def swapped_as_follower(*, in_weight: bool) -> Behaviour:
     """Return what ``swap_in`` needs to make a tied layer follow its embedding."""
-    if TokenAdapter.needs_weight(module):
+    if in_weight:
         return TiedWeightLoRALayer, ("weight",)
     return TiedLoRALayer, ()

@@ -8,11 +8,14 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
 from lightning_lora.layers.adapter import KNOWN_BY_NAME, KNOWN_BY_STRUCTURE, base_weight, register_adapter
-from lightning_lora.layers.low_rank import LowRankAdapter
+from lightning_lora.layers.lora_layer import LoRALayer, Mode, reads_weight
+from lightning_lora.layers.low_rank import LowRankAdapter, seeded
+from lightning_lora.layers.readers import reads_own_weight
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
 from lightning_lora.sharding import unwrapped
 
@@ -40,6 +43,35 @@ class LinearAdapter(LowRankAdapter):
     @override
     def sliced_parameter(cls, module: nn.Module) -> str | None:
         return "weight"
+
+    @classmethod
+    @override
+    def needs_weight(cls, module: nn.Module) -> bool:
+        # A subclass may compute anything with its weight; one with a quantized weight applies it as it is.
+        own = _own_forward(module)
+        return own is not None and base_weight(module).is_floating_point() and reads_own_weight(own)
+
+    @classmethod
+    @override
+    @torch.no_grad()
+    def adds_to_output(cls, module: nn.Module) -> bool:
+        if _own_forward(module) is None:
+            return True
+        weight, before = base_weight(module), (module.training, getattr(module, "lora_mode", None))
+        row = torch.randn(1, weight.shape[-1], generator=seeded(0)).to(weight)
+        change = torch.full_like(weight[:, :1], weight.std().item() + 1.0) @ row.sign()
+        try:
+            module.eval()  # dropout would differ from call to call
+            if isinstance(module, LoRALayer):
+                module.lora_mode = "disabled"
+            without, with_change = (functional_call(module, {"weight": w}, (row,)) for w in (weight, weight + change))
+            return torch.allclose(with_change - without, row @ change.T, rtol=0.05)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            return False  # it takes or returns something other than rows: unknown
+        finally:
+            module.train(before[0])
+            if isinstance(module, LoRALayer):
+                module.lora_mode = cast(Mode, before[1])
 
     @override
     def prepare(self, module: nn.Module, parameter: str) -> None:
@@ -89,7 +121,16 @@ class LinearAdapter(LowRankAdapter):
     def peft_obstacle(cls, layer: nn.Module, parameter: str, *, use_dora: bool, lora_bias: bool) -> str | None:
         if not isinstance(layer, nn.Linear):
             return super().peft_obstacle(layer, parameter, use_dora=use_dora, lora_bias=lora_bias)
+        if reads_weight(layer, cls) and _own_forward(layer) is not None and not cls.adds_to_output(layer):
+            kind = getattr(layer, "base_class", type(layer)).__name__
+            return f"PEFT adds the update to the output, and a {kind} does more than apply its weight"
         return _DORA_AND_BIAS if use_dora and lora_bias else None
+
+
+def _own_forward(layer: nn.Module) -> type[nn.Module] | None:
+    """Return the class of an ``nn.Linear``, adapted or not, that has a forward of its own, or None."""
+    own = getattr(layer, "base_class", type(layer))
+    return own if isinstance(layer, nn.Linear) and own.forward is not nn.Linear.forward else None
 
 
 _DORA_AND_BIAS = "PEFT does not combine lora_bias with DoRA"

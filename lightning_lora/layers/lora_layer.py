@@ -26,6 +26,7 @@ has the weight itself read as ``W + scaling * B @ A``. The arithmetic of the for
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
@@ -57,6 +58,13 @@ class Swapped(nn.Module):
         _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(max(2, int(protocol))))
         return (_rebuild, (self.mixin, self.base_class, self.computed, *arguments[1:]), *state)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Swapped:
+        # A base class that copies itself would leave out the adapter.
+        make, arguments, state, *_ = self.__reduce_ex__(4)
+        twin = memo[id(self)] = make(*arguments)
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return cast(Swapped, twin)
+
     def read(self, name: str) -> Any:
         """Return the value of a computed attribute."""
         raise NotImplementedError
@@ -78,8 +86,14 @@ def swap_in(module: nn.Module, mixin: type[Swapped], computed: tuple[str, ...] =
         mixin: The behaviour.
         computed: Attributes whose values ``mixin.read`` computes from now on.
     """
+    base = type(module)
+    swapped = _swapped_class(mixin, base, computed)
     # Bypasses nn.Module.__setattr__, which would look for a parameter, a module and a buffer of that name.
-    object.__setattr__(module, "__class__", _swapped_class(mixin, type(module), computed))
+    try:
+        object.__setattr__(module, "__class__", swapped)
+    except TypeError:  # Python compares the memory layout of the first bases, which is another after ABC or Generic
+        swapped = _classes[mixin, base, computed] = _laid_out_as(base, swapped)
+        object.__setattr__(module, "__class__", swapped)
 
 
 def swap_out(module: Swapped) -> None:
@@ -111,6 +125,13 @@ def _swapped_class(mixin: type[Swapped], base: type[nn.Module], computed: tuple[
         }
         _classes[key] = type(f"{mixin.class_prefix}{base.__name__}", (mixin, base), namespace)
     return _classes[key]
+
+
+def _laid_out_as(base: type[nn.Module], swapped: type[Swapped]) -> type[Swapped]:
+    """Return a swapped class with ``base`` as its first base, and its methods in the order that they had."""
+    order = swapped.__mro__[1:]
+    meta = type(type(base).__name__, (type(base),), {"mro": lambda cls: [cls, *order]})
+    return cast(type[Swapped], meta(swapped.__name__, (base, swapped.mixin), dict(vars(swapped))))
 
 
 def _computed(name: str) -> property:
@@ -162,6 +183,11 @@ class LoRALayer(Swapped):
         if lora.replaces is self.base_class.forward:
             return cast(Tensor, lora(inputs, None, self))  # W x + b and the update in one
         output = super().forward(*args, **kwargs)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"The forward of {self.base_class.__name__} returns a {type(output).__name__}, so no update can be "
+                "added to its output. Leave such layers out with exclude_modules."
+            )
         return cast(Tensor, lora(inputs, output, self, is_unheld(output)))
 
     def adapters(self) -> dict[str, Adapter]:

@@ -101,6 +101,15 @@ class LowRankAdapter(Adapter):
     def has_effect(self, weight: Tensor) -> bool:
         return bool(torch.any(self.zero_factor() != 0))
 
+    def fits(self, layer: nn.Module) -> bool:
+        """Return whether the factors still have the shape of the layer's weight; True where sharding hides shapes."""
+        weight = layer._parameters.get(self.parameter)
+        if weight is None or weight.ndim < 2 or self.A.ndim < 2:
+            return True
+        is_packed = not weight.is_floating_point()
+        shape = self.matrix_shape(layer, self.parameter) if is_packed else self.matrix_of(weight.shape)
+        return self.A.shape[-1] == shape[1] and (bool(self.spec.rows) or self.B.shape[-2] == shape[0])
+
     # --- beside the layer
 
     @abstractmethod

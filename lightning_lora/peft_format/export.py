@@ -22,6 +22,7 @@ from lightning_lora.layers import (
     TokenAdapter,
     adapter_type,
     base_parameter,
+    weight_readers,
 )
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.names import join, listed, module_names
@@ -43,6 +44,8 @@ from lightning_lora.peft_format.names import (
     paths_in_file,
     tensors_in_full,
 )
+
+_FUSED_IN_EVAL = "TransformerEncoderLayer"  # calls its layers whenever gradients flow
 
 
 @dataclass
@@ -135,10 +138,10 @@ class Export:
                 f"The files say lora_dropout=0, not {self.dropout:g}: PEFT adapts {listed(linear)} as parameters, "
                 "without dropout. That matters only for further training in PEFT."
             )
-        encoders = {name for name, part in self.root.named_modules() if isinstance(part, nn.TransformerEncoderLayer)}
-        if inside := [name for name in by_name if name.rpartition(".")[0] in encoders]:
+        readers = weight_readers(list(self.root.modules()))
+        if fused := [name for name, layer in by_name.items() if readers.get(id(layer.module)) == _FUSED_IN_EVAL]:
             found.append(
-                f"In eval mode torch's fused encoder bypasses PEFT's adapters of {listed(inside)}; call "
+                f"In eval mode torch's fused encoder bypasses PEFT's adapters of {listed(fused)}; call "
                 "PEFT's merge_and_unload before using them."
             )
         return found
@@ -188,7 +191,7 @@ class ExportCollector:
 
     def __init__(self, module: nn.Module, root_name: str, root: nn.Module) -> None:
         self.model, self.root = AdaptedModel(module), root
-        self.result = Export(root, root_name)
+        self.result, self.readers = Export(root, root_name), weight_readers(list(root.modules()))
         self.names = module_names(root)
         inside = AdaptedModel(root)
         self.layers = inside.layers
@@ -252,6 +255,9 @@ class ExportCollector:
             self.result.layers.append(PeftLayer(name, target, layer, adapter, parameter, factors))
 
     def _obstacle(self, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
+        reader = self.readers.get(id(layer))
+        if reader not in {None, _FUSED_IN_EVAL}:
+            return f"PEFT adds the update to the layer's output, and its parent, a {reader}, reads its weight"
         options = {"use_dora": self.result.use_dora, "lora_bias": self.result.lora_bias}
         return adapter.peft_obstacle(layer, parameter, **options)
 
@@ -408,7 +414,7 @@ def _obstacle_of_parent(root: nn.Module, name: str) -> str | None:
     """Return why PEFT's wrapper of an attention would not do for its parent, or None."""
     path, _, child = name.rpartition(".")
     kind = type(root.get_submodule(path))
-    if not name or False:
+    if not name:
         return None
     try:
         source = inspect.getsource(kind.forward)

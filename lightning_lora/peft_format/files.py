@@ -53,7 +53,8 @@ def save_adapter(
     Raises:
         ValueError: PEFT cannot express what was trained; one error lists each layer with the reason. Or the directory
             holds something else. Nothing was written.
-        RuntimeError: The adapters are folded into the weights, inside ``merged``.
+        RuntimeError: The adapters are folded into the weights, inside ``merged``, or adapted layers have been replaced
+            or resized. Nothing was written.
         OSError: The files could not be written. An adapter that was there is as it was.
     """
     export = exported(module, export_root)
@@ -98,9 +99,11 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
 
     Raises:
         ValueError: The module has no adapters, or the model to export is ambiguous.
-        RuntimeError: The adapters are folded into the weights, inside ``merged``.
+        RuntimeError: The adapters are folded into the weights, inside ``merged``, or adapted layers have been replaced
+            or resized.
     """
     model = AdaptedModel(module)
+    model.check_unchanged()
     if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
     if unmade := [name for name, tensor in model.trained.items() if tensor.is_meta]:

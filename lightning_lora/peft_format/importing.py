@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import Adapter, LowRankAdapter, ParameterAdapter, adapter_type, parameter_adapter
+from lightning_lora.layers import (
+    Adapter,
+    LowRankAdapter,
+    ParameterAdapter,
+    adapter_type,
+    parameter_adapter,
+    weight_readers,
+)
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.layers.norm import weights_only_read
 from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names
@@ -33,7 +40,6 @@ from lightning_lora.peft_format.names import (
     tensors_in_full,
     without_wrappers,
 )
-from lightning_lora.planning.obstacles import weight_readers
 from lightning_lora.state import check_base_values
 from lightning_lora.storage import StoredTokens
 

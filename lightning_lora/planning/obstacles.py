@@ -8,7 +8,16 @@ from operator import attrgetter
 from torch import Tensor, nn
 
 from lightning_lora.config import ALL_CONV, ALL_LINEAR, EVERYTHING, FAMILIES
-from lightning_lora.layers import SUPPORTED, LoRALayer, adapter_type, base_parameter, family_of, taken_names
+from lightning_lora.layers import (
+    SUPPORTED,
+    LinearAdapter,
+    LoRALayer,
+    adapter_type,
+    base_parameter,
+    family_of,
+    taken_names,
+    weight_readers,
+)
 from lightning_lora.names import (
     is_below,
     is_glob,
@@ -22,12 +31,6 @@ from lightning_lora.names import (
 )
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
-
-# Parents that read their children's weights, always or in evaluation, so that the weight must carry the update.
-_WEIGHT_READERS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.MultiheadAttention: ("out_proj",),
-    nn.TransformerEncoderLayer: ("linear1", "linear2"),
-}
 
 
 class Obstacles:
@@ -74,7 +77,7 @@ class Obstacles:
     def _of_options(self, layer: PlannedLayer) -> str | None:
         """Return why an option beyond plain LoRA, or an uncommon kind of weight, does not work here, or None."""
         module, adapter, config = layer.module, layer.adapter, self.config
-        weight, carried = base_parameter(module, layer.parameter), self._carried_by_weight(layer)
+        weight, carried = base_parameter(module, layer.parameter), self.carried_by_weight(layer)
         if carried and not weight.is_floating_point():
             return f"{carried}; that needs a floating-point weight, not {weight.dtype}"
         if is_sharded(weight):
@@ -91,12 +94,18 @@ class Obstacles:
             return f"lora_bias does not apply to a {type(module).__name__}"
         return _obstacle_to_dora(layer, weight) if config.use_dora else None
 
-    def _carried_by_weight(self, layer: PlannedLayer) -> str | None:
+    def carried_by_weight(self, layer: PlannedLayer) -> str | None:
+        """Return why the weight must carry the update, or None where the update is added to the output."""
         if reader := self.readers.get(id(layer.module)):
             return f"its parent, a {reader}, reads the weight, which must carry the update"
-        if layer.adapter.needs_weight(layer.module):
+        if layer.adapter.needs_weight(layer.module) and not self._may_be_added(layer):
             return f"a {type(layer.module).__name__} has its own forward, so its weight must carry the update"
         return None
+
+    def _may_be_added(self, layer: PlannedLayer) -> bool:
+        """Return whether an option needs the update beside the layer, and a trial shows that it may be there."""
+        asked = (self.config.dropout and layer.adapter.drops_input) or self.config.lora_bias
+        return bool(asked) and issubclass(layer.adapter, LinearAdapter) and layer.adapter.adds_to_output(layer.module)
 
 
 def _obstacle_to_dora(layer: PlannedLayer, weight: Tensor) -> str | None:
@@ -117,17 +126,6 @@ def instance_obstacle(module: nn.Module) -> str | None:
     if not isinstance(module, LoRALayer) and (taken := taken_names(module)):
         return f"it already has attributes named {sorted(taken)}, which an adapted layer needs"
     return None
-
-
-def weight_readers(modules: Collection[nn.Module]) -> dict[int, str]:
-    """Return the identities of layers whose weight the parent reads, with the parent's class."""
-    found, readers = dict[int, str](), tuple(_WEIGHT_READERS)
-    for parent in modules:
-        if isinstance(parent, readers):
-            for kind, children in _WEIGHT_READERS.items():
-                for child in children if isinstance(parent, kind) else ():
-                    found[id(getattr(parent, child))] = type(parent).__name__
-    return found
 
 
 def _output_embeddings(modules: Collection[nn.Module]) -> set[int]:

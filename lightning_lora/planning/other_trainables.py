@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers import AdapterSpec, TokenAdapter, base_weight
+from lightning_lora.layers import AdapterSpec, TokenAdapter, base_weight, weight_readers
 from lightning_lora.names import is_below, is_glob, join, listed, matches, selected
 from lightning_lora.planning.obstacles import instance_obstacle
 from lightning_lora.planning.plan import Plan, PlannedLayer
@@ -121,9 +121,11 @@ def _plan_embedding(plan: Plan, name: str, tokens: Sequence[int]) -> Iterator[st
         return
     dtype = weight.dtype if weight.dtype == torch.float64 else getattr(torch, plan.config.adapter_dtype)
     spec = AdapterSpec(len(tokens), 1.0, 0.0, "", dtype, 0, rows=tuple(range(t, t + 1) for t in tokens))
-    layer = PlannedLayer((name,), module, _TOKENS, TokenAdapter, "weight", followers=tuple(followers.values()))
-    layer.spec, layer.key, layer.label = spec, "", name
-    layer.in_weight, layer.size = TokenAdapter.needs_weight(module), len(tokens) * weight.shape[1]
+    readers = weight_readers(list(plan.modules.values()))
+    in_weight = {each: id(each) in readers or TokenAdapter.needs_weight(each) for each in (module, *followers.values())}
+    layer = PlannedLayer((name,), module, _TOKENS, TokenAdapter, "weight")
+    layer.in_weight, layer.followers = in_weight.pop(module), in_weight
+    layer.spec, layer.key, layer.label, layer.size = spec, "", name, len(tokens) * weight.shape[1]
     plan.layers.append(layer)
 
 

@@ -23,7 +23,7 @@ class PlannedLayer:
         parameter: The parameter that it updates.
         part: The name of a slice of that parameter; empty for all of it.
         rows: The rows of that slice.
-        followers: Layers that share the adapter, because they share the weight.
+        followers: Layers that share the adapter with the weight -> whether they read the update from the weight.
         spec: Everything that decides the adapter.
         key: Its name in the layer's group of adapters; empty where the layer has one.
         label: The adapter's name: the layer's, with the key where there is one.
@@ -38,7 +38,7 @@ class PlannedLayer:
     parameter: str
     part: str = ""
     rows: tuple[range, ...] = ()
-    followers: tuple[nn.Module, ...] = ()
+    followers: dict[nn.Module, bool] = field(default_factory=dict)
     spec: AdapterSpec = field(init=False)
     key: str = field(init=False)
     label: str = field(init=False)

@@ -258,7 +258,7 @@ class _Planner:
             return
         size = rank * (out_features + in_features)
         layer.size = adapter.stack(module, parameter) * size + out_features * self.extras
-        layer.in_weight = adapter.needs_weight(module) or id(module) in self.obstacles.readers
+        layer.in_weight = self.obstacles.carried_by_weight(layer) is not None
         layer.spec = self._spec(layer, rank, first_match(config.alpha_pattern, known_as, config.alpha))
         self.plan.layers.append(layer)
         if self.plan.tied:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -61,6 +61,7 @@ class AdapterCheckpoints:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy, self.layout = strategy, layout_of(strategy)
         self.check_base = True
+        self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
             setattr(strategy, name, getattr(self, name))
@@ -76,6 +77,7 @@ class AdapterCheckpoints:
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the state to save: adapters, what trains in full, moving statistics and metric states."""
         model = self._model
+        model.check_unchanged()
         if not model.layers:
             state: dict[str, Any] = self.own["lightning_module_state_dict"]()
             return state
@@ -101,7 +103,8 @@ class AdapterCheckpoints:
             if key in checkpoint:
                 checkpoint[key] = _only_trained(model, checkpoint[key])
         base = to_plain(base_fingerprint(self.layout, model))
-        checkpoint[RECORD_KEY] = describe(model.module) | {"base": base, "optimizers": self._optimizer_names()}
+        record = describe(model.module) | {"base": base, "optimizers": self._optimizer_names()}
+        checkpoint[RECORD_KEY] = record | ({} if self.untrained is None else {"untrained": self.untrained()})
         with written_at_once(self.strategy, filepath) as place:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
             Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
@@ -167,6 +170,8 @@ class AdapterCheckpoints:
         if problems:
             raise ValueError(mismatch_message(type(module).__name__, problems))
         self.layout.fill(model.trained | brought, state)
+        before = (record or {}).get("untrained")
+        self.untrained = None if before is None else functools.partial(list, before)
         _load_metrics(model, state)
 
     def _other_base(self, model: AdaptedModel, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:

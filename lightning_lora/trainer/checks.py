@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,15 +14,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
+from lightning_lora.config import FAMILIES
 from lightning_lora.layers import base_parameter
-from lightning_lora.names import clean_name, join, listed
+from lightning_lora.names import clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
+from lightning_lora.probe import Witness, blocking_weights
 from lightning_lora.sharding import anywhere, local
+from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
@@ -102,8 +107,7 @@ def check_before_training(module: LightningModule, layout: Layout, optimizers: l
     model = AdaptedModel(module)
     if get_attachment(module) is None:
         raise MisconfigurationException("LoRACallback attached nothing to this module before fit began.")
-    _check_not_replaced(model)
-    _check_declared(model)
+    check_unchanged(model)
     if any(root.attachment.config.adapter_dtype == "float16" for root in model.roots):
         rank_zero_warn(
             "adapter_dtype='float16': Adam's eps (1e-8) underflows to zero in float16, so its updates become NaN. Use "
@@ -117,14 +121,19 @@ def check_before_training(module: LightningModule, layout: Layout, optimizers: l
         rank_zero_warn(message)  # the module may step an optimizer that Lightning does not know
 
 
-def _check_not_replaced(model: AdaptedModel) -> None:
-    """Refuse adapted layers that plugins or model surgery have replaced."""
-    expected = [join(root.name, layer.name) for root in model.roots for layer in root.attachment.report.layers]
-    if lost := [name for name in expected if name not in model.adapters]:
-        raise MisconfigurationException(
-            f"Replaced after LoRA was attached, so their adapters are gone: {listed(lost)}. Replace layers earlier: in "
-            "__init__ or configure_model."
-        )
+def check_unchanged(model: AdaptedModel) -> None:
+    """Refuse layers that plugins, hooks or model surgery have replaced, resized or unfrozen since LoRA was attached."""
+    if changed := model.changed():
+        raise MisconfigurationException(changed)
+    _check_declared(model)
+
+
+def check_allowed(entries: Sequence[str], model: AdaptedModel) -> None:
+    """Refuse entries of ``allow_untrained`` that name no adapter."""
+    if unknown := unmatched(entries, [(name,) for name in model.adapters]):
+        near = near_names(unknown[0], model.adapters)
+        hint = f"Closest names: {', '.join(near)}." if near else f"Adapters are {listed(list(model.adapters))}."
+        raise MisconfigurationException(f"allow_untrained={unknown!r} matched no adapter. {hint}")
 
 
 def _check_declared(model: AdaptedModel) -> None:
@@ -137,69 +146,245 @@ def _check_declared(model: AdaptedModel) -> None:
         )
 
 
-# --- the first step: gradients
+# --- while training: gradients
+
+JUDGED_AT = 50  # steps: enough for weights that start at zero to let gradients through, and for rare branches to run
+_UNKNOWN = 0  # stands for the optimizers that a module steps past Lightning
 
 
 class GradientCheck:
-    """Checks at the first step of each optimizer that every adapter it holds has received a gradient.
+    """Gathers which adapters gradients have reached, and judges it at step 50, or at the end of a shorter fit.
 
-    Under manual optimization a module may step an optimizer that Lightning does not know; then the gradients of the
-    first batch are checked at its end.
+    An adapter is reached by a gradient that is not zero, at any step, in any process. Only those that none has reached
+    yet are looked at, without waiting for the device but for a few times in a fit. Steps are counted for each
+    optimizer; where a module steps one that Lightning does not know, its batches are counted.
+
+    Args:
+        module: The adapted module.
+        layout: That of the strategy.
+        allowed: Names or globs of adapters that may stay untrained.
+        reached: Names of the adapters that had been reached when the checkpoint was saved from which training resumes.
+
+    Attributes:
+        silent: Names of the adapters that no gradient had reached when the processes last agreed.
     """
 
-    def __init__(self, module: LightningModule, layout: Layout) -> None:
+    def __init__(
+        self, module: LightningModule, layout: Layout, allowed: Sequence[str] = (), reached: Collection[str] = ()
+    ) -> None:
         self.module, self.layout = module, layout
-        self._checked: set[int] = set()  # optimizers
-        self._reached: set[str] | None = None  # adapters, by any backward pass so far
+        adapters = AdaptedModel(module).adapters
+        self._names, self._unseen = list(adapters), {n: a for n, a in adapters.items() if n not in reached}
+        self._allowed = {name for name in adapters if selected(allowed, (name,))}
+        self.silent = list(self._unseen)
+        self._zero, self._called = set[str](), set[str]()  # with gradients of zero; called with gradients
+        self._sums: dict[int, Tensor] = {}  # of the sizes of a parameter's gradients
+        self._steps = Counter[int]()  # by optimizer
+        self._witness: Witness | None = None
+        self._has_backward = self._has_warned = False
+        self._batches, self._broken_at = 0, torch.tensor(sys.maxsize)  # the first batch whose loss was not finite
+
+    # --- gathering
+
+    def watch(self) -> None:
+        """Watch the first batch, which begins now: which layers are called."""
+        if self.silent:
+            self._witness = Witness(self.module)
+
+    def close(self) -> None:
+        """Stop watching."""
+        if self._witness is not None:
+            self._witness.close()
 
     def after_backward(self) -> None:
-        """Record which adapters received gradients, if the optimizer may be stepped without Lightning."""
-        if not self.module.automatic_optimization and not self._checked:
-            self._reached = (self._reached or set()) | reached_adapters(self.module, self.layout)
+        """Note gradients, if the optimizer may be stepped without Lightning."""
+        if not self.module.automatic_optimization and self.silent:
+            self._note()
+            self._has_backward = True
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Check the adapters of an optimizer before its first step."""
-        if id(optimizer) not in self._checked:
-            self._checked.add(id(optimizer))
-            held = {id(p) for group in original_param_groups(self.layout, optimizer) for p in group["params"]}
-            adapters = AdaptedModel(self.module).adapters.items()
-            names = [name for name, adapter in adapters if any(id(p) in held for p in adapter.parameters())]
-            _check_reached(names, reached_adapters(self.module, self.layout))
+        """Note gradients, and check the adapters that an optimizer holds at its first step and at step 50."""
+        if self.silent:
+            self._note()
+            self._count(id(optimizer), lambda: self._held_by(optimizer))
 
-    def after_batch(self) -> None:
-        """Check all adapters after a first batch that no known optimizer has stepped."""
-        if self._reached is not None and not self._checked:
-            self._checked.add(0)
-            _check_reached(AdaptedModel(self.module).adapters, self._reached)
+    def after_batch(self, outputs: Any) -> None:
+        """Note whether the loss is finite; end the first batch, and count one that no known optimizer has stepped."""
+        self._note_loss(outputs)
+        if self._has_backward and not self._steps.keys() - {_UNKNOWN}:
+            self._has_backward = False
+            self._count(_UNKNOWN, lambda: self._names)
+        if self._steps:
+            self.close()
+
+    def _note(self) -> None:
+        gradients = {
+            id(parameter): parameter.grad
+            for adapter in self._unseen.values()
+            for parameter in adapter.parameters()
+            if parameter.grad is not None
+        }
+        if not gradients:
+            return
+        # Sizes are sums of magnitudes, since squares of small numbers vanish; and only added, so that nothing waits.
+        parts = [g.coalesce().values() if g.is_sparse else local(g) for g in gradients.values()]
+        for key, size in zip(gradients, torch._foreach_norm(parts, 1), strict=True):
+            self._sums[key] = size if key not in self._sums else self._sums[key] + size
+
+    def _note_loss(self, outputs: Any) -> None:
+        self._batches += 1
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            at = torch.where(loss.detach().isfinite().all(), sys.maxsize, self._batches)
+            self._broken_at = torch.minimum(self._broken_at.to(at.device), at)
+
+    def _count(self, optimizer: int, names: Callable[[], Collection[str]]) -> None:
+        self._steps[optimizer] += 1
+        step = self._steps[optimizer]
+        if step in (1, JUDGED_AT):
+            self._agree()
+            held = names()
+            silent = [name for name in self.silent if name in held and name not in self._allowed]
+            if silent and step == JUDGED_AT:
+                self._judge(silent, f"in {step} steps")
+            elif silent:
+                rank_zero_warn(
+                    f"No gradient reached the adapters of {listed(silent)} in the first step:\n"
+                    f"{self._explained(silent)}\nThis is judged at step {JUDGED_AT}, or at the end of a shorter fit."
+                )
+        elif step & (step - 1) == 0:  # ever more rarely
+            self._settle()
+
+    def _held_by(self, optimizer: Optimizer) -> set[str]:
+        held = {id(p) for group in original_param_groups(self.layout, optimizer) for p in group["params"]}
+        adapters = AdaptedModel(self.module).adapters.items()
+        return {name for name, adapter in adapters if any(id(p) in held for p in adapter.parameters())}
+
+    def _settle(self) -> None:
+        """Stop looking at the adapters that this process has seen reached; waits for the device."""
+        notes = self.layout.noted_gradients
+        if notes is not None:
+            self._sums = {key: note.total for key, note in notes.items() if note.total is not None}
+        sizes = dict(zip(self._sums, to_floats(list(self._sums.values())), strict=True))
+        for name, adapter in list(self._unseen.items()):
+            keys = list(map(id, adapter.parameters()))
+            if any(sizes.get(key) for key in keys):
+                del self._unseen[name]
+                for key in keys:
+                    self._sums.pop(key, None)
+                    if notes is not None:
+                        notes[key].stop()
+
+    def _agree(self) -> None:
+        """Agree with the other processes on what was seen; every process must call this."""
+        if not (names := self.silent):
+            return
+        self._settle()
+        adapters, calls = AdaptedModel(self.module).adapters, self._witness.calls if self._witness else {}
+        # A process may hold a part of an adapter, or nothing of it, and run other branches.
+        seen = [name not in self._unseen for name in names]
+        zero = [any(id(p) in self._sums for p in adapters[name].parameters()) for name in names]
+        called = [calls.get(self._layer_of(name)) == "" for name in names]
+        # Offloaded parameters lie elsewhere.
+        agreed = iter(anywhere([*seen, *zero, *called], self.layout.strategy.root_device))
+        self.silent = [name for name in names if not next(agreed)]
+        self._zero = {name for name in names if next(agreed)}
+        self._called = {name for name in names if next(agreed)}
+        self._unseen = {name: adapter for name, adapter in self._unseen.items() if name in self.silent}
+
+    # --- judging
+
+    def untrained(self) -> list[str]:
+        """Return the adapters that no gradient has reached so far; every process must call this."""
+        self._agree()
+        return self.silent
+
+    def finish(self) -> None:
+        """Judge the whole fit, and repeat what was warned of; every process must call this."""
+        if self._steps:
+            self._agree()
+            silent = [name for name in self.silent if name not in self._allowed]
+            self._judge(silent, f"in {max(self._steps.values())} steps")
+
+    def broken_at(self) -> int | None:
+        """Return the number of the first batch of this fit whose loss was not finite, if it is known."""
+        batch = int(self._broken_at)
+        return None if batch == sys.maxsize else batch
+
+    def _judge(self, names: list[str], when: str) -> None:
+        """Raise if no adapter at all was reached, or one that was named was not; warn of others."""
+        is_all, named = len(self.silent) == len(self._names), _named_adapters(AdaptedModel(self.module))
+        if refused := [name for name in names if is_all or name in named]:
+            raise MisconfigurationException(
+                f"No gradient reached the adapters of {listed(refused)} {when}, so they are untrained:\n"
+                f"{self._explained(refused, is_late=True)}\nallow_untrained={refused[:1]} accepts an adapter that "
+                "stays untrained; it takes names and globs."
+            )
+        if names:
+            (rank_zero_info if self._has_warned else rank_zero_warn)(
+                f"LoRA: {len(self._names) - len(self.silent)} of {len(self._names)} adapters were trained. No gradient "
+                f"reached those of {listed(names)} {when}:\n{self._explained(names, is_late=True)}"
+            )
+            self._has_warned = True
+
+    def _explained(self, names: list[str], *, is_late: bool = False) -> str:
+        """Return a line for each likely cause; every process must call this."""
+        zeros = self._zero_weights(is_late=is_late) if self._zero.intersection(names) else []
+        causes = defaultdict[str, list[str]](list)
+        for name in names:
+            causes[self._cause(name, zeros)].append(name)
+        return "\n".join(f"  - {listed(some)}: {cause}" for cause, some in causes.items())
+
+    def _cause(self, name: str, zeros: list[str]) -> str:
+        layer, witness = self._layer_of(name), self._witness
+        if name in self._zero:
+            if zeros:
+                return (
+                    f"the gradient is exactly zero, as behind a weight of zero, and these are zero: {listed(zeros)}. "
+                    "Train them (modules_to_save, or adapters of their own): once they have moved, gradients pass."
+                )
+            return "the gradient is exactly zero. Does the loss depend on these layers?"
+        if name in self._called:
+            return "called, but the loss does not depend on the output: it is unused, detached or out of the graph."
+        if witness is None or not witness.watches:
+            return "no gradient arrived; calls are not watched in a compiled model. Are these layers used in the loss?"
+        if why := witness.calls.get(layer):
+            cure = "Set use_reentrant=False." if "reentrant" in why else "Call them with gradients."
+            return f"called only {why}. {cure}"
+        if where := witness.reads.get(layer):
+            return (
+                f"never called in the first batch; the weight is read instead, by {where}. An update beside the layer "
+                f"has no effect there, but one of the weight has: target_parameters=[{join(layer, 'weight')!r}], and "
+                "leave the layer out of target_modules."
+            )
+        return "never called in the first batch. Use these layers, or leave them out with exclude_modules."
+
+    def _zero_weights(self, *, is_late: bool) -> list[str]:
+        """Return the weights that are all zero, and without an adapter that has made up for it since."""
+        weights = dict(blocking_weights(self.module))
+        moved = anywhere([bool(local(weight).any()) for weight in weights.values()], self.layout.strategy.root_device)
+        adapted = {name for name in self._names if name not in self.silent} if is_late else set[str]()
+        return [
+            name
+            for name, has_moved in zip(weights, moved, strict=True)
+            if not has_moved and name.rpartition(".")[0] not in adapted
+        ]
+
+    def _layer_of(self, name: str) -> str:
+        return name if name in AdaptedModel(self.module).layers else name.rpartition(".")[0]
 
 
-def reached_adapters(module: nn.Module, layout: Layout) -> set[str]:
-    """Return the names of the adapters that have a gradient in any process; every process must call this."""
-    noted, adapters = layout.noted_gradients, AdaptedModel(module).adapters
-    flags = [
-        any(id(p) in noted if noted is not None else _has_gradient(p) for p in adapter.parameters())
-        for adapter in adapters.values()
-    ]
-    # A process may hold a part of an adapter, or nothing of it, so they have to agree.
-    agreed = anywhere(flags, layout.strategy.root_device)  # offloaded parameters lie elsewhere
-    return {name for name, is_reached in zip(adapters, agreed, strict=True) if is_reached}
-
-
-def _check_reached(names: Collection[str], reached: Collection[str]) -> None:
-    """Raise if no gradient reached any of these adapters, warn if none reached some."""
-    if not (silent := [name for name in names if name not in reached]):
-        return
-    message = (
-        f"No gradient reached the adapters of {listed(silent)} in the first step. Are these layers used in the loss? "
-        "Reentrant activation checkpointing over frozen inputs also cuts gradients: set use_reentrant=False."
-    )
-    if len(silent) == len(names):
-        raise MisconfigurationException(message)
-    rank_zero_warn(message)
-
-
-def _has_gradient(parameter: Any) -> bool:
-    return parameter.grad is not None and bool(torch.any(local(parameter.grad) != 0))
+def _named_adapters(model: AdaptedModel) -> set[str]:
+    """Return the adapters that the config names, instead of sweeping them up."""
+    found = set[str]()
+    for root in model.roots:
+        targets, entries = root.attachment.config.target_modules, root.attachment.config.named_targets
+        plain = () if isinstance(entries, str) else [entry for entry in entries if not is_glob(entry)]
+        for layer in root.attachment.report.layers:
+            is_swept = layer.pattern in (targets, *FAMILIES) or is_glob(layer.pattern)
+            if not is_swept or selected(plain, (layer.name,)):
+                found.add(join(root.name, layer.name))
+    return found
 
 
 # --- afterwards, and before evaluating: adapters that were never trained
@@ -211,6 +396,20 @@ def warn_if_untrained(layout: Layout, module: LightningModule) -> None:
         rank_zero_warn(
             "No LoRA adapter has been trained yet, so this evaluates the bare base model. Pass the checkpoint of a "
             "trained adapter as ckpt_path."
+        )
+
+
+def check_finite(layout: Layout, module: LightningModule, broken_at: int | None) -> None:
+    """Refuse a fit that ended with NaN or infinity in what was trained; every process must call this."""
+    trained = {name: t for name, t in AdaptedModel(module).trained.items() if t.is_floating_point()}
+    with gathered_parameters(module):
+        sound = [local(tensor).isfinite().all() for tensor in trained.values()]
+        broken = anywhere([not each for each in to_floats(sound)], layout.strategy.root_device)
+    if names := [name for name, is_broken in zip(trained, broken, strict=True) if is_broken]:
+        since = "" if broken_at is None else f" The loss was first not finite in batch {broken_at} of this fit."
+        raise MisconfigurationException(
+            f"Training diverged: NaN or infinity in {listed(names)}.{since} Lower the learning rate, clip gradients, "
+            "or use a wider precision. Nothing was merged or exported; an earlier checkpoint may be sound."
         )
 
 

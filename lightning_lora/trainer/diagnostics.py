@@ -152,7 +152,7 @@ class Diagnostics:
         """Return all numbers, the same in every process, and forget the gradients; every process must call this."""
         found: dict[str, float] = {}
         gradients, self._gradients = self._gradients, {}
-        numbers = dict(zip(gradients, _to_floats(list(gradients.values())), strict=True))
+        numbers = dict(zip(gradients, to_floats(list(gradients.values())), strict=True))
         for group, spectra in self._spectra().items():
             names = [each.name for each in self.watched if each.group == group]
             weight = sum(self._weights[name] for name in names)
@@ -239,7 +239,7 @@ def _weight_square(watched: Watched) -> float:
     rows = max(1, _BLOCK * len(matrix) // max(1, matrix.numel()))
     places = torch.split(adapter.index, rows) if adapter.spec.rows else ()
     parts = (matrix.index_select(0, place) for place in places) if places else torch.split(matrix, rows)
-    return sum(_to_floats([_square(part) for part in parts]))
+    return sum(to_floats([_square(part) for part in parts]))
 
 
 def _square(tensor: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def _square(tensor: Tensor) -> Tensor:
     return norm.square()
 
 
-def _to_floats(scalars: list[Tensor]) -> list[float]:
+def to_floats(scalars: list[Tensor]) -> list[float]:
     """Return numbers that may be on several devices, waiting for each device once."""
     if len({scalar.device for scalar in scalars}) == 1:
         return [float(value) for value in torch.stack(scalars).tolist()]

@@ -34,8 +34,11 @@ from lightning_lora.trainer.checks import (
     AVERAGING,
     GradientCheck,
     callbacks_of,
+    check_allowed,
     check_before_training,
+    check_finite,
     check_trained,
+    check_unchanged,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics
 from lightning_lora.trainer.export import check_exportable, export_fit
@@ -62,6 +65,8 @@ class Options(Protocol):
     export_dir: str | None
     init_from: str | None
     check_base: bool
+    probe: bool
+    allow_untrained: tuple[str, ...]
     lr_ratio: float
     diagnostics_every_n_steps: int | None
 
@@ -71,7 +76,7 @@ class FitSession:
 
     Attributes:
         layout: How the strategy distributes what is trained.
-        gradients: The check of the first step, made anew when a training begins.
+        gradients: The check that gradients reach the adapters, made anew when a training begins.
         diagnostics: What measures the adapters, once training has begun and if asked for.
 
     Args:
@@ -86,9 +91,9 @@ class FitSession:
 
     def __init__(self, options: Options, trainer: Trainer, module: LightningModule, *, is_fit: bool) -> None:
         self.options, self.trainer, self.module, self._is_fit = options, trainer, module, is_fit
-        checkpoints = install_adapter_checkpoints(trainer.strategy)
-        checkpoints.check_base = options.check_base
-        self.layout = checkpoints.layout
+        self._checkpoints = install_adapter_checkpoints(trainer.strategy)
+        self._checkpoints.check_base, self._checkpoints.untrained = options.check_base, None
+        self.layout = self._checkpoints.layout
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
         self._config, self._seed = options.config, int(os.environ.get("PL_GLOBAL_SEED", "0"))  # of seed_everything
@@ -96,7 +101,7 @@ class FitSession:
         self._takes_any = not is_fit and options.config == LoRAConfig()
         self._is_first = get_attachment(module) is None
         self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
-        self._is_probed, self._has_succeeded = False, False
+        self._has_begun = self._has_succeeded = False
         self._wraps = MethodWraps()
         self._load_hook: Any = module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
@@ -200,12 +205,17 @@ class FitSession:
         freeze_norms(self.module)  # sync_batchnorm makes new norm layers
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)
+        check_allowed(self.options.allow_untrained, AdaptedModel(self.module))
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""
-        self.gradients, self._is_probed = GradientCheck(self.module, self.layout), False
+        before, self._has_begun = self._checkpoints.untrained, False
+        reached = set() if before is None else AdaptedModel(self.module).adapters.keys() - before()
+        self.gradients.close()
+        self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
+        self._checkpoints.untrained = self.gradients.untrained
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
         if self.options.lr_ratio != 1.0 and callbacks_of(self.trainer, LearningRateFinder):
@@ -214,11 +224,17 @@ class FitSession:
                 f"lr_ratio={self.options.lr_ratio} has no effect. Find the rate without lr_ratio first."
             )
 
-    def probe(self, batch: Any) -> None:
-        """Prove on the first batch of a training that every adapter has an effect."""
-        if self._is_probed:
+    def begin_batch(self, batch: Any) -> None:
+        """Before the first batch of a training, check that the adapters are still there, and probe them if asked to."""
+        if self._has_begun:
             return
-        self._is_probed = True
+        self._has_begun = True
+        check_unchanged(AdaptedModel(self.module))
+        if self.options.probe:
+            self._probe(batch)
+        self.gradients.watch()
+
+    def _probe(self, batch: Any) -> None:
         if not overrides(self.module, "forward"):
             raise MisconfigurationException(
                 f"LoRACallback.probe=True calls {type(self.module).__name__}.forward with the first batch, but forward "
@@ -230,13 +246,16 @@ class FitSession:
             raise MisconfigurationException(str(error)) from error
 
     def succeed(self) -> None:
-        """Record a successful fit; raise if it trained nothing."""
+        """Record a successful fit; raise if it trained nothing, not all that was named, or to no number."""
+        check_finite(self.layout, self.module, self.gradients.broken_at())
+        self.gradients.finish()
         check_trained(self.layout, self.trainer, self.module)
         self._has_succeeded = True
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
         self._wraps.remove()
+        self.gradients.close()
         self._load_hook.remove()
         request(self.module, None)
 

@@ -203,3 +203,22 @@ def test_saving_inside_merged_is_refused(tmp_path: Path) -> None:
     with merged(ours), pytest.raises(RuntimeError, match="leave merged"):
         save_adapter(ours, tmp_path / "adapter")
     assert not any(tmp_path.iterdir())
+
+
+class ReadsWeight(nn.Module):
+    """As timm's BEiT: it calls the projection or reads its weight, as the options say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.qkv(x) if self.qkv.bias is None else nn.functional.linear(x, self.qkv.weight)
+        return self.out(x)
+
+
+def test_layer_whose_parent_reads_its_weight_is_refused(tmp_path: Path) -> None:
+    model = trained(ReadsWeight(), target_modules=["qkv", "out"])
+    with pytest.raises(ValueError, match=r"qkv: PEFT adds .* its parent, a ReadsWeight, reads its weight"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -198,5 +199,8 @@ def test_merge_rounds_once(precision: str) -> None:
 
 
 def test_float16_factors_warn() -> None:
-    with pytest.warns(UserWarning, match="Adam's eps .1e-8. underflows to zero in float16"):
+    with (
+        pytest.warns(UserWarning, match="Adam's eps .1e-8. underflows to zero in float16"),
+        pytest.raises(MisconfigurationException, match="Training diverged: NaN or infinity in"),
+    ):
         trainer(LoRACallback(rank=2, adapter_dtype="float16"), max_steps=1).fit(Toy(), loader())

@@ -26,6 +26,23 @@ from lightning_lora.sharding import is_sharded, laid_out_like, whole
 Key = TypeVar("Key")
 
 
+class GradientNote:
+    """Sums the sizes of a parameter's gradients, before the strategy takes them away, until ``stop``."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.total: Tensor | None = None
+        self._hook = parameter.register_post_accumulate_grad_hook(self._note)  # type: ignore[no-untyped-call]
+
+    def _note(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            size = torch.linalg.vector_norm(parameter.grad, 1)
+            self.total = size if self.total is None else self.total + size
+
+    def stop(self) -> None:
+        """Take no more notes."""
+        self._hook.remove()
+
+
 class Layout:
     """The simplest layout: every process has the whole of each tensor, or all have it as ``DTensor``.
 
@@ -38,7 +55,7 @@ class Layout:
         base: The fingerprint of the base from when the adapters were attached, if weights cannot be read later.
         original_parameters: The parameters of each group as the module configured them, if the strategy replaces its
             optimizer's.
-        noted_gradients: Identities of the parameters that got a gradient, if the strategy takes gradients away.
+        noted_gradients: Notes of the adapters' gradients by parameter, if the strategy takes gradients away.
         before_wrapping: Called before ``configure_model`` wraps the first part of the module.
     """
 
@@ -48,7 +65,7 @@ class Layout:
         self.strategy = strategy
         self.base: Fingerprint | None = None
         self.original_parameters: list[list[nn.Parameter]] | None = None
-        self.noted_gradients: set[int] | None = None
+        self.noted_gradients: dict[int, GradientNote] | None = None
         self.before_wrapping: Callable[[], None] | None = None
 
     def check_fit(self, *, with_diagnostics: bool) -> None:

@@ -21,7 +21,13 @@ from lightning_lora.fingerprint import Fingerprint, Sample, chosen_names, sample
 from lightning_lora.layers import LoRALayer, TokenAdapter, base_parameter
 from lightning_lora.names import listed
 from lightning_lora.sharding import gathered
-from lightning_lora.trainer.strategies.base import Key, Layout, original_param_groups, refuse_reading_across
+from lightning_lora.trainer.strategies.base import (
+    GradientNote,
+    Key,
+    Layout,
+    original_param_groups,
+    refuse_reading_across,
+)
 
 
 class DeepSpeedLayout(Layout):
@@ -85,10 +91,8 @@ class DeepSpeedLayout(Layout):
                 "any(p.requires_grad for p in group['params'])]."
             )
         self.original_parameters = [list(group) for group in groups]
-        self.noted_gradients = set()
-        for adapter in AdaptedModel(module).adapters.values():
-            for parameter in adapter.parameters():
-                _GradientNote(parameter, self.noted_gradients)
+        adapters = AdaptedModel(module).adapters.values()
+        self.noted_gradients = {id(p): GradientNote(p) for adapter in adapters for p in adapter.parameters()}
 
     @override
     def gather(self, values: Mapping[Key, Any], name_of: Callable[[Key], str]) -> dict[Key, Any]:
@@ -157,19 +161,6 @@ class DeepSpeedLayout(Layout):
         """Return the position of each parameter in the optimizer, by its identity."""
         parameters = (p for group in original_param_groups(self, optimizer) for p in group["params"])
         return {id(parameter): index for index, parameter in enumerate(parameters)}
-
-
-class _GradientNote:
-    """Records the first nonzero gradient of a parameter, before DeepSpeed removes it."""
-
-    def __init__(self, parameter: nn.Parameter, noted: set[int]) -> None:
-        self.noted = noted
-        self.hook = parameter.register_post_accumulate_grad_hook(self.note)  # type: ignore[no-untyped-call]
-
-    def note(self, parameter: Tensor) -> None:
-        if parameter.grad is not None and bool(torch.any(parameter.grad != 0)):
-            self.noted.add(id(parameter))
-            self.hook.remove()
 
 
 def gathered_parameters(module: nn.Module) -> AbstractContextManager[object]:

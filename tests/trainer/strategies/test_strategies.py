@@ -20,7 +20,7 @@ from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers
 from lightning_lora.layers import Adapter
 from lightning_lora.optimizers import repair_optimizers
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
-from lightning_lora.trainer.checks import reached_adapters
+from lightning_lora.trainer.checks import GradientCheck
 from lightning_lora.trainer.strategies import layout_of
 from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy, add_cpu_events
@@ -148,7 +148,10 @@ def test_processes_agree_over_root_device() -> None:
     attach(module, LoRAConfig(rank=2, target_modules=["net.0", "net.2"]))
     strategy._lightning_module = module
     module.net[:1](torch.ones(1, 8, dtype=module.net[0].weight.dtype)).sum().backward()
-    assert reached_adapters(module, layout_of(strategy)) == {"net.0"}
+    check = GradientCheck(module, layout_of(strategy))
+    with pytest.warns(UserWarning, match=r"adapters of net\.2 in"):
+        check.before_step(torch.optim.SGD(p for p in module.parameters() if p.requires_grad))
+    assert check.untrained() == ["net.2"]
 
 
 @needs_deepspeed
