@@ -6,21 +6,22 @@ classes that ``docs/layers.md`` describes. Everything else is private.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, lora_layers, register_adapter
-from lightning_lora.loading import load_adapter
 from lightning_lora.modes import disabled, merged
 from lightning_lora.names import target_names
 from lightning_lora.optimizers import parameter_groups
-from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.surgery import attach, detach, merge
 
 if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
+    from lightning_lora.loading import load_adapter
+    from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
 
 __version__ = "0.1.0"
 
@@ -47,9 +48,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "LoRACallback":  # everything else works without importing Lightning, which takes seconds
-        from lightning_lora.callback import LoRACallback
+# Imported at their first use: Lightning takes seconds, and the code for files a third of what everything else takes.
+_IMPORTED_WHEN_USED = {
+    "LoRACallback": "callback",
+    "Preflight": "peft_format.files",
+    "load_adapter": "loading",
+    "preflight": "peft_format.files",
+    "save_adapter": "peft_format.files",
+}
 
-        return LoRACallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __getattr__(name: str) -> Any:
+    if name not in _IMPORTED_WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = getattr(import_module(f"{__name__}.{_IMPORTED_WHEN_USED[name]}"), name)
+    return globals()[name]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lora.attachment import Attachment, get_attachment, merge_count
 from lightning_lora.layers import Adapter, AdapterGroup, LoRALayer, LowRankAdapter
 from lightning_lora.names import clean_name, join, listed, module_names, walk
+from lightning_lora.sharding import unwrapped
 
 
 class Root(NamedTuple):
@@ -43,11 +44,11 @@ class AdaptedModel:
     one.
 
     Args:
-        module: Any module; one without adapters has empty ``layers``.
+        module: Any module, also wrapped by Fabric, DDP or ``torch.compile``; one without adapters has empty ``layers``.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module = unwrapped(module)
 
     @functools.cached_property
     def parts(self) -> list[tuple[str, nn.Module]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class AdaptedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class AttachReport:
-    """Report of an attach: what was adapted, trains in full or was left out; ``print(report)`` shows a table.
+    """Report of an attach: what was adapted, trains in full or was left out, shown as a table.
 
     Attributes:
         layers: The adapted layers.
@@ -64,7 +65,17 @@ class AttachReport:
         return self.adapter_parameters + sum(self.saved.values()) + sum(self.biases.values())
 
     @override
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
+        title, rows, notes = self._content()
+        return "\n".join([title, *table_lines(rows), *notes])
+
+    def _repr_html_(self) -> str:
+        title, (header, *rows), notes = self._content()
+        table = [_html_row("th", header), *(_html_row("td", row) for row in rows)]
+        return f"<p>{escape(title)}</p><table>{''.join(table)}</table>" + "".join(f"<p>{escape(n)}</p>" for n in notes)
+
+    def _content(self) -> tuple[str, list[tuple[str, ...]], list[str]]:
+        """Return the title, the rows of the table with its header and its totals, and the lines below it."""
         header = ("pattern", "layers", "rank", "scaling", "parameters", "share", "dtype")
         groups: dict[tuple[str, int, float, str], list[AdaptedLayer]] = {}
         for layer in self.layers:
@@ -79,11 +90,9 @@ class AttachReport:
         count = len(self.layers) + len(self.saved) + len(self.biases)
         rows.append(self._row("trainable", count, "", "", self.trainable_parameters, ""))
         frozen = self.base_parameters + self.adapter_parameters - self.trainable_parameters
-        lines = [f"LoRA: {len(self.layers)} layers adapted, {frozen:,} base parameters frozen"]
-        lines += table_lines([header, *rows]) + self._left_out_lines() + self._norm_lines()
-        return "\n".join(
-            lines + [f"untied: {name} has a copy of its own, {other} stays" for name, other in self.untied.items()]
-        )
+        untied = [f"untied: {name} has a copy of its own, {other} stays" for name, other in self.untied.items()]
+        title = f"LoRA: {len(self.layers)} layers adapted, {frozen:,} base parameters frozen"
+        return title, [header, *rows], [*self._left_out_lines(), *self._norm_lines(), *untied]
 
     def _row(self, pattern: str, layers: int, rank: str, scaling: str, parameters: int, dtype: str) -> tuple[str, ...]:
         share = f"{100 * parameters / max(1, self.base_parameters):.2f} %"
@@ -158,6 +167,10 @@ def merge_count(layer: nn.Module) -> int:
 def count_merge(layer: nn.Module) -> None:
     """Record that an adapter was merged into this layer for good."""
     vars(layer)[_MERGES] = merge_count(layer) + 1
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
 
 
 def table_lines(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -18,6 +19,7 @@ from lightning_lora.config import (
     check_known,
     check_names,
     check_positive,
+    shown_options,
 )
 from lightning_lora.trainer import checks, lightning_patches
 from lightning_lora.trainer.diagnostics import check_interval
@@ -35,6 +37,7 @@ class LoRACallback(Callback):
     really trains.
 
     Args:
+        config: The options of ``LoRAConfig`` as one value, instead of giving them one by one.
         merge_on_teardown: Fold the adapters into the weights when a fit has succeeded, and leave an ordinary model.
         export_dir: Where to write the adapter as a PEFT directory when a fit has succeeded: the best checkpoint's, if
             a ModelCheckpoint kept one, else the last state.
@@ -55,7 +58,7 @@ class LoRACallback(Callback):
         **lora: The options of ``LoRAConfig``.
 
     Raises:
-        TypeError: An option has the wrong type.
+        TypeError: An option has the wrong type or is unknown, or options are given beside ``config``.
         ValueError: An option has an invalid value.
 
     Example:
@@ -64,8 +67,11 @@ class LoRACallback(Callback):
         8
     """
 
+    __signature__: ClassVar[inspect.Signature | None]
+
     def __init__(
         self,
+        config: LoRAConfig | None = None,
         *,
         merge_on_teardown: bool = False,
         export_dir: str | None = None,
@@ -77,8 +83,10 @@ class LoRACallback(Callback):
         diagnostics_every_n_steps: NonNegativeInt | None = None,
         **lora: Any,
     ) -> None:
-        check_known("LoRACallback", lora, {*OPTIONS, *(LoRACallback.__init__.__kwdefaults__ or ())})
+        check_known("LoRACallback", lora, {*OPTIONS, *_OWN_OPTIONS})
         self.config = LoRAConfig(**lora)
+        if config is not None:
+            self.config = _only(config, self.config, lora)
         check_positive("LoRACallback.lr_ratio", lr_ratio)
         check_interval(diagnostics_every_n_steps)
         self.allow_untrained = check_names("LoRACallback.allow_untrained", allow_untrained)
@@ -88,6 +96,17 @@ class LoRACallback(Callback):
         self.lr_ratio = float(lr_ratio)
         self.diagnostics_every_n_steps = diagnostics_every_n_steps
         self._session: FitSession | None = None
+
+    @override
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__signature__ = None  # it has one of its own
+
+    @override
+    def __repr__(self) -> str:
+        own = {name: getattr(self, name) for name, default in _OWN_OPTIONS.items() if getattr(self, name) != default}
+        return f"{type(self).__name__}({shown_options(self.config.changed() | own)})"
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -184,4 +203,30 @@ class LoRACallback(Callback):
         return session
 
 
+_OWN_OPTIONS = dict(LoRACallback.__init__.__kwdefaults__ or {})
+
+
+def _only(config: LoRAConfig, single: LoRAConfig, given: Collection[str]) -> LoRAConfig:
+    """Return the config; reject options beside it that say something else."""
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"LoRACallback.config must be a LoRAConfig, got {config!r}.")
+    if others := [name for name in given if getattr(single, name) != getattr(config, name)]:
+        raise TypeError(
+            f"LoRACallback takes a config or single options, not both: config has {others[0]}="
+            f"{getattr(config, others[0])!r}, and {others[0]}={getattr(single, others[0])!r} was given beside it. Use "
+            "dataclasses.replace to change a config."
+        )
+    return config
+
+
+def _signature() -> inspect.Signature:
+    """Return the signature with every option of ``LoRAConfig``, in place of ``**lora``."""
+    _, config, *own, _ = inspect.signature(LoRACallback.__init__).parameters.values()
+    default, options = LoRAConfig(), inspect.signature(LoRAConfig).parameters.values()
+    shown = [option.replace(default=getattr(default, option.name)) for option in options]
+    return inspect.Signature([config, *shown, *own])
+
+
+# Of the class alone: LightningCLI reads the one of __init__, whose ``**lora`` leads it to the explanations.
+LoRACallback.__signature__ = _signature()
 lightning_patches.derive_from_both(LoRACallback)

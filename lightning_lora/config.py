@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 from torch import nn
+from typing_extensions import override
 
 from lightning_lora.names import near_names, parse_slices
 
@@ -137,6 +138,15 @@ class LoRAConfig:
         """Return the scaling of ``B @ A`` for a layer of this rank and alpha."""
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def changed(self) -> dict[str, Any]:
+        """Return the options that differ from the defaults."""
+        default = LoRAConfig().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != default[name]}
+
+    @override
+    def __repr__(self) -> str:
+        return f"LoRAConfig({shown_options(self.changed())})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain scalars, lists and dicts, suitable for YAML, JSON and checkpoints."""
         return {key: _plain(value) for key, value in asdict(self).items()}
@@ -155,6 +165,11 @@ class LoRAConfig:
 
 
 OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
+
+
+def shown_options(options: Mapping[str, Any]) -> str:
+    """Return options as they are written in a call."""
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _plain(value: Any) -> Any:

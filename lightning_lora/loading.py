@@ -50,6 +50,8 @@ def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bo
         RuntimeError: Another adapter was merged into this module for good.
     """
     file = read_adapter(path)
+    if (model := AdaptedModel(module)).layers:
+        module = model.module  # without its wrappers, which an unadapted one must not have
     check_not_merged(module, file.merges)
     if isinstance(file, PeftFile):
         return _load_directory(module, file, check_base=check_base)

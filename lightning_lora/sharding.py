@@ -34,7 +34,7 @@ def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def copy_whole(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, which every process has, into one that may be sharded."""
-    target.copy_(laid_out_like(value.to(target.device), target))
+    target.copy_(laid_out_like(value.to(target.device), target) if is_sharded(target) else value)
 
 
 @torch.no_grad()
@@ -186,11 +186,17 @@ def is_fully_sharded(module: nn.Module) -> bool:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the module inside wrappers of FSDP, activation checkpointing and ``torch.compile``."""
-    for key in ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"):
-        while (inner := module._modules.get(key)) is not None:
-            module = inner
+    """Return the module inside wrappers of Fabric, DDP, FSDP, activation checkpointing and ``torch.compile``."""
+    while (inner := _inside(module)) is not None:
+        module = inner
     return module
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return cast(nn.Module, module.module)
+    keys = ("_original_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")  # the first: Fabric
+    return next((inner for key in keys if (inner := module._modules.get(key)) is not None), None)
 
 
 def _distributed(value: Tensor, mesh: Any, placements: Any) -> Tensor:

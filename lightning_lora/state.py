@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, base_problems, samples
 from lightning_lora.names import clean_name, join, listed, near_names
+from lightning_lora.sharding import copy_whole, whole
 
 FORMAT_VERSION = 1
 
@@ -18,7 +19,9 @@ FORMAT_VERSION = 1
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """Return a copy of everything that was trained: name -> tensor.
 
-    Unlike ``nn.Module.state_dict`` it holds copies, so that it stays as it is when training goes on.
+    Unlike ``nn.Module.state_dict`` it holds copies, so that it stays as it is when training goes on, and names without
+    what wrappers such as Fabric's, DDP's and ``torch.compile``'s add. Tensors that ``fully_shard`` has divided over
+    processes come whole; then every process must call this.
 
     Raises:
         ValueError: The module has no adapters.
@@ -28,7 +31,7 @@ def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     model.check_unchanged()
     if not model.trained:
         raise ValueError(f"{type(module).__name__} has no adapters; call attach first.")
-    return {name: tensor.detach().clone() for name, tensor in model.trained.items()}
+    return {name: whole(tensor.detach()).clone() for name, tensor in model.trained.items()}
 
 
 def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -60,7 +63,7 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
         raise ValueError(mismatch_message(type(model.module).__name__, problems))
     with torch.no_grad():
         for name, tensor in model.trained.items():
-            tensor.copy_(state[name])
+            copy_whole(tensor, state[name])
 
 
 def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Collection[str] = ()) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from torch import nn
 
@@ -82,3 +84,19 @@ def test_long_left_out_list_is_shortened():
     text = str(attach(model, LoRAConfig(rank=2, exclude_modules=["[3-9]", "10", "11"])))
     [line] = [line for line in text.splitlines() if line.startswith("left out")]
     assert line == "left out: 3, 4, 5, 6 and 5 more (in exclude_modules)"
+
+
+def test_notebook_shows_the_table(tiny):
+    config = LoRAConfig(rank=2, target_modules=["q_proj"], exclude_modules=["blocks.1"])
+    report = attach(tiny, config)
+    assert repr(report) == str(report)
+    page = report._repr_html_()
+    cells = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
+    text = [line.split() for line in str(report).splitlines()]
+    assert ["".join(row).replace(" ", "") for row in cells] == ["".join(text[i]) for i in (1, 3, 5)]
+    assert "left out: blocks.1.q_proj (in exclude_modules)" in page
+
+
+def test_notebook_table_escapes_names():
+    report = attach(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(rank=1, target_modules="(?P<name>0)"))
+    assert "(?P&lt;name&gt;0)" in report._repr_html_()

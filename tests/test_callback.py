@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import warnings
 from typing import Any
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_lora import LoRACallback, LoRAConfig, LoRALayer, attach, detach, load_adapter, lora_layers, merge
+from lightning_lora.config import OPTIONS
 from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, snapshot, trainer
 
 LAYERS = ["net.0", "net.2", "net.4"]
@@ -54,6 +56,51 @@ class Held(Callback):
 def test_unknown_option_suggests_closest(wrong: str, hint: str) -> None:
     with pytest.raises(TypeError, match=f"LoRACallback has no option '{wrong}'. {hint}"):
         LoRACallback(**{wrong: 8})
+
+
+def test_signature_shows_every_option_with_its_default() -> None:
+    shown = inspect.signature(LoRACallback).parameters
+    plain = LoRAConfig()
+    assert {name: shown[name].default for name in OPTIONS} == {name: getattr(plain, name) for name in OPTIONS}
+    assert {"config", "export_dir", "lr_ratio"} <= shown.keys()
+    assert not [each for each in shown.values() if each.kind == inspect.Parameter.VAR_KEYWORD]
+
+
+def test_subclass_shows_a_signature_of_its_own() -> None:
+    class Small(LoRACallback):
+        def __init__(self, size: int) -> None:
+            super().__init__(rank=size)
+
+    class Same(LoRACallback):
+        pass
+
+    assert list(inspect.signature(Small).parameters) == ["size"]
+    assert inspect.signature(Same) == inspect.signature(LoRACallback)
+
+
+def test_config_is_taken_as_one_value() -> None:
+    config = LoRAConfig(rank=3, target_modules=["head"])
+    assert LoRACallback(config).config is LoRACallback(config=config, lr_ratio=2).config is config
+
+
+@pytest.mark.parametrize(("options", "words"), [({"rank": 4}, "rank=3.*rank=4"), ({"rank": 16}, "rank=3.*rank=16")])
+def test_config_and_single_options_contradict(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(TypeError, match=f"config or single options, not both.*{words}"):
+        LoRACallback(LoRAConfig(rank=3), **options)
+
+
+def test_positional_argument_that_is_no_config_is_named() -> None:
+    with pytest.raises(TypeError, match=r"LoRACallback\.config must be a LoRAConfig, got 8"):
+        LoRACallback(8)  # type: ignore[arg-type]
+
+
+def test_repr_is_the_call_that_makes_it() -> None:
+    callback = LoRACallback(rank=8, target_modules=["q_proj"], lr_ratio=16, allow_untrained=["pooler"])
+    assert repr(callback) == (
+        "LoRACallback(rank=8, target_modules=['q_proj'], allow_untrained=('pooler',), lr_ratio=16.0)"
+    )
+    assert repr(eval(repr(callback))) == repr(callback)
+    assert repr(LoRACallback()) == "LoRACallback()"
 
 
 # --- attaching at the right moment

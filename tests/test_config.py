@@ -211,3 +211,10 @@ def test_scaling_is_alpha_over_rank_or_its_root(use_rslora: bool, expected: floa
 def test_defaults_attach(tiny):
     report = attach(tiny, LoRAConfig(rank=2))
     assert {layer.scaling for layer in report.layers} == {LoRAConfig().alpha / 2}
+
+
+def test_repr_shows_what_differs_from_the_defaults():
+    config = LoRAConfig(rank=3, target_modules=["a"])
+    assert repr(config) == "LoRAConfig(rank=3, target_modules=['a'])"
+    assert eval(repr(config)) == config
+    assert eval(repr(LoRAConfig(**OTHER_THAN_DEFAULT))) == LoRAConfig(**OTHER_THAN_DEFAULT)

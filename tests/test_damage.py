@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -291,19 +293,67 @@ def pickled(content: Any, path: Path) -> None:
     path.write_bytes(pickle.dumps(plain, protocol=2))
 
 
+def in_the_hyper_parameters(content: dict[str, Any], code: Runs) -> None:
+    content["hyper_parameters"] = {"path": code}
+
+
 @pytest.mark.parametrize("save", [zipped, legacy, pickled])
-@pytest.mark.parametrize("hide", [in_the_record, in_the_state, in_the_optimizer, in_the_callbacks])
-def test_malicious_pickle_is_refused_without_running(hide: Any, save: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "hide", [in_the_record, in_the_state, in_the_optimizer, in_the_callbacks, in_the_hyper_parameters]
+)
+def test_malicious_pickle_never_runs(hide: Any, save: Any, tmp_path: Path) -> None:
     _, _, source = fitted(tmp_path)
     content, target, path = read(source), tmp_path / "ran", tmp_path / "evil.ckpt"
     hide(content, Runs(target))
     save(content, path)
     module = Toy()
-    with raises_and_changes_nothing(module, ValueError, r"evil\.ckpt' cannot be read"):
+    if save is zipped and hide not in (in_the_record, in_the_state):  # the adapter itself is whole
         load_adapter(module, path)
+        assert_same_bits(adapter_state_dict(module), read(source)["state_dict"])
+    else:
+        with raises_and_changes_nothing(module, ValueError, "cannot be read|does not fit"):
+            load_adapter(module, path)
     for stage in ("test", "fit"):
         with pytest.raises(ValueError, match=r"evil\.ckpt' cannot be read"):
             getattr(trainer(LoRACallback(rank=4), max_steps=20), stage)(module, loader(), ckpt_path=str(path))
     assert not target.exists()
     pickle.loads(pickle.dumps(Runs(target)))
     assert target.exists()  # it does run where nothing stops it
+
+
+# Each leaves one object on the stack, after trying to change or to call something that lives on.
+PROGRAMS = {
+    "method of a module": b"cos\nmkdir\n(VTARGET\ntR",
+    "code": b"cbuiltins\nexec\n(Vimport os; os.mkdir('TARGET')\ntR",
+    "found by getattr": b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n(Vos\ntRVmkdir\ntR(VTARGET\ntR",
+    "import": b"clightning_lora_never_imported\nthing\n",
+    "attribute of a known function": b"ctorch._utils\n_rebuild_tensor_v2\n(N}V__doc__\nVTARGET\nstb",
+    "attribute of a known class": b"ccollections\nOrderedDict\n(N}Vpop\nNstb",
+    "attribute of a parameter's class": b"ctorch.nn.parameter\nParameter\n(N}Vpop\nNstb",
+    "an object that calls": b"ios\nmkdir\n",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_hostile_program_changes_nothing_outside_the_file(program: bytes, tmp_path: Path) -> None:
+    _, _, source = fitted(tmp_path)
+    content, target, path = read(source), tmp_path / "ran", tmp_path / "evil.ckpt"
+    content["hyper_parameters"] = {"mark": "MARK"}
+    torch.save(content, tmp_path / "marked.ckpt")
+    marked = pickle.dumps("MARK", protocol=2)[2:-1].split(b"q")[0]
+    hostile = program.replace(b"TARGET", str(target).encode())
+    if program.startswith(b"ios"):  # the mark and the arguments come before the opcode
+        hostile = b"(V" + str(target).encode() + b"\n" + hostile
+    with zipfile.ZipFile(tmp_path / "marked.ckpt") as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            held = old.read(name)
+            assert not name.endswith("data.pkl") or held.count(marked) == 1
+            new.writestr(name, held.replace(marked, hostile) if name.endswith("data.pkl") else held)
+    kinds = (torch._utils._rebuild_tensor_v2, OrderedDict, torch.nn.Parameter)
+    before, modules = [dict(vars(kind)) for kind in kinds], set(sys.modules)
+    with suppress(ValueError):
+        load_adapter(Toy(), path)
+    assert [dict(vars(kind)) for kind in kinds] == before
+    assert torch._utils._rebuild_tensor_v2.__doc__ is None
+    assert set(sys.modules) == modules
+    assert not target.exists()

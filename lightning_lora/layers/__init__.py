@@ -30,6 +30,7 @@ from lightning_lora.layers.norm import (
 from lightning_lora.layers.readers import weight_readers
 from lightning_lora.layers.weight import ParameterAdapter, WeightLoRALayer, parameter_adapter, swapped_as
 from lightning_lora.names import walk
+from lightning_lora.sharding import unwrapped
 
 SUPPORTED = (
     "nn.Linear, its subclasses and layers that prove to compute the same, transformers' Conv1D, nn.Embedding, "
@@ -47,7 +48,7 @@ def family_of(adapter: type[Adapter], module: nn.Module) -> str:
 
 def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
     """Return the adapted layers of a model by name; by type, so a user's ``lora_head`` is none."""
-    return {name: part for name, part in walk(module) if isinstance(part, LoRALayer)}
+    return {name: part for name, part in walk(unwrapped(module)) if isinstance(part, LoRALayer)}
 
 
 __all__ = [

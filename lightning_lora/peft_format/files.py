@@ -103,7 +103,13 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
             or resized.
     """
     model = AdaptedModel(module)
+    module = model.module
     model.check_unchanged()
+    if divided := [name for name, tensor in model.trained.items() if is_sharded(tensor)]:
+        raise ValueError(
+            f"Divided over processes by fully_shard: {listed(divided)}. Call adapter_state_dict(module) on every "
+            "process, load its result into an unwrapped copy of the model (load_adapter_state_dict), and save that."
+        )
     if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
     if unmade := [name for name, tensor in model.trained.items() if tensor.is_meta]:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import pickle
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -136,7 +139,7 @@ def read_checkpoint(path: str | PathLike[str]) -> CheckpointFile:
         raise FileNotFoundError(
             f"{str(path)!r} does not exist; name a PEFT directory, or the .ckpt of a LoRACallback run."
         )
-    checkpoint = checked_checkpoint(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    checkpoint = checked_checkpoint(path, lambda: _loaded(Path(path)))
     record = checkpoint.get(RECORD_KEY)
     if record is None:
         raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")
@@ -185,14 +188,27 @@ def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | 
         return None
 
 
-# --- without loading
+# --- without running code of the file, whatever objects it holds
+
+
+def _loaded(path: Path) -> Any:
+    """Load a checkpoint; hyper-parameters of any class, which no adapter needs, become placeholders."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # Lightning writes no other format; torch's readers of older ones do more
+                raise
+    reader = SimpleNamespace(__name__="pickle", Unpickler=_TensorUnpickler)
+    content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
+    json.dumps(content.get(RECORD_KEY))  # raises if there is a placeholder in it
+    return content
 
 
 def plain_values(stream: IO[bytes]) -> dict[str, Any]:
     """Return the numbers, texts, lists and dicts that a checkpoint holds, under their keys.
 
-    Only the index of the file is read, whatever the size of its tensors. Objects of any class become placeholders that
-    do nothing, so no code of theirs runs.
+    Only the index of the file is read, whatever the size of its tensors. Objects of any class become placeholders.
 
     The result is empty if ``torch.save`` did not write the file, or it is damaged: loading it gives the error.
     """
@@ -206,12 +222,15 @@ def plain_values(stream: IO[bytes]) -> dict[str, Any]:
 
 
 class _Placeholder:
-    """A placeholder for an object of any class; it accepts whatever pickle does to fill one."""
+    """A placeholder for a class or function and for what it makes; it accepts all that pickle does to fill one."""
 
     def __new__(cls, *_: object, **__: object) -> _Placeholder:
         return super().__new__(cls)
 
     def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __call__(self, *_: object, **__: object) -> _Placeholder:
+        return self
 
     def __setstate__(self, state: object) -> None: ...
 
@@ -222,10 +241,32 @@ class _Placeholder:
     def add(self, value: object) -> None: ...
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    @override
-    def find_class(self, module: str, name: str) -> type[_Placeholder]:
-        return _Placeholder
+class _InertUnpickler(pickle.Unpickler):
+    """Imports nothing, and calls nothing but what is known.
 
+    Attributes:
+        known: What the file may call, by its name.
+    """
+
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+
+    @override
+    def find_class(self, module: str, name: str) -> Any:
+        if (known := self.known.get(f"{module}.{name}")) is not None:
+            # What a file gets hold of, it can set attributes of: that reaches no further than a partial made for it.
+            return functools.partial(known)
+        # Of a nested class, pickle asks getattr for the class, and makes an object of the answer.
+        return (lambda *_: _Placeholder) if name == "getattr" else _Placeholder
+
+
+class _TensorUnpickler(_InertUnpickler):
+    known: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+        "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
+    }
+
+
+class _PlainUnpickler(_InertUnpickler):
     @override
     def persistent_load(self, pid: object) -> None: ...

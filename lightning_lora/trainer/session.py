@@ -264,9 +264,15 @@ class FitSession:
         if not self._has_succeeded:
             return
         if (directory := self.options.export_dir) is not None:
-            checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", None) or None
-            export_fit(self.layout, directory, checkpoint)
-            rank_zero_info(f"LoRA: adapter exported to {directory} ({checkpoint or 'last state'}).")
+            checkpoints = self.trainer.checkpoint_callback
+            best = getattr(checkpoints, "best_model_path", None) or None
+            is_last = (best, self.trainer.global_step) == (
+                getattr(checkpoints, "_last_checkpoint_saved", None),
+                getattr(checkpoints, "_last_global_step_saved", None),
+            )  # then it is the state in memory, unless that was averaged since
+            is_read = best is not None and (not is_last or callbacks_of(self.trainer, *AVERAGING))
+            export_fit(self.layout, directory, best if is_read else None)
+            rank_zero_info(f"LoRA: adapter exported to {directory} ({best or 'last state'}).")
             self.trainer.strategy.barrier()
         if self.options.merge_on_teardown:
             merge(self.module, whole=self.layout.gathered_layer)

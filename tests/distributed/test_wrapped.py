@@ -1,15 +1,24 @@
-"""Attaching to an already wrapped module is rejected: its adapters would not be synchronised."""
+"""Modules wrapped by hand: adapters must come first, and their state has the names of the bare module."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora import LoRAConfig, attach, lora_layers
+from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter, lora_layers, save_adapter
+from tests.distributed import wrapped_job
+from tests.distributed.ports import free_port
+from tests.distributed.wrapped_job import PROCESSES, adapted, model_width
 from tests.toys import network
 
 pytestmark = pytest.mark.distributed
@@ -38,3 +47,72 @@ def test_wrapped_module_is_rejected(wrap: Callable[[nn.Module], nn.Module]) -> N
             attach(module, LoRAConfig(rank=2))
         assert not lora_layers(module)
         assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+ROOT = Path(__file__).parents[2]
+KINDS = ["fabric", "ddp", "fsdp2"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("wrapped")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    places = ["--nproc-per-node", str(PROCESSES), "--master-port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", *places, wrapped_job.__file__, str(place)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return place
+
+
+@pytest.fixture(scope="module")
+def ranks(directory: Path) -> list[dict[str, dict[str, Any]]]:
+    return [torch.load(directory / f"rank{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
+
+
+def trained_alone() -> dict[str, torch.Tensor]:
+    """Return the adapter that one process gets from the rows of both."""
+    model = adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    rows = torch.cat([torch.ones(4, model_width(model)) * (1 + rank) for rank in range(PROCESSES)])
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(rows).square().mean().backward()
+        optimizer.step()
+    return adapter_state_dict(model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_of_a_wrapped_module_is_that_of_the_bare_module(kind: str, ranks: list[Any]) -> None:
+    expected = trained_alone()
+    for rank in ranks:
+        assert rank[kind]["state"].keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(rank[kind]["state"][name], value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_loads_into_a_wrapped_module(kind: str, ranks: list[Any]) -> None:
+    for rank in ranks:
+        assert not any(value.any() for value in rank[kind]["zeros"].values())
+        assert all(torch.equal(value, rank[kind]["again"][name]) for name, value in rank[kind]["state"].items())
+
+
+@pytest.mark.parametrize("kind", ["fabric", "ddp"])
+def test_wrapped_module_saves_a_peft_directory(kind: str, directory: Path, ranks: list[Any]) -> None:
+    model = network()
+    load_adapter(model, directory / kind)
+    for name, value in adapter_state_dict(model).items():
+        torch.testing.assert_close(value, ranks[0][kind]["state"][name])
+
+
+def test_divided_adapter_is_not_saved_by_one_process(directory: Path, ranks: list[Any]) -> None:
+    assert "Call adapter_state_dict(module) on every process" in ranks[0]["fsdp2"]["refused"]
+    assert not (directory / "fsdp2").exists()
+
+
+def test_compiled_module_has_plain_names(tmp_path: Path) -> None:
+    model = adapted()
+    compiled = torch.compile(model, backend="eager")
+    assert adapter_state_dict(compiled).keys() == adapter_state_dict(model).keys()
+    save_adapter(compiled, tmp_path / "adapter")
+    load_adapter(compiled, tmp_path / "adapter")
