@@ -43,7 +43,7 @@ class LinearLike(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels_out))
 
     def __deepcopy__(self, memo: Any) -> LinearLike:
-        twin = LinearLike(*reversed(self.weight.shape))
+        twin = LinearLike(*reversed(self.weight.shape)).to(self.weight)
         twin.load_state_dict(self.state_dict(), strict=False)
         return twin
 
