@@ -40,6 +40,7 @@ def save_adapter(
     export_root: str | None = None,
     base_model_name_or_path: str | None = None,
     uniform_rank: bool = False,
+    overwrite: bool = False,
     task_type: str | None = None,
     base: Fingerprint | None = None,
 ) -> None:
@@ -50,20 +51,21 @@ def save_adapter(
 
     Args:
         module: An adapted module, such as a LightningModule.
-        directory: Where to write; an adapter that is there is replaced, other files beside it stay.
+        directory: Where to write: a new or an empty directory.
         export_root: Name of the submodule that PEFT will wrap, to which the names in the files are relative. If left
             out it is the one transformers model inside, or of a LightningModule the one child that holds all
             adapters, or the module itself (``""``).
         base_model_name_or_path: Name of the base model to record; the model's own ``name_or_path`` if left out.
         uniform_rank: Pad all layers with zeros to the highest rank and give them one scaling, for loaders such as vLLM
             that ignore patterns of ranks and alphas. The adapter computes the same.
+        overwrite: Replace an adapter that is in the directory; other files beside it stay.
         task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``, for tools that ask for it. If left out, the files
             name the class of the base model, from which PEFT's ``AutoPeftModel`` loads them.
         base: The fingerprint of the module's base, where this process does not see the base's values.
 
     Raises:
         ValueError: PEFT cannot express what was trained; one error lists each layer with the reason. Or the directory
-            holds something else. Nothing was written.
+            holds something else, or an adapter and ``overwrite`` is not set. Nothing was written.
         RuntimeError: The adapters are folded into the weights, inside ``merged``, or adapted layers have been replaced
             or resized. Nothing was written.
         OSError: The files could not be written. An adapter that was there is as it was.
@@ -77,7 +79,9 @@ def save_adapter(
         )
     name = base_model_name_or_path or _base_name(export.root)
     base = _fingerprint(module, export.root) if base is None else below(base, export.root_name)
-    write_export(export, Path(directory), name, base, uniform_rank=uniform_rank, task_type=task_type)
+    write_export(
+        export, Path(directory), name, base, uniform_rank=uniform_rank, overwrite=overwrite, task_type=task_type
+    )
 
 
 def write_export(
@@ -87,6 +91,7 @@ def write_export(
     base: Fingerprint,
     *,
     uniform_rank: bool = False,
+    overwrite: bool = False,
     task_type: str | None = None,
 ) -> None:
     """Write what ``exported`` gave, as ``save_adapter`` does.
@@ -111,7 +116,7 @@ def write_export(
         if not (card := directory / CARD_FILE).is_file() or CARD_MARK in card.read_text("utf-8", errors="replace"):
             (new / CARD_FILE).write_text(model_card(config, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
 
-    replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,))
+    replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,), overwrite=overwrite)
 
 
 def exported(module: nn.Module, export_root: str | None = None) -> Export:

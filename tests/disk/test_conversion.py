@@ -195,6 +195,20 @@ def test_existing_checkpoint_is_never_replaced(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "mine.ckpt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_overwrite_replaces_what_is_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, second = tmp_path / "first.ckpt", tmp_path / "second"
+    write_checkpoint(trained(gpt2()), source)
+    save_adapter(trained(gpt2(), rank=3), second)
+    arguments = {"export": (source, second), "import": (second, source)}[command]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(command, *arguments) == 1
+    assert "exists already; nothing was written" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run(command, *arguments, "--overwrite") == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} != before
+
+
 def test_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_adapter(trained(gpt2()), tmp_path / "peft")
 

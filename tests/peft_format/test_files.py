@@ -55,7 +55,7 @@ def test_same_adapter_gives_same_bytes(tiny, rng, tmp_path):
     other = again(tiny)
     load_adapter(other, tmp_path / "one")
     save_adapter(other, tmp_path / "two")
-    save_adapter(other, tmp_path / "two")
+    save_adapter(other, tmp_path / "two", overwrite=True)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert list(content(tmp_path / "one")) == FILES
 
@@ -87,7 +87,10 @@ def test_replacing_keeps_other_files_but_not_bin(tiny, rng, tmp_path):
         (tmp_path / "adapter" / name).write_text("old")
     (tmp_path / "adapter" / "runs").mkdir()
     (tmp_path / "adapter" / "runs" / "log").write_text("kept")
-    save_adapter(tiny, tmp_path / "adapter")
+    with raises_and_changes_nothing(tiny, ValueError, r"adapter' exists already; .* overwrite=True"):
+        save_adapter(tiny, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.bin").read_text() == "old"
+    save_adapter(tiny, tmp_path / "adapter", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [*FILES, "runs"]
     assert (tmp_path / "adapter" / "runs" / "log").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
@@ -150,7 +153,7 @@ def test_failed_write_leaves_old_directory(exists: bool, tiny, rng, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             tried = failing_at(len(failed) + 1, patch)
             try:
-                save_adapter(tiny, place)
+                save_adapter(tiny, place, overwrite=True)
                 done = True
             except DiskFullError:
                 failed.append(tried[-1])
@@ -273,7 +276,7 @@ def test_merged_base_refuses_loading_and_warns_on_saving(tiny, rng, tmp_path):
         load_adapter(tiny, tmp_path)
     trained_from(tiny, rng)
     with pytest.warns(UserWarning, match="belongs to a base with another adapter merged into embed"):
-        save_adapter(tiny, tmp_path)
+        save_adapter(tiny, tmp_path / "second")
 
 
 def test_loading_freezes_inner_model(tiny, rng, tmp_path):
@@ -310,10 +313,10 @@ def test_local_path_is_no_base_on_a_hub(tiny, rng, tmp_path):
 
 def test_own_model_card_stays_and_a_written_one_follows(tiny, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path, base_model_name_or_path="me/first")
-    save_adapter(tiny, tmp_path, base_model_name_or_path="me/second")
+    save_adapter(tiny, tmp_path, base_model_name_or_path="me/second", overwrite=True)
     assert "me/second" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
-    save_adapter(tiny, tmp_path)
+    save_adapter(tiny, tmp_path, overwrite=True)
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
