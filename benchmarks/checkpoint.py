@@ -81,7 +81,7 @@ def rows(args: argparse.Namespace, folder: Path) -> list[measuring.Row]:
     full = torch.load(folder / "warm.ckpt", weights_only=True) | {"state_dict": module.state_dict()}
     write = trainer.strategy.checkpoint_io.save_checkpoint
     saving = {
-        "adapter": lambda: save_adapter(module, mine),
+        "adapter": lambda: save_adapter(module, mine, overwrite=True),
         "adapter and optimizer": lambda: trainer.save_checkpoint(folder / "adapter.ckpt"),
         "full checkpoint": lambda: write(full, folder / "full.ckpt"),
         "full, on the disk": lambda: on_disk(lambda path: write(full, path), folder / "flushed.ckpt"),

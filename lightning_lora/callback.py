@@ -40,7 +40,8 @@ class LoRACallback(Callback):
         config: The options of ``LoRAConfig`` as one value, instead of giving them one by one.
         merge_on_teardown: Fold the adapters into the weights when a fit has succeeded, and leave an ordinary model.
         export_dir: Where to write the adapter as a PEFT directory when a fit has succeeded: the best checkpoint's, if
-            a ModelCheckpoint kept one, else the last state.
+            a ModelCheckpoint kept one, else the last state. A fast dev run writes nothing.
+        overwrite: Let ``export_dir`` replace an adapter that is there; otherwise one there is an error before training.
         init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory to start training from, unless training resumes
             a checkpoint. Ranks may have grown, layers may have been added or removed; the log says what happened.
         check_base: Reject a base whose values differ from those the adapter was trained on; the same values in another
@@ -75,6 +76,7 @@ class LoRACallback(Callback):
         *,
         merge_on_teardown: bool = False,
         export_dir: str | None = None,
+        overwrite: bool = False,
         init_from: str | None = None,
         check_base: bool = True,
         probe: bool = False,
@@ -91,7 +93,7 @@ class LoRACallback(Callback):
         check_interval(diagnostics_every_n_steps)
         self.allow_untrained = check_names("LoRACallback.allow_untrained", allow_untrained)
         self.merge_on_teardown = merge_on_teardown
-        self.export_dir, self.init_from = export_dir, init_from
+        self.export_dir, self.overwrite, self.init_from = export_dir, overwrite, init_from
         self.check_base, self.probe = check_base, probe
         self.lr_ratio = float(lr_ratio)
         self.diagnostics_every_n_steps = diagnostics_every_n_steps

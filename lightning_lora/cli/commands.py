@@ -113,6 +113,7 @@ ANY_BASE = option(
     help="accept a base whose values differ from those that the adapter was trained on",
 )
 OUT = option("--out", type=Path, metavar="PAGE", help="write a self-contained HTML page")
+OVERWRITE = option("--overwrite", action="store_true", help="replace what is there")
 PICTURES = option("--pictures", type=Path, metavar="FOLDER", help="write each picture as a PNG into this folder")
 
 
@@ -146,7 +147,7 @@ def diff(options: argparse.Namespace) -> Result:
 
 @command(
     option("checkpoint", type=Path, metavar="CKPT", help="a .ckpt written under LoRACallback"),
-    option("directory", type=Path, metavar="DIR", help="the directory to write; an adapter in it is replaced"),
+    option("directory", type=Path, metavar="DIR", help="the directory to write"),
     option(
         "--root",
         metavar="NAME",
@@ -155,6 +156,7 @@ def diff(options: argparse.Namespace) -> Result:
     ),
     option("--base-name", metavar="NAME", help="name of the base model to record"),
     option("--uniform-rank", action="store_true", help="pad all layers to one rank, for loaders that ignore patterns"),
+    OVERWRITE,
 )
 def export(options: argparse.Namespace) -> Result:
     """Convert a .ckpt to a PEFT directory, without the model."""
@@ -166,25 +168,28 @@ def export(options: argparse.Namespace) -> Result:
         root=options.root,
         base_model_name_or_path=options.base_name,
         uniform_rank=options.uniform_rank,
+        overwrite=options.overwrite,
     )
     return _converted(options.directory, layers)
 
 
 @command(
     option("directory", type=Path, metavar="DIR", help="a PEFT directory"),
-    option("checkpoint", type=Path, metavar="CKPT", help="the .ckpt to write; it must not exist"),
+    option("checkpoint", type=Path, metavar="CKPT", help="the .ckpt to write"),
     option(
         "--root",
         default="model",
         metavar="NAME",
         help='attribute of the LightningModule that holds the model (default: model); "" if it is the module itself',
     ),
+    OVERWRITE,
 )
 def import_(options: argparse.Namespace) -> Result:
     """Convert a PEFT directory to a .ckpt, without the model."""
     from lightning_lora.disk.conversion import import_directory
 
-    return _converted(options.checkpoint, import_directory(options.directory, options.checkpoint, root=options.root))
+    layers = import_directory(options.directory, options.checkpoint, root=options.root, overwrite=options.overwrite)
+    return _converted(options.checkpoint, layers)
 
 
 def _converted(path: Path, layers: list[str]) -> Result:
@@ -221,7 +226,7 @@ def verify(options: argparse.Namespace) -> Result:
 @command(
     ADAPTER,
     BASE,
-    option("out", type=Path, metavar="OUT", help="the folder to write; it must be empty or not exist"),
+    option("out", type=Path, metavar="OUT", help="the folder to write"),
     option(
         "--dtype",
         type=_dtype,
@@ -229,6 +234,7 @@ def verify(options: argparse.Namespace) -> Result:
         help="precision of the floating point tensors (default: each keeps its own); short: bf16, fp16, fp32",
     ),
     ANY_BASE,
+    OVERWRITE,
 )
 def merge(options: argparse.Namespace) -> Result:
     """Write a base model with an adapter merged into it, one tensor at a time."""
@@ -243,6 +249,7 @@ def merge(options: argparse.Namespace) -> Result:
         options.out,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         check_base=options.check_base,
+        overwrite=options.overwrite,
         progress=progress_bar(sys.stderr) if sys.stderr.isatty() else None,
     )
     return Result(plain(report), merge_lines(report))

@@ -23,7 +23,7 @@ from lightning_lora.peft_format.files import below, exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.state import describe, mismatches, record_problems
 from lightning_lora.storage import AdapterFile, StoredLayer, StoredWeight, damage_named
-from lightning_lora.storage.atomic import replace_file
+from lightning_lora.storage.atomic import check_new, replace_file
 from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, read_checkpoint
 from lightning_lora.storage.safetensors import Layout
 from lightning_lora.surgery import attach
@@ -39,6 +39,7 @@ def export_checkpoint(
     root: str | None = None,
     base_model_name_or_path: str | None = None,
     uniform_rank: bool = False,
+    overwrite: bool = False,
 ) -> list[str]:
     """Write the adapter of a ``.ckpt`` as a PEFT directory, as ``save_adapter`` of the loaded model would.
 
@@ -55,7 +56,8 @@ def export_checkpoint(
         root = _common_root(AdaptedModel(skeleton).trained) if root is None else root
         export = exported(skeleton, root)
     export.is_partial, base = True, below(file.base, export.root_name)
-    write_export(export, directory, base_model_name_or_path, base, uniform_rank=uniform_rank)
+    name = base_model_name_or_path
+    write_export(export, directory, name, base, uniform_rank=uniform_rank, overwrite=overwrite)
     return sorted(layer.name for layer in export.layers)
 
 
@@ -89,7 +91,7 @@ def _common_root(names: Collection[str]) -> str:
     return first.pop() if len(first) == 1 and all("." in path for path in paths) else ""
 
 
-def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") -> list[str]:
+def import_directory(directory: Path, checkpoint: Path, *, root: str = "model", overwrite: bool = False) -> list[str]:
     """Write a PEFT directory as a ``.ckpt`` for ``load_adapter`` and ``trainer.test(ckpt_path=...)``.
 
     All names begin with ``root``, the name of the model inside the LightningModule, ``""`` if it is the module itself.
@@ -99,8 +101,7 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model") 
         ValueError: The files do not describe the adapter well enough, or use unsupported options. Nothing was written.
         FileNotFoundError: They do not exist.
     """
-    if checkpoint.exists():
-        raise ValueError(f"{str(checkpoint)!r} exists already. Name a new file.")
+    check_new(checkpoint, overwrite=overwrite)
     file = read_directory(directory)
     with damage_named(directory):
         skeleton = _bare_skeleton(file, root)

@@ -18,7 +18,7 @@ from lightning_lora.disk import INDEX_FILE, MODEL_CONFIG_FILE, TIE_OPTION, WIDE,
 from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import LoRALayer, TokenAdapter
 from lightning_lora.names import join, listed
-from lightning_lora.storage.atomic import replace_directory
+from lightning_lora.storage.atomic import check_directory, replace_directory
 from lightning_lora.storage.safetensors import Layout, TensorWriter
 
 _AT_ONCE = 2**20
@@ -72,12 +72,13 @@ def merge_files(
     *,
     dtype: torch.dtype | None = None,
     check_base: bool = True,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeReport:
     """Write a base with an adapter merged into it: the same bits as loading both and calling ``merge``.
 
-    Floating point tensors keep their own precision unless ``dtype`` is given. ``progress`` is called with the bytes
-    done and the total.
+    Floating point tensors keep their own precision unless ``dtype`` is given. ``overwrite`` lets it replace a model in
+    the folder. ``progress`` is called with the bytes done and the total.
 
     Raises:
         ValueError: The files do not fit each other, cannot be merged without the model, or the adapter was trained on
@@ -85,12 +86,13 @@ def merge_files(
         FileNotFoundError: A file does not exist.
         OSError: The folder could not be written; it was removed.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} exists already and is not empty. Name a new folder.")
+    stale = tuple(path.name for path in out.glob("*.safetensors*"))
+    marker = next(iter(stale), MODEL_CONFIG_FILE)  # a single file as the base has no config
+    check_directory(out, marker=marker, overwrite=overwrite)
     folder = open_base(base)
     fitted = fit_adapter(adapter, folder, check_base=check_base)
     merger = _Merger(folder, fitted, dtype, progress)
-    replace_directory(out, merger.write, marker=MODEL_CONFIG_FILE, stale=())
+    replace_directory(out, merger.write, marker=marker, stale=stale, overwrite=overwrite)
     return merger.report
 
 

@@ -45,6 +45,13 @@ LAST_KNOWN_PEFT = (0, 21, 2)
 LAST_KNOWN_PEFT_TEXT = ".".join(map(str, LAST_KNOWN_PEFT))
 KNOWN_ORDER = ("gate_up_proj", "down_proj")  # of the stacks in transformers' models with experts
 
+# PEFT's tasks, with the ends of names that it adds to modules_to_save for them.
+HEADS_OF_TASKS = {
+    **dict.fromkeys(("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"), ()),
+    **dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
 Tokens = tuple[int, ...] | dict[str, tuple[int, ...]]
 
 

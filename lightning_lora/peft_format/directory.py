@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping
@@ -33,8 +34,11 @@ from lightning_lora.storage.safetensors import Layout, TensorWriter, read_file
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
+CARD_FILE = "README.md"
+CARD_MARK = "<!-- written by lightning_lora; without this line the file is never replaced -->"
 _BASE_KEY = "lightning_lora_base"
 _LARGEST_CONFIG = 64 * 2**20
+_HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ATTENTION_OUTPUT = ".base_layer.out_proj"
 _SHORT = {
     **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"},
@@ -240,3 +244,26 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, base: Fingerprint) 
         writer = TensorWriter(file, layouts, {"format": "pt"} | known)
         for name in names:
             writer.write(name, tensors[name])
+
+
+def model_card(options: Mapping[str, Any], parameters: int) -> str:
+    """Return the model card that the users of a hub expect: the base, the options, and how to load the adapter.
+
+    Args:
+        options: The content of ``adapter_config.json``.
+        parameters: The number of trained parameters.
+    """
+    base, kind = options["base_model_name_or_path"], options["auto_mapping"] or {}
+    head = ["library_name: peft", "tags:", "- lora", "- lightning-lora"]
+    if base and _HUB_NAME.fullmatch(base):
+        head.insert(0, f"base_model: {base}")
+    shown = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "modules_to_save", "bias")
+    rows = [f"| `{name}` | `{options[name]}` |" for name in shown if options[name]]
+    rows += [f"| `{name}` | `{options[name]}` |" for name in ("use_rslora", "use_dora", "lora_bias") if options[name]]
+    base_text = f"`{base}`" if base else kind.get("base_model_class", "unknown; add its name here")
+    lines = ["---", *head, "---", "", CARD_MARK, "", "# LoRA adapter", "", f"Base model: {base_text}", ""]
+    lines += ["| option | value |", "| --- | --- |", *rows, f"| parameters | {parameters:,} |", "", "## Loading", ""]
+    lines += ["With the base model as `model`:", "", "```python", "from peft import PeftModel", ""]
+    lines += ['model = PeftModel.from_pretrained(model, "path/to/this/folder")', "```", "", "or", "", "```python"]
+    lines += ["from lightning_lora import load_adapter", "", 'load_adapter(model, "path/to/this/folder")', "```", ""]
+    return "\n".join(lines)

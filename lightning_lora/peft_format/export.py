@@ -25,8 +25,9 @@ from lightning_lora.layers import (
     weight_readers,
 )
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
-from lightning_lora.names import join, listed, module_names
+from lightning_lora.names import is_below, join, listed, module_names
 from lightning_lora.peft_format.config import (
+    HEADS_OF_TASKS,
     LAST_KNOWN_PEFT_TEXT,
     TIMES_PEFT_ADDS_OUT_PROJ,
     numbers_for,
@@ -46,6 +47,7 @@ from lightning_lora.peft_format.names import (
 )
 
 _FUSED_IN_EVAL = "TransformerEncoderLayer"  # calls its layers whenever gradients flow
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT saves none whole
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Export:
         layers: The low-rank updates.
         tokens: Embeddings whose rows train.
         saved: Modules trained in full.
+        namesakes: Those of them that are frozen, and only have names that end like another's.
         biases: Biases of the base that train, by the names of their parameters.
         refused: Name -> why PEFT cannot hold it.
         is_partial: Whether the model has other modules, so that only full names mean these.
@@ -69,6 +72,7 @@ class Export:
     layers: list[PeftLayer] = field(default_factory=list)
     tokens: dict[str, TokenAdapter] = field(default_factory=dict)
     saved: dict[str, nn.Module] = field(default_factory=dict)
+    namesakes: list[str] = field(default_factory=list)
     biases: dict[str, Tensor] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     is_partial: bool = False
@@ -99,11 +103,12 @@ class Export:
         """Return the linear layers that PEFT adapts right only as parameters."""
         return [layer.name for layer in self.layers if layer.by_parameter and layer.label == layer.name]
 
-    def config(self, base_model_name_or_path: str | None) -> dict[str, Any]:
+    def config(self, base_model_name_or_path: str | None, task_type: str | None = None) -> dict[str, Any]:
         """Return what ``adapter_config.json`` says."""
         parameters = sorted(layer.target for layer in self.layers if layer.by_parameter)
         tokens = {name: [int(token) for token in adapter.index] for name, adapter in sorted(self.tokens.items())}
         return self.numbers() | {
+            "auto_mapping": None if task_type else self._auto_mapping(),
             "base_model_name_or_path": base_model_name_or_path,
             "bias": self.bias if self.biases else "none",
             "fan_in_fan_out": any(issubclass(layer.adapter, Conv1DAdapter) for layer in self.layers),
@@ -118,10 +123,31 @@ class Export:
             if self.is_partial
             else targets_for(self.targets(), _base_names(self.root)),
             "target_parameters": parameters or None,
-            "task_type": None,
+            "task_type": task_type,
             "trainable_token_indices": tokens or None,
             "use_dora": self.use_dora,
         }
+
+    def _auto_mapping(self) -> dict[str, str] | None:
+        """Return the class from which PEFT's ``AutoPeftModel`` makes the base; unknown where only a file was read."""
+        kind = type(self.root)
+        return None if self.is_partial else {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+
+    def check_task(self, task_type: str | None) -> None:
+        """Reject a task of PEFT's that is unknown, or for which PEFT would skip an adapted head.
+
+        Raises:
+            ValueError: Its message says which.
+        """
+        if task_type not in {None, *HEADS_OF_TASKS}:
+            known = ", ".join(map(repr, HEADS_OF_TASKS))
+            raise ValueError(f"task_type={task_type!r} is unknown to PEFT; choose one of {known}.")
+        heads = HEADS_OF_TASKS.get(task_type or "", ())
+        if skipped := [layer.name for layer in self.layers if set(layer.name.split(".")) & set(heads)]:
+            raise ValueError(
+                f"task_type={task_type!r}: PEFT trains modules named {' and '.join(heads)} in full for this task, and "
+                f"would skip the adapters of {listed(skipped)}. Leave task_type out, or name them in modules_to_save."
+            )
 
     def caveats(self) -> list[str]:
         """Return warnings about correct files that some PEFT versions apply differently."""
@@ -137,6 +163,11 @@ class Export:
             found.append(
                 f"The files say lora_dropout=0, not {self.dropout:g}: PEFT adapts {listed(linear)} as parameters, "
                 "without dropout. That matters only for further training in PEFT."
+            )
+        if self.namesakes:
+            found.append(
+                f"The files also hold {listed(self.namesakes)}, with the base's values: PEFT matches modules_to_save "
+                "by the ends of names. Further training in PEFT would train them."
             )
         readers = weight_readers(list(self.root.modules()))
         if fused := [name for name, layer in by_name.items() if readers.get(id(layer.module)) == _FUSED_IN_EVAL]:
@@ -211,6 +242,7 @@ class ExportCollector:
                 self._add_layer(name, part)
         self._add_what_trains_in_full()
         self._refuse_what_is_left()
+        self._add_namesakes()
         self._refuse_unclear_names()
         self.result.layers.sort(key=lambda layer: layer.name)  # stable: parameters of one module keep their order
         self._spell_paths()
@@ -341,6 +373,16 @@ class ExportCollector:
                     self.result.biases[self.place[id(tensor)]] = tensor
                     self.done.add(id(tensor))
 
+    def _add_namesakes(self) -> None:
+        """PEFT also wraps modules whose names end as those of saved ones do: frozen ones keep the base's values."""
+        saved, trained = tuple(self.result.saved), {id(tensor) for tensor in self.model.trained.values()}
+        for name, (part, aliases) in self.names.items():
+            own = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
+            is_like = bool(saved) and name.endswith(saved) and not is_below(name, saved)
+            if is_like and len(aliases) == 1 and not own & trained and not isinstance(part, _CONTAINERS):
+                self.result.saved[name] = part
+                self.result.namesakes.append(name)
+
     def _refuse_what_is_left(self) -> None:
         for name, tensor in self.model.trained.items():
             if id(tensor) in self.done:
@@ -383,7 +425,8 @@ class ExportCollector:
         if option == "target_modules" and not self.expert_names:
             return  # a regular expression can say it, of which PEFT keeps only last parts in models with experts
         every = (alias for _, aliases in self.names.values() for alias in aliases)
-        if other := next((each for each in every if each.endswith(name) and each != name), None):
+        fine = {name, *(self.result.saved if option == "modules_to_save" else ())}
+        if other := next((each for each in every if each.endswith(name) and each not in fine), None):
             yield f"PEFT matches {option} by the ends of names, and {other!r} has the same ending"
         # PEFT leaves such layers out of target_modules.
         if option == "modules_to_save" and any(f".{name}." in f".{target}." for target in self.result.targets()):

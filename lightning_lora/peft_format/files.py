@@ -10,14 +10,22 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.names import listed
 from lightning_lora.peft_format.config import anchored
-from lightning_lora.peft_format.directory import CONFIG_FILE, PICKLED_FILE, TENSORS_FILE, write_tensors
+from lightning_lora.peft_format.directory import (
+    CARD_FILE,
+    CARD_MARK,
+    CONFIG_FILE,
+    PICKLED_FILE,
+    TENSORS_FILE,
+    model_card,
+    write_tensors,
+)
 from lightning_lora.peft_format.export import Export, ExportCollector
 from lightning_lora.peft_format.factors import PeftLayer
 from lightning_lora.peft_format.names import chosen_root, found_root
@@ -32,6 +40,8 @@ def save_adapter(
     export_root: str | None = None,
     base_model_name_or_path: str | None = None,
     uniform_rank: bool = False,
+    overwrite: bool = False,
+    task_type: str | None = None,
     base: Fingerprint | None = None,
 ) -> None:
     """Write the adapter as a PEFT directory, which PEFT, vLLM and ``load_adapter`` read.
@@ -41,18 +51,21 @@ def save_adapter(
 
     Args:
         module: An adapted module, such as a LightningModule.
-        directory: Where to write; an adapter that is there is replaced, other files beside it stay.
+        directory: Where to write: a new or an empty directory.
         export_root: Name of the submodule that PEFT will wrap, to which the names in the files are relative. If left
             out it is the one transformers model inside, or of a LightningModule the one child that holds all
             adapters, or the module itself (``""``).
         base_model_name_or_path: Name of the base model to record; the model's own ``name_or_path`` if left out.
         uniform_rank: Pad all layers with zeros to the highest rank and give them one scaling, for loaders such as vLLM
             that ignore patterns of ranks and alphas. The adapter computes the same.
+        overwrite: Replace an adapter that is in the directory; other files beside it stay.
+        task_type: PEFT's name of the task, such as ``"CAUSAL_LM"``, for tools that ask for it. If left out, the files
+            name the class of the base model, from which PEFT's ``AutoPeftModel`` loads them.
         base: The fingerprint of the module's base, where this process does not see the base's values.
 
     Raises:
         ValueError: PEFT cannot express what was trained; one error lists each layer with the reason. Or the directory
-            holds something else. Nothing was written.
+            holds something else, or an adapter and ``overwrite`` is not set. Nothing was written.
         RuntimeError: The adapters are folded into the weights, inside ``merged``, or adapted layers have been replaced
             or resized. Nothing was written.
         OSError: The files could not be written. An adapter that was there is as it was.
@@ -66,11 +79,20 @@ def save_adapter(
         )
     name = base_model_name_or_path or _base_name(export.root)
     base = _fingerprint(module, export.root) if base is None else below(base, export.root_name)
-    write_export(export, Path(directory), name, base, uniform_rank=uniform_rank)
+    write_export(
+        export, Path(directory), name, base, uniform_rank=uniform_rank, overwrite=overwrite, task_type=task_type
+    )
 
 
 def write_export(
-    export: Export, directory: Path, base_name: str | None, base: Fingerprint, *, uniform_rank: bool = False
+    export: Export,
+    directory: Path,
+    base_name: str | None,
+    base: Fingerprint,
+    *,
+    uniform_rank: bool = False,
+    overwrite: bool = False,
+    task_type: str | None = None,
 ) -> None:
     """Write what ``exported`` gave, as ``save_adapter`` does.
 
@@ -81,17 +103,20 @@ def write_export(
     if export.refused:
         reasons = "\n".join(f"  - {name}: {reason}" for name, reason in export.refused.items())
         raise ValueError(f"PEFT cannot express this adapter; nothing was written:\n{reasons}")
+    export.check_task(task_type)
     for caveat in export.caveats():
         warnings.warn(caveat, stacklevel=3)
     if uniform_rank:
         export.uniform()
-    config, tensors = export.config(base_name), export.tensors()
+    config, tensors = export.config(base_name, task_type), export.tensors()
 
     def write(new: Path) -> None:
         write_tensors(tensors, new / TENSORS_FILE, base)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if not (card := directory / CARD_FILE).is_file() or CARD_MARK in card.read_text("utf-8", errors="replace"):
+            (new / CARD_FILE).write_text(model_card(config, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
 
-    replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,))
+    replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,), overwrite=overwrite)
 
 
 def exported(module: nn.Module, export_root: str | None = None) -> Export:

@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def replace_directory(directory: Path, write: Callable[[Path], None], *, marker: str, stale: tuple[str, ...]) -> None:
+def replace_directory(
+    directory: Path, write: Callable[[Path], None], *, marker: str, stale: tuple[str, ...], overwrite: bool
+) -> None:
     """Write files into a new directory, and let it replace an old one when it is complete.
 
     Other files of the old directory are copied. If the machine dies between the last two renames, the old directory
@@ -21,13 +23,14 @@ def replace_directory(directory: Path, write: Callable[[Path], None], *, marker:
         write: Writes the files into the directory that it receives.
         marker: The file that identifies an old directory of this kind.
         stale: Files of an old directory that are not copied.
+        overwrite: Whether an old directory may be replaced.
 
     Raises:
-        ValueError: The place holds something else.
+        ValueError: The place holds something else, or an old directory that may not be replaced.
         OSError: Something could not be written; the old directory is unchanged.
     """
     place = Path(os.path.realpath(directory))  # a link stays, its target is replaced
-    _check_place(place, marker)
+    _check_place(place, marker, overwrite=overwrite)
     with _beside(place) as new:
         new.mkdir()
         write(new)
@@ -38,6 +41,34 @@ def replace_directory(directory: Path, write: Callable[[Path], None], *, marker:
         old = new.with_suffix(".old")
         _exchange(place, new, old)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_directory(directory: Path, *, marker: str, overwrite: bool) -> None:
+    """Check by writing beside it that ``replace_directory`` will be able to write a directory.
+
+    Raises:
+        ValueError: As ``replace_directory`` would.
+        OSError: Nothing can be written there.
+    """
+    place = Path(os.path.realpath(directory))
+    _check_place(place, marker, overwrite=overwrite)
+    with _beside(place) as new:
+        new.mkdir()
+        (new / marker).touch()
+        shutil.rmtree(new)
+
+
+def check_new(path: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a file or folder, unless that was asked for.
+
+    Raises:
+        ValueError: It exists.
+    """
+    if path.exists() and not overwrite:
+        raise ValueError(
+            f"{str(path)!r} exists already; nothing was written. Choose another name, or replace it with "
+            "overwrite=True, on the command line --overwrite."
+        )
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -67,14 +98,16 @@ def _beside(place: Path) -> Iterator[Path]:
         _flush(place.parent)
 
 
-def _check_place(place: Path, marker: str) -> None:
+def _check_place(place: Path, marker: str, *, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise ValueError(f"{str(place)!r} is a file; name a directory.")
     if place.is_dir() and any(place.iterdir()) and not (place / marker).is_file():
         raise ValueError(
             f"{str(place)!r} holds other files and no {marker}; nothing was written. Name a new directory, an empty "
-            "one, or one with an adapter to replace."
+            f"one, or one with {marker} to replace."
         )
+    if place.is_dir() and any(place.iterdir()):
+        check_new(place, overwrite=overwrite)
 
 
 def _bring_along(old: Path, new: Path, but: set[str]) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.names import clean_name, join, listed
-from lightning_lora.peft_format.directory import TENSORS_FILE
+from lightning_lora.peft_format.directory import CONFIG_FILE, TENSORS_FILE
 from lightning_lora.peft_format.files import exported, save_adapter
 from lightning_lora.sharding import shapes_shown
+from lightning_lora.storage.atomic import check_directory
 from lightning_lora.storage.checkpoint import read_checkpoint
 from lightning_lora.storage.safetensors import read_file
 from lightning_lora.trainer.checkpoints import base_fingerprint, trained_state
@@ -42,13 +43,30 @@ def check_exportable(module: nn.Module, layout: Layout) -> None:
         )
 
 
-def export_fit(layout: Layout, directory: str | PathLike[str], checkpoint: str | None) -> None:
+def check_export_dir(layout: Layout, directory: str | PathLike[str], *, overwrite: bool) -> None:
+    """Refuse before training a place that could not be written after it; every process must call this."""
+    problem = None
+    if layout.strategy.is_global_zero:
+        try:
+            check_directory(Path(directory), marker=CONFIG_FILE, overwrite=overwrite)
+        except ValueError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"it cannot be written ({error.strerror}). Name a directory in a place that can be."
+    if (problem := layout.strategy.broadcast(problem)) is not None:
+        raise MisconfigurationException(f"LoRACallback.export_dir={str(directory)!r}: {problem}")
+
+
+def export_fit(
+    layout: Layout, directory: str | PathLike[str], checkpoint: str | None, *, overwrite: bool = False
+) -> None:
     """Write an adapter of the trained module and read it back; the module stays as it is. Every process must call this.
 
     Args:
         layout: That of the strategy.
         directory: Where to write.
         checkpoint: The file to take the adapter from; if None, the module's last state.
+        overwrite: Replace an adapter that is there.
 
     Raises:
         ValueError: It holds NaN or infinity, or PEFT cannot express it. Nothing was written.
@@ -66,7 +84,7 @@ def export_fit(layout: Layout, directory: str | PathLike[str], checkpoint: str |
             "written."
         )
     with _replaced(model.module, {**_hidden_parameters(layout, model), **state}):
-        save_adapter(model.module, directory, base=base)
+        save_adapter(model.module, directory, overwrite=overwrite, base=base)
         _verify(model.module, Path(directory))
 
 

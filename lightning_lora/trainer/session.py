@@ -41,7 +41,7 @@ from lightning_lora.trainer.checks import (
     check_unchanged,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics
-from lightning_lora.trainer.export import check_exportable, export_fit
+from lightning_lora.trainer.export import check_export_dir, check_exportable, export_fit
 from lightning_lora.trainer.hints import Coverage, coverage, warn_of_suspicious_settings
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
@@ -63,6 +63,7 @@ class Options(Protocol):
     config: LoRAConfig
     merge_on_teardown: bool
     export_dir: str | None
+    overwrite: bool
     init_from: str | None
     check_base: bool
     probe: bool
@@ -99,7 +100,8 @@ class FitSession:
         self._config, self._seed = options.config, int(os.environ.get("PL_GLOBAL_SEED", "0"))  # of seed_everything
         # Evaluating without options takes any adapters: those of the checkpoint, or those that are attached.
         self._takes_any = not is_fit and options.config == LoRAConfig()
-        self._is_first = get_attachment(module) is None
+        self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
+        self._is_new = get_attachment(module) is None
         self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._has_begun = self._has_succeeded = False
         self._wraps = MethodWraps()
@@ -168,18 +170,21 @@ class FitSession:
         self.layout.attached(module)
         if self._is_first:
             self._is_first = False
-            rank_zero_info(f"{report}")
+            if self._is_new:
+                rank_zero_info(f"{report}")
             self._begin()
 
     def _begin(self) -> None:
         """Start from another adapter, and refuse what could not be exported later."""
         module, path = self.module, self.options.init_from
-        if path is not None and chosen_checkpoint(self.trainer) is None:
+        if path is not None and self._is_new and chosen_checkpoint(self.trainer) is None:
             with gathered_parameters(module):
                 start = start_from(module, path, check_base=self.options.check_base)
             rank_zero_info(f"LoRA: started from {path}: {start}")
         if self.options.export_dir is not None and self._is_fit:
             check_exportable(module, self.layout)
+            if not self._is_trial:
+                check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
 
     # --- training
 
@@ -263,7 +268,9 @@ class FitSession:
         """Export and merge the adapters of a successful fit, if asked to."""
         if not self._has_succeeded:
             return
-        if (directory := self.options.export_dir) is not None:
+        if (directory := self.options.export_dir) is not None and self._is_trial:
+            rank_zero_info(f"LoRA: nothing is exported to {directory} in a fast dev run.")
+        elif directory is not None:
             checkpoints = self.trainer.checkpoint_callback
             best = getattr(checkpoints, "best_model_path", None) or None
             is_last = (best, self.trainer.global_step) == (
@@ -271,7 +278,7 @@ class FitSession:
                 getattr(checkpoints, "_last_global_step_saved", None),
             )  # then it is the state in memory, unless that was averaged since
             is_read = best is not None and (not is_last or callbacks_of(self.trainer, *AVERAGING))
-            export_fit(self.layout, directory, best if is_read else None)
+            export_fit(self.layout, directory, best if is_read else None, overwrite=self.options.overwrite)
             rank_zero_info(f"LoRA: adapter exported to {directory} ({best or 'last state'}).")
             self.trainer.strategy.barrier()
         if self.options.merge_on_teardown:

@@ -119,6 +119,8 @@ def test_export_writes_the_files_of_save_adapter(tmp_path: Path) -> None:
     configs = [json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("live", "files")]
     assert configs[1].pop("target_modules") == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert configs[0].pop("target_modules") == ["q_proj"]
+    assert configs[0].pop("auto_mapping")["base_model_class"] == "LlamaForCausalLM"
+    assert configs[1].pop("auto_mapping") is None  # a checkpoint does not name the class of its base
     assert configs[0] == configs[1]
 
 
@@ -191,6 +193,20 @@ def test_existing_checkpoint_is_never_replaced(tmp_path: Path, capsys: pytest.Ca
     assert run("import", tmp_path / "peft", tmp_path / "mine.ckpt") == 1
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "mine.ckpt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("command", ["export", "import"])
+def test_overwrite_replaces_what_is_there(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, second = tmp_path / "first.ckpt", tmp_path / "second"
+    write_checkpoint(trained(gpt2()), source)
+    save_adapter(trained(gpt2(), rank=3), second)
+    arguments = {"export": (source, second), "import": (second, source)}[command]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(command, *arguments) == 1
+    assert "exists already; nothing was written" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert run(command, *arguments, "--overwrite") == 0
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} != before
 
 
 def test_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,3 +294,12 @@ def test_folder_with_files_is_left_alone(files: tuple[Path, Path]) -> None:
     before = files_of(files[1])
     assert run("merge", *files, files[1]) == 1
     assert files_of(files[1]) == before
+
+
+def test_overwrite_replaces_a_merged_model(files: tuple[Path, Path], tmp_path: Path) -> None:
+    assert run("merge", *files, tmp_path / "out") == 0
+    expected = files_of(tmp_path / "out")
+    (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("of an earlier merge")
+    (tmp_path / "out" / "README.md").write_text("kept")
+    assert run("merge", *files, tmp_path / "out", "--overwrite") == 0
+    assert files_of(tmp_path / "out") == expected | {"README.md": b"kept"}

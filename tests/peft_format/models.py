@@ -64,6 +64,11 @@ def bert() -> nn.Module:
     return _seeded(lambda: transformers.BertForSequenceClassification(config))
 
 
+def distilbert() -> nn.Module:
+    config = transformers.DistilBertConfig(vocab_size=VOCABULARY, dim=16, hidden_dim=24, n_heads=2, n_layers=1)
+    return _seeded(lambda: transformers.DistilBertForSequenceClassification(config))
+
+
 def t5() -> nn.Module:
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2}
     config = transformers.T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **sizes)

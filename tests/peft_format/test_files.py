@@ -28,7 +28,7 @@ from lightning_lora.storage.safetensors import TensorWriter
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
 CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj"], modules_to_save=["head"])
-FILES = ["adapter_config.json", "adapter_model.safetensors"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
 
 def trained_from(model: nn.Module, rng: torch.Generator, config: LoRAConfig = CONFIG) -> nn.Module:
@@ -55,7 +55,7 @@ def test_same_adapter_gives_same_bytes(tiny, rng, tmp_path):
     other = again(tiny)
     load_adapter(other, tmp_path / "one")
     save_adapter(other, tmp_path / "two")
-    save_adapter(other, tmp_path / "two")
+    save_adapter(other, tmp_path / "two", overwrite=True)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert list(content(tmp_path / "one")) == FILES
 
@@ -87,8 +87,11 @@ def test_replacing_keeps_other_files_but_not_bin(tiny, rng, tmp_path):
         (tmp_path / "adapter" / name).write_text("old")
     (tmp_path / "adapter" / "runs").mkdir()
     (tmp_path / "adapter" / "runs" / "log").write_text("kept")
-    save_adapter(tiny, tmp_path / "adapter")
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == ["README.md", *FILES, "runs"]
+    with raises_and_changes_nothing(tiny, ValueError, r"adapter' exists already; .* overwrite=True"):
+        save_adapter(tiny, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.bin").read_text() == "old"
+    save_adapter(tiny, tmp_path / "adapter", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [*FILES, "runs"]
     assert (tmp_path / "adapter" / "runs" / "log").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
@@ -150,7 +153,7 @@ def test_failed_write_leaves_old_directory(exists: bool, tiny, rng, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             tried = failing_at(len(failed) + 1, patch)
             try:
-                save_adapter(tiny, place)
+                save_adapter(tiny, place, overwrite=True)
                 done = True
             except DiskFullError:
                 failed.append(tried[-1])
@@ -197,7 +200,7 @@ class Pretrained(nn.Module):
 def keys_in(directory: Path) -> set[str]:
     from safetensors.torch import load_file
 
-    return {key.split(".lora_")[0] for key in load_file(directory / FILES[1]) if ".lora_" in key}
+    return {key.split(".lora_")[0] for key in load_file(directory / FILES[2]) if ".lora_" in key}
 
 
 @pytest.mark.parametrize(
@@ -273,7 +276,7 @@ def test_merged_base_refuses_loading_and_warns_on_saving(tiny, rng, tmp_path):
         load_adapter(tiny, tmp_path)
     trained_from(tiny, rng)
     with pytest.warns(UserWarning, match="belongs to a base with another adapter merged into embed"):
-        save_adapter(tiny, tmp_path)
+        save_adapter(tiny, tmp_path / "second")
 
 
 def test_loading_freezes_inner_model(tiny, rng, tmp_path):
@@ -287,8 +290,37 @@ def test_loading_freezes_inner_model(tiny, rng, tmp_path):
 
 def test_config_is_readable(tiny, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path, base_model_name_or_path="me/tiny")
-    config = json.loads((tmp_path / FILES[0]).read_text())
+    config = json.loads((tmp_path / FILES[1]).read_text())
     assert config["base_model_name_or_path"] == "me/tiny"
     assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (2, 3, {})
     assert config["target_modules"] == ["embed", "q_proj"]
     assert config["modules_to_save"] == ["head"]
+
+
+def test_model_card_says_what_the_adapter_is(tiny, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path, base_model_name_or_path="me/tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nbase_model: me/tiny\nlibrary_name: peft\n")
+    count = sum(tensor.numel() for tensor in adapter_state_dict(tiny).values())
+    for words in ("| `r` | `2` |", "`['embed', 'q_proj']`", f"| parameters | {count:,} |", "PeftModel.from_pretrained"):
+        assert words in card
+
+
+def test_local_path_is_no_base_on_a_hub(tiny, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path, base_model_name_or_path="/models/tiny")
+    assert "base_model: /" not in (tmp_path / "README.md").read_text()
+
+
+def test_own_model_card_stays_and_a_written_one_follows(tiny, rng, tmp_path):
+    save_adapter(trained_from(tiny, rng), tmp_path, base_model_name_or_path="me/first")
+    save_adapter(tiny, tmp_path, base_model_name_or_path="me/second", overwrite=True)
+    assert "me/second" in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("mine")
+    save_adapter(tiny, tmp_path, overwrite=True)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_unknown_task_is_refused(tiny, rng, tmp_path):
+    with pytest.raises(ValueError, match="task_type='CLS' is unknown to PEFT; choose one of 'CAUSAL_LM'"):
+        save_adapter(trained_from(tiny, rng), tmp_path / "new", task_type="CLS")
+    assert not (tmp_path / "new").exists()

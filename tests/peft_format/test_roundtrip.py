@@ -18,6 +18,7 @@ from tests.peft_format.models import (
     QUIET,
     VOCABULARY,
     distance,
+    distilbert,
     in_peft,
     loaded,
     logits,
@@ -109,6 +110,51 @@ CASES = [
     ),
     *SPECIAL,
 ]
+
+
+@pytest.mark.parametrize("saved", [["pre_classifier", "classifier"], ["classifier"]], ids=["both", "one"])
+@pytest.mark.filterwarnings("ignore:The files also hold pre_classifier, with the base's values")
+def test_heads_with_the_same_ending_round_trip_through_peft(saved: list[str], tmp_path: Path) -> None:
+    ours = trained(distilbert(), target_modules=["q_lin"], modules_to_save=saved)
+    expected = logits(ours)
+    save_adapter(ours, tmp_path / "ours")
+    theirs = in_peft(distilbert(), tmp_path / "ours")
+    assert theirs.peft_config["default"].modules_to_save == ["classifier", "pre_classifier"]
+    assert distance(logits(theirs), expected) <= CLOSE
+    theirs.save_pretrained(tmp_path / "theirs")
+    for directory in ("ours", "theirs"):
+        again = loaded(distilbert(), tmp_path / directory)
+        assert distance(logits(again), expected) <= CLOSE
+        save_adapter(again, tmp_path / "again")  # what was loaded can be saved
+
+
+def test_auto_class_of_peft_loads_a_directory(tmp_path: Path) -> None:
+    llama = MODELS["llama"]
+    llama().save_pretrained(tmp_path / "base")
+    ours = trained(llama(), target_modules=["q_proj"])
+    save_adapter(ours, tmp_path / "any", base_model_name_or_path=str(tmp_path / "base"))
+    save_adapter(ours, tmp_path / "lm", base_model_name_or_path=str(tmp_path / "base"), task_type="CAUSAL_LM")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peft.auto.check_file_exists_on_hf_hub", lambda **_: False)
+        for kind, name in (
+            ("AutoPeftModel", "any"),
+            ("AutoPeftModelForCausalLM", "any"),
+            ("AutoPeftModelForCausalLM", "lm"),
+        ):
+            theirs = getattr(peft, kind).from_pretrained(tmp_path / name)
+            assert distance(logits(theirs.eval()), logits(ours)) <= CLOSE
+
+
+def test_task_for_which_peft_would_skip_an_adapter_is_refused(tmp_path: Path) -> None:
+    ours = trained(distilbert(), target_modules=["q_lin", "classifier"])
+    with pytest.raises(ValueError, match=r"PEFT trains modules named classifier and score in full.*of classifier"):
+        save_adapter(ours, tmp_path, task_type="SEQ_CLS")
+
+
+def test_frozen_head_that_joins_the_file_is_reported(tmp_path: Path) -> None:
+    ours = trained(distilbert(), target_modules=["q_lin"], modules_to_save=["classifier"])
+    with pytest.warns(UserWarning, match="also hold pre_classifier, with the base's values"):
+        save_adapter(ours, tmp_path)
 
 
 @pytest.mark.parametrize(("model", "name", "options"), CASES, ids=[f"{model}: {name}" for model, name, _ in CASES])

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
@@ -78,3 +79,64 @@ def test_export_takes_the_best_checkpoint_from_memory_if_it_is_the_last_state(
     exported = Toy()
     load_adapter(exported, target)
     assert_same_bits(adapter_state_dict(exported), adapter_state_dict(module))
+
+
+def exporting(target: Path, **options: Any) -> Toy:
+    """Fit a module whose adapter is exported."""
+    module = Toy()
+    callback = LoRACallback(rank=4, export_dir=str(target), overwrite=options.pop("overwrite", False))
+    trainer(callback, **options).fit(module, loader())
+    return module
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_existing_export_is_replaced_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "peft"
+    exporting(target)
+    before = tree(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Toy, "training_step", lambda *_: pytest.fail("it trained"))
+        with pytest.raises(MisconfigurationException, match=r"export_dir=.*peft' exists already.*overwrite=True"):
+            exporting(target, max_steps=5)
+    assert tree(tmp_path) == before
+    module = exporting(target, max_steps=5, overwrite=True)
+    load_adapter(exported := Toy(), target)
+    assert_same_bits(adapter_state_dict(exported), adapter_state_dict(module))
+
+
+@pytest.mark.parametrize("occupied", [False, True])
+def test_fast_dev_run_exports_nothing(occupied: bool, tmp_path: Path) -> None:
+    if occupied:
+        exporting(tmp_path / "peft")
+    before = tree(tmp_path)
+    exporting(tmp_path / "peft", fast_dev_run=True, overwrite=True)
+    exporting(tmp_path / "peft", fast_dev_run=True)
+    assert tree(tmp_path) == before
+
+
+def test_unusable_export_dir_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Toy, "training_step", lambda *_: pytest.fail("it trained"))
+    (tmp_path / "file").write_text("notes")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("notes")
+    before = tree(tmp_path)
+    places = {
+        tmp_path / "file": "is a file",
+        tmp_path / "file" / "peft": "cannot be written",
+        tmp_path / "folder": "holds other files",
+        Path("/proc/peft"): "cannot be written",
+    }
+    for place, message in places.items():
+        with pytest.raises(MisconfigurationException, match=message):
+            exporting(place, overwrite=True)
+    assert tree(tmp_path) == before
+
+
+def test_second_fit_on_the_same_module_checks_the_place_too(tmp_path: Path) -> None:
+    module, callback = Toy(), LoRACallback(rank=4, export_dir=str(tmp_path / "peft"))
+    trainer(callback).fit(module, loader())
+    with pytest.raises(MisconfigurationException, match="exists already"):
+        trainer(callback).fit(module, loader())
