@@ -119,6 +119,8 @@ def test_export_writes_the_files_of_save_adapter(tmp_path: Path) -> None:
     configs = [json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("live", "files")]
     assert configs[1].pop("target_modules") == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
     assert configs[0].pop("target_modules") == ["q_proj"]
+    assert configs[0].pop("auto_mapping")["base_model_class"] == "LlamaForCausalLM"
+    assert configs[1].pop("auto_mapping") is None  # a checkpoint does not name the class of its base
     assert configs[0] == configs[1]
 
 
