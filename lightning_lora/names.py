@@ -187,6 +187,18 @@ def listed(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
+def without_root(names: Collection[str], others: Collection[str]) -> dict[str, str]:
+    """Return names without the root that stands before them and not before others of the same model: name -> shorter.
+
+    The names of a checkpoint are relative to the LightningModule, and those of a PEFT directory to the model inside.
+    """
+    roots = {name.removesuffix(end) for name in names for each in others if name.endswith(end := f".{each}")}
+    if not {*names} & {*others} and (fitting := [r for r in roots if all(n.startswith(f"{r}.") for n in names)]):
+        root = max(fitting, key=lambda each: (sum(f"{each}.{other}" in names for other in others), -len(each)))
+        return {name: name.removeprefix(f"{root}.") for name in names}
+    return {name: name for name in names}
+
+
 def target_names(module: nn.Module) -> dict[str, str]:
     """Return every module name that ``LoRAConfig`` can use, with the name of its class."""
     return {name: type(submodule).__name__ for name, (submodule, _) in module_names(module).items() if name}

@@ -21,7 +21,7 @@ from lightning_lora.analysis import spectrum
 from lightning_lora.analysis.adapters import AdapterMatrix, kind_of, place, read_matrices
 from lightning_lora.analysis.spectrum import known_median, plain, update_similarity
 from lightning_lora.attachment import table_lines
-from lightning_lora.names import listed
+from lightning_lora.names import listed, without_root
 
 _HEADER = ("layer", "ranks", "cosine", "in: first", "in: all", "chance", "out: first", "out: all", "chance")
 
@@ -156,6 +156,9 @@ def compare(
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 7.2 and appendix H.
     """
     first, second = ({each.name: each for each in read_matrices(source, tokens=tokens)} for source in (one, other))
+    shorter, shorter_second = without_root(first, second), without_root(second, first)
+    first = {shorter[name]: matrix for name, matrix in first.items()}
+    second = {shorter_second[name]: matrix for name, matrix in second.items()}
     both = [name for name in first if name in second]
     if not both:
         found = f"{listed(list(first), 3)} and {listed(list(second), 3)}"
@@ -167,17 +170,17 @@ def compare(
             f"{first[name].shape} and {second[name].shape}."
         )
     return AdapterComparison(
-        tuple(_compared(first[name], second[name]) for name in both),
+        tuple(_compared(name, first[name], second[name]) for name in both),
         tuple(name for name in first if name not in second),
         tuple(name for name in second if name not in first),
     )
 
 
-def _compared(one: AdapterMatrix, other: AdapterMatrix) -> LayerComparison:
+def _compared(name: str, one: AdapterMatrix, other: AdapterMatrix) -> LayerComparison:
     first, second = one.svd(), other.svd()
     similarity = update_similarity(first, second)
     return LayerComparison(
-        name=one.name,
+        name=name,
         shape=one.shape,
         ranks=(spectrum.numerical_rank(first.values), spectrum.numerical_rank(second.values)),
         norms=(first.norm, second.norm),

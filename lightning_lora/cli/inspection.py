@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lora.analysis.adapters import in_order
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
 from lightning_lora.fingerprint import digest, to_plain
-from lightning_lora.names import join
+from lightning_lora.names import join, without_root
 from lightning_lora.storage import AdapterFile, StoredLayer
 
 
@@ -129,16 +129,23 @@ def _others(file: AdapterFile) -> dict[str, Tensor]:
 
 def differences(one: AdapterFile, other: AdapterFile) -> Iterator[str]:
     """Yield the differences between two adapters, one line each."""
-    yield from _one_sided(one.layers, other.layers, "layer")
-    for name in sorted(one.layers.keys() & other.layers.keys()):
-        mine, theirs = one.layers[name], other.layers[name]
+    first, second = _with_equal_roots(one.layers, other.layers)
+    yield from _one_sided(first, second, "layer")
+    for name in sorted(first.keys() & second.keys()):
+        mine, theirs = first[name], second[name]
         for key in ("rank", "scaling"):
             if getattr(mine, key) != getattr(theirs, key):
                 yield f"{name}: {key} {getattr(mine, key)} and {getattr(theirs, key)}"
         yield from _largest_differences(
             *({join(name, key): factor for key, factor in layer.factors.items()} for layer in (mine, theirs))
         )
-    yield from _largest_differences(_others(one), _others(other))
+    yield from _largest_differences(*_with_equal_roots(_others(one), _others(other)))
+
+
+def _with_equal_roots(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for mine, theirs in ((first, second), (second, first)):
+        shorter = without_root(mine, theirs)
+        yield {shorter[name]: value for name, value in mine.items()}
 
 
 def _one_sided(first: Mapping[str, object], second: Mapping[str, object], what: str) -> Iterator[str]:

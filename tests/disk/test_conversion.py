@@ -249,3 +249,17 @@ def test_tracked_statistics_are_refused_by_export(
     assert run("export", write_checkpoint(model, tmp_path / "adapter.ckpt"), tmp_path / "peft") == 1
     assert "PEFT does not save running statistics of frozen norms" in capsys.readouterr().err
     assert not (tmp_path / "peft").exists()
+
+
+def test_checkpoint_equals_its_own_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = trained(inside(llama()), target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    checkpoint, directory = write_checkpoint(module, tmp_path / "last.ckpt"), tmp_path / "peft"
+    assert run("export", checkpoint, directory) == 0
+    for pair in ((checkpoint, directory), (directory, checkpoint)):
+        assert run("diff", *pair) == 0
+        assert "the adapters are equal" in capsys.readouterr().out
+        assert run("compare", *pair, "--json") == 0
+        layers = json.loads(capsys.readouterr().out)["layers"]
+        assert len(layers) == 4
+        assert all(layer["cosine"] == pytest.approx(1.0) for layer in layers)
+        assert layers[0]["name"] == "model.layers.0.self_attn.q_proj"
