@@ -34,6 +34,23 @@ class CountingLinear(nn.Linear):
         return torch.matmul(input, self.weight.T) + self.bias
 
 
+class LinearLike(nn.Module):
+    """A linear layer that is no ``nn.Linear`` and copies itself, as in graph libraries."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(channels_out, channels_in) / channels_in**0.5)
+        self.bias = nn.Parameter(torch.zeros(channels_out))
+
+    def __deepcopy__(self, memo: Any) -> LinearLike:
+        twin = LinearLike(*reversed(self.weight.shape)).to(self.weight)
+        twin.load_state_dict(self.state_dict(), strict=False)
+        return twin
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("...i,oi->...o", x, self.weight) + self.bias
+
+
 class ScaledEmbedding(nn.Embedding):
     """An embedding with its own forward, as in Bart and Gemma."""
 
@@ -134,6 +151,7 @@ KINDS: Mapping[str, Kind] = {
     "convolution 1d": _conv_kind(nn.Conv1d, (8, 11), 3, stride=2, padding=1, dilation=2),
     "convolution 2d": _conv_kind(nn.Conv2d, (8, 7, 6), (3, 2), padding="same", groups=2, padding_mode="reflect"),
     "convolution 3d": _conv_kind(nn.Conv3d, (8, 4, 5, 6), (1, 1, 3), padding=(0, 0, 1)),
+    "linear-like": Kind(lambda: LinearLike(IN, OUT), _linear),
     "transposed convolution 1d": _conv_kind(nn.ConvTranspose1d, (8, 5), 4, stride=3, padding=1, output_padding=2),
     "transposed convolution 2d": _conv_kind(nn.ConvTranspose2d, (8, 4, 3), (2, 3), stride=2, groups=2, dilation=2),
     "transposed convolution 3d": _conv_kind(nn.ConvTranspose3d, (8, 2, 3, 2), 2, groups=4),

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 CLOSE = 1e-5
-OTHERS = ("own forward", "scaled embedding")  # convolutions are tested elsewhere
+OTHERS = ("own forward", "scaled embedding", "linear-like")  # convolutions are tested elsewhere
 each_kind = pytest.mark.parametrize("kind", [k for k, spec in KINDS.items() if k not in OTHERS and not spec.image])
 
 

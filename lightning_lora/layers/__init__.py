@@ -33,8 +33,9 @@ from lightning_lora.names import walk
 from lightning_lora.sharding import unwrapped
 
 SUPPORTED = (
-    "nn.Linear and its subclasses, transformers' Conv1D, nn.Embedding, nn.EmbeddingBag, nn.Conv1d/2d/3d, "
-    "nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, nn.LSTM/GRU/RNN and their cells, nn.Bilinear"
+    "nn.Linear, its subclasses and layers that prove to compute the same, transformers' Conv1D, nn.Embedding, "
+    "nn.EmbeddingBag, nn.Conv1d/2d/3d, nn.ConvTranspose1d/2d/3d, nn.MultiheadAttention, nn.LSTM/GRU/RNN and their "
+    "cells, nn.Bilinear"
 )
 
 

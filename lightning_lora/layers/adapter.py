@@ -308,6 +308,7 @@ class Adapter(nn.Module, ABC):
 _by_class: dict[type[nn.Module], type[Adapter]] = {}
 _by_kind: dict[str, type[Adapter]] = {}
 KNOWN_BY_NAME: dict[str, type[Adapter]] = {}  # by the end of a class's name, for libraries that need not be installed
+KNOWN_BY_STRUCTURE: list[type[Adapter]] = []  # for classes that nobody registered: asked whether they accept a module
 
 
 def register_adapter(layer_class: type[nn.Module], adapter_class: type[Adapter]) -> None:
@@ -327,6 +328,8 @@ def register_adapter(layer_class: type[nn.Module], adapter_class: type[Adapter])
 def adapter_type(module: nn.Module) -> type[Adapter] | None:
     """Return the adapter for this kind of module, or None if the kind cannot be adapted."""
     adapter = _adapter_of_class(type(module))  # type: ignore[arg-type] # for mypy, Module's own hash
+    if adapter is None and "weight" in module._parameters:
+        return next((each for each in KNOWN_BY_STRUCTURE if each.accepts(module)), None)
     return adapter if adapter is not None and adapter.accepts(module) else None
 
 

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import KNOWN_BY_NAME, base_weight, register_adapter
+from lightning_lora.layers.adapter import KNOWN_BY_NAME, KNOWN_BY_STRUCTURE, base_weight, register_adapter
 from lightning_lora.layers.lora_layer import LoRALayer, Mode, reads_weight
 from lightning_lora.layers.low_rank import LowRankAdapter, seeded
 from lightning_lora.layers.readers import reads_own_weight
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
+from lightning_lora.sharding import unwrapped
 
 
 class LinearAdapter(LowRankAdapter):
@@ -189,6 +191,89 @@ class Conv1DAdapter(LinearAdapter):
         return matrix.T
 
 
+class StoredLinear(nn.Module):
+    """A stand-in for a linear layer that is no ``nn.Linear``."""
+
+
+class LinearLikeAdapter(LinearAdapter):
+    """The same for any module that proves to compute ``x @ weight.T + bias``, such as PyG's ``Linear``."""
+
+    kind = "linear-like"
+
+    @classmethod
+    @override
+    def accepts(cls, module: nn.Module) -> bool:
+        lora = module._modules.get("lora")
+        if isinstance(module, StoredLinear) or (lora is not None and isinstance(unwrapped(lora), cls)):
+            return True
+        return _may_be_linear(module) and _is_linear(module)
+
+    @classmethod
+    @override
+    def matrix_shape(cls, module: nn.Module, parameter: str = "weight") -> tuple[int, int]:
+        return cls.matrix_of(base_weight(module).shape)
+
+    @classmethod
+    @override
+    def sliced_parameter(cls, module: nn.Module) -> str | None:
+        return None
+
+    @override
+    def prepare(self, module: nn.Module, parameter: str) -> None:
+        self.weight_shape = tuple(base_weight(module).shape)
+
+    @override
+    def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:
+        return self.weight_shape
+
+    @classmethod
+    @override
+    def stand_in(cls, shape: Sequence[int]) -> nn.Module:
+        return StoredLinear()
+
+
+def _may_be_linear(module: nn.Module) -> bool:
+    """Return whether a module has the parameters of a linear layer, and nothing else."""
+    weight, bias = module._parameters["weight"], module._parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.ndim != 2 or weight.dtype not in _PRECISIONS:
+        return False
+    has_more = module._modules or module._buffers or not module._parameters.keys() <= {"weight", "bias"}
+    return not has_more and "forward" not in vars(module) and (bias is None or bias.shape == weight.shape[:1])
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Module) -> bool:
+    """Try on two rows whether a module's forward is that of ``nn.Linear``, in training and in evaluation.
+
+    A twin with the same parameters computes it, so that nothing of the module changes and none of its hooks runs.
+    """
+    own, generator = cast(Any, module)._parameters, torch.Generator().manual_seed(0)
+    if own["weight"].is_meta or not own["weight"].any():  # these values would prove nothing
+        own = {
+            key: p if p is None else torch.rand(p.shape, generator=generator, dtype=p.dtype) for key, p in own.items()
+        }
+    rows = torch.randn(2, own["weight"].shape[1], generator=generator).to(own["weight"])
+    expected = F.linear(rows, own["weight"], own.get("bias"))
+    rounding = 16 * torch.finfo(rows.dtype).eps * expected.double().norm()
+    with torch.random.fork_rng(devices=[]):  # a forward may draw, such as for dropout
+        for training in (True, False):
+            try:
+                twin = type(module).__new__(type(module))
+                vars(twin).update(vars(module) | {"_parameters": own, "training": training})
+                output = twin.forward(rows)
+            except Exception:  # whatever it expects, it is not a row
+                return False
+            if not isinstance(output, Tensor) or output.shape != expected.shape:
+                return False
+            if not (output.double() - expected.double()).norm() <= rounding:
+                return False
+    return True
+
+
+_PRECISIONS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 register_adapter(nn.Linear, LinearAdapter)
 register_adapter(StoredConv1D, Conv1DAdapter)
+register_adapter(StoredLinear, LinearLikeAdapter)
 KNOWN_BY_NAME["Conv1D"] = Conv1DAdapter
+KNOWN_BY_STRUCTURE.append(LinearLikeAdapter)

@@ -26,6 +26,7 @@ has the weight itself read as ``W + scaling * B @ A``. The arithmetic of the for
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast
@@ -115,6 +116,9 @@ def _swapped_class(mixin: type[Swapped], base: type[nn.Module], computed: tuple[
             "mixin": mixin,
             "computed": computed,
         }
+        copies_itself: Any = getattr(base, "__deepcopy__", None)
+        if copies_itself is not None and copies_itself.__module__ != "torch.nn.utils.parametrize":
+            namespace["__deepcopy__"] = _deepcopied  # a class that copies itself would leave out the adapter
         _classes[key] = type(f"{mixin.class_prefix}{base.__name__}", (mixin, base), namespace)
     return _classes[key]
 
@@ -124,6 +128,14 @@ def _laid_out_as(base: type[nn.Module], swapped: type[Swapped]) -> type[Swapped]
     order = swapped.__mro__[1:]
     meta = type(type(base).__name__, (type(base),), {"mro": lambda cls: [cls, *order]})
     return cast(type[Swapped], meta(swapped.__name__, (base, swapped.mixin), dict(vars(swapped))))
+
+
+def _deepcopied(module: Swapped, memo: dict[int, Any]) -> Swapped:
+    """Return what copying a module whose class has no way of its own would return."""
+    make, arguments, state, *_ = module.__reduce_ex__(4)
+    twin = memo[id(module)] = make(*arguments)
+    twin.__setstate__(copy.deepcopy(state, memo))
+    return cast(Swapped, twin)
 
 
 def _computed(name: str) -> property:

@@ -187,7 +187,10 @@ def _missed_targets(plan: Plan) -> Iterator[str]:
     for word in () if is_default else config.families:
         if word not in there and not (word == EVERYTHING and there):
             what = {ALL_LINEAR: "linear layer", ALL_CONV: "convolution"}.get(word, f"layer of these kinds: {SUPPORTED}")
-            yield f"target_modules={word!r}: {plan.root} has no {what}."
+            others = f" Its matrices are {listed([*plan.left_out])}; name them in target_parameters." * bool(
+                plan.left_out
+            )
+            yield f"target_modules={word!r}: {plan.root} has no {what}.{others}"
     adaptable = [plan.names[name] for name, module in plan.modules.items() if adapter_type(module)]
     unknown = unmatched(targets, everything)
     for entry in unmatched(targets, adaptable):

@@ -8,7 +8,7 @@ from operator import methodcaller
 import torch
 from torch import nn
 
-from lightning_lora.config import EVERYTHING, FAMILIES, LoRAConfig
+from lightning_lora.config import ALL_LINEAR, EVERYTHING, FAMILIES, LoRAConfig
 from lightning_lora.layers import (
     NORMALISING,
     SUPPORTED,
@@ -78,6 +78,7 @@ class _Planner:
         self.plan.parameters = parameter_names(self.plan.modules)
         self.plan.tied = tied_names(self.plan.parameters)
         self.obstacles = Obstacles(self.plan)
+        self.wants_matrices = not {ALL_LINEAR, EVERYTHING}.isdisjoint(config.families)
         self.families, self.named_targets = config.families, config.named_targets
         self.adapter_dtype: torch.dtype = getattr(torch, config.adapter_dtype)
         self.extras = config.use_dora + config.lora_bias  # numbers besides the factors, for each output feature
@@ -131,6 +132,8 @@ class _Planner:
             pattern = self._choosing_entry(names, module, adapter)
             key = self._slicing_key(names) if config.target_slices else None
             if pattern is None and key is None:
+                if adapter is None and module._parameters and self.wants_matrices:
+                    self._name_matrices(module, names, excluded)
                 continue
             if isinstance(module, LoRALayer) and not module.adapters():
                 plan.left_out[name] = "it shares its weight with an embedding that has trained tokens"
@@ -140,6 +143,16 @@ class _Planner:
                 plan.left_out[name] = "in exclude_modules"
             else:
                 self._add(names, module, adapter, pattern, key)
+
+    def _name_matrices(self, module: nn.Module, names: tuple[str, ...], excluded: set[str]) -> None:
+        """Name the matrices of a module that no kind of adapter knows: whoever says "all" may mean them too."""
+        plan = self.plan
+        for key, parameter in module._parameters.items():
+            if parameter is None or parameter.ndim < 2 or min(parameter.shape) < 2 or not parameter.is_floating_point():
+                continue
+            full, left_alone = join(names[0], key), any_below(names, plan.saved) or any_below(names, excluded)
+            if not (left_alone or full in plan.tied or selected(self.config.target_parameters, [full])):
+                plan.left_out[full] = _UNKNOWN_MATRIX
 
     def _choosing_entry(self, names: tuple[str, ...], module: nn.Module, adapter: type[Adapter] | None) -> str | None:
         pattern = selected(self.named_targets, names)
@@ -274,6 +287,11 @@ class _Planner:
     def _untie(self, weight_name: str) -> None:
         if others := [other for other in self.plan.tied.get(weight_name, ()) if other not in self.plan.untied]:
             self.plan.untied[weight_name] = others[0]
+
+
+_UNKNOWN_MATRIX = (
+    "held by no layer of a known kind; name it in target_parameters, or call register_adapter for its class"
+)
 
 
 def _unsupported(name: str, module: nn.Module) -> str:
