@@ -123,6 +123,7 @@ class Attachment:
         base_values: Original values of the base tensors that the config lets training change: running statistics of
             frozen norms, and biases.
         untied: Weights that got a copy of their own -> what they were tied to.
+        starts: Values before training of what trains in full, if a later fit is to start anew from them.
     """
 
     config: LoRAConfig
@@ -131,6 +132,7 @@ class Attachment:
     required_grad: dict[str, bool] = field(default_factory=dict)
     base_values: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
+    starts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:

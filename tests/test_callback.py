@@ -170,12 +170,13 @@ def test_start_follows_seed_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(seeded, lora_layers(reference)["0"].lora.A)
 
 
-def test_report_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_report_is_logged_once_per_fit(caplog: pytest.LogCaptureFixture) -> None:
     module, callback = Toy(), LoRACallback(rank=4)
     with caplog.at_level("INFO"):
-        trainer(callback).fit(module, loader())
-        trainer(callback).fit(module, loader())
-    assert sum("layers adapted" in record.getMessage() for record in caplog.records) == 1
+        for fits in (1, 2):
+            trainer(callback).fit(module, loader())
+            trainer(callback).test(module, loader(), verbose=False)
+            assert sum("layers adapted" in record.getMessage() for record in caplog.records) == fits
 
 
 # --- one callback, many runs

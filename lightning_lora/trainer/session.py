@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.precision import (
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import get_attachment, request
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed
@@ -40,7 +40,7 @@ from lightning_lora.trainer.checks import (
     check_trained,
     check_unchanged,
 )
-from lightning_lora.trainer.diagnostics import FitDiagnostics
+from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_exportable, export_fit
 from lightning_lora.trainer.hints import Coverage, coverage, warn_of_suspicious_settings
 from lightning_lora.trainer.lightning_patches import (
@@ -65,6 +65,7 @@ class Options(Protocol):
     export_dir: str | None
     overwrite: bool
     init_from: str | None
+    fresh: bool
     check_base: bool
     probe: bool
     allow_untrained: tuple[str, ...]
@@ -118,6 +119,8 @@ class FitSession:
         if self._is_fit:
             self.layout.check_fit(with_diagnostics=bool(self.options.diagnostics_every_n_steps))
             self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
+            if self.options.fresh and not self._is_new and chosen_checkpoint(self.trainer) is None:
+                self._start_anew()
         model = AdaptedModel(module)
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
@@ -134,6 +137,25 @@ class FitSession:
             self._wraps.after(module, "setup", self._attach_now)  # it may build layers or load base weights
         else:
             self._attach_now()
+
+    def _start_anew(self) -> None:
+        """Remove the adapters of an earlier fit, and put back what it trained in full."""
+        module, before = self.module, get_attachment(self.module)
+        assert before is not None
+        problem = None
+        if any(is_fully_sharded(part) for part in module.modules()) or _is_flattened(module):
+            problem = "its tensors are sharded by FSDP"
+        elif before.report.saved and not before.starts:
+            problem = (
+                f"the first values of {listed(list(before.report.saved))} were not kept; set it in the first fit, too"
+            )
+        if problem is not None:
+            raise MisconfigurationException(
+                f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
+            )
+        detach(module)
+        Root("", module, before).put(before.starts)
+        self._is_new, self._seed = True, before.seed
 
     def _take_saved_options(self) -> None:
         """Take the options from the checkpoint that is about to be loaded, if there is one."""
@@ -182,14 +204,25 @@ class FitSession:
         self.layout.attached(module)
         if self._is_first:
             self._is_first = False
-            if self._is_new:
+            if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             self._begin()
 
     def _begin(self) -> None:
         """Start from another adapter, and refuse what could not be exported later."""
-        module, path = self.module, self.options.init_from
-        if path is not None and self._is_new and chosen_checkpoint(self.trainer) is None:
+        module, path, resumed = self.module, self.options.init_from, chosen_checkpoint(self.trainer)
+        if self._is_fit and not self._is_new and resumed is None:
+            with gathered_parameters(module):
+                norm = norm_of_updates(module)
+            if norm:
+                rank_zero_info(
+                    f"LoRA: continues from the adapters already attached (norm of the updates {norm:.3g}); "
+                    "LoRACallback(fresh=True) starts every fit anew."
+                )
+        if self.options.fresh and self._is_new and (attachment := get_attachment(module)) is not None:
+            trained = AdaptedModel(module).trained.items()
+            attachment.starts = {name: each.detach().clone() for name, each in trained if ".lora." not in name}
+        if path is not None and self._is_new and resumed is None:
             with gathered_parameters(module):
                 start = start_from(module, path, check_base=self.options.check_base)
             rank_zero_info(f"LoRA: started from {path}: {start}")

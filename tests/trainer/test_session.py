@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_lora import LoRACallback, adapter_state_dict, attach, lora_layers
+from lightning_lora import LoRACallback, adapter_state_dict, attach, detach, lora_layers
 from lightning_lora.attachment import get_attachment
 from lightning_lora.storage.checkpoint import RECORD_KEY
-from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
+from tests.contract import assert_same_bits
+from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, trainer
 from tests.trainer.test_checkpoints import fitted, read
 
 OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 5.0, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
@@ -170,3 +174,60 @@ def test_without_file_default_attaches_and_warns_untrained() -> None:
     with pytest.warns(UserWarning, match="bare base model"):
         trainer(LoRACallback()).test(module, loader(), verbose=False)
     assert {layer.lora.spec.rank for layer in lora_layers(module).values()} == {16}
+
+
+# --- several fits of one module
+
+
+def losses(module: Toy, run: Trainer) -> list[float]:
+    module.losses.clear()
+    run.fit(module, loader())
+    return list(module.losses)
+
+
+def test_second_fit_says_that_it_continues_and_shows_the_table(caplog: pytest.LogCaptureFixture) -> None:
+    module = Toy()
+    first = losses(module, trainer(LoRACallback(rank=2)))
+    norm = math.sqrt(sum(float(layer.delta_weight().double().square().sum()) for layer in lora_layers(module).values()))
+    with caplog.at_level(logging.INFO):
+        assert losses(module, trainer(LoRACallback(rank=2))) != first
+    assert f"continues from the adapters already attached (norm of the updates {norm:.3g})" in caplog.text
+    assert "LoRA: 3 layers adapted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["net.4"]}, {"bias": "all"}, {"use_dora": True}],
+    ids=lambda each: ",".join(each),
+)
+def test_fresh_fits_of_one_module_are_equal(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    module, callback = Toy(), LoRACallback(rank=2, fresh=True, **options)
+    first = losses(module, trainer(callback))
+    state = adapter_state_dict(module)
+    with caplog.at_level(logging.INFO):
+        assert losses(module, trainer(callback)) == first
+    assert_same_bits(adapter_state_dict(module), state)
+    assert "continues" not in caplog.text
+    detach(module)
+    if "modules_to_save" not in options:
+        assert digest(module.net) == digest(network())
+
+
+def test_fresh_resumes_a_checkpoint(tmp_path: Path) -> None:
+    _, module, path = fitted(tmp_path)
+    resumed, run = Toy(), trainer(LoRACallback(rank=4, fresh=True), max_epochs=3, max_steps=-1)
+    run.fit(resumed, loader(), ckpt_path=path)
+    again = trainer(LoRACallback(rank=4, fresh=True), max_epochs=3, max_steps=-1)
+    assert len(losses(module, again)) == 3 * len(loader())
+    module.losses.clear()
+    once_more = trainer(LoRACallback(rank=4, fresh=True), max_epochs=3, max_steps=-1)
+    once_more.fit(module, loader(), ckpt_path=path)
+    assert module.losses == resumed.losses
+    assert len(module.losses) == len(loader())
+
+
+def test_fresh_needs_the_first_values_of_what_trains_in_full() -> None:
+    module = Toy()
+    trainer(LoRACallback(rank=2, modules_to_save=["net.4"])).fit(module, loader())
+    with pytest.raises(MisconfigurationException, match=r"first values of net\.4 were not kept"):
+        trainer(LoRACallback(rank=2, modules_to_save=["net.4"], fresh=True)).fit(module, loader())
