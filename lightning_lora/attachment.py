@@ -101,7 +101,8 @@ class AttachReport:
     def _norm_lines(self) -> list[str]:
         if not self.norms:
             return []
-        what = "kept fixed, in eval mode" if self.frozen_norm == "eval" else "moving, saved with the adapter"
+        fixed = "kept fixed, in eval mode; Lightning will warn of modules in eval mode, which is right for them"
+        what = fixed if self.frozen_norm == "eval" else "moving, saved with the adapter"
         return [f"running statistics of {self.norms} frozen norms: {what} (frozen_norm={self.frozen_norm!r})"]
 
     def _left_out_lines(self) -> list[str]:

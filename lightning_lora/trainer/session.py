@@ -99,8 +99,9 @@ class FitSession:
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
         self._config, self._seed = options.config, int(os.environ.get("PL_GLOBAL_SEED", "0"))  # of seed_everything
-        # Evaluating without options takes any adapters: those of the checkpoint, or those that are attached.
-        self._takes_any = not is_fit and options.config == LoRAConfig()
+        # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
+        is_bare = options.config == LoRAConfig()
+        self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._is_new = get_attachment(module) is None
         self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
@@ -125,6 +126,8 @@ class FitSession:
             return  # evaluating a merged model: the adapter is in its weights
         if self._takes_any:
             self._take_saved_options()
+        elif self._is_fit:
+            self._say_changed_dropout()
         request(module, *self._wanted())  # for attach(self) in configure_model
         self.layout.before_wrapping = None
         if overrides(module, "configure_model"):
@@ -164,6 +167,15 @@ class FitSession:
             detach(self.module)  # what an earlier stage attached by default
         self._config, self._seed = saved
         rank_zero_info("LoRA: rank, targets and all other options come from the checkpoint.")
+
+    def _say_changed_dropout(self) -> None:
+        """Dropout is no part of the adapter's state, so a run may go on with another one: not by accident."""
+        saved = saved_options(chosen_record(self.trainer))
+        if saved is not None and saved[0].dropout != self._config.dropout:
+            rank_zero_info(
+                f"LoRA: training goes on with dropout={self._config.dropout:g}; until the checkpoint it was "
+                f"{saved[0].dropout:g}."
+            )
 
     def _wanted(self) -> tuple[LoRAConfig, int]:
         """Return the config and the seed to attach with: those of present adapters, if any will do."""
@@ -244,8 +256,19 @@ class FitSession:
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)
         check_allowed(self.options.allow_untrained, AdaptedModel(self.module))
+        self._log_options()
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
+
+    def _log_options(self) -> None:
+        """Log the options as hyper-parameters; with the module's own, since some loggers keep one set of them."""
+        attached = [root.attachment for root in AdaptedModel(self.module).roots]
+        config = attached[0].config
+        always = {"rank": config.rank, "alpha": config.alpha, "target_modules": config.to_dict()["target_modules"]}
+        count = sum(each.report.adapter_parameters for each in attached)
+        ours = {f"lora/{name}": value for name, value in (always | config.changed() | {"parameters": count}).items()}
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(dict(self.module.hparams_initial) | ours)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""

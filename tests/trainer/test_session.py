@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_lora import LoRACallback, adapter_state_dict, attach, detach, lora_layers
@@ -99,10 +101,60 @@ def test_options_contradicting_file_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
-def test_fit_uses_its_own_options(tmp_path: Path) -> None:
+def test_resuming_uses_own_options_if_there_are_any(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path, rank=4)
-    with pytest.raises(ValueError, match=r"rank: net\.2: checkpoint 4, here 16"):
-        trainer(LoRACallback(), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"rank: .*checkpoint 4, here 8"):
+        trainer(LoRACallback(rank=8), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("kind", [Toy, BuiltInSetup, BuiltInConfigureModel, AttachesItself])
+def test_resuming_without_options_goes_on_as_with_those_of_the_file(kind: type[Toy], tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, **OPTIONS)
+    states = []
+    for options in (OPTIONS, {}):
+        module = kind()
+        trainer(LoRACallback(**options), max_steps=20).fit(module, loader(), ckpt_path=path)
+        states.append(adapter_state_dict(module))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+def test_fit_without_checkpoint_keeps_the_defaults(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, rank=4)
+    module, run = Toy(), trainer(LoRACallback(), max_steps=20)
+    run.fit(module, loader(), ckpt_path=path)
+    assert lora_layers(module)["net.0"].lora.spec.rank == 4
+    other = Toy()
+    trainer(LoRACallback()).fit(other, loader())
+    assert lora_layers(other)["net.2"].lora.spec.rank == 16
+
+
+def test_changed_dropout_is_said_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, _, path = fitted(tmp_path, **OPTIONS, dropout=0.25)
+    for dropout in (0.25, 0.5):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            trainer(LoRACallback(**OPTIONS, dropout=dropout), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
+        said = "training goes on with dropout=0.5; until the checkpoint it was 0.25." in caplog.text
+        assert said == (dropout != 0.25)
+
+
+class Sized(Toy):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("module", [Toy(), Sized(3)], ids=["no hyper-parameters", "own hyper-parameters"])
+def test_options_reach_the_hyper_parameters_of_csv_logger(module: Toy, tmp_path: Path) -> None:
+    trainer(LoRACallback(**OPTIONS), logger=CSVLogger(tmp_path)).fit(module, loader())
+    found = yaml.safe_load(next(tmp_path.rglob("hparams.yaml")).read_text())
+    assert {name: found[f"lora/{name}"] for name in OPTIONS} == OPTIONS
+    assert found["lora/parameters"] == sum(
+        factor.numel() for layer in lora_layers(module).values() for factor in layer.lora.parameters()
+    )
+    assert found.get("size") == (3 if isinstance(module, Sized) else None)
 
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
