@@ -101,7 +101,8 @@ class AttachReport:
     def _norm_lines(self) -> list[str]:
         if not self.norms:
             return []
-        what = "kept fixed, in eval mode" if self.frozen_norm == "eval" else "moving, saved with the adapter"
+        fixed = "kept fixed, in eval mode; Lightning will warn of modules in eval mode, which is right for them"
+        what = fixed if self.frozen_norm == "eval" else "moving, saved with the adapter"
         return [f"running statistics of {self.norms} frozen norms: {what} (frozen_norm={self.frozen_norm!r})"]
 
     def _left_out_lines(self) -> list[str]:
@@ -123,6 +124,7 @@ class Attachment:
         base_values: Original values of the base tensors that the config lets training change: running statistics of
             frozen norms, and biases.
         untied: Weights that got a copy of their own -> what they were tied to.
+        starts: Values before training of what trains in full, if a later fit is to start anew from them.
     """
 
     config: LoRAConfig
@@ -131,6 +133,7 @@ class Attachment:
     required_grad: dict[str, bool] = field(default_factory=dict)
     base_values: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
+    starts: dict[str, Tensor] = field(default_factory=dict)
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:

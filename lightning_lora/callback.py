@@ -44,6 +44,8 @@ class LoRACallback(Callback):
         overwrite: Let ``export_dir`` replace an adapter that is there; otherwise one there is an error before training.
         init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory to start training from, unless training resumes
             a checkpoint. Ranks may have grown, layers may have been added or removed; the log says what happened.
+        fresh: Start every fit from the same untrained adapters, unless it resumes a checkpoint. Without it, a second
+            fit of a module continues from the adapters of the first.
         check_base: Reject a base whose values differ from those the adapter was trained on; the same values in another
             precision are accepted.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
@@ -78,6 +80,7 @@ class LoRACallback(Callback):
         export_dir: str | None = None,
         overwrite: bool = False,
         init_from: str | None = None,
+        fresh: bool = False,
         check_base: bool = True,
         probe: bool = False,
         allow_untrained: Sequence[str] = (),
@@ -94,7 +97,7 @@ class LoRACallback(Callback):
         self.allow_untrained = check_names("LoRACallback.allow_untrained", allow_untrained)
         self.merge_on_teardown = merge_on_teardown
         self.export_dir, self.overwrite, self.init_from = export_dir, overwrite, init_from
-        self.check_base, self.probe = check_base, probe
+        self.fresh, self.check_base, self.probe = fresh, check_base, probe
         self.lr_ratio = float(lr_ratio)
         self.diagnostics_every_n_steps = diagnostics_every_n_steps
         self._session: FitSession | None = None

@@ -51,7 +51,8 @@ class LoRAConfig:
 
     Args:
         rank: Rank ``r`` of the update: ``A`` is ``(r, in)`` and ``B`` is ``(out, r)``.
-        alpha: Numerator of the scaling: the update is multiplied by ``alpha / rank``.
+        alpha: Numerator of the scaling: the update is multiplied by ``alpha / rank``. With a fixed alpha a higher rank
+            therefore has a smaller scaling.
         dropout: Probability in ``[0, 1)`` of dropping an element of the adapter's input in training. The frozen layer's
             own input and an embedding's token numbers are never dropped.
         target_modules: Layers to adapt: ``"all-linear"``, ``"all-conv"``, ``"all"`` (every layer of a supported kind),
@@ -186,11 +187,17 @@ def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> Non
     for name in names:
         if name not in known:
             near = [_IN_PEFT[name]] if name in _IN_PEFT else near_names(name, known, 1)
+            if name in _NOT_HERE:
+                raise TypeError(f"{owner} has no option {name!r} of PEFT's. {_NOT_HERE[name]}")
             hint = f"Did you mean {near[0]!r}?" if near else f"Options are {', '.join(sorted(known))}."
             raise TypeError(f"{owner} has no option {name!r}. {hint}")
 
 
 _IN_PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}
+_NOT_HERE = {
+    "task_type": "The adapters do not depend on it; to record it in the files, call save_adapter(..., task_type=...).",
+    "layers_to_transform": "Name the layers in target_modules, with globs: ['layers.[01].*', 'layers.1?.*'].",
+}
 
 
 def check_positive(name: str, value: float) -> None:

@@ -349,7 +349,7 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
     )
     record = Attachment(config, seed, report, untied=dict(plan.untied))
     if old is not None:
-        record.required_grad, record.base_values = old.required_grad, old.base_values
+        record.required_grad, record.base_values, record.starts = old.required_grad, old.base_values, old.starts
         record.untied |= old.untied
     return record
 

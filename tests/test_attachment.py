@@ -66,7 +66,13 @@ def test_table_counts_frozen_parameters(tiny):
     assert f"{frozen:,} base parameters frozen" in str(report)
 
 
-@pytest.mark.parametrize(("frozen_norm", "says"), [("eval", "kept fixed"), ("track", "saved with the adapter")])
+@pytest.mark.parametrize(
+    ("frozen_norm", "says"),
+    [
+        ("eval", "Lightning will warn of modules in eval mode"),
+        ("track", "saved with the adapter"),
+    ],
+)
 def test_table_describes_frozen_norms(frozen_norm: str, says: str):
     model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.BatchNorm1d(16), nn.LayerNorm(16))
     report = attach(model, LoRAConfig(rank=2, frozen_norm=frozen_norm, modules_to_save=["2"]))

@@ -48,6 +48,8 @@ class Held(Callback):
     [
         ("r", "Did you mean 'rank'"),
         ("lora_alpha", "Did you mean 'alpha'"),
+        ("lora_dropout", "Did you mean 'dropout'"),
+        ("init_lora_weights", "Did you mean 'init'"),
         ("target_module", "Did you mean 'target_modules'"),
         ("lr_ration", "Did you mean 'lr_ratio'"),
         ("xyz", "Options are adapter_dtype, allow_untrained, alpha, "),
@@ -56,6 +58,15 @@ class Held(Callback):
 def test_unknown_option_suggests_closest(wrong: str, hint: str) -> None:
     with pytest.raises(TypeError, match=f"LoRACallback has no option '{wrong}'. {hint}"):
         LoRACallback(**{wrong: 8})
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("task_type", r"save_adapter\(\.\.\., task_type="), ("layers_to_transform", r"target_modules, with globs")],
+)
+def test_option_that_only_peft_has_gets_its_own_answer(name: str, advice: str) -> None:
+    with pytest.raises(TypeError, match=f"no option '{name}' of PEFT's.*{advice}"):
+        LoRACallback(**{name: "x"})
 
 
 def test_signature_shows_every_option_with_its_default() -> None:
@@ -159,12 +170,13 @@ def test_start_follows_seed_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(seeded, lora_layers(reference)["0"].lora.A)
 
 
-def test_report_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_report_is_logged_once_per_fit(caplog: pytest.LogCaptureFixture) -> None:
     module, callback = Toy(), LoRACallback(rank=4)
     with caplog.at_level("INFO"):
-        trainer(callback).fit(module, loader())
-        trainer(callback).fit(module, loader())
-    assert sum("layers adapted" in record.getMessage() for record in caplog.records) == 1
+        for fits in (1, 2):
+            trainer(callback).fit(module, loader())
+            trainer(callback).test(module, loader(), verbose=False)
+            assert sum("layers adapted" in record.getMessage() for record in caplog.records) == fits
 
 
 # --- one callback, many runs

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -206,6 +207,14 @@ def test_lists_and_tuples_make_equal_configs():
 )
 def test_scaling_is_alpha_over_rank_or_its_root(use_rslora: bool, expected: float):
     assert LoRAConfig(use_rslora=use_rslora).scaling(9, 12.0) == pytest.approx(expected, rel=1e-15)
+
+
+def test_readme_states_the_defaults_and_the_scalings_of_a_rank_sweep():
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text().split())
+    config = LoRAConfig()
+    scalings = [f"{config.scaling(rank, config.alpha):g}" for rank in (1, 2, 4, 8)]
+    assert f"The defaults are rank {config.rank} and alpha {config.alpha:g}." in readme
+    assert f"ranks 1, 2, 4 and 8 give {', '.join(scalings[:-1])} and {scalings[-1]}" in readme
 
 
 def test_defaults_attach(tiny):

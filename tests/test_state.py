@@ -434,3 +434,10 @@ def test_record_holds_plain_values(tiny, rng, tmp_path):
     assert record["merges"] == {}
     merge(model)
     assert describe(model)["merges"] == {"embed": 1, "blocks.0.q_proj": 1, "blocks.1.q_proj": 1}
+
+
+def test_file_of_a_bare_adapter_state_names_the_functions_that_fit(tiny, tmp_path):
+    attach(tiny, LoRAConfig(rank=2))
+    torch.save(adapter_state_dict(tiny), tmp_path / "adapter.pt")
+    with raises_and_changes_nothing(tiny, ValueError, r"load_adapter_state_dict\(module.*save_adapter\(module"):
+        load_adapter(tiny, tmp_path / "adapter.pt")

@@ -52,6 +52,12 @@ def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, An
         ) from error
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
         return checkpoint
+    if isinstance(checkpoint, dict) and any(".lora." in str(name) for name in checkpoint):
+        raise ValueError(
+            f"{str(path)!r} holds the tensors of an adapter alone, as adapter_state_dict returns them. Nothing was "
+            "changed. Put them into a module with the same adapters by load_adapter_state_dict(module, "
+            "torch.load(path)); save_adapter(module, directory) writes what load_adapter reads."
+        )
     raise ValueError(f"{str(path)!r} is not a Lightning checkpoint: it has no 'state_dict'. Nothing was changed.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,8 @@ from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
 
 _INSTALLED = "_lora_checkpoints"
+_PART = ".part"  # of a name while the file is being written
+_OLD = 3600.0  # seconds
 
 
 class AdapterCheckpoints:
@@ -260,7 +263,9 @@ def written_at_once(strategy: Strategy, filepath: Any) -> Iterator[Any]:
     if type(strategy.checkpoint_io) not in with_twins(TorchCheckpointIO) or "://" in str(filepath) or path.is_dir():
         yield filepath
         return
-    place = path.with_name(f".{path.name}.part")
+    place = path.with_name(f".{path.name}{_PART}")
+    if strategy.is_global_zero:
+        _remove_leftovers(path.parent)
     try:
         yield place
         if strategy.is_global_zero:
@@ -272,6 +277,14 @@ def written_at_once(strategy: Strategy, filepath: Any) -> Iterator[Any]:
             with suppress(OSError):
                 place.unlink()  # a full disk is not made fuller
         raise
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove parts of checkpoints that killed processes have left; a young one may be another run's, being written."""
+    for part in folder.glob(f".*.ckpt{_PART}"):
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > _OLD:
+                part.unlink()
 
 
 # --- metrics

@@ -189,6 +189,13 @@ def factor_grams(adapter: LowRankAdapter) -> Tensor:
     return grams if A.ndim == 3 else grams.unsqueeze(1)
 
 
+@torch.no_grad()
+def norm_of_updates(module: nn.Module) -> float:
+    """Return the Frobenius norm of all updates ``s * B @ A`` together; every process must call this."""
+    products = [torch.prod(factor_grams(each.adapter), dim=0).sum() for each in _watched(module)]  # both are symmetric
+    return math.sqrt(max(0.0, sum(to_floats(products)))) if products else 0.0
+
+
 def singular_values(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     """Return the singular values of ``B @ A``, in descending order; NaN where a factor is not finite.
 

@@ -19,7 +19,7 @@ from lightning.pytorch.plugins.precision import (
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import get_attachment, request
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed
@@ -40,7 +40,7 @@ from lightning_lora.trainer.checks import (
     check_trained,
     check_unchanged,
 )
-from lightning_lora.trainer.diagnostics import FitDiagnostics
+from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_exportable, export_fit
 from lightning_lora.trainer.hints import Coverage, coverage, warn_of_suspicious_settings
 from lightning_lora.trainer.lightning_patches import (
@@ -65,6 +65,7 @@ class Options(Protocol):
     export_dir: str | None
     overwrite: bool
     init_from: str | None
+    fresh: bool
     check_base: bool
     probe: bool
     allow_untrained: tuple[str, ...]
@@ -98,8 +99,9 @@ class FitSession:
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
         self._config, self._seed = options.config, int(os.environ.get("PL_GLOBAL_SEED", "0"))  # of seed_everything
-        # Evaluating without options takes any adapters: those of the checkpoint, or those that are attached.
-        self._takes_any = not is_fit and options.config == LoRAConfig()
+        # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
+        is_bare = options.config == LoRAConfig()
+        self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._is_new = get_attachment(module) is None
         self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
@@ -117,11 +119,15 @@ class FitSession:
         if self._is_fit:
             self.layout.check_fit(with_diagnostics=bool(self.options.diagnostics_every_n_steps))
             self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
+            if self.options.fresh and not self._is_new and chosen_checkpoint(self.trainer) is None:
+                self._start_anew()
         model = AdaptedModel(module)
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
         if self._takes_any:
             self._take_saved_options()
+        elif self._is_fit:
+            self._say_changed_dropout()
         request(module, *self._wanted())  # for attach(self) in configure_model
         self.layout.before_wrapping = None
         if overrides(module, "configure_model"):
@@ -131,6 +137,25 @@ class FitSession:
             self._wraps.after(module, "setup", self._attach_now)  # it may build layers or load base weights
         else:
             self._attach_now()
+
+    def _start_anew(self) -> None:
+        """Remove the adapters of an earlier fit, and put back what it trained in full."""
+        module, before = self.module, get_attachment(self.module)
+        assert before is not None
+        problem = None
+        if any(is_fully_sharded(part) for part in module.modules()) or _is_flattened(module):
+            problem = "its tensors are sharded by FSDP"
+        elif before.report.saved and not before.starts:
+            problem = (
+                f"the first values of {listed(list(before.report.saved))} were not kept; set it in the first fit, too"
+            )
+        if problem is not None:
+            raise MisconfigurationException(
+                f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
+            )
+        detach(module)
+        Root("", module, before).put(before.starts)
+        self._is_new, self._seed = True, before.seed
 
     def _take_saved_options(self) -> None:
         """Take the options from the checkpoint that is about to be loaded, if there is one."""
@@ -142,6 +167,15 @@ class FitSession:
             detach(self.module)  # what an earlier stage attached by default
         self._config, self._seed = saved
         rank_zero_info("LoRA: rank, targets and all other options come from the checkpoint.")
+
+    def _say_changed_dropout(self) -> None:
+        """Dropout is no part of the adapter's state, so a run may go on with another one: not by accident."""
+        saved = saved_options(chosen_record(self.trainer))
+        if saved is not None and saved[0].dropout != self._config.dropout:
+            rank_zero_info(
+                f"LoRA: training goes on with dropout={self._config.dropout:g}; until the checkpoint it was "
+                f"{saved[0].dropout:g}."
+            )
 
     def _wanted(self) -> tuple[LoRAConfig, int]:
         """Return the config and the seed to attach with: those of present adapters, if any will do."""
@@ -170,14 +204,25 @@ class FitSession:
         self.layout.attached(module)
         if self._is_first:
             self._is_first = False
-            if self._is_new:
+            if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             self._begin()
 
     def _begin(self) -> None:
         """Start from another adapter, and refuse what could not be exported later."""
-        module, path = self.module, self.options.init_from
-        if path is not None and self._is_new and chosen_checkpoint(self.trainer) is None:
+        module, path, resumed = self.module, self.options.init_from, chosen_checkpoint(self.trainer)
+        if self._is_fit and not self._is_new and resumed is None:
+            with gathered_parameters(module):
+                norm = norm_of_updates(module)
+            if norm:
+                rank_zero_info(
+                    f"LoRA: continues from the adapters already attached (norm of the updates {norm:.3g}); "
+                    "LoRACallback(fresh=True) starts every fit anew."
+                )
+        if self.options.fresh and self._is_new and (attachment := get_attachment(module)) is not None:
+            trained = AdaptedModel(module).trained.items()
+            attachment.starts = {name: each.detach().clone() for name, each in trained if ".lora." not in name}
+        if path is not None and self._is_new and resumed is None:
             with gathered_parameters(module):
                 start = start_from(module, path, check_base=self.options.check_base)
             rank_zero_info(f"LoRA: started from {path}: {start}")
@@ -211,8 +256,19 @@ class FitSession:
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)
         check_allowed(self.options.allow_untrained, AdaptedModel(self.module))
+        self._log_options()
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
+
+    def _log_options(self) -> None:
+        """Log the options as hyper-parameters; with the module's own, since some loggers keep one set of them."""
+        attached = [root.attachment for root in AdaptedModel(self.module).roots]
+        config = attached[0].config
+        always = {"rank": config.rank, "alpha": config.alpha, "target_modules": config.to_dict()["target_modules"]}
+        count = sum(each.report.adapter_parameters for each in attached)
+        ours = {f"lora/{name}": value for name, value in (always | config.changed() | {"parameters": count}).items()}
+        for logger in self.trainer.loggers:
+            logger.log_hyperparams(dict(self.module.hparams_initial) | ours)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -427,3 +429,19 @@ def test_moments_of_other_parameters_are_refused(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     with pytest.raises(ValueError, match=r"groups of \[6\] in the checkpoint, groups of \[3, 3\] here"):
         trainer(LoRACallback(rank=4, lr_ratio=4.0), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "age", "stays"),
+    [(".old.ckpt.part", 7200, False), (".young.ckpt.part", 60, True), ("mine.ckpt.part", 7200, True)],
+)
+def test_parts_that_a_killed_run_left_are_removed_at_the_next_save(
+    name: str, age: int, stays: bool, tmp_path: Path
+) -> None:
+    part = tmp_path / name
+    part.write_text("half")
+    before = time.time() - age
+    os.utime(part, (before, before))
+    _, _, path = fitted(tmp_path, rank=2)
+    assert Path(path).is_file()
+    assert part.exists() == stays

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_lora import LoRACallback, attach, lora_layers
+from lightning_lora import LoRACallback, adapter_state_dict, attach, detach, lora_layers
 from lightning_lora.attachment import get_attachment
 from lightning_lora.storage.checkpoint import RECORD_KEY
-from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
+from tests.contract import assert_same_bits
+from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, trainer
 from tests.trainer.test_checkpoints import fitted, read
 
 OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 5.0, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
@@ -95,10 +101,60 @@ def test_options_contradicting_file_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
-def test_fit_uses_its_own_options(tmp_path: Path) -> None:
+def test_resuming_uses_own_options_if_there_are_any(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path, rank=4)
-    with pytest.raises(ValueError, match=r"rank: net\.2: checkpoint 4, here 16"):
-        trainer(LoRACallback(), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
+    with pytest.raises(ValueError, match=r"rank: .*checkpoint 4, here 8"):
+        trainer(LoRACallback(rank=8), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("kind", [Toy, BuiltInSetup, BuiltInConfigureModel, AttachesItself])
+def test_resuming_without_options_goes_on_as_with_those_of_the_file(kind: type[Toy], tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, **OPTIONS)
+    states = []
+    for options in (OPTIONS, {}):
+        module = kind()
+        trainer(LoRACallback(**options), max_steps=20).fit(module, loader(), ckpt_path=path)
+        states.append(adapter_state_dict(module))
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], value) for name, value in states[1].items())
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+def test_fit_without_checkpoint_keeps_the_defaults(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, rank=4)
+    module, run = Toy(), trainer(LoRACallback(), max_steps=20)
+    run.fit(module, loader(), ckpt_path=path)
+    assert lora_layers(module)["net.0"].lora.spec.rank == 4
+    other = Toy()
+    trainer(LoRACallback()).fit(other, loader())
+    assert lora_layers(other)["net.2"].lora.spec.rank == 16
+
+
+def test_changed_dropout_is_said_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _, _, path = fitted(tmp_path, **OPTIONS, dropout=0.25)
+    for dropout in (0.25, 0.5):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            trainer(LoRACallback(**OPTIONS, dropout=dropout), max_steps=20).fit(Toy(), loader(), ckpt_path=path)
+        said = "training goes on with dropout=0.5; until the checkpoint it was 0.25." in caplog.text
+        assert said == (dropout != 0.25)
+
+
+class Sized(Toy):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("module", [Toy(), Sized(3)], ids=["no hyper-parameters", "own hyper-parameters"])
+def test_options_reach_the_hyper_parameters_of_csv_logger(module: Toy, tmp_path: Path) -> None:
+    trainer(LoRACallback(**OPTIONS), logger=CSVLogger(tmp_path)).fit(module, loader())
+    found = yaml.safe_load(next(tmp_path.rglob("hparams.yaml")).read_text())
+    assert {name: found[f"lora/{name}"] for name in OPTIONS} == OPTIONS
+    assert found["lora/parameters"] == sum(
+        factor.numel() for layer in lora_layers(module).values() for factor in layer.lora.parameters()
+    )
+    assert found.get("size") == (3 if isinstance(module, Sized) else None)
 
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
@@ -118,3 +174,60 @@ def test_without_file_default_attaches_and_warns_untrained() -> None:
     with pytest.warns(UserWarning, match="bare base model"):
         trainer(LoRACallback()).test(module, loader(), verbose=False)
     assert {layer.lora.spec.rank for layer in lora_layers(module).values()} == {16}
+
+
+# --- several fits of one module
+
+
+def losses(module: Toy, run: Trainer) -> list[float]:
+    module.losses.clear()
+    run.fit(module, loader())
+    return list(module.losses)
+
+
+def test_second_fit_says_that_it_continues_and_shows_the_table(caplog: pytest.LogCaptureFixture) -> None:
+    module = Toy()
+    first = losses(module, trainer(LoRACallback(rank=2)))
+    norm = math.sqrt(sum(float(layer.delta_weight().double().square().sum()) for layer in lora_layers(module).values()))
+    with caplog.at_level(logging.INFO):
+        assert losses(module, trainer(LoRACallback(rank=2))) != first
+    assert f"continues from the adapters already attached (norm of the updates {norm:.3g})" in caplog.text
+    assert "LoRA: 3 layers adapted" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules_to_save": ["net.4"]}, {"bias": "all"}, {"use_dora": True}],
+    ids=lambda each: ",".join(each),
+)
+def test_fresh_fits_of_one_module_are_equal(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    module, callback = Toy(), LoRACallback(rank=2, fresh=True, **options)
+    first = losses(module, trainer(callback))
+    state = adapter_state_dict(module)
+    with caplog.at_level(logging.INFO):
+        assert losses(module, trainer(callback)) == first
+    assert_same_bits(adapter_state_dict(module), state)
+    assert "continues" not in caplog.text
+    detach(module)
+    if "modules_to_save" not in options:
+        assert digest(module.net) == digest(network())
+
+
+def test_fresh_resumes_a_checkpoint(tmp_path: Path) -> None:
+    _, module, path = fitted(tmp_path)
+    resumed, run = Toy(), trainer(LoRACallback(rank=4, fresh=True), max_epochs=3, max_steps=-1)
+    run.fit(resumed, loader(), ckpt_path=path)
+    again = trainer(LoRACallback(rank=4, fresh=True), max_epochs=3, max_steps=-1)
+    assert len(losses(module, again)) == 3 * len(loader())
+    module.losses.clear()
+    once_more = trainer(LoRACallback(rank=4, fresh=True), max_epochs=3, max_steps=-1)
+    once_more.fit(module, loader(), ckpt_path=path)
+    assert module.losses == resumed.losses
+    assert len(module.losses) == len(loader())
+
+
+def test_fresh_needs_the_first_values_of_what_trains_in_full() -> None:
+    module = Toy()
+    trainer(LoRACallback(rank=2, modules_to_save=["net.4"])).fit(module, loader())
+    with pytest.raises(MisconfigurationException, match=r"first values of net\.4 were not kept"):
+        trainer(LoRACallback(rank=2, modules_to_save=["net.4"], fresh=True)).fit(module, loader())
