@@ -112,10 +112,15 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
             )
         raise RuntimeError(
             f"The weight of {name!r} is computed from other parameters, so nothing can be merged into it. "
-            "Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
+            f"{_to_plain_weight(layer)}"
         )
     weight = base_parameter(layer, parameter)
     is_packed = bool(is_traceable_wrapper_subclass(cast(Any, weight))) and not is_sharded(weight)  # as torchao's are
+    if weight.is_complex():
+        raise RuntimeError(
+            f"The weight of {name!r} is complex ({weight.dtype}) and its update is real, so nothing can be merged into "
+            "it. Keep the adapter unmerged."
+        )
     if is_packed or not weight.is_floating_point():
         kind = type(weight).__name__ if is_packed else weight.dtype
         raise RuntimeError(
@@ -134,6 +139,18 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
             f"The update of {name!r} is too large for its weight's precision ({weight.dtype}); merging it would "
             "leave infinities. Convert the model to a wider dtype first."
         )
+
+
+def _to_plain_weight(layer: LoRALayer) -> str:
+    """Return how the user makes a computed weight an ordinary one."""
+    norms = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
+    for kind in {type(hook).__name__ for hook in layer._forward_pre_hooks.values()} & norms.keys():
+        return f"Call torch.nn.utils.remove_{norms[kind]} on this layer first."
+    return (
+        "Keep adapter_state_dict(model), call detach(model), remove the parametrization "
+        "(torch.nn.utils.parametrize.remove_parametrizations), attach again with the same config, call "
+        "load_adapter_state_dict, and merge."
+    )
 
 
 @torch.no_grad()

@@ -333,6 +333,39 @@ def test_merge_rejects_parametrized_weight_before_any_change():
     assert len(lora_layers(model)) == 2
 
 
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+@pytest.mark.parametrize("how", ["hook", "parametrization"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_computed_weight_merges_after_following_the_advice(norm: str, how: str, rng):
+    make = getattr(nn.utils if how == "hook" else nn.utils.parametrizations, norm)
+    model, config = nn.Sequential(make(nn.Linear(8, 8)), nn.Linear(8, 8)).eval(), LoRAConfig(rank=2)
+    x = torch.randn(3, 8, generator=rng)
+    attach(model, config)
+    train_all(model, rng)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match=f"remove_{norm}" if how == "hook" else "remove_parametrizations"):
+        merge(model)
+    if how == "hook":
+        getattr(nn.utils, f"remove_{norm}")(model[0])
+    else:
+        adapters = adapter_state_dict(model)
+        detach(model)
+        parametrize.remove_parametrizations(model[0], "weight")
+        attach(model, config)
+        load_adapter_state_dict(model, adapters)
+    merge(model)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_complex_weight_is_not_called_quantized(rng):
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64))
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, rng)
+    with raises_and_changes_nothing(model, RuntimeError, "'0' is complex"):
+        merge(model)
+
+
 class QuantizedLinear(nn.Linear):
     """A user's eight-bit layer: codes and one step."""
 

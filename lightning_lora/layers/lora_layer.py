@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal, NoReturn, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +194,21 @@ class LoRALayer(Swapped):
             )
         return cast(Tensor, lora(inputs, output, self, is_unheld(output)))
 
+    def __prepare_scriptable__(self) -> NoReturn:  # called by torch.jit.script
+        raise RuntimeError("torch.jit.script cannot compile adapters. Call merge(model) first, or use torch.jit.trace.")
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch.ao.quantization sets before it replaces layers of the classes that it knows."""
+        return vars(self).get("qconfig")
+
+    @qconfig.setter
+    def qconfig(self, value: object) -> NoReturn:  # noqa: ARG002 - whatever it is
+        raise RuntimeError(
+            "torch.ao.quantization would skip adapted layers, because it finds layers by their exact class. Call "
+            "merge(model) first, or quantize before attaching."
+        )
+
     def adapters(self) -> dict[str, Adapter]:
         """Return the adapters of this layer by the parameter or the slice that each updates."""
         lora = unwrapped(self.lora)
@@ -327,7 +342,8 @@ def _same_part(tensor: Tensor, part: Tensor, whole: Tensor) -> Tensor:
 # --- names that an adapted layer needs
 
 _NEEDED = frozenset(
-    {"lora", "lora_original", "read"} | {name for name in vars(LoRALayer) if not name.startswith("_")} - {"forward"}
+    {"lora", "lora_original", "read"}
+    | {name for name in vars(LoRALayer) if not name.startswith("_")} - {"forward", "qconfig"}
 )
 
 

@@ -29,6 +29,7 @@ _RATES = ("lr", "initial_lr", "max_lr")  # of a group: during warm-up "lr" alone
 # Words of torch's errors
 _UNUSED = "Expected to have finished reduction in the prior iteration"
 _TWICE = "mark a variable ready only once"
+_SPARSE = "SparseAdam does not support dense gradients"
 _CUT = "does not require grad and does not have a grad_fn"
 
 
@@ -132,6 +133,11 @@ def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
             f"{text}\nLoRA: an adapter, one of {listed(list(model.adapters))}, was used in several backward passes of "
             "one step. With activation checkpointing set use_reentrant=False; with layers that run several times use "
             "DDPStrategy(static_graph=True).",
+        )
+    elif _SPARSE in text and model.adapters:
+        exception.args = (
+            f"{text}\nLoRA: the factors of an adapted embedding have dense gradients, also with sparse=True. Use Adam "
+            "or AdamW.",
         )
     elif _CUT in text and model.adapters:
         exception.args = (

@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, attach, disabled, merged
+from lightning_lora import LoRAConfig, attach, detach, disabled, merge, merged
 from lightning_lora.layers import Swapped, swap_in, swap_out
-from tests.contract import CountingLinear, assert_same_bits, assert_unchanged, error, snapshot, train
+from tests.contract import (
+    CountingLinear,
+    assert_same_bits,
+    assert_unchanged,
+    error,
+    raises_and_changes_nothing,
+    snapshot,
+    train,
+    train_all,
+)
 
 
 def adapted(layer: nn.Module, **options: object) -> nn.Module:
@@ -254,3 +263,38 @@ def test_swaps_stack_and_come_off_in_reverse():
     assert type(layer).__name__ == "LoudLinear"
     swap_out(layer)
     assert type(layer) is nn.Linear
+
+
+# --- what torch offers for other layers
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantize", "ignore::torch.jit.TracerWarning")
+def test_scripting_raises_with_the_remedy_and_tracing_works(rng):
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8, generator=rng)
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, rng)
+    with pytest.raises(RuntimeError, match=r"merge\(model\) first, or use torch.jit.trace"):
+        torch.jit.script(model)
+    assert torch.equal(torch.jit.trace(model, x)(x), model(x))
+    merge(model)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*quantize", "ignore::torch.jit.TracerWarning")
+def test_quantizing_an_adapted_model_raises_instead_of_skipping_its_layers(rng):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, rng)
+    with raises_and_changes_nothing(model, RuntimeError, r"merge\(model\) first, or quantize before"):
+        torch.ao.quantization.quantize_dynamic(model)
+    merge(model)
+    assert type(torch.ao.quantization.quantize_dynamic(model)[0]) is not nn.Linear
+
+
+def test_layer_prepared_for_quantization_is_adapted():
+    model = nn.Sequential(nn.Linear(8, 8))
+    model[0].qconfig = "a user's"
+    attach(model, LoRAConfig(rank=2))
+    assert copy.deepcopy(model)[0].qconfig == "a user's"
+    detach(model)
+    assert model[0].qconfig == "a user's"

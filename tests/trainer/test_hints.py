@@ -296,6 +296,17 @@ def test_parameter_ready_twice_suggests_remedy() -> None:
     assert "use_reentrant=False" in str(error)
 
 
+def test_sparse_optimizer_beside_an_adapted_sparse_embedding_suggests_another() -> None:
+    model = nn.Sequential(nn.Embedding(9, 8, sparse=True))
+    attach(model, LoRAConfig(rank=2, target_modules=["0"]))
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError) as caught:
+        torch.optim.SparseAdam([p for p in model.parameters() if p.requires_grad]).step()
+    explain_torch_error(caught.value, model)
+    assert "does not support dense gradients" in str(caught.value)
+    assert "Use Adam or AdamW" in str(caught.value)
+
+
 def test_loss_without_gradient_suggests_remedy() -> None:
     model = adapted()
     with pytest.raises(RuntimeError) as caught:
