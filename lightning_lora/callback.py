@@ -50,7 +50,7 @@ class LoRACallback(Callback):
             precision are accepted.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
             and in evaluation; costs a few passes.
-        allow_untrained: Names or globs of adapters that may end the fit without ever having had a gradient. Without
+        allow_untrained: Names or globs of adapters that may finish the fit without receiving a gradient. Without
             it, a fit raises if gradients reached no adapter at all, or not all of those that were named as targets,
             and warns of others.
         lr_ratio: Learning rate of ``B`` over that of ``A`` (LoRA+, Hayou et al. 2024, who recommend about 16); 1 means
@@ -156,7 +156,7 @@ class LoRACallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after each batch: log diagnostics, and note gradients and losses that Lightning does not step."""
+        """Called after each batch: log diagnostics, and record gradients, and losses of manual optimization."""
         if self._run.diagnostics is not None:
             self._run.diagnostics.after_batch()
         self._run.gradients.after_batch(outputs)
@@ -184,7 +184,7 @@ class LoRACallback(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Called when a stage ends: take every wrap off the module; after a fit, export and merge if asked to."""
+        """Called when a stage ends: remove all wrappers from the module; after a fit, export and merge if asked to."""
         if (session := self._close()) is not None:
             session.finish()
 

@@ -1,4 +1,7 @@
-"""The adapted layers, one file per geometry, and the choice among them."""
+"""The adapted layers, one file per geometry; ``adapter_type`` in ``adapter.py`` chooses among them.
+
+A new kind is a file that is imported here and named in ``SUPPORTED``.
+"""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Adapter(nn.Module, ABC):
     Attributes:
         kind: Name of the kind in checkpoints. A subclass that states none is recorded without one: its files can be
             loaded into the model, but not used without it.
-        spec: All that decides it.
+        spec: The options it was built from.
         parameter: Name of the layer's parameter that it updates.
         index: Numbers of the rows that ``spec.rows`` names.
     """
@@ -154,7 +154,7 @@ class Adapter(nn.Module, ABC):
         """Return a weight with what was learned in it, in its shape; float32, or float64 if either is."""
 
     def in_blocks(self, weight: Tensor) -> InBlocks | None:  # noqa: ARG002 - some cannot
-        """Return how to make a weight the sum that ``combined`` returns, block by block, or None if that cannot be."""
+        """Return how to turn a weight into what ``combined`` returns, block by block; None if that is impossible."""
         return None
 
     def rows_in(self, block: Block) -> tuple[Tensor, Tensor]:
@@ -174,7 +174,7 @@ class Adapter(nn.Module, ABC):
         return None
 
     def still(self) -> Adapter:
-        """Return this adapter with the tensors that it has now, detached, whichever may take their places in it."""
+        """Return a detached snapshot of this adapter, unaffected by later changes."""
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
         for table in ("_parameters", "_buffers"):
@@ -183,7 +183,7 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def has_effect(self, weight: Tensor) -> bool:
-        """Return whether the layer computes something else than with this base weight."""
+        """Return whether the layer computes anything other than the base layer with this weight."""
 
     @abstractmethod
     def reset_parameters(self) -> None:

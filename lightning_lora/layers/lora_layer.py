@@ -21,7 +21,8 @@ The whole mechanism::
 The layer stays the same object with the same parameters under the same names. Optimizers, tied weights, hooks, FSDP
 and state dicts see nothing new but the child ``lora``. Where the update cannot be added to an output, ``weight.py``
 has the weight itself read as ``W + scaling * B @ A``. The arithmetic of the forward pass is in ``ops/linear.py``
-(``lora_linear``), the summed weight that merging uses in ``low_rank.py`` (``LowRankAdapter.combined``).
+(``lora_linear``). Merging adds the update block by block (``LoRALayer.fold``, ``LowRankAdapter._add_to`` in
+``low_rank.py``); ``LowRankAdapter.combined`` forms the whole sum.
 """
 
 from __future__ import annotations
