@@ -3,8 +3,8 @@
 The number types are plain in code; on the command line jsonargparse checks their ranges, so ``--lora.rank=0`` is a
 one-line usage error. ``LoRAConfig`` checks the same ranges everywhere else.
 
-A new option is a field, its entry under ``Args`` and a row in ``_CHECKS``; the callback, ``--help``, YAML and the record
-follow. If it changes the arithmetic, it also goes through ``planning/planner.py`` into ``AdapterSpec``.
+A new option is a field, its entry under ``Args`` and a row in ``_CHECKS``; the callback, ``--help``, YAML and the
+record follow. If it changes the arithmetic, it also goes through ``planning/planner.py`` into ``AdapterSpec``.
 """
 
 from __future__ import annotations
