@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import pickle
@@ -350,6 +351,7 @@ def test_hostile_program_changes_nothing_outside_the_file(program: bytes, tmp_pa
             assert not name.endswith("data.pkl") or held.count(marked) == 1
             new.writestr(name, held.replace(marked, hostile) if name.endswith("data.pkl") else held)
     kinds = (torch._utils._rebuild_tensor_v2, OrderedDict, torch.nn.Parameter)
+    codecs.lookup("cp437")  # zipfile imports it at its first use
     before, modules = [dict(vars(kind)) for kind in kinds], set(sys.modules)
     with suppress(ValueError):
         load_adapter(Toy(), path)

@@ -70,6 +70,7 @@ def save_adapter(
             or resized. Nothing was written.
         OSError: The files could not be written. An adapter that was there is as it was.
     """
+    _refuse_sharded(module)
     export = exported(module, export_root)
     if merged := AdaptedModel(module).merges:
         warnings.warn(
@@ -119,6 +120,14 @@ def write_export(
     replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,), overwrite=overwrite)
 
 
+def _refuse_sharded(module: nn.Module) -> None:
+    if sharded := [name for name, tensor in AdaptedModel(module).trained.items() if is_sharded(tensor)]:
+        raise ValueError(
+            f"Sharded over processes by fully_shard: {listed(sharded)}. Call adapter_state_dict(module) on every "
+            "process, load its result into an unwrapped copy of the model (load_adapter_state_dict), and save that."
+        )
+
+
 def exported(module: nn.Module, export_root: str | None = None) -> Export:
     """Return the content of a module's PEFT directory, with the reasons for everything that PEFT cannot hold.
 
@@ -130,11 +139,6 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
     model = AdaptedModel(module)
     module = model.module
     model.check_unchanged()
-    if divided := [name for name, tensor in model.trained.items() if is_sharded(tensor)]:
-        raise ValueError(
-            f"Divided over processes by fully_shard: {listed(divided)}. Call adapter_state_dict(module) on every "
-            "process, load its result into an unwrapped copy of the model (load_adapter_state_dict), and save that."
-        )
     if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
     if unmade := [name for name, tensor in model.trained.items() if tensor.is_meta]:

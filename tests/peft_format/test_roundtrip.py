@@ -125,7 +125,7 @@ def test_heads_with_the_same_ending_round_trip_through_peft(saved: list[str], tm
     for directory in ("ours", "theirs"):
         again = loaded(distilbert(), tmp_path / directory)
         assert distance(logits(again), expected) <= CLOSE
-        save_adapter(again, tmp_path / "again")  # what was loaded can be saved
+        save_adapter(again, tmp_path / f"{directory} again")  # what was loaded can be saved
 
 
 def test_auto_class_of_peft_loads_a_directory(tmp_path: Path) -> None:
