@@ -181,7 +181,10 @@ def missed_entries(plan: Plan) -> Iterator[str]:
 
 
 def _missed_targets(plan: Plan) -> Iterator[str]:
-    config, targets, everything = plan.config, plan.config.named_targets, list(plan.names.values())
+    config, targets = plan.config, plan.config.named_targets
+    if not targets and {*config.families} <= {layer.pattern for layer in plan.layers}:
+        return  # spares looking at every module once more
+    everything = list(plan.names.values())
     # The default is no request if other targets are given.
     is_default = config.target_modules == ALL_LINEAR and (config.target_parameters or config.trainable_token_indices)
     kinds = ((adapter_type(module), module) for module in plan.modules.values())
