@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import AUTO, LoRAConfig
 from lightning_lora.names import listed
 
 _ATTACHMENT = "_lora_attachment"
@@ -117,7 +117,7 @@ class Attachment:
     """Record of an attach, kept on the module that was attached to.
 
     Attributes:
-        config: The request.
+        config: The request, with names for the heads that ``modules_to_save="auto"`` found.
         seed: Seed of the random starts.
         report: The result.
         required_grad: Parameter name -> whether it required a gradient before.
@@ -139,6 +139,13 @@ class Attachment:
 def get_attachment(module: nn.Module) -> Attachment | None:
     """Return the record on exactly this module."""
     return vars(module).get(_ATTACHMENT)
+
+
+def settled(config: LoRAConfig, before: Attachment | None) -> LoRAConfig:
+    """Return a config with the heads that ``modules_to_save="auto"`` found when the module was attached to."""
+    if before is None or config.modules_to_save != AUTO:
+        return config
+    return replace(config, modules_to_save=before.config.modules_to_save)
 
 
 def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:

@@ -38,6 +38,8 @@ else:
 ALL_LINEAR, ALL_CONV, EVERYTHING = "all-linear", "all-conv", "all"
 FAMILIES = (ALL_LINEAR, ALL_CONV, EVERYTHING)  # the words of target_modules that mean kinds of layers, not names
 
+AUTO: Literal["auto"] = "auto"
+
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
 FrozenNorm = Literal["eval", "track"]
@@ -68,7 +70,8 @@ class LoRAConfig:
             factors: ``{"c_attn": {"q": "0:768", "v": "1536:2304"}}``. Slices are Python's, joined by commas.
         trainable_token_indices: Rows of an embedding to train, for new tokens: a list for the input embedding, or
             ``{embedding: list}``. Layers tied to it use the same rows.
-        modules_to_save: Modules to train in full and save with the adapter, such as a new head.
+        modules_to_save: Modules to train in full and save with the adapter, such as a new head: a list of names, or
+            ``"auto"`` for the linear layers that are too small for the rank and the task heads of transformers models.
         bias: Biases of the base to train and save with the adapter: ``"none"``, ``"lora_only"`` for those of adapted
             layers, or ``"all"``.
         rank_pattern: Ranks of single layers, ``{name or regular expression: rank}``; the first match wins.
@@ -102,7 +105,7 @@ class LoRAConfig:
     target_parameters: Sequence[str] = ()
     target_slices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
-    modules_to_save: Sequence[str] = ()
+    modules_to_save: Literal["auto"] | Sequence[str] = ()
     bias: Bias = "none"
     rank_pattern: Mapping[str, PositiveInt] = field(default_factory=dict)
     alpha_pattern: Mapping[str, PositiveFloat] = field(default_factory=dict)
@@ -274,6 +277,12 @@ def _regex_or_names(name: str, value: Any) -> str | tuple[str, ...]:
     return value
 
 
+def _names_or_auto(name: str, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value != AUTO:
+        raise TypeError(f"LoRAConfig.{name} must be {AUTO!r} or a list of names, got {value!r}.")
+    return AUTO if value == AUTO else _names(name, value)
+
+
 def _numbers_by_name(name: str, values: Any, *, check: Callable[[str, Any], float]) -> dict[str, float]:
     if not isinstance(values, Mapping):
         raise TypeError(f"LoRAConfig.{name} must map names to numbers, got {values!r}.")
@@ -333,7 +342,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "target_parameters": _names,
     "target_slices": _slices,
     "trainable_token_indices": _tokens,
-    "modules_to_save": _names,
+    "modules_to_save": _names_or_auto,
     "bias": partial(_choice, of=Bias),
     "rank_pattern": partial(_numbers_by_name, check=_rank),
     "alpha_pattern": partial(_numbers_by_name, check=_alpha),

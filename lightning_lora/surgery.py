@@ -23,6 +23,7 @@ from lightning_lora.attachment import (
     get_attachment,
     requested,
     set_attachment,
+    settled,
 )
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import (
@@ -80,6 +81,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         config, seed = requested(module) or (LoRAConfig(), seed)
     old = get_attachment(module)
     if old is not None:
+        config = settled(config, old)
         _refuse_other_options(module, old, config, seed)
     with _no_garbage_collection(), shapes_shown(module) if "deepspeed" in sys.modules else nullcontext():
         plan = make_plan(module, config, seed)

@@ -127,6 +127,13 @@ def test_options_work_at_top_level(run: Run) -> None:
     assert type(outcome.callback.config.rank) is int  # not jsonargparse's type, which a checkpoint cannot hold
 
 
+@pytest.mark.parametrize(("value", "saved"), [("auto", ()), ("[net.4]", ("net.4",))])
+def test_modules_to_save_takes_auto_or_a_list(value: str, saved: tuple[str, ...], run: Run) -> None:
+    outcome = run("fit", *RUN, "--lora.rank=4", f"--lora.modules_to_save={value}", forced=True)
+    assert outcome.callback.config.modules_to_save == (saved or "auto")
+    assert outcome.moved == ["net.0", "net.2", "net.4"][: 2 if saved else 3]
+
+
 def test_printed_config_can_be_read_back(run: Run, tmp_path: Path) -> None:
     flags = [*CALLBACK, "--trainer.callbacks.rank_pattern={net.0: 2}", "--trainer.callbacks.target_modules=[net.*]"]
     first = run("fit", *flags, "--print_config")

@@ -32,6 +32,8 @@ from lightning_lora.names import (
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
+TOO_SMALL = "the highest rank of its weight"
+
 
 class Obstacles:
     """Reasons why layers of supported kinds cannot be adapted in one model.
@@ -62,7 +64,7 @@ class Obstacles:
         if id(module) in self._heads and layer.pattern in FAMILIES:
             return "output embedding of a transformers model"
         if rank > shape[0] or rank > shape[1]:
-            return f"rank {rank} is above {min(shape)}, the highest rank of its weight; lower it with rank_pattern"
+            return f"rank {rank} is above {min(shape)}, {TOO_SMALL}; lower it with rank_pattern, or use modules_to_save"
         if self._asks_for_more:
             return self._of_options(layer)
         return None
@@ -179,7 +181,10 @@ def missed_entries(plan: Plan) -> Iterator[str]:
 
 
 def _missed_targets(plan: Plan) -> Iterator[str]:
-    config, targets, everything = plan.config, plan.config.named_targets, list(plan.names.values())
+    config, targets = plan.config, plan.config.named_targets
+    if not targets and {*config.families} <= {layer.pattern for layer in plan.layers}:
+        return  # spares looking at every module once more
+    everything = list(plan.names.values())
     # The default is no request if other targets are given.
     is_default = config.target_modules == ALL_LINEAR and (config.target_parameters or config.trainable_token_indices)
     kinds = ((adapter_type(module), module) for module in plan.modules.values())

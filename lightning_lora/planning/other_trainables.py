@@ -7,13 +7,46 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.layers import AdapterSpec, TokenAdapter, base_weight, weight_readers
-from lightning_lora.names import is_below, is_glob, join, listed, matches, selected
+from lightning_lora.layers import (
+    AdapterSpec,
+    LinearAdapter,
+    LoRALayer,
+    TokenAdapter,
+    adapter_type,
+    base_weight,
+    weight_readers,
+)
+from lightning_lora.names import first_match, is_below, is_glob, join, listed, matches, selected
 from lightning_lora.planning.obstacles import instance_obstacle
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
 _TOKENS = "trainable_token_indices"
+
+
+def heads(plan: Plan) -> list[str]:
+    """Return the names of output layers that an adapter does not suit, because they are small, or likely new.
+
+    These are linear layers of which the rank exceeds a dimension, so that an adapter would be the larger one, and what
+    transformers models for a task have beside their base model, apart from the output embedding. The model's structure
+    alone decides, so that a checkpoint finds the same heads.
+    """
+    found, config = list[str](), plan.config
+    for name, part in plan.modules.items():
+        adapter = adapter_type(part)
+        if adapter is not None and issubclass(adapter, LinearAdapter):
+            rank = first_match(config.rank_pattern, plan.names[name], config.rank)
+            if name and not isinstance(part, LoRALayer) and rank > min(adapter.matrix_shape(part)):
+                found.append(name)
+        elif isinstance(getattr(part, prefix := getattr(part, "base_model_prefix", None) or "-", None), nn.Module):
+            embedding = getattr(part, "get_output_embeddings", lambda: None)()
+            for key, child in part._modules.items():
+                parts = set(child.modules()) if child is not None and key != prefix else ()
+                if parts and embedding not in parts and any(each._parameters for each in parts):
+                    found.append(join(name, key))
+    excluded = [name for name, names in plan.names.items() if selected(config.exclude_modules, names)]
+    tied = {name.rpartition(".")[0] for name in plan.tied}
+    return [name for name in found if name in plan.names and not is_below(name, excluded) and name not in tied]
 
 
 def plan_saved_modules(plan: Plan) -> Iterator[str]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from operator import methodcaller
 
 import torch
 from torch import nn
 
-from lightning_lora.config import ALL_LINEAR, EVERYTHING, FAMILIES, LoRAConfig
+from lightning_lora.config import ALL_LINEAR, AUTO, EVERYTHING, FAMILIES, LoRAConfig
 from lightning_lora.layers import (
     NORMALISING,
     SUPPORTED,
@@ -39,7 +40,7 @@ from lightning_lora.names import (
     tied_names,
 )
 from lightning_lora.planning.obstacles import Obstacles, adapters_of_peft, missed_entries
-from lightning_lora.planning.other_trainables import plan_biases, plan_saved_modules, plan_token_rows
+from lightning_lora.planning.other_trainables import heads, plan_biases, plan_saved_modules, plan_token_rows
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
@@ -77,6 +78,8 @@ class _Planner:
                     self.plan.normalising[name] = part
         self.plan.parameters = parameter_names(self.plan.modules)
         self.plan.tied = tied_names(self.plan.parameters)
+        if config.modules_to_save == AUTO:
+            config = self.config = self.plan.config = replace(config, modules_to_save=heads(self.plan))
         self.obstacles = Obstacles(self.plan)
         self.wants_matrices = not {ALL_LINEAR, EVERYTHING}.isdisjoint(config.families)
         self.families, self.named_targets = config.families, config.named_targets

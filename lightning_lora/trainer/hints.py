@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import EVERYTHING, FAMILIES, LoRAConfig
 from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of
-from lightning_lora.names import listed
+from lightning_lora.names import join, listed, walk
+from lightning_lora.planning.obstacles import TOO_SMALL
 
 # Full fine-tuning of large models runs below it, and LoRA wants about ten times those rates.
 LOWEST_RATE = 5e-5
@@ -73,6 +74,7 @@ def warn_of_suspicious_settings(
     """
     model = AdaptedModel(module)
     found = [*_rates(model, optimizers, list(schedulers)), *_scalings(model), *_ratio(lr_ratio), *_targets(reach)]
+    found += [*_small_layers(model), *_new_layers(model)]
     if found:
         lines = "\n".join(f"  - {each}" for each in found)
         rank_zero_warn(f"LoRA: this run may learn little, or diverge:\n{lines}")
@@ -219,3 +221,34 @@ def _targets(reach: Coverage | None) -> Iterator[str]:
             f"rest are in {listed(reach.rest, 2)} layers. Adapting all kinds of layers works better at the same size: "
             f"{remedy}."
         )
+
+
+def _small_layers(model: AdaptedModel) -> Iterator[str]:
+    for root in model.roots:
+        reasons = root.attachment.report.left_out
+        if small := [name for name, reason in reasons.items() if TOO_SMALL in reason]:
+            yield (
+                f"no part of {listed(small)} trains, because the rank exceeds what these layers can have. Train new "
+                f"heads in full: set modules_to_save={small} or 'auto'."
+            )
+
+
+def _new_layers(model: AdaptedModel) -> Iterator[str]:
+    """Yield the layers to which transformers gave random values, because the pretrained files had none for them."""
+    for name, part in model.parts:
+        if not hasattr(part, "base_model_prefix") or not hasattr(part, "get_output_embeddings"):
+            continue
+        if not any(map(_is_pretrained, part.parameters())):
+            continue  # not loaded from files
+        layers = [(join(name, key), layer) for key, layer in walk(part) if isinstance(layer, LoRALayer)]
+        weights = [(key, layer, layer._parameters.get("weight")) for key, layer in layers]
+        head = part.get_output_embeddings()  # type: ignore[operator]
+        if new := [key for key, layer, w in weights if w is not None and not _is_pretrained(w) and layer is not head]:
+            yield (
+                f"the pretrained files have no values for {listed(new)}, so random ones stay, with adapters. Train new "
+                f"heads in full: set modules_to_save={new} or 'auto'."
+            )
+
+
+def _is_pretrained(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)  # the mark of transformers on what it loaded

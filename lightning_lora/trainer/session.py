@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_lora.adapted_model import AdaptedModel, Root
-from lightning_lora.attachment import get_attachment, request
+from lightning_lora.attachment import get_attachment, request, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
@@ -182,7 +182,7 @@ class FitSession:
         before = get_attachment(self.module)
         if before is None:
             return self._config, self._seed
-        return before.config if self._takes_any else self._config, before.seed
+        return before.config if self._takes_any else settled(self._config, before), before.seed
 
     def _attach_before_wrapping(self) -> None:
         if get_attachment(self.module) is None:

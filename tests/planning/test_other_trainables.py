@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import nn
 
-from tests.contract import raises_and_changes_nothing
+from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter, lora_layers
+from lightning_lora.state import describe
+from lightning_lora.storage.checkpoint import RECORD_KEY
+from tests.contract import raises_and_changes_nothing, train_all
 from tests.planning.models import TiedModel, report
 
 
@@ -47,3 +53,56 @@ def test_both_sides_of_a_tie_train_in_full():
     model = TiedModel()
     report(model, modules_to_save=["head", "embed"])
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {"embed.weight", "mix.lora.A", "mix.lora.B"}
+
+
+# --- modules_to_save="auto"
+
+
+class Classifier(nn.Module):
+    """Shaped as a transformers model for a task: a base model under its prefix, and heads beside it."""
+
+    base_model_prefix = "encoder"
+
+    def __init__(self, scores: int = 8) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        self.dropout, self.classifier = nn.Dropout(), nn.Linear(8, scores)
+        self.words = nn.Linear(8, 32)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.words
+
+
+def test_auto_saves_heads_of_task_models_and_layers_too_small_for_the_rank():
+    model = nn.ModuleDict({"model": Classifier(), "value": nn.Linear(8, 1), "conv": nn.Conv1d(1, 1, 1)})
+    config = LoRAConfig(rank=2, modules_to_save="auto")
+    found = attach(model, config)
+    assert found.saved == {"model.classifier": 72, "value": 9}
+    assert list(lora_layers(model)) == ["model.encoder.0", "model.encoder.1"]
+    assert model["value"].weight.requires_grad
+    assert "value (in full)" in str(found)
+    assert attach(model, config).saved == found.saved
+
+
+def test_auto_leaves_what_is_excluded_or_tied_and_may_find_nothing():
+    def saved(model: nn.Module, **options: object) -> list[str]:
+        return [*report(model, modules_to_save="auto", **options).saved]
+
+    assert saved(Classifier(1), exclude_modules=["classifier"]) == []
+    assert saved(nn.Sequential(nn.Linear(8, 8))) == []
+    assert saved(TiedModel(), rank=17, rank_pattern={"mix": 2}) == []
+    assert saved(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3)), rank=4, rank_pattern={"1": 2}) == []
+
+
+def test_auto_is_recorded_as_names_and_loads_into_a_new_process(tmp_path, rng):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1)), torch.randn(3, 8, generator=rng)
+    base = copy.deepcopy(model)
+    attach(model, LoRAConfig(rank=2, modules_to_save="auto"))
+    train_all(model, rng)
+    torch.nn.init.normal_(model[1].weight, generator=rng)
+    record = describe(model)
+    assert record["adapters"][0]["config"]["modules_to_save"] == ["1"]
+    torch.save({"state_dict": adapter_state_dict(model), RECORD_KEY: record}, tmp_path / "last.ckpt")
+    load_adapter(base, tmp_path / "last.ckpt")
+    assert torch.equal(base(x), model(x))
+    load_adapter(model, tmp_path / "last.ckpt")  # into the model that was attached with "auto"

@@ -72,7 +72,7 @@ def test_words_leave_out_what_a_name_insists_on(family: str):
     model["small"] = nn.Conv1d(1, 1, 1)
     found = report(model, target_modules=[family])
     assert {**found.left_out} == {
-        name: "rank 2 is above 1, the highest rank of its weight; lower it with rank_pattern"
+        name: "rank 2 is above 1, the highest rank of its weight; lower it with rank_pattern, or use modules_to_save"
         for name, families in (("tiny", ("all-linear", "all")), ("small", ("all-conv", "all")))
         if family in families
     }

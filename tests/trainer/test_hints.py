@@ -227,6 +227,31 @@ def test_coverage_ignores_token_training():
     assert warning(model, reach=coverage(model)) is None
 
 
+def test_heads_that_transformers_made_up_are_named(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.BertConfig(**sizes, vocab_size=30, num_labels=20)
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=20)
+    attach(nested := nn.ModuleDict({"bert": model}), LoRAConfig(rank=2))
+    message = str(warning(nested))
+    assert "no values for bert.classifier, so random ones stay" in message
+    assert "modules_to_save=['bert.classifier'] or 'auto'" in message
+    detach(nested)
+    attach(nested, LoRAConfig(rank=2, modules_to_save="auto"))
+    assert model.classifier.weight.requires_grad
+    assert warning(nested) is None
+
+
+def test_layers_too_small_for_the_rank_are_named_unless_they_train_in_full():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
+    attach(model, LoRAConfig(rank=2))
+    assert "no part of 1 trains" in str(warning(model))
+    detach(model)
+    attach(model, LoRAConfig(rank=2, modules_to_save="auto"))
+    assert warning(model) is None
+
+
 # --- in a run
 
 

@@ -126,7 +126,8 @@ def test_fit_without_checkpoint_keeps_the_defaults(tmp_path: Path) -> None:
     run.fit(module, loader(), ckpt_path=path)
     assert lora_layers(module)["net.0"].lora.spec.rank == 4
     other = Toy()
-    trainer(LoRACallback()).fit(other, loader())
+    with pytest.warns(UserWarning, match=r"no part of net\.0, net\.4 trains.*modules_to_save=\['net\.0', 'net\.4'\]"):
+        trainer(LoRACallback()).fit(other, loader())
     assert lora_layers(other)["net.2"].lora.spec.rank == 16
 
 
