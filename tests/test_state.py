@@ -351,14 +351,14 @@ def test_torch_file_without_state_dict_is_refused_by_name(content: object, tiny,
         load_adapter(tiny, saved(content, tmp_path))
 
 
-def test_malicious_pickle_is_refused_without_running(tiny, rng, tmp_path):
+def test_malicious_pickle_beside_an_adapter_is_not_run(tiny, rng, tmp_path):
     class Payload:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
             return (Path.mkdir, (tmp_path / "run",))  # type: ignore[return-value]
 
     path = saved(checkpoint(trained_from(tiny, rng), extra=Payload()), tmp_path)
-    with raises_and_changes_nothing(tiny, ValueError, "cannot be read"):
-        load_adapter(tiny, path)
+    load_adapter(tiny, path)
+    assert lora_layers(tiny)
     assert not (tmp_path / "run").exists()
 
 

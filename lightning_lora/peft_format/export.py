@@ -290,8 +290,8 @@ class ExportCollector:
         reader = self.readers.get(id(layer))
         if reader not in {None, _FUSED_IN_EVAL}:
             return (
-                f"PEFT adds the update to the layer's output, but its parent, a {reader}, reads its weight; leave it out "
-                "with exclude_modules, or merge the adapter"
+                f"PEFT adds the update to the layer's output, but its parent, a {reader}, reads its weight; leave it "
+                "out with exclude_modules, or merge the adapter"
             )
         options = {"use_dora": self.result.use_dora, "lora_bias": self.result.lora_bias}
         return adapter.peft_obstacle(layer, parameter, **options)
