@@ -43,9 +43,9 @@ class Net(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-class LooksAtFlags(Net):
+class LooksAtClass(Net):
     def forward(self, x):
-        return super().forward(x) * (1.0 if self.first.bias.requires_grad else 2.0)
+        return super().forward(x) * (1.0 if type(self.first) is nn.Linear else 2.0)
 
 
 class Broken(Net):
@@ -78,7 +78,7 @@ def test_a_model_that_is_fine_passes_every_check(checks):
 
 
 def test_a_difference_is_wrong_and_has_a_number(checks):
-    result = examined(checks, LooksAtFlags())
+    result = examined(checks, LooksAtClass())
     assert result["verdict"] == "wrong"
     assert "identity" in [each["check"] for each in result["problems"]]
     assert result["numbers"]["identity"] > 0.1

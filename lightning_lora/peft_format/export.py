@@ -460,14 +460,12 @@ def _obstacle_of_parent(root: nn.Module, name: str) -> str | None:
     """Return why PEFT's wrapper of an attention would not do for its parent, or None."""
     path, _, child = name.rpartition(".")
     kind = type(root.get_submodule(path))
-    if not name:
-        return None
     try:
         source = inspect.getsource(kind.forward)
     except (OSError, TypeError):
         return None
     own = rf"self\.{re.escape(child)}\b"
-    if re.search(rf"isinstance\(\s*{own}|{own}\.(in_proj|out_proj|[qkv]_proj)_?", source):
+    if name and re.search(rf"isinstance\(\s*{own}|{own}\.(in_proj|out_proj|[qkv]_proj)_?", source):
         return (
             f"{kind.__name__} reads the weights or checks the class of this attention, and PEFT wraps it in another "
             "class that applies its update only when called; merge the adapter"
