@@ -185,7 +185,7 @@ def chosen(args: argparse.Namespace) -> list[str]:
     """Return the names that the command line asks for."""
     import zoo_models
 
-    names = zoo_models.names(args.library or None)
+    names = zoo_models.names(args.libraries or None)
     if args.only:
         names = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in args.only)]
     index, _, count = args.shard.partition("/")
@@ -289,7 +289,7 @@ def text(reason: str) -> str:
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--library", action="append", help="this library alone; may be repeated")
+    parser.add_argument("--library", dest="libraries", action="append", help="this library alone; may be repeated")
     parser.add_argument("--only", action="append", metavar="GLOB", help="models whose names match; may be repeated")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="every N-th model, beginning with the I-th")
     parser.add_argument("--resume", action="store_true", help="leave out the models that the results hold already")

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import Adapter
+from lightning_lora.layers.readers import METADATA
 from lightning_lora.names import join, listed
 from lightning_lora.sharding import is_divided, is_sharded
 
@@ -179,9 +180,6 @@ def _outputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 # --- why an adapter gets no gradient
 
-# Attributes of a weight that a parent may look up without computing with it.
-_FREE = frozenset({"dtype", "device", "shape", "size", "ndim", "dim", "numel", "is_meta", "is_cuda", "requires_grad"})
-
 
 class Witness:
     """Sees which adapted layers a model calls, and where else their weights are read, until ``close``.
@@ -254,7 +252,7 @@ def _is_compiled(part: nn.Module) -> bool:
 def _uses_value(code: CodeType, at: int) -> bool:
     """Return whether the code that has just read a weight at an offset looks at more than its type or shape."""
     after = next((each for each in dis.get_instructions(code) if each.offset > at and each.opname != "CACHE"), None)
-    return after is None or not (after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval in _FREE)
+    return after is None or not (after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval in METADATA)
 
 
 def _place(frame: FrameType) -> str:

@@ -25,6 +25,7 @@ from lightning_lora import (
     merged,
     surgery,
 )
+from lightning_lora.attachment import get_attachment
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
 CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj", "head"])
@@ -560,10 +561,12 @@ def test_attach_that_fails_undoes_itself(name: str, call: int, monkeypatch):
         attach(model, config)
     monkeypatch.undo()
     assert len(attach(model, config).layers) == 7
-    model.third = nn.Linear(8, 8)  # what a second attach adapts
+    model.more = nn.ModuleDict({"third": nn.Linear(8, 8)})  # what a second attach adapts
+    values = set(get_attachment(model).base_values)
     with raises_and_changes_nothing(model, KeyboardInterrupt):
         _fail_at(monkeypatch, name if name != "_set_parameter" else "set_attachment", 0)
         attach(model, config)
+    assert set(get_attachment(model).base_values) == values
 
 
 def test_class_that_cannot_be_derived_from_leaves_the_model_unchanged():

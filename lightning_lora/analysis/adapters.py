@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.spectrum import ThinSVD, thin_svd
 from lightning_lora.config import LoRAConfig
-from lightning_lora.disk import WIDE, BaseFolder, open_base
+from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
 from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, TokenAdapter, base_parameter
 from lightning_lora.loading import read_adapter
@@ -26,7 +26,7 @@ from lightning_lora.peft_format.names import matching_root
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged
-from lightning_lora.storage import StoredLayer
+from lightning_lora.storage.adapter_file import StoredLayer
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import StoredTensor
 

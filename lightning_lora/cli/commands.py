@@ -203,7 +203,7 @@ def _converted(path: Path, layers: list[str]) -> Result:
 def verify(options: argparse.Namespace) -> Result:
     """Check that an adapter fits a base: names, shapes and finite values."""
     from lightning_lora.adapted_model import AdaptedModel
-    from lightning_lora.disk import open_base
+    from lightning_lora.disk.base_folder import open_base
     from lightning_lora.disk.skeleton import fit_adapter
 
     fitted = fit_adapter(options.adapter, open_base(options.base), check_base=options.check_base)

@@ -13,7 +13,7 @@ from lightning_lora.analysis.adapters import in_order
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
 from lightning_lora.fingerprint import digest, to_plain
 from lightning_lora.names import join, without_root
-from lightning_lora.storage import AdapterFile, StoredLayer
+from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer
 
 
 class LayerSummary(NamedTuple):

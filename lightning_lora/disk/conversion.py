@@ -22,7 +22,7 @@ from lightning_lora.peft_format.directory import PeftFile, read_directory
 from lightning_lora.peft_format.files import below, exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.state import describe, mismatches, record_problems
-from lightning_lora.storage import AdapterFile, StoredLayer, StoredWeight, damage_named
+from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredWeight, damage_named
 from lightning_lora.storage.atomic import check_new, replace_file
 from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, read_checkpoint
 from lightning_lora.storage.safetensors import Layout

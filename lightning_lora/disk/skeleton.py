@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.disk import WIDE, BaseFolder, find_names, module_paths, open_base
+from lightning_lora.disk.base_folder import WIDE, BaseFolder, find_names, module_paths, open_base
 from lightning_lora.fingerprint import Fingerprint, base_problems, places, sample
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
@@ -30,7 +30,7 @@ from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_state, make_import
 from lightning_lora.peft_format.names import without_wrappers
 from lightning_lora.state import mismatches, record_problems
-from lightning_lora.storage import StoredLayer, damage_named
+from lightning_lora.storage.adapter_file import StoredLayer, damage_named
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import Layout, StoredTensor
 from lightning_lora.surgery import attach

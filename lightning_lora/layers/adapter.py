@@ -238,7 +238,7 @@ class Adapter(nn.Module, ABC):
 
     @classmethod
     def adds_to_output(cls, module: nn.Module) -> bool:  # noqa: ARG003 - most kinds know the forward
-        """Return whether changing the weight adds to the output what the update would, whatever the forward does."""
+        """Return whether the update may go beside such a module; asked only where the weight need not carry it."""
         return True
 
     # --- the kind in files

@@ -59,7 +59,9 @@ class LinearAdapter(LowRankAdapter):
             return True
         weight, before = base_weight(module), (module.training, getattr(module, "lora_mode", None))
         row = torch.randn(1, weight.shape[-1], generator=seeded(0)).to(weight)
-        change = torch.full_like(weight[:, :1], weight.std().item() + 1.0) @ row.sign()
+        # Every output changes by another amount, so that a forward which mixes them is seen.
+        rows = 1.0 + torch.rand(len(weight), 1, generator=seeded(1)).to(weight)
+        change = (weight.std() + 1.0) * rows @ row.sign()
         try:
             module.eval()  # dropout would differ from call to call
             if isinstance(module, LoRALayer):

@@ -22,10 +22,10 @@ Path: TypeAlias = tuple[str, ...]  # attribute names below a module; "*" stands 
 _ARGUMENT = "<argument>"  # starts the path of what a function was given
 _ENTRANCES = frozenset({"forward", "training_step", "validation_step", "test_step", "predict_step"})
 _LIBRARIES = ("torch.nn.modules.module", "lightning.", "pytorch_lightning.", "lightning_lora.")
-_METADATA = frozenset(
+METADATA = frozenset(
     {"data_ptr", "device", "dim", "dtype", "element_size", "grad", "is_contiguous", "is_cuda", "layout"}
 )
-_METADATA |= {"is_floating_point", "is_meta", "ndim", "numel", "requires_grad", "shape", "size", "stride"}
+METADATA |= {"is_floating_point", "is_meta", "ndim", "numel", "requires_grad", "shape", "size", "stride"}
 _QUESTIONS = frozenset({"hasattr", "id", "isinstance", "len", "print", "type"})
 _ITERATORS = frozenset({"enumerate", "iter", "list", "reversed", "tuple", "zip"})
 _VIEWS = frozenset({"items", "values"})
@@ -226,7 +226,7 @@ def _parts(value: ast.IfExp | ast.BoolOp | ast.Tuple | ast.List) -> Iterable[ast
 
 def _asked_about(node: ast.AST) -> Iterable[ast.AST]:
     """Return the expressions of which a node takes properties, but not the value."""
-    if isinstance(node, ast.Attribute) and node.attr in _METADATA:
+    if isinstance(node, ast.Attribute) and node.attr in METADATA:
         return (node.value,)
     if isinstance(node, ast.Call) and getattr(node.func, "id", None) in _QUESTIONS:
         return node.args

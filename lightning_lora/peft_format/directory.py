@@ -28,7 +28,7 @@ from lightning_lora.peft_format.config import (
     parse_config,
 )
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
-from lightning_lora.storage import AdapterFile, StoredLayer, StoredTokens, StoredWeight
+from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight
 from lightning_lora.storage.safetensors import Layout, TensorWriter, read_file
 
 CONFIG_FILE = "adapter_config.json"

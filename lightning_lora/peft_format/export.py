@@ -35,8 +35,6 @@ from lightning_lora.peft_format.config import (
 )
 from lightning_lora.peft_format.factors import Factors, Geometry, PeftLayer, factors_of, placed, to_file
 from lightning_lora.peft_format.names import (
-    MAMBA_MODELS,
-    MAMBA_NAMES,
     PREFIX,
     TOKENS_SUFFIX,
     expert_names,
@@ -299,11 +297,6 @@ class ExportCollector:
     def _obstacle_to_loading(self, name: str, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
         """Return why PEFT cannot load an adapter that it could have made, or None."""
         last, kind = name.rpartition(".")[2], self.model_type
-        if kind in MAMBA_MODELS and last in MAMBA_NAMES:
-            return (
-                f"PEFT does not adapt {last!r} of {kind} models, because their fused kernels read its weight; leave it "
-                "out with exclude_modules, or merge the adapter"
-            )
         if last in self.expert_names and not issubclass(adapter, ParameterAdapter):
             is_linear = issubclass(adapter, LinearAdapter) and not issubclass(adapter, Conv1DAdapter)
             if self.result.use_dora or self.result.lora_bias or not is_linear:

@@ -41,7 +41,7 @@ from lightning_lora.peft_format.names import (
     without_wrappers,
 )
 from lightning_lora.state import check_base_values
-from lightning_lora.storage import StoredTokens
+from lightning_lora.storage.adapter_file import StoredTokens
 
 
 def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -> Import:

@@ -24,9 +24,6 @@ EXPERT_NAMES = {
     "mixtral": frozenset({"gate", "w1", "w2", "w3"}),
     "qwen2_moe": frozenset({"gate", "gate_proj", "up_proj", "down_proj"}),
 }
-# PEFT 0.21 raises for these layers of Mamba models, because fused kernels read their weights.
-MAMBA_MODELS = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-MAMBA_NAMES = frozenset({"conv1d", "out_proj"})
 _FACTOR = ".lora_A.default.weight"  # the end of a key while PEFT renames it
 
 

@@ -28,7 +28,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.names import join
 from lightning_lora.state import FORMAT_VERSION
-from lightning_lora.storage import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
+from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
 RECORD_KEY = "lightning_lora"
 

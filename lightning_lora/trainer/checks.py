@@ -175,6 +175,8 @@ class GradientCheck:
         self.module, self.layout = module, layout
         adapters = AdaptedModel(module).adapters
         self._names, self._unseen = list(adapters), {n: a for n, a in adapters.items() if n not in reached}
+        layers = AdaptedModel(module).layers
+        self._layers = {name: name if name in layers else name.rpartition(".")[0] for name in adapters}
         self._allowed = {name for name in adapters if selected(allowed, (name,))}
         self.silent = list(self._unseen)
         self._zero, self._called = set[str](), set[str]()  # with gradients of zero; called with gradients
@@ -284,7 +286,7 @@ class GradientCheck:
         # A process may hold a part of an adapter, or nothing of it, and run other branches.
         seen = [name not in self._unseen for name in names]
         zero = [any(id(p) in self._sums for p in adapters[name].parameters()) for name in names]
-        called = [calls.get(self._layer_of(name)) == "" for name in names]
+        called = [calls.get(self._layers[name]) == "" for name in names]
         # Offloaded parameters lie elsewhere.
         agreed = iter(anywhere([*seen, *zero, *called], self.layout.strategy.root_device))
         self.silent = [name for name in names if not next(agreed)]
@@ -336,7 +338,7 @@ class GradientCheck:
         return "\n".join(f"  - {listed(some)}: {cause}" for cause, some in causes.items())
 
     def _cause(self, name: str, zeros: list[str]) -> str:
-        layer, witness = self._layer_of(name), self._witness
+        layer, witness = self._layers[name], self._witness
         if name in self._zero:
             if zeros:
                 return (
@@ -369,9 +371,6 @@ class GradientCheck:
             for name, has_moved in zip(weights, moved, strict=True)
             if not has_moved and name.rpartition(".")[0] not in adapted
         ]
-
-    def _layer_of(self, name: str) -> str:
-        return name if name in AdaptedModel(self.module).layers else name.rpartition(".")[0]
 
 
 def _named_adapters(model: AdaptedModel) -> set[str]:

@@ -265,6 +265,13 @@ class Normalized(nn.Linear):
         return F.linear(x, F.normalize(self.weight), self.bias)
 
 
+class Flipped(nn.Linear):
+    """Another order of the outputs, which an update beside it would not have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flip(-1)
+
+
 class Counted(nn.Linear):
     """A plain linear layer with a forward of its own."""
 
@@ -282,7 +289,7 @@ class Pair(nn.Module):
         return out[0] * out[1] if isinstance(out, tuple) else out
 
 
-@pytest.mark.parametrize("layer", [Router, BlockDiagonal, Scaled, Normalized, Counted])
+@pytest.mark.parametrize("layer", [Router, BlockDiagonal, Scaled, Normalized, Flipped, Counted])
 def test_linear_subclass_computes_with_the_sum_of_weight_and_update(layer: type[nn.Linear], rng):
     model, x = Pair(layer(E, E)), torch.randn(3, E, generator=rng)
     base = model(x)
@@ -313,7 +320,7 @@ def test_dropout_adapts_beside_a_forward_that_a_trial_shows_to_be_plain(rng):
     assert torch.allclose(model(x), trained, atol=1e-5)
 
 
-@pytest.mark.parametrize("layer", [Router, BlockDiagonal, Scaled, Normalized])
+@pytest.mark.parametrize("layer", [Router, BlockDiagonal, Scaled, Normalized, Flipped])
 def test_dropout_leaves_out_a_forward_that_it_cannot_go_beside(layer: type[nn.Linear]):
     model = Pair(layer(E, E))
     report = attach(model, LoRAConfig(rank=2, dropout=0.5))

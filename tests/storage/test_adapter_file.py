@@ -14,7 +14,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.loading import read_adapter
 from lightning_lora.state import adapter_state_dict, describe
-from lightning_lora.storage import AdapterFile, StoredLayer
+from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import train_all
 from tests.peft_format.kinds import KINDS, WARNED, Holder, seeded

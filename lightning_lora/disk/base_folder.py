@@ -1,0 +1,192 @@
+"""A base model on disk: its files, the names that an adapter uses for its tensors, and weights that loading ties."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_lora.names import listed, near_names
+from lightning_lora.peft_format.names import without_wrappers
+from lightning_lora.storage.safetensors import StoredTensor, TensorFile, read_table
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+MODEL_CONFIG_FILE = "config.json"
+TIE_OPTION = "tie_word_embeddings"
+WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # any other precision of a weight is quantized
+_WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_LARGEST_JSON = 256 * 2**20
+_MOST_PARTS = 3  # of a prefix
+
+_HEAD = "lm_head.weight"
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_OTHER_HEADS = ("ForConditionalGeneration", "ForMaskedLM", "ForPreTraining", "DoubleHeadsModel")
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+
+
+@dataclass(frozen=True)
+class BaseFolder:
+    """A base model on disk: safetensors in one file or several, as Hugging Face lays them out.
+
+    Attributes:
+        shards: File name -> table of its tensors.
+        index: The index of the shards, if there is one.
+        config: The model's config, if there is one.
+        carried: The small files that belong to the model.
+    """
+
+    shards: Mapping[str, TensorFile]
+    index: Mapping[str, Any] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+    carried: tuple[Path, ...] = ()
+
+    @cached_property
+    def tensors(self) -> dict[str, StoredTensor]:
+        """Every tensor by name."""
+        return {name: tensor for shard in self.shards.values() for name, tensor in shard.tensors.items()}
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether loading this base ties an output layer to the embedding."""
+        return bool(self.config.get(TIE_OPTION, True)) and self._has_head((*_CAUSAL, *_OTHER_HEADS))
+
+    @property
+    def tied_heads(self) -> dict[str, str]:
+        """The output layer that the loaded model has and the files lack -> the embedding that it is tied to."""
+        found = [name for name in self.tensors if f".{name}".endswith(tuple(f".{each}" for each in _EMBEDDINGS))]
+        if self.is_tied and self._has_head(_CAUSAL) and len(found) == 1 and _HEAD not in self.tensors:
+            return {_HEAD: found[0]}
+        return {}
+
+    @property
+    def tied_names(self) -> set[str]:
+        """The tensors that become one when the model is loaded."""
+        ends = tuple(f".{each}" for each in (*_EMBEDDINGS, "shared.weight", _HEAD))
+        return {name for name in self.tensors if f".{name}".endswith(ends)} if self.is_tied else set()
+
+    def _has_head(self, kinds: tuple[str, ...]) -> bool:
+        kind = self.config.get("architectures")
+        return isinstance(kind, list) and any(isinstance(each, str) and each.endswith(kinds) for each in kind)
+
+
+def open_base(path: Path) -> BaseFolder:
+    """Open a model folder, or a single safetensors file; no tensor is read.
+
+    Raises:
+        ValueError: The files cannot be read, contradict each other, or name files outside the folder.
+        FileNotFoundError: They do not exist.
+    """
+    if path.is_file():
+        return BaseFolder({SINGLE_FILE: read_table(path)})
+    if not path.is_dir():
+        raise FileNotFoundError(f"{str(path)!r} does not exist; name a model folder, or a safetensors file.")
+    index = read_json(path / INDEX_FILE) if (path / INDEX_FILE).is_file() else None
+    if index is None and not (path / SINGLE_FILE).is_file():
+        raise FileNotFoundError(
+            f"{str(path)!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Only safetensors are read: save the model "
+            "with save_pretrained(..., safe_serialization=True)."
+        )
+    names = [SINGLE_FILE] if index is None else _shard_names(path, index)
+    shards = {name: read_table(path / name) for name in names}
+    if index is not None:
+        _check_index(index["weight_map"], shards)
+    config = read_json(path / MODEL_CONFIG_FILE) if (path / MODEL_CONFIG_FILE).is_file() else {}
+    carried = tuple(sorted(each for each in path.iterdir() if each.is_file() and not each.name.endswith(_WEIGHTS)))
+    return BaseFolder(shards, index, config, carried)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Raises:
+        ValueError: The file does not hold a JSON object.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes")
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(found).__name__}, not an object.")
+    return found
+
+
+def _shard_names(folder: Path, index: Mapping[str, Any]) -> list[str]:
+    where = index.get("weight_map")
+    if not (isinstance(where, dict) and where and all(isinstance(name, str) for name in where.values())):
+        raise ValueError(f"{str(folder / INDEX_FILE)!r} has no weight_map from tensors to files.")
+    names = sorted(set(where.values()))
+    # Both kinds of slashes on every system: folders travel.
+    hostile = [name for name in names if any(c in name for c in "/\\:\0") or not name.endswith(".safetensors")]
+    if hostile:
+        raise ValueError(f"{str(folder / INDEX_FILE)!r} names files outside this folder: {listed(hostile)}.")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{str(folder)!r} lacks {listed(missing)}, which its index names.")
+    return names
+
+
+def _check_index(where: Mapping[str, str], shards: Mapping[str, TensorFile]) -> None:
+    stored = [(name, shard) for shard, table in shards.items() for name in table.tensors]
+    if wrong := [name for name, shard in stored if where.get(name) != shard]:
+        raise ValueError(f"The index of the base lists {listed(wrong)} under the wrong files.")
+    if missing := sorted(where.keys() - {name for name, _ in stored}):
+        raise ValueError(f"The index of the base lists tensors that its files do not hold: {listed(missing)}.")
+
+
+# --- names
+
+
+def find_names(paths: Collection[str], names: Collection[str]) -> tuple[dict[str, str], str]:
+    """Return the adapter's name of every tensor -> its name in the base, and the prefix that only the adapter uses.
+
+    An adapter may have been trained on the base inside another module: a model with a head calls ``h.0`` of its body
+    ``transformer.h.0``, and a LightningModule calls it ``model.h.0``. So names may lose a first part and gain others.
+
+    Raises:
+        ValueError: No such renaming finds all paths in the base.
+    """
+    most, missing = -1, list[str]()
+    for without, before in _affixes(paths, names):
+        renamed = {before + name.removeprefix(without): name for name in names}
+        if len(renamed) < len(names):
+            continue
+        modules = module_paths(renamed)
+        unresolved = sorted(path for path in paths if without_wrappers(path, modules) is None)
+        if not unresolved:
+            return renamed, before
+        if len(paths) - len(unresolved) > most:
+            most, missing = len(paths) - len(unresolved), unresolved
+    near = near_names(missing[0], module_paths(names))
+    hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
+    raise ValueError(
+        f"The base has no modules {listed(missing)}, which the adapter targets.{hint} Either it is a different "
+        "model, or its library renames tensors on loading; in that case load the model, then use "
+        "lightning_lora.load_adapter and merge."
+    )
+
+
+def module_paths(names: Collection[str]) -> set[str]:
+    """Return the paths of all modules that hold tensors of these names, directly or below."""
+    found: set[str] = set()
+    for name in names:
+        path = name.rpartition(".")[0]
+        while path and path not in found:
+            found.add(path)
+            path = path.rpartition(".")[0]
+    return found
+
+
+def _affixes(paths: Collection[str], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield what to take from the front of the base's names, and what to put there; the simplest pairs first."""
+    parts = min(paths, default="").split(".")
+    before = ["", *(".".join(parts[:depth]) + "." for depth in range(1, min(_MOST_PARTS, len(parts) - 1) + 1))]
+    without = ["", *sorted({name.partition(".")[0] + "." for name in names if "." in name})[:16]]
+    yield from sorted(product(without, before), key=lambda pair: (bool(pair[0]) + bool(pair[1]), pair))
