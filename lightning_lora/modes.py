@@ -21,8 +21,12 @@ from lightning_lora.layers import (
     Mode,
     WeightLoRALayer,
     base_parameter,
+    has_running_statistics,
+    hold_statistics,
     lora_layers,
+    release_statistics,
 )
+from lightning_lora.names import clean_name, join
 from lightning_lora.ops.eager import without_autocast
 from lightning_lora.sharding import copy_whole, is_sharded
 
@@ -87,6 +91,23 @@ def fold(layer: LoRALayer) -> None:
         with without_autocast(parameter.device.type):
             if not layer.fold(name, parameter):
                 copy_whole(parameter, layer.combined(name).to(parameter.dtype))
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Hold the running statistics of frozen norms where the config says so, and no others; safe to repeat."""
+    for root in AdaptedModel(module).roots:
+        attachment, trained = root.attachment, {id(part) for part in root.trained_modules()}
+        for name, norm in root.module.named_modules():
+            if not has_running_statistics(norm):
+                continue
+            if id(norm) in trained:
+                release_statistics(norm)
+            elif attachment.config.frozen_norm == "eval":
+                hold_statistics(norm)
+            else:
+                release_statistics(norm)
+                for key, buffer in norm.named_buffers(recurse=False):
+                    attachment.base_values.setdefault(join(clean_name(name), key), buffer.detach().clone())
 
 
 def check_mergeable(layers: dict[str, LoRALayer]) -> None:
