@@ -144,7 +144,7 @@ def test_flags_override_yaml(digits, tmp_path):
 
 def test_cli_trains_missing_base(tmp_path):
     printed = cli("fit", "--model.base=new/base", "--data.steps=2", folder=tmp_path)
-    assert "base: 1000 labelled images" in printed
+    assert "base: 1000 labeled images" in printed
     assert (tmp_path / "new" / "base" / "last.ckpt").is_file()
 
 
