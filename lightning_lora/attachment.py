@@ -44,8 +44,8 @@ class AttachReport:
         untied: Weights that got a copy of their own -> what they were tied to.
         left_out: Layers that the targets cover but that carry no adapter -> the reason.
         base_parameters: Number of parameters without adapters.
-        norms: Number of frozen normalisation layers that have running statistics.
-        frozen_norm: Their behaviour in training, as in ``LoRAConfig``.
+        norms: Number of frozen normalization layers that have running statistics.
+        frozen_norm: Their behavior in training, as in ``LoRAConfig``.
     """
 
     layers: Sequence[AdaptedLayer]

@@ -183,7 +183,7 @@ def rows_of_slices(text: str, count: int) -> tuple[range, ...]:
 
 
 def near_names(entry: str, names: Iterable[str], limit: int = 4) -> list[str]:
-    """Return the names closest to a misspelt entry, whole or by their last part."""
+    """Return the names closest to a misspelled entry, whole or by their last part."""
     names = [name for name in names if name]
     if "." in entry:
         return difflib.get_close_matches(entry, names, limit, 0.5)

@@ -87,7 +87,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         plan = make_plan(module, config, seed)
         new = [layer for layer in plan.layers if not isinstance(layer.module, LoRALayer)]
         _check(plan, new, old)
-        with weights_only_read(plan.normalising.values()) if plan.normalising else nullcontext():
+        with weights_only_read(plan.normalizing.values()) if plan.normalizing else nullcontext():
             made = _make_adapters(new)
         with _undone_on_failure(module, plan, made, old):  # no line above changes the model
             for name in plan.untied:

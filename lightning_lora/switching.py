@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import DEFAULT, get_attachment, keeping_starts, set_attachment
 from lightning_lora.layers import LoRALayer, release_statistics, swap_in, swap_out
-from lightning_lora.layers.lora_layer import Behaviour
+from lightning_lora.layers.lora_layer import Behavior
 from lightning_lora.modes import freeze_norms
 from lightning_lora.names import OTHERS, listed, near_names, parameters_of, walk
 from lightning_lora.sharding import is_fully_sharded, unwrapped
@@ -38,10 +38,10 @@ class Kept(nn.Module):
     """What one module has under an adapter that is not active.
 
     Attributes:
-        behaviour: How the module's class changes when the adapter is active; None if it has no child ``lora`` then.
+        behavior: How the module's class changes when the adapter is active; None if it has no child ``lora`` then.
     """
 
-    behaviour: Behaviour | None = None
+    behavior: Behavior | None = None
 
     @property
     def own(self) -> list[tuple[str, str]]:
@@ -339,7 +339,7 @@ def _put_away(base: dict[nn.Module, Kept], adapter: Named) -> None:
             vars(place)[table][key], vars(part)[table][key] = vars(part)[table][key], vars(base[part])[table][key]
             vars(base[part])[table][key] = None
         if isinstance(part, LoRALayer):
-            place.behaviour = part.mixin, part.computed
+            place.behavior = part.mixin, part.computed
             place._modules["lora"] = part._modules.pop("lora")
             swap_out(part)
     # Attaching again has made new records.
@@ -353,8 +353,8 @@ def _put_in_place(base: dict[nn.Module, Kept], adapter: Named) -> None:
         for table, key in place.own:
             vars(base[part])[table][key], vars(part)[table][key] = vars(part)[table][key], vars(place)[table][key]
             vars(place)[table][key] = None
-        if place.behaviour is not None:
-            swap_in(part, *place.behaviour)
+        if place.behavior is not None:
+            swap_in(part, *place.behavior)
             part._modules["lora"] = place._modules.pop("lora")
     for root in adapter.roots:
         set_attachment(root.module, root.attachment)

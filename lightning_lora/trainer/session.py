@@ -189,7 +189,7 @@ class FitSession:
         if get_attachment(self.module) is None:
             raise RuntimeError(
                 f"{type(self.module).__name__}.configure_model wraps parts of itself before it has adapters; adapters "
-                "that come later would not be synchronised between processes. Build all layers, call "
+                "that come later would not be synchronized between processes. Build all layers, call "
                 "lightning_lora.attach(self), then wrap."
             )
         self._attach_now()

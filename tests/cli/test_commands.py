@@ -229,7 +229,7 @@ def test_progress_is_drawn_on_terminal(
     monkeypatch.setattr(sys, "stderr", watched)
     assert run("report", files / "one", "--base", files / "base.safetensors") == 0
     assert watched.getvalue().endswith("100 %  6 of 6\n")
-    assert "\ranalysing [" in watched.getvalue()
+    assert "\ranalyzing [" in watched.getvalue()
 
 
 def test_analysis_commands_run_without_matplotlib(files: Path):
