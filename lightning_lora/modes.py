@@ -23,7 +23,6 @@ from lightning_lora.layers import (
     base_parameter,
     has_running_statistics,
     hold_statistics,
-    lora_layers,
     release_statistics,
 )
 from lightning_lora.names import clean_name, join
@@ -32,16 +31,24 @@ from lightning_lora.sharding import copy_whole, is_sharded
 
 
 @contextmanager
-def merged(module: nn.Module) -> Iterator[None]:
+def merged(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
     """Compute with the adapters merged into the weights, and restore the exact weights afterwards.
 
     Keeps a copy of the adapted weights meanwhile. Disabled adapters stay disabled.
 
+    Args:
+        module: An adapted module.
+        missing_ok: Accept a module without adapters, for code that serves both.
+
     Raises:
-        ValueError: An adapter holds NaN or infinity, or its update is too large for the weight's precision.
+        ValueError: The module has no adapters, or they were merged for good; an adapter holds NaN or infinity, or its
+            update is too large for the weight's precision.
         RuntimeError: A weight cannot take an update.
     """
-    layers = lora_layers(module)
+    model = AdaptedModel(module)
+    if not missing_ok:
+        model.check_adapted("merged")
+    layers = model.layers
     check_mergeable(layers)
     with _modes(layers, lambda mode: "merged" if mode == "active" else mode):
         yield
