@@ -94,6 +94,11 @@ def test_config_is_taken_as_one_value() -> None:
     assert LoRACallback(config).config is LoRACallback(config=config, lr_ratio=2).config is config
 
 
+def test_two_configs_are_refused() -> None:
+    with pytest.raises(TypeError, match="LoRACallback got two configs"):
+        LoRACallback(LoRAConfig(rank=3), config=LoRAConfig(rank=4))
+
+
 @pytest.mark.parametrize(("options", "words"), [({"rank": 4}, "rank=3.*rank=4"), ({"rank": 16}, "rank=3.*rank=16")])
 def test_config_and_single_options_contradict(options: dict[str, Any], words: str) -> None:
     with pytest.raises(TypeError, match=f"config or single options, not both.*{words}"):
