@@ -26,7 +26,7 @@ LEVELS = [
     {"loading"},
     {"disk", "trainer"},
     {"callback"},
-    {"analysis"},
+    {"analysis", "several"},
     {""},
     {"cli"},
     {"__main__"},
