@@ -1,7 +1,7 @@
 """Draw what ``analyze`` and ``compare`` found; requires matplotlib, the optional extra ``plots``.
 
 Each function returns one figure; nothing is shown or saved, and without ``pyplot`` nothing global changes. A scale of
-one hue means "more"; unknown values are grey. The ink is one unique colour, which a page replaces by that of its text.
+one hue means "more"; unknown values are gray. The ink is one unique color, which a page replaces by that of its text.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ _PANEL, _ALONE = 148, 270  # points that the title of a panel may be wide
 INK = "#1c2127"
 _UNKNOWN = "#9aa0a6"
 _MOST_NUMBERS = 320  # with more cells, the table is easier to read
-# Of medium lightness, to be visible on white, on black and in grey print.
+# Of medium lightness, to be visible on white, on black and in gray print.
 HUES = ("#3b7dd8", "#dd6b35", "#2a9d6f", "#a565c9", "#b98a12", "#d1495b")
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "legend.labelcolor", "text.color"), INK),
     **{"axes.labelsize": 9, "axes.linewidth": 0.6, "axes.titlesize": 10, "figure.dpi": 130, "legend.frameon": False},
-    # Dashes tell lines apart when the colours repeat.
+    # Dashes tell lines apart when the colors repeat.
     "axes.prop_cycle": f"cycler('linestyle', ['-', '--', ':']) * cycler('color', {list(HUES)})",
 }
 
@@ -293,16 +293,16 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def _heat_map(axes: Any, table: Tensor, *, lowest: float | None = None, highest: float | None = None) -> Any:
-    """Draw a table as colours, with unknown cells in grey, and return the image."""
+    """Draw a table as colors, with unknown cells in gray, and return the image."""
     import matplotlib
 
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad=_UNKNOWN)
+    colors = matplotlib.colormaps["viridis"].with_extremes(bad=_UNKNOWN)
     cells = table.detach().cpu().double().numpy()
-    return axes.imshow(cells, cmap=colours, vmin=lowest, vmax=highest, aspect="auto", interpolation="nearest")
+    return axes.imshow(cells, cmap=colors, vmin=lowest, vmax=highest, aspect="auto", interpolation="nearest")
 
 
 def _scale(figure: Any, image: Any, axes: Any, **options: Any) -> None:
-    """Draw the scale of the colours beside the axes, equally thin in low and high figures."""
+    """Draw the scale of the colors beside the axes, equally thin in low and high figures."""
     figure.colorbar(image, ax=axes, pad=0.02, aspect=max(20, 7 * figure.get_figheight()), **options)
 
 
@@ -313,7 +313,7 @@ def _name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
 
 
 def _write_numbers(axes: Any, image: Any, table: Tensor, decimals: int | None = None) -> None:
-    """Write its number into each known cell, in an ink that stands out from the cell's colour."""
+    """Write its number into each known cell, in an ink that stands out from the cell's color."""
     for row in range(table.shape[0]):
         for column in range(table.shape[1]):
             value = float(table[row, column])
@@ -377,7 +377,7 @@ def _cut(name: str, most: int, head: float) -> str:
 
 
 def as_svg(figure: Any, name: str) -> str:
-    """Return a figure as SVG for a page: text stays text, and the ink takes the colour of the page's text.
+    """Return a figure as SVG for a page: text stays text, and the ink takes the color of the page's text.
 
     The ids of its parts begin with ``name``, which must be unique on the page.
     """

@@ -13,6 +13,7 @@ from lightning_lora.analysis import plots
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, likeness, similarity_rows
 from lightning_lora.analysis.plots import as_svg, can_draw
 from lightning_lora.analysis.summary import AdapterAnalysis, RankSuggestion, findings, suggest_ranks
+from lightning_lora.storage.atomic import check_new, replace_file
 
 NO_PLOTS = "Pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
 
@@ -23,7 +24,7 @@ _COLUMNS = (
     "directions; aligned is that norm over the norm of the weight in random directions (Hu et al. 2021, section 7.3; "
     "Roy and Vetterli 2007)."
 )
-_ABOVE_CHANCE = "0 is chance, 1 means the same directions; grey is unknown."
+_ABOVE_CHANCE = "0 is chance, 1 means the same directions; gray is unknown."
 _MOST_PANELS = 12
 _Figure = tuple[str, Any, str, str]  # name of a file, figure, its description, its caption
 
@@ -265,7 +266,7 @@ class Page:
     def figures(self, figures: Iterable[tuple[str, str, str]]) -> None:
         """Add figures, side by side where there is room: SVG, description for screen readers, and caption of each."""
         parts = [
-            f"<figure{_width(svg)}>{_labelled(svg, description)}<figcaption>{escape(caption)}</figcaption></figure>"
+            f"<figure{_width(svg)}>{_labeled(svg, description)}<figcaption>{escape(caption)}</figcaption></figure>"
             for svg, description, caption in figures
         ]
         self._parts.append(f'<div class="figures">{"".join(parts)}</div>')
@@ -275,9 +276,15 @@ class Page:
         page = Template(_PAGE.read_text(encoding="utf-8"))
         return page.substitute(title=escape(self._title), body="\n".join(self._parts))
 
-    def write(self, path: Path) -> None:
-        """Write the page to a file."""
-        path.write_text(self.html(), encoding="utf-8")
+    def write(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write the page to a file.
+
+        Raises:
+            ValueError: The file exists and ``overwrite`` is not set.
+        """
+        check_new(path, overwrite=overwrite)
+        content = self.html()
+        replace_file(path, lambda place: place.write_text(content, encoding="utf-8"))
 
 
 def _width(svg: str) -> str:
@@ -286,5 +293,5 @@ def _width(svg: str) -> str:
     return f' style="width: min(100%, {float(found[1]):.0f}pt)"' if found else ""
 
 
-def _labelled(svg: str, description: str) -> str:
+def _labeled(svg: str, description: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)

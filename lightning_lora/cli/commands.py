@@ -112,6 +112,12 @@ ANY_BASE = option(
     action="store_false",
     help="accept a base whose values differ from those that the adapter was trained on",
 )
+ROOT = option(
+    "--root",
+    metavar="NAME",
+    help="for a .ckpt and a PEFT directory: attribute of the LightningModule that holds the directory's model "
+    "(default: found by the names)",
+)
 OUT = option("--out", type=Path, metavar="PAGE", help="write a self-contained HTML page")
 OVERWRITE = option("--overwrite", action="store_true", help="replace what is there")
 PICTURES = option("--pictures", type=Path, metavar="FOLDER", help="write each picture as a PNG into this folder")
@@ -134,13 +140,14 @@ def inspect(options: argparse.Namespace) -> Result:
 @command(
     option("first", type=Path, metavar="A", help=_AN_ADAPTER),
     option("second", type=Path, metavar="B", help="another adapter"),
+    ROOT,
 )
 def diff(options: argparse.Namespace) -> Result:
     """List how two adapters differ; the exit code is 1 if they do."""
     from lightning_lora.cli.inspection import differences
     from lightning_lora.loading import read_adapter
 
-    found = list(differences(read_adapter(options.first), read_adapter(options.second)))
+    found = list(differences(read_adapter(options.first), read_adapter(options.second), root=options.root))
     content = {"equal": not found, "differences": found}
     return Result(content, found or ["the adapters are equal"], PROBLEM if found else OK)
 
@@ -271,6 +278,7 @@ def merge(options: argparse.Namespace) -> Result:
     option("--intruders", action="store_true", help="count intruder dimensions; slow, needs --base"),
     OUT,
     PICTURES,
+    OVERWRITE,
 )
 def report(options: argparse.Namespace) -> Result:
     """Show what an adapter learned: ranks, sizes and relation to the weights; optionally as an HTML page."""
@@ -286,7 +294,7 @@ def report(options: argparse.Namespace) -> Result:
         options.base,
         energy=options.energy,
         intruders=options.intruders,
-        progress=progress_bar(sys.stderr, "analysing", str) if options.base and sys.stderr.isatty() else None,
+        progress=progress_bar(sys.stderr, "analyzing", str) if options.base and sys.stderr.isatty() else None,
         check_base=options.check_base,
     )
     similarities = []
@@ -311,11 +319,15 @@ def report(options: argparse.Namespace) -> Result:
 @command(
     option("first", type=Path, metavar="A", help=_AN_ADAPTER),
     option("second", type=Path, metavar="B", nargs="?", help="another adapter (default: compare the layers of A)"),
+    ROOT,
     OUT,
     PICTURES,
+    OVERWRITE,
 )
 def compare(options: argparse.Namespace) -> Result:
     """Show what two adapters share, or the layers of one; optionally as an HTML page."""
+    if options.root is not None and options.second is None:
+        raise ValueError("--root needs two adapters: name the second one.")
     _check_outputs(options)
     return _compare_layers(options) if options.second is None else _compare_adapters(options)
 
@@ -324,7 +336,7 @@ def _compare_adapters(options: argparse.Namespace) -> Result:
     from lightning_lora.analysis.comparison import compare, likeness
     from lightning_lora.analysis.reports import comparison_page
 
-    comparison = compare(options.first, options.second)
+    comparison = compare(options.first, options.second, root=options.root)
     names = str(options.first), str(options.second)
     _write_outputs(options, lambda: comparison_page(comparison, names))
     found = likeness(comparison)
@@ -398,6 +410,7 @@ def plan(options: argparse.Namespace) -> Result:
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise before anything is computed if the outputs could not be written."""
     from lightning_lora.analysis.plots import can_draw
+    from lightning_lora.storage.atomic import check_new
 
     if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise ValueError(f"--out={str(options.out)!r} must be a file in a folder that exists.")
@@ -405,6 +418,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise ValueError(f"--pictures={str(options.pictures)!r} is a file; name a folder.")
     if options.pictures and not can_draw():
         raise RuntimeError("--pictures needs matplotlib: pip install 'lightning-lora[plots]'.")
+    for old in (options.out, *(sorted(options.pictures.glob("*.png")) if options.pictures else ())):
+        if old is not None:
+            check_new(old, overwrite=options.overwrite)
 
 
 def _write_outputs(options: argparse.Namespace, lay_out: Callable[[], Page]) -> None:
@@ -417,6 +433,6 @@ def _write_outputs(options: argparse.Namespace, lay_out: Callable[[], Page]) -> 
             figure.savefig(options.pictures / f"{name}.png")
         print(f"lightning-lora: wrote {len(page.pictures)} pictures into {options.pictures}", file=sys.stderr)
     if options.out:
-        page.write(options.out)
+        page.write(options.out, overwrite=options.overwrite)
         without = "" if page.pictures else ", without pictures: they need pip install 'lightning-lora[plots]'"
         print(f"lightning-lora: wrote {options.out}{without}", file=sys.stderr)

@@ -335,7 +335,7 @@ def test_energy_of_a_lower_rank_stays_whole(rng: torch.Generator):
 
 
 def test_every_label_takes_the_ink_of_the_page(rng: torch.Generator):
-    """A label in another colour would vanish on a dark page."""
+    """A label in another color would vanish on a dark page."""
     to_hex = pytest.importorskip("matplotlib.colors").to_hex
     for name, figure in pictures(adapted(2, rng), adapted(2, rng)).items():
         cells = {text for axes in figure.axes if axes.images for text in axes.texts}

@@ -132,13 +132,39 @@ def test_compare_of_one_adapter_compares_layers(files: Path, capsys: pytest.Capt
     assert "at least two layers of the same kind" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [("report", "one"), ("compare", "one", "other"), ("compare", "one")])
+def test_pages_and_pictures_are_replaced_only_if_asked(
+    command: tuple[str, ...], files: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("matplotlib")
+    name, *adapters = command
+    folder, page = files / "pictures", files / "page.html"
+    arguments = (name, *(files / each for each in adapters))
+    folder.mkdir()
+    for old, option, place in (
+        (page, "--out", page),
+        (folder / "mine.png", "--pictures", folder),
+    ):
+        old.write_text("mine", encoding="utf-8")
+        assert run(*arguments, option, place) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"{old.name}' exists already; nothing was written" in err
+        assert "--overwrite" in err
+        assert old.read_text(encoding="utf-8") == "mine"
+    assert list(folder.iterdir()) == [folder / "mine.png"]
+    assert run(*arguments, "--out", page, "--pictures", folder, "--overwrite") == 0
+    assert "<html" in page.read_text(encoding="utf-8")
+    assert len(list(folder.iterdir())) > 1
+
+
 # --- plan
 
 
 def test_plan_reads_base_files(files: Path, capsys: pytest.CaptureFixture[str]):
     found = as_json(capsys, "plan", files / "base.safetensors", "--rank", 2)
     costs = {tuple(choice["targets"]): choice["parameters"] for choice in found["choices"]}
-    assert costs == {("down", "up"): 2 * 3 * 2 * 32, ("down",): 2 * 3 * 32, ("up",): 2 * 3 * 32}
+    assert costs == {("all-linear",): 2 * 3 * 2 * 32, ("down",): 2 * 3 * 32, ("up",): 2 * 3 * 32}
     assert found["base_parameters"] == sum(p.numel() for p in model().parameters())
     assert run("plan", files / "base.safetensors", "--parameters", "0.2k", "--group", "up") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -229,7 +255,7 @@ def test_progress_is_drawn_on_terminal(
     monkeypatch.setattr(sys, "stderr", watched)
     assert run("report", files / "one", "--base", files / "base.safetensors") == 0
     assert watched.getvalue().endswith("100 %  6 of 6\n")
-    assert "\ranalysing [" in watched.getvalue()
+    assert "\ranalyzing [" in watched.getvalue()
 
 
 def test_analysis_commands_run_without_matplotlib(files: Path):

@@ -12,14 +12,13 @@ import pytest
 import torch
 
 from tests.distributed import other_name_job, strategy_job
-from tests.distributed.ports import free_port
 from tests.distributed.test_every_strategy import TRAINED, losses
+from tests.processes import ROOT, free_port
 from tests.trainer.test_checkpoints import read
 
 pytest.importorskip("pytorch_lightning")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 MODES = ["ddp", "fsdp1_policy", "fsdp2"]
 Runs = dict[str, list[dict[str, Any]]]
 
@@ -43,6 +42,7 @@ def single(directory: Path) -> dict[str, Any]:
 def runs(directory: Path, single: dict[str, Any]) -> Runs:
     place = directory / "two"
     place.mkdir()
+    # New interpreters, because forked processes have imported the usual name.
     command = [sys.executable, other_name_job.__file__, str(place), "2", single["half"]["last"], *MODES]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
