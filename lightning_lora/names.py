@@ -187,16 +187,45 @@ def listed(names: Sequence[str], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
-def without_root(names: Collection[str], others: Collection[str]) -> dict[str, str]:
-    """Return names without the root that stands before them and not before others of the same model: name -> shorter.
+def with_equal_roots(
+    first: Mapping[str, T], second: Mapping[str, T], root: str | None, inner: tuple[bool, bool]
+) -> tuple[dict[str, T], dict[str, T]]:
+    """Return values of two adapters by names that are relative to the same module.
 
     The names of a checkpoint are relative to the LightningModule, and those of a PEFT directory to the model inside.
+
+    Args:
+        first: Values of the one adapter, by name.
+        second: Those of the other.
+        root: The attribute of the LightningModule that holds the model; found by the names if None.
+        inner: Whether the names are relative to the model inside, for each.
+
+    Raises:
+        ValueError: The root does not fit: both adapters have names of the same kind, or no name lies below it.
     """
-    roots = {name.removesuffix(end) for name in names for each in others if name.endswith(end := f".{each}")}
-    if not {*names} & {*others} and (fitting := [r for r in roots if all(n.startswith(f"{r}.") for n in names)]):
-        root = max(fitting, key=lambda each: (sum(f"{each}.{other}" in names for other in others), -len(each)))
-        return {name: name.removeprefix(f"{root}.") for name in names}
-    return {name: name for name in names}
+    if root is None:
+        return _without_root(first, second), _without_root(second, first)
+    if inner[0] == inner[1]:
+        kind = "PEFT directories" if inner[0] else "relative to a LightningModule"
+        raise ValueError(f"root={root!r} is for a checkpoint and a PEFT directory, but both adapters are {kind}.")
+    outer = second if inner[0] else first
+    if root and not any(is_below(name, (root,)) for name in outer):
+        raise ValueError(f"root={root!r} holds no layer of the checkpoint: its layers are {listed([*outer], 3)}.")
+    one, other = (
+        {join(root, name) if is_inner else name: value for name, value in values.items()}
+        for values, is_inner in zip((first, second), inner, strict=True)
+    )
+    return one, other
+
+
+def _without_root(values: Mapping[str, T], others: Collection[str]) -> dict[str, T]:
+    """Return values by names without the root that stands before them and not before others of the same model."""
+    roots = {name.removesuffix(end) for name in values for each in others if name.endswith(end := f".{each}")}
+    if not roots or {*values} & {*others}:
+        return dict(values)
+    root = max(roots, key=lambda each: (sum(f"{each}.{other}" in values for other in others), -len(each)))
+    shorter = {name.removeprefix(f"{root}."): value for name, value in values.items()}
+    return shorter if len(shorter) == len(values) else dict(values)
 
 
 def target_names(module: nn.Module) -> dict[str, str]:

@@ -8,7 +8,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -29,25 +28,15 @@ from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import raises_and_changes_nothing
 from tests.distributed import killed_job
-from tests.distributed.ports import free_port
+from tests.processes import Job
 from tests.toys import Toy, digest, loader, network, trainer
 from tests.trainer.test_checkpoints import assert_same_bits, fitted, read
-
-ROOT = Path(__file__).parents[1]
-
 
 # --- processes that are killed
 
 
-def started(directory: Path, moment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(Path(killed_job.__file__)), str(directory), moment]
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(directory),
-        "MASTER_PORT": str(free_port()),
-    }
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def started(directory: Path, moment: str) -> Job:
+    return Job(killed_job.__file__, directory, moment, TMPDIR=directory)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +56,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_killed_run_resumes_from_last_complete_checkpoint(
     moment: str, saved: int, whole: dict[str, Any], tmp_path: Path
 ) -> None:
-    process = started(tmp_path, moment)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL, output
+    code, output = started(tmp_path, moment).finish()
+    assert code == -signal.SIGKILL, output
     files = sorted(tmp_path.glob("*.ckpt"))
     assert [file.name for file in files] == [f"epoch={epoch}.ckpt" for epoch in range(saved)]
     for file in files:
@@ -87,11 +75,10 @@ def test_killed_run_resumes_from_last_complete_checkpoint(
 @pytest.mark.distributed
 @pytest.mark.parametrize("dead", [0, 1])
 def test_dead_process_ends_others_within_timeout(dead: int, tmp_path: Path) -> None:
-    process = started(tmp_path, f"rank{dead}")
-    output, _ = process.communicate(timeout=60 + killed_job.PATIENCE)  # its pipe is closed when both have ended
-    assert process.returncode != 0, output
+    code, output = started(tmp_path, f"rank{dead}").finish()
+    assert code != 0, output
     survivor = int((tmp_path / f"pid{1 - dead}").read_text())
-    for _ in range(50):
+    for _ in range(10 * killed_job.PATIENCE):
         if not Path(f"/proc/{survivor}/cmdline").exists() or not Path(f"/proc/{survivor}/cmdline").read_bytes():
             break
         time.sleep(0.1)

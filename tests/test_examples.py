@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jsonargparse")
 
 from lightning_lora.cli import main
-from tests.distributed.ports import free_port
+from tests.processes import free_port
 
 pytestmark = pytest.mark.slow
 

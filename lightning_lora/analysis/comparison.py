@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from lightning_lora.analysis import spectrum
 from lightning_lora.analysis.adapters import AdapterMatrix, kind_of, place, read_matrices
 from lightning_lora.analysis.spectrum import known_median, plain, update_similarity
 from lightning_lora.attachment import table_lines
-from lightning_lora.names import listed, without_root
+from lightning_lora.names import listed, with_equal_roots
 
 _HEADER = ("layer", "ranks", "cosine", "in: first", "in: all", "chance", "out: first", "out: all", "chance")
 
@@ -139,7 +140,11 @@ class AdapterComparison:
 
 
 def compare(
-    one: nn.Module | str | PathLike[str], other: nn.Module | str | PathLike[str], *, tokens: bool = False
+    one: nn.Module | str | PathLike[str],
+    other: nn.Module | str | PathLike[str],
+    *,
+    tokens: bool = False,
+    root: str | None = None,
 ) -> AdapterComparison:
     """Return what two adapters of one model share, layer by layer.
 
@@ -147,18 +152,20 @@ def compare(
         one: An adapted module, a ``.ckpt`` written under a ``LoRACallback``, or a PEFT directory.
         other: Another adapter of the same model, of any ranks.
         tokens: Whether to include trained embedding rows; modules only, since files do not contain the change.
+        root: Where one is a PEFT directory and the other is not: the attribute of the LightningModule that holds the
+            directory's model, ``""`` if it is the module itself. By default it is found by the names.
 
     Raises:
-        ValueError: An adapter cannot be read or is not finite, or the two share no layer or are of different models.
+        ValueError: An adapter cannot be read or is not finite, the two share no layer or are of different models, or
+            the root does not fit.
         FileNotFoundError: A file does not exist.
 
     Source:
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 7.2 and appendix H.
     """
     first, second = ({each.name: each for each in read_matrices(source, tokens=tokens)} for source in (one, other))
-    shorter, shorter_second = without_root(first, second), without_root(second, first)
-    first = {shorter[name]: matrix for name, matrix in first.items()}
-    second = {shorter_second[name]: matrix for name, matrix in second.items()}
+    is_first, is_second = (not isinstance(each, nn.Module) and Path(each).is_dir() for each in (one, other))
+    first, second = with_equal_roots(first, second, root, (is_first, is_second))
     both = [name for name in first if name in second]
     if not both:
         found = f"{listed(list(first), 3)} and {listed(list(second), 3)}"

@@ -112,6 +112,12 @@ ANY_BASE = option(
     action="store_false",
     help="accept a base whose values differ from those that the adapter was trained on",
 )
+ROOT = option(
+    "--root",
+    metavar="NAME",
+    help="for a .ckpt and a PEFT directory: attribute of the LightningModule that holds the directory's model "
+    "(default: found by the names)",
+)
 OUT = option("--out", type=Path, metavar="PAGE", help="write a self-contained HTML page")
 OVERWRITE = option("--overwrite", action="store_true", help="replace what is there")
 PICTURES = option("--pictures", type=Path, metavar="FOLDER", help="write each picture as a PNG into this folder")
@@ -134,13 +140,14 @@ def inspect(options: argparse.Namespace) -> Result:
 @command(
     option("first", type=Path, metavar="A", help=_AN_ADAPTER),
     option("second", type=Path, metavar="B", help="another adapter"),
+    ROOT,
 )
 def diff(options: argparse.Namespace) -> Result:
     """List how two adapters differ; the exit code is 1 if they do."""
     from lightning_lora.cli.inspection import differences
     from lightning_lora.loading import read_adapter
 
-    found = list(differences(read_adapter(options.first), read_adapter(options.second)))
+    found = list(differences(read_adapter(options.first), read_adapter(options.second), root=options.root))
     content = {"equal": not found, "differences": found}
     return Result(content, found or ["the adapters are equal"], PROBLEM if found else OK)
 
@@ -311,11 +318,14 @@ def report(options: argparse.Namespace) -> Result:
 @command(
     option("first", type=Path, metavar="A", help=_AN_ADAPTER),
     option("second", type=Path, metavar="B", nargs="?", help="another adapter (default: compare the layers of A)"),
+    ROOT,
     OUT,
     PICTURES,
 )
 def compare(options: argparse.Namespace) -> Result:
     """Show what two adapters share, or the layers of one; optionally as an HTML page."""
+    if options.root is not None and options.second is None:
+        raise ValueError("--root needs two adapters: name the second one.")
     _check_outputs(options)
     return _compare_layers(options) if options.second is None else _compare_adapters(options)
 
@@ -324,7 +334,7 @@ def _compare_adapters(options: argparse.Namespace) -> Result:
     from lightning_lora.analysis.comparison import compare, likeness
     from lightning_lora.analysis.reports import comparison_page
 
-    comparison = compare(options.first, options.second)
+    comparison = compare(options.first, options.second, root=options.root)
     names = str(options.first), str(options.second)
     _write_outputs(options, lambda: comparison_page(comparison, names))
     found = likeness(comparison)

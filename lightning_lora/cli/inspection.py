@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_lora.analysis.adapters import in_order
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
 from lightning_lora.fingerprint import digest, to_plain
-from lightning_lora.names import join, without_root
+from lightning_lora.names import join, with_equal_roots
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer
 
 
@@ -127,25 +127,23 @@ def _others(file: AdapterFile) -> dict[str, Tensor]:
 # --- two adapters
 
 
-def differences(one: AdapterFile, other: AdapterFile) -> Iterator[str]:
-    """Yield the differences between two adapters, one line each."""
-    first, second = _with_equal_roots(one.layers, other.layers)
+def differences(one: AdapterFile, other: AdapterFile, *, root: str | None = None) -> Iterator[str]:
+    """Yield the differences between two adapters, one line each; ``root`` as in ``analysis.compare``."""
+    mine: dict[str, StoredLayer | Tensor] = {**one.layers, **_others(one)}
+    theirs: dict[str, StoredLayer | Tensor] = {**other.layers, **_others(other)}
+    both = with_equal_roots(mine, theirs, root, inner=(one.path.is_dir(), other.path.is_dir()))
+    first, second = ({name: v for name, v in each.items() if isinstance(v, StoredLayer)} for each in both)
     yield from _one_sided(first, second, "layer")
     for name in sorted(first.keys() & second.keys()):
-        mine, theirs = first[name], second[name]
+        pair = first[name], second[name]
         for key in ("rank", "scaling"):
-            if getattr(mine, key) != getattr(theirs, key):
-                yield f"{name}: {key} {getattr(mine, key)} and {getattr(theirs, key)}"
+            a, b = (getattr(layer, key) for layer in pair)
+            if a != b:
+                yield f"{name}: {key} {a} and {b}"
         yield from _largest_differences(
-            *({join(name, key): factor for key, factor in layer.factors.items()} for layer in (mine, theirs))
+            *({join(name, key): factor for key, factor in layer.factors.items()} for layer in pair)
         )
-    yield from _largest_differences(*_with_equal_roots(_others(one), _others(other)))
-
-
-def _with_equal_roots(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for mine, theirs in ((first, second), (second, first)):
-        shorter = without_root(mine, theirs)
-        yield {shorter[name]: value for name, value in mine.items()}
+    yield from _largest_differences(*({name: v for name, v in each.items() if isinstance(v, Tensor)} for each in both))
 
 
 def _one_sided(first: Mapping[str, object], second: Mapping[str, object], what: str) -> Iterator[str]:

@@ -263,3 +263,37 @@ def test_checkpoint_equals_its_own_export(tmp_path: Path, capsys: pytest.Capture
         assert len(layers) == 4
         assert all(layer["cosine"] == pytest.approx(1.0) for layer in layers)
         assert layers[0]["name"] == "model.layers.0.self_attn.q_proj"
+
+
+def test_root_tells_what_names_alone_do_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = inside(llama())
+    module.teacher = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(8, 8)})])})
+    checkpoint = write_checkpoint(trained(module, target_modules=["q_proj"]), tmp_path / "last.ckpt")
+    inner = trained(llama(), target_modules=["v_proj", "o_proj"])
+    save_adapter(inner, tmp_path / "other")  # no layer in common, so that no name shows the root
+    assert run("diff", checkpoint, tmp_path / "other", "--root", "model", "--json") == 1
+    found = json.loads(capsys.readouterr().out)["differences"]
+    assert {name.partition(":")[0].split(".")[0] for name in found} == {"model", "teacher"}
+    save_adapter(trained(llama(), target_modules=["q_proj"]), tmp_path / "same")
+    for root in ([], ["--root", "model"]):  # the layers of the other attribute do not get in the way
+        assert run("compare", checkpoint, tmp_path / "same", *root, "--json") == 0
+        compared = json.loads(capsys.readouterr().out)
+        assert len(compared["layers"]) == 2
+        assert compared["only_first"] == ["teacher.layers.0.q_proj"]
+
+
+@pytest.mark.parametrize("command", ["diff", "compare"])
+def test_wrong_root_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = write_checkpoint(trained(inside(llama()), target_modules=["q_proj"]), tmp_path / "last.ckpt")
+    save_adapter(trained(llama(), target_modules=["q_proj"]), tmp_path / "peft")
+    assert run(command, checkpoint, tmp_path / "peft", "--root", "net") == 1
+    assert "root='net' holds no layer of the checkpoint: its layers are model.model.layers" in capsys.readouterr().err
+    assert run(command, checkpoint, checkpoint, "--root", "model") == 1
+    assert "both adapters are relative to a LightningModule" in capsys.readouterr().err
+    assert run(command, tmp_path / "peft", tmp_path / "peft", "--root", "model") == 1
+    assert "both adapters are PEFT directories" in capsys.readouterr().err
+
+
+def test_root_of_one_adapter_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("compare", tmp_path, "--root", "model") == 1
+    assert "--root needs two adapters" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Script of the processes in ``test_ddp.py``; Lightning starts it once per process."""
+"""Script of the processes in ``test_ddp.py``."""
 
 from __future__ import annotations
 

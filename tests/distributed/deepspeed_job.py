@@ -1,4 +1,4 @@
-"""Script of the processes in ``test_deepspeed.py``; Lightning starts it once per process.
+"""Script of the processes in ``test_deepspeed.py``.
 
 Arguments: the results directory, which contains checkpoints of whole models, and the checkpoint of a single process.
 """

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 
 from lightning_lora import LoRACallback
 from tests.distributed import deepspeed_job
@@ -54,9 +56,9 @@ def resumed(directory: Path, mode: str, processes: int, single: str, single_floa
     return fit(directory, "resumed", mode, processes, 2, single, nodes=2)
 
 
-def main() -> None:
+def train(*arguments: str) -> None:
     warnings.simplefilter("ignore")
-    directory, single, single_float, *modes = Path(sys.argv[1]), *sys.argv[2:]
+    directory, single, single_float, *modes = Path(arguments[0]), *arguments[1:]
     is_slurm = "SLURM_PROCID" in os.environ
     processes = int(os.environ["SLURM_NTASKS" if is_slurm else "WORLD_SIZE"])
     results: dict[str, Any] = {mode: resumed(directory, mode, processes, single, single_float) for mode in modes}
@@ -65,5 +67,16 @@ def main() -> None:
     torch.save(results, directory / f"rank{os.environ['SLURM_PROCID' if is_slurm else 'RANK']}.pt")
 
 
+def torchrun(command: list[str]) -> None:
+    """Do what the command does, but fork its processes from this one, so that they need not import everything again."""
+    options = parse_args(command)
+    config, _, _ = config_from_args(options)
+    config.start_method = "fork"
+    elastic_launch(config, train)(*options.training_script_args)
+
+
 if __name__ == "__main__":
-    main()
+    if "SLURM_PROCID" in os.environ:
+        train(*sys.argv[1:])
+    else:
+        torchrun(sys.argv[1:])

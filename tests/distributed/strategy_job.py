@@ -1,4 +1,4 @@
-"""Script of the processes in ``test_every_strategy.py``; Lightning starts it once per process.
+"""Script of the processes in ``test_every_strategy.py``.
 
 Arguments: the results directory, the number of processes, the directory of whole models, the checkpoint of a single
 process, and the modes.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +9,19 @@ import pytest
 import torch
 
 from tests.distributed import ddp_job
-from tests.distributed.ports import free_port
+from tests.processes import run
 from tests.trainer.test_checkpoints import assert_same_bits, read
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[2]
 ADAPTER = {f"net.{layer}.lora.{factor}" for layer in (0, 2, 4) for factor in "AB"}
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return the reports of two processes: a whole run, half a run and its resumption."""
+    """Return the reports of two processes, one started by Lightning: a whole run, half a run and its resumption."""
     directory = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, str(Path(ddp_job.__file__)), str(directory)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert process.returncode == 0, process.stdout + process.stderr
+    run(ddp_job.__file__, directory)
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

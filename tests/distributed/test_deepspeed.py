@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,8 @@ import torch
 from lightning_lora import load_adapter
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.distributed import deepspeed_job
-from tests.distributed.ports import free_port
 from tests.distributed.test_every_strategy import TRAINED
+from tests.processes import run_ranks
 from tests.trainer.test_checkpoints import assert_same_bits, read
 
 pytestmark = [
@@ -25,7 +22,6 @@ pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), reason="DeepSpeed is not installed"),
 ]
 
-ROOT = Path(__file__).parents[2]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # DeepSpeed computes in float32
 WHOLE_STATE = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
 
@@ -54,14 +50,7 @@ def single(directory: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(directory: Path, single: dict[str, Any]) -> Ranks:
     """Return the reports of two processes."""
-    command = [sys.executable, deepspeed_job.__file__, str(directory), single["half"]["last"]]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-        "OMP_NUM_THREADS": "1",
-        "MASTER_PORT": str(free_port()),
-    }
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+    run_ranks(2, deepspeed_job.__file__, directory, single["half"]["last"])
     return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

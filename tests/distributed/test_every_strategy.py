@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +11,11 @@ import torch
 
 from lightning_lora import load_adapter
 from tests.distributed import strategy_job
-from tests.distributed.ports import free_port
+from tests.processes import run_ranks
 from tests.trainer.test_checkpoints import assert_same_bits, read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 TRAINED = {f"net.{layer}.lora.{factor}" for layer in (0, 2) for factor in "AB"} | {"net.4.weight", "net.4.bias"}
 TWO = ["ddp", "fsdp1", "fsdp1_policy", "fsdp1_policy_distributed", "fsdp1_wrapped", "fsdp2", "fsdp2_distributed", "tp"]
 FOUR = ["tp_fsdp2"]
@@ -63,11 +59,8 @@ def runs(directory: Path, single: dict[str, Any], on_a_whole_model: dict[bool, A
     for modes, processes in ((TWO, 2), (FOUR, 4)):
         place = directory / str(processes)
         place.mkdir()
-        places = [str(place), str(processes), str(directory), single["half"]["last"]]
-        command = [sys.executable, strategy_job.__file__, *places, *modes]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-        assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+        arguments = [place, processes, directory, single["half"]["last"], *modes]
+        run_ranks(processes, strategy_job.__file__, *arguments)
         ranks = [torch.load(place / f"rank{rank}.pt", weights_only=False) for rank in range(processes)]
         found |= {mode: [rank[mode] for rank in ranks] for mode in modes}
         found[f"said in {processes}"] = [rank["said"] for rank in ranks]

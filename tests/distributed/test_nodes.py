@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +11,11 @@ import pytest
 import torch
 
 from tests.distributed import deepspeed_job, nodes_job, strategy_job
-from tests.distributed.ports import free_port
+from tests.processes import Job, free_port, succeeded
 from tests.trainer.test_checkpoints import read
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 PROCESSES = {"torchrun": 4, "slurm": 2}  # of both machines
 MODES = {
     "torchrun": ["ddp", "fsdp1_policy", "fsdp2", "tp", "tp_fsdp2"],
@@ -52,26 +49,15 @@ def single_in_float(tmp_path_factory: pytest.TempPathFactory) -> Single:
     return Single(half, deepspeed_job.fit(directory, "whole", "single", 2))
 
 
-def run(directory: Path, commands: list[list[str]], environments: list[dict[str, str]], count: int) -> list[Report]:
-    """Run a command per machine, and return the reports of their processes."""
-    common = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    machines = [
-        subprocess.Popen(command, env=common | environment, stderr=subprocess.PIPE, text=True)
-        for command, environment in zip(commands, environments, strict=True)
-    ]
-    errors = [machine.communicate(timeout=300)[1] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], errors
-    return [torch.load(directory / f"rank{rank}.pt", weights_only=False) for rank in range(count)]
+def by_torchrun(directory: Path, *arguments: object) -> list[Report]:
+    meeting = ["--nnodes=2", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
+    script = nodes_job.__file__
+    return reports_of(
+        directory, *(Job(script, *meeting, f"--node-rank={rank}", script, *arguments) for rank in range(2))
+    )
 
 
-def by_torchrun(directory: Path, script: list[str]) -> list[Report]:
-    launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2"]
-    meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
-    commands = [[*launcher, *meeting, "--node-rank", str(rank), *script] for rank in range(2)]
-    return run(directory, commands, [{}, {}], PROCESSES["torchrun"])
-
-
-def by_slurm(directory: Path, script: list[str]) -> list[Report]:
+def by_slurm(directory: Path, *arguments: object) -> list[Report]:
     """Set the variables of ``srun --nodes=2 --ntasks-per-node=1``, and a requeue command that logs its calls."""
     (directory / "bin").mkdir()
     (directory / "bin/scontrol").write_text(f'#!/bin/sh\necho "$@" >> {directory}/scontrol.txt\n')
@@ -79,8 +65,14 @@ def by_slurm(directory: Path, script: list[str]) -> list[Report]:
     job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1,127.0.0.1"}
     job |= {"SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_LOCALID": "0"}
     job |= {"PATH": f"{directory}/bin:{os.environ['PATH']}", "MASTER_PORT": str(free_port())}
-    tasks = [job | {"SLURM_NODEID": str(rank), "SLURM_PROCID": str(rank)} for rank in range(2)]
-    return run(directory, [[sys.executable, "-W", "ignore", *script]] * 2, tasks, PROCESSES["slurm"])
+    tasks = [{"SLURM_NODEID": str(rank), "SLURM_PROCID": str(rank)} for rank in range(2)]
+    return reports_of(directory, *(Job(nodes_job.__file__, *arguments, **job, **task) for task in tasks))
+
+
+def reports_of(directory: Path, *machines: Job) -> list[Report]:
+    """Wait for a job per machine, and return the reports of their processes."""
+    succeeded(*machines)
+    return [torch.load(file, weights_only=False) for file in sorted(directory.glob("rank*.pt"))]
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +85,11 @@ def reports(single: Single, single_in_float: Single, places: dict[str, Path]) ->
     """Return the reports of processes that resume a single process's checkpoint, by launcher."""
     halves = [single.half, single_in_float.half]
     starters = {"torchrun": by_torchrun, "slurm": by_slurm}
-    return {
-        name: start(places[name], [nodes_job.__file__, str(places[name]), *halves, *MODES[name], *STAGES])
-        for name, start in starters.items()
+    found = {
+        name: start(places[name], places[name], *halves, *MODES[name], *STAGES) for name, start in starters.items()
     }
+    assert {name: len(reports) for name, reports in found.items()} == PROCESSES
+    return found
 
 
 def losses(reports: list[Report], mode: str) -> torch.Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +9,13 @@ import pytest
 import torch
 
 from tests.distributed import other_name_job, strategy_job
-from tests.distributed.ports import free_port
 from tests.distributed.test_every_strategy import TRAINED, losses
+from tests.processes import run_ranks
 from tests.trainer.test_checkpoints import read
 
 pytest.importorskip("pytorch_lightning")
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-ROOT = Path(__file__).parents[2]
 MODES = ["ddp", "fsdp1_policy", "fsdp2"]
 Runs = dict[str, list[dict[str, Any]]]
 
@@ -43,10 +39,7 @@ def single(directory: Path) -> dict[str, Any]:
 def runs(directory: Path, single: dict[str, Any]) -> Runs:
     place = directory / "two"
     place.mkdir()
-    command = [sys.executable, other_name_job.__file__, str(place), "2", single["half"]["last"], *MODES]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+    run_ranks(2, other_name_job.__file__, place, 2, single["half"]["last"], *MODES)
     ranks = [torch.load(place / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     return {mode: [rank[mode] for rank in ranks] for mode in MODES}
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter, lora_layers, save_adapter
 from tests.distributed import wrapped_job
-from tests.distributed.ports import free_port
 from tests.distributed.wrapped_job import PROCESSES, adapted, model_width
+from tests.processes import run_ranks
 from tests.toys import network
 
 pytestmark = pytest.mark.distributed
@@ -49,18 +46,13 @@ def test_wrapped_module_is_rejected(wrap: Callable[[nn.Module], nn.Module]) -> N
         assert all(parameter.requires_grad for parameter in module.parameters())
 
 
-ROOT = Path(__file__).parents[2]
 KINDS = ["fabric", "ddp", "fsdp2"]
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("wrapped")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    places = ["--nproc-per-node", str(PROCESSES), "--master-port", str(free_port())]
-    command = [sys.executable, "-m", "torch.distributed.run", *places, wrapped_job.__file__, str(place)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    run_ranks(PROCESSES, wrapped_job.__file__, place)
     return place
 
 

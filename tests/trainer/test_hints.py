@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +22,11 @@ from lightning_lora.trainer.hints import (
     warn_of_suspicious_settings,
 )
 from tests.distributed import unused_job
-from tests.distributed.ports import free_port
 from tests.peft_format.kinds import Experts
+from tests.processes import run_ranks
 from tests.test_callback import Duel
 from tests.toys import Toy, loader, network, trainer
 
-ROOT = Path(__file__).parents[2]
 ALL = Coverage(1, 1, ())
 
 
@@ -303,13 +298,10 @@ def test_sensible_run_is_silent(options: dict[str, Any]):
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_ddp_names_layers_that_never_run() -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, unused_job.__file__]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert process.returncode == 0, process.stderr
+    printed = run_ranks(2, unused_job.__file__)
     for rank in range(2):
-        assert f"caught in rank {rank}: DDP waits for gradients that never come" in process.stdout
-    assert process.stdout.count("none reached the adapters of idle. Use exclude_modules") == 2
+        assert f"caught in rank {rank}: DDP waits for gradients that never come" in printed
+    assert printed.count("none reached the adapters of idle. Use exclude_modules") == 2
 
 
 def test_parameter_ready_twice_suggests_remedy() -> None:
