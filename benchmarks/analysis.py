@@ -1,4 +1,4 @@
-"""Time and peak memory of analysing an adapter of a 7B model: 224 layers, rank 16, from files.
+"""Time and peak memory of analyzing an adapter of a 7B model: 224 layers, rank 16, from files.
 
     python benchmarks/analysis.py [folder for about 2 GB]
 

@@ -63,7 +63,7 @@ class Digits(LightningDataModule):
 
     Args:
         task: ``"clean"``: which digit? ``"shifted"``: which digit, inverted and rotated? ``"parity"``: odd or even?
-        shots: Labelled images per digit to adapt with; the remaining adaptation images are for validation. The clean
+        shots: Labeled images per digit to adapt with; the remaining adaptation images are for validation. The clean
             task uses all thousand images of the base instead.
         steps: Training steps; training is one epoch of this many random batches.
         batch_size: Images per batch.
@@ -184,7 +184,7 @@ class StepTimer(Callback):
 
 def train(model: DigitClassifier, data: Digits, rate: float, directory: Path, *callbacks: Callback) -> dict[str, Any]:
     """Train, save a checkpoint, and return the cost."""
-    print(f"\n{directory.name}: {len(data.train)} labelled images, {data.steps} steps", flush=True)
+    print(f"\n{directory.name}: {len(data.train)} labeled images, {data.steps} steps", flush=True)
     model.learning_rate = rate
     timer = StepTimer()
     checkpoint = ModelCheckpoint(directory, save_last=True, save_top_k=0, enable_version_counter=False)

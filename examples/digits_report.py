@@ -14,7 +14,7 @@ from matplotlib.figure import Figure, SubFigure
 from torch.utils.data import TensorDataset
 
 RIGHT, WRONG, INK = "#1a7f4b", "#c8352b", "#22303c"
-COLOURS = {"old": "#9fb4c7", "new": "#2f6db5"}
+COLORS = {"old": "#9fb4c7", "new": "#2f6db5"}
 LAYERS = ("q", "k", "v", "proj", "fc1", "fc2")
 
 
@@ -105,10 +105,10 @@ def _draw_row(axes: Any, shown: list[int], title: str, what: str, data: Any, nam
             axis.set_title(str(truth[index]), color=INK, fontsize=13, pad=4)
             continue
         answer = names[said[index]] if names and said[index] < len(names) else str(said[index])
-        colour = RIGHT if said[index] == truth[index] else WRONG
-        axis.set_title(answer, color=colour, fontsize=13, fontweight="bold", pad=4)
+        color = RIGHT if said[index] == truth[index] else WRONG
+        axis.set_title(answer, color=color, fontsize=13, fontweight="bold", pad=4)
         for spine in axis.spines.values():
-            spine.set(color=colour, linewidth=2)
+            spine.set(color=color, linewidth=2)
     axes[0].text(-0.3, 0.62, title, transform=axes[0].transAxes, ha="right", va="center", fontweight="bold")
     axes[0].text(-0.3, 0.34, what, transform=axes[0].transAxes, ha="right", va="center", color="#5b6b79")
 
@@ -116,7 +116,7 @@ def _draw_row(axes: Any, shown: list[int], title: str, what: str, data: Any, nam
 def _draw_accuracies(axis: Axes, table: list[dict[str, Any]]) -> None:
     for offset, (key, label) in zip((-0.2, 0.2), (("old", "old domain"), ("new", "new domain")), strict=True):
         places = [place + offset for place in range(len(table))]
-        bars = axis.bar(places, [100 * row[key] for row in table], 0.38, color=COLOURS[key], label=label)
+        bars = axis.bar(places, [100 * row[key] for row in table], 0.38, color=COLORS[key], label=label)
         axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=10)
     axis.set_xticks(range(len(table)), [row["method"].replace(" ", "\n", 1) for row in table])
     axis.set(ylim=(0, 112), ylabel="accuracy on 397 test images (%)", yticks=range(0, 101, 25))

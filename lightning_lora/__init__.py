@@ -17,10 +17,11 @@ from lightning_lora.names import target_names
 from lightning_lora.optimizers import parameter_groups
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.surgery import attach, detach, merge
+from lightning_lora.switching import active_adapter, adapter_names, remove_adapter, set_adapter, using
 
 if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
-    from lightning_lora.loading import load_adapter
+    from lightning_lora.loading import add_adapter, load_adapter
     from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
 
 __version__ = "0.1.0"
@@ -31,7 +32,10 @@ __all__ = [
     "LoRAConfig",
     "LoRALayer",
     "Preflight",
+    "active_adapter",
+    "adapter_names",
     "adapter_state_dict",
+    "add_adapter",
     "attach",
     "detach",
     "disabled",
@@ -43,8 +47,11 @@ __all__ = [
     "parameter_groups",
     "preflight",
     "register_adapter",
+    "remove_adapter",
     "save_adapter",
+    "set_adapter",
     "target_names",
+    "using",
 ]
 
 
@@ -52,6 +59,7 @@ __all__ = [
 _IMPORTED_WHEN_USED = {
     "LoRACallback": "callback",
     "Preflight": "peft_format.files",
+    "add_adapter": "loading",
     "load_adapter": "loading",
     "preflight": "peft_format.files",
     "save_adapter": "peft_format.files",

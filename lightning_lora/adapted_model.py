@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.attachment import Attachment, get_attachment, merge_count
 from lightning_lora.layers import Adapter, AdapterGroup, LoRALayer, LowRankAdapter
-from lightning_lora.names import clean_name, join, listed, module_names, walk
+from lightning_lora.names import join, listed, module_names, walk
 from lightning_lora.sharding import unwrapped
 
 
@@ -95,6 +95,13 @@ class AdaptedModel:
         return found
 
     @functools.cached_property
+    def in_full(self) -> dict[str, Tensor]:
+        """What of ``trained`` belongs to the model's own modules: all but the adapters' factors."""
+        adapters = [part for layer in self.layers.values() for part in layer.lora.modules()]
+        own = {id(tensor) for part in adapters for tensor in (*part._parameters.values(), *part._buffers.values())}
+        return {name: tensor for name, tensor in self.trained.items() if id(tensor) not in own}
+
+    @functools.cached_property
     def base(self) -> dict[str, Tensor]:
         """The parameters that training does not change, by each of their names."""
         return base_parameters(self.module, self.trained)
@@ -102,11 +109,12 @@ class AdaptedModel:
     @functools.cached_property
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and buffers, by each of their names."""
-        named = (
-            *self.module.named_parameters(remove_duplicate=False),
-            *self.module.named_buffers(remove_duplicate=False),
-        )
-        return {clean_name(name): tensor for name, tensor in named}
+        return {
+            join(path, key): tensor
+            for path, part in walk(self.module, every_name=True)
+            for key, tensor in (*part._parameters.items(), *part._buffers.items())
+            if tensor is not None
+        }
 
     def changed(self) -> str | None:
         """Return which adapters are no longer in the model as they were attached, and what to do; None if all are."""

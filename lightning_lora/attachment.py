@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from typing_extensions import override
 
 from lightning_lora.config import AUTO, LoRAConfig
 from lightning_lora.names import listed
+
+DEFAULT = "default"  # the name of an adapter that was given none
 
 _ATTACHMENT = "_lora_attachment"
 _MERGES = "_lora_merges"
@@ -41,8 +44,8 @@ class AttachReport:
         untied: Weights that got a copy of their own -> what they were tied to.
         left_out: Layers that the targets cover but that carry no adapter -> the reason.
         base_parameters: Number of parameters without adapters.
-        norms: Number of frozen normalisation layers that have running statistics.
-        frozen_norm: Their behaviour in training, as in ``LoRAConfig``.
+        norms: Number of frozen normalization layers that have running statistics.
+        frozen_norm: Their behavior in training, as in ``LoRAConfig``.
     """
 
     layers: Sequence[AdaptedLayer]
@@ -124,7 +127,8 @@ class Attachment:
         base_values: Original values of the base tensors that the config lets training change: running statistics of
             frozen norms, and biases.
         untied: Weights that got a copy of their own -> what they were tied to.
-        starts: Values before training of what trains in full, if a later fit is to start anew from them.
+        starts: Values before training of what trains in full, if it was attached inside ``keeping_starts``.
+        name: Its name among several adapters; None while it is the only one.
     """
 
     config: LoRAConfig
@@ -134,6 +138,7 @@ class Attachment:
     base_values: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     starts: dict[str, Tensor] = field(default_factory=dict)
+    name: str | None = None
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:
@@ -167,6 +172,28 @@ def request(module: nn.Module, config: LoRAConfig | None, seed: int = 0) -> None
 def requested(module: nn.Module) -> tuple[LoRAConfig, int] | None:
     """Return the config and the seed that ``request`` left on a module."""
     return vars(module).get(_REQUEST)
+
+
+_keeps_starts = [False]
+
+
+@contextmanager
+def keeping_starts() -> Iterator[None]:
+    """Have every attach inside the block keep the values before training of what trains in full.
+
+    A later fit may start anew from them, and other adapters of the module need the base's own.
+    """
+    before = _keeps_starts[0]
+    _keeps_starts[0] = True
+    try:
+        yield
+    finally:
+        _keeps_starts[0] = before
+
+
+def keeps_starts() -> bool:
+    """Return whether this runs inside ``keeping_starts``."""
+    return _keeps_starts[0]
 
 
 def merge_count(layer: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -75,7 +75,7 @@ class LoRACallback(Callback):
 
     def __init__(
         self,
-        config: LoRAConfig | None = None,
+        _config: LoRAConfig | None = None,  # shown as ``config``; a command line has its options one by one
         *,
         merge_on_teardown: bool = False,
         export_dir: str | None = None,
@@ -89,7 +89,8 @@ class LoRACallback(Callback):
         diagnostics_every_n_steps: NonNegativeInt | None = None,
         **lora: Any,
     ) -> None:
-        check_known("LoRACallback", lora, {*OPTIONS, *_OWN_OPTIONS})
+        config = _config_among(lora, _config)
+        _check_known(lora)
         self.config = LoRAConfig(**lora)
         if config is not None:
             self.config = _only(config, self.config, lora)
@@ -212,6 +213,25 @@ class LoRACallback(Callback):
 _OWN_OPTIONS = dict(LoRACallback.__init__.__kwdefaults__ or {})
 
 
+def _check_known(names: Iterable[str]) -> None:
+    check_known("LoRACallback", names, {*OPTIONS, *_OWN_OPTIONS})
+
+
+def _explain(names: Collection[str]) -> None:
+    """Raise if one of these names on a command line is no option."""
+    if "config" in names:
+        raise TypeError("LoRACallback.config is for Python. In flags and in YAML, give its options one by one.")
+    _check_known(names)
+
+
+def _config_among(options: dict[str, Any], first: LoRAConfig | None) -> LoRAConfig | None:
+    """Return the config, given first or by its name, and take it from the options."""
+    if first is not None and "config" in options:
+        raise TypeError("LoRACallback got two configs, the first argument and config=; give one.")
+    config: LoRAConfig | None = options.pop("config", first)  # in __init__ itself, this would make it a flag
+    return config
+
+
 def _only(config: LoRAConfig, single: LoRAConfig, given: Collection[str]) -> LoRAConfig:
     """Return the config; reject options beside it that say something else."""
     if not isinstance(config, LoRAConfig):
@@ -227,12 +247,13 @@ def _only(config: LoRAConfig, single: LoRAConfig, given: Collection[str]) -> LoR
 
 def _signature() -> inspect.Signature:
     """Return the signature with every option of ``LoRAConfig``, in place of ``**lora``."""
-    _, config, *own, _ = inspect.signature(LoRACallback.__init__).parameters.values()
+    _, first, *own, _ = inspect.signature(LoRACallback.__init__).parameters.values()
     default, options = LoRAConfig(), inspect.signature(LoRAConfig).parameters.values()
     shown = [option.replace(default=getattr(default, option.name)) for option in options]
-    return inspect.Signature([config, *shown, *own])
+    return inspect.Signature([first.replace(name="config"), *shown, *own])
 
 
 # Of the class alone: LightningCLI reads the one of __init__, whose ``**lora`` leads it to the explanations.
 LoRACallback.__signature__ = _signature()
 lightning_patches.derive_from_both(LoRACallback)
+lightning_patches.explain_options(LoRACallback, _explain)

@@ -85,7 +85,7 @@ class LoRAConfig:
             ``A`` zero and ``B`` standard normal.
         adapter_dtype: Precision in which the factors are stored and updated, independent of the base's; the arithmetic
             follows the layer's input. A float64 layer has float64 factors.
-        frozen_norm: Behaviour in training of frozen normalisation layers with running statistics, and of
+        frozen_norm: Behavior in training of frozen normalization layers with running statistics, and of
             ``spectral_norm``: ``"eval"`` keeps the statistics fixed, ``"track"`` updates them and saves them with the
             adapter.
 

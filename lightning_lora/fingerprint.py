@@ -1,4 +1,4 @@
-"""The fingerprint of a base model: a few of its values, to recognise the base that an adapter was trained on.
+"""The fingerprint of a base model: a few of its values, to recognize the base that an adapter was trained on.
 
 Values are read at fixed places, never by a pass over all of them, and recorded as they are: a hash could not tell the
 same weights in another precision from other weights.

@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import AttachReport, get_attachment
@@ -17,9 +17,16 @@ from lightning_lora.layers import Adapter, TokenAdapter
 from lightning_lora.names import listed, module_names
 from lightning_lora.peft_format.directory import PeftFile, read_directory
 from lightning_lora.peft_format.importing import Import, import_into, import_state
-from lightning_lora.state import check_base_values, check_not_merged, copy_adapter_state, record_problems
+from lightning_lora.state import (
+    check_base_values,
+    check_not_merged,
+    copy_adapter_state,
+    load_adapter_state_dict,
+    record_problems,
+)
 from lightning_lora.storage.checkpoint import CheckpointFile, read_checkpoint
 from lightning_lora.surgery import attach, detach
+from lightning_lora.switching import beside
 
 
 def read_adapter(path: str | PathLike[str]) -> PeftFile | CheckpointFile:
@@ -32,13 +39,69 @@ def read_adapter(path: str | PathLike[str]) -> PeftFile | CheckpointFile:
     return read_directory(path) if Path(path).is_dir() else read_checkpoint(path)
 
 
-def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bool = True) -> AttachReport:
+def add_adapter(
+    module: nn.Module,
+    name: str,
+    source: LoRAConfig | str | PathLike[str] | Mapping[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    check_base: bool = True,
+) -> AttachReport:
+    """Add a named adapter beside those that a module has; the first one becomes the active one.
+
+    Adapters may differ in every option. What one trains in full, such as a head, switches with it, so the base's own
+    values are kept beside.
+
+    Args:
+        module: The base model; it may have adapters. One that ``attach`` or ``load_adapter`` gave it without a name is
+            called ``"default"``.
+        name: A new name, without ``"."``.
+        source: The options of a fresh adapter; the path of a saved one, as in ``load_adapter``; or the result of
+            ``adapter_state_dict`` for an adapter with the options of the active one. Defaults to ``LoRAConfig()``.
+        seed: Seed of a fresh adapter's random starts.
+        check_base: As in ``load_adapter``.
+
+    Returns:
+        A report of what was adapted.
+
+    Raises:
+        ValueError: The name is in use or cannot be used, the source cannot be read or does not fit, or the base's own
+            values of what an earlier adapter trains in full were not kept. Nothing was changed.
+        RuntimeError: The module is wrapped for several processes, or the active adapter is merged or disabled now.
+            Nothing was changed.
+    """
+    active = AdaptedModel(module).roots
+    with beside(module, name):
+        if source is None or isinstance(source, LoRAConfig):
+            return attach(module, source or LoRAConfig(), seed=seed)
+        if not isinstance(source, Mapping):
+            return load_adapter(module, source, check_base=check_base)
+        if not active:
+            raise ValueError(
+                f"add_adapter(module, {name!r}, ...): tensors do not say their options, and no adapter is active whose "
+                "options they could have. Pass a LoRAConfig first and call load_adapter_state_dict, or pass the path "
+                "of a saved adapter."
+            )
+        with ExitStack() as undo:
+            for root in active:
+                report = attach(root.module, root.attachment.config, seed=root.attachment.seed)
+                undo.callback(detach, root.module)
+            load_adapter_state_dict(module, source)
+            undo.pop_all()
+        return report
+
+
+def load_adapter(
+    module: nn.Module, path: str | PathLike[str], *, name: str | None = None, check_base: bool = True
+) -> AttachReport:
     """Attach and load a saved adapter; the file alone says everything needed.
 
     Args:
         module: A base model of the trained kind with its pretrained weights, adapted in the same way or not at all.
         path: A ``.ckpt`` written under a ``LoRACallback``, or a directory written by ``save_adapter`` or by PEFT. The
             model that a directory's names are relative to is found in the module by those names.
+        name: Add it beside the module's other adapters under this name, as ``add_adapter`` does, instead of loading
+            into the active one.
         check_base: Reject a base whose values differ from those the adapter was trained on, if the file holds a
             fingerprint; the same values in another precision are accepted.
 
@@ -49,6 +112,8 @@ def load_adapter(module: nn.Module, path: str | PathLike[str], *, check_base: bo
         ValueError: The file cannot be read, or does not fit the module or its base. Nothing was changed.
         RuntimeError: Another adapter was merged into this module for good.
     """
+    if name is not None:
+        return add_adapter(module, name, path, check_base=check_base)
     file = read_adapter(path)
     if (model := AdaptedModel(module)).layers:
         module = model.module  # without its wrappers, which an unadapted one must not have

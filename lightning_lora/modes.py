@@ -21,23 +21,34 @@ from lightning_lora.layers import (
     Mode,
     WeightLoRALayer,
     base_parameter,
-    lora_layers,
+    has_running_statistics,
+    hold_statistics,
+    release_statistics,
 )
+from lightning_lora.names import clean_name, join
 from lightning_lora.ops.eager import without_autocast
 from lightning_lora.sharding import copy_whole, is_sharded
 
 
 @contextmanager
-def merged(module: nn.Module) -> Iterator[None]:
+def merged(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
     """Compute with the adapters merged into the weights, and restore the exact weights afterwards.
 
     Keeps a copy of the adapted weights meanwhile. Disabled adapters stay disabled.
 
+    Args:
+        module: An adapted module.
+        missing_ok: Accept a module without adapters, for code that serves both.
+
     Raises:
-        ValueError: An adapter holds NaN or infinity, or its update is too large for the weight's precision.
+        ValueError: The module has no adapters, or they were merged for good; an adapter holds NaN or infinity, or its
+            update is too large for the weight's precision.
         RuntimeError: A weight cannot take an update.
     """
-    layers = lora_layers(module)
+    model = AdaptedModel(module)
+    if not missing_ok:
+        model.check_adapted("merged")
+    layers = model.layers
     check_mergeable(layers)
     with _modes(layers, lambda mode: "merged" if mode == "active" else mode):
         yield
@@ -87,6 +98,23 @@ def fold(layer: LoRALayer) -> None:
         with without_autocast(parameter.device.type):
             if not layer.fold(name, parameter):
                 copy_whole(parameter, layer.combined(name).to(parameter.dtype))
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Hold the running statistics of frozen norms where the config says so, and no others; safe to repeat."""
+    for root in AdaptedModel(module).roots:
+        attachment, trained = root.attachment, {id(part) for part in root.trained_modules()}
+        for name, norm in root.module.named_modules():
+            if not has_running_statistics(norm):
+                continue
+            if id(norm) in trained:
+                release_statistics(norm)
+            elif attachment.config.frozen_norm == "eval":
+                hold_statistics(norm)
+            else:
+                release_statistics(norm)
+                for key, buffer in norm.named_buffers(recurse=False):
+                    attachment.base_values.setdefault(join(clean_name(name), key), buffer.detach().clone())
 
 
 def check_mergeable(layers: dict[str, LoRALayer]) -> None:

@@ -16,6 +16,8 @@ ModuleNames = dict[str, tuple[nn.Module, tuple[str, ...]]]  # first name of a mo
 # Names that torch.compile, FSDP and activation checkpointing insert for the modules they wrap.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+OTHERS = "lora_others"  # the child of a module with what it has under adapters that are not active (``switching.py``)
+
 
 def clean_name(name: str) -> str:
     """Return a module, parameter or buffer name without the parts that wrappers add."""
@@ -70,6 +72,8 @@ def first_match(patterns: Mapping[str, T], names: Sequence[str], default: T) -> 
 def walk(module: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.Module]]:
     """Return a module and its descendants with clean names: ``named_modules`` in half of its time.
 
+    Adapters that are not active are left out.
+
     Args:
         module: The root.
         every_name: Whether to list a submodule once for each path that reaches it.
@@ -83,9 +87,15 @@ def walk(module: nn.Module, *, every_name: bool = False) -> list[tuple[str, nn.M
             seen.add(part)
         found.append((path, part))
         for key, child in reversed(part._modules.items()):
-            if child is not None:
+            if child is not None and key != OTHERS:
                 pending.append((path if key in _WRAPPERS else f"{path}.{key}" if path else key, child))
     return found
+
+
+def parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """Return a module's parameters, each once, without those of adapters that are not active."""
+    parts = (part._parameters.values() for _, part in walk(module))
+    return list(dict.fromkeys(each for own in parts for each in own if each is not None))
 
 
 def module_names(module: nn.Module) -> ModuleNames:
@@ -173,7 +183,7 @@ def rows_of_slices(text: str, count: int) -> tuple[range, ...]:
 
 
 def near_names(entry: str, names: Iterable[str], limit: int = 4) -> list[str]:
-    """Return the names closest to a misspelt entry, whole or by their last part."""
+    """Return the names closest to a misspelled entry, whole or by their last part."""
     names = [name for name in names if name]
     if "." in entry:
         return difflib.get_close_matches(entry, names, limit, 0.5)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import check_positive
 from lightning_lora.layers import LoRALayer, LowRankAdapter
-from lightning_lora.names import clean_name, listed
+from lightning_lora.names import clean_name, listed, parameters_of
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
 _RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group
@@ -39,7 +39,7 @@ def parameter_groups(
         Hayou et al. 2024, "LoRA+", arXiv:2402.12354.
     """
     check_positive("lr_ratio", lr_ratio)
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
     if not trainable:
         raise ValueError(f"{type(module).__name__} has no trainable parameters; call attach first.")
     fast = _fast_parameters(module) if lr_ratio != 1.0 else set()

@@ -55,9 +55,9 @@ def elements(chosen: Mapping[str, tuple[Tensor, tuple[Tensor, ...]]]) -> dict[st
     meshes = dict.fromkeys(cast(Any, tensor).device_mesh for tensor, _ in chosen.values())
     groups = {group: mesh.device_type for mesh in meshes for group in mesh.get_all_groups()}
     for group, device in groups.items():
-        travelling = together.to(device)
-        torch.distributed.all_reduce(travelling, torch.distributed.ReduceOp.MAX, group=group)
-        together = travelling.cpu()
+        traveling = together.to(device)
+        torch.distributed.all_reduce(traveling, torch.distributed.ReduceOp.MAX, group=group)
+        together = traveling.cpu()
     parts = torch.split(together, [len(each) for each in held])
     return dict(zip(chosen, parts, strict=True))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
@@ -21,6 +21,7 @@ from lightning_lora.attachment import (
     AttachReport,
     count_merge,
     get_attachment,
+    keeps_starts,
     requested,
     set_attachment,
     settled,
@@ -32,8 +33,6 @@ from lightning_lora.layers import (
     FrozenNorm,
     LoRALayer,
     base_parameter,
-    has_running_statistics,
-    hold_statistics,
     release_statistics,
     swap_in,
     swap_out,
@@ -41,12 +40,13 @@ from lightning_lora.layers import (
     swapped_as_follower,
     weights_only_read,
 )
-from lightning_lora.modes import check_mergeable, fold, set_mode
-from lightning_lora.names import clean_name, join, listed
+from lightning_lora.modes import check_mergeable, fold, freeze_norms, set_mode
+from lightning_lora.names import OTHERS, clean_name, listed, parameters_of
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
+from lightning_lora.switching import chosen, forget, recorded, switch_to
 
 _RESIZE = "resize_token_embeddings"  # of transformers models
 
@@ -86,8 +86,8 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     with _no_garbage_collection(), shapes_shown(module) if "deepspeed" in sys.modules else nullcontext():
         plan = make_plan(module, config, seed)
         new = [layer for layer in plan.layers if not isinstance(layer.module, LoRALayer)]
-        _check(plan, new, is_adapted=old is not None)
-        with weights_only_read(plan.normalising.values()) if plan.normalising else nullcontext():
+        _check(plan, new, old)
+        with weights_only_read(plan.normalizing.values()) if plan.normalizing else nullcontext():
             made = _make_adapters(new)
         with _undone_on_failure(module, plan, made, old):  # no line above changes the model
             for name in plan.untied:
@@ -102,6 +102,8 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
             if plan.norms:
                 freeze_norms(module)
             _guard_resizing(plan.modules.values())
+            if old is None and keeps_starts():
+                attachment.starts = {name: each.detach().clone() for name, each in AdaptedModel(module).in_full.items()}
             if probe is not None:
                 refuse_dead_adapters(module, probe)
     return attachment.report
@@ -110,13 +112,18 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
 def detach(module: nn.Module) -> None:
     """Remove every adapter and restore the exact base model, with its classes, keys and gradient flags.
 
-    Modules trained in full keep what they learned.
+    Modules trained in full keep what they learned; with several adapters, they get the base's own values back.
 
     Raises:
         ValueError: The module has no adapters, or they were attached to a parent of it.
     """
     model = AdaptedModel(module)
     _refuse_part(model)
+    if (several := recorded(module)) is not None:
+        switch_to(several, None)
+        forget(several)
+        _thaw(model, [root for adapter in several.adapters.values() for root in adapter.roots])
+        return
     model.check_adapted("detach")
     for layer in model.layers.values():
         set_mode(layer, "disabled")
@@ -124,32 +131,41 @@ def detach(module: nn.Module) -> None:
     for root in model.roots:
         root.put(root.attachment.base_values)
         _tie_again(root)
-    _thaw(model)
+    _thaw(model, model.roots)
 
 
-def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextManager[object]] = nullcontext) -> None:
-    """Merge every adapter into its layer's weight permanently, leaving an ordinary model without extra inference cost.
+def merge(
+    module: nn.Module,
+    name: str | None = None,
+    *,
+    whole: Callable[[LoRALayer], AbstractContextManager[object]] = nullcontext,
+) -> None:
+    """Merge an adapter into its layers' weights permanently, leaving an ordinary model without extra inference cost.
 
     The sum is formed in float32 (float64 for float64) and rounded once. This cannot be undone: keep the adapter's file,
     or use ``merged`` to fold it temporarily. Loading an adapter into a merged model raises.
 
     Args:
         module: An adapted module.
+        name: Which adapter, if the module has several. The others are removed, since they were trained on the base
+            without it; save them first.
         whole: Context in which a layer's tensors are whole, for modules sharded by FSDP.
 
     Raises:
-        ValueError: An adapter holds NaN or infinity, or the module has none. Nothing was changed.
+        ValueError: An adapter holds NaN or infinity, the module has none, or it has several and none was named. Nothing
+            was changed.
         RuntimeError: A weight cannot take the update, or adapted layers have been replaced or resized. Nothing was
             changed.
     """
-    model = AdaptedModel(module)
-    _refuse_part(model)
-    model.check_adapted("merge")
-    model.check_unchanged()
-    layers = model.layers
-    for name, layer in layers.items():
-        with whole(layer):
-            check_mergeable({name: layer})
+    with chosen(module, name, "merge"):
+        model = AdaptedModel(module)
+        _refuse_part(model)
+        model.check_adapted("merge")
+        model.check_unchanged()
+        layers = model.layers
+        for path, layer in layers.items():
+            with whole(layer):
+                check_mergeable({path: layer})
     for layer in layers.values():
         with whole(layer):
             set_mode(layer, "active")
@@ -157,21 +173,9 @@ def merge(module: nn.Module, *, whole: Callable[[LoRALayer], AbstractContextMana
     for layer in layers.values():
         _swap_out_adapter(layer)
         count_merge(layer)
-    _thaw(model)
-
-
-def freeze_norms(module: nn.Module) -> None:
-    """Hold the running statistics of frozen norms where the config says so; safe to repeat."""
-    for root in AdaptedModel(module).roots:
-        attachment, trained = root.attachment, {id(part) for part in root.trained_modules()}
-        for name, norm in root.module.named_modules():
-            if not has_running_statistics(norm) or id(norm) in trained:
-                continue
-            if attachment.config.frozen_norm == "eval":
-                hold_statistics(norm)
-            else:
-                for key, buffer in norm.named_buffers(recurse=False):
-                    attachment.base_values.setdefault(join(clean_name(name), key), buffer.detach().clone())
+    if (several := recorded(module)) is not None:
+        forget(several)
+    _thaw(model, model.roots)
 
 
 # --- what attach refuses
@@ -187,8 +191,19 @@ def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig
         )
 
 
-def _check(plan: Plan, new: list[PlannedLayer], *, is_adapted: bool) -> None:
+def _check(plan: Plan, new: list[PlannedLayer], old: Attachment | None) -> None:
     """Reject models that cannot take the planned adapters, and warn about wasteful and surprising ones."""
+    is_adapted = old is not None
+    if not is_adapted and not keeps_starts() and any(OTHERS in part._modules for part in plan.modules.values()):
+        raise ValueError(
+            f"{plan.root} has several adapters, and is the bare base now, inside using(module, None). Leave that "
+            "first, or call add_adapter(module, name, config)."
+        )
+    if new and old is not None and old.name is not None:
+        raise ValueError(
+            f"{plan.root} has several adapters, and layers that {old.name!r} does not know: "
+            f"{listed([layer.label for layer in new])}. Build all layers before the first adapter is added."
+        )
     if not is_adapted and (names := [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]):
         raise ValueError(
             f"{len(names)} layers of {plan.root} already carry adapters, such as {names[0]!r}, attached to another "
@@ -338,7 +353,7 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
         layers.append(AdaptedLayer(each.label, each.pattern, spec.rank, spec.scaling, each.size, dtype))
     saved = {}
     for name, part in plan.saved.items():
-        saved[name] = sum(p.numel() for p in part.parameters())
+        saved[name] = sum(p.numel() for p in parameters_of(part))
     report = AttachReport(
         layers=layers,
         saved=saved,
@@ -353,6 +368,7 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
     if old is not None:
         record.required_grad, record.base_values, record.starts = old.required_grad, old.base_values, old.starts
         record.untied |= old.untied
+        record.name = old.name
     return record
 
 
@@ -395,12 +411,12 @@ def _resize(
     )
 
 
-def _thaw(model: AdaptedModel) -> None:
-    """Undo freezing and remove the records."""
+def _thaw(model: AdaptedModel, roots: Sequence[Root]) -> None:
+    """Undo freezing, and remove the records."""
     for _, part in model.parts:
         release_statistics(part)
         vars(part).pop(_RESIZE, None)
-    for root in model.roots:
+    for root in roots:
         for name, parameter in root.module.named_parameters():
             parameter.requires_grad_(root.attachment.required_grad.get(clean_name(name), parameter.requires_grad))
         set_attachment(root.module, None)

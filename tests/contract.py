@@ -64,7 +64,7 @@ class Holder(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.neighbour = nn.Linear(IN, OUT)
+        self.neighbor = nn.Linear(IN, OUT)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)

@@ -94,6 +94,11 @@ def test_config_is_taken_as_one_value() -> None:
     assert LoRACallback(config).config is LoRACallback(config=config, lr_ratio=2).config is config
 
 
+def test_two_configs_are_refused() -> None:
+    with pytest.raises(TypeError, match="LoRACallback got two configs"):
+        LoRACallback(LoRAConfig(rank=3), config=LoRAConfig(rank=4))
+
+
 @pytest.mark.parametrize(("options", "words"), [({"rank": 4}, "rank=3.*rank=4"), ({"rank": 16}, "rank=3.*rank=16")])
 def test_config_and_single_options_contradict(options: dict[str, Any], words: str) -> None:
     with pytest.raises(TypeError, match=f"config or single options, not both.*{words}"):
@@ -353,8 +358,8 @@ def test_modules_to_save_train_in_full() -> None:
     assert torch.equal(module.net[2].weight, base[2].weight)
 
 
-class Centred(nn.Module):
-    """Subtracts an average that it follows while training, as the codebooks of vector quantisation do."""
+class Centered(nn.Module):
+    """Subtracts an average that it follows while training, as the codebooks of vector quantization do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -369,7 +374,7 @@ class Centred(nn.Module):
 def test_modules_to_save_keeps_buffers(tmp_path: Any) -> None:
     class Centring(Toy):
         def build(self) -> None:
-            self.net = nn.Sequential(Centred(), *network())
+            self.net = nn.Sequential(Centered(), *network())
 
     module, fresh, run = Centring(), Centring(), trainer(LoRACallback(rank=4, modules_to_save=["net.0"]))
     run.fit(module, loader())
@@ -394,7 +399,7 @@ def test_frozen_norms_keep_statistics() -> None:
 
 
 def test_sync_batchnorm_norms_keep_statistics() -> None:
-    class Synchronises(Callback):
+    class Synchronizes(Callback):
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
             pl_module.net = nn.SyncBatchNorm.convert_sync_batchnorm(pl_module.net)  # as the strategy does later
 
@@ -403,7 +408,7 @@ def test_sync_batchnorm_norms_keep_statistics() -> None:
 
     module = Normed()
     before = digest(module.net[1])
-    trainer(LoRACallback(rank=4), Synchronises(), max_steps=4).fit(module, loader())
+    trainer(LoRACallback(rank=4), Synchronizes(), max_steps=4).fit(module, loader())
     assert isinstance(module.net[1], nn.SyncBatchNorm)
     assert digest(module.net[1]) == before
 

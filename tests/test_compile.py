@@ -123,7 +123,7 @@ SETUPS: dict[str, Setup] = {
     "attention of other keys": Setup(lambda: Attend(nn.MultiheadAttention(E, 4, kdim=E, vdim=E, bias=False))),
     "encoder": Setup(
         lambda: Holder(nn.TransformerEncoderLayer(E, 4, 24, dropout=0.0)),
-        {"target_modules": "all-linear", "exclude_modules": ["neighbour"]},
+        {"target_modules": "all-linear", "exclude_modules": ["neighbor"]},
     ),
     "LSTM": Setup(lambda: First(nn.LSTM(E, 6, bidirectional=True)), backend="eager"),
     "LSTM, DoRA": Setup(lambda: First(nn.LSTM(E, 6)), {"use_dora": True}, backend="eager"),

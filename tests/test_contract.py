@@ -133,7 +133,7 @@ def test_adapter_acts_in_every_mode(case: Case, training: bool, grad_mode, rng):
 @each_case
 def test_detach_leaves_no_trace(case: Case, rng):
     model = case.base()
-    model.neighbour.bias.requires_grad_(False)
+    model.neighbor.bias.requires_grad_(False)
     before = snapshot(model)
     attach(model, case.config)
     train(model.layer, rng)
@@ -286,7 +286,7 @@ def test_start_ignores_other_targets(case: Case):
     alone, beside = case.base(), case.base()
     torch.manual_seed(5)
     attach(alone, case.config)
-    attach(beside, LoRAConfig(rank=4, alpha=6.0, target_modules=["neighbour", "layer"]))
+    attach(beside, LoRAConfig(rank=4, alpha=6.0, target_modules=["neighbor", "layer"]))
     assert_same_bits(alone.layer.lora.state_dict(), beside.layer.lora.state_dict())
 
 

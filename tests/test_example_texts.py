@@ -56,7 +56,7 @@ def test_classifier_fits_tests_and_exports(classifier):
 def test_predict_matches_peft(classifier):
     pytest.importorskip("peft")
     output = Path("examples/output/text_classification")
-    praise, complaint = "This is the best soup in town.", "They broke my lamp and never apologised."
+    praise, complaint = "This is the best soup in town.", "They broke my lamp and never apologized."
     arguments = (praise, complaint, "--peft", str(output / "peft"))
     printed = execute("text_classification/predict.py", *arguments, folder=classifier.folder)
     for sentence in (praise, complaint):

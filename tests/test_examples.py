@@ -21,7 +21,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jsonargparse")
 
 from lightning_lora.cli import main
-from tests.processes import free_port
+from tests.processes import run
 
 pytestmark = pytest.mark.slow
 
@@ -40,18 +40,17 @@ class Run(NamedTuple):
 
 def execute(script: str, *arguments: str, folder: Path) -> str:
     """Run an example and return its output; relative paths in its options refer to the folder."""
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "MASTER_PORT": str(free_port())}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
+    return run(EXAMPLES / script, *arguments, folder=folder, COLUMNS=120)
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("digits")
-    printed = execute("digits.py", "--fast", "--output", str(folder), folder=folder)
-    return Run(folder, printed, json.loads((folder / "digits.json").read_text()))
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--fast", "--output", str(folder)]  # as `make demo` does
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return Run(folder, done.stdout + done.stderr, json.loads((folder / "digits.json").read_text()))
 
 
 def test_frozen_base_knows_only_old_domain(digits):
@@ -145,7 +144,7 @@ def test_flags_override_yaml(digits, tmp_path):
 
 def test_cli_trains_missing_base(tmp_path):
     printed = cli("fit", "--model.base=new/base", "--data.steps=2", folder=tmp_path)
-    assert "base: 1000 labelled images" in printed
+    assert "base: 1000 labeled images" in printed
     assert (tmp_path / "new" / "base" / "last.ckpt").is_file()
 
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import run
 
 
 @pytest.mark.slow
 def test_gpu_tests_pass_on_cpu() -> None:
     """Other tests already run FSDP and DeepSpeed on the CPU, so these are excluded."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    command += ["-k", "not fsdp] and not deepspeed"]
-    environment = os.environ | {"REHEARSE_GPU_TESTS": "1"}
-    process = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert process.returncode == 0, process.stdout[-5000:]
-    counts = {outcome: int(count) for count, outcome in re.findall(r"(\d+) (passed|skipped)", process.stdout)}
+    options = ["-q", "-p", "no:cacheprovider", "-k", "not fsdp] and not deepspeed"]
+    options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # the process has imported plugins before
+    printed = run(Path(pytest.__file__).with_name("__main__.py"), *options, "tests/gpu", REHEARSE_GPU_TESTS=1)
+    counts = {outcome: int(count) for count, outcome in re.findall(r"(\d+) (passed|skipped)", printed)}
     assert counts["passed"] > 2 * counts["skipped"]

@@ -176,6 +176,70 @@ def test_invalid_value_is_usage_error(flag: str, words: list[str], run: Run) -> 
         assert word in outcome.errors[outcome.errors.index(error) :]
 
 
+ANSWERS = {
+    "rnak": "LoRACallback has no option 'rnak'. Did you mean 'rank'?",
+    "probes": "Did you mean 'probe'?",
+    "r": "Did you mean 'rank'?",
+    "lora_alpha": "Did you mean 'alpha'?",
+    "lora_dropout": "Did you mean 'dropout'?",
+    "init_lora_weights": "Did you mean 'init'?",
+    "task_type": "call save_adapter(..., task_type=...)",
+    "layers_to_transform": "no option 'layers_to_transform' of PEFT's",
+    "config": "LoRACallback.config is for Python. In flags and in YAML, give its options one by one.",
+}
+
+
+class Inherited(LoRACallback):
+    """Has no options of its own."""
+
+
+class Own(LoRACallback):
+    """Has options of its own."""
+
+    def __init__(self, size: int = 4) -> None:
+        super().__init__(rank=size)
+
+
+def said(outcome: Outcome) -> str:
+    assert outcome.code == 2
+    return outcome.errors[outcome.errors.index("\nerror: ") + 1 :].removeprefix("error: ").strip()
+
+
+@pytest.mark.parametrize("option", ANSWERS)
+@pytest.mark.parametrize("form", ["flag of a class", "flag of a group", "YAML of a class", "YAML of a group"])
+def test_unknown_option_is_answered_as_in_python(form: str, option: str, run: Run, tmp_path: Path) -> None:
+    by_class = {"callbacks": [{"class_path": "lightning_lora.LoRACallback", "init_args": {option: 4}}]}
+    content = {"lora": {option: 4}} if "group" in form else {"trainer": by_class}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    flags = [f"--lora.{option}=4"] if "group" in form else [CALLBACK[0], f"--trainer.callbacks.{option}=4"]
+    outcome = run("fit", *(["--config=config.yaml"] if "YAML" in form else flags), forced="group" in form)
+    assert ANSWERS[option] in said(outcome)
+    assert said(outcome).count("\n") == 0
+
+
+def test_option_of_config_is_answered_too(run: Run) -> None:
+    assert ANSWERS["config"] in said(run("fit", CALLBACK[0], "--trainer.callbacks.config.rank=4"))
+
+
+def test_config_is_no_flag(run: Run) -> None:
+    text = run("fit", "--help", forced=True).output
+    assert "--lora.rank" in text
+    assert "--lora.config" not in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "answer"), [("Inherited", "Did you mean 'rank'?"), ("Own", "Option 'rnak' is not accepted")]
+)
+def test_subclass_is_answered_if_it_has_the_same_options(kind: str, answer: str, run: Run) -> None:
+    flags = [f"--trainer.callbacks+={__name__}.{kind}", "--trainer.callbacks.rnak=4"]
+    assert answer in said(run("fit", *flags))
+
+
+def test_errors_of_other_options_stay_as_they_are(run: Run) -> None:
+    assert said(run("fit", "--trainer.rnak=4")) == "unrecognized arguments: --trainer.rnak=4"
+    assert "is not accepted" in said(run("fit", "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.rnak=4"))
+
+
 UNDER_THE_OTHER_NAME = """
 from tests.other_name import under_the_other_name
 under_the_other_name("tests.toys")

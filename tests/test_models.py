@@ -19,7 +19,7 @@ from tests.toys import digest, trainer
 
 
 class Block(nn.Module):
-    """The basic block of a ResNet, with batch normalisation."""
+    """The basic block of a ResNet, with batch normalization."""
 
     def __init__(self, into: int, out: int, stride: int) -> None:
         super().__init__()

@@ -170,13 +170,14 @@ def test_detach_inside_disabled_restores_tracked_statistics(rng):
     assert_unchanged(model, before)
 
 
-def test_disabled_raises_without_adapters_and_after_a_merge(tiny, tokens):
-    output = tiny(tokens)
-    with raises_and_changes_nothing(tiny, ValueError, "disabled: TinyModel has no adapters; call"), disabled(tiny):
+@pytest.mark.parametrize("switch", [disabled, merged])
+def test_modes_raise_without_adapters_and_after_a_merge(switch, tiny, tokens):
+    output, name = tiny(tokens), switch.__name__
+    with raises_and_changes_nothing(tiny, ValueError, f"{name}: TinyModel has no adapters; call"), switch(tiny):
         pass
-    with disabled(tiny, missing_ok=True):
+    with switch(tiny, missing_ok=True):
         assert torch.equal(tiny(tokens), output)
     attach(tiny, CONFIG)
     merge(tiny)
-    with raises_and_changes_nothing(tiny, ValueError, r"merged into the weights of .*q_proj"), disabled(tiny):
+    with raises_and_changes_nothing(tiny, ValueError, r"merged into the weights of .*q_proj"), switch(tiny):
         pass

@@ -103,7 +103,7 @@ def test_shared_module_appears_once_with_all_names(tiny):
     ("entry", "near"),
     [("q_porj", "q_proj"), ("blocks.0.q_porj", "blocks.0.q_proj"), ("haed", "head"), ("q_projj", "q_proj")],
 )
-def test_misspelt_name_suggests_near_names(entry: str, near: str, tiny):
+def test_misspelled_name_suggests_near_names(entry: str, near: str, tiny):
     assert near in targets.near_names(entry, targets.target_names(tiny))
 
 

@@ -14,7 +14,10 @@ PUBLIC = [
     "LoRAConfig",
     "LoRALayer",
     "Preflight",
+    "active_adapter",
+    "adapter_names",
     "adapter_state_dict",
+    "add_adapter",
     "attach",
     "detach",
     "disabled",
@@ -26,8 +29,11 @@ PUBLIC = [
     "parameter_groups",
     "preflight",
     "register_adapter",
+    "remove_adapter",
     "save_adapter",
+    "set_adapter",
     "target_names",
+    "using",
 ]
 
 

@@ -3,7 +3,7 @@
     python examples/text_classification/compare.py --config examples/text_classification/lora.yaml
 
 It takes the options of ``train.py``. Each method is evaluated once on the test sentences, with the epoch or the
-strength of regularisation that was best on the validation sentences.
+strength of regularization that was best on the validation sentences.
 """
 
 from __future__ import annotations

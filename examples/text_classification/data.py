@@ -1,4 +1,4 @@
-"""Labelled sentences from a TSV file, split and tokenized."""
+"""Labeled sentences from a TSV file, split and tokenized."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.analysis.adapters import place
 from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed
@@ -29,6 +30,7 @@ from lightning_lora.surgery import attach, detach
 
 ADAM_BYTES = 8  # per trained parameter: two averages in float32
 _ALL_SUBSETS_UP_TO = 4
+_ALTERNATIVES_SHOWN = 2
 _MEGA = 1e6
 
 
@@ -45,6 +47,7 @@ class Choice:
         optimizer_bytes: Bytes of the optimizer state.
         share: The adapter parameters over those of the base model.
         capped: The layer whose size, rather than the budget, limits the rank.
+        is_default: Whether this is exactly what ``LoRACallback`` adapts with the config at this rank.
     """
 
     targets: tuple[str, ...]
@@ -55,6 +58,7 @@ class Choice:
     optimizer_bytes: int
     share: float
     capped: tuple[str, ...] = ()
+    is_default: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,18 @@ class BudgetPlan:
     """The choices that a budget allows; ``print(plan)`` shows a table.
 
     Attributes:
-        choices: The choices, those with the most groups first.
+        choices: The choices, those with the most groups first; at a given rank, what ``LoRACallback`` does before them.
         too_small_for: Groups and combinations that exceed the budget even at rank 1.
         budget: The budget, in words.
         base_parameters: Number of parameters of the model without adapters.
+        without: Groups with a layer that is too small for the rank of a choice, and therefore left out of it.
     """
 
     choices: tuple[Choice, ...]
     too_small_for: tuple[tuple[str, ...], ...]
     budget: str
     base_parameters: int
+    without: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
@@ -81,11 +87,16 @@ class BudgetPlan:
     def __str__(self) -> str:
         header = ("targets", "layers", "rank", "parameters", "MB", "optimizer MB", "share")
         lines = [f"A budget of {self.budget} for a base of {self.base_parameters:,} parameters:"]
-        rows = [_row(choice) for choice in self.choices]
+        alike: dict[tuple[str, ...], list[str]] = {}  # numbers of a row -> what costs that
+        for choice in self.choices:
+            alike.setdefault(_numbers(choice), []).append(_targets(choice))
+        rows = [(_alternatives(targets), *numbers) for numbers, targets in alike.items()]
         lines += table_lines([header, *rows, ("",) * len(header)])[:-2] if rows else ["nothing fits"]
         if self.too_small_for:
             names = [" + ".join(targets) for targets in self.too_small_for]
             lines.append(f"not enough for rank 1 of: {listed(names)}")
+        if self.without:
+            lines.append(f"too small for the rank: {listed(self.without)}; train such layers with modules_to_save")
         if capped := list(dict.fromkeys(name for choice in self.choices for name in choice.capped)):
             lines.append(f"rank limited by the size of: {listed(capped)}")
         return "\n".join(lines)
@@ -111,10 +122,11 @@ def plan_budget(
         parameters: Budget in parameters. Give exactly one budget.
         file_bytes: Budget in bytes of the factors.
         optimizer_bytes: Budget in bytes of the optimizer state.
-        rank: Instead of a budget: what every choice costs at this rank, or at the highest that its layers allow.
+        rank: Instead of a budget: what every choice costs at this rank.
         bytes_per_state: Bytes of optimizer state per trained parameter: 8 for Adam, 12 with a float32 copy.
-        groups: The combinations to consider; by default all of them for up to four groups, otherwise each group alone,
-            each pair, and all together.
+        groups: The combinations to consider, each at most at the highest rank that its layers allow. By default all of
+            them for up to four groups, otherwise each group alone, each pair, and all together; without the groups that
+            are too small for the rank, such as a classifier of two classes.
 
     Raises:
         ValueError: Not exactly one budget was given, or a group does not exist.
@@ -132,23 +144,29 @@ def plan_budget(
         known.setdefault(_group(layer), []).append(_cost(layer))
     prices = _Prices(config.adapter_dtype, bytes_per_state, plan.base_parameters)
     limit, words = prices.limit(*budget)
-    chosen = [tuple(group) for group in groups] if groups is not None else list(_combinations(list(known)))
+    affordable = _Affordable(known, limit, rank)
+    chosen, without = affordable.combinations() if groups is None else ([tuple(group) for group in groups], [])
     if unknown := sorted({name for group in chosen for name in group} - known.keys()):
         raise ValueError(f"groups: the model has no {listed(unknown)}; its groups are {listed(list(known))}.")
     choices, too_small = [], []
     for targets in chosen:
-        costs = [cost for target in targets for cost in known[target]]
-        fixed, per_rank = sum(cost.fixed for cost in costs), sum(cost.per_rank for cost in costs)
-        highest = (limit - fixed) // per_rank if rank is None else rank
-        if highest < 1:
+        if (highest := affordable.highest(targets)) < 1:
             too_small.append(targets)
             continue
+        costs = affordable.costs(targets)
         smallest = min(costs, key=lambda cost: cost.full_rank)
         at = min(highest, smallest.full_rank)
-        capped = (smallest.label,) if at == smallest.full_rank else ()
-        choices.append(prices.choice(targets, len(costs), at, fixed + at * per_rank, capped))
+        capped = (smallest.label,) if at < highest else ()
+        choices.append(
+            prices.choice(targets, len(costs), at, sum(cost.fixed + at * cost.per_rank for cost in costs), capped)
+        )
     ordered = sorted(choices, key=lambda choice: (-len(choice.targets), -choice.parameters))
-    return BudgetPlan(tuple(ordered), tuple(too_small), words, plan.base_parameters)
+    if rank is not None and config.families:
+        default = adapter_size(module, replace(config, rank=rank), bytes_per_state=bytes_per_state)
+        # No part of the groups has as many layers as all of them.
+        ordered = [c for c in ordered if (c.layers, c.parameters) != (default.layers, default.parameters)]
+        ordered.insert(0, replace(default, targets=(*config.families, *config.named_targets), is_default=True))
+    return BudgetPlan(tuple(ordered), tuple(too_small), words, plan.base_parameters, tuple(without))
 
 
 def adapter_size(module: nn.Module, config: LoRAConfig | None = None, *, bytes_per_state: int = ADAM_BYTES) -> Choice:
@@ -232,14 +250,64 @@ def _group(layer: PlannedLayer) -> str:
     return layer.label if last.isdigit() else last
 
 
+class _Affordable(NamedTuple):
+    """What a limit in parameters allows of groups of layers; a given rank allows itself, whatever it costs."""
+
+    known: Mapping[str, Sequence[_Cost]]
+    limit: int
+    rank: int | None
+
+    def costs(self, targets: Sequence[str]) -> list[_Cost]:
+        return [cost for target in targets for cost in self.known[target]]
+
+    def highest(self, targets: Sequence[str]) -> int:
+        """Return the highest rank, whatever the sizes of the layers."""
+        if self.rank is not None:
+            return self.rank
+        costs = self.costs(targets)
+        return (self.limit - sum(cost.fixed for cost in costs)) // sum(cost.per_rank for cost in costs)
+
+    def combinations(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """Return the combinations to consider, and the groups that are left out where they would limit the rank."""
+        names = list(self.known)
+        if self.rank is not None:
+            fitting = [name for name in names if self._full_rank(name) >= self.rank]
+            return list(_combinations(fitting)), [name for name in names if name not in fitting]
+        found = {targets: self._without_limiting(targets) for targets in _combinations(names)}
+        left_out = {name for targets, kept in found.items() for name in targets if name not in kept}
+        return list(dict.fromkeys(found.values())), [name for name in names if name in left_out]
+
+    def _without_limiting(self, targets: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the groups without those outside of blocks that allow a lower rank than the others and the limit."""
+        least = min(map(self._full_rank, targets))
+        rest = tuple(target for target in targets if self._full_rank(target) > least)
+        in_blocks = any(place(cost.label)[0] for cost in self.costs(targets) if cost.full_rank == least)
+        if not rest or in_blocks or least >= self.highest(targets):
+            return targets
+        return self._without_limiting(rest)
+
+    def _full_rank(self, name: str) -> int:
+        return min(cost.full_rank for cost in self.known[name])
+
+
 def _combinations(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     for size in range(1, len(names) + 1) if len(names) <= _ALL_SUBSETS_UP_TO else (1, 2, len(names)):
         yield from combinations(names, size)
 
 
-def _row(choice: Choice) -> tuple[str, ...]:
+def _numbers(choice: Choice) -> tuple[str, ...]:
     sizes = (f"{choice.parameters:,}", _megabytes(choice.file_bytes), _megabytes(choice.optimizer_bytes))
-    return (" + ".join(choice.targets), str(choice.layers), str(choice.rank), *sizes, f"{choice.share:.3%}")
+    return (str(choice.layers), str(choice.rank), *sizes, f"{choice.share:.3%}")
+
+
+def _targets(choice: Choice) -> str:
+    return " + ".join(choice.targets) + (f", as LoRACallback(rank={choice.rank})" if choice.is_default else "")
+
+
+def _alternatives(targets: Sequence[str]) -> str:
+    """Return targets that cost the same as one cell."""
+    more = len(targets) - _ALTERNATIVES_SHOWN
+    return " or ".join(targets[:_ALTERNATIVES_SHOWN]) + (f" or {more} more" if more > 0 else "")
 
 
 def _megabytes(size: int) -> str:

@@ -1,7 +1,7 @@
 """Draw what ``analyze`` and ``compare`` found; requires matplotlib, the optional extra ``plots``.
 
 Each function returns one figure; nothing is shown or saved, and without ``pyplot`` nothing global changes. A scale of
-one hue means "more"; unknown values are grey. The ink is one unique colour, which a page replaces by that of its text.
+one hue means "more"; unknown values are gray. The ink is one unique color, which a page replaces by that of its text.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _WIDEST, _TALLEST = 24, 80  # cells; with more, such as many experts, each becom
 INK = "#1c2127"
 _UNKNOWN = "#9aa0a6"
 _MOST_NUMBERS = 160  # with more cells, numbers do not fit into them
-# Of medium lightness, to be visible on white, on black and in grey print.
+# Of medium lightness, to be visible on white, on black and in gray print.
 HUES = ("#3b7dd8", "#dd6b35", "#2a9d6f", "#a565c9", "#b98a12", "#d1495b")
 _STYLE: dict[Any, Any] = {
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "legend.labelcolor", "text.color"), INK),
     **{"axes.labelsize": 9, "axes.linewidth": 0.6, "axes.titlesize": 10, "figure.dpi": 130, "legend.frameon": False},
-    # Dashes tell lines apart when the colours repeat.
+    # Dashes tell lines apart when the colors repeat.
     "axes.prop_cycle": f"cycler('linestyle', ['-', '--', ':']) * cycler('color', {list(HUES)})",
 }
 
@@ -264,12 +264,12 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
 
 
 def _heat_map(axes: Any, table: Tensor, *, lowest: float | None = None, highest: float | None = None) -> Any:
-    """Draw a table as colours, with unknown cells in grey, and return the image."""
+    """Draw a table as colors, with unknown cells in gray, and return the image."""
     import matplotlib
 
-    colours = matplotlib.colormaps["viridis"].with_extremes(bad=_UNKNOWN)
+    colors = matplotlib.colormaps["viridis"].with_extremes(bad=_UNKNOWN)
     cells = table.detach().cpu().double().numpy()
-    return axes.imshow(cells, cmap=colours, vmin=lowest, vmax=highest, aspect="auto", interpolation="nearest")
+    return axes.imshow(cells, cmap=colors, vmin=lowest, vmax=highest, aspect="auto", interpolation="nearest")
 
 
 def _name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
@@ -279,7 +279,7 @@ def _name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
 
 
 def _write_numbers(axes: Any, image: Any, table: Tensor, decimals: int | None = None) -> None:
-    """Write its number into each known cell, in an ink that stands out from the cell's colour."""
+    """Write its number into each known cell, in an ink that stands out from the cell's color."""
     for row in range(table.shape[0]):
         for column in range(table.shape[1]):
             value = float(table[row, column])
@@ -294,7 +294,7 @@ def _short(value: float) -> str:
 
 
 def as_svg(figure: Any, name: str) -> str:
-    """Return a figure as SVG for a page: text stays text, and the ink takes the colour of the page's text.
+    """Return a figure as SVG for a page: text stays text, and the ink takes the color of the page's text.
 
     The ids of its parts begin with ``name``, which must be unique on the page.
     """

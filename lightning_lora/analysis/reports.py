@@ -23,7 +23,7 @@ _COLUMNS = (
     "directions; aligned is that norm over the norm of the weight in random directions (Hu et al. 2021, section 7.3; "
     "Roy and Vetterli 2007)."
 )
-_ABOVE_CHANCE = "0 is chance, 1 means the same directions; grey is unknown."
+_ABOVE_CHANCE = "0 is chance, 1 means the same directions; gray is unknown."
 _MOST_PANELS = 12
 _Figure = tuple[str, Any, str, str]  # name of a file, figure, its description, its caption
 
@@ -265,7 +265,7 @@ class Page:
     def figures(self, figures: Iterable[tuple[str, str, str]]) -> None:
         """Add figures, side by side where there is room: SVG, description for screen readers, and caption of each."""
         parts = [
-            f"<figure{_width(svg)}>{_labelled(svg, description)}<figcaption>{escape(caption)}</figcaption></figure>"
+            f"<figure{_width(svg)}>{_labeled(svg, description)}<figcaption>{escape(caption)}</figcaption></figure>"
             for svg, description, caption in figures
         ]
         self._parts.append(f'<div class="figures">{"".join(parts)}</div>')
@@ -286,5 +286,5 @@ def _width(svg: str) -> str:
     return f' style="width: min(100%, {float(found[1]):.0f}pt)"' if found else ""
 
 
-def _labelled(svg: str, description: str) -> str:
+def _labeled(svg: str, description: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)

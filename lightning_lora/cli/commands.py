@@ -293,7 +293,7 @@ def report(options: argparse.Namespace) -> Result:
         options.base,
         energy=options.energy,
         intruders=options.intruders,
-        progress=progress_bar(sys.stderr, "analysing", str) if options.base and sys.stderr.isatty() else None,
+        progress=progress_bar(sys.stderr, "analyzing", str) if options.base and sys.stderr.isatty() else None,
         check_base=options.check_base,
     )
     similarities = []

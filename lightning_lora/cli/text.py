@@ -1,4 +1,4 @@
-"""Results as text: tables, colours and the progress bar."""
+"""Results as text: tables, colors and the progress bar."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _MARKS = (
 )
 
 
-def wants_colours(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal whose user wants colours.
+def wants_colors(stream: TextIO) -> bool:
+    """Return whether a stream is a terminal whose user wants colors.
 
     Source:
         https://no-color.org: ``NO_COLOR``, if set to anything, disables them.
@@ -36,8 +36,8 @@ def wants_colours(stream: TextIO) -> bool:
 
 
 def painted(text: str, style: str, stream: TextIO) -> str:
-    """Return a text in a colour, if the stream wants colours."""
-    return f"\x1b[{style}m{text}\x1b[0m" if wants_colours(stream) else text
+    """Return a text in a color, if the stream wants colors."""
+    return f"\x1b[{style}m{text}\x1b[0m" if wants_colors(stream) else text
 
 
 def say(label: str, style: str, text: object) -> None:
@@ -46,7 +46,7 @@ def say(label: str, style: str, text: object) -> None:
 
 
 def highlighted(line: str, stream: TextIO) -> str:
-    """Return a line with its important words in colour."""
+    """Return a line with its important words in color."""
     for pattern, style in _MARKS:
         line = pattern.sub(lambda match, style=style: painted(match[0], style, stream), line)  # type: ignore[misc]
     return line

@@ -42,7 +42,8 @@ _DEEPEST = 64
 _MOST_ORDERS = 24
 _EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
 _HEADS = ("lm_head", "embed_out")
-_ATTENTION = ("in_proj_weight", "q_proj_weight")
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_TORCH_ATTENTION = "attention"  # a kind of module rather than of weight
 # Models in transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")
 
@@ -76,10 +77,13 @@ def _module_at(path: str, modules: dict[str, nn.Module], layouts: Layouts, kinds
 
 def _stand_in(path: str, kind: str, layouts: Layouts) -> nn.Module:
     layout = layouts.get(f"{path}.weight")
-    shape, adapter = layout.shape if layout else (), adapter_of_kind(kind)
+    shape = layout.shape if layout else ()
     try:
         with torch.device("meta"):
-            return adapter.stand_in(shape)
+            if kind == _TORCH_ATTENTION:
+                size, *others = (layouts[name].shape[1] for key in _ATTENTION if (name := f"{path}.{key}") in layouts)
+                return nn.MultiheadAttention(size, 1, 0.0, False, False, False, *others)  # kdim and vdim
+            return adapter_of_kind(kind).stand_in(shape)
     except ValueError as error:
         raise ValueError(f"{path}: a weight of the shape {shape} cannot take an adapter of this kind.") from error
 
@@ -408,20 +412,22 @@ def model_of_shapes(path: Path) -> ShapedModel:
     """
     base = open_base(path)
     kinds = dict(_kinds_by_shape(base.tensors))
-    shapes = {name: base.tensors[f"{name}.weight"].shape for name in kinds}
-    if quantized := [name for name in kinds if base.tensors[f"{name}.weight"].dtype not in WIDE]:
+    weights = {name: base.tensors[f"{name}.weight"] for name, kind in kinds.items() if kind != _TORCH_ATTENTION}
+    if quantized := [name for name, weight in weights.items() if weight.dtype not in WIDE]:
         raise ValueError(
             f"The weights of {listed(quantized)} are quantized and do not have the shapes of their layers; give the "
             "unquantized base."
         )
     linear, words = [name for name, kind in kinds.items() if kind == "linear"], base.config.get("vocab_size")
-    heads = tuple(name for name in linear if name.rpartition(".")[2] in _HEADS or shapes[name][0] == words)
+    heads = tuple(name for name in linear if name.rpartition(".")[2] in _HEADS or weights[name].shape[0] == words)
     return ShapedModel(build_skeleton(base.tensors, kinds), heads, sum(".experts." in name for name in linear))
 
 
 def _kinds_by_shape(layouts: Layouts) -> Iterator[tuple[str, str]]:
     for name, layout in layouts.items():
         path, _, key = name.rpartition(".")
+        if path and key in _ATTENTION[:2] and len(layout.shape) == 2:
+            yield path, _TORCH_ATTENTION
         if key != "weight" or not path:
             continue
         last = path.rpartition(".")[2]

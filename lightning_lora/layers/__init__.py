@@ -23,7 +23,7 @@ from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
 from lightning_lora.layers.lora_layer import AdapterGroup, LoRALayer, Mode, Swapped, swap_in, swap_out, taken_names
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.norm import (
-    NORMALISING,
+    NORMALIZING,
     FrozenNorm,
     has_running_statistics,
     hold_statistics,
@@ -55,7 +55,7 @@ def lora_layers(module: nn.Module) -> dict[str, LoRALayer]:
 
 
 __all__ = [
-    "NORMALISING",
+    "NORMALIZING",
     "SUPPORTED",
     "Adapter",
     "AdapterGroup",

@@ -255,7 +255,7 @@ class Adapter(nn.Module, ABC):
     def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:  # noqa: ARG002 - most kinds have none
         """Return the shape of the layer's stored weight, or None if a stand-in cannot represent the layer.
 
-        From attributes, not from the weight itself: FSDP hides its shape, and quantisation packs it.
+        From attributes, not from the weight itself: FSDP hides its shape, and quantization packs it.
         """
         return None
 

@@ -1,7 +1,7 @@
 """Convolutions of one to three dimensions, also transposed: the update is a low-rank update of the kernel.
 
 Letters: ``g`` groups, ``r`` rank, ``K`` kernel sizes. A kernel is read as a matrix by flattening all but its first
-dimension, so the update of a grouped kernel is a grouped kernel, and merges. Source: the factorisation of the kernel is
+dimension, so the update of a grouped kernel is a grouped kernel, and merges. Source: the factorization of the kernel is
 that of loralib and PEFT for one group; for several, ``A`` is shared by the groups.
 """
 

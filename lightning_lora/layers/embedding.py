@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, Block, InBlocks, base_parameter, register_adapter
-from lightning_lora.layers.lora_layer import Behaviour, LoRALayer, reads_weight
+from lightning_lora.layers.lora_layer import Behavior, LoRALayer, reads_weight
 from lightning_lora.layers.low_rank import LowRankAdapter, seeded, standard_normal, zeros
 from lightning_lora.layers.weight import WeightLoRALayer
 from lightning_lora.sharding import gathered, is_sharded, whole
@@ -219,7 +219,7 @@ class TiedWeightLoRALayer(WeightLoRALayer):
         return [self.lora] if parameter == self.lora.parameter else []
 
 
-def swapped_as_follower(*, in_weight: bool) -> Behaviour:
+def swapped_as_follower(*, in_weight: bool) -> Behavior:
     """Return what ``swap_in`` needs to make a tied layer follow its embedding."""
     if in_weight:
         return TiedWeightLoRALayer, ("weight",)

@@ -139,7 +139,7 @@ _DORA_AND_BIAS = "PEFT does not combine lora_bias with DoRA"
 
 
 class StoredConv1D(nn.Module):
-    """A stand-in for transformers' ``Conv1D``, with the two attributes by which such a layer is recognised."""
+    """A stand-in for transformers' ``Conv1D``, with the two attributes by which such a layer is recognized."""
 
     weight: Tensor
 

@@ -67,17 +67,17 @@ class Swapped(nn.Module):
         """Restore what the base class keeps besides its parameters; called after the class is restored."""
 
 
-Behaviour: TypeAlias = tuple[type[Swapped], tuple[str, ...]]  # a mixin, and the attributes that it computes
+Behavior: TypeAlias = tuple[type[Swapped], tuple[str, ...]]  # a mixin, and the attributes that it computes
 
 _classes: dict[tuple[type, type, tuple[str, ...]], type[Swapped]] = {}
 
 
 def swap_in(module: nn.Module, mixin: type[Swapped], computed: tuple[str, ...] = ()) -> None:
-    """Give ``module`` the mixin's behaviour on top of its own class.
+    """Give ``module`` the mixin's behavior on top of its own class.
 
     Args:
         module: Changed in place.
-        mixin: The behaviour.
+        mixin: The behavior.
         computed: Attributes whose values ``mixin.read`` computes from now on.
     """
     base = type(module)
@@ -110,7 +110,7 @@ def _swapped_class(mixin: type[Swapped], base: type[nn.Module], computed: tuple[
     if key not in _classes:
         namespace: dict[str, Any] = dict(zip(computed, map(_computed, computed), strict=True))
         namespace |= {
-            # The base's module: TransformerEngine's plugin recognises its layers by it.
+            # The base's module: TransformerEngine's plugin recognizes its layers by it.
             "__module__": base.__module__,
             "__doc__": base.__doc__,
             "base_class": base,

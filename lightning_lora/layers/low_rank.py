@@ -269,7 +269,7 @@ def gaussian(rank: int, columns: int, generator: torch.Generator) -> Tensor:
 def orthogonal(rank: int, columns: int, generator: torch.Generator) -> Tensor:
     """Return ``(rank, columns)`` orthogonal rows with the mean square of ``kaiming``: norm ``1/sqrt(3)``."""
     directions, triangle = torch.linalg.qr(standard_normal(columns, rank, generator))
-    signs = triangle.diagonal().sign()  # makes the factorisation, and so the start, unique
+    signs = triangle.diagonal().sign()  # makes the factorization, and so the start, unique
     rows: Tensor = (directions * signs).T
     return rows / math.sqrt(3.0)
 

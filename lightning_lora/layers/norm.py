@@ -1,4 +1,4 @@
-"""Norms whose running statistics belong to the frozen base: normalisation layers, and ``spectral_norm`` of weights."""
+"""Norms whose running statistics belong to the frozen base: normalization layers, and ``spectral_norm`` of weights."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing_extensions import override
 
 from lightning_lora.layers.lora_layer import Swapped, swap_in, swap_out
 
-NORMALISING = (_NormBase, _SpectralNorm)  # these, and layers with hooks, may have running statistics
+NORMALIZING = (_NormBase, _SpectralNorm)  # these, and layers with hooks, may have running statistics
 _ASKED_ITERATIONS = "_lora_asked_iterations"
 
 
 class FrozenNorm(Swapped):
     """A norm that stays in eval mode, whatever mode its parents are in.
 
-    In train mode it would move its running statistics, and normalise by the batch: the frozen base would change.
+    In train mode it would move its running statistics, and normalize by the batch: the frozen base would change.
 
     Attributes:
         asked_mode: The mode that the layer's parents last asked for; it takes effect when the layer is thawed.
@@ -37,11 +37,11 @@ class FrozenNorm(Swapped):
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Return whether training moves buffers of this module by normalising its input or its weight."""
+    """Return whether training moves buffers of this module by normalizing its input or its weight."""
     if isinstance(module, _NormBase):
         return module.track_running_stats and module.running_mean is not None
     if isinstance(module, _SpectralNorm):
-        return bool(module._buffers)  # a vector is normalised without any
+        return bool(module._buffers)  # a vector is normalized without any
     return bool(spectral_hooks(module))
 
 

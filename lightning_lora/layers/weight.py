@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, base_parameter, register_adapter
-from lightning_lora.layers.lora_layer import Behaviour, LoRALayer, updated
+from lightning_lora.layers.lora_layer import Behavior, LoRALayer, updated
 from lightning_lora.layers.low_rank import INITIALIZERS, LowRankAdapter, seeded, zeros
 from lightning_lora.ops.eager import is_traced, without_autocast
 from lightning_lora.ops.recompute import recomputed, recomputing
@@ -265,7 +265,7 @@ class RecurrentLoRALayer(WeightLoRALayer):
         module.flatten_parameters()
 
 
-def swapped_as(module: nn.Module, parameters: Iterable[str]) -> Behaviour:
+def swapped_as(module: nn.Module, parameters: Iterable[str]) -> Behavior:
     """Return what ``swap_in`` needs to have this module read the parameters with their updates."""
     computed = tuple(dict.fromkeys(parameters))
     if isinstance(module, nn.RNNBase):

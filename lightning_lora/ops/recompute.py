@@ -109,7 +109,7 @@ class _Made(NamedTuple):
 
 
 class _Scope:
-    """The tensors made since ``recomputing`` began, and the hooks that recognise them."""
+    """The tensors made since ``recomputing`` began, and the hooks that recognize them."""
 
     def __init__(self, outer: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None) -> None:
         self.outer = outer  # of torch's hooks only the innermost are called

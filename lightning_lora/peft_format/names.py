@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.names import ModuleNames, clean_name, join, listed, module_names, near_names, walk
+from lightning_lora.names import OTHERS, ModuleNames, clean_name, join, listed, module_names, near_names, walk
 
 PREFIX = "base_model.model."
 TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # of the key of an embedding's trained rows
@@ -156,7 +156,10 @@ def parameters_named(name: str, module: nn.Module, targets: Sequence[str]) -> li
 def tensors_in_full(name: str, module: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and persistent buffers of a module that is trained in full, by their full names."""
     state = module.state_dict().items()
-    return {join(name, clean_name(key)): value for key, value in state if isinstance(value, Tensor)}
+    own = [
+        (clean_name(key), value) for key, value in state if isinstance(value, Tensor) and OTHERS not in key.split(".")
+    ]
+    return {join(name, key): value for key, value in own}
 
 
 # --- what PEFT makes of names while it loads

@@ -64,7 +64,7 @@ class Plan:
         untied: Weights that get a copy of their own -> what they are tied to.
         left_out: Layers that the targets cover but that get no adapter -> the reason.
         wasteful: Adapters that are at least as large as the weights they adapt.
-        normalising: Modules that may have running statistics.
+        normalizing: Modules that may have running statistics.
         norms: Number of frozen modules that have running statistics.
     """
 
@@ -81,7 +81,7 @@ class Plan:
     untied: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     wasteful: list[str] = field(default_factory=list)
-    normalising: dict[str, nn.Module] = field(default_factory=dict)
+    normalizing: dict[str, nn.Module] = field(default_factory=dict)
     norms: int = 0
 
     def thawed(self) -> list[str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_lora.config import ALL_LINEAR, AUTO, EVERYTHING, FAMILIES, LoRAConfig
 from lightning_lora.layers import (
-    NORMALISING,
+    NORMALIZING,
     SUPPORTED,
     Adapter,
     AdapterSpec,
@@ -57,8 +57,8 @@ def make_plan(module: nn.Module, config: LoRAConfig, seed: int = 0) -> Plan:
         ValueError: Entries match nothing or name layers that cannot be adapted; one error lists them all.
     """
     planner = _Planner(module, config, seed)
-    normalising = planner.plan.normalising.values()
-    with weights_only_read(normalising) if normalising else nullcontext():
+    normalizing = planner.plan.normalizing.values()
+    with weights_only_read(normalizing) if normalizing else nullcontext():
         return planner.planned()
 
 
@@ -74,8 +74,8 @@ class _Planner:
         for name, (part, names) in found.items():
             if id(part) not in own:
                 self.plan.modules[name], self.plan.names[name] = part, names
-                if part._forward_pre_hooks or isinstance(part, NORMALISING):
-                    self.plan.normalising[name] = part
+                if part._forward_pre_hooks or isinstance(part, NORMALIZING):
+                    self.plan.normalizing[name] = part
         self.plan.parameters = parameter_names(self.plan.modules)
         self.plan.tied = tied_names(self.plan.parameters)
         if config.modules_to_save == AUTO:
@@ -99,7 +99,7 @@ class _Planner:
             self.problems += plan_token_rows(plan)
         if config.bias != "none":
             self.problems += plan_biases(plan)
-        for name, part in plan.normalising.items():
+        for name, part in plan.normalizing.items():
             plan.norms += has_running_statistics(part) and not is_below(name, plan.saved)
         self.problems += missed_entries(plan)
         if not (plan.layers or self.problems):

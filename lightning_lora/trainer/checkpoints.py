@@ -22,7 +22,7 @@ from torchmetrics import Metric
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
-from lightning_lora.names import clean_name, join
+from lightning_lora.names import clean_name, join, walk
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
@@ -381,10 +381,10 @@ def _persistent(module: nn.Module) -> dict[str, Tensor]:
     ``state_dict`` would gather the whole model under FSDP, and return copies.
     """
     found: dict[str, Tensor] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
+    for path, part in walk(module, every_name=True):
         fleeting = part._non_persistent_buffers_set
         found |= {
-            clean_name(join(path, key)): tensor
+            join(path, key): tensor
             for key, tensor in (*part._parameters.items(), *part._buffers.items())
             if tensor is not None and key not in fleeting
         }

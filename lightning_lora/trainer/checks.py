@@ -43,7 +43,7 @@ def check_import_names(trainer: Trainer, module: LightningModule, lora: Callback
     if strays:
         raise MisconfigurationException(
             f"This Trainer is from {import_name(trainer)}, but it was given {', '.join(strays)}. Each package defines "
-            "its own copy of every class and does not recognise the other's. Import everything from one of them; "
+            "its own copy of every class and does not recognize the other's. Import everything from one of them; "
             "LoRACallback works with either."
         )
 

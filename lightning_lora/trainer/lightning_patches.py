@@ -12,6 +12,8 @@ Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.p
 4. ``sys.meta_path`` gets a finder that applies 1 to 3 to ``pytorch_lightning`` when a program imports it later.
 5. Our own class, not Lightning's: ``LoRACallback.__bases__`` gains ``pytorch_lightning.Callback`` if that was imported
    before, because its command line accepts only callbacks of its own.
+6. ``cli.LightningArgumentParser.error`` says which option was meant by an unknown one of ``LoRACallback``, instead of
+   all the types that the parser tried. It is changed when the module is imported, which takes jsonargparse.
 
 Changes to single objects are undone when a stage ends: wrapped methods of a module (``MethodWraps``). Only
 the methods of a strategy object that save and load stay replaced (``checkpoints.AdapterCheckpoints``).
@@ -22,8 +24,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -55,6 +58,23 @@ def install() -> None:
 def derive_from_both(callback: type[Callback]) -> None:
     """Make change 5."""
     callback.__bases__ = with_twins(Callback)
+
+
+def explain_options(callback: type[Callback], check: Callable[[Collection[str]], None]) -> None:
+    """Make change 6.
+
+    Args:
+        callback: The class whose options are explained, and those of its subclasses without options of their own.
+        check: Raises a ``TypeError`` with the explanation if one of these names is no option.
+    """
+
+    def change(cli: ModuleType) -> None:
+        parsers = cli.LightningArgumentParser
+        if hasattr(parsers, "error"):  # jsonargparse is an extra
+            _replace(parsers, "error", lambda original: _explaining(original, callback, check))
+
+    for name in _IMPORT_NAMES:
+        _change_when_imported(f"{name}.cli", change)
 
 
 # --- the two import names
@@ -89,10 +109,14 @@ def _change_both(place: str, change: Callable[[ModuleType], None]) -> None:
     """Change a module of ``lightning.pytorch`` now, and its twin now or when it is imported."""
     first, second = (f"{name}.{place}" for name in _IMPORT_NAMES)
     change(importlib.import_module(first))
-    if second in sys.modules:
-        change(sys.modules[second])
+    _change_when_imported(second, change)
+
+
+def _change_when_imported(name: str, change: Callable[[ModuleType], None]) -> None:
+    if name in sys.modules:
+        change(sys.modules[name])
     else:
-        sys.meta_path.insert(0, _ChangeOnImport(second, change))
+        sys.meta_path.insert(0, _ChangeOnImport(name, change))
 
 
 class _ChangeOnImport(MetaPathFinder):
@@ -211,6 +235,43 @@ def _guard_loading(saving: ModuleType) -> None:
         return load_state
 
     _replace(saving, "_load_state", guarded)
+
+
+# --- 6: command lines
+
+_UNKNOWN = re.compile(r"unrecognized|ambiguous|not accept")
+_OF_CLASS = re.compile(r"class_path '([\w.]+)':\s*(?:Option '|unrecognized arguments: --)(\w+)")
+
+
+def _explaining(
+    original: Any, callback: type[Callback], check: Callable[[Collection[str]], None]
+) -> Callable[..., Any]:
+    def error(parser: Any, message: str, *args: Any, **kwargs: Any) -> Any:
+        if _UNKNOWN.search(message):
+            subcommands = (getattr(each, "subcommand_parser", None) for each in (*args, *kwargs.values()))
+            try:
+                check(set(_named_options((parser, *subcommands), message, callback)))
+            except TypeError as explanation:
+                message = str(explanation)
+        return original(parser, message, *args, **kwargs)
+
+    return error
+
+
+def _named_options(parsers: Sequence[Any], message: str, callback: type[Callback]) -> Iterator[str]:
+    """Yield the options of the callback that a message of parsers is about."""
+
+    def takes_them(kind: Any) -> bool:
+        return isinstance(kind, type) and issubclass(kind, callback) and kind.__init__ is callback.__init__
+
+    for path, option in _OF_CLASS.findall(message):
+        place, _, name = path.rpartition(".")
+        if takes_them(getattr(sys.modules.get(place), name, None)):
+            yield option
+    for parser in parsers:
+        for key in getattr(parser, "callback_keys", ()):  # of add_lightning_class_args
+            if takes_them(getattr(parser.groups.get(key), "group_class", None)):
+                yield from re.findall(rf"\b{re.escape(key)}\.(\w+)", message)
 
 
 # --- methods of one module

@@ -22,13 +22,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import get_attachment, request, settled
 from lightning_lora.config import LoRAConfig
+from lightning_lora.modes import freeze_norms
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import allow_missing_base
 from lightning_lora.storage.checkpoint import saved_options
-from lightning_lora.surgery import attach, detach, freeze_norms, merge
+from lightning_lora.surgery import attach, detach, merge
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
     AVERAGING,
@@ -192,7 +193,7 @@ class FitSession:
         if get_attachment(self.module) is None:
             raise RuntimeError(
                 f"{type(self.module).__name__}.configure_model wraps parts of itself before it has adapters; adapters "
-                "that come later would not be synchronised between processes. Build all layers, call "
+                "that come later would not be synchronized between processes. Build all layers, call "
                 "lightning_lora.attach(self), then wrap."
             )
         self._attach_now()
@@ -224,8 +225,7 @@ class FitSession:
                     "LoRACallback(fresh=True) starts every fit anew."
                 )
         if self.options.fresh and self._is_new and (attachment := get_attachment(module)) is not None:
-            trained = AdaptedModel(module).trained.items()
-            attachment.starts = {name: each.detach().clone() for name, each in trained if ".lora." not in name}
+            attachment.starts = {name: each.detach().clone() for name, each in AdaptedModel(module).in_full.items()}
         if path is not None and self._is_new and resumed is None:
             with gathered_parameters(module):
                 start = start_from(module, path, check_base=self.options.check_base)

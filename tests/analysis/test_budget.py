@@ -3,13 +3,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_lora import LoRAConfig, attach
+from lightning_lora import LoRACallback, LoRAConfig, attach
 from lightning_lora.analysis import adapter_size, plan_budget
 from lightning_lora.disk.skeleton import model_of_shapes
 from lightning_lora.storage.safetensors import StoredTensor
@@ -97,15 +98,26 @@ def test_experts_and_slices_are_counted():
     assert {c.targets: (c.rank, c.parameters) for c in plan.choices} == {("up",): (2, 120), ("q", "v"): (3, 96)}
 
 
-def test_rank_is_capped_by_smallest_layer():
+def test_small_head_limits_no_rank_but_its_own():
     model = nn.ModuleDict({"head": nn.Linear(64, 2), "body": nn.Linear(64, 64)})
     plan = plan_budget(model, parameters=1280)
-    assert {c.targets: (c.rank, c.capped) for c in plan.choices} == {
-        ("head", "body"): (2, ("head",)),
-        ("body",): (10, ()),
-        ("head",): (2, ("head",)),
-    }
+    assert {c.targets: (c.rank, c.capped) for c in plan.choices} == {("body",): (10, ()), ("head",): (2, ("head",))}
+    assert plan.without == ("head",)
+    assert "too small for the rank: head; train such layers with modules_to_save" in str(plan)
+    assert plan_budget(model, parameters=2 * (66 + 128)).choices[0].targets == ("head", "body")  # it fits rank 2
+
+
+def test_rank_of_given_groups_is_limited_by_their_smallest_layer():
+    model = nn.ModuleDict({"head": nn.Linear(64, 2), "body": nn.Linear(64, 64)})
+    plan = plan_budget(model, parameters=1280, groups=[["head", "body"]])
+    assert [(c.rank, c.capped) for c in plan.choices] == [(2, ("head",))]
     assert "rank limited by the size of: head" in str(plan)
+
+
+def test_small_layers_in_blocks_limit_the_rank_of_all():
+    model = nn.ModuleList(nn.ModuleDict({"k": nn.Linear(64, 4), "q": nn.Linear(64, 64)}) for _ in range(2))
+    found = {choice.targets: (choice.rank, choice.capped) for choice in plan_budget(model, parameters=8000).choices}
+    assert found[("k", "q")] == (4, ("0.k",))
 
 
 def test_many_groups_are_combined_in_pairs():
@@ -138,13 +150,47 @@ def test_rank_instead_of_budget(gpt3: nn.Module):
     plan = plan_budget(gpt3, rank=4, groups=[["q_proj"], ["q_proj", "v_proj"]])
     assert str(plan).startswith("A budget of rank 4 for a base of")
     assert {choice.targets: choice.parameters for choice in plan.choices} == {
+        ("all-linear",): 2 * TABLE_5,
         ("q_proj",): TABLE_5 // 2,
         ("q_proj", "v_proj"): TABLE_5,
     }
-    small = nn.ModuleDict({"head": nn.Linear(64, 2), "body": nn.Linear(64, 64)})
-    ranks = {choice.targets: (choice.rank, choice.capped) for choice in plan_budget(small, rank=5).choices}
-    assert ranks[("head",)] == (2, ("head",))
-    assert ranks[("body",)] == (5, ())
+
+
+def test_layers_too_small_for_given_rank_are_in_no_choice():
+    small = nn.ModuleDict({"head": nn.Linear(64, 2), "body": nn.Linear(64, 64), "neck": nn.Linear(64, 5)})
+    plan = plan_budget(small, rank=5)
+    ranks = {choice.targets: (choice.rank, choice.layers, choice.capped) for choice in plan.choices}
+    assert ranks == {("all-linear",): (5, 2, ()), ("body",): (5, 1, ()), ("neck",): (5, 1, ())}
+    assert plan.without == ("head",)
+    with pytest.raises(ValueError, match="left out every layer"):
+        plan_budget(small, rank=65)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"rank_pattern": {"head": 2}}], ids=str)
+def test_first_choice_at_rank_is_what_callback_does(options: dict[str, Any]):
+    def build() -> nn.Module:
+        return nn.ModuleDict({"body": blocks(2, 16), "pooler": nn.Linear(16, 16), "head": nn.Linear(16, 2)})
+
+    made = attach(build(), LoRAConfig(rank=4, **options))
+    first = plan_budget(build(), LoRAConfig(**options), rank=4).choices[0]
+    assert first.is_default
+    assert (first.targets, first.layers, first.parameters) == (
+        ("all-linear",),
+        len(made.layers),
+        made.adapter_parameters,
+    )
+    line = str(plan_budget(build(), LoRAConfig(**options), rank=4)).splitlines()[3]
+    assert line.startswith("all-linear, as LoRACallback(rank=4)")
+
+
+def test_choices_that_cost_the_same_share_a_line():
+    model = nn.ModuleDict({name: nn.Linear(8, 8) for name in "abcdef"})
+    lines = str(plan_budget(model, rank=2)).splitlines()[3:]
+    assert [line.partition("  ")[0] for line in lines] == [
+        "all-linear, as LoRACallback(rank=2)",
+        "a + b or a + c or 13 more",
+        "a or b or 4 more",
+    ]
 
 
 def test_invalid_budgets_raise():
@@ -174,10 +220,22 @@ def test_shapes_on_disk_cost_same_as_loaded_model(
     model.save_pretrained(tmp_path, max_shard_size="6KB")
     monkeypatch.setattr(StoredTensor, "read", None)  # no weight is read
     found = model_of_shapes(tmp_path)
-    by_shapes = plan_budget(found.module, LoRAConfig(exclude_modules=found.heads), rank=2)
-    loaded = plan_budget(model, rank=2)
-    assert by_shapes.base_parameters == loaded.base_parameters
-    assert by_shapes.choices[0].parameters == loaded.choices[0].parameters
+    for rank in (2, 8):
+        by_shapes = plan_budget(found.module, LoRAConfig(exclude_modules=found.heads), rank=rank)
+        assert by_shapes.base_parameters == plan_budget(model, rank=rank).base_parameters
+        report = attach(make(), LoRACallback(rank=rank).config)
+        first = by_shapes.choices[0]
+        assert (first.parameters, first.layers) == (report.adapter_parameters, len(report.layers))
+        assert {layer.rank for layer in report.layers} == {first.rank} == {rank}
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 12, "vdim": 20}], ids=["packed", "separate"])
+def test_torch_attention_on_disk_costs_same_as_loaded(sizes: dict[str, int], tmp_path: Path):
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2, **sizes), "fc": nn.Linear(16, 8)})
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    first = plan_budget(model_of_shapes(tmp_path).module, rank=4).choices[0]
+    report = attach(model, LoRACallback(rank=4).config)
+    assert (first.layers, first.parameters) == (len(report.layers), report.adapter_parameters)
 
 
 def test_output_layers_by_name_or_vocabulary(tmp_path: Path):

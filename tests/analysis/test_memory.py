@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.analysis.budget import MemoryForecast, MemoryUse, forecast_memory
 from tests.contract import assert_unchanged, snapshot
-from tests.test_quantised import eight_bit
+from tests.test_quantized import eight_bit
 from tests.toys import FEATURES, Toy, loader
 
 RANK, ROWS, IN, HIDDEN, OUT = 2, 32, 8, 64, 4
@@ -99,14 +99,14 @@ def convolutions() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
 
 
-def normalised() -> nn.Sequential:
+def normalized() -> nn.Sequential:
     return nn.Sequential(nn.Linear(IN, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.GELU())
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], LoRAConfig]] = {
     "mlp": (mlp, (256, IN), CONFIG),
     "transformer": (Attends, (4, 16, 32), CONFIG),
-    "batch norm": (normalised, (128, IN), CONFIG),
+    "batch norm": (normalized, (128, IN), CONFIG),
     "convolutions": (convolutions, (8, 3, 8, 8), LoRAConfig(rank=RANK, target_modules=["0", "3"])),
 }
 

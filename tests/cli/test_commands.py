@@ -138,7 +138,7 @@ def test_compare_of_one_adapter_compares_layers(files: Path, capsys: pytest.Capt
 def test_plan_reads_base_files(files: Path, capsys: pytest.CaptureFixture[str]):
     found = as_json(capsys, "plan", files / "base.safetensors", "--rank", 2)
     costs = {tuple(choice["targets"]): choice["parameters"] for choice in found["choices"]}
-    assert costs == {("down", "up"): 2 * 3 * 2 * 32, ("down",): 2 * 3 * 32, ("up",): 2 * 3 * 32}
+    assert costs == {("all-linear",): 2 * 3 * 2 * 32, ("down",): 2 * 3 * 32, ("up",): 2 * 3 * 32}
     assert found["base_parameters"] == sum(p.numel() for p in model().parameters())
     assert run("plan", files / "base.safetensors", "--parameters", "0.2k", "--group", "up") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -229,7 +229,7 @@ def test_progress_is_drawn_on_terminal(
     monkeypatch.setattr(sys, "stderr", watched)
     assert run("report", files / "one", "--base", files / "base.safetensors") == 0
     assert watched.getvalue().endswith("100 %  6 of 6\n")
-    assert "\ranalysing [" in watched.getvalue()
+    assert "\ranalyzing [" in watched.getvalue()
 
 
 def test_analysis_commands_run_without_matplotlib(files: Path):

@@ -138,7 +138,9 @@ from lightning_lora.cli import main
 main(["--help"])
 print("seconds", time.process_time() - started)
 """
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True) for _ in range(3)
-    ]
-    assert min(float(run.stdout.split()[-1]) for run in runs) < 0.3
+
+    def seconds() -> float:
+        outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        return float(outcome.stdout.split()[-1])
+
+    assert any(seconds() < 0.3 for _ in range(3))  # again only where something has slowed it down

@@ -1,4 +1,4 @@
-"""Colours and the progress bar."""
+"""Colors and the progress bar."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_lora.cli import main
-from lightning_lora.cli.text import BAD, highlighted, painted, progress_bar, wants_colours
+from lightning_lora.cli.text import BAD, highlighted, painted, progress_bar, wants_colors
 
 
 class Terminal(io.StringIO):
@@ -33,16 +33,16 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"TERM": "xterm"}, True),
     ],
 )
-def test_environment_decides_about_colours(
+def test_environment_decides_about_colors(
     environment: dict[str, str], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert wants_colours(Terminal()) == wanted
-    assert not wants_colours(io.StringIO())
+    assert wants_colors(Terminal()) == wanted
+    assert not wants_colors(io.StringIO())
 
 
-def test_only_important_words_are_coloured() -> None:
+def test_only_important_words_are_colored() -> None:
     line = "blocks.0  2  not finite"
     assert highlighted(line, Terminal()) == f"blocks.0  2  \x1b[{BAD}mnot finite\x1b[0m"
     for same in ("blocks.0  2  0.5", "- one", "-1"):

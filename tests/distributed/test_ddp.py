@@ -49,7 +49,7 @@ def test_two_processes_match_one(ranks: list[dict[str, Any]], single: dict[str, 
         torch.testing.assert_close(both[name], value, rtol=0, atol=1e-10)
 
 
-def test_only_adapter_gradients_are_synchronised(ranks: list[dict[str, Any]]) -> None:
+def test_only_adapter_gradients_are_synchronized(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["whole"]["bucket_bytes"] == ranks[0]["whole"]["adapter_bytes"] > 0
 
 

@@ -155,7 +155,7 @@ def test_other_base_is_rejected_in_every_process(mode: str, runs: dict[str, Rank
         ("all", r"^$"),
     ],
 )
-def test_unsynchronised_parameters_are_rejected(run: str, expected: str, runs: dict[str, Ranks]) -> None:
+def test_unsynchronized_parameters_are_rejected(run: str, expected: str, runs: dict[str, Ranks]) -> None:
     for rank in runs["said in 2"]:
         assert re.search(expected, rank[run])
 

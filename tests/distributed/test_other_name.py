@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 
 from tests.distributed import other_name_job, strategy_job
 from tests.distributed.test_every_strategy import TRAINED, losses
-from tests.processes import run_ranks
+from tests.processes import ROOT, free_port
 from tests.trainer.test_checkpoints import read
 
 pytest.importorskip("pytorch_lightning")
@@ -39,7 +42,11 @@ def single(directory: Path) -> dict[str, Any]:
 def runs(directory: Path, single: dict[str, Any]) -> Runs:
     place = directory / "two"
     place.mkdir()
-    run_ranks(2, other_name_job.__file__, place, 2, single["half"]["last"], *MODES)
+    # New interpreters, because forked processes have imported the usual name.
+    command = [sys.executable, other_name_job.__file__, str(place), "2", single["half"]["last"], *MODES]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
     ranks = [torch.load(place / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     return {mode: [rank[mode] for rank in ranks] for mode in MODES}
 

@@ -58,7 +58,7 @@ def test_bitsandbytes_trains_saves_and_reloads(mode: str, tmp_path: Path) -> Non
         return BitsandbytesPrecision(mode, dtype=torch.float16 if mode == "int8" else torch.bfloat16)
 
     class Built(Toy):
-        """Quantised layers need sizes that are multiples of 64."""
+        """Quantized layers need sizes that are multiples of 64."""
 
         def build(self) -> None:
             with torch.random.fork_rng():

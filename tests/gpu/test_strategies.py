@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,11 @@ import torch
 from lightning_lora import load_adapter
 from tests.gpu import strategy_job
 from tests.gpu.device import needs_cuda
+from tests.processes import run as run_script
 from tests.toys import Toy
 from tests.trainer.test_checkpoints import read
 
 pytestmark = [*needs_cuda, pytest.mark.slow]
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +30,7 @@ def run(directory: Path, mode: str) -> dict[str, Any]:
         pytest.skip("DeepSpeed is not installed")
     place = directory / f"{mode}.pt"
     if not place.exists():
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-        command = [sys.executable, strategy_job.__file__, str(directory), mode]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-        assert process.returncode == 0, process.stdout[-5000:] + process.stderr[-5000:]
+        run_script(strategy_job.__file__, directory, mode)
     found: dict[str, Any] = torch.load(place, weights_only=False)
     return found
 

@@ -98,8 +98,8 @@ def test_unbatched_input(rng):
     torch.testing.assert_close(layer(x), output, rtol=0, atol=1e-10)
 
 
-class Standardised(nn.Conv2d):
-    """A convolution that standardises its kernel, as in some ResNets: a forward of its own."""
+class Standardized(nn.Conv2d):
+    """A convolution that standardizes its kernel, as in some ResNets: a forward of its own."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
@@ -114,16 +114,16 @@ class PadsItself(nn.Conv1d):
 
 
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(Standardised(4, 6, 3), (2, 4, 7, 7)), (PadsItself(4, 6, 3), (2, 4, 9))], ids=["2d", "1d"]
+    ("layer", "shape"), [(Standardized(4, 6, 3), (2, 4, 7, 7)), (PadsItself(4, 6, 3), (2, 4, 9))], ids=["2d", "1d"]
 )
 def test_subclass_with_own_forward_is_exact(layer: nn.Module, shape: tuple[int, ...], rng):
     check(copy.deepcopy(layer), torch.randn(shape, generator=rng, dtype=torch.float64), rng)
 
 
 def test_dropout_refused_if_weight_carries_update():
-    model = nn.ModuleDict({"layer": Standardised(4, 6, 3)})
+    model = nn.ModuleDict({"layer": Standardized(4, 6, 3)})
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"Standardised has its own forward.*dropout=0"):
+    with pytest.raises(ValueError, match=r"Standardized has its own forward.*dropout=0"):
         attach(model, LoRAConfig(rank=1, dropout=0.1, target_modules=["layer"]))
     assert_unchanged(model, before)
 

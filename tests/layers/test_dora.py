@@ -327,7 +327,7 @@ def test_subclass_that_scales_output_merges_exactly_or_refuses(rng):
     assert error(model(x), output) <= 1e-5
 
 
-def quantised() -> nn.Module:
+def quantized() -> nn.Module:
     layer = nn.Linear(8, 8)
     layer.weight = nn.Parameter(torch.ones(8, 8, dtype=torch.int8), requires_grad=False)
     return layer
@@ -339,7 +339,7 @@ REFUSED: Mapping[str, tuple[Callable[[], nn.Module], str]] = {
     "transposed 3d": (lambda: nn.ConvTranspose3d(8, 12, 3), "layer"),
     "bag": (lambda: nn.EmbeddingBag(20, 6), "layer"),
     "experts": (lambda: nn.ParameterDict({"up": torch.randn(3, 6, 8)}), "layer.up"),
-    "quantised": (quantised, "layer"),
+    "quantized": (quantized, "layer"),
 }
 
 

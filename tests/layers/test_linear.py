@@ -84,7 +84,7 @@ def test_adapter_type_of_layers(module: nn.Module, expected: type | None):
     assert adapter_type(module) is expected
 
 
-def test_conv1d_is_recognised_without_transformers(rng):
+def test_conv1d_is_recognized_without_transformers(rng):
     class Conv1D(nn.Module):
         def __init__(self, nf: int, nx: int) -> None:
             super().__init__()

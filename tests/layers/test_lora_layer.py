@@ -196,7 +196,7 @@ def test_gradcheck(rng):
 
 
 class Loud(Swapped):
-    """A behaviour to mix in."""
+    """A behavior to mix in."""
 
     class_prefix = "Loud"
 

@@ -212,7 +212,7 @@ def test_features_outside_slices_keep_their_bits(case: Case, rng):
 @pytest.mark.parametrize("training", [True, False])
 def test_attaching_and_detaching_slices_keep_every_bit(case: Case, training: bool, rng):
     model, x = case.base().train(training), case.inputs(rng)
-    model.neighbour.bias.requires_grad_(False)
+    model.neighbor.bias.requires_grad_(False)
     before, output = snapshot(model), model(x)
     attach(model, case.config)
     assert torch.equal(model(x), output)

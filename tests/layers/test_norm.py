@@ -73,7 +73,7 @@ def test_eval_keeps_the_running_statistics_bit_equal_in_training(norm, rng):
 
 
 @each_norm
-def test_eval_normalises_by_the_running_statistics_in_train_mode_too(norm, rng):
+def test_eval_normalizes_by_the_running_statistics_in_train_mode_too(norm, rng):
     model, x = Normed(norm()), torch.randn(5, 8, 6, generator=rng)
     attach(model, config())
     assert torch.equal(model.train()(x), model.eval()(x))

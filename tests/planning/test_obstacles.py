@@ -34,7 +34,7 @@ def test_word_for_every_family_needs_a_layer():
         report(norm, target_modules="all")
 
 
-def test_misspelt_word_suggests_the_word(tiny):
+def test_misspelled_word_suggests_the_word(tiny):
     with raises_and_changes_nothing(tiny, ValueError, "'all_linear' matched no module.*'all-linear'"):
         report(tiny, target_modules="all_linear")
 

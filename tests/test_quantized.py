@@ -1,4 +1,4 @@
-"""Layers replaced by precision plugins, and quantised layers: adapted, trained, saved."""
+"""Layers replaced by precision plugins, and quantized layers: adapted, trained, saved."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Linear = nn.Linear  # torch's, even while a plugin has replaced nn.Linear
 
 
 class EightBit(Linear):
-    """A quantised layer like bitsandbytes': an nn.Linear with a byte weight and its own forward."""
+    """A quantized layer like bitsandbytes': an nn.Linear with a byte weight and its own forward."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, bias=bias, **kwargs)
@@ -141,13 +141,13 @@ def test_plugin_without_linear_layers_never_trains_bare_base() -> None:
 
 
 def _four_bit(kind: str) -> Callable[[nn.Linear], nn.Module]:
-    def quantise(linear: nn.Linear) -> nn.Module:
+    def quantize(linear: nn.Linear) -> nn.Module:
         bitsandbytes = pytest.importorskip("bitsandbytes")
         layer = bitsandbytes.nn.Linear4bit(linear.in_features, linear.out_features, quant_type=kind)
         layer.load_state_dict(linear.state_dict())
         return layer.to("cpu")
 
-    return quantise
+    return quantize
 
 
 def _bitsandbytes_int8(linear: nn.Linear) -> nn.Module:
@@ -163,7 +163,7 @@ def _torchao_int8(linear: nn.Linear) -> nn.Module:
     return linear
 
 
-QUANTISERS = {
+QUANTIZERS = {
     "stand-in": eight_bit,
     "bitsandbytes nf4": _four_bit("nf4"),
     "bitsandbytes fp4": _four_bit("fp4"),
@@ -171,22 +171,22 @@ QUANTISERS = {
     "torchao int8": _torchao_int8,
 }
 MIDDLE = {"rank": 4, "target_modules": ["net.2"]}
-each_quantiser = pytest.mark.parametrize("quantise", QUANTISERS.values(), ids=QUANTISERS)
+each_quantizer = pytest.mark.parametrize("quantize", QUANTIZERS.values(), ids=QUANTIZERS)
 
 
-def quantised(quantise: Callable[[nn.Linear], nn.Module]) -> Toy:
-    """Return a module with one large quantised layer; the toys' layers are too small for bitsandbytes."""
+def quantized(quantize: Callable[[nn.Linear], nn.Module]) -> Toy:
+    """Return a module with one large quantized layer; the toys' layers are too small for bitsandbytes."""
     module = Toy()
     with torch.random.fork_rng():
         torch.manual_seed(7)
         first, middle, last = nn.Linear(FEATURES, 64), nn.Linear(64, 64), nn.Linear(64, FEATURES)
-    module.net = nn.Sequential(first, nn.Tanh(), quantise(middle), nn.Tanh(), last)
+    module.net = nn.Sequential(first, nn.Tanh(), quantize(middle), nn.Tanh(), last)
     return module
 
 
-@each_quantiser
-def test_update_is_added_to_quantised_output(quantise, rng):
-    layer, x = quantise(nn.Linear(64, 32)), torch.randn(5, 64, generator=rng)
+@each_quantizer
+def test_update_is_added_to_quantized_output(quantize, rng):
+    layer, x = quantize(nn.Linear(64, 32)), torch.randn(5, 64, generator=rng)
     base = layer(x).double()
     model = nn.ModuleDict({"layer": layer})
     attach(model, LoRAConfig(rank=4, alpha=6.0))
@@ -197,9 +197,9 @@ def test_update_is_added_to_quantised_output(quantise, rng):
     assert error(layer(x), base + 1.5 * (x.double() @ A.T) @ B.T) < 2e-6
 
 
-@each_quantiser
-def test_quantised_model_trains_saves_and_reloads(quantise, tmp_path: Path) -> None:
-    module, checkpoint = quantised(quantise), ModelCheckpoint(tmp_path, save_last=True)
+@each_quantizer
+def test_quantized_model_trains_saves_and_reloads(quantize, tmp_path: Path) -> None:
+    module, checkpoint = quantized(quantize), ModelCheckpoint(tmp_path, save_last=True)
     run = trainer(LoRACallback(**MIDDLE), checkpoint, max_steps=60, max_epochs=-1)
     run.fit(module, loader())
     assert sum(module.losses[-4:]) < 0.6 * sum(module.losses[:4])
@@ -207,18 +207,18 @@ def test_quantised_model_trains_saves_and_reloads(quantise, tmp_path: Path) -> N
     assert set(read(checkpoint.last_model_path)["state_dict"]) == set(factors(module))
     [expected] = run.test(module, loader(), verbose=False)
     [found] = trainer(LoRACallback(**MIDDLE)).test(
-        quantised(quantise), loader(), ckpt_path=checkpoint.last_model_path, verbose=False
+        quantized(quantize), loader(), ckpt_path=checkpoint.last_model_path, verbose=False
     )
     assert found == expected
     detach(module)
     x = torch.randn(4, FEATURES)
     with torch.no_grad():
-        assert torch.equal(module.net.eval()(x), quantised(quantise).net.eval()(x))
+        assert torch.equal(module.net.eval()(x), quantized(quantize).net.eval()(x))
 
 
-@each_quantiser
-def test_merge_into_quantised_weight_is_rejected(quantise, rng) -> None:
-    module = quantised(quantise)
+@each_quantizer
+def test_merge_into_quantized_weight_is_rejected(quantize, rng) -> None:
+    module = quantized(quantize)
     attach(module, LoRAConfig(**MIDDLE))
     train_all(module, rng)
     x = torch.randn(4, FEATURES)

@@ -1,0 +1,398 @@
+"""Several named adapters on one base: each computes as it would alone, and switching changes nothing but which one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_lora import (
+    LoRAConfig,
+    active_adapter,
+    adapter_names,
+    adapter_state_dict,
+    add_adapter,
+    attach,
+    detach,
+    disabled,
+    load_adapter,
+    load_adapter_state_dict,
+    lora_layers,
+    merge,
+    merged,
+    parameter_groups,
+    remove_adapter,
+    save_adapter,
+    set_adapter,
+    using,
+)
+
+WIDTH = 48
+Twin = Callable[[nn.Module], nn.Module]
+
+
+class Mixed(nn.Module):
+    """One layer of each way to carry an update, and a norm with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(24, WIDTH)
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.norm = nn.BatchNorm1d(WIDTH)
+        self.rnn = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+        self.fc = nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, 12)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.embed(tokens).transpose(1, 2))).transpose(1, 2)
+        return self.head(torch.relu(self.fc(self.rnn(x)[0])))
+
+
+CONFIGS = {
+    "plain": LoRAConfig(rank=2, target_modules=["fc", "conv", "embed"]),
+    "head": LoRAConfig(rank=4, use_rslora=True, target_modules=["fc", "rnn"], modules_to_save=["head"]),
+    "dora": LoRAConfig(rank=3, use_dora=True, target_modules=["head", "fc"], bias="all"),
+    "rows": LoRAConfig(rank=1, target_modules=["conv"], trainable_token_indices=[1, 5], frozen_norm="track"),
+    "norm": LoRAConfig(rank=2, lora_bias=True, target_modules=["head"], modules_to_save=["norm"]),
+}
+
+
+def base() -> Mixed:
+    torch.manual_seed(3)
+    return Mixed()
+
+
+def tokens() -> Tensor:
+    return torch.arange(24).reshape(2, 12)
+
+
+def learn(module: nn.Module, seed: int) -> None:
+    """Move everything that the active adapter trains."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for group in parameter_groups(module, 1.0):
+            for parameter in group["params"]:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, nn.Module]:
+    """Each adapter on a base of its own."""
+    found = {}
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        found[name] = base()
+        attach(found[name], config, seed=seed)
+        learn(found[name], seed)
+    return found
+
+
+@pytest.fixture
+def model(alone: dict[str, nn.Module]) -> nn.Module:
+    """All of them on one base."""
+    module = base()
+    for seed, (name, config) in enumerate(CONFIGS.items()):
+        add_adapter(module, name, config, seed=seed)
+        with using(module, name):
+            load_adapter_state_dict(module, adapter_state_dict(alone[name]))
+    return module
+
+
+def base_bits(module: nn.Module) -> dict[str, Tensor]:
+    with using(module, None):
+        return {name: value.clone() for name, value in module.state_dict().items() if "lora" not in name}
+
+
+def test_each_adapter_computes_as_it_does_alone(model: nn.Module, alone: dict[str, nn.Module]):
+    for name in CONFIGS:
+        set_adapter(model, name)
+        for mode in (True, False):
+            mine, own = copy.deepcopy(model), copy.deepcopy(alone[name])  # statistics move in training
+            assert torch.equal(mine.train(mode)(tokens()), own.train(mode)(tokens()))
+
+
+def test_random_switches_leave_the_base_and_the_adapters_bit_equal(model: nn.Module, alone: dict[str, nn.Module]):
+    before, chooser = base_bits(model), random.Random(0)
+    for _ in range(30):
+        with using(model, chooser.choice([*CONFIGS, None])):
+            model.eval()(tokens())
+        set_adapter(model, chooser.choice([*CONFIGS]))
+    bare = base().state_dict()
+    assert {name: torch.equal(value, bare[name]) for name, value in before.items()} == dict.fromkeys(bare, True)
+    after = base_bits(model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    for name in CONFIGS:
+        with using(model, name):
+            state, mine = adapter_state_dict(alone[name]), adapter_state_dict(model)
+            assert mine.keys() == state.keys()
+            assert all(torch.equal(mine[key], state[key]) for key in state)
+
+
+def test_none_is_the_bare_base_of_its_own_classes(model: nn.Module):
+    with using(model, None):
+        assert active_adapter(model) is None
+        assert lora_layers(model) == {}
+        assert type(model.fc) is nn.Linear
+        assert torch.equal(model.eval()(tokens()), base().eval()(tokens()))
+    assert active_adapter(model) == "plain"
+
+
+def test_uses_nest_and_survive_exceptions(model: nn.Module):
+    with using(model, "dora"):
+        with pytest.raises(KeyError), using(model, "rows"):  # noqa: PT012
+            with using(model, None):
+                assert active_adapter(model) is None
+            assert active_adapter(model) == "rows"
+            raise KeyError
+        assert active_adapter(model) == "dora"
+    assert active_adapter(model) == "plain"
+
+
+def test_switching_keeps_parameters_and_their_gradient_flags(model: nn.Module):
+    flags: dict[str, list[tuple[int, bool]]] = {}
+    for _ in range(2):
+        for name in CONFIGS:
+            set_adapter(model, name)
+            now = [(id(p), p.requires_grad) for group in parameter_groups(model, 1.0) for p in group["params"]]
+            assert flags.setdefault(name, now) == now
+            assert all(requires_grad for _, requires_grad in now)
+    counts = [len(now) for now in flags.values()]
+    assert len({p for now in flags.values() for p, _ in now}) == sum(counts)  # no parameter belongs to two
+
+
+def test_training_one_adapter_leaves_the_others_bit_equal(model: nn.Module, alone: dict[str, nn.Module]):
+    set_adapter(model, "head")
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, weight_decay=0.1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(tokens()).square().sum().backward()
+        optimizer.step()
+    changed = {
+        name: not all(torch.equal(value, state[key]) for key, value in adapter_state_dict(alone[name]).items())
+        for name in CONFIGS
+        for state in [_state(model, name)]
+    }
+    assert changed == dict.fromkeys(CONFIGS, False) | {"head": True}
+    assert torch.equal(base_bits(model)["head.weight"], base().head.weight)
+
+
+def _state(module: nn.Module, name: str) -> dict[str, Tensor]:
+    with using(module, name):
+        return adapter_state_dict(module)
+
+
+def test_a_graph_may_hold_several_adapters(model: nn.Module, alone: dict[str, nn.Module]):
+    """A reference pass inside of a step, and backward afterwards: as in preference optimization."""
+    set_adapter(model, "head")
+    policy = model.eval()(tokens())
+    with using(model, "plain"):
+        reference = model(tokens())
+    (policy * reference.detach()).sum().backward()
+    twin = copy.deepcopy(alone["head"]).eval()
+    (twin(tokens()) * copy.deepcopy(alone["plain"]).eval()(tokens()).detach()).sum().backward()
+    assert torch.equal(model.head.weight.grad, twin.head.weight.grad)
+    assert torch.equal(model.fc.lora.B.grad, twin.fc.lora.B.grad)
+
+
+@pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "pickled"])
+def test_a_copy_switches_by_itself(
+    twin: Callable[[nn.Module], nn.Module], model: nn.Module, alone: dict[str, nn.Module]
+):
+    other = twin(model)
+    for name in CONFIGS:
+        set_adapter(other, name)
+        assert torch.equal(other.eval()(tokens()), copy.deepcopy(alone[name]).eval()(tokens()))
+    assert active_adapter(model) == "plain"
+
+
+def test_the_module_moves_with_all_its_adapters(model: nn.Module):
+    model.double()
+    for name in (*CONFIGS, None):
+        with using(model, name):
+            assert model.eval()(tokens()).dtype is torch.float64
+
+
+def test_state_dict_of_the_module_holds_all(model: nn.Module, alone: dict[str, nn.Module]):
+    other = base()
+    for name, config in CONFIGS.items():
+        add_adapter(other, name, config)
+    other.load_state_dict(model.state_dict())
+    for name in CONFIGS:
+        with using(other, name):
+            assert torch.equal(other.eval()(tokens()), copy.deepcopy(alone[name]).eval()(tokens()))
+
+
+# --- the first adapter, and adding
+
+
+def test_an_adapter_without_a_name_is_the_default():
+    module = base()
+    assert (adapter_names(module), active_adapter(module)) == ([], None)
+    attach(module, CONFIGS["plain"])
+    assert (adapter_names(module), active_adapter(module)) == (["default"], "default")
+    assert not any("lora_others" in name for name, _ in module.named_modules())
+    set_adapter(module, "default")
+    add_adapter(module, "second", CONFIGS["dora"])
+    assert (adapter_names(module), active_adapter(module)) == (["default", "second"], "default")
+
+
+def test_a_single_adapter_can_be_switched_off():
+    module = base().eval()
+    attach(module, CONFIGS["rows"])
+    learn(module, 0)
+    adapted = module(tokens())
+    with using(module, None):
+        assert torch.equal(module(tokens()), base().eval()(tokens()))
+    assert torch.equal(module(tokens()), adapted)
+
+
+def test_sources_are_options_files_directories_and_tensors(tmp_path: Path, alone: dict[str, nn.Module]):
+    module = base()
+    save_adapter(alone["plain"], tmp_path / "peft")
+    report = add_adapter(module, "directory", tmp_path / "peft")
+    assert [layer.name for layer in report.layers] == ["embed", "conv", "fc"]
+    load_adapter(module, tmp_path / "peft", name="loaded")
+    add_adapter(module, "tensors", adapter_state_dict(alone["plain"]))
+    add_adapter(module, "fresh", CONFIGS["plain"], seed=0)
+    add_adapter(module, "by default")
+    expected = copy.deepcopy(alone["plain"]).eval()(tokens())
+    for name in ("directory", "loaded", "tensors"):
+        set_adapter(module, name)
+        assert torch.equal(module.eval()(tokens()), expected)
+    set_adapter(module, "fresh")
+    assert torch.equal(module.fc.lora.A, attached(CONFIGS["plain"]).fc.lora.A)
+    set_adapter(module, "by default")
+    assert len(lora_layers(module)) == len(lora_layers(attached(LoRAConfig())))
+
+
+def attached(config: LoRAConfig) -> Mixed:
+    module = base()
+    attach(module, config, seed=0)
+    return module
+
+
+def test_a_trained_head_is_not_taken_for_the_base(alone: dict[str, nn.Module]):
+    module = base()
+    add_adapter(module, "head", CONFIGS["head"])
+    learn(module, 1)
+    add_adapter(module, "second", LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["head"]))
+    set_adapter(module, "second")
+    assert torch.equal(module.head.weight, base().head.weight)
+
+
+def test_removing_forgets_an_adapter_and_nothing_else(model: nn.Module, alone: dict[str, nn.Module]):
+    remove_adapter(model, "head")
+    assert adapter_names(model) == [name for name in CONFIGS if name != "head"]
+    assert not any(".head." in name and "lora_others.head" in name for name in model.state_dict())
+    for name in adapter_names(model):
+        set_adapter(model, name)
+        assert torch.equal(model.eval()(tokens()), copy.deepcopy(alone[name]).eval()(tokens()))
+
+
+def test_detach_restores_the_base_of_all(model: nn.Module):
+    set_adapter(model, "head")
+    detach(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.state_dict().keys() == base().state_dict().keys()
+    assert all(torch.equal(value, base().state_dict()[name]) for name, value in model.state_dict().items())
+    assert adapter_names(model) == []
+
+
+def test_merge_of_one_drops_the_others(model: nn.Module, alone: dict[str, nn.Module]):
+    merge(model, "head")
+    assert adapter_names(model) == []
+    assert model.state_dict().keys() == base().state_dict().keys()
+    twin = copy.deepcopy(alone["head"])
+    merge(twin)
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_save_writes_the_active_adapter_alone(tmp_path: Path, model: nn.Module, alone: dict[str, nn.Module]):
+    set_adapter(model, "plain")
+    save_adapter(model, tmp_path / "mine")
+    save_adapter(alone["plain"], tmp_path / "theirs")
+    weights = "adapter_model.safetensors"
+    assert (tmp_path / "mine" / weights).read_bytes() == (tmp_path / "theirs" / weights).read_bytes()
+
+
+def test_a_head_that_trains_in_full_is_saved_without_the_others(tmp_path: Path):
+    module = base()
+    add_adapter(module, "one", LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["head"]))
+    add_adapter(module, "two", LoRAConfig(rank=2, target_modules=["fc"], modules_to_save=["head"]))
+    learn(module, 0)
+    save_adapter(module, tmp_path / "one")
+    other = base()
+    load_adapter(other, tmp_path / "one")
+    assert torch.equal(other.eval()(tokens()), module.eval()(tokens()))
+
+
+# --- bad input: one error, nothing changed
+
+
+REFUSED = {
+    "an unknown name": (lambda m: set_adapter(m, "plian"), "no adapter 'plian'. Did you mean 'plain'"),
+    "an unknown name to use": (lambda m: using(m, "x").__enter__(), "no adapter 'x'"),
+    "a name in use": (lambda m: add_adapter(m, "dora", LoRAConfig()), "an adapter 'dora' already"),
+    "a name with a dot": (lambda m: add_adapter(m, "a.b", LoRAConfig()), "without '.'"),
+    "the name of the base": (lambda m: add_adapter(m, "base", LoRAConfig()), "'base'"),
+    "no such file": (lambda m: add_adapter(m, "new", "nowhere"), "nowhere"),
+    "targets that match nothing": (lambda m: add_adapter(m, "new", LoRAConfig(target_modules=["no"])), "no"),
+    "tensors of other names": (lambda m: add_adapter(m, "new", {"x": torch.ones(1)}), "does not fit"),
+    "removing the active adapter": (lambda m: remove_adapter(m, "plain"), "is the active adapter; call set_adapter"),
+    "merging none in particular": (merge, "there are several adapters, 'plain', 'head'"),
+    "merging an unknown one": (lambda m: merge(m, "x"), "no adapter 'x'"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_bad_input_is_named_and_changes_nothing(what: str, model: nn.Module):
+    act, message = REFUSED[what]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises((ValueError, FileNotFoundError), match=message.replace(".", r"\.")):
+        act(model)
+    after = model.state_dict()
+    assert [*after] == [*before]
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert active_adapter(model) == "plain"
+
+
+def test_merged_and_disabled_adapters_are_not_switched(model: nn.Module):
+    remove_adapter(model, "head")
+    for mode in (merged, disabled):
+        with mode(model), pytest.raises(RuntimeError, match=f"inside {mode.__name__}"):
+            set_adapter(model, "dora")
+    set_adapter(model, "dora")
+
+
+def test_other_bases_are_refused(tmp_path: Path, alone: dict[str, nn.Module]):
+    save_adapter(alone["plain"], tmp_path / "plain")
+    other = Mixed()
+    add_adapter(other, "first", CONFIGS["dora"])
+    with pytest.raises(ValueError, match="base"):
+        add_adapter(other, "second", tmp_path / "plain")
+    assert adapter_names(other) == ["first"]
+
+
+def test_an_unnamed_head_whose_start_is_lost_is_refused():
+    module = base()
+    attach(module, CONFIGS["head"])
+    with pytest.raises(ValueError, match=r"head\.weight, head\.bias train in full.*add_adapter"):
+        add_adapter(module, "second", CONFIGS["plain"])
+    assert adapter_names(module) == ["default"]
+
+
+def test_attaching_inside_the_bare_base_is_refused(model: nn.Module):
+    with using(model, None), pytest.raises(ValueError, match=r"inside using\(module, None\)"):
+        attach(model, CONFIGS["plain"])
+
+
+def test_a_module_without_adapters_is_named():
+    with pytest.raises(ValueError, match="set_adapter: Mixed has no adapters"):
+        set_adapter(base(), "a")
