@@ -69,6 +69,17 @@ def page() -> Page:
     return page
 
 
+def test_page_replaces_a_file_only_if_asked(tmp_path: Path):
+    path = tmp_path / "page.html"
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"page\.html' exists already; nothing was written.*overwrite=True"):
+        page().write(path)
+    assert path.read_text(encoding="utf-8") == "mine"
+    page().write(path, overwrite=True)
+    assert path.read_text(encoding="utf-8") == page().html()
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_page_escapes_everything(tmp_path: Path):
     page().write(tmp_path / "page.html")
     found = Outline((tmp_path / "page.html").read_text(encoding="utf-8"))
