@@ -44,8 +44,9 @@ class LoRACallback(Callback):
         overwrite: Let ``export_dir`` replace an adapter that is there; otherwise one there is an error before training.
         init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory to start training from, unless training resumes
             a checkpoint. Ranks may have grown, layers may have been added or removed; the log says what happened.
-        fresh: Start every fit from the same untrained adapters, unless it resumes a checkpoint. Without it, a second
-            fit of a module continues from the adapters of the first.
+        fresh: Start every fit as on a new module, with the untrained adapters of the seed that ``seed_everything`` has
+            set, unless it resumes a checkpoint. Without it, a second fit of a module continues from the adapters of
+            the first.
         check_base: Reject a base whose values differ from those the adapter was trained on; the same values in another
             precision are accepted.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training

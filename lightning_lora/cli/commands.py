@@ -278,6 +278,7 @@ def merge(options: argparse.Namespace) -> Result:
     option("--intruders", action="store_true", help="count intruder dimensions; slow, needs --base"),
     OUT,
     PICTURES,
+    OVERWRITE,
 )
 def report(options: argparse.Namespace) -> Result:
     """Show what an adapter learned: ranks, sizes and relation to the weights; optionally as an HTML page."""
@@ -321,6 +322,7 @@ def report(options: argparse.Namespace) -> Result:
     ROOT,
     OUT,
     PICTURES,
+    OVERWRITE,
 )
 def compare(options: argparse.Namespace) -> Result:
     """Show what two adapters share, or the layers of one; optionally as an HTML page."""
@@ -408,6 +410,7 @@ def plan(options: argparse.Namespace) -> Result:
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise before anything is computed if the outputs could not be written."""
     from lightning_lora.analysis.plots import can_draw
+    from lightning_lora.storage.atomic import check_new
 
     if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise ValueError(f"--out={str(options.out)!r} must be a file in a folder that exists.")
@@ -415,6 +418,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise ValueError(f"--pictures={str(options.pictures)!r} is a file; name a folder.")
     if options.pictures and not can_draw():
         raise RuntimeError("--pictures needs matplotlib: pip install 'lightning-lora[plots]'.")
+    for old in (options.out, *(sorted(options.pictures.glob("*.png")) if options.pictures else ())):
+        if old is not None:
+            check_new(old, overwrite=options.overwrite)
 
 
 def _write_outputs(options: argparse.Namespace, lay_out: Callable[[], Page]) -> None:
@@ -427,6 +433,6 @@ def _write_outputs(options: argparse.Namespace, lay_out: Callable[[], Page]) -> 
             figure.savefig(options.pictures / f"{name}.png")
         print(f"lightning-lora: wrote {len(page.pictures)} pictures into {options.pictures}", file=sys.stderr)
     if options.out:
-        page.write(options.out)
+        page.write(options.out, overwrite=options.overwrite)
         without = "" if page.pictures else ", without pictures: they need pip install 'lightning-lora[plots]'"
         print(f"lightning-lora: wrote {options.out}{without}", file=sys.stderr)

@@ -42,7 +42,7 @@ from lightning_lora.trainer.checks import (
     check_unchanged,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
-from lightning_lora.trainer.export import check_export_dir, check_exportable, export_fit
+from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
 from lightning_lora.trainer.hints import Coverage, coverage, warn_of_suspicious_settings
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
@@ -53,6 +53,8 @@ from lightning_lora.trainer.lightning_patches import (
 )
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 from lightning_lora.trainer.warm_start import start_from
+
+_SEED = "PL_GLOBAL_SEED"  # where seed_everything leaves the seed
 
 # These convert later, since factors keep their own precision. Float64 cannot: a checkpoint would lose bits before.
 _CONVERT_LATER = (DeepSpeedPrecision, FSDPPrecision, HalfPrecision, MixedPrecision, Precision)
@@ -99,7 +101,7 @@ class FitSession:
         self.layout = self._checkpoints.layout
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
-        self._config, self._seed = options.config, int(os.environ.get("PL_GLOBAL_SEED", "0"))  # of seed_everything
+        self._config, self._seed = options.config, int(os.environ.get(_SEED, "0"))
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
@@ -156,7 +158,9 @@ class FitSession:
             )
         detach(module)
         Root("", module, before).put(before.starts)
-        self._is_new, self._seed = True, before.seed
+        self._is_new = True
+        if _SEED not in os.environ:
+            self._seed = before.seed
 
     def _take_saved_options(self) -> None:
         """Take the options from the checkpoint that is about to be loaded, if there is one."""
@@ -229,6 +233,7 @@ class FitSession:
         if self.options.export_dir is not None and self._is_fit:
             check_exportable(module, self.layout)
             if not self._is_trial:
+                check_export_place(self.layout, self.options.export_dir, self.trainer)
                 check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
 
     # --- training
@@ -252,6 +257,8 @@ class FitSession:
 
     def check_fit(self) -> None:
         """Check that exactly what was asked for will train."""
+        if self.options.export_dir is not None and not self._is_trial:
+            check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
         freeze_norms(self.module)  # sync_batchnorm makes new norm layers
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_lora import LoRACallback, adapter_state_dict, attach, detach, lora_layers
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, detach, lora_layers
 from lightning_lora.attachment import get_attachment
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_same_bits
@@ -212,6 +212,23 @@ def test_fresh_fits_of_one_module_are_equal(options: dict[str, Any], caplog: pyt
     detach(module)
     if "modules_to_save" not in options:
         assert digest(module.net) == digest(network())
+
+
+def test_fresh_fit_after_another_seed_is_that_of_a_new_module() -> None:
+    module, found, expected = Toy(), [], []
+    for seed in (1, 2):
+        seed_everything(seed)
+        found.append(losses(module, trainer(LoRACallback(rank=2, fresh=True))))
+        expected.append(losses(Toy(), trainer(LoRACallback(rank=2))))
+    assert found == expected
+    assert found[0] != found[1]
+
+
+def test_fresh_fit_without_a_seed_keeps_the_one_it_was_attached_with() -> None:
+    module, other = Toy(), Toy()
+    attach(module, LoRAConfig(rank=2), seed=5)
+    attach(other, LoRAConfig(rank=2), seed=5)
+    assert losses(module, trainer(LoRACallback(rank=2, fresh=True))) == losses(other, trainer(LoRACallback(rank=2)))
 
 
 def test_fresh_resumes_a_checkpoint(tmp_path: Path) -> None:
