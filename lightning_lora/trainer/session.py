@@ -42,7 +42,7 @@ from lightning_lora.trainer.checks import (
     check_unchanged,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
-from lightning_lora.trainer.export import check_export_dir, check_exportable, export_fit
+from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
 from lightning_lora.trainer.hints import Coverage, coverage, warn_of_suspicious_settings
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
@@ -233,6 +233,7 @@ class FitSession:
         if self.options.export_dir is not None and self._is_fit:
             check_exportable(module, self.layout)
             if not self._is_trial:
+                check_export_place(self.layout, self.options.export_dir, self.trainer)
                 check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
 
     # --- training
@@ -256,6 +257,8 @@ class FitSession:
 
     def check_fit(self) -> None:
         """Check that exactly what was asked for will train."""
+        if self.options.export_dir is not None and not self._is_trial:
+            check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
         freeze_norms(self.module)  # sync_batchnorm makes new norm layers
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)
