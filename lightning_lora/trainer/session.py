@@ -268,7 +268,7 @@ class FitSession:
         warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
 
     def _log_options(self) -> None:
-        """Log the options as hyper-parameters, with those that Lightning logs later: TensorBoard shows the first set."""
+        """Log the options as hyper-parameters, with what Lightning logs later: TensorBoard shows the first ones."""
         attached = [root.attachment for root in AdaptedModel(self.module).roots]
         config = attached[0].config
         always = {"rank": config.rank, "alpha": config.alpha, "target_modules": config.to_dict()["target_modules"]}
