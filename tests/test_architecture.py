@@ -23,7 +23,7 @@ LEVELS = [
     {"state"},
     {"storage"},
     {"peft_format"},
-    {"loading"},
+    {"loading", "several"},
     {"disk", "trainer"},
     {"callback"},
     {"analysis"},
