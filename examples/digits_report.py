@@ -99,7 +99,7 @@ def _draw_digits(
 
 def _draw_row(axes: Any, shown: list[int], title: str, what: str, data: Any, names: Any, truth: Any, said: Any) -> None:
     for axis, index in zip(axes, shown, strict=True):
-        axis.imshow(data.tensors[0][index], cmap="gray_r", vmin=0, vmax=1)
+        axis.imshow(data.tensors[0][index].numpy(), cmap="gray_r", vmin=0, vmax=1)
         axis.set(xticks=[], yticks=[])
         if said is None:
             axis.set_title(str(truth[index]), color=INK, fontsize=13, pad=4)
@@ -145,7 +145,7 @@ def _draw_updates(axis: Axes, figure: Figure | SubFigure, updates: dict[str, flo
             axis.text(x, y, f"{size:.0f}%", ha="center", va="center", color="white" if size > dark else INK)
     axis.set_title("Where the new domain changed the model", fontweight="bold", fontsize=12, loc="left", pad=32)
     axis.text(0, 1.03, _outside(updates), transform=axis.transAxes, va="bottom")
-    figure.colorbar(image, ax=axis, label="norm of the update, % of the weight's norm", pad=0.03)
+    figure.colorbar(image, ax=axis, label="update's norm, % of the weight's", pad=0.03)
 
 
 def _outside(updates: dict[str, float]) -> str:

@@ -194,7 +194,7 @@ def write_page(numbers: dict[str, Any], pictures: dict[str, Any], output: Path) 
     page.heading("7.3 The update and its weight")
     page.table(list(_relation_rows(numbers["7.3 relation"])), "As in table 7: the weight in the update's directions")
     _add(page, figures, "effective_rank", "ratio", "amplification", "alignment")
-    page.write(output / "section7.html")
+    page.write(output / "section7.html", overwrite=True)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, lora_layers, register_adapter
-from lightning_lora.modes import disabled, merged
+from lightning_lora.modes import disabled, merged, scaled
 from lightning_lora.names import target_names
 from lightning_lora.optimizers import parameter_groups
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning_lora.loading import add_adapter, load_adapter
     from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
     from lightning_lora.several.combination import combine, combine_adapters
+    from lightning_lora.several.routing import routed
 
 __version__ = "0.1.0"
 
@@ -51,7 +52,9 @@ __all__ = [
     "preflight",
     "register_adapter",
     "remove_adapter",
+    "routed",
     "save_adapter",
+    "scaled",
     "set_adapter",
     "target_names",
     "using",
@@ -67,6 +70,7 @@ _IMPORTED_WHEN_USED = {
     "combine_adapters": "several.combination",
     "load_adapter": "loading",
     "preflight": "peft_format.files",
+    "routed": "several.routing",
     "save_adapter": "peft_format.files",
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_lora.attachment import Attachment, get_attachment, merge_count
 from lightning_lora.layers import Adapter, AdapterGroup, LoRALayer, LowRankAdapter
-from lightning_lora.names import join, listed, module_names, walk
+from lightning_lora.names import OTHERS, join, listed, module_names, walk
 from lightning_lora.sharding import unwrapped
 
 
@@ -148,6 +148,8 @@ class AdaptedModel:
         """
         if not self.layers and not self.roots:
             now = "call attach or load_adapter first."
+            if any(OTHERS in part._modules for _, part in self.parts):
+                now = "it is the bare base here, inside using(module, None) or routed(module, ...)."
             if self.merges:
                 now = (
                     f"they were merged into the weights of {listed(list(self.merges))}, which cannot be undone. Build "

@@ -25,7 +25,7 @@ from lightning_lora.layers import (
     hold_statistics,
     release_statistics,
 )
-from lightning_lora.names import clean_name, join
+from lightning_lora.names import clean_name, join, listed
 from lightning_lora.ops.eager import without_autocast
 from lightning_lora.sharding import copy_whole, is_sharded
 
@@ -72,6 +72,47 @@ def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
         model.check_adapted("disabled")
     with _modes(model.layers, lambda _: "disabled"), _base_values(model):
         yield
+
+
+@contextmanager
+def scaled(module: nn.Module, factor: float) -> Iterator[None]:
+    """Compute with the update times a factor; 0 is the base, bit for bit, and a negative factor subtracts the update.
+
+    Modules trained in full are not affected. ``merge`` and ``merged`` inside the block fold the scaled update.
+
+    Args:
+        module: An adapted module; of several adapters, the active one is scaled.
+        factor: Any finite number.
+
+    Raises:
+        ValueError: The factor is no finite number, the module has no adapters, or an update is not proportional to its
+            scaling: DoRA's, and tokens trained in full. Nothing was changed.
+        RuntimeError: The adapters are merged into the weights now. Nothing was changed.
+    """
+    if not math.isfinite(factor):
+        raise ValueError(f"scaled: the factor must be a finite number, got {factor!r}.")
+    model = AdaptedModel(module)
+    model.check_adapted("scaled")
+    if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
+        raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
+    if factor == 0:
+        with disabled(module):
+            yield
+        return
+    odd = [n for n, each in model.adapters.items() if not isinstance(each, LowRankAdapter) or each.spec.use_dora]
+    if odd and factor != 1:
+        raise ValueError(
+            f"scaled: the update of {listed(odd)} is not proportional to its scaling (DoRA, or tokens trained in "
+            "full), so only 0 and 1 are possible."
+        )
+    before = [(adapter, adapter.spec) for adapter in model.adapters.values()]
+    try:
+        for adapter, spec in before:
+            adapter.spec = spec._replace(scaling=factor * spec.scaling)
+        yield
+    finally:
+        for adapter, spec in before:
+            adapter.spec = spec
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -15,12 +16,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("jsonargparse")
 
+import matplotlib
+from matplotlib.figure import Figure
+
 from lightning_lora.cli import main
+from tests.analysis.test_plots import check_labels
 from tests.processes import run
 
 pytestmark = pytest.mark.slow
@@ -118,6 +124,16 @@ def test_picture_is_large_png(digits):
     width, height = struct.unpack(">II", head[16:])
     assert width > 1200
     assert height > 900
+
+
+def test_no_label_of_the_picture_lies_on_another(digits, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    images = torch.utils.data.TensorDataset(torch.rand(20, 8, 8), torch.arange(20) % 10)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    with matplotlib.rc_context():
+        importlib.import_module("digits_report").draw(digits.results, images, images, Path("unused"))
+        check_labels(drawn[0])
 
 
 def cli(command: str, *arguments: str, folder: Path) -> str:

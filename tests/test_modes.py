@@ -19,6 +19,7 @@ from lightning_lora import (
     lora_layers,
     merge,
     merged,
+    scaled,
 )
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
@@ -180,4 +181,52 @@ def test_modes_raise_without_adapters_and_after_a_merge(switch, tiny, tokens):
     attach(tiny, CONFIG)
     merge(tiny)
     with raises_and_changes_nothing(tiny, ValueError, r"merged into the weights of .*q_proj"), switch(tiny):
+        pass
+
+
+# --- scaled
+
+
+@pytest.mark.parametrize("factor", [0.5, -1.0, 3, 1])
+def test_scaled_multiplies_the_update(factor: float, rng: torch.Generator):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    attach(model, LoRAConfig(rank=1, alpha=2, adapter_dtype="float64", lora_bias=True))
+    train_all(model, rng)
+    weights = [layer.weight + factor * layer.scaling * layer.lora.B @ layer.lora.A for layer in model]
+    biases = [layer.bias + factor * layer.scaling * layer.lora.bias for layer in model]
+    expected = (x @ weights[0].T + biases[0]) @ weights[1].T + biases[1]
+    before = model(x)
+    with scaled(model, factor):
+        torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        with merged(model):
+            torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(model(x), before)
+
+
+def test_scaled_by_zero_is_the_base_bit_for_bit(rng: torch.Generator):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    x = torch.randn(3, 6)
+    bare = model(x)
+    attach(model, LoRAConfig(rank=1, use_dora=True))
+    train_all(model, rng)
+    with scaled(model, 0):
+        assert torch.equal(model(x), bare)
+    assert not torch.equal(model(x), bare)
+
+
+@pytest.mark.parametrize(
+    ("config", "factor", "message"),
+    [
+        (LoRAConfig(rank=1, use_dora=True), 0.5, r"the update of 0, 1 is not proportional"),
+        (LoRAConfig(rank=1), float("nan"), "finite number, got nan"),
+        (None, 2.0, "scaled: Sequential has no adapters"),
+    ],
+    ids=["dora", "nan", "bare"],
+)
+def test_scaled_refuses_what_has_no_meaning(config: LoRAConfig | None, factor: float, message: str):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    if config is not None:
+        attach(model, config)
+    with pytest.raises(ValueError, match=message), scaled(model, factor):
         pass

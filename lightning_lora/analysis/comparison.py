@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -24,6 +25,7 @@ from lightning_lora.analysis.spectrum import known_median, plain, update_similar
 from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed, with_equal_roots
 
+_ROUNDING = 1e-6  # relative, of float32 factors
 _HEADER = ("layer", "ranks", "cosine", "in: first", "in: all", "chance", "out: first", "out: all", "chance")
 
 
@@ -203,24 +205,45 @@ def likeness(comparison: AdapterComparison) -> list[str]:
     live = [layer for layer in comparison.layers if min(layer.ranks)]
     if not live:
         return ["No layer has two nonzero updates: there is nothing to compare."]
-    lines = []
-    for side, of in (("input", "of_inputs"), ("output", "of_outputs")):
-        overlaps = [getattr(layer, of) for layer in live]
-        first, every, chance = (statistics.median([each[at] for each in overlaps]) for at in range(3))
-        lines.append(
-            f"The leading {side} directions overlap by {first:.3f}, all of them by {every:.3f}, random ones "
-            f"by {chance:.3f} (medians over {len(live)} layers)."
-        )
-    cosines = {layer.name: layer.cosine for layer in live}
-    middle, ordered = statistics.median(cosines.values()), sorted(cosines, key=cosines.__getitem__)
-    least, most = ordered[0], ordered[-1]
-    lines.append(
-        f"As vectors, the updates have a median cosine of {middle:.2f}: {most} is most alike ({cosines[most]:.2f}), "
-        f"{least} least ({cosines[least]:.2f})."
-    )
+    if all(_are_equal(layer) for layer in live):
+        lines = [f"The two adapters are the same in {_all_of(live)}, up to rounding."]
+    else:
+        lines = [*_of_directions(live), _of_cosines(live)]
     for which, names in (("first", comparison.only_first), ("second", comparison.only_second)):
         lines += [f"Only in the {which}: {listed(names)}."] if names else []
     return lines
+
+
+def _are_equal(layer: LayerComparison) -> bool:
+    """Return whether two updates are the same up to the rounding of float32 factors."""
+    return layer.cosine > 1 - _ROUNDING and math.isclose(*layer.norms, rel_tol=_ROUNDING)
+
+
+def _all_of(layers: Sequence[LayerComparison]) -> str:
+    return layers[0].name if len(layers) == 1 else f"all {len(layers)} layers"
+
+
+def _of_directions(live: Sequence[LayerComparison]) -> Iterator[str]:
+    over = _all_of(live) if len(live) == 1 else f"medians over {len(live)} layers"
+    for side, of in (("input", "of_inputs"), ("output", "of_outputs")):
+        overlaps = [getattr(layer, of) for layer in live]
+        first, every, chance = (statistics.median([each[at] for each in overlaps]) for at in range(3))
+        yield (
+            f"The leading {side} directions overlap by {first:.3f}, all of them by {every:.3f}, random ones "
+            f"by {chance:.3f} ({over})."
+        )
+
+
+def _of_cosines(live: Sequence[LayerComparison]) -> str:
+    cosines = {layer.name: layer.cosine for layer in live}
+    middle, ordered = statistics.median(cosines.values()), sorted(cosines, key=cosines.__getitem__)
+    least, most = ordered[0], ordered[-1]
+    if f"{cosines[least]:.2f}" == f"{cosines[most]:.2f}":
+        return f"As vectors, the updates have a cosine of {middle:.2f} in {_all_of(live)}."
+    return (
+        f"As vectors, the updates have a median cosine of {middle:.2f}: {most} is most alike ({cosines[most]:.2f}), "
+        f"{least} least ({cosines[least]:.2f})."
+    )
 
 
 # --- the layers of one adapter
@@ -271,12 +294,18 @@ def _between(kind: str, alike: Sequence[AdapterMatrix]) -> KindSimilarity:
     return KindSimilarity(kind, blocks, tables[0], tables[1])
 
 
+def kind_names(similarities: Sequence[KindSimilarity]) -> list[str]:
+    """Return the name of each kind; those of several widths also tell their first block."""
+    counts = Counter(each.kind for each in similarities)
+    return [each.kind if counts[each.kind] == 1 else f"{each.kind}, from {each.blocks[0]}" for each in similarities]
+
+
 def similarity_rows(similarities: Sequence[KindSimilarity]) -> Iterator[tuple[str, ...]]:
     """Yield the rows of a table of what layers share, the header first."""
     yield ("kind of layer", "blocks", "inputs", "outputs")
-    for each in similarities:
+    for name, each in zip(kind_names(similarities), similarities, strict=True):
         pairs = ([float(t[at, to]) for at in range(len(t)) for to in range(at)] for t in (each.inputs, each.outputs))
-        yield (each.kind, str(len(each.blocks)), *(_cell(known_median(values)) for values in pairs))
+        yield (name, str(len(each.blocks)), *(_cell(known_median(values)) for values in pairs))
 
 
 # --- showing numbers

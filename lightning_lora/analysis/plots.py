@@ -11,14 +11,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from itertools import takewhile
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_lora.analysis.adapters import place
-from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, LayerComparison
+from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, LayerComparison, kind_names
 from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis, metric_of
 
 Metric = Literal["effective_rank", "stable_rank", "suggested_rank", "norm", "ratio", "amplification", "alignment"]
@@ -43,9 +44,11 @@ _MOST_NAMES = 12  # lines that a legend can tell apart
 _ACROSS = 4
 _OUTSIDE = "no block"
 _WIDEST, _TALLEST = 24, 80  # cells; with more, such as many experts, each becomes thinner
+_FEWEST, _LONGEST = 8, 36  # characters of a name beside a picture
+_PANEL, _ALONE = 148, 270  # points that the title of a panel may be wide
 INK = "#1c2127"
 _UNKNOWN = "#9aa0a6"
-_MOST_NUMBERS = 160  # with more cells, numbers do not fit into them
+_MOST_NUMBERS = 320  # with more cells, the table is easier to read
 # Of medium lightness, to be visible on white, on black and in gray print.
 HUES = ("#3b7dd8", "#dd6b35", "#2a9d6f", "#a565c9", "#b98a12", "#d1495b")
 _STYLE: dict[Any, Any] = {
@@ -74,7 +77,11 @@ def plot_similarities(phis: Mapping[str, Tensor], *, labels: tuple[str, str] = (
     Raises:
         ValueError: ``phis`` is empty.
     """
-    return _tables(phis, labels, "$\\phi(i, j)$", first=1)
+    panels = []
+    for name, phi in phis.items():
+        rows, columns = ([str(1 + at) for at in range(size)] for size in phi.shape)
+        panels.append(_Panel(name, phi, rows, columns))
+    return _panels(panels, labels, "$\\phi(i, j)$")
 
 
 def plot_blocks(similarities: Sequence[KindSimilarity], side: Side = "inputs") -> Any:
@@ -83,30 +90,44 @@ def plot_blocks(similarities: Sequence[KindSimilarity], side: Side = "inputs") -
     Raises:
         ValueError: ``similarities`` is empty.
     """
-    tables = {each.kind: getattr(each, side) for each in similarities}
-    return _tables(tables, ("block", "block"), "shared, above chance", first=0)
+    panels = []
+    for name, each in zip(kind_names(similarities), similarities, strict=True):
+        numbers = [block.rpartition(".")[2] for block in each.blocks]
+        panels.append(_Panel(name, getattr(each, side), numbers, numbers))
+    return _panels(panels, ("block", "block"), "shared, above chance")
 
 
-def _tables(tables: Mapping[str, Tensor], labels: tuple[str, str], scale: str, *, first: int) -> Any:
-    if not tables:
+class _Panel(NamedTuple):
+    """One of several heat maps: its title, its cells, and the names of its rows and columns."""
+
+    title: str
+    table: Tensor
+    rows: Sequence[str]
+    columns: Sequence[str]
+
+
+def _panels(panels: Sequence[_Panel], labels: tuple[str, str], scale: str) -> Any:
+    if not panels:
         raise ValueError("There is nothing to draw.")
-    columns = min(_ACROSS, len(tables))
-    rows = math.ceil(len(tables) / columns)
-    is_alone = len(tables) == 1
-    size = (5.2, 4.4) if is_alone else (2.3 * columns + 0.9, 2.2 * rows + 0.2)
-    with new_figure(*size, rows, columns) as (figure, panels):
-        for at, (axes, (name, table)) in enumerate(zip(panels.flat, tables.items(), strict=False)):
-            image = _heat_map(axes, table, lowest=0.0, highest=1.0)
-            for axis, count in zip((axes.yaxis, axes.xaxis), table.shape, strict=True):
-                _name_ticks(axis, [str(first + cell) for cell in range(count)], most=9 if first else 8)
-            axes.set_title(name, fontsize=10 if is_alone else 8)
-            if at + columns >= len(tables):
-                axes.set_xlabel(labels[1], fontsize=9 if is_alone else 8)
+    columns = min(_ACROSS, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    is_alone = len(panels) == 1
+    width, height = (5.2, 4.4) if is_alone else (2.3 * columns + 0.9, 2.2 * rows + 0.2)
+    size, label_size, room = (10, 9, _ALONE) if is_alone else (8, 8, _PANEL)
+    titles = _fitted([panel.title for panel in panels], room, size)
+    with new_figure(width, height, rows, columns) as (figure, grid):
+        for at, (axes, title, panel) in enumerate(zip(grid.flat, titles, panels, strict=False)):
+            image = _heat_map(axes, panel.table, lowest=0.0, highest=1.0)
+            _name_ticks(axes.yaxis, panel.rows, most=9)
+            _name_ticks(axes.xaxis, panel.columns, most=9)
+            axes.set_title(title, fontsize=size)
+            if at + columns >= len(panels):
+                axes.set_xlabel(labels[1], fontsize=label_size)
             if at % columns == 0:
-                axes.set_ylabel(labels[0], fontsize=9 if is_alone else 8)
-        for axes in panels.flat[len(tables) :]:
+                axes.set_ylabel(labels[0], fontsize=label_size)
+        for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
-        figure.colorbar(image, ax=panels, pad=0.02, label=scale)
+        _scale(figure, image, grid, label=scale)
     return figure
 
 
@@ -131,7 +152,7 @@ def plot_energy(analysis: AdapterAnalysis) -> Any:
     The suggested rank is where a curve crosses the dotted line. Lines are drawn as in ``plot_spectra``.
     """
     layers = [layer for layer in analysis.layers if layer.numerical_rank]
-    with _curves(layers, _held) as (figure, axes):
+    with _curves(layers, _held, beyond=1.0) as (figure, axes):
         axes.axhline(analysis.energy, color=INK, linewidth=0.9, linestyle=":")
         axes.set_title(f"energy of {len(layers)} update{'s' * (len(layers) != 1)}; dotted: {analysis.energy:.0%}")
         axes.set(ylim=(None, 1.0 + 0.02), xlabel="leading directions", ylabel="share of the squared norm")
@@ -146,17 +167,21 @@ def _held(layer: LayerAnalysis) -> Sequence[float]:
 
 @contextmanager
 def _curves(
-    layers: Sequence[LayerAnalysis], of: Callable[[LayerAnalysis], Sequence[float]]
+    layers: Sequence[LayerAnalysis], of: Callable[[LayerAnalysis], Sequence[float]], beyond: float = math.nan
 ) -> Iterator[tuple[Any, Any]]:
-    """Give a figure with a curve for each layer, or with their ranges, and its axes."""
+    """Give a figure with a curve for each layer, or with their ranges, and its axes.
+
+    ``beyond`` is the value of a curve that is shorter than others, after its end.
+    """
     is_few = len(layers) <= _MOST_NAMES
-    with new_figure(6.4 if is_few else 5.3, 3.8) as (figure, panels):
+    names = shortened([layer.name for layer in layers], _LONGEST) if is_few else []
+    with new_figure(5.3 + 0.06 * max(map(len, names), default=0), 3.8) as (figure, panels):
         axes = panels[0, 0]
         if not is_few:
-            _draw_ranges(axes, [of(layer) for layer in layers])
-        for layer in layers if is_few else ():
+            _draw_ranges(axes, [of(layer) for layer in layers], beyond)
+        for name, layer in zip(names, layers, strict=False):
             values = of(layer)
-            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=layer.name)
+            axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name)
         if is_few and layers:
             axes.legend(fontsize=7, handlelength=3.5, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -164,8 +189,8 @@ def _curves(
         yield figure, axes
 
 
-def _draw_ranges(axes: Any, curves: Sequence[Sequence[float]]) -> None:
-    table = pad_sequence([torch.tensor(curve, dtype=torch.float64) for curve in curves], padding_value=math.nan)
+def _draw_ranges(axes: Any, curves: Sequence[Sequence[float]], beyond: float) -> None:
+    table = pad_sequence([torch.tensor(curve, dtype=torch.float64) for curve in curves], padding_value=beyond)
     shares = torch.tensor([0, 0.25, 0.5, 0.75, 1], dtype=torch.float64)
     lowest, lower, middle, upper, highest = table.nanquantile(shares, dim=1).tolist()
     index = range(1, len(table) + 1)
@@ -214,20 +239,24 @@ def _by_place(
     for layer, value in numbers.items():
         row, column = places[layer]
         table[rows.index(row), columns.index(column)] = value
-    names = [row or _OUTSIDE for row in rows]
+    row_names = shortened([row or _OUTSIDE for row in rows], _LONGEST)
+    column_names = shortened(columns, _LONGEST)
     across, down = min(max(3, len(columns)), _WIDEST), min(max(5, len(rows)), _TALLEST)
     known = table[~table.isnan()]
     lowest = min(0.0, float(known.min())) if len(known) else 0.0
-    with new_figure(1.2 + 0.075 * max(map(len, names)) + 0.42 * across, 1.4 + 0.18 * down) as (figure, panels):
+    # A slanted name is half as high as it is long.
+    width = 1.2 + 0.075 * max(map(len, row_names)) + 0.42 * across
+    height = 0.8 + 0.04 * max(map(len, column_names)) + 0.18 * down
+    with new_figure(max(width, _width(name, 10) / 72 + 0.3), height) as (figure, panels):
         axes = panels[0, 0]
-        axes.set_title(name)
+        figure.suptitle(name, fontsize=10)
         image = _heat_map(axes, table, lowest=lowest, highest=highest)
-        figure.colorbar(image, ax=axes, pad=0.02)
-        _name_ticks(axes.yaxis, names, most=_TALLEST // 2)
-        _name_ticks(axes.xaxis, columns, most=_WIDEST)
+        _scale(figure, image, axes)
+        _name_ticks(axes.yaxis, row_names, most=_TALLEST)
+        _name_ticks(axes.xaxis, column_names, most=_WIDEST)
         for label in axes.get_xticklabels():  # slanted, so that they do not overlap
             label.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
-        if len(columns) <= _WIDEST and table.numel() <= _MOST_NUMBERS * 2:
+        if len(columns) <= _WIDEST and len(rows) <= _TALLEST and table.numel() <= _MOST_NUMBERS:
             _write_numbers(axes, image, table, decimals)
     return figure
 
@@ -260,7 +289,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False)
     for axes in figure.axes:  # ticks are made when they are drawn, without the style
-        axes.tick_params(colors=INK, labelsize=8)
+        axes.tick_params(which="both", colors=INK, labelsize=8)
 
 
 def _heat_map(axes: Any, table: Tensor, *, lowest: float | None = None, highest: float | None = None) -> Any:
@@ -270,6 +299,11 @@ def _heat_map(axes: Any, table: Tensor, *, lowest: float | None = None, highest:
     colors = matplotlib.colormaps["viridis"].with_extremes(bad=_UNKNOWN)
     cells = table.detach().cpu().double().numpy()
     return axes.imshow(cells, cmap=colors, vmin=lowest, vmax=highest, aspect="auto", interpolation="nearest")
+
+
+def _scale(figure: Any, image: Any, axes: Any, **options: Any) -> None:
+    """Draw the scale of the colors beside the axes, equally thin in low and high figures."""
+    figure.colorbar(image, ax=axes, pad=0.02, aspect=max(20, 7 * figure.get_figheight()), **options)
 
 
 def _name_ticks(axis: Any, names: Sequence[str], *, most: int) -> None:
@@ -286,11 +320,60 @@ def _write_numbers(axes: Any, image: Any, table: Tensor, decimals: int | None = 
             if not math.isnan(value):
                 ink = "white" if float(image.norm(value)) < 0.6 else "black"
                 text = _short(value) if decimals is None else f"{round(value, decimals) + 0.0:.{decimals}f}"
-                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=ink)
+                # Inside of the axes, so the layout need not ask each for its size.
+                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=ink, in_layout=False)
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if 100 <= abs(value) < 10_000:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if 0.001 <= abs(value) < 100 or not value else f"{value:.0e}"
+
+
+# --- names
+
+
+def _fitted(names: Sequence[str], room: float, size: float) -> list[str]:
+    """Return names as ``shortened`` does, so that none is wider than ``room`` points at this font size."""
+    short = list(names)
+    while (widest := max(_width(name, size) for name in short)) > room:
+        longest = max(map(len, short))
+        most = min(longest - 1, int(longest * room / widest) + 1)
+        if most < _FEWEST:
+            break
+        short = shortened(names, most)
+    return short
+
+
+def _width(text: str, size: float) -> float:
+    """Return the width in points of a text at a font size."""
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.textpath import text_to_path
+
+    return float(text_to_path.get_text_width_height_descent(text, FontProperties(size=size), ismath=False)[0])
+
+
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """Return names of at most ``most`` characters, with parts of their middle left out, that still differ.
+
+    What all names begin with is left out if nothing else tells them apart.
+    """
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    shared = "".join(f"{each[0]}." for each in takewhile(lambda each: len(set(each)) == 1, parts))
+    rests = ["…" + name.removeprefix(shared) for name in names]
+    tries = ([_cut(name, most, head) for name in each] for each in (names, rests) for head in (1 / 3, 0, 2 / 3))
+    return max(tries, key=lambda each: len(set(each)))
+
+
+def _cut(name: str, most: int, head: float) -> str:
+    """Return the first and the last parts of a name, whole ones where they fit; ``head`` is the share of the first."""
+    if len(name) <= most:
+        return name
+    room = most - 1
+    last = name[len(name) - room + int(head * room) :]
+    last = last[last.find(".") + 1 :]
+    first = name[: room - len(last)]
+    return f"{first.rpartition('.')[0] or first}…{last}"
 
 
 def as_svg(figure: Any, name: str) -> str:

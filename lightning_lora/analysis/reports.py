@@ -13,6 +13,7 @@ from lightning_lora.analysis import plots
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, likeness, similarity_rows
 from lightning_lora.analysis.plots import as_svg, can_draw
 from lightning_lora.analysis.summary import AdapterAnalysis, RankSuggestion, findings, suggest_ranks
+from lightning_lora.storage.atomic import check_new, replace_file
 
 NO_PLOTS = "Pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
 
@@ -275,9 +276,15 @@ class Page:
         page = Template(_PAGE.read_text(encoding="utf-8"))
         return page.substitute(title=escape(self._title), body="\n".join(self._parts))
 
-    def write(self, path: Path) -> None:
-        """Write the page to a file."""
-        path.write_text(self.html(), encoding="utf-8")
+    def write(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write the page to a file.
+
+        Raises:
+            ValueError: The file exists and ``overwrite`` is not set.
+        """
+        check_new(path, overwrite=overwrite)
+        content = self.html()
+        replace_file(path, lambda place: place.write_text(content, encoding="utf-8"))
 
 
 def _width(svg: str) -> str:

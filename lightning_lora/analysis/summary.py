@@ -254,31 +254,47 @@ def findings(analysis: AdapterAnalysis) -> list[str]:
 
 def _of_ranks(live: Sequence[LayerAnalysis], analysis: AdapterAnalysis) -> Iterator[str]:
     rank, used, needed = (_median(live, metric) for metric in ("rank", "effective_rank", "suggested_rank"))
-    most = max(live, key=lambda layer: layer.suggested_rank)
     yield (
-        f"At rank {rank:g}, the median update uses {used:.1f} directions (effective rank); {needed:g} of them hold "
-        f"{analysis.energy:.0%} of its squared norm. {most.name} needs the most: {most.suggested_rank}."
+        f"At rank {rank:g}, {_the_median(live)} uses {used:.1f} directions (effective rank); {needed:g} of them hold "
+        f"{analysis.energy:.0%} of its squared norm.{_of_the_neediest(live)}"
     )
     full = [layer.name for layer in live if layer.effective_rank > _USED_UP * layer.rank]
     if 2 * len(full) > len(live):
-        share = f"{len(full)} of {len(live)} updates"
-        yield f"{share} use more than {_USED_UP:.0%} of their rank: a higher one may do better."
+        who = f"{len(full)} of {len(live)} updates use" if len(live) > 1 else "The update uses"
+        yield f"{who} more than {_USED_UP:.0%} of the rank: a higher one may do better."
     suggestions = suggest_ranks(analysis)
     now, then = (sum(getattr(each, key) for each in suggestions) for key in ("parameters", "parameters_suggested"))
     if then < now:
         yield f"At the suggested rank of each kind of layer, A and B have {then:,} parameters instead of {now:,}."
 
 
+def _the_median(live: Sequence[LayerAnalysis]) -> str:
+    return "the median update" if len(live) > 1 else "the update"
+
+
+def _of_the_neediest(live: Sequence[LayerAnalysis]) -> str:
+    """Return a sentence about the updates that need the highest rank, unless all need the same."""
+    most = max(layer.suggested_rank for layer in live)
+    names = [layer.name for layer in live if layer.suggested_rank == most]
+    if len(names) == len(live):
+        return " All updates need as many." if len(live) > 1 else ""
+    return f" {listed(names, _MOST_NAMED)} need{'s' * (len(names) == 1)} the most: {most}."
+
+
 def _of_sizes(live: Sequence[LayerAnalysis]) -> Iterator[str]:
     ratios = {layer.name: metric_of(layer, "ratio") for layer in live}
     known = {name: ratio for name, ratio in ratios.items() if not math.isnan(ratio)}
     if known:
-        named = _largest(known, ".2g")
+        largest = f"; the largest are {_largest(known, '.2g')}" if len(known) > 1 else ""
         middle = statistics.median(known.values())
-        yield f"The norm of the median update is {middle:.2g} times its weight's; the largest are {named}."
+        yield f"The norm of {_the_median(live)} is {_times(middle)} times its weight's{largest}."
     else:
         named = _largest({layer.name: layer.norm for layer in live}, ".3g")
         yield f"The largest updates by norm: {named}. Their relation to the weights is unknown without the base."
+
+
+def _times(factor: float) -> str:
+    return f"{factor:,.0f}" if factor >= 100 else f"{factor:.2g}"
 
 
 def _largest(numbers: dict[str, float], precision: str) -> str:
@@ -291,8 +307,8 @@ def _of_directions(live: Sequence[LayerAnalysis]) -> Iterator[str]:
     if math.isnan(amplification) or math.isnan(alignment):
         return
     yield (
-        f"In its own directions the median update is {amplification:.2g} times as large as the weight (amplification; "
-        "the LoRA paper finds 21.5 for GPT-3 at rank 4 and 1.9 at rank 64)."
+        f"In its own directions {_the_median(live)} is {_times(amplification)} times as large as the weight "
+        "(amplification; the LoRA paper finds 21.5 for GPT-3 at rank 4 and 1.9 at rank 64)."
     )
     if alignment >= _BEYOND_CHANCE:
         meaning = "the updates amplify what the weights already do"
@@ -300,7 +316,8 @@ def _of_directions(live: Sequence[LayerAnalysis]) -> Iterator[str]:
         meaning = "the updates are unrelated to what the weights do"
     else:
         meaning = "the updates avoid what the weights do"
-    yield f"There the weight is {alignment:.2g} times as large as in random directions (median): {meaning}."
+    middle = " (median)" if len(live) > 1 else ""
+    yield f"There the weight is {_times(alignment)} times as large as in random directions{middle}: {meaning}."
 
 
 def _of_intruders(live: Sequence[LayerAnalysis]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lora.attachment import table_lines
-from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, summary_lines
+from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, sum_lines, summary_lines
 from lightning_lora.names import listed
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"must be greater than 0 and at most 1, got {text}")
     return share
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 def _count(text: str) -> int:
@@ -203,6 +207,59 @@ def _converted(path: Path, layers: list[str]) -> Result:
     return Result({"wrote": str(path), "layers": layers}, [f"wrote {path}: {len(layers)} layers ({listed(layers, 3)})"])
 
 
+# --- arithmetic
+
+_RANK = option("--rank", type=_count, metavar="R", help="the highest rank of a layer")
+_ENERGY = option("--energy", type=_share, metavar="E", help="the share of each layer's squared norm to keep")
+_INTO = option("--out", type=Path, metavar="DIR", required=True, help="the PEFT directory to write")
+
+
+@command(
+    option("adapters", type=Path, metavar="ADAPTER", nargs="+", help=_AN_ADAPTER),
+    option(
+        "--weights",
+        type=_numbers,
+        metavar="W,W",
+        required=True,
+        help="factor of each adapter in the sum; --weights=-1,1 if the first is negative",
+    ),
+    option(
+        "--method",
+        choices=("cat", "svd"),
+        default="cat",
+        help="cat: exact, ranks add up (default); svd: the best approximation of a rank",
+    ),
+    _RANK,
+    _ENERGY,
+    _INTO,
+    OVERWRITE,
+)
+def combine(options: argparse.Namespace) -> Result:
+    """Write the weighted sum of adapters, without the model."""
+    return _sum(options, options.adapters, options.weights, options.method, options.rank, options.energy)
+
+
+@command(ADAPTER, option("factor", type=float, metavar="FACTOR", help="such as 0.5 or -1"), _INTO, OVERWRITE)
+def scale(options: argparse.Namespace) -> Result:
+    """Write an adapter whose update is that of another one times a factor."""
+    return _sum(options, [options.adapter], [options.factor], "cat")
+
+
+@command(ADAPTER, one_of(_RANK, _ENERGY), _INTO, OVERWRITE)
+def truncate(options: argparse.Namespace) -> Result:
+    """Write the best approximation of an adapter by one of lower rank."""
+    return _sum(options, [options.adapter], [1.0], "svd", options.rank, options.energy)
+
+
+def _sum(options: argparse.Namespace, adapters: list[Path], weights: list[float], method: str, *cut: Any) -> Result:
+    from lightning_lora.several.combination import combine_adapters
+
+    kept = dict(zip(("rank", "energy"), cut, strict=False))
+    layers = combine_adapters(adapters, weights, options.out, method=method, overwrite=options.overwrite, **kept)
+    content = {"wrote": str(options.out), "layers": [layer._asdict() for layer in layers]}
+    return Result(content, [f"wrote {options.out}: {len(layers)} layers", *sum_lines(layers)])
+
+
 # --- an adapter and its base
 
 
@@ -278,6 +335,7 @@ def merge(options: argparse.Namespace) -> Result:
     option("--intruders", action="store_true", help="count intruder dimensions; slow, needs --base"),
     OUT,
     PICTURES,
+    OVERWRITE,
 )
 def report(options: argparse.Namespace) -> Result:
     """Show what an adapter learned: ranks, sizes and relation to the weights; optionally as an HTML page."""
@@ -321,6 +379,7 @@ def report(options: argparse.Namespace) -> Result:
     ROOT,
     OUT,
     PICTURES,
+    OVERWRITE,
 )
 def compare(options: argparse.Namespace) -> Result:
     """Show what two adapters share, or the layers of one; optionally as an HTML page."""
@@ -408,6 +467,7 @@ def plan(options: argparse.Namespace) -> Result:
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise before anything is computed if the outputs could not be written."""
     from lightning_lora.analysis.plots import can_draw
+    from lightning_lora.storage.atomic import check_new
 
     if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise ValueError(f"--out={str(options.out)!r} must be a file in a folder that exists.")
@@ -415,6 +475,9 @@ def _check_outputs(options: argparse.Namespace) -> None:
         raise ValueError(f"--pictures={str(options.pictures)!r} is a file; name a folder.")
     if options.pictures and not can_draw():
         raise RuntimeError("--pictures needs matplotlib: pip install 'lightning-lora[plots]'.")
+    for old in (options.out, *(sorted(options.pictures.glob("*.png")) if options.pictures else ())):
+        if old is not None:
+            check_new(old, overwrite=options.overwrite)
 
 
 def _write_outputs(options: argparse.Namespace, lay_out: Callable[[], Page]) -> None:
@@ -427,6 +490,6 @@ def _write_outputs(options: argparse.Namespace, lay_out: Callable[[], Page]) -> 
             figure.savefig(options.pictures / f"{name}.png")
         print(f"lightning-lora: wrote {len(page.pictures)} pictures into {options.pictures}", file=sys.stderr)
     if options.out:
-        page.write(options.out)
+        page.write(options.out, overwrite=options.overwrite)
         without = "" if page.pictures else ", without pictures: they need pip install 'lightning-lora[plots]'"
         print(f"lightning-lora: wrote {options.out}{without}", file=sys.stderr)

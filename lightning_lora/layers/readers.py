@@ -128,7 +128,8 @@ def _definitions(module_class: type, name: str) -> Iterator[FunctionType]:
         function = vars(each).get(name)
         function = function.fget if isinstance(function, property) else function
         function = inspect.unwrap(function) if callable(function) else None
-        if isinstance(function, FunctionType) and not function.__module__.startswith(_LIBRARIES):
+        # Generated code, such as that of torch.fx, belongs to no module.
+        if isinstance(function, FunctionType) and not (function.__module__ or "").startswith(_LIBRARIES):
             yield function
             if "super" not in _names(function.__code__):
                 return

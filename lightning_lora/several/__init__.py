@@ -1,1 +1,1 @@
-"""Several adapters at once."""
+"""Several adapters at work together: one per sample of a batch, and sums of adapters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
@@ -55,6 +57,30 @@ def check_export_dir(layout: Layout, directory: str | PathLike[str], *, overwrit
             problem = f"it cannot be written ({error.strerror}). Name a directory in a place that can be."
     if (problem := layout.strategy.broadcast(problem)) is not None:
         raise MisconfigurationException(f"LoRACallback.export_dir={str(directory)!r}: {problem}")
+
+
+def check_export_place(layout: Layout, directory: str | PathLike[str], trainer: Trainer) -> None:
+    """Refuse before training a place that checkpoints or logs would have filled after it; every process must call this.
+
+    A callback that was given no folder knows it only after its ``setup``.
+    """
+    place, problem = Path(os.path.realpath(directory)), None
+    for writer, folder in _written(trainer) if layout.strategy.is_global_zero else ():
+        if Path(os.path.realpath(folder)).is_relative_to(place):
+            problem = f"{writer} writes into {folder!r}. Name a directory that only the export uses."
+    if (problem := layout.strategy.broadcast(problem)) is not None:
+        raise MisconfigurationException(f"LoRACallback.export_dir={str(directory)!r}: {problem}")
+
+
+def _written(trainer: Trainer) -> Iterator[tuple[str, str]]:
+    """Yield the folders that callbacks and loggers write into, with what writes there."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for writer in (*callbacks, *trainer.loggers):
+        for name in ("dirpath", "log_dir", "save_dir"):
+            folder = getattr(writer, name, None)
+            if isinstance(folder, (str, PathLike)) and str(folder):
+                yield type(writer).__name__, str(folder)
+                break  # what comes next lies around it
 
 
 def export_fit(

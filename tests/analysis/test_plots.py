@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +17,7 @@ from torch import nn
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.analysis import AdapterAnalysis, analyze, compare, layer_similarity
 from lightning_lora.analysis.plots import (
+    INK,
     plot_blocks,
     plot_comparison,
     plot_energy,
@@ -17,7 +25,9 @@ from lightning_lora.analysis.plots import (
     plot_similarities,
     plot_similarity,
     plot_spectra,
+    shortened,
 )
+from lightning_lora.analysis.reports import analysis_page, comparison_page
 from lightning_lora.analysis.spectrum import subspace_similarity
 from tests.contract import train_all
 
@@ -147,3 +157,187 @@ def test_missing_matplotlib_raises_with_install_hint(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-lora\[plots\]'"):
         plot_similarity(torch.ones(2, 2))
+
+
+# --- labels
+
+
+def long_names(blocks: int, kinds: int, rng: torch.Generator) -> nn.Module:
+    """A model whose layers have names of more than fifty letters."""
+    model = nn.ModuleDict()
+    layers = {f"self_attention_projection_{kind}": nn.Linear(12, 12) for kind in range(kinds)}
+    model["transformer_language_model"] = nn.ModuleDict(
+        {"decoder_layers": nn.ModuleList(nn.ModuleDict(deepcopy(layers)) for _ in range(blocks))}
+    )
+    attach(model, LoRAConfig(rank=4))
+    train_all(model, rng)
+    return model
+
+
+def one_layer(rng: torch.Generator) -> nn.Module:
+    model = nn.ModuleDict({"head": nn.Linear(16, 8)})
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, rng)
+    return model
+
+
+def drawn_texts(figure: Any) -> dict[Any, Any]:
+    """Draw a figure, and return its texts with their outlines; a slanted text turns about its anchor."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.path import Path
+    from matplotlib.text import Text
+    from matplotlib.transforms import Affine2D
+
+    def record(text: Any, renderer: Any) -> None:
+        drawn.append(text)
+        draw(text, renderer)
+
+    drawn: list[Any] = []
+    draw, renderer = Text.draw, FigureCanvasAgg(figure).get_renderer()
+    with patch.object(Text, "draw", record):
+        figure.draw(renderer)
+    outlines = {}
+    for text in drawn:
+        if text.get_visible() and text.get_text().strip():
+            angle = text.get_rotation() if text.get_rotation_mode() == "anchor" else 0
+            if angle:
+                text.set_rotation(0)
+            corners = text.get_window_extent(renderer).corners()[[0, 1, 3, 2, 0]]
+            anchor = text.get_transform().transform(text.get_position())
+            outlines[text] = Path(Affine2D().rotate_deg_around(*anchor, angle).transform(corners))
+    return outlines
+
+
+def check_labels(figure: Any) -> None:
+    """Every text lies inside of the figure, and on no other one."""
+    outlines = drawn_texts(figure)
+    assert outlines
+    edge = figure.bbox.padded(0.5)  # pixels: rounding
+    extents = {text: outline.get_extents() for text, outline in outlines.items()}
+    for text, extent in extents.items():
+        assert edge.contains(*extent.min), f"{text} leaves the figure"
+        assert edge.contains(*extent.max), f"{text} leaves the figure"
+    in_order = sorted(outlines, key=lambda text: extents[text].x0)
+    for at, one in enumerate(in_order):
+        for other in in_order[at + 1 :]:
+            if extents[other].x0 > extents[one].x1:
+                break  # so do all after it
+            if extents[one].overlaps(extents[other]):
+                assert not outlines[one].intersects_path(outlines[other]), f"{one} lies on {other}"
+
+
+def pictures(one: nn.Module, other: nn.Module) -> dict[str, Any]:
+    """Every picture of the pages of two adapters."""
+    with patch("lightning_lora.analysis.reports.as_svg", return_value=""):  # drawing them twice takes twice as long
+        pages = (
+            analysis_page(analyze(one), "one", similarities=layer_similarity(one)),
+            comparison_page(compare(one, other), ("one", "other")),
+        )
+    return {name: figure for page in pages for name, figure in page.pictures.items()}
+
+
+def experts(rng: torch.Generator) -> nn.Module:
+    model = nn.ModuleDict({"experts": nn.Module()})
+    model["experts"].register_parameter("up", nn.Parameter(torch.randn(30, 6, 5, generator=rng)))
+    attach(model, LoRAConfig(rank=1, target_modules=[], target_parameters=["experts.up"]))
+    train_all(model, rng)
+    return model
+
+
+def wide_and_narrow(rng: torch.Generator) -> nn.Module:
+    """Stages of two widths, with ranks of their own, DoRA and slices."""
+    stages = [
+        nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "fc1": nn.Linear(width, width)})
+        for width in (16, 16, 32, 32)
+    ]
+    model = nn.ModuleDict({"stages": nn.ModuleList(stages)})
+    slices = {"qkv": {"query_projection": "0:16", "value_projection": "32:48"}}
+    attach(model, LoRAConfig(rank=3, use_dora=True, rank_pattern={"fc1": 2}, target_slices=slices))
+    train_all(model, rng)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        partial(long_names, 32, 4),
+        one_layer,
+        experts,
+        wide_and_narrow,
+    ],
+    ids=["32 blocks", "one layer", "experts", "stages"],
+)
+def test_no_label_lies_on_another_or_leaves_the_figure(build: Callable[..., nn.Module], rng: torch.Generator):
+    pytest.importorskip("matplotlib")
+    for name, figure in pictures(build(rng), build(rng)).items():
+        check_labels(figure)
+        assert max(figure.get_size_inches()) < 20, name
+
+
+def test_more_blocks_than_lines_of_text(rng: torch.Generator):
+    pytest.importorskip("matplotlib")
+    found = analyze(long_names(85, 1, rng))
+    check_labels(plot_layers(found, "norm"))
+    check_labels(plot_spectra(replace(found, layers=found.layers[:12])))
+
+
+def test_shortened_names_still_differ():
+    names = [f"encoder.language_model.layers.{block}.self_attention.{kind}" for block in range(30) for kind in "qkv"]
+    for most in (12, 20, 30, 40):
+        short = shortened(names, most)
+        assert len(set(short)) == len(names)
+        assert max(map(len, short)) <= most
+    assert shortened(names, 36)[0] == "encoder…0.self_attention.q"
+    assert shortened(["h.0.q", "neck"], 5) == ["h.0.q", "neck"]
+    assert shortened(["a_single_name_without_any_dot"], 12)[0].count("…") == 1
+
+
+def test_no_number_is_cut_in_two():
+    """``layers.7`` must not stand for ``layers.17``."""
+    for most in range(8, 60):
+        for short in shortened([f"encoder.language_model.layers.{block}.attention.q" for block in (17, 23)], most):
+            assert not {"7", "3"} & set(re.split(r"[.…]", short)), short
+
+
+def test_titles_fit_whatever_their_letters():
+    pytest.importorskip("matplotlib")
+    phi = torch.eye(3)
+    check_labels(plot_similarities({letter * 60 + str(at): phi for at, letter in enumerate("WmilmWWW")}))
+    check_labels(plot_similarity(phi, title="W" * 90))
+
+
+def test_kinds_of_several_widths_have_a_panel_each(rng: torch.Generator):
+    pytest.importorskip("matplotlib")
+    alike = layer_similarity(wide_and_narrow(rng))
+    assert [each.kind for each in alike].count("fc1") == 2
+    titles = [axes.get_title() for axes in plot_blocks(alike).axes if axes.images and axes.get_title()]
+    assert len(set(titles)) == len(alike)
+    assert {"fc1, from stages.0", "fc1, from stages.2"} <= set(titles)
+
+
+def test_blocks_are_named_by_their_numbers(rng: torch.Generator):
+    pytest.importorskip("matplotlib")
+    model = nn.ModuleDict({"h": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(12))})
+    attach(model, LoRAConfig(rank=2, target_modules=["h.3.q", "h.7.q", "h.11.q"]))
+    train_all(model, rng)
+    panel = plot_blocks(layer_similarity(model)).axes[0]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["3", "7", "11"]
+
+
+def test_energy_of_a_lower_rank_stays_whole(rng: torch.Generator):
+    """An update of rank 1 holds everything in two directions, too."""
+    pytest.importorskip("matplotlib")
+    model = nn.ModuleDict({f"layer{at}": nn.Linear(16, 16) for at in range(20)})
+    attach(model, LoRAConfig(rank=4, rank_pattern={f"layer{at}": 1 for at in range(15)}))
+    train_all(model, rng)
+    median = plot_energy(analyze(model)).axes[0].lines[0]
+    assert list(median.get_ydata()) == pytest.approx([1, 1, 1, 1])
+
+
+def test_every_label_takes_the_ink_of_the_page(rng: torch.Generator):
+    """A label in another color would vanish on a dark page."""
+    to_hex = pytest.importorskip("matplotlib.colors").to_hex
+    for name, figure in pictures(adapted(2, rng), adapted(2, rng)).items():
+        cells = {text for axes in figure.axes if axes.images for text in axes.texts}
+        for text in drawn_texts(figure):
+            assert text in cells or to_hex(text.get_color()) == INK, f"{text} in {name}"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach
-from lightning_lora.analysis import analyze, compare, layer_similarity
+from lightning_lora.analysis import analyze, compare, findings, layer_similarity
 from lightning_lora.analysis.comparison import likeness
 from lightning_lora.analysis.reports import (
     NO_PLOTS,
@@ -67,6 +67,17 @@ def page() -> Page:
     page.table([("layer", "rank"), ("h.0.<q>", "<4>")], "What <they> have")
     page.figures([(SVG, "A picture of <phi>", "Caption & words")])
     return page
+
+
+def test_page_replaces_a_file_only_if_asked(tmp_path: Path):
+    path = tmp_path / "page.html"
+    path.write_text("mine", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"page\.html' exists already; nothing was written.*overwrite=True"):
+        page().write(path)
+    assert path.read_text(encoding="utf-8") == "mine"
+    page().write(path, overwrite=True)
+    assert path.read_text(encoding="utf-8") == page().html()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_page_escapes_everything(tmp_path: Path):
@@ -199,3 +210,42 @@ def test_likeness_in_words():
     attach(untrained, LoRAConfig(rank=2))
     assert "nothing to compare" in likeness(compare(untrained, one))[0]
     assert json.dumps(comparison.to_dict())
+
+
+def test_identical_adapters_are_called_the_same():
+    one = adapted(0)
+    assert likeness(compare(one, one)) == ["The two adapters are the same in all 5 layers, up to rounding."]
+    head = head_only(0)
+    assert likeness(compare(head, head)) == ["The two adapters are the same in head, up to rounding."]
+
+
+def test_no_layer_is_most_alike_where_all_are_alike():
+    """The same directions with other sizes are not the same adapter."""
+    one, other = adapted(0), adapted(0)
+    for name, parameter in other.named_parameters():
+        if name.endswith("lora.B"):
+            parameter.data.mul_(2)
+    said = likeness(compare(one, other))
+    assert said[-1] == "As vectors, the updates have a cosine of 1.00 in all 5 layers."
+
+
+def head_only(seed: int) -> nn.Module:
+    model = nn.ModuleDict({"head": nn.Linear(16, 8)})
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, torch.Generator().manual_seed(seed))
+    return model
+
+
+def test_one_layer_has_no_median():
+    said = likeness(compare(head_only(0), head_only(1))) + findings(analyze(head_only(0)))
+    for words in ("median", "1 layers", "1 updates", "the largest are", "most alike", "e+"):
+        assert words not in " ".join(said), words
+    assert said[0].endswith("(head).")
+    assert "the update uses" in " ".join(said)
+
+
+def test_long_names_break_on_narrow_pages_and_on_paper():
+    html = page().html()
+    screen, paper = html.split("@media print")
+    assert re.search(r"^p, li \{[^}]*overflow-wrap: anywhere", screen, re.M)
+    assert re.search(r"tbody th \{[^}]*overflow-wrap: anywhere", paper)

@@ -132,6 +132,32 @@ def test_compare_of_one_adapter_compares_layers(files: Path, capsys: pytest.Capt
     assert "at least two layers of the same kind" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [("report", "one"), ("compare", "one", "other"), ("compare", "one")])
+def test_pages_and_pictures_are_replaced_only_if_asked(
+    command: tuple[str, ...], files: Path, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("matplotlib")
+    name, *adapters = command
+    folder, page = files / "pictures", files / "page.html"
+    arguments = (name, *(files / each for each in adapters))
+    folder.mkdir()
+    for old, option, place in (
+        (page, "--out", page),
+        (folder / "mine.png", "--pictures", folder),
+    ):
+        old.write_text("mine", encoding="utf-8")
+        assert run(*arguments, option, place) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert f"{old.name}' exists already; nothing was written" in err
+        assert "--overwrite" in err
+        assert old.read_text(encoding="utf-8") == "mine"
+    assert list(folder.iterdir()) == [folder / "mine.png"]
+    assert run(*arguments, "--out", page, "--pictures", folder, "--overwrite") == 0
+    assert "<html" in page.read_text(encoding="utf-8")
+    assert len(list(folder.iterdir())) > 1
+
+
 # --- plan
 
 

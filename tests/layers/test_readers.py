@@ -229,6 +229,23 @@ def test_asking_about_a_weight_is_not_reading_it():
     assert model.proj.weight is model.proj._parameters["weight"]
 
 
+class CallsAndReads(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.plain(self.proj(x)), self.proj.weight)
+
+
+def test_code_that_fx_has_generated_is_read(rng):
+    model, x = torch.fx.symbolic_trace(CallsAndReads()), torch.randn(3, E, generator=rng)
+    assert model.forward.__module__ is None
+    assert _found(model) == {"proj"}
+    attach(model, LoRAConfig(rank=2))
+    assert lora_layers(model).keys() == {"proj", "plain"}
+    train_all(model, rng)
+    trained = model(x)
+    merge(model)
+    assert torch.allclose(model(x), trained, atol=1e-5)
+
+
 def test_torch_modules_that_read_their_layers_are_found():
     model = nn.ModuleList([nn.TransformerEncoderLayer(8, 2), nn.TransformerDecoderLayer(8, 2)])
     found = {name for name in _found(model) if "norm" not in name}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_lora import LoRACallback, adapter_state_dict, load_adapter
@@ -133,6 +134,37 @@ def test_unusable_export_dir_is_refused_before_training(tmp_path: Path, monkeypa
         with pytest.raises(MisconfigurationException, match=message):
             exporting(place, overwrite=True)
     assert tree(tmp_path) == before
+
+
+WRITERS = {  # what writes into the folder of the export, or below it
+    "checkpoints": lambda folder: ([ModelCheckpoint(dirpath=folder)], False),
+    "checkpoints below": lambda folder: ([ModelCheckpoint(dirpath=folder / "new" / "checkpoints")], False),
+    "logs": lambda folder: ([], CSVLogger(folder.parent, name=folder.name, version="")),
+    "logs below": lambda folder: ([], CSVLogger(folder)),
+    "checkpoints beside logs": lambda folder: ([ModelCheckpoint()], CSVLogger(folder)),
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_place_that_the_run_writes_into_is_refused_before_training(
+    kind: str, overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Toy, "training_step", lambda *_: pytest.fail("it trained"))
+    monkeypatch.chdir(tmp_path)
+    callbacks, logger = WRITERS[kind](tmp_path / "out")
+    lora = LoRACallback(rank=4, export_dir="out", overwrite=overwrite)
+    options = {"logger": logger, "enable_checkpointing": bool(callbacks)}
+    writer = "ModelCheckpoint" if logger is False else "ModelCheckpoint|CSVLogger"
+    with pytest.raises(MisconfigurationException, match=rf"export_dir='out': ({writer}) writes into .*out"):
+        trainer(lora, *callbacks, **options).fit(Toy(), loader())
+
+
+def test_export_may_lie_below_checkpoints_and_logs(tmp_path: Path) -> None:
+    lora = LoRACallback(rank=4, export_dir=str(tmp_path / "peft"))
+    options = {"logger": CSVLogger(tmp_path, name="", version=""), "enable_checkpointing": True}
+    trainer(lora, ModelCheckpoint(dirpath=tmp_path), **options).fit(Toy(), loader())
+    assert (tmp_path / "peft" / "adapter_config.json").is_file()
 
 
 def test_second_fit_on_the_same_module_checks_the_place_too(tmp_path: Path) -> None:
