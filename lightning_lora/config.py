@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 from typing_extensions import override
 
-from lightning_lora.names import near_names, parse_slices
+from lightning_lora.names import near_names, numbers_of_blocks, parse_slices
 
 MYPY = False  # not TYPE_CHECKING, whose block jsonargparse would run for the types
 if MYPY:
@@ -63,6 +63,9 @@ class LoRAConfig:
         target_modules: Layers to adapt: ``"all-linear"``, ``"all-conv"``, ``"all"`` (every layer of a supported kind),
             a list of names and of these words, or one regular expression that must match the full name (as in PEFT).
         exclude_modules: Modules to leave out, with everything below them: a list of names or one regular expression.
+        layers: Which of the model's repeated blocks to adapt, as with PEFT's ``layers_to_transform``: numbers, from 0
+            or negative from the end, and slices such as ``"8:16"``. Of several stacks of blocks, such as an encoder and
+            a decoder, each is meant. Layers outside of blocks are left out. By default all layers are adapted.
         target_parameters: Parameters of two or more dimensions to adapt, in any module: names, ends of names, globs.
             A three-dimensional parameter is treated as a stack of experts, ``(experts, out, in)``; every expert gets
             its own factors.
@@ -102,6 +105,7 @@ class LoRAConfig:
     dropout: Probability = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
     exclude_modules: str | Sequence[str] = ()
+    layers: Sequence[str | int] = ()  # str first: jsonargparse would read "8:16" as the number 8 * 60 + 16
     target_parameters: Sequence[str] = ()
     target_slices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = ()
@@ -148,15 +152,16 @@ class LoRAConfig:
     def changed(self) -> dict[str, Any]:
         """Return the options that differ from the defaults."""
         default = LoRAConfig().to_dict()
-        return {name: value for name, value in self.to_dict().items() if value != default[name]}
+        return {name: value for name, value in self.to_dict().items() if value != default.get(name)}
 
     @override
     def __repr__(self) -> str:
         return f"LoRAConfig({shown_options(self.changed())})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain scalars, lists and dicts, suitable for YAML, JSON and checkpoints."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        """Return plain scalars, lists and dicts, suitable for YAML, JSON and checkpoints; ``layers`` only if given."""
+        # Earlier versions, which do not know the option, read what they can do.
+        return {key: _plain(value) for key, value in asdict(self).items() if value or key != "layers"}
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
@@ -199,10 +204,16 @@ def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> Non
             raise TypeError(f"{owner} has no option {name!r}. {hint}")
 
 
-_IN_PEFT = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "init_lora_weights": "init"}
+_IN_PEFT = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "layers_to_transform": "layers",
+}
 _NOT_HERE = {
     "task_type": "The adapters do not depend on it; to record it in the files, call save_adapter(..., task_type=...).",
-    "layers_to_transform": "Name the layers in target_modules, with globs: ['layers.[01].*', 'layers.1?.*'].",
+    "layers_pattern": "The repeated blocks are found without it; layers=[0, 1] takes their numbers.",
 }
 
 
@@ -292,6 +303,20 @@ def _numbers_by_name(name: str, values: Any, *, check: Callable[[str, Any], floa
     return kept
 
 
+def _blocks(name: str, values: Any) -> tuple[int | str, ...]:
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or not all(type(value) is int or isinstance(value, str) for value in values):
+        raise TypeError(
+            f"LoRAConfig.{name} must be a list of block numbers and slices, such as [0, -1, '8:16'], got {values!r}."
+        )
+    try:
+        for value in values:
+            numbers_of_blocks(value, 1)
+    except ValueError as error:
+        raise ValueError(f"LoRAConfig.{name}={list(values)!r}: {error}") from None
+    return tuple(values)
+
+
 def _slices(name: str, values: Any) -> dict[str, dict[str, str]]:
     kept, wrong = {}, TypeError(f"LoRAConfig.{name} must map layers to {{name: slices}}, got {values!r}.")
     if not isinstance(values, Mapping):
@@ -339,6 +364,7 @@ _CHECKS: dict[str, Callable[[str, Any], object]] = {
     "dropout": _dropout,
     "target_modules": _regex_or_names,
     "exclude_modules": _regex_or_names,
+    "layers": _blocks,
     "target_parameters": _names,
     "target_slices": _slices,
     "trainable_token_indices": _tokens,

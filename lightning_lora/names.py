@@ -182,6 +182,49 @@ def rows_of_slices(text: str, count: int) -> tuple[range, ...]:
     return tuple(rows)
 
 
+def stacks_of_blocks(parameters: Iterable[str]) -> dict[str, int]:
+    """Return the paths of repeated blocks, such as ``model.layers``, with how many blocks each has.
+
+    Blocks are the numbered parts of one module, if two or more of them have the same parameters, and some of these in
+    modules of their own: not so the layers of an ``nn.Sequential``. Names alone decide, so that a model and its files
+    have the same blocks.
+    """
+    inside: dict[str, dict[int, set[str]]] = {}
+    for name in parameters:
+        parts = name.split(".")
+        for at, part in enumerate(parts[:-1]):
+            if part.isdecimal():
+                block = inside.setdefault(".".join(parts[:at]), {}).setdefault(int(part), set())
+                block.add(".".join(parts[at + 1 :]))
+    found = {}
+    for path, blocks in inside.items():
+        kinds = [frozenset(names) for names in blocks.values() if any("." in name for name in names)]
+        if len(set(kinds)) < len(kinds):
+            found[path] = max(blocks) + 1
+    return found
+
+
+def block_of(name: str, stacks: Collection[str]) -> tuple[str, int] | None:
+    """Return the outermost stack that a module lies in, with the number of its block, or None."""
+    parts = name.split(".")
+    numbered = ((".".join(parts[:at]), part) for at, part in enumerate(parts) if part.isdecimal())
+    return next(((path, int(part)) for path, part in numbered if path in stacks), None)
+
+
+def numbers_of_blocks(entry: int | str, count: int) -> tuple[set[int], bool]:
+    """Return which of ``count`` blocks a number or slices mean, and whether all that they mean is there."""
+    if isinstance(entry, int):
+        fits = -count <= entry < count
+        return ({entry % count} if fits else set()), fits
+    found, fits = set[int](), True
+    for part in parse_slices(entry):
+        numbers = range(*part.indices(count))
+        found.update(numbers)
+        fits = fits and bool(numbers)
+        fits = fits and all(edge is None or -count <= edge <= count for edge in (part.start, part.stop))
+    return found, fits
+
+
 def near_names(entry: str, names: Iterable[str], limit: int = 4) -> list[str]:
     """Return the names closest to a misspelled entry, whole or by their last part."""
     names = [name for name in names if name]

@@ -184,7 +184,11 @@ def merge(
 def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig, seed: int) -> None:
     if (old.config, old.seed) != (config, seed):
         before, after = old.config.to_dict() | {"seed": old.seed}, config.to_dict() | {"seed": seed}
-        changed = [f"{key}: {before[key]!r} -> {after[key]!r}" for key in after if before[key] != after[key]]
+        changed = [
+            f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+            for key in {**before, **after}
+            if before.get(key) != after.get(key)
+        ]
         raise ValueError(
             f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). "
             "Call detach(module) first, or use the same config."

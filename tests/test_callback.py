@@ -50,6 +50,7 @@ class Held(Callback):
         ("lora_alpha", "Did you mean 'alpha'"),
         ("lora_dropout", "Did you mean 'dropout'"),
         ("init_lora_weights", "Did you mean 'init'"),
+        ("layers_to_transform", "Did you mean 'layers'"),
         ("target_module", "Did you mean 'target_modules'"),
         ("lr_ration", "Did you mean 'lr_ratio'"),
         ("xyz", "Options are adapter_dtype, allow_untrained, alpha, "),
@@ -62,10 +63,10 @@ def test_unknown_option_suggests_closest(wrong: str, hint: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "advice"),
-    [("task_type", r"save_adapter\(\.\.\., task_type="), ("layers_to_transform", r"target_modules, with globs")],
+    [("task_type", r"save_adapter\(\.\.\., task_type="), ("layers_pattern", r"blocks are found without it")],
 )
 def test_option_that_only_peft_has_gets_its_own_answer(name: str, advice: str) -> None:
-    with pytest.raises(TypeError, match=f"no option '{name}' of PEFT's.*{advice}"):
+    with pytest.raises(TypeError, match=f"no option '{name}'.*{advice}"):
         LoRACallback(**{name: "x"})
 
 

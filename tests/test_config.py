@@ -20,6 +20,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "dropout": 0.25,
     "target_modules": ["q_proj", "blocks.*.v_proj"],
     "exclude_modules": ["blocks.1"],
+    "layers": [0, -1, "8:16"],
     "modules_to_save": ["head"],
     "target_parameters": ["experts.up"],
     "target_slices": {"c_attn": {"q": "0:768", "v": "1536:2304"}},
@@ -44,6 +45,7 @@ WRONG_TYPE = {
     "dropout": NO_NUMBERS,
     "target_modules": NO_NAMES,
     "exclude_modules": NO_NAMES,
+    "layers": [None, 3, "8:16", [1.0], [True], [None], {0}, {"a": 1}],
     "modules_to_save": [*NO_NAMES, "head"],
     "target_parameters": [*NO_NAMES, "up"],
     "rank_pattern": [None, 3, "a", ["a"], {"a": "4"}, {"a": 2.0}, {"a": None}, {"a": True}],
@@ -58,6 +60,7 @@ WRONG_VALUE = {
     "dropout": [-0.1, 1.0, 1.5, math.nan, math.inf],
     "target_modules": ["", [], (), ["a", ""], "(", "*", "a[", "q_proj)"],
     "exclude_modules": [[""], ["a", ""], "(", "*"],
+    "layers": [["8"], ["8-16"], ["a:b"], [""], ["1:8:0"]],
     "modules_to_save": [[""]],
     "target_parameters": [[""]],
     "target_slices": [{"a": {}}, *({"a": {"q": text}} for text in ("", "3", ":,", "a:b", "0:4:0", "0:1:2:3"))],
@@ -129,7 +132,13 @@ def test_examples_cover_every_option():
     assert OTHER_THAN_DEFAULT.keys() == names
     assert WRONG_TYPE.keys() | WRONG_VALUE.keys() == names
     plain = LoRAConfig().to_dict()
-    assert all(plain[name] != value for name, value in OTHER_THAN_DEFAULT.items())
+    assert all(plain.get(name) != value for name, value in OTHER_THAN_DEFAULT.items())
+
+
+def test_config_without_layers_is_written_as_before_the_option():
+    names = {option.name for option in dataclasses.fields(LoRAConfig)}
+    assert LoRAConfig(rank=3).to_dict().keys() == names - {"layers"}
+    assert LoRAConfig(layers=[0]).to_dict().keys() == names
 
 
 @pytest.mark.parametrize("options", [{}, OTHER_THAN_DEFAULT, {"target_modules": r".*_proj", "exclude_modules": "a|b"}])
@@ -137,7 +146,7 @@ def test_config_round_trips_through_dict_and_json(options: dict[str, Any]):
     config = LoRAConfig(**options)
     plain = json.loads(json.dumps(config.to_dict()))
     assert plain == config.to_dict()
-    assert plain.keys() == {option.name for option in dataclasses.fields(LoRAConfig)}
+    assert plain.keys() | {"layers"} == {option.name for option in dataclasses.fields(LoRAConfig)}
     assert plain | options == plain
     assert LoRAConfig.from_dict(plain) == config
 

@@ -134,6 +134,14 @@ def test_modules_to_save_takes_auto_or_a_list(value: str, saved: tuple[str, ...]
     assert outcome.moved == ["net.0", "net.2", "net.4"][: 2 if saved else 3]
 
 
+@pytest.mark.parametrize("form", ["flag", "YAML"])
+def test_layers_take_numbers_and_slices(form: str, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("lora: {rank: 2, layers: [0, -1, '8:16', 0:2]}")
+    flags = ["--lora.layers=[0, -1, '8:16', 0:2]"] if form == "flag" else ["--config=config.yaml"]
+    printed = run("fit", *flags, "--print_config", forced=True)
+    assert yaml.safe_load(printed.output)["lora"]["layers"] == [0, -1, "8:16", "0:2"]
+
+
 def test_printed_config_can_be_read_back(run: Run, tmp_path: Path) -> None:
     flags = [*CALLBACK, "--trainer.callbacks.rank_pattern={net.0: 2}", "--trainer.callbacks.target_modules=[net.*]"]
     first = run("fit", *flags, "--print_config")
@@ -184,7 +192,8 @@ ANSWERS = {
     "lora_dropout": "Did you mean 'dropout'?",
     "init_lora_weights": "Did you mean 'init'?",
     "task_type": "call save_adapter(..., task_type=...)",
-    "layers_to_transform": "no option 'layers_to_transform' of PEFT's",
+    "layers_to_transform": "Did you mean 'layers'?",
+    "layers_pattern": "The repeated blocks are found without it",
     "config": "LoRACallback.config is for Python. In flags and in YAML, give its options one by one.",
 }
 

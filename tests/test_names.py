@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_lora import names as targets
+from lightning_lora.names import block_of, numbers_of_blocks, parse_slices, stacks_of_blocks
 
 
 @pytest.mark.parametrize(
@@ -171,3 +172,41 @@ def test_empty_parameters_are_not_tied():
 def test_listed_counts_the_rest():
     assert targets.listed(["a", "b"]) == "a, b"
     assert targets.listed(list("abcdefgh")) == "a, b, c, d, e, f and 2 more"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        (["layers.0.q.weight", "layers.1.q.weight"], {"layers": 2}),
+        (["0.q.weight", "1.q.weight", "2.q.weight"], {"": 3}),
+        (["h.0.q.weight", "h.1.q.weight", "h.1.extra.weight", "h.2.q.weight"], {"h": 3}),  # one of them differs
+        (["net.0.weight", "net.2.weight"], {}),  # layers, not blocks
+        (["net.0.q.weight", "net.1.v.weight"], {}),  # nothing is repeated
+        (["h.0.q.weight"], {}),
+        ([f"{stack}.h.{at}.q.weight" for stack in "ab" for at in range(2)], {"a.h": 2, "b.h": 2}),
+    ],
+)
+def test_repeated_blocks_are_found_by_their_parameters(parameters: list[str], expected: dict[str, int]):
+    assert stacks_of_blocks(parameters) == expected
+
+
+def test_outermost_stack_counts():
+    stacks = stacks_of_blocks(f"layers.{at}.experts.{e}.up.weight" for at in range(4) for e in range(3))
+    assert stacks["layers.1.experts"] == 3
+    assert block_of("layers.2.experts.1.up", stacks) == ("layers", 2)
+    assert block_of("head", stacks) is None
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("text", [":", "1:3", "-2:", "::2", "0:2,3:4", "3:1", "::-1"])
+def test_numbers_of_blocks_are_those_of_python(text: str, count: int):
+    numbers = list(range(count))
+    expected = {n for part in parse_slices(text) for n in numbers[part]}
+    assert numbers_of_blocks(text, count)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("entry", "fits"), [(3, True), (4, False), (-4, True), (-5, False), ("0:4", True), ("0:5", False), ("2:2", False)]
+)
+def test_number_that_no_block_has_does_not_fit(entry: int | str, fits: bool):
+    assert numbers_of_blocks(entry, 4)[1] is fits

@@ -216,8 +216,8 @@ def _trains(name: str, config: LoRAConfig) -> bool:
 
 
 def _attach_bare(module: nn.Module, config: LoRAConfig, seed: int = 0) -> None:
-    """Attach to a bare skeleton, which holds nothing that a config could exclude or tie."""
+    """Attach to a bare skeleton, which holds nothing that a config could leave out or tie."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank
-        attach(module, replace(config, exclude_modules=(), untie_weights=False), seed=seed)
+        attach(module, replace(config, exclude_modules=(), layers=(), untie_weights=False), seed=seed)
     next(root for root in AdaptedModel(module).roots if root.module is module).attachment.config = config

@@ -27,15 +27,18 @@ from lightning_lora.layers import (
 from lightning_lora.layers.low_rank import layer_seed
 from lightning_lora.names import (
     any_below,
+    block_of,
     first_match,
     is_below,
     is_glob,
     join,
     listed,
     module_names,
+    numbers_of_blocks,
     parameter_names,
     rows_of_slices,
     selected,
+    stacks_of_blocks,
     sweeps,
     tied_names,
 )
@@ -78,8 +81,11 @@ class _Planner:
                     self.plan.normalizing[name] = part
         self.plan.parameters = parameter_names(self.plan.modules)
         self.plan.tied = tied_names(self.plan.parameters)
+        self.stacks = stacks_of_blocks(self.plan.parameters) if config.layers else {}
+        self.reached, self.outside = set[str](), dict[str, str]()  # stacks with targets; pattern -> a layer not chosen
         if config.modules_to_save == AUTO:
-            config = self.config = self.plan.config = replace(config, modules_to_save=heads(self.plan))
+            saved = [name for name in heads(self.plan) if self._is_chosen(block_of(name, self.stacks))]
+            config = self.config = self.plan.config = replace(config, modules_to_save=saved)
         self.obstacles = Obstacles(self.plan)
         self.wants_matrices = not {ALL_LINEAR, EVERYTHING}.isdisjoint(config.families)
         self.families, self.named_targets = config.families, config.named_targets
@@ -101,6 +107,8 @@ class _Planner:
             self.problems += plan_biases(plan)
         for name, part in plan.normalizing.items():
             plan.norms += has_running_statistics(part) and not is_below(name, plan.saved)
+        if config.layers:
+            self._check_layers()
         self.problems += missed_entries(plan)
         if not (plan.layers or self.problems):
             reasons = listed([f"{name}: {reason}" for name, reason in plan.left_out.items()])
@@ -144,8 +152,46 @@ class _Planner:
                 plan.left_out[name] = "in modules_to_save"
             elif excluded and any_below(names, excluded):
                 plan.left_out[name] = "in exclude_modules"
+            elif not self._in_chosen_block(name, pattern or f"target_slices={key!r}"):
+                plan.left_out[name] = self._layers_option("not in ")
             else:
                 self._add(names, module, adapter, pattern, key)
+
+    def _layers_option(self, before: str = "") -> str:
+        return f"{before}layers={list(self.config.layers)!r}"
+
+    def _in_chosen_block(self, name: str, pattern: str) -> bool:
+        if not self.config.layers:
+            return True
+        if (block := block_of(name, self.stacks)) is not None:
+            self.reached.add(block[0])
+            if self._is_chosen(block):
+                return True
+        self.outside.setdefault(pattern, name)
+        return False
+
+    def _is_chosen(self, block: tuple[str, int] | None) -> bool:
+        """Return whether ``layers`` names a block; it says nothing of what is in none."""
+        if block is None:
+            return True
+        stack, number = block
+        return any(number in numbers_of_blocks(entry, self.stacks[stack])[0] for entry in self.config.layers)
+
+    def _check_layers(self) -> None:
+        """Record what is wrong with ``layers``, and names that it leaves without a layer."""
+        if not self.reached:
+            self.problems.append(f"{self._layers_option()}: no target lies in repeated blocks, such as 'layers.0'.")
+            return
+        blocks = [f"{path or self.plan.root} has {self.stacks[path]} blocks" for path in sorted(self.reached)]
+        for entry in self.config.layers:
+            if not any(numbers_of_blocks(entry, self.stacks[path])[1] for path in self.reached):
+                quotes = " YAML reads 8:16 as 496; quote slices." if isinstance(entry, int) and entry > _MINUTE else ""
+                self.problems.append(f"layers: {entry!r} is out of range; {listed(blocks)}, counted from 0.{quotes}")
+        reached = {layer.pattern for layer in self.plan.layers}
+        for pattern, name in self.outside.items():
+            if pattern not in reached and pattern not in FAMILIES:
+                option = _option(pattern)
+                self.problems.append(f"{option} reaches no layer in {self._layers_option()}; {name!r} is not in these.")
 
     def _name_matrices(self, module: nn.Module, names: tuple[str, ...], excluded: set[str]) -> None:
         """Name the matrices of a module that no kind of adapter knows: whoever says "all" may mean them too."""
@@ -235,6 +281,8 @@ class _Planner:
                     self.problems.append(f"{option}: {full!r} has {parameter.ndim} dimension; LoRA needs two or more.")
                 elif not name:
                     self.problems.append(f"{option}: {full!r} belongs to the model itself; move it into a module.")
+                elif not self._in_chosen_block(name, option):
+                    self.plan.left_out[full] = self._layers_option("not in ")
                 elif name in adapted:
                     self.problems.append(f"{option}: target_modules adapts {name!r} already; exclude it there.")
                 else:
@@ -283,18 +331,23 @@ class _Planner:
         if layer.pattern in FAMILIES:
             self.plan.left_out[layer.label] = reason
         else:
-            names_option = layer.pattern.startswith(("target_parameters=", "target_slices="))
-            option = layer.pattern if names_option else f"target_modules={layer.pattern!r}"
-            self.problems.append(f"{option}: {layer.label!r} cannot be adapted: {reason}.")
+            self.problems.append(f"{_option(layer.pattern)}: {layer.label!r} cannot be adapted: {reason}.")
 
     def _untie(self, weight_name: str) -> None:
         if others := [other for other in self.plan.tied.get(weight_name, ()) if other not in self.plan.untied]:
             self.plan.untied[weight_name] = others[0]
 
 
+_MINUTE = 60  # YAML's numbers may have colons, as times do
 _UNKNOWN_MATRIX = (
     "held by no layer of a known kind; name it in target_parameters, or call register_adapter for its class"
 )
+
+
+def _option(pattern: str) -> str:
+    """Return the option and the entry that chose a layer."""
+    names_option = pattern.startswith(("target_parameters=", "target_slices="))
+    return pattern if names_option else f"target_modules={pattern!r}"
 
 
 def _unsupported(name: str, module: nn.Module) -> str:

@@ -268,14 +268,17 @@ class FitSession:
         warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
 
     def _log_options(self) -> None:
-        """Log the options as hyper-parameters; with the module's own, since some loggers keep one set of them."""
+        """Log the options as hyper-parameters, with what Lightning logs later: TensorBoard shows the first ones."""
         attached = [root.attachment for root in AdaptedModel(self.module).roots]
         config = attached[0].config
         always = {"rank": config.rank, "alpha": config.alpha, "target_modules": config.to_dict()["target_modules"]}
         count = sum(each.report.adapter_parameters for each in attached)
         ours = {f"lora/{name}": value for name, value in (always | config.changed() | {"parameters": count}).items()}
+        parts = (self.module, getattr(self.trainer, "datamodule", None))
+        shown = [part.hparams_initial for part in parts if part is not None and part._log_hyperparams]
+        theirs = {name: value for each in shown for name, value in each.items() if name != "_class_path"}
         for logger in self.trainer.loggers:
-            logger.log_hyperparams(dict(self.module.hparams_initial) | ours)
+            logger.log_hyperparams(theirs | ours)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""

@@ -48,6 +48,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "gpt2, tokens": (gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": {"transformer.wte": [5, 2]}}),
     "llama": (llama, {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "alpha_pattern": {"*.1.*": 7}}),
     "llama, a layer of two": (llama, {"target_modules": ["layers.1.self_attn.q_proj"], "modules_to_save": ["lm_head"]}),
+    "llama, the last block": (llama, {"layers": [-1]}),
     "bert": (bert, {"target_modules": ["query", "dense"], "modules_to_save": ["classifier"], "bias": "all"}),
     "t5": (t5, {}),
     "vit": (vit, {"modules_to_save": ["classifier"]}),

@@ -71,6 +71,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "gpt2, tokens": (gpt2, {"target_modules": ["c_attn"], "trainable_token_indices": {"transformer.wte": [5, 2]}}),
     "gpt2, a norm in full": (gpt2, {"target_modules": ["c_fc"], "modules_to_save": ["transformer.ln_f"]}),
     "llama": (llama, {}),
+    "llama, the last block": (llama, {"layers": [-1]}),
     "llama, DoRA": (llama, {"use_dora": True}),
     "llama, embedding and head": (llama, {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "llama, head in full": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_lora import LoRACallback, adapter_state_dict, load_adapter, save_adapter
+from lightning_lora import LoRACallback, adapter_state_dict, load_adapter, lora_layers, save_adapter
 from tests.peft_format.models import (
     CLOSE,
     MODELS,
@@ -214,3 +214,14 @@ def test_factors_keep_their_precision(dtype: torch.dtype, tmp_path: Path) -> Non
             torch.equal(mine, its) or (name == "theirs" and dtype == torch.float64 and distance(mine, its) <= CLOSE)
             for mine, its in zip(adapter_state_dict(back).values(), adapter_state_dict(ours).values(), strict=True)
         )
+
+
+@pytest.mark.parametrize(("name", "target"), [("llama", "q_proj"), ("bert", "query"), ("gpt2", "c_attn")])
+@pytest.mark.parametrize("layers", [[0], [1], [0, 1]], ids=str)
+def test_layers_choose_what_peft_transforms(name: str, target: str, layers: list[int], tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(MODELS[name](), peft.LoraConfig(target_modules=[target], layers_to_transform=layers))
+    ours = trained(MODELS[name](), target_modules=[target], layers=layers)
+    adapted = [each for each, module in theirs.base_model.model.named_modules() if hasattr(module, "lora_A")]
+    assert list(lora_layers(ours)) == adapted
+    save_adapter(ours, tmp_path)
+    assert distance(logits(in_peft(MODELS[name](), tmp_path)), logits(ours)) < CLOSE

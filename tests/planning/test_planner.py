@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, LoRALayer, attach, lora_layers
 from tests.contract import raises_and_changes_nothing
+from tests.peft_format.kinds import Experts
 from tests.planning.models import reached, report
 
 PROJECTIONS = ["blocks.0.q_proj", "blocks.0.v_proj", "blocks.1.q_proj", "blocks.1.v_proj"]
@@ -36,6 +37,85 @@ PROJECTIONS = ["blocks.0.q_proj", "blocks.0.v_proj", "blocks.1.q_proj", "blocks.
 )
 def test_targets_reach_exactly_the_named_layers(targets, expected: list[str], tiny):
     assert reached(tiny, target_modules=targets) == expected
+
+
+def stacked(**counts: int) -> nn.Module:
+    """Return a model with stacks of blocks, an embedding and a head."""
+    stacks = {
+        name: nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8), "v": nn.Linear(8, 8)}) for _ in range(count))
+        for name, count in counts.items()
+    }
+    return nn.ModuleDict({"embed": nn.Embedding(8, 8), **stacks, "head": nn.Linear(8, 8)})
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [
+        ([0, 2], [0, 2]),
+        ([-1], [5]),
+        (["2:4", 0], [0, 2, 3]),
+        (["::3"], [0, 3]),
+        (["-2:"], [4, 5]),
+        ([1, "0:2"], [0, 1]),
+    ],
+)
+@pytest.mark.parametrize("targets", ["all-linear", ["q", "v"], r".*(q|v)", ["h.*"]], ids=str)
+def test_layers_choose_blocks(layers: list[int | str], blocks: list[int], targets):
+    assert reached(stacked(h=6), target_modules=targets, layers=layers) == [
+        f"h.{at}.{n}" for at in blocks for n in "qv"
+    ]
+
+
+def test_layers_choose_blocks_of_every_stack():
+    found = reached(stacked(encoder=2, decoder=4), target_modules=["q"], layers=[-1, "2:3"])
+    assert found == ["encoder.1.q", "decoder.2.q", "decoder.3.q"]
+
+
+def test_layers_choose_among_parameters_and_slices():
+    model = nn.ModuleList(nn.ModuleDict({"inner": Experts(), "qkv": nn.Linear(8, 24)}) for _ in range(3))
+    options = {"target_parameters": ["inner.up"], "target_slices": {"qkv": {"q": "0:8"}}, "target_modules": []}
+    assert sorted(layer.name for layer in report(model, **options, layers=[1]).layers) == ["1.inner.up", "1.qkv.q"]
+
+
+def test_layers_outside_of_chosen_blocks_are_reported(tiny):
+    left_out = report(tiny, layers=[0]).left_out
+    assert left_out == dict.fromkeys([*PROJECTIONS[2:], "head"], "not in layers=[0]")
+
+
+def test_small_layers_of_other_blocks_are_no_heads():
+    blocks = (nn.ModuleDict({"q": nn.Linear(16, 16), "router": nn.Linear(16, 2)}) for _ in range(3))
+    model = nn.ModuleDict({"h": nn.ModuleList(blocks), "head": nn.Linear(16, 2)})
+    made = report(model, rank=4, layers=[1], modules_to_save="auto")
+    assert (list(made.saved), [layer.name for layer in made.layers]) == (["h.1.router", "head"], ["h.1.q"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"layers": [6]}, "layers: 6 is out of range; h has 6 blocks, counted from 0"),
+        ({"layers": [-7]}, "layers: -7 is out of range; h has 6 blocks"),
+        ({"layers": [496]}, "YAML reads 8:16 as 496; quote slices"),
+        ({"layers": [0, "4:8"]}, "layers: '4:8' is out of range; h has 6 blocks"),
+        ({"layers": [0, "3:3"]}, "layers: '3:3' is out of range"),
+        ({"layers": [0], "target_modules": ["head"]}, r"layers=\[0\]: no target lies in repeated blocks"),
+        ({"layers": [0], "target_modules": ["q", "head"]}, r"target_modules='head' reaches no layer in layers=\[0\]"),
+        ({"layers": [0], "target_modules": ["q", "h.1.v"]}, r"target_modules='h.1.v' reaches no layer in layers=\[0\]"),
+    ],
+)
+def test_wrong_layers_are_named(options, words: str):
+    model = stacked(h=6)
+    with raises_and_changes_nothing(model, ValueError, words):
+        attach(model, LoRAConfig(rank=2, **options))
+
+
+def test_attaching_again_finds_the_same_blocks():
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "h": stacked(h=3)["h"]})
+    config = LoRAConfig(rank=2, layers=[1])
+    first = [layer.name for layer in attach(model, config).layers]
+    assert first == ["h.1.q", "h.1.v"]
+    assert [layer.name for layer in attach(model, config).layers] == first
+    with pytest.raises(ValueError, match=r"other options \(layers: \[1\] -> None\)"):
+        attach(model, LoRAConfig(rank=2))
 
 
 def one_layer_of_each_family() -> nn.Module:

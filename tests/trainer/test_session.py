@@ -12,9 +12,10 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, detach, lora_layers
 from lightning_lora.attachment import get_attachment
@@ -156,6 +157,46 @@ def test_options_reach_the_hyper_parameters_of_csv_logger(module: Toy, tmp_path:
         factor.numel() for layer in lora_layers(module).values() for factor in layer.lora.parameters()
     )
     assert found.get("size") == (3 if isinstance(module, Sized) else None)
+
+
+class Data(LightningDataModule):
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+    def train_dataloader(self) -> DataLoader:
+        return loader(self.hparams["rows"])
+
+
+class Secretive(Toy):
+    def __init__(self, secret: str) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+
+
+@pytest.mark.parametrize("module", [Toy(), Sized(3), Secretive("x")], ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("data", [None, Data(32)], ids=["loader", "datamodule"])
+def test_tensorboard_shows_the_options_beside_what_lightning_logs(
+    module: Toy, data: Data | None, tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    run = trainer(LoRACallback(**OPTIONS), logger=TensorBoardLogger(tmp_path))
+    run.fit(module, datamodule=data, train_dataloaders=None if data else loader())
+    run.logger.save()
+    events = EventAccumulator(run.logger.log_dir).Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    found = {name: value.string_value or value.number_value for name, value in hparams.items()}
+    expected = {f"lora/{name}": str(value) if isinstance(value, list) else value for name, value in OPTIONS.items()}
+    expected["lora/parameters"] = sum(
+        factor.numel() for layer in lora_layers(module).values() for factor in layer.lora.parameters()
+    )
+    expected |= {"size": 3} if isinstance(module, Sized) else {}
+    assert found == expected | ({"rows": 32} if data else {})
+    assert yaml.safe_load((Path(run.logger.log_dir) / "hparams.yaml").read_text()).keys() == found.keys()
 
 
 @pytest.mark.filterwarnings("ignore:These adapters are not smaller")
