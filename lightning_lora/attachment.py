@@ -161,16 +161,16 @@ def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:
         vars(module)[_ATTACHMENT] = attachment
 
 
-def request(module: nn.Module, config: LoRAConfig | None, seed: int = 0) -> None:
-    """Set the options that ``attach`` without a config uses for a module, or remove them."""
+def request(module: nn.Module, config: LoRAConfig | None, seed: int = 0, name: str | None = None) -> None:
+    """Set the options that ``attach`` without a config uses for a module, and the adapter's name; or remove them."""
     if config is None:
         vars(module).pop(_REQUEST, None)
     else:
-        vars(module)[_REQUEST] = (config, seed)
+        vars(module)[_REQUEST] = (config, seed, name)
 
 
-def requested(module: nn.Module) -> tuple[LoRAConfig, int] | None:
-    """Return the config and the seed that ``request`` left on a module."""
+def requested(module: nn.Module) -> tuple[LoRAConfig, int, str | None] | None:
+    """Return the config, the seed and the name that ``request`` left on a module."""
     return vars(module).get(_REQUEST)
 
 

@@ -21,6 +21,7 @@ from lightning_lora.config import (
     check_positive,
     shown_options,
 )
+from lightning_lora.switching import check_name
 from lightning_lora.trainer import checks, lightning_patches
 from lightning_lora.trainer.diagnostics import check_interval
 from lightning_lora.trainer.hints import explain_torch_error
@@ -38,6 +39,8 @@ class LoRACallback(Callback):
 
     Args:
         config: The options of ``LoRAConfig`` as one value, instead of giving them one by one.
+        adapter: Name of the adapter to train, beside others that the module has; they stay as they are, bit for bit. By
+            default the active one is trained, or the only one.
         merge_on_teardown: Fold the adapters into the weights when a fit has succeeded, and leave an ordinary model.
         export_dir: Where to write the adapter as a PEFT directory when a fit has succeeded: the best checkpoint's, if
             a ModelCheckpoint kept one, else the last state. A fast dev run writes nothing.
@@ -77,6 +80,7 @@ class LoRACallback(Callback):
         self,
         _config: LoRAConfig | None = None,  # shown as ``config``; a command line has its options one by one
         *,
+        adapter: str | None = None,
         merge_on_teardown: bool = False,
         export_dir: str | None = None,
         overwrite: bool = False,
@@ -97,7 +101,9 @@ class LoRACallback(Callback):
         check_positive("LoRACallback.lr_ratio", lr_ratio)
         check_interval(diagnostics_every_n_steps)
         self.allow_untrained = check_names("LoRACallback.allow_untrained", allow_untrained)
-        self.merge_on_teardown = merge_on_teardown
+        if adapter is not None:
+            check_name(adapter)
+        self.adapter, self.merge_on_teardown = adapter, merge_on_teardown
         self.export_dir, self.overwrite, self.init_from = export_dir, overwrite, init_from
         self.fresh, self.check_base, self.probe = fresh, check_base, probe
         self.lr_ratio = float(lr_ratio)

@@ -46,7 +46,15 @@ from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
-from lightning_lora.switching import chosen, forget, recorded, switch_to
+from lightning_lora.switching import (
+    adapter_names,
+    beside,
+    chosen,
+    forget,
+    recorded,
+    set_adapter,
+    switch_to,
+)
 
 _RESIZE = "resize_token_embeddings"  # of transformers models
 
@@ -78,7 +86,9 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 4.1.
     """
     if config is None:
-        config, seed = requested(module) or (LoRAConfig(), seed)
+        config, seed, name = requested(module) or (LoRAConfig(), seed, None)
+        if name is not None:
+            return attach_named(module, name, config, seed=seed)
     old = get_attachment(module)
     if old is not None:
         config = settled(config, old)
@@ -107,6 +117,19 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
             if probe is not None:
                 refuse_dead_adapters(module, probe)
     return attachment.report
+
+
+def attach_named(module: nn.Module, name: str, config: LoRAConfig, *, seed: int = 0) -> AttachReport:
+    """Make the adapter of this name the active one, and attach it if the module does not have it yet.
+
+    Raises:
+        ValueError: It has other options, or the module cannot take it. Nothing was changed.
+    """
+    if name not in adapter_names(module):
+        with beside(module, name):
+            attach(module, config, seed=seed)
+    set_adapter(module, name)
+    return attach(module, config, seed=seed)
 
 
 def detach(module: nn.Module) -> None:

@@ -413,17 +413,41 @@ def _thaw_base(several: Several) -> None:
                 release_statistics(part)
 
 
-def _check_new_name(names: list[str], name: object) -> None:
+def check_name(name: object) -> None:
+    """Refuse what cannot name an adapter.
+
+    Raises:
+        ValueError: It is no text, is empty, holds a dot, or means the base.
+    """
     if not isinstance(name, str) or not name or "." in name or name == BASE:
         raise ValueError(
             f"{name!r} cannot name an adapter: use a non-empty text without '.', which separates names of modules, "
             f"other than {BASE!r}, which means no adapter."
         )
+
+
+def _check_new_name(names: list[str], name: str) -> None:
+    check_name(name)
     if name in names:
         raise ValueError(
             f"There is an adapter {name!r} already. Choose another name, or call remove_adapter(module, {name!r}) "
             "first. Nothing was changed."
         )
+
+
+@contextmanager
+def others_frozen(module: nn.Module) -> Iterator[None]:
+    """Take the adapters that are not active out of training, as DDP demands of parameters that get no gradient."""
+    several = recorded(module)
+    adapters = () if several is None else several.adapters.values()
+    flags = [(p, p.requires_grad) for each in adapters for kept in each.kept.values() for p in kept.parameters()]
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
 
 
 def forget(several: Several) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_lora.adapted_model import AdaptedModel, Root
-from lightning_lora.attachment import get_attachment, request, settled
+from lightning_lora.attachment import Attachment, get_attachment, request, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.modes import freeze_norms
 from lightning_lora.names import listed
@@ -29,7 +30,8 @@ from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import allow_missing_base
 from lightning_lora.storage.checkpoint import saved_options
-from lightning_lora.surgery import attach, detach, merge
+from lightning_lora.surgery import attach, attach_named, detach, merge
+from lightning_lora.switching import active_adapter, adapter_names, others_frozen, remove_adapter, set_adapter
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
     AVERAGING,
@@ -64,6 +66,7 @@ class Options(Protocol):
     """The options of a ``LoRACallback`` that a run reads."""
 
     config: LoRAConfig
+    adapter: str | None
     merge_on_teardown: bool
     export_dir: str | None
     overwrite: bool
@@ -106,13 +109,22 @@ class FitSession:
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
-        self._is_new = get_attachment(module) is None
+        self._others = ExitStack()  # keeps other adapters frozen
+        if options.adapter in adapter_names(module):
+            set_adapter(module, options.adapter)
+        self._is_new = self._before is None
         self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._has_begun = self._has_succeeded = False
         self._wraps = MethodWraps()
         self._load_hook: Any = module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
         )
+
+    @property
+    def _before(self) -> Attachment | None:
+        """The record of the adapter of this run, if the module has it already."""
+        is_other = self.options.adapter not in (None, active_adapter(self.module))
+        return None if is_other else get_attachment(self.module)
 
     # --- attaching: late enough for the module's layers, early enough for the strategy
 
@@ -131,7 +143,7 @@ class FitSession:
             self._take_saved_options()
         elif self._is_fit:
             self._say_changed_dropout()
-        request(module, *self._wanted())  # for attach(self) in configure_model
+        request(module, *self._wanted(), self.options.adapter)  # for attach(self) in configure_model
         self.layout.before_wrapping = None
         if overrides(module, "configure_model"):
             self.layout.before_wrapping = self._attach_before_wrapping
@@ -143,7 +155,7 @@ class FitSession:
 
     def _start_anew(self) -> None:
         """Remove the adapters of an earlier fit, and put back what it trained in full."""
-        module, before = self.module, get_attachment(self.module)
+        module, before = self.module, self._before
         assert before is not None
         problem = None
         if any(is_fully_sharded(part) for part in module.modules()) or _is_flattened(module):
@@ -156,20 +168,29 @@ class FitSession:
             raise MisconfigurationException(
                 f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
             )
-        detach(module)
-        Root("", module, before).put(before.starts)
+        self._remove(before)
         self._is_new = True
         if _SEED not in os.environ:
             self._seed = before.seed
 
+    def _remove(self, adapter: Attachment) -> None:
+        """Remove the adapter of this run, and put back what it trained in full; others stay."""
+        others = [name for name in adapter_names(self.module) if name != adapter.name]
+        if adapter.name is None or not others:
+            detach(self.module)
+            Root("", self.module, adapter).put(adapter.starts)
+        else:
+            set_adapter(self.module, others[0])
+            remove_adapter(self.module, adapter.name)
+
     def _take_saved_options(self) -> None:
         """Take the options from the checkpoint that is about to be loaded, if there is one."""
-        saved, before = saved_options(chosen_record(self.trainer)), get_attachment(self.module)
+        saved, before = saved_options(chosen_record(self.trainer)), self._before
         if saved is None:
             return
         is_wrapped = any(is_fully_sharded(part) for part in self.module.modules())
         if before is not None and before.config == self._config != saved[0] and not is_wrapped:
-            detach(self.module)  # what an earlier stage attached by default
+            self._remove(before)  # what an earlier stage attached by default
         self._config, self._seed = saved
         rank_zero_info("LoRA: rank, targets and all other options come from the checkpoint.")
 
@@ -184,7 +205,7 @@ class FitSession:
 
     def _wanted(self) -> tuple[LoRAConfig, int]:
         """Return the config and the seed to attach with: those of present adapters, if any will do."""
-        before = get_attachment(self.module)
+        before = self._before
         if before is None:
             return self._config, self._seed
         return before.config if self._takes_any else settled(self._config, before), before.seed
@@ -199,12 +220,14 @@ class FitSession:
         self._attach_now()
 
     def _attach_now(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
-        module, (config, seed), before = self.module, self._wanted(), get_attachment(self.module)
+        module, (config, seed), before, name = self.module, self._wanted(), self._before, self.options.adapter
         if before is not None and (before.config, before.seed) == (config, seed) and _is_flattened(module):
             self.layout.attached(module)  # nothing more can be attached
             return
         _convert_layers(module.trainer.precision_plugin, module)
-        report = attach(module, config, seed=seed)
+        report = attach(module, config, seed=seed) if name is None else attach_named(module, name, config, seed=seed)
+        self._others.close()
+        self._others.enter_context(others_frozen(module))
         self._coverage = coverage(module)
         self.layout.attached(module)
         if self._is_first:
@@ -326,6 +349,7 @@ class FitSession:
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
         self._wraps.remove()
+        self._others.close()
         self.gradients.close()
         self._load_hook.remove()
         request(self.module, None)
@@ -348,7 +372,7 @@ class FitSession:
             rank_zero_info(f"LoRA: adapter exported to {directory} ({best or 'last state'}).")
             self.trainer.strategy.barrier()
         if self.options.merge_on_teardown:
-            merge(self.module, whole=self.layout.gathered_layer)
+            merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
             rank_zero_info("LoRA: adapters merged into the weights.")
 
 
