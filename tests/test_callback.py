@@ -53,7 +53,7 @@ class Held(Callback):
         ("layers_to_transform", "Did you mean 'layers'"),
         ("target_module", "Did you mean 'target_modules'"),
         ("lr_ration", "Did you mean 'lr_ratio'"),
-        ("xyz", "Options are adapter_dtype, allow_untrained, alpha, "),
+        ("xyz", "Options are adapter, adapter_dtype, allow_untrained, "),
     ],
 )
 def test_unknown_option_suggests_closest(wrong: str, hint: str) -> None:

@@ -13,6 +13,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import (
     Adapter,
+    LoRALayer,
     LowRankAdapter,
     ParameterAdapter,
     adapter_type,
@@ -21,7 +22,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.layers.linear import LinearAdapter
 from lightning_lora.layers.norm import weights_only_read
-from lightning_lora.names import ModuleNames, join, listed, module_names, parameter_names, tied_names
+from lightning_lora.names import ModuleNames, clean_name, join, listed, module_names, parameter_names, tied_names
 from lightning_lora.peft_format.config import (
     LAST_KNOWN_PEFT,
     LAST_KNOWN_PEFT_TEXT,
@@ -240,7 +241,11 @@ class Import:
     def _read_saved_modules(self, keys: Collection[str]) -> set[str]:
         used: set[str] = set()
         for name, part in self._saved_modules().items():
-            expected = tensors_in_full(name, part)
+            # The model may have adapters where the file has whole layers; the file cannot hold those.
+            layers = [clean_name(path) for path, each in part.named_modules(prefix=name) if isinstance(each, LoRALayer)]
+            adapters = tuple(join(layer, "lora.") for layer in layers)
+            in_full = tensors_in_full(name, part).items()
+            expected = {key: tensor for key, tensor in in_full if not key.startswith(adapters)}
             found = {key: self.tensors[key] for key in keys if key in expected}
             # Beside bias="all" PEFT also writes the biases under the names that they have inside of its wrapper.
             used |= found.keys() | {

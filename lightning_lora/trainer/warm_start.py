@@ -58,8 +58,8 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
         check_base: As in ``load_adapter``.
 
     Raises:
-        ValueError: The source cannot be read, shares nothing with the module, or a tensor does not fit. Nothing was
-            changed.
+        ValueError: The source cannot be read, shares nothing with the module, trained a tensor that is frozen here, or
+            a tensor does not fit. Nothing was changed.
         RuntimeError: Another adapter was merged into this module.
     """
     model = AdaptedModel(module)
@@ -135,6 +135,11 @@ def _resolved(
             start.grown.append(label)
         else:
             problems.append(f"{name}: {tuple(value.shape)} there, {tuple(own.shape)} here")
+    if lost := [name for name in source if name in model.tensors and name not in model.trained]:
+        # The adapters were trained with these values, so without them each layer's update is not what it was.
+        problems.append(
+            f"{listed(lost)}: trained there, frozen here; train them too, with modules_to_save, bias or frozen_norm"
+        )
     start.dropped = [name for name in source if name not in model.trained and ".lora." in name]
     for names in (start.kept, start.grown, start.new):
         names[:] = dict.fromkeys(names)

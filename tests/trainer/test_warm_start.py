@@ -82,6 +82,23 @@ def test_added_and_removed_targets_are_reported(source: tuple[Toy, str]) -> None
     assert not lora_layers(module)["other"].lora.B.any()
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "directory"])
+@pytest.mark.parametrize("here", [{}, {"exclude_modules": ["net.4"]}], ids=["adapted", "frozen"])
+def test_a_head_that_trained_in_full_is_not_lost(kind: str, here: dict[str, Any], tmp_path: Path) -> None:
+    """Its adapters were trained with that head, and are worth little with the base's."""
+    _, module, path = fitted(tmp_path / "source", modules_to_save=["net.4"])
+    if kind == "directory":
+        save_adapter(module, tmp_path / "peft")
+        path = str(tmp_path / "peft")
+    other = fresh(**here)
+    message = r"net\.4\.(weight|bias), net\.4\.(weight|bias): trained there, frozen here.*modules_to_save"
+    with raises_and_changes_nothing(other, ValueError, message):
+        start_from(other, path)
+    same = fresh(modules_to_save=["net.4"])
+    start_from(same, path)
+    assert torch.equal(same.net[4].weight, module.net[4].weight)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"rank": 3}, r"net\.0\.lora\.A: \(4, 8\) there, \(3, 8\) here"), ({"use_dora": False, "rank": 2}, "there")],
