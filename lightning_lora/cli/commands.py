@@ -82,6 +82,12 @@ def _count(text: str) -> int:
     return _amount(text, {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12})
 
 
+def _rank(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def _size(text: str) -> int:
     return _amount(text, {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30})
 
@@ -365,7 +371,7 @@ def _compare_layers(options: argparse.Namespace) -> Result:
         option("--parameters", type=_count, metavar="N", help="budget in parameters, such as 4.7M"),
         option("--bytes", type=_size, metavar="N", help="budget in bytes of the factors, such as 35MB"),
         option("--optimizer-bytes", type=_size, metavar="N", help="budget in bytes of optimizer state"),
-        option("--rank", type=_count, metavar="R", help="no budget: show what this rank costs"),
+        option("--rank", type=_rank, metavar="R", help="no budget: show what this rank costs"),
     ),
     option("--targets", type=_names, metavar="A,B", help="layers to choose from (default: all linear layers)"),
     option("--group", type=_names, action="append", metavar="A,B", help="a combination to consider; may be repeated"),

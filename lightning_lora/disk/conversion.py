@@ -16,7 +16,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.skeleton import build_skeleton, fill, put
 from lightning_lora.fingerprint import fingerprint, to_plain
 from lightning_lora.layers import adapter_of_kind
-from lightning_lora.names import join, listed, matches
+from lightning_lora.names import is_below, join, listed, matches
 from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import PeftFile, read_directory
 from lightning_lora.peft_format.files import below, exported, write_export
@@ -49,11 +49,16 @@ def export_checkpoint(
     Raises:
         ValueError: The file does not describe the adapter well enough, or PEFT cannot express it. Nothing was written.
     """
+    if checkpoint.is_dir():
+        raise ValueError(f"{str(checkpoint)!r} is a directory, not a .ckpt; a PEFT directory needs no export.")
     file = read_checkpoint(checkpoint)
     with damage_named(checkpoint):
         _check_exportable(file)
         skeleton = _skeleton_of_checkpoint(file)
-        root = _common_root(AdaptedModel(skeleton).trained) if root is None else root
+        trained = list(AdaptedModel(skeleton).trained)
+        root = _common_root(trained) if root is None else root
+        if root and not any(is_below(name, (root,)) for name in trained):
+            raise ValueError(f"root={root!r} holds nothing of the adapter, which trains {listed(trained, 3)}.")
         export = exported(skeleton, root)
     export.is_partial, base = True, below(file.base, export.root_name)
     name = base_model_name_or_path
@@ -101,6 +106,8 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model", 
         ValueError: The files do not describe the adapter well enough, or use unsupported options. Nothing was written.
         FileNotFoundError: They do not exist.
     """
+    if directory.is_file():
+        raise ValueError(f"{str(directory)!r} is a file, not a PEFT directory; import writes a .ckpt from a directory.")
     check_new(checkpoint, overwrite=overwrite)
     file = read_directory(directory)
     with damage_named(directory):
