@@ -382,6 +382,16 @@ def test_merged_and_disabled_adapters_are_not_switched(model: nn.Module):
     set_adapter(model, "dora")
 
 
+def test_adapters_can_be_added_after_the_active_one_was_off():
+    module = base()
+    attach(module, CONFIGS["plain"])
+    with disabled(module):
+        module(tokens())
+    add_adapter(module, "second", CONFIGS["plain"])
+    set_adapter(module, "second")
+    assert type(module.fc).__name__ == "LoRALinear"
+
+
 def test_other_bases_are_refused(tmp_path: Path, alone: dict[str, nn.Module]):
     save_adapter(alone["plain"], tmp_path / "plain")
     other = Mixed()
