@@ -15,11 +15,14 @@ The first adapter is called ``"default"`` unless it was named. A module with one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import DEFAULT, get_attachment, keeping_starts, set_attachment
@@ -30,7 +33,8 @@ from lightning_lora.names import OTHERS, listed, near_names, parameters_of, walk
 from lightning_lora.sharding import is_fully_sharded, unwrapped
 
 BASE = "base"  # in ``lora_others``, what a module has under no adapter
-_SEVERAL = "_lora_several"
+Context: TypeAlias = Callable[[], AbstractContextManager[None]]
+_SEVERAL, _PATCHED = "_lora_several", "_lora_patched"
 _TABLES = ("_parameters", "_buffers")
 
 
@@ -62,7 +66,7 @@ class Named:
     kept: dict[nn.Module, Kept]
 
 
-@dataclass
+@dataclass(eq=False)
 class Several:
     """The record on a module with several adapters.
 
@@ -71,14 +75,22 @@ class Several:
         adapters: All of them by name, in the order in which they were added.
         active: Which one is in place; None for the bare base.
         base: Modules that an adapter trains in full -> where to keep the base's own tensors.
-        held: Contexts that forbid switching now, such as ``routed``.
+        again: Inside ``routed``, which forbids switching, the function that enters it.
     """
 
     home: nn.Module
     adapters: dict[str, Named] = field(default_factory=dict)
     active: str | None = None
     base: dict[nn.Module, Kept] = field(default_factory=dict)
-    held: list[str] = field(default_factory=list)
+    again: Context | None = None
+
+    def __post_init__(self) -> None:
+        _records.add(self)
+        follow_recomputation()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copied or unpickled module
+        vars(self).update(state)
+        self.__post_init__()
 
 
 # --- what users call
@@ -320,8 +332,8 @@ def switch_to(several: Several, name: str | None) -> None:
 
 
 def _check_switchable(several: Several, before: Named | None, after: Named | None) -> None:
-    if several.held:
-        raise RuntimeError(f"The adapters cannot be switched inside {several.held[-1]}(...); leave it first.")
+    if several.again is not None:
+        raise RuntimeError("The adapters cannot be switched inside routed(...); leave it first.")
     for part in before.kept if before is not None else ():
         if (mode := vars(part).get("lora_mode", "active")) != "active":
             raise RuntimeError(f"The adapters cannot be switched inside {mode}(module); leave it first.")
@@ -449,6 +461,64 @@ def others_frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+# --- activation checkpointing
+
+_records: weakref.WeakSet[Several] = weakref.WeakSet()
+
+
+def follow_recomputation() -> None:
+    """Have torch.utils.checkpoint compute a block again with the adapters of its forward pass; safe to repeat.
+
+    Otherwise gradients of a loss made inside ``using`` would reach another adapter if the backward pass comes later,
+    silently. Torch asks nobody at that moment, so its two functions that keep the block are replaced, in programs with
+    several adapters only.
+    """
+    if hasattr(checkpoint, _PATCHED):
+        return
+    keep, keep_reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
+
+    def kept(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return keep(_with_its_adapters(fn), *args, **kwargs)
+
+    class Kept(keep_reentrant):  # type: ignore[misc, valid-type]
+        @classmethod
+        def apply(cls, fn: Callable[..., Any], *args: Any) -> Any:
+            return keep_reentrant.apply(_with_its_adapters(fn), *args)  # type: ignore[no-untyped-call]
+
+    checkpoint._checkpoint_without_reentrant_generator = kept
+    checkpoint.CheckpointFunction = Kept  # type: ignore[misc]
+    setattr(checkpoint, _PATCHED, True)
+
+
+def _with_its_adapters(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs with the adapters that are in place now, whenever it is called."""
+    states = [(record, record.active, record.again) for record in _records]
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for record, name, again in states:
+                stack.enter_context(_as_it_was(record, name, again))
+            return fn(*args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _as_it_was(record: Several, name: str | None, again: Context | None) -> Iterator[None]:
+    if record.again is again and record.active == name:
+        yield
+    elif again is not None:
+        with again():
+            yield
+    else:
+        before = record.active
+        switch_to(record, name)
+        try:
+            yield
+        finally:
+            switch_to(record, before)
 
 
 def forget(several: Several) -> None:
