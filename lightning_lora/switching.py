@@ -16,13 +16,13 @@ The first adapter is called ``"default"`` unless it was named. A module with one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import DEFAULT, get_attachment, keeping_starts, set_attachment
@@ -30,11 +30,11 @@ from lightning_lora.layers import LoRALayer, release_statistics, swap_in, swap_o
 from lightning_lora.layers.lora_layer import Behavior
 from lightning_lora.modes import freeze_norms
 from lightning_lora.names import OTHERS, listed, near_names, parameters_of, walk
+from lightning_lora.ops.checkpointing import Context, restore_in_recomputation
 from lightning_lora.sharding import is_fully_sharded, unwrapped
 
 BASE = "base"  # in ``lora_others``, what a module has under no adapter
-Context: TypeAlias = Callable[[], AbstractContextManager[None]]
-_SEVERAL, _PATCHED = "_lora_several", "_lora_patched"
+_SEVERAL = "_lora_several"
 _TABLES = ("_parameters", "_buffers")
 
 
@@ -86,7 +86,7 @@ class Several:
 
     def __post_init__(self) -> None:
         _records.add(self)
-        follow_recomputation()
+        restore_in_recomputation(_states)  # or gradients would reach the adapter that is active by then
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copied or unpickled module
         vars(self).update(state)
@@ -468,41 +468,9 @@ def others_frozen(module: nn.Module) -> Iterator[None]:
 _records: weakref.WeakSet[Several] = weakref.WeakSet()
 
 
-def follow_recomputation() -> None:
-    """Have torch.utils.checkpoint compute a block again with the adapters of its forward pass; safe to repeat.
-
-    Otherwise gradients of a loss made inside ``using`` would reach another adapter if the backward pass comes later,
-    silently. Torch asks nobody at that moment, so its two functions that keep the block are replaced, in programs with
-    several adapters only.
-    """
-    if hasattr(checkpoint, _PATCHED):
-        return
-    keep, keep_reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
-
-    def kept(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return keep(_with_its_adapters(fn), *args, **kwargs)
-
-    class Kept(keep_reentrant):  # type: ignore[misc, valid-type]
-        @classmethod
-        def apply(cls, fn: Callable[..., Any], *args: Any) -> Any:
-            return keep_reentrant.apply(_with_its_adapters(fn), *args)  # type: ignore[no-untyped-call]
-
-    checkpoint._checkpoint_without_reentrant_generator = kept
-    checkpoint.CheckpointFunction = Kept  # type: ignore[misc]
-    setattr(checkpoint, _PATCHED, True)
-
-
-def _with_its_adapters(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that runs with the adapters that are in place now, whenever it is called."""
-    states = [(record, record.active, record.again) for record in _records]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as stack:
-            for record, name, again in states:
-                stack.enter_context(_as_it_was(record, name, again))
-            return fn(*args, **kwargs)
-
-    return run
+def _states() -> list[Context]:
+    """Return contexts in which the adapters are in place that are in place now."""
+    return [partial(_as_it_was, record, record.active, record.again) for record in _records]
 
 
 @contextmanager
