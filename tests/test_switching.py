@@ -7,6 +7,7 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,6 +134,16 @@ def test_random_switches_leave_the_base_and_the_adapters_bit_equal(model: nn.Mod
             state, mine = adapter_state_dict(alone[name]), adapter_state_dict(model)
             assert mine.keys() == state.keys()
             assert all(torch.equal(mine[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("context", [merged, disabled])
+def test_an_adapter_is_added_to_layers_that_were_merged_or_disabled_before(context: Callable[..., Any]):
+    module = base()
+    add_adapter(module, "one", CONFIGS["plain"])
+    with context(module):
+        pass
+    add_adapter(module, "two", CONFIGS["plain"])
+    assert adapter_names(module) == ["one", "two"]
 
 
 def test_none_is_the_bare_base_of_its_own_classes(model: nn.Module):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lora.attachment import table_lines
-from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, summary_lines
+from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, sum_lines, summary_lines
 from lightning_lora.names import listed
 
 if TYPE_CHECKING:
@@ -76,6 +76,10 @@ def _share(text: str) -> float:
     if not 0 < share <= 1:
         raise argparse.ArgumentTypeError(f"must be greater than 0 and at most 1, got {text}")
     return share
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
 
 
 def _count(text: str) -> int:
@@ -207,6 +211,51 @@ def import_(options: argparse.Namespace) -> Result:
 
 def _converted(path: Path, layers: list[str]) -> Result:
     return Result({"wrote": str(path), "layers": layers}, [f"wrote {path}: {len(layers)} layers ({listed(layers, 3)})"])
+
+
+# --- arithmetic
+
+_RANK = option("--rank", type=_count, metavar="R", help="the highest rank of a layer")
+_ENERGY = option("--energy", type=_share, metavar="E", help="the share of each layer's squared norm to keep")
+_INTO = option("--out", type=Path, metavar="DIR", required=True, help="the PEFT directory to write")
+
+
+@command(
+    option("adapters", type=Path, metavar="ADAPTER", nargs="+", help=_AN_ADAPTER),
+    option(
+        "--weights",
+        type=_numbers,
+        metavar="W,W",
+        required=True,
+        help="factor of each adapter in the sum; --weights=-1,1 if the first is negative",
+    ),
+    option("--method", choices=("cat", "svd"), default="cat", help="cat: exact (default); svd: cut to a lower rank"),
+    *(_RANK, _ENERGY, _INTO, OVERWRITE),
+)
+def combine(options: argparse.Namespace) -> Result:
+    """Write the weighted sum of adapters, without the model."""
+    return _sum(options, options.adapters, options.weights, options.method)
+
+
+@command(ADAPTER, option("factor", type=float, metavar="FACTOR", help="such as 0.5 or -1"), _INTO, OVERWRITE)
+def scale(options: argparse.Namespace) -> Result:
+    """Write an adapter whose update is that of another one times a factor."""
+    return _sum(options, [options.adapter], [options.factor], "cat")
+
+
+@command(ADAPTER, one_of(_RANK, _ENERGY), _INTO, OVERWRITE)
+def truncate(options: argparse.Namespace) -> Result:
+    """Write the best approximation of an adapter by one of lower rank."""
+    return _sum(options, [options.adapter], [1.0], "svd")
+
+
+def _sum(options: argparse.Namespace, adapters: list[Path], weights: list[float], method: str) -> Result:
+    from lightning_lora.several.combination import combine_adapters
+
+    kept = {name: getattr(options, name, None) for name in ("rank", "energy")}
+    layers = combine_adapters(adapters, weights, options.out, method=method, overwrite=options.overwrite, **kept)
+    content = {"wrote": str(options.out), "layers": [layer._asdict() for layer in layers]}
+    return Result(content, [f"wrote {options.out}: {len(layers)} layers", *sum_lines(layers)])
 
 
 # --- an adapter and its base
