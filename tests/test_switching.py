@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
@@ -481,3 +482,19 @@ def test_recomputation_uses_the_adapter_of_the_forward_pass(is_reentrant: bool, 
     assert results[None].keys() == results[is_reentrant].keys()
     for name, gradient in results[None].items():
         torch.testing.assert_close(results[is_reentrant][name], gradient)
+
+
+def test_compiled_model_has_one_graph_for_each_rank():
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    for seed, rank in enumerate((2, 8, 16)):
+        add_adapter(module, f"rank {rank}", LoRAConfig(rank=rank, alpha=2 * rank))
+        with using(module, f"rank {rank}"):
+            learn(module, seed)
+    torch.compiler.reset()
+    graphs, x = CompileCounter(), torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)
+    compiled = torch.compile(module, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        for turn in range(10):
+            set_adapter(compiled, adapter_names(module)[turn % 3])
+            torch.testing.assert_close(compiled(x), module(x))
+    assert graphs.frame_count == 3
