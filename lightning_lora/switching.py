@@ -138,9 +138,8 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
     A frozen adapter serves as the reference of DPO or GRPO beside the one that is trained. What a module trained in
     full switches with its adapter.
 
-    The adapter is active in the model, whichever thread calls it: threads that need different ones must take turns, or
-    share a batch by ``routed``. With activation checkpointing, call ``backward`` inside the block, because it computes
-    the layers again, with the adapter that is active then; a block without gradients needs no such care.
+    Threads share the active adapter: let them take turns, or use ``routed``. With activation checkpointing, call
+    ``backward`` inside the block too, because it computes the layers again, with the adapter that is active then.
 
     Args:
         module: An adapted module.
