@@ -1,69 +1,60 @@
-"""Measure several adapters on one base: switching, and a routed batch against other ways to serve it.
+"""Several adapters on one base: switching, and a routed batch compared with one adapter and with PEFT's mixed batch.
 
     python benchmarks/switch.py
 
-PEFT's way is its mixed batch (``adapter_names=[...]``). All ways are timed in turn in one process; medians.
+"One adapter" computes the whole batch with one of them; "one after another" computes each adapter's samples by
+themselves.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import measuring
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lightning_lora import LoRAConfig, add_adapter, routed, set_adapter, using
 
-WIDTH, DEPTH, RANK, BATCH, TOKENS = 512, 8, 16, 32, 64
-
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    """Two linear layers with adapters, beside a shortcut."""
+
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.relu(self.up(x)))
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    print(f"{'switch among 2 adapters of rank 16 on 224 layers':58}{switching():8.2f} ms")
-    for count in (2, 4, 16):
-        for arrangement in ("sorted", "mixed"):
-            times = serving(count, is_sorted=arrangement == "sorted")
-            one = times["one adapter"]
-            shown = ", ".join(f"{name} {value / one:.2f}" for name, value in times.items() if name != "one adapter")
-            print(f"{count:2} adapters, {arrangement:6} batch of {BATCH} x {TOKENS} tokens, over one adapter: {shown}")
-
-
-def switching() -> float:
-    """Return the milliseconds of a switch."""
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(224)))
+def switching(args: argparse.Namespace) -> measuring.Row:
+    """Return the milliseconds of a switch of all layers."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(args.layers)))
     for name in ("a", "b"):
-        add_adapter(model, name, LoRAConfig(rank=16))
-    return 1000 * statistics.median(timed(lambda n=name: set_adapter(model, n)) for name in ("b", "a") * 30)
+        add_adapter(model, name, LoRAConfig(rank=args.rank))
+    jobs = {name: (lambda n=name: set_adapter(model, n)) for name in ("a", "b")}
+    times = measuring.in_turn(jobs, 10 * args.rounds)
+    return measuring.spread(f"switch {args.layers} layers, ms", [1e3 * t for each in times.values() for t in each], 2.0)
 
 
 @torch.no_grad()
-def serving(count: int, *, is_sorted: bool) -> dict[str, float]:
-    """Return the seconds of one batch with each way to serve it."""
-    base = nn.Sequential(*(Block() for _ in range(DEPTH)))
-    theirs = copy.deepcopy(base)
+def serving(count: int, args: argparse.Namespace, *, is_sorted: bool) -> list[measuring.Row]:
+    """Return the times of one batch over that of one adapter, with each way to serve it."""
+    base = nn.Sequential(*(Block(args.width) for _ in range(args.blocks)))
+    options = {"r": args.rank, "target_modules": ["up", "down"]}
     names = [f"n{i}" for i in range(count)]
+    peft = get_peft_model(copy.deepcopy(base), LoraConfig(**options), adapter_name=names[0]).eval()
     for name in names:
-        add_adapter(base, name, LoRAConfig(rank=RANK))
-    peft = get_peft_model(theirs, LoraConfig(r=RANK, target_modules=["up", "down"]), adapter_name=names[0]).eval()
-    for name in names[1:]:
-        peft.add_adapter(name, LoraConfig(r=RANK, target_modules=["up", "down"]))
-    wanted = [names[i % count] for i in range(BATCH)]
+        add_adapter(base, name, LoRAConfig(rank=args.rank))
+        if name != names[0]:
+            peft.add_adapter(name, LoraConfig(**options))
+    wanted = [names[i % count] for i in range(args.batch)]
     wanted = sorted(wanted) if is_sorted else wanted
-    x = torch.randn(BATCH, TOKENS, WIDTH)
+    x = torch.randn(args.batch, args.tokens, args.width)
 
     def together() -> None:
         with routed(base, wanted):
@@ -71,26 +62,33 @@ def serving(count: int, *, is_sorted: bool) -> dict[str, float]:
 
     def apart() -> None:
         for name in names:
-            rows = [i for i, each in enumerate(wanted) if each == name]
             with using(base, name):
-                base(x[rows])
+                base(x[[i for i, each in enumerate(wanted) if each == name]])
 
-    ways: dict[str, Callable[[], object]] = {
+    jobs: dict[str, Callable[[], object]] = {
         "one adapter": lambda: base(x),
         "routed": together,
-        "one adapter after another": apart,
-        "PEFT's mixed batch": lambda: peft(x, adapter_names=wanted),
+        "one after another": apart,
+        "PEFT": lambda: peft(x, adapter_names=wanted),
     }
-    for way in ways.values():
-        way()
-    rounds = [{name: timed(way) for name, way in ways.items()} for _ in range(9)]
-    return {name: statistics.median(each[name] for each in rounds) for name in ways}
+    times = measuring.in_turn(jobs, args.rounds)
+    batch = f"{count} adapters, {'sorted' if is_sorted else 'mixed'}"
+    pairs = (("routed", "one adapter"), ("one after another", "one adapter"), ("routed", "PEFT"))
+    return [measuring.ratio(times, a, b, quantity=f"{batch}: {a} / {b}") for a, b in pairs]
 
 
-def timed(way: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    way()
-    return time.perf_counter() - started
+def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
+    parser = measuring.parser(__doc__, rounds=9, layers=224, blocks=8, width=512, batch=32, tokens=64, rank=16)
+    args = parser.parse_args(argv)
+    if args.smoke:
+        vars(args).update(rounds=2, layers=2, blocks=1, width=32, tokens=2, rank=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    rows = [switching(args)]
+    for count in (2, 4, 16):
+        for is_sorted in (True, False):
+            rows += serving(count, args, is_sorted=is_sorted)
+    return measuring.report(rows, args)
 
 
 if __name__ == "__main__":
