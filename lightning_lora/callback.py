@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,6 +19,7 @@ from lightning_lora.config import (
     check_known,
     check_names,
     check_positive,
+    only_config,
     shown_options,
 )
 from lightning_lora.switching import check_name
@@ -94,10 +95,10 @@ class LoRACallback(Callback):
         **lora: Any,
     ) -> None:
         config = _config_among(lora, _config)
-        _check_known(lora)
+        check_known("LoRACallback", lora, {*OPTIONS, *_OWN_OPTIONS})
         self.config = LoRAConfig(**lora)
         if config is not None:
-            self.config = _only(config, self.config, lora)
+            self.config = only_config(config, self.config, lora)
         check_positive("LoRACallback.lr_ratio", lr_ratio)
         check_interval(diagnostics_every_n_steps)
         self.allow_untrained = check_names("LoRACallback.allow_untrained", allow_untrained)
@@ -219,15 +220,11 @@ class LoRACallback(Callback):
 _OWN_OPTIONS = dict(LoRACallback.__init__.__kwdefaults__ or {})
 
 
-def _check_known(names: Iterable[str]) -> None:
-    check_known("LoRACallback", names, {*OPTIONS, *_OWN_OPTIONS})
-
-
 def _explain(names: Collection[str]) -> None:
     """Raise if one of these names on a command line is no option."""
     if "config" in names:
         raise TypeError("LoRACallback.config is for Python. In flags and in YAML, give its options one by one.")
-    _check_known(names)
+    check_known("LoRACallback", names, {*OPTIONS, *_OWN_OPTIONS})
 
 
 def _config_among(options: dict[str, Any], first: LoRAConfig | None) -> LoRAConfig | None:
@@ -235,19 +232,6 @@ def _config_among(options: dict[str, Any], first: LoRAConfig | None) -> LoRAConf
     if first is not None and "config" in options:
         raise TypeError("LoRACallback got two configs, the first argument and config=; give one.")
     config: LoRAConfig | None = options.pop("config", first)  # in __init__ itself, this would make it a flag
-    return config
-
-
-def _only(config: LoRAConfig, single: LoRAConfig, given: Collection[str]) -> LoRAConfig:
-    """Return the config; reject options beside it that say something else."""
-    if not isinstance(config, LoRAConfig):
-        raise TypeError(f"LoRACallback.config must be a LoRAConfig, got {config!r}.")
-    if others := [name for name in given if getattr(single, name) != getattr(config, name)]:
-        raise TypeError(
-            f"LoRACallback takes a config or single options, not both: config has {others[0]}="
-            f"{getattr(config, others[0])!r}, and {others[0]}={getattr(single, others[0])!r} was given beside it. Use "
-            "dataclasses.replace to change a config."
-        )
     return config
 
 

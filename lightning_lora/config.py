@@ -204,6 +204,19 @@ def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> Non
             raise TypeError(f"{owner} has no option {name!r}. {hint}")
 
 
+def only_config(config: LoRAConfig, single: LoRAConfig, given: Collection[str]) -> LoRAConfig:
+    """Return the config; reject options beside it that say something else."""
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"LoRACallback.config must be a LoRAConfig, got {config!r}.")
+    if others := [name for name in given if getattr(single, name) != getattr(config, name)]:
+        raise TypeError(
+            f"LoRACallback takes a config or single options, not both: config has {others[0]}="
+            f"{getattr(config, others[0])!r}, and {others[0]}={getattr(single, others[0])!r} was given beside it. Use "
+            "dataclasses.replace to change a config."
+        )
+    return config
+
+
 _IN_PEFT = {
     "r": "rank",
     "lora_alpha": "alpha",
