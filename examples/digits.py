@@ -5,7 +5,8 @@
 1. A base model learns scikit-learn's 8x8 digits.
 2. The input changes: the digits are now inverted and rotated by 90 degrees. The frozen base fails.
 3. LoRA adapts it with one callback, compared with training all weights.
-4. A second adapter on the same base answers another question, "odd or even?". Adapters are swapped in memory.
+4. A second adapter on the same base answers another question, "odd or even?". Both stay in memory: switching takes no
+   time, and one batch can ask both questions.
 5. Detaching restores the exact base; merging gives an ordinary model for the new domain.
 
 It prints a table and writes ``digits.json`` and the picture ``digits.png`` to ``examples/output``. All accuracies are
@@ -37,13 +38,14 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from lightning_lora import (
     LoRACallback,
-    adapter_state_dict,
+    adapter_names,
     detach,
     disabled,
     load_adapter,
-    load_adapter_state_dict,
     lora_layers,
     merge,
+    routed,
+    set_adapter,
 )
 
 OUTPUT = Path(__file__).parent / "output"
@@ -238,7 +240,7 @@ def compare(model: DigitClassifier, tasks: dict[str, Digits], output: Path) -> l
     """Adapt the base to the new domain: all weights, then LoRA, which is one additional callback."""
     full = copy.deepcopy(model)
     full_cost = train(full, tasks["shifted"], FULL_RATE, output / "full")
-    cost = train(model, tasks["shifted"], LORA_RATE, output / "lora_shifted", LoRACallback(**LORA))
+    cost = train(model, tasks["shifted"], LORA_RATE, output / "lora_shifted", LoRACallback(adapter="shifted", **LORA))
     table = [row("full fine-tuning", full, tasks, full_cost), row("LoRA, switched on", model, tasks, cost)]
     with disabled(model):  # the base is unchanged
         return [*table, row("LoRA, switched off", model, tasks, cost)]
@@ -249,18 +251,31 @@ def row(method: str, model: nn.Module, tasks: dict[str, Digits], cost: dict[str,
 
 
 def swap(model: DigitClassifier, tasks: dict[str, Digits], output: Path) -> dict[str, Any]:
-    """Learn a second task on the same base, and swap the two adapters."""
-    adapters, trained = {"shifted": adapter_state_dict(model)}, {"shifted": logits(model, tasks["shifted"])}
-    detach(model)  # a new adapter starts on the bare base
-    train(model, tasks["parity"], LORA_RATE, output / "lora_parity", LoRACallback(**LORA))
-    adapters["parity"], trained["parity"] = adapter_state_dict(model), logits(model, tasks["parity"])
+    """Learn a second task beside the first on the same base, switch between the two, and ask both at once."""
+    trained = {"shifted": logits(model, tasks["shifted"])}
+    train(model, tasks["parity"], LORA_RATE, output / "lora_parity", LoRACallback(adapter="parity", **LORA))
+    trained["parity"] = logits(model, tasks["parity"])
     swaps, exact = {}, []
-    for name in adapters:
-        load_adapter_state_dict(model, adapters[name])  # no file, no training: only the factors change
-        swaps[name] = {task: accuracy(model, tasks[task]) for task in adapters}
+    for name in adapter_names(model):
+        set_adapter(model, name)  # no file, no training, no copy: only pointers change
+        swaps[name] = {task: accuracy(model, tasks[task]) for task in trained}
         exact.append(torch.equal(logits(model, tasks[name]), trained[name]))
     answers = {name: trained[name].argmax(dim=1).tolist() for name in trained}
-    return {"swaps": swaps, "swap_is_exact": all(exact), "answers": answers}
+    return {"swaps": swaps, "swap_is_exact": all(exact), "answers": answers, "routed": route(model, tasks, trained)}
+
+
+@torch.no_grad()
+def route(model: DigitClassifier, tasks: dict[str, Digits], trained: dict[str, Tensor]) -> dict[str, Any]:
+    """Ask about all test images of both tasks in one batch, each image with the adapter of its task."""
+    counts = {name: len(tasks[name].test) for name in trained}
+    with routed(model, [name for name, count in counts.items() for _ in range(count)]):
+        together = model(torch.cat([tasks[name].test.tensors[0] for name in trained]))
+    labels = torch.cat([tasks[name].test.tensors[1] for name in trained])
+    return {
+        "images": len(labels),
+        "accuracy": (together.argmax(dim=1) == labels).float().mean().item(),
+        "largest_difference": (together - torch.cat([*trained.values()])).abs().max().item(),
+    }
 
 
 def load_and_merge(model: DigitClassifier, data: Digits, path: Path) -> dict[str, Any]:

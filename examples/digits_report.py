@@ -31,11 +31,16 @@ def print_report(results: dict[str, Any]) -> None:
         if number == 0:
             print("  ".join("-" * width for width in widths))
     merged = results["merged"]
-    print("\nSwapping adapters on one base:")
+    print("\nTwo adapters on one base:")
     for name, scores in results["swaps"].items():
         print(
             f"  {name + ' adapter':16}  shifted digits {scores['shifted']:6.1%}   odd or even {scores['parity']:6.1%}"
         )
+    routed = results["routed"]
+    print(
+        f"  one batch of {routed['images']} images of both tasks: {routed['accuracy']:.1%} right; logits differ by at "
+        f"most {routed['largest_difference']:.0e} from those of one task at a time"
+    )
     print(f"  logits after each swap equal those after training, bit for bit: {_yes(results['swap_is_exact'])}")
     print(f"Detached: logits equal those of the base, bit for bit: {_yes(results['detach_is_exact'])}")
     print(

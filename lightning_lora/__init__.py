@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
     from lightning_lora.loading import add_adapter, load_adapter
     from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
+    from lightning_lora.several.combination import combine, combine_adapters
     from lightning_lora.several.routing import routed
 
 __version__ = "0.1.0"
@@ -38,6 +39,8 @@ __all__ = [
     "adapter_state_dict",
     "add_adapter",
     "attach",
+    "combine",
+    "combine_adapters",
     "detach",
     "disabled",
     "load_adapter",
@@ -63,6 +66,8 @@ _IMPORTED_WHEN_USED = {
     "LoRACallback": "callback",
     "Preflight": "peft_format.files",
     "add_adapter": "loading",
+    "combine": "several.combination",
+    "combine_adapters": "several.combination",
     "load_adapter": "loading",
     "preflight": "peft_format.files",
     "routed": "several.routing",

@@ -99,17 +99,22 @@ def base_problems(
     Only tensors that both fingerprints have are compared. ``what`` names the base that was ``found``, and ``override``
     the option that accepts any.
     """
-    shared = [name for name in recorded if name in found]
-    differing = [
-        name if recorded[name].shape == found[name].shape else f"{name} {found[name].shape}, not {recorded[name].shape}"
-        for name in shared
-        if not _is_same(recorded[name], found[name])
-    ]
+    differing = differing_tensors(recorded, found)
     if not differing:
         return []
+    shared = recorded.keys() & found.keys()
     return [
         f"The adapter was trained on a different base than this {what}: {len(differing)} of {len(shared)} compared "
         f"tensors differ, first {listed(differing, 3)}. Load the base it was trained on; {override} accepts any base."
+    ]
+
+
+def differing_tensors(recorded: Fingerprint, found: Fingerprint) -> list[str]:
+    """Return the tensors that two fingerprints have and that are not the same, whatever their precision."""
+    return [
+        name if one.shape == found[name].shape else f"{name} {found[name].shape}, not {one.shape}"
+        for name, one in recorded.items()
+        if name in found and not _is_same(one, found[name])
     ]
 
 

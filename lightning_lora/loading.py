@@ -15,7 +15,7 @@ from lightning_lora.attachment import AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, TokenAdapter
 from lightning_lora.names import listed, module_names
-from lightning_lora.peft_format.directory import PeftFile, read_directory
+from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile, read_directory
 from lightning_lora.peft_format.importing import Import, import_into, import_state
 from lightning_lora.state import (
     check_base_values,
@@ -36,7 +36,14 @@ def read_adapter(path: str | PathLike[str]) -> PeftFile | CheckpointFile:
         ValueError: It cannot be read, or holds no adapter.
         FileNotFoundError: It does not exist.
     """
-    return read_directory(path) if Path(path).is_dir() else read_checkpoint(path)
+    if Path(path).is_dir():
+        return read_directory(path)
+    if Path(path).suffix == ".safetensors" and Path(path).is_file():
+        raise ValueError(
+            f"{str(path)!r} holds tensors alone. Name the directory with {CONFIG_FILE} that it belongs to, or a .ckpt "
+            "of a LoRACallback run."
+        )
+    return read_checkpoint(path)
 
 
 def add_adapter(

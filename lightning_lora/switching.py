@@ -15,9 +15,12 @@ The first adapter is called ``"default"`` unless it was named. A module with one
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,6 +30,7 @@ from lightning_lora.layers import LoRALayer, release_statistics, swap_in, swap_o
 from lightning_lora.layers.lora_layer import Behavior
 from lightning_lora.modes import freeze_norms
 from lightning_lora.names import OTHERS, listed, near_names, parameters_of, walk
+from lightning_lora.ops.checkpointing import Context, restore_in_recomputation
 from lightning_lora.sharding import is_fully_sharded, unwrapped
 
 BASE = "base"  # in ``lora_others``, what a module has under no adapter
@@ -62,7 +66,7 @@ class Named:
     kept: dict[nn.Module, Kept]
 
 
-@dataclass
+@dataclass(eq=False)
 class Several:
     """The record on a module with several adapters.
 
@@ -71,14 +75,22 @@ class Several:
         adapters: All of them by name, in the order in which they were added.
         active: Which one is in place; None for the bare base.
         base: Modules that an adapter trains in full -> where to keep the base's own tensors.
-        held: Contexts that forbid switching now, such as ``routed``.
+        again: Inside ``routed``, which forbids switching, the function that enters it.
     """
 
     home: nn.Module
     adapters: dict[str, Named] = field(default_factory=dict)
     active: str | None = None
     base: dict[nn.Module, Kept] = field(default_factory=dict)
-    held: list[str] = field(default_factory=list)
+    again: Context | None = None
+
+    def __post_init__(self) -> None:
+        _records.add(self)
+        restore_in_recomputation(_states)  # or gradients would reach the adapter that is active by then
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copied or unpickled module
+        vars(self).update(state)
+        self.__post_init__()
 
 
 # --- what users call
@@ -320,8 +332,8 @@ def switch_to(several: Several, name: str | None) -> None:
 
 
 def _check_switchable(several: Several, before: Named | None, after: Named | None) -> None:
-    if several.held:
-        raise RuntimeError(f"The adapters cannot be switched inside {several.held[-1]}(...); leave it first.")
+    if several.again is not None:
+        raise RuntimeError("The adapters cannot be switched inside routed(...); leave it first.")
     for part in before.kept if before is not None else ():
         if (mode := vars(part).get("lora_mode", "active")) != "active":
             raise RuntimeError(f"The adapters cannot be switched inside {mode}(module); leave it first.")
@@ -340,7 +352,9 @@ def _put_away(base: dict[nn.Module, Kept], adapter: Named) -> None:
             vars(base[part])[table][key] = None
         if isinstance(part, LoRALayer):
             place.behavior = part.mixin, part.computed
+            vars(part).pop("lora_mode", None)  # left by disabled and merged; the bare base has none
             place._modules["lora"] = part._modules.pop("lora")
+            vars(part).pop("lora_mode", None)  # "active", since it was switched off and on again
             swap_out(part)
     # Attaching again has made new records.
     adapter.roots = [root._replace(attachment=get_attachment(root.module) or root.attachment) for root in adapter.roots]
@@ -448,6 +462,32 @@ def others_frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+# --- activation checkpointing
+
+_records: weakref.WeakSet[Several] = weakref.WeakSet()
+
+
+def _states() -> list[Context]:
+    """Return contexts in which the adapters are in place that are in place now."""
+    return [partial(_as_it_was, record, record.active, record.again) for record in _records]
+
+
+@contextmanager
+def _as_it_was(record: Several, name: str | None, again: Context | None) -> Iterator[None]:
+    if record.again is again and record.active == name:
+        yield
+    elif again is not None:
+        with again():
+            yield
+    else:
+        before = record.active
+        switch_to(record, name)
+        try:
+            yield
+        finally:
+            switch_to(record, before)
 
 
 def forget(several: Several) -> None:

@@ -26,7 +26,20 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
 
 @pytest.mark.parametrize(
     "benchmark",
-    ["step", "memory", "weights", "attach", "merge", "checkpoint", "growth", "overhead", "scaling", "quality", "gpu"],
+    [
+        "step",
+        "memory",
+        "weights",
+        "attach",
+        "merge",
+        "checkpoint",
+        "growth",
+        "overhead",
+        "scaling",
+        "quality",
+        "switch",
+        "gpu",
+    ],
     indirect=True,
 )
 def test_benchmark_runs_and_reports(benchmark, tmp_path, capsys):

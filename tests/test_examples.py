@@ -92,6 +92,14 @@ def test_each_adapter_solves_its_own_task(digits):
     assert swaps["parity"]["parity"] > swaps["shifted"]["parity"] + 0.4
 
 
+def test_one_batch_asks_both_tasks(digits):
+    routed, swaps = digits.results["routed"], digits.results["swaps"]
+    assert routed["images"] == 2 * 397
+    both = (swaps["shifted"]["shifted"] + swaps["parity"]["parity"]) / 2
+    assert routed["accuracy"] == pytest.approx(both, abs=1e-6)
+    assert routed["largest_difference"] < 1e-4  # other batch sizes may be summed in another order
+
+
 def test_swap_and_detach_are_exact(digits):
     assert digits.results["swap_is_exact"] is True
     assert digits.results["detach_is_exact"] is True

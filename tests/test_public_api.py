@@ -19,6 +19,8 @@ PUBLIC = [
     "adapter_state_dict",
     "add_adapter",
     "attach",
+    "combine",
+    "combine_adapters",
     "detach",
     "disabled",
     "load_adapter",

@@ -26,6 +26,7 @@ from lightning_lora import (
     load_adapter,
     lora_layers,
     parameter_groups,
+    using,
 )
 from tests.contract import assert_same_bits
 from tests.toys import FEATURES, Toy, digest, loader, network, trainer
@@ -114,13 +115,18 @@ def test_k_fold_scores_are_those_of_new_modules(names: dict[str, Any]) -> None:
 def test_two_tasks_share_a_base(names: dict[str, Any]) -> None:
     names["first_loader"] = loader()
     names["second_loader"] = DataLoader(TensorDataset(torch.randn(32, FEATURES), torch.randn(32, FEATURES)), 8)
-    swap, files = blocks("Two tasks on one base")
-    exec(swap, names)
-    model = names["model"]
-    assert_same_bits(adapter_state_dict(model), names["tasks"]["first"])
-    assert not torch.equal(names["tasks"]["first"]["net.0.lora.B"], names["tasks"]["second"]["net.0.lora.B"])
+    train, files = blocks("Two tasks on one base")
+    exec(train, names)
+    model, states = names["model"], {}
+    for task in ("first", "second"):
+        with using(model, task):
+            states[task] = adapter_state_dict(model)
+    assert_same_bits(adapter_state_dict(model), states["first"])
+    assert not torch.equal(states["first"]["net.0.lora.B"], states["second"]["net.0.lora.B"])
     exec(files, names)
-    assert_same_bits(adapter_state_dict(model), names["tasks"]["second"])
+    for task, state in states.items():
+        with using(model, task):
+            assert_same_bits(adapter_state_dict(model), state)
     detach(model)
     assert digest(model) == digest(LitModel())
 

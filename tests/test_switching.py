@@ -7,10 +7,13 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
     LoRAConfig,
@@ -28,6 +31,7 @@ from lightning_lora import (
     merged,
     parameter_groups,
     remove_adapter,
+    routed,
     save_adapter,
     set_adapter,
     using,
@@ -131,6 +135,16 @@ def test_random_switches_leave_the_base_and_the_adapters_bit_equal(model: nn.Mod
             state, mine = adapter_state_dict(alone[name]), adapter_state_dict(model)
             assert mine.keys() == state.keys()
             assert all(torch.equal(mine[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize("context", [merged, disabled])
+def test_an_adapter_is_added_to_layers_that_were_merged_or_disabled_before(context: Callable[..., Any]):
+    module = base()
+    add_adapter(module, "one", CONFIGS["plain"])
+    with context(module):
+        pass
+    add_adapter(module, "two", CONFIGS["plain"])
+    assert adapter_names(module) == ["one", "two"]
 
 
 def test_none_is_the_bare_base_of_its_own_classes(model: nn.Module):
@@ -371,6 +385,16 @@ def test_merged_and_disabled_adapters_are_not_switched(model: nn.Module):
     set_adapter(model, "dora")
 
 
+def test_adapters_can_be_added_after_the_active_one_was_off():
+    module = base()
+    attach(module, CONFIGS["plain"])
+    with disabled(module):
+        module(tokens())
+    add_adapter(module, "second", CONFIGS["plain"])
+    set_adapter(module, "second")
+    assert type(module.fc).__name__ == "LoRALinear"
+
+
 def test_other_bases_are_refused(tmp_path: Path, alone: dict[str, nn.Module]):
     save_adapter(alone["plain"], tmp_path / "plain")
     other = Mixed()
@@ -396,3 +420,81 @@ def test_attaching_inside_the_bare_base_is_refused(model: nn.Module):
 def test_a_module_without_adapters_is_named():
     with pytest.raises(ValueError, match="set_adapter: Mixed has no adapters"):
         set_adapter(base(), "a")
+
+
+# --- activation checkpointing: a block is computed again with the adapter of its forward pass
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, is_reentrant: bool | None) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.block = nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.is_reentrant = is_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.is_reentrant is None:
+            return self.block(x)
+        return checkpoint(self.block, x, use_reentrant=self.is_reentrant)
+
+
+def checkpointed(is_reentrant: bool | None) -> nn.Module:
+    module = Checkpointed(is_reentrant)
+    for seed, name in enumerate(("a", "b")):
+        add_adapter(module, name, LoRAConfig(rank=2 + seed), seed=seed)
+        with using(module, name):
+            learn(module, seed)
+    return module
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name in ("a", "b"):
+        with using(module, name):
+            found |= {f"{name}.{key}": p.grad for key, p in module.named_parameters() if p.grad is not None}
+    return found
+
+
+@pytest.mark.parametrize("is_reentrant", [True, False])
+@pytest.mark.parametrize("kind", ["reference with gradients", "backward elsewhere", "switched", "routed"])
+def test_recomputation_uses_the_adapter_of_the_forward_pass(is_reentrant: bool, kind: str):
+    results = {}
+    for mode in (None, is_reentrant):
+        module, x = copy.deepcopy(checkpointed(mode)), torch.linspace(-1, 1, 2 * WIDTH).reshape(2, WIDTH)
+        if kind == "reference with gradients":
+            policy = module(x)
+            with using(module, "b"):
+                (policy * module(x)).sum().backward()
+        elif kind == "backward elsewhere":
+            with using(module, "b"):
+                loss = module(x).square().sum()
+            loss.backward()
+        elif kind == "switched":
+            loss = module(x).square().sum()
+            set_adapter(module, "b")
+            loss.backward()
+        else:
+            with routed(module, ["b", "a"]):
+                loss = module(x).square().sum()
+            loss.backward()
+        results[mode] = gradients(module)
+    assert results[None].keys() == results[is_reentrant].keys()
+    for name, gradient in results[None].items():
+        torch.testing.assert_close(results[is_reentrant][name], gradient)
+
+
+def test_compiled_model_has_one_graph_for_each_rank():
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    for seed, rank in enumerate((2, 8, 16)):
+        add_adapter(module, f"rank {rank}", LoRAConfig(rank=rank, alpha=2 * rank))
+        with using(module, f"rank {rank}"):
+            learn(module, seed)
+    torch.compiler.reset()
+    graphs, x = CompileCounter(), torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)
+    compiled = torch.compile(module, backend=graphs, fullgraph=True)
+    with torch.no_grad():
+        for turn in range(10):
+            set_adapter(compiled, adapter_names(module)[turn % 3])
+            torch.testing.assert_close(compiled(x), module(x))
+    assert graphs.frame_count == 3

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lora.attachment import table_lines
-from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, summary_lines
+from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, sum_lines, summary_lines
 from lightning_lora.names import listed
 
 if TYPE_CHECKING:
@@ -78,8 +78,18 @@ def _share(text: str) -> float:
     return share
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
 def _count(text: str) -> int:
     return _amount(text, {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12})
+
+
+def _rank(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def _size(text: str) -> int:
@@ -201,6 +211,51 @@ def import_(options: argparse.Namespace) -> Result:
 
 def _converted(path: Path, layers: list[str]) -> Result:
     return Result({"wrote": str(path), "layers": layers}, [f"wrote {path}: {len(layers)} layers ({listed(layers, 3)})"])
+
+
+# --- arithmetic
+
+_RANK = option("--rank", type=_count, metavar="R", help="the highest rank of a layer")
+_ENERGY = option("--energy", type=_share, metavar="E", help="the share of each layer's squared norm to keep")
+_INTO = option("--out", type=Path, metavar="DIR", required=True, help="the PEFT directory to write")
+
+
+@command(
+    option("adapters", type=Path, metavar="ADAPTER", nargs="+", help=_AN_ADAPTER),
+    option(
+        "--weights",
+        type=_numbers,
+        metavar="W,W",
+        required=True,
+        help="factor of each adapter in the sum; --weights=-1,1 if the first is negative",
+    ),
+    option("--method", choices=("cat", "svd"), default="cat", help="cat: exact (default); svd: cut to a lower rank"),
+    *(_RANK, _ENERGY, _INTO, OVERWRITE),
+)
+def combine(options: argparse.Namespace) -> Result:
+    """Write the weighted sum of adapters, without the model."""
+    return _sum(options, options.adapters, options.weights, options.method)
+
+
+@command(ADAPTER, option("factor", type=float, metavar="FACTOR", help="such as 0.5 or -1"), _INTO, OVERWRITE)
+def scale(options: argparse.Namespace) -> Result:
+    """Write an adapter whose update is that of another one times a factor."""
+    return _sum(options, [options.adapter], [options.factor], "cat")
+
+
+@command(ADAPTER, one_of(_RANK, _ENERGY), _INTO, OVERWRITE)
+def truncate(options: argparse.Namespace) -> Result:
+    """Write the best approximation of an adapter by one of lower rank."""
+    return _sum(options, [options.adapter], [1.0], "svd")
+
+
+def _sum(options: argparse.Namespace, adapters: list[Path], weights: list[float], method: str) -> Result:
+    from lightning_lora.several.combination import combine_adapters
+
+    kept = {name: getattr(options, name, None) for name in ("rank", "energy")}
+    layers = combine_adapters(adapters, weights, options.out, method=method, overwrite=options.overwrite, **kept)
+    content = {"wrote": str(options.out), "layers": [layer._asdict() for layer in layers]}
+    return Result(content, [f"wrote {options.out}: {len(layers)} layers", *sum_lines(layers)])
 
 
 # --- an adapter and its base
@@ -365,7 +420,7 @@ def _compare_layers(options: argparse.Namespace) -> Result:
         option("--parameters", type=_count, metavar="N", help="budget in parameters, such as 4.7M"),
         option("--bytes", type=_size, metavar="N", help="budget in bytes of the factors, such as 35MB"),
         option("--optimizer-bytes", type=_size, metavar="N", help="budget in bytes of optimizer state"),
-        option("--rank", type=_count, metavar="R", help="no budget: show what this rank costs"),
+        option("--rank", type=_rank, metavar="R", help="no budget: show what this rank costs"),
     ),
     option("--targets", type=_names, metavar="A,B", help="layers to choose from (default: all linear layers)"),
     option("--group", type=_names, action="append", metavar="A,B", help="a combination to consider; may be repeated"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from lightning_lora.attachment import table_lines
@@ -15,6 +15,7 @@ from lightning_lora.names import listed
 if TYPE_CHECKING:
     from lightning_lora.cli.inspection import Summary
     from lightning_lora.disk.merge import MergeReport
+    from lightning_lora.several.combination import CombinedLayer
 
 _BAR = 30
 _SHOWN_OPTIONS = 8
@@ -95,6 +96,16 @@ def merge_lines(report: MergeReport) -> list[str]:
         lines.append("the output layer is now untied: config.json has tie_word_embeddings=false")
     lines.append(about_base(report.compared))
     return [*lines, f"wrote {len(report.files)} tensor files, {_size(report.size)}"]
+
+
+def sum_lines(layers: Sequence[CombinedLayer]) -> list[str]:
+    """Return the layers of a sum of adapters as a table: their ranks and what was cut."""
+    if not layers:
+        return []
+    rows = [(each.name, str(each.stacked), str(each.rank), f"{100 * each.error:.3g} %") for each in layers]
+    worst = max(each.error for each in layers)
+    last = ("at most", *(str(max(ranks)) for ranks in ([e.stacked for e in layers], [e.rank for e in layers])))
+    return table_lines([("layer", "rank before", "after", "relative error"), *rows, (*last, f"{100 * worst:.3g} %")])
 
 
 def about_base(compared: int) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_lora.names import listed, near_names
+from lightning_lora.peft_format.directory import CONFIG_FILE
 from lightning_lora.peft_format.names import without_wrappers
 from lightning_lora.storage.safetensors import StoredTensor, TensorFile, read_table
 
@@ -88,6 +89,8 @@ def open_base(path: Path) -> BaseFolder:
     if not path.is_dir():
         raise FileNotFoundError(f"{str(path)!r} does not exist; name a model folder, or a safetensors file.")
     index = read_json(path / INDEX_FILE) if (path / INDEX_FILE).is_file() else None
+    if index is None and not (path / SINGLE_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"{str(path)!r} holds an adapter ({CONFIG_FILE}), not a base; name the model's folder.")
     if index is None and not (path / SINGLE_FILE).is_file():
         raise FileNotFoundError(
             f"{str(path)!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Only safetensors are read: save the model "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,16 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
 from lightning_lora.disk.skeleton import build_skeleton, fill, put
-from lightning_lora.fingerprint import fingerprint, to_plain
+from lightning_lora.fingerprint import Fingerprint, fingerprint, to_plain
 from lightning_lora.layers import adapter_of_kind
-from lightning_lora.names import join, listed, matches
-from lightning_lora.peft_format.config import anchored
+from lightning_lora.loading import read_adapter
+from lightning_lora.names import is_below, join, listed, matches
+from lightning_lora.peft_format.config import KNOWN_ORDER, anchored, parse_config
 from lightning_lora.peft_format.directory import PeftFile, read_directory
-from lightning_lora.peft_format.files import below, exported, write_export
+from lightning_lora.peft_format.export import Export
+from lightning_lora.peft_format.files import below, check_expressible, exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
+from lightning_lora.peft_format.names import PREFIX
 from lightning_lora.state import describe, mismatches, record_problems
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredWeight, damage_named
 from lightning_lora.storage.atomic import check_new, replace_file
@@ -49,16 +53,43 @@ def export_checkpoint(
     Raises:
         ValueError: The file does not describe the adapter well enough, or PEFT cannot express it. Nothing was written.
     """
-    file = read_checkpoint(checkpoint)
-    with damage_named(checkpoint):
-        _check_exportable(file)
-        skeleton = _skeleton_of_checkpoint(file)
-        root = _common_root(AdaptedModel(skeleton).trained) if root is None else root
-        export = exported(skeleton, root)
-    export.is_partial, base = True, below(file.base, export.root_name)
+    if checkpoint.is_dir():
+        raise ValueError(f"{str(checkpoint)!r} is a directory, not a .ckpt; a PEFT directory needs no export.")
+    export, base = _export_of(read_checkpoint(checkpoint), root)
     name = base_model_name_or_path
     write_export(export, directory, name, base, uniform_rank=uniform_rank, overwrite=overwrite)
     return sorted(layer.name for layer in export.layers)
+
+
+def _export_of(file: CheckpointFile, root: str | None = None) -> tuple[Export, Fingerprint]:
+    """Return what the PEFT directory of a checkpoint's adapter holds, and the fingerprint of its base."""
+    with damage_named(file.path):
+        _check_exportable(file)
+        skeleton = _skeleton_of_checkpoint(file)
+        trained = list(AdaptedModel(skeleton).trained)
+        root = _common_root(trained) if root is None else root
+        if root and not any(is_below(name, (root,)) for name in trained):
+            raise ValueError(f"root={root!r} holds nothing of the adapter, which trains {listed(trained, 3)}.")
+        export = exported(skeleton, root)
+        export.is_partial = True
+        return export, below(file.base, export.root_name)
+
+
+def read_as_peft(path: Path) -> PeftFile:
+    """Read an adapter as its PEFT directory holds it, also where it is a ``.ckpt``; nothing is written.
+
+    Raises:
+        ValueError: The file does not describe the adapter well enough, or PEFT cannot express it.
+        FileNotFoundError: It does not exist.
+    """
+    file = read_adapter(path)
+    if isinstance(file, PeftFile):
+        return file
+    export, base = _export_of(file)
+    check_expressible(export)
+    options = export.config(None)
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in export.tensors().items()}
+    return PeftFile(path, tensors, options, {}, parse_config(options)[0], base_text=json.dumps(to_plain(base)))
 
 
 def _check_exportable(file: CheckpointFile) -> None:
@@ -101,6 +132,8 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model", 
         ValueError: The files do not describe the adapter well enough, or use unsupported options. Nothing was written.
         FileNotFoundError: They do not exist.
     """
+    if directory.is_file():
+        raise ValueError(f"{str(directory)!r} is a file, not a PEFT directory; import writes a .ckpt from a directory.")
     check_new(checkpoint, overwrite=overwrite)
     file = read_directory(directory)
     with damage_named(directory):
@@ -157,23 +190,81 @@ def _bare_skeleton(file: PeftFile | CheckpointFile, root: str = "") -> nn.Module
     Raises:
         ValueError: The file does not describe its layers well enough.
     """
+    skeleton = _skeleton_for(_weights_of(file), dict(_others(file)), root)
+    if isinstance(file, PeftFile):  # an import compares repeated weights of the base with the model's: here, with these
+        put(skeleton, {join(root, name): value for name, value in _others(file)})
+    return skeleton
+
+
+def imported_together(files: Sequence[PeftFile]) -> tuple[nn.Module, list[Import]]:
+    """Return one bare skeleton for several adapters of a base, and the content of each, matched with it.
+
+    Raises:
+        ValueError: A file does not describe its layers well enough, or their layers differ in kind or shape.
+    """
+    weights, owners, others = dict[str, StoredWeight](), dict[str, PeftFile](), dict[str, Tensor]()
+    for file in files:
+        for name, weight in _weights_of(file).items():
+            before = weights.get(name, weight)
+            if before.kind == weight.kind == "embedding" and before.shape[1:] == weight.shape[1:]:
+                weight = max(before, weight, key=lambda each: each.shape)  # trained tokens do not tell the last one
+            elif (before.kind, before.shape) != (weight.kind, weight.shape):
+                raise ValueError(
+                    f"{name}: {str(owners[name].path)!r} adapts a weight of the kind {before.kind!r} and the shape "
+                    f"{before.shape}, {str(file.path)!r} one of the kind {weight.kind!r} and the shape {weight.shape}."
+                )
+            weights[name] = _in_known_order(name, weight) if len(files) > 1 else weight
+            owners.setdefault(name, file)
+        others |= dict(_others(file))
+    if len(files) > 1:
+        _check_order_is_known(weights)
+    skeleton, contents = _skeleton_for(weights, others), []
+    for file in files:
+        with damage_named(file.path):
+            put(skeleton, dict(_others(file)))
+            contents.append(make_import(skeleton, file))
+    return skeleton, contents
+
+
+def _in_known_order(name: str, weight: StoredWeight) -> StoredWeight:
+    key = name.rpartition(".")[2]
+    return weight._replace(order=KNOWN_ORDER.index(key)) if key in KNOWN_ORDER else weight
+
+
+def _check_order_is_known(weights: Mapping[str, StoredWeight]) -> None:
+    """Raise if files adapt several parameters of one module, and none tells the order in which that registers them."""
+    found: dict[str, set[str]] = {}
+    for name, weight in weights.items():
+        if weight.kind == "parameter":
+            path, _, key = name.rpartition(".")
+            found.setdefault(path, set()).add(key)
+    if unknown := [path for path, keys in found.items() if len(keys) > 1 and not keys <= {*KNOWN_ORDER}]:
+        raise ValueError(f"The files do not tell the order of the parameters of {listed(unknown)}. {_REMEDY}")
+
+
+def _skeleton_for(weights: Mapping[str, StoredWeight], others: Mapping[str, Tensor], root: str = "") -> nn.Module:
+    """Return a bare skeleton with these weights, and with places for the other tensors."""
+    kinds = {name.rpartition(".")[0]: each.kind or "" for name, each in weights.items() if each.kind != "parameter"}
+    # Modules that only hold parameters come last, and the parameters of a module as it registers them.
+    ordered = sorted(weights.items(), key=lambda each: (each[0].rpartition(".")[0] not in kinds, each[1].order))
+    layouts = {name: Layout(torch.float32, weight.shape) for name, weight in ordered}
+    layouts |= {name: Layout(value.dtype, tuple(value.shape)) for name, value in others.items()}
+    full = {join(root, name): layout for name, layout in layouts.items()}
+    return build_skeleton(full, {join(root, name): kind for name, kind in kinds.items()})
+
+
+def _weights_of(file: PeftFile | CheckpointFile) -> dict[str, StoredWeight]:
+    """Return the weights that a file's adapters are for, by their names.
+
+    Raises:
+        ValueError: The file does not describe its layers well enough.
+    """
     weights = {label: layer.weight for label, layer in file.layers.items()}
     weights |= {label: tokens.weight for label, tokens in file.tokens.items()}
     _check_described(file, weights)
-    found = [(weight.name or "", weight.kind or "", weight) for weight in weights.values()]
-    kinds = {name.rpartition(".")[0]: kind for name, kind, _ in found if kind != "parameter"}
-    # Modules that only hold parameters come last, and the parameters of a module as it registers them.
-    found.sort(key=lambda each: (each[0].rpartition(".")[0] not in kinds, each[2].order))
-    layouts = {name: Layout(torch.float32, weight.shape) for name, _, weight in found}
     for label, layer in file.layers.items():
         _check_factors(label, layer)
-    others = dict(_others(file))
-    layouts |= {name: Layout(value.dtype, tuple(value.shape)) for name, value in others.items()}
-    full = {join(root, name): layout for name, layout in layouts.items()}
-    skeleton = build_skeleton(full, {join(root, name): kind for name, kind in kinds.items()})
-    if isinstance(file, PeftFile):  # an import compares repeated weights of the base with the model's: here, with these
-        put(skeleton, {join(root, name): value for name, value in others.items()})
-    return skeleton
+    return {weight.name or "": weight for weight in weights.values()}
 
 
 def _check_described(file: AdapterFile, weights: Mapping[str, StoredWeight]) -> None:

@@ -7,6 +7,7 @@ or ``(E, r, in)`` and ``(E, out, r)``.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -80,6 +81,28 @@ class Factors(NamedTuple):
         bias = None if self.bias is None else self.bias * ratio
         return self._replace(B=self.B * ratio, bias=bias, scaling=scaling)
 
+    def scaled(self, factor: float) -> Factors:
+        """Return the update times a factor other than zero: its size goes into the scaling, so nothing is rounded."""
+        sign = math.copysign(1.0, factor)
+        bias = None if self.bias is None else sign * self.bias
+        return self._replace(B=sign * self.B, bias=bias, scaling=abs(factor) * self.scaling)
+
+    def zero(self) -> Factors:
+        """Return an update of zero for the same layer."""
+        bias = None if self.bias is None else torch.zeros_like(self.bias)
+        return Factors(torch.zeros_like(self.A[..., :1, :]), torch.zeros_like(self.B[..., :1]), 1.0, None, bias)
+
+    @property
+    def highest_rank(self) -> int:
+        """The highest rank that the update can have."""
+        return min(self.rank, self.A.shape[-1], self.B.shape[-2])
+
+    @property
+    def norm(self) -> float:
+        """The Frobenius norm, of a stack that of all; the product is not formed: ``O((out + in) r^2)``."""
+        A, B = self.A.double(), self.B.double()
+        return self.scaling * float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0.0).sqrt())
+
     def within(self, rank: int) -> Factors:
         """Return the same update at a rank no higher than this, which must be a dimension of the product."""
         if self.rank <= rank:
@@ -89,6 +112,14 @@ class Factors(NamedTuple):
         if self.B.shape[-2] == rank:
             return self._replace(A=product, B=square.contiguous())
         return self._replace(A=square.contiguous(), B=product)
+
+
+def stacked(terms: Sequence[Factors]) -> Factors:
+    """Return the sum of updates of one weight, in float64: factors side by side, and the scalings in ``B``."""
+    biases = [each.scaling * each.bias.double() for each in terms if each.bias is not None]
+    A = torch.cat([each.A.double() for each in terms], -2)
+    B = torch.cat([each.scaling * each.B.double() for each in terms], -1)
+    return Factors(A, B, 1.0, None, torch.stack(biases).sum(0) if biases else None)
 
 
 class PeftLayer(NamedTuple):

@@ -101,9 +101,7 @@ def write_export(
         ValueError: PEFT cannot express it, or the directory holds something else. Nothing was written.
         OSError: The files could not be written.
     """
-    if export.refused:
-        reasons = "\n".join(f"  - {name}: {reason}" for name, reason in export.refused.items())
-        raise ValueError(f"PEFT cannot express this adapter; nothing was written:\n{reasons}")
+    check_expressible(export)
     export.check_task(task_type)
     for caveat in export.caveats():
         warnings.warn(caveat, stacklevel=3)
@@ -118,6 +116,17 @@ def write_export(
             (new / CARD_FILE).write_text(model_card(config, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
 
     replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,), overwrite=overwrite)
+
+
+def check_expressible(export: Export) -> None:
+    """Raise if there is anything that PEFT cannot hold.
+
+    Raises:
+        ValueError: There is; one error lists all.
+    """
+    if export.refused:
+        reasons = "\n".join(f"  - {name}: {reason}" for name, reason in export.refused.items())
+        raise ValueError(f"PEFT cannot express this adapter; nothing was written:\n{reasons}")
 
 
 def _refuse_sharded(module: nn.Module) -> None:

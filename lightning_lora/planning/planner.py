@@ -111,7 +111,10 @@ class _Planner:
             self._check_layers()
         self.problems += missed_entries(plan)
         if not (plan.layers or self.problems):
-            reasons = listed([f"{name}: {reason}" for name, reason in plan.left_out.items()])
+            names: dict[str, list[str]] = {}
+            for name, reason in plan.left_out.items():
+                names.setdefault(reason, []).append(name)
+            reasons = "; ".join(f"{listed(each, 3)}: {reason}" for reason, each in names.items())
             self.problems.append(
                 f"target_modules={config.target_modules!r} left out every layer ({reasons}).{other_kinds(plan)}"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -50,7 +51,7 @@ def routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     _check_routable(several, [name for name in used if name is not None], paths)
     before = several.active
     switch_to(several, None)
-    several.held.append("routed")
+    several.again = partial(routed, module, names)
     try:
         for part in parts:
             groups = [
@@ -65,7 +66,7 @@ def routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             if isinstance(part, RoutedLayer):
                 swap_out(part)
                 del vars(part)[_ROUTE]
-        several.held.pop()
+        several.again = None
         switch_to(several, before)
 
 

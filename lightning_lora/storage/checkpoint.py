@@ -48,7 +48,7 @@ def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, An
     except Exception as error:  # damaged pickles raise whatever their bytes happen to mean
         raise ValueError(
             f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or in another format. "
-            f"Nothing was changed. The reader failed with {type(error).__name__}: {error}"
+            f"Nothing was changed. The reader failed with {type(error).__name__}: {_first_sentence(error)}"
         ) from error
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict):
         return checkpoint
@@ -59,6 +59,11 @@ def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, An
             "torch.load(path)); save_adapter(module, directory) writes what load_adapter reads."
         )
     raise ValueError(f"{str(path)!r} is not a Lightning checkpoint: it has no 'state_dict'. Nothing was changed.")
+
+
+def _first_sentence(error: Exception) -> str:
+    """Return what went wrong, without torch's advice to load the file by executing it."""
+    return str(error).partition(". ")[0].removesuffix(".") + "."
 
 
 def _check_sums(path: object) -> None:

@@ -70,6 +70,46 @@ def test_missing_file_is_named_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("export {adapter} {out}", "is a directory, not a .ckpt; a PEFT directory needs no export"),
+        (
+            "export {checkpoint} {out} --root net",
+            "root='net' holds nothing of the adapter, which trains blocks.0.q_proj",
+        ),
+        ("import {checkpoint} {out}", "is a file, not a PEFT directory"),
+        (
+            "inspect {adapter}/adapter_model.safetensors",
+            "Name the directory with adapter_config.json that it belongs to",
+        ),
+        ("inspect {notes}", "The reader failed with UnpicklingError: Weights only load failed."),
+        ("verify {checkpoint} {adapter}", "holds an adapter (adapter_config.json), not a base"),
+        ("plan {base} --rank 9999", "blocks.0.q_proj, blocks.0.v_proj, blocks.1.q_proj and"),
+    ],
+)
+def test_wrong_kind_of_input_is_explained_in_one_line(
+    command: str, answer: str, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base = files
+    (tmp_path / "notes.ckpt").write_text("import this")
+    assert run("import", adapter, tmp_path / "adapter.ckpt", "--root", "") == 0
+    capsys.readouterr()
+    places = {
+        "adapter": adapter,
+        "base": base,
+        "checkpoint": tmp_path / "adapter.ckpt",
+        "notes": tmp_path / "notes.ckpt",
+    }
+    assert main([word.format(**places, out=tmp_path / "out") for word in command.split()]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert answer in err
+    assert err.count("\n") == 1
+    assert "weights_only" not in err  # torch's advice to execute the file
+    assert not (tmp_path / "out").exists()
+
+
 def test_system_error_is_shown_without_number(
     files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,94 @@
+"""The code blocks of docs/several_adapters.md, run in order and unchanged, do what the page says."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from lightning_lora import LoRACallback, adapter_names, adapter_state_dict, disabled, using
+from tests.contract import assert_same_bits
+from tests.toys import FEATURES, Toy, loader, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")
+
+PAGE = (Path(__file__).parents[2] / "docs" / "several_adapters.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.partition("## Arithmetic")[0], flags=re.S)
+
+
+class LitModel(Toy):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def log_prob(model: nn.Module, x: Tensor) -> Tensor:
+    return log_softmax(model(x), dim=-1)[:, 0]
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return what the page's blocks left, run one after another."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "accelerator": "cpu"}
+
+    class QuietTrainer(Trainer):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**(quiet | {"devices": 1, "enable_model_summary": False} | options))
+
+    folder, other = tmp_path_factory.mktemp("page"), LitModel()
+    run = trainer(LoRACallback(rank=1))
+    run.fit(other, loader())
+    run.save_checkpoint(folder / "adapter.ckpt")
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"LitModel": LitModel, "german_loader": loader(), "sst2_loader": loader(shuffle=True)}
+    found |= {"x": torch.randn(3, FEATURES), "four_samples": torch.randn(4, FEATURES), "log_prob": log_prob}
+    found |= {"chosen": torch.randn(5, FEATURES), "rejected": torch.randn(5, FEATURES)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("lightning.pytorch.Trainer", QuietTrainer)
+        for block in BLOCKS:
+            exec(block, found)
+    return found
+
+
+def test_adapters_are_those_that_the_page_lists(names: dict[str, Any]):
+    assert adapter_names(names["model"]) == ["german", "sst2", "third", "reference"]
+    assert torch.equal(names["base_prediction"], LitModel()(names["x"]))
+    with using(names["model"], "sst2"):
+        assert torch.equal(names["sst2_prediction"], names["model"](names["x"]))
+
+
+def test_routed_samples_have_their_adapters(names: dict[str, Any]):
+    model, x = names["model"], names["four_samples"]
+    for row, name in enumerate(["reference", "sst2", None, "reference"]):  # what german was then
+        with using(model, name):
+            torch.testing.assert_close(names["predictions"][row], model(x)[row])
+
+
+def test_first_loss_is_ln_2_and_the_reference_stays(names: dict[str, Any]):
+    assert names["first_loss"].item() == pytest.approx(math.log(2), abs=1e-7)
+    model = names["model"]
+    with using(model, "reference"):
+        before = adapter_state_dict(model)
+    for _ in range(20):
+        names["optimizer"].zero_grad()
+        loss = names["dpo_loss"](names["chosen"], names["rejected"])
+        loss.backward()
+        names["optimizer"].step()
+    assert loss.item() < 0.9 * math.log(2)
+    with using(model, "reference"):
+        assert_same_bits(adapter_state_dict(model), before)
+
+
+def test_scaled_lies_between(names: dict[str, Any]):
+    model, x = names["model"], names["x"]
+    with disabled(model):
+        bare = model(x)
+    assert not torch.equal(names["weaker"], bare)
+    assert not torch.equal(names["weaker"], model(x))
