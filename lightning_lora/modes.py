@@ -78,7 +78,8 @@ def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
 def scaled(module: nn.Module, factor: float) -> Iterator[None]:
     """Compute with the update times a factor; 0 is the base, bit for bit, and a negative factor subtracts the update.
 
-    Modules trained in full are not affected. ``merge`` and ``merged`` inside the block fold the scaled update.
+    Modules trained in full are not affected. ``merge`` and ``merged`` inside the block fold the scaled update. With
+    activation checkpointing, call ``backward`` inside the block, too.
 
     Args:
         module: An adapted module; of several adapters, the active one is scaled.

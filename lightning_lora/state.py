@@ -30,7 +30,7 @@ def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     model = AdaptedModel(module)
     model.check_unchanged()
     if not model.trained:
-        raise ValueError(f"{type(module).__name__} has no adapters; call attach first.")
+        model.check_adapted("adapter_state_dict")
     return {name: whole(tensor.detach()).clone() for name, tensor in model.trained.items()}
 
 

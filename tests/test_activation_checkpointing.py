@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig, attach
+from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach, set_adapter, using
 from tests.contract import train_all
 from tests.toys import FEATURES, loader, trainer
 
@@ -266,3 +266,25 @@ def test_transformers_checkpointing_trains_with_input_grads(family: str) -> None
     module = Language(family, use_reentrant=True)
     module.model.enable_input_require_grads()
     assert assert_right_or_said(module, Language(family), tokens()) == "right"
+
+
+@each_kind
+def test_gradients_reach_the_adapter_in_use_if_backward_is_inside(runs: Runs) -> None:
+    found = []
+    for run in (plainly, runs):
+        block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+        torch.manual_seed(0)
+        for parameter in block.parameters():
+            nn.init.normal_(parameter)
+        for name in ("first", "second"):
+            add_adapter(block, name, LoRAConfig(rank=2))
+            set_adapter(block, name)
+            nn.init.normal_(block[0].lora.B)
+            nn.init.normal_(block[2].lora.B)
+        set_adapter(block, "first")
+        inputs = torch.randn(4, WIDTH, requires_grad=True)
+        with using(block, "second"):
+            run(block, inputs).square().sum().backward()
+            found.append([block[0].lora.A.grad, block[2].lora.B.grad])
+        assert block[0].lora.A.grad is None
+    torch.testing.assert_close(found[1], found[0])

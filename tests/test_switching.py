@@ -498,3 +498,13 @@ def test_compiled_model_has_one_graph_for_each_rank():
             set_adapter(compiled, adapter_names(module)[turn % 3])
             torch.testing.assert_close(compiled(x), module(x))
     assert graphs.frame_count == 3
+
+
+def test_saving_inside_the_bare_base_says_where_it_is(tmp_path: Path) -> None:
+    model = base()
+    add_adapter(model, "plain", CONFIGS["plain"])
+    with using(model, None):
+        with pytest.raises(ValueError, match="save_adapter: Mixed has no adapters; it is the bare base here"):
+            save_adapter(model, tmp_path / "saved")
+        with pytest.raises(ValueError, match="adapter_state_dict: Mixed has no adapters; it is the bare base here"):
+            adapter_state_dict(model)

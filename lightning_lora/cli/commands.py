@@ -465,10 +465,13 @@ def plan(options: argparse.Namespace) -> Result:
 def _check_outputs(options: argparse.Namespace) -> None:
     """Raise before anything is computed if the outputs could not be written."""
     from lightning_lora.analysis.plots import can_draw
-    from lightning_lora.storage.atomic import check_new
+    from lightning_lora.storage.atomic import check_apart, check_new
 
     if options.out and (options.out.is_dir() or not options.out.parent.is_dir()):
         raise ValueError(f"--out={str(options.out)!r} must be a file in a folder that exists.")
+    inputs = (vars(options).get(name) for name in ("adapter", "base", "first", "second"))
+    if options.out:
+        check_apart(options.out, *inputs)
     if options.pictures and options.pictures.is_file():
         raise ValueError(f"--pictures={str(options.pictures)!r} is a file; name a folder.")
     if options.pictures and not can_draw():

@@ -18,7 +18,8 @@ from lightning_lora.disk.base_folder import INDEX_FILE, MODEL_CONFIG_FILE, TIE_O
 from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import LoRALayer, TokenAdapter
 from lightning_lora.names import join, listed
-from lightning_lora.storage.atomic import check_directory, replace_directory
+from lightning_lora.peft_format.directory import TENSORS_FILE
+from lightning_lora.storage.atomic import check_apart, check_directory, replace_directory
 from lightning_lora.storage.safetensors import Layout, TensorWriter
 
 _AT_ONCE = 2**20
@@ -78,7 +79,7 @@ def merge_files(
     """Write a base with an adapter merged into it: the same bits as loading both and calling ``merge``.
 
     Floating point tensors keep their own precision unless ``dtype`` is given. ``overwrite`` lets it replace a model in
-    the folder. ``progress`` is called with the bytes done and the total.
+    the folder, never the base or an adapter. ``progress`` is called with the bytes done and the total.
 
     Raises:
         ValueError: The files do not fit each other, cannot be merged without the model, or the adapter was trained on
@@ -86,7 +87,8 @@ def merge_files(
         FileNotFoundError: A file does not exist.
         OSError: The folder could not be written; it was removed.
     """
-    stale = tuple(path.name for path in out.glob("*.safetensors*"))
+    check_apart(out, adapter, base)
+    stale = tuple(path.name for path in out.glob("*.safetensors*") if path.name != TENSORS_FILE)
     marker = next(iter(stale), MODEL_CONFIG_FILE)  # a single file as the base has no config
     check_directory(out, marker=marker, overwrite=overwrite)
     folder = open_base(base)

@@ -154,9 +154,11 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
         raise ValueError(f"On the meta device, without values to save: {listed(unmade)}.")
     trained = {id(tensor) for tensor in model.trained.values()}
     if not trained or not model.roots:
-        elsewhere = "belong to a parent of it; name this part with export_root"
-        where = elsewhere if model.layers else "are missing; call attach first"
-        raise ValueError(f"{type(module).__name__} cannot be saved: its adapters {where}.")
+        model.check_adapted("save_adapter")
+        raise ValueError(
+            f"{type(module).__name__} cannot be saved: its adapters belong to a parent of it; name this part with "
+            "export_root."
+        )
 
     def holds_all(part: nn.Module) -> bool:
         return trained <= {id(tensor) for tensor in AdaptedModel(part).tensors.values()}

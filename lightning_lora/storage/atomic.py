@@ -71,6 +71,18 @@ def check_new(path: Path, *, overwrite: bool) -> None:
         )
 
 
+def check_apart(place: Path, *inputs: Path | None) -> None:
+    """Refuse to write over what is read, also if replacing was asked for.
+
+    Raises:
+        ValueError: The place is one of the inputs, or the folder of a safetensors file among them.
+    """
+    read = [path.resolve() for path in inputs if path is not None]
+    read += [path.parent for path in read if path.suffix == ".safetensors"]
+    if place.resolve() in read:
+        raise ValueError(f"{str(place)!r} is read here and would be lost; nothing was written. Choose another name.")
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, and move it there when it is complete on disk.
 

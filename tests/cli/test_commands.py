@@ -158,6 +158,19 @@ def test_pages_and_pictures_are_replaced_only_if_asked(
     assert len(list(folder.iterdir())) > 1
 
 
+@pytest.mark.parametrize("command", [("report", "one"), ("compare", "other", "one"), ("compare", "one")])
+def test_page_never_replaces_what_is_read(command: tuple[str, ...], files: Path, capsys: pytest.CaptureFixture[str]):
+    name, *adapters = command
+    written = files / "one.ckpt"
+    (files / "folder").mkdir()
+    assert run("import", files / "one", written, "--root", "") == 0
+    before = written.read_bytes()
+    read = [written if each == "one" else files / each for each in adapters]
+    assert run(name, *read, "--out", files / "folder" / ".." / written.name, "--overwrite") == 1
+    assert "is read here and would be lost" in capsys.readouterr().err
+    assert written.read_bytes() == before
+
+
 # --- plan
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,16 @@ def test_folder_with_files_is_left_alone(files: tuple[Path, Path]) -> None:
     before = files_of(files[1])
     assert run("merge", *files, files[1]) == 1
     assert files_of(files[1]) == before
+
+
+def test_overwrite_never_replaces_the_base_or_an_adapter(files: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter, folder = files
+    single = next(folder.glob("*.safetensors"))
+    shutil.copytree(adapter, other := tmp_path / "other")
+    before = [files_of(each) for each in (adapter, folder, other)]
+    for base, out in ((folder, folder), (single, folder), (folder, adapter), (folder, other)):
+        assert run("merge", adapter, base, out, "--overwrite") == 1
+        assert [files_of(each) for each in (adapter, folder, other)] == before
 
 
 def test_overwrite_replaces_a_merged_model(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_saving_changes_nothing(tiny, rng, tmp_path):
 
 
 def test_module_without_adapters_is_refused(tiny, rng, tmp_path):
-    with pytest.raises(ValueError, match="its adapters are missing; call attach first"):
+    with pytest.raises(ValueError, match="has no adapters; call attach or load_adapter first"):
         save_adapter(tiny, tmp_path / "adapter")
     trained_from(tiny, rng)
     with pytest.raises(ValueError, match="belong to a parent of it; name this part with export_root"):

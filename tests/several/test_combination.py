@@ -173,13 +173,16 @@ def test_float32_factors_hold_a_sum_up_to_their_rounding():
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_weight_one_keeps_every_bit_of_a_single_adapter(dtype: str, use_rslora: bool):
     module = base()
-    config = LoRAConfig(rank=3, alpha=7, target_modules=["fc", "conv"], use_rslora=use_rslora, adapter_dtype=dtype)
+    # Of alpha 13, a scaling of 13 / sqrt(3) follows, but from no alpha by plain division.
+    config = LoRAConfig(rank=3, alpha=13, target_modules=["fc", "conv"], use_rslora=use_rslora, adapter_dtype=dtype)
     add_adapter(module, "one", config)
     learn(module, 0)
     combine(module, {"one": 1.0}, name="same")
     before, after = dense(module, "one"), dense(module, "same")
     assert all(torch.equal(after[key], value) for key, value in before.items())
+    scaling = lora_layers(module)["fc"].lora.spec.scaling
     with using(module, "same"):
+        assert {layer.lora.spec.scaling for layer in lora_layers(module).values()} == {scaling}
         assert {layer.lora.A.dtype for layer in lora_layers(module).values()} == {getattr(torch, dtype)}
 
 
@@ -299,6 +302,17 @@ def test_what_trains_in_full_stays_where_all_updates_cancel(bias: str):
     assert far(dense(module, "rest"), expected) <= ROUNDING * 1e3
 
 
+def test_a_bias_stays_where_the_update_of_its_layer_cancels():
+    module = with_adapters(base, {"a": LoRAConfig(rank=2, target_modules=["fc", "head"], bias="lora_only")}, "a")
+    combine(module, {"a": 1.0}, name="b")
+    with using(module, "b"):
+        module.fc.bias.data.mul_(3)
+        lora_layers(module)["head"].lora.B.data.mul_(2)
+    expected = dense_sum(module, {"a": 1.0, "b": -1.0})
+    combine(module, {"a": 1.0, "b": -1.0}, name="rest")
+    assert far(dense(module, "rest"), expected) <= ROUNDING * 1e3
+
+
 # --- the new adapter is one like any other
 
 
@@ -394,6 +408,18 @@ def test_what_cannot_be_summed_is_refused_and_nothing_changes(
     assert active_adapter(module) == "plain"
 
 
+def test_a_name_that_means_two_layers_is_refused_and_nothing_changes():
+    module = nn.ModuleDict({"rnn": nn.GRU(4, 4), "below": nn.ModuleDict({"rnn": nn.GRU(4, 4)})})
+    add_adapter(module, "outer", LoRAConfig(rank=1, target_modules=r"rnn"))  # a regular expression for one of them
+    learn(module, 0)
+    before = state(module)
+    with pytest.raises(ValueError, match=r"exactly the layers of the sum: below\.rnn\.weight_hh_l0"):
+        combine(module, {"outer": 0.5}, name="half")
+    assert {key: torch.equal(value, before[key]) for key, value in state(module).items()} == dict.fromkeys(before, True)
+    with using(module, None):
+        assert lora_layers(module) == {}
+
+
 def test_nothing_is_added_inside_merged():
     module = with_adapters(base, CONFIGS, "plain", "head")
     with merged(module), pytest.raises(RuntimeError, match="merged"):
@@ -446,6 +472,12 @@ FILES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], dict[str, Any], 
         (0.25, 0.75),
     ),
     "vit": (vit, {"modules_to_save": ["classifier"]}, {"target_modules": ["q_proj"], "rank": 1}, (1.0, -1.0)),
+    "mixtral, a stack each": (
+        mixtral,
+        {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+        {"target_modules": [], "target_parameters": ["experts.gate_up_proj"]},
+        (-1.0, 2.0),
+    ),
     "mixtral": (
         mixtral,
         {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,27 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from lightning_lora import LoRACallback, adapter_names, adapter_state_dict, disabled, using
-from tests.contract import assert_same_bits
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_names,
+    adapter_state_dict,
+    add_adapter,
+    disabled,
+    load_adapter,
+    save_adapter,
+    using,
+)
+from lightning_lora.cli import main
+from tests.contract import assert_same_bits, train_all
+from tests.files import write_checkpoint
 from tests.toys import FEATURES, Toy, loader, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")
 
 PAGE = (Path(__file__).parents[2] / "docs" / "several_adapters.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.partition("## Arithmetic")[0], flags=re.S)
+BEFORE, _, ARITHMETIC = PAGE.partition("## Arithmetic")
+BLOCKS = re.findall(r"```python\n(.*?)```", BEFORE, flags=re.S)
 
 
 class LitModel(Toy):
@@ -92,3 +106,26 @@ def test_scaled_lies_between(names: dict[str, Any]):
         bare = model(x)
     assert not torch.equal(names["weaker"], bare)
     assert not torch.equal(names["weaker"], model(x))
+
+
+def test_sums_are_made_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    model = LitModel()
+    for seed, name in enumerate(("german", "sst2")):
+        add_adapter(model, name, LoRAConfig(rank=2 + 2 * seed), seed=seed)
+        with using(model, name):
+            train_all(model, torch.Generator().manual_seed(seed))
+            write_checkpoint(model, tmp_path / f"{name}.ckpt")
+            save_adapter(model, tmp_path / f"{name}-peft")
+    for block in re.findall(r"```python\n(.*?)```", ARITHMETIC, flags=re.S):
+        exec(block, {"model": model})
+    assert adapter_names(model)[2:] == ["mean", "difference", "half", "small"]
+    for line in "".join(re.findall(r"```bash\n(.*?)```", ARITHMETIC, flags=re.S)).splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert (program, main(arguments)) == ("lightning-lora", 0)
+    x, outputs = torch.randn(3, FEATURES), []
+    for place in ("sum-peft", "sum"):
+        again = LitModel()
+        load_adapter(again, place)
+        outputs.append(again(x))
+    assert torch.equal(*outputs)
