@@ -138,8 +138,8 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
     A frozen adapter serves as the reference of DPO or GRPO beside the one that is trained. What a module trained in
     full switches with its adapter.
 
-    Threads share the active adapter: let them take turns, or use ``routed``. With activation checkpointing, call
-    ``backward`` inside the block too, because it computes the layers again, with the adapter that is active then.
+    Threads share the active adapter: let them take turns, or use ``routed``. A backward pass after the block that
+    computes layers again (activation checkpointing) does so with the adapter of their forward pass.
 
     Args:
         module: An adapted module.

@@ -25,8 +25,7 @@ def routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
     Each layer runs once for the whole batch, and then adds each adapter's update to its samples; heads that train in
     full run once for each adapter. Samples of one adapter that are neighbors in the batch are not copied, so a sorted
-    batch is fastest. Gradients reach every adapter from its own samples; with activation checkpointing, call
-    ``backward`` inside the block, as in ``using``.
+    batch is fastest. Gradients reach every adapter from its own samples, also with activation checkpointing.
 
     Args:
         module: An adapted module.
