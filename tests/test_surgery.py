@@ -55,6 +55,21 @@ def test_attaching_again_changes_nothing(trained):
     assert_unchanged(trained, before)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [nn.LSTM(2, 16), nn.MultiheadAttention(16, 2, kdim=2, vdim=2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_attaching_again_leaves_out_the_same_weights_of_a_layer(layer: nn.Module):
+    model = copy.deepcopy(nn.ModuleDict({"layer": layer, "head": nn.Linear(16, 16)}))
+    config = LoRAConfig(rank=4, target_modules="all")
+    first, before = attach(model, config), adapter_state_dict(model)
+    second = attach(model, config)
+    assert first.left_out
+    assert str(second) == str(first)
+    assert_same_bits(adapter_state_dict(model), before)
+
+
 def test_default_config_adapts_all_linear_layers():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     attach(model)

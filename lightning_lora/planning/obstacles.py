@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from operator import attrgetter
 
 from torch import Tensor, nn
 
-from lightning_lora.config import ALL_CONV, ALL_LINEAR, EVERYTHING, FAMILIES
+from lightning_lora.config import ALL_CONV, ALL_LINEAR, EVERYTHING, FAMILIES, LoRAConfig
 from lightning_lora.layers import (
     SUPPORTED,
     LinearAdapter,
@@ -19,6 +19,7 @@ from lightning_lora.layers import (
     weight_readers,
 )
 from lightning_lora.names import (
+    any_below,
     is_below,
     is_glob,
     join,
@@ -55,16 +56,18 @@ class Obstacles:
     def of(self, layer: PlannedLayer, rank: int, shape: tuple[int, int]) -> str | None:
         """Return why an adapter cannot be made, or None."""
         module = layer.module
-        if isinstance(module, LoRALayer):
-            return None  # it was judged when it was adapted
-        if reason := layer.adapter.obstacle(module) or instance_obstacle(module):
+        if isinstance(module, LoRALayer):  # the layer was judged when it was adapted, but may have parts left out
+            if not layer.key or layer.key in module.adapters():
+                return None
+        elif reason := layer.adapter.obstacle(module) or instance_obstacle(module):
             return reason
         if self.tied and (reason := self._of_tie(layer)):
             return reason
         if id(module) in self._heads and layer.pattern in FAMILIES:
             return "output embedding of a transformers model"
         if rank > shape[0] or rank > shape[1]:
-            return f"rank {rank} is above {min(shape)}, {TOO_SMALL}; lower it with rank_pattern, or use modules_to_save"
+            whole = "" if layer.key else ", or use modules_to_save"  # which takes no part of a layer
+            return f"rank {rank} is above {min(shape)}, {TOO_SMALL}; lower it with rank_pattern{whole}"
         if self._asks_for_more:
             return self._of_options(layer)
         return None
@@ -108,6 +111,35 @@ class Obstacles:
         """Return whether an option needs the update beside the layer, and a trial shows that it may be there."""
         asked = (self.config.dropout and layer.adapter.drops_input) or self.config.lora_bias
         return bool(asked) and issubclass(layer.adapter, LinearAdapter) and layer.adapter.adds_to_output(layer.module)
+
+
+def wider_targets(config: LoRAConfig, missing: Iterable[str]) -> str | list[str] | None:
+    """Return ``target_modules`` with the words for families of layers that it misses."""
+    more = [word for word in FAMILIES if word in {*missing}.difference(config.families)]
+    if EVERYTHING in config.families or not more:
+        return None  # what is missing was left out for a reason
+    if EVERYTHING in more:
+        return EVERYTHING
+    names = () if isinstance(config.named_targets, str) else config.named_targets
+    wider = [*config.families, *names, *more]
+    return wider if len(wider) > 1 else wider[0]
+
+
+def other_kinds(plan: Plan) -> str:
+    """Return a sentence about the layers that more words of ``target_modules`` would reach, or nothing."""
+    config, others = plan.config, dict[str, str]()
+    for name, part in plan.modules.items():
+        kind, names = adapter_type(part), plan.names[name]
+        if kind is None or isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            continue
+        if family_of(kind, part) not in config.families and not any_below(
+            names, [*plan.saved, *config.exclude_modules]
+        ):
+            others[name] = family_of(kind, part)
+    wider = wider_targets(config, others.values()) if config.families else None
+    if wider is None:
+        return ""
+    return f" Adapters fit {listed(list(others))}, too: set target_modules={wider!r}."
 
 
 def _obstacle_to_dora(layer: PlannedLayer, weight: Tensor) -> str | None:

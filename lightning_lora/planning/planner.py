@@ -42,7 +42,7 @@ from lightning_lora.names import (
     sweeps,
     tied_names,
 )
-from lightning_lora.planning.obstacles import Obstacles, adapters_of_peft, missed_entries
+from lightning_lora.planning.obstacles import Obstacles, adapters_of_peft, missed_entries, other_kinds
 from lightning_lora.planning.other_trainables import heads, plan_biases, plan_saved_modules, plan_token_rows
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
@@ -115,7 +115,9 @@ class _Planner:
             for name, reason in plan.left_out.items():
                 names.setdefault(reason, []).append(name)
             reasons = "; ".join(f"{listed(each, 3)}: {reason}" for reason, each in names.items())
-            self.problems.append(f"target_modules={config.target_modules!r} left out every layer ({reasons}).")
+            self.problems.append(
+                f"target_modules={config.target_modules!r} left out every layer ({reasons}).{other_kinds(plan)}"
+            )
         if self.problems:
             lines = "\n".join(f"  - {problem}" for problem in self.problems)
             raise ValueError(

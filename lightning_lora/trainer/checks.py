@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import FAMILIES
-from lightning_lora.layers import base_parameter
+from lightning_lora.layers import base_parameter, has_running_statistics
 from lightning_lora.names import clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
@@ -387,6 +387,22 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
 
 
 # --- afterwards, and before evaluating: adapters that were never trained
+
+
+def warn_of_still_norms(module: LightningModule) -> None:
+    """Warn of norms whose statistics ``frozen_norm="track"`` cannot move, because their mode is eval."""
+    for root in AdaptedModel(module).roots:
+        trained = {id(part) for part in root.trained_modules()}
+        still = [
+            clean_name(name)
+            for name, norm in root.module.named_modules()
+            if has_running_statistics(norm) and not norm.training and id(norm) not in trained
+        ]
+        if still and root.attachment.config.frozen_norm == "track":
+            rank_zero_warn(
+                f"LoRA: frozen_norm='track' moves no statistics of {listed(still)}, which are in eval mode, and "
+                "Lightning keeps the mode. Call model.train() before the fit."
+            )
 
 
 def warn_if_untrained(layout: Layout, module: LightningModule) -> None:

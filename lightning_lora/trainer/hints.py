@@ -11,10 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.config import EVERYTHING, FAMILIES, LoRAConfig
 from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of
-from lightning_lora.names import join, listed, walk
-from lightning_lora.planning.obstacles import TOO_SMALL
+from lightning_lora.names import clean_name, join, listed, walk
+from lightning_lora.planning.obstacles import TOO_SMALL, wider_targets
 
 # Full fine-tuning of large models runs below it, and LoRA wants about ten times those rates.
 LOWEST_RATE = 5e-5
@@ -100,19 +99,7 @@ def coverage(module: nn.Module) -> Coverage | None:
                 missing |= {family_of(kind, part)} if kind else set()
     expected = SMALLEST_SHARE_UNNAMED if config.families else SMALLEST_SHARE
     kinds = tuple(sorted(rest, key=lambda kind: -rest[kind]))
-    return Coverage(trained, trained + sum(rest.values()), kinds, expected, _wider_targets(config, missing))
-
-
-def _wider_targets(config: LoRAConfig, missing: set[str]) -> str | list[str] | None:
-    """Return ``target_modules`` with the words for families of layers that it misses."""
-    more = [word for word in FAMILIES if word in missing.difference(config.families)]
-    if EVERYTHING in config.families or not more:
-        return None  # what is missing was left out for a reason
-    if EVERYTHING in more:
-        return EVERYTHING
-    names = () if isinstance(config.named_targets, str) else config.named_targets
-    wider = [*config.families, *names, *more]
-    return wider if len(wider) > 1 else wider[0]
+    return Coverage(trained, trained + sum(rest.values()), kinds, expected, wider_targets(config, missing))
 
 
 def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
@@ -225,12 +212,14 @@ def _targets(reach: Coverage | None) -> Iterator[str]:
 
 def _small_layers(model: AdaptedModel) -> Iterator[str]:
     for root in model.roots:
-        reasons = root.attachment.report.left_out
-        if small := [name for name, reason in reasons.items() if TOO_SMALL in reason]:
-            yield (
-                f"no part of {listed(small)} trains, because the rank exceeds what these layers can have. Train new "
-                f"heads in full: set modules_to_save={small} or 'auto'."
-            )
+        modules = {clean_name(name) for name, _ in root.module.named_modules()}
+        small = [name for name, reason in root.attachment.report.left_out.items() if TOO_SMALL in reason]
+        reason = "because the rank exceeds what these layers can have"
+        if layers := [name for name in small if name in modules]:
+            remedy = f"Train new heads in full: set modules_to_save={layers} or 'auto'."
+            yield f"no part of {listed(layers)} trains, {reason}. {remedy}"
+        if weights := [name for name in small if name not in modules]:  # of layers with several, such as an LSTM
+            yield f"no part of {listed(weights)} trains, {reason}. Give them lower ranks with rank_pattern."
 
 
 def _new_layers(model: AdaptedModel) -> Iterator[str]:

@@ -363,6 +363,28 @@ def test_leaving_out_every_layer_is_rejected(option: str):
         report(model, **{option: ["a", "b"]})
 
 
+@pytest.mark.parametrize(
+    ("body", "targets", "remedy"),
+    [
+        (nn.LSTM(8, 8), "all-linear", "fit body, too: set target_modules='all'"),
+        (nn.Conv1d(8, 8, 3), "all-linear", r"fit body, too: set target_modules=\['all-linear', 'all-conv'\]"),
+        (nn.LSTM(8, 8), ["all-conv", "all-linear"], "fit body, too: set target_modules='all'"),
+    ],
+)
+def test_when_a_word_leaves_out_every_layer_others_that_can_be_adapted_are_named(body: nn.Module, targets, remedy: str):
+    model = nn.ModuleDict({"body": body, "head": nn.Linear(8, 2), "stem": nn.Conv1d(2, 8, 1)})
+    with raises_and_changes_nothing(model, ValueError, remedy):
+        report(model, target_modules=targets, rank=4, exclude_modules=["stem"])
+
+
+@pytest.mark.parametrize("option", ["exclude_modules", "modules_to_save"])
+def test_layers_that_the_options_leave_out_are_not_suggested(option: str):
+    model = nn.ModuleDict({"body": nn.ModuleDict({"rnn": nn.LSTM(8, 8)}), "head": nn.Linear(8, 2)})
+    with pytest.raises(ValueError, match="left out every layer") as caught:
+        report(model, rank=4, **{option: ["body"]})
+    assert "Adapters fit" not in str(caught.value)
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ["head", "lazy"]])
 def test_lazy_layer_is_rejected_with_remedy(targets, tiny):
     tiny.lazy = nn.LazyLinear(8)

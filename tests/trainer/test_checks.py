@@ -369,3 +369,20 @@ def test_detach_forgets_replaced_layers() -> None:
     detach(module)
     attach(module, LoRAConfig(rank=2))
     assert len(adapter_state_dict(module)) == 2 * len(ADAPTED)
+
+
+# --- norms that should move
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_tracked_norms_in_eval_mode_give_a_warning(mode: bool, recwarn: pytest.WarningsRecorder) -> None:
+    class Normed(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(*network()[:1], nn.BatchNorm1d(16), *network()[1:])
+
+    warnings.simplefilter("always")
+    module = Normed().train(mode)
+    trainer(LoRACallback(rank=4, frozen_norm="track")).fit(module, loader())
+    said = any("moves no statistics of net.1, which are in eval mode" in str(each.message) for each in recwarn)
+    assert said is not mode
+    assert bool(module.net[1].num_batches_tracked) is mode

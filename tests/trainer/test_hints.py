@@ -238,6 +238,15 @@ def test_heads_that_transformers_made_up_are_named(tmp_path):
     assert warning(nested) is None
 
 
+def test_weights_of_a_layer_too_small_for_the_rank_are_not_suggested_for_training_in_full():
+    model = nn.ModuleDict({"rnn": nn.LSTM(2, 8)})
+    report = attach(model, LoRAConfig(rank=4, target_modules="all"))
+    message = str(warning(model))
+    assert "no part of rnn.weight_ih_l0 trains" in message
+    assert "rank_pattern" in message
+    assert "modules_to_save" not in message + report.left_out["rnn.weight_ih_l0"]
+
+
 def test_layers_too_small_for_the_rank_are_named_unless_they_train_in_full():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 1))
     attach(model, LoRAConfig(rank=2))
