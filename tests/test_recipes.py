@@ -190,12 +190,12 @@ def test_vision_models_of_timm(names: dict[str, Any], timm: ModuleType, monkeypa
 
 
 def test_batchnorm_layers_train_in_full_by_glob(timm: ModuleType) -> None:
-    model = timm.create_model("resnet18", num_classes=CLASSES)
+    model = nn.ModuleDict({"net": timm.create_model("resnet18", num_classes=CLASSES)})  # as in the recipe
     entries = re.search(r"`modules_to_save=(\[.*?\])`\.", SECTIONS["Vision: ResNet and ViT from timm"])
     assert entries is not None
     attach(model, LoRAConfig(rank=8, target_modules="all-conv", modules_to_save=eval(entries[1])))
     trained = {name for name, part in model.named_modules() if _trains_in_full(part)}
-    assert trained == {"fc", *(name for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d))}
+    assert trained == {"net.fc", *(name for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d))}
 
 
 def _trains_in_full(part: nn.Module) -> bool:
