@@ -212,9 +212,11 @@ def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig
             for key in {**before, **after}
             if before.get(key) != after.get(key)
         ]
+        remedy = "Call detach(module) first, or use the same config."
+        if old.name is not None:  # detach would remove the others too
+            remedy = f"Use the same config for {old.name!r}, or another name; remove_adapter(module, name) removes one."
         raise ValueError(
-            f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). "
-            "Call detach(module) first, or use the same config."
+            f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). {remedy}"
         )
 
 

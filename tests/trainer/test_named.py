@@ -132,5 +132,5 @@ def test_a_name_that_cannot_be_used_is_refused_at_once(name: Any):
 def test_other_options_for_a_present_name_are_refused():
     module = Toy()
     add_adapter(module, "mine", LoRAConfig(**OPTIONS))
-    with pytest.raises(ValueError, match="rank: 2 -> 4"):
+    with pytest.raises(ValueError, match=r"rank: 2 -> 4.*for 'mine', or another name"):
         fit(module, LoRACallback(adapter="mine", **OPTIONS | {"rank": 4}))
