@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.precision import (
     DeepSpeedPrecision,
     FSDPPrecision,
@@ -302,7 +303,7 @@ class FitSession:
         shown = [part.hparams_initial for part in parts if part is not None and part._log_hyperparams]
         theirs = {name: value for each in shown for name, value in each.items() if name != "_class_path"}
         for logger in self.trainer.loggers:
-            logger.log_hyperparams(theirs | ours)
+            _log_hyperparams(logger, theirs | ours)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""
@@ -376,6 +377,16 @@ class FitSession:
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
             rank_zero_info("LoRA: adapters merged into the weights.")
+
+
+def _log_hyperparams(logger: Logger, values: dict[str, Any]) -> None:
+    try:
+        logger.log_hyperparams(values)
+    except Exception as error:  # such as MLflow's, whose runs keep the first value: no reason not to train
+        rank_zero_warn(
+            f"LoRA: {type(logger).__name__} did not take the options as hyper-parameters ({error}). A logger of its own "
+            "for each fit records them."
+        )
 
 
 def _is_flattened(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, detach, lora_layers
+from lightning_lora import LoRACallback, LoRAConfig, adapter_names, adapter_state_dict, attach, detach, lora_layers
 from lightning_lora.attachment import get_attachment
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_same_bits
@@ -157,6 +157,25 @@ def test_options_reach_the_hyper_parameters_of_csv_logger(module: Toy, tmp_path:
         factor.numel() for layer in lora_layers(module).values() for factor in layer.lora.parameters()
     )
     assert found.get("size") == (3 if isinstance(module, Sized) else None)
+
+
+class KeepingLogger(CSVLogger):
+    """Refuses to change a parameter, as MLflow's does."""
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        for name, value in params.items():
+            if self.experiment.hparams.get(name, value) != value:
+                raise ValueError(f"Changing param values is not allowed: {name}")
+        super().log_hyperparams(params)
+
+
+def test_logger_that_refuses_another_rank_does_not_stop_the_fit(tmp_path: Path) -> None:
+    logger, module = KeepingLogger(tmp_path), Toy()
+    trainer(LoRACallback(adapter="first", **OPTIONS), logger=logger).fit(module, loader())
+    other = OPTIONS | {"rank": OPTIONS["rank"] + 1}
+    with pytest.warns(UserWarning, match=r"KeepingLogger did not take the options.*Changing param.*own for each fit"):
+        trainer(LoRACallback(adapter="second", **other), logger=logger).fit(module, loader())
+    assert adapter_names(module) == ["first", "second"]
 
 
 class Data(LightningDataModule):
