@@ -384,8 +384,8 @@ def _log_hyperparams(logger: Logger, values: dict[str, Any]) -> None:
         logger.log_hyperparams(values)
     except Exception as error:  # such as MLflow's, whose runs keep the first value: no reason not to train
         rank_zero_warn(
-            f"LoRA: {type(logger).__name__} did not take the options as hyper-parameters ({error}). A logger of its own "
-            "for each fit records them."
+            f"LoRA: {type(logger).__name__} did not take the options as hyper-parameters ({error}). A logger of its "
+            "own for each fit records them."
         )
 
 
