@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.attachment import Attachment, get_attachment, merge_count
-from lightning_lora.layers import Adapter, AdapterGroup, LoRALayer, LowRankAdapter
+from lightning_lora.layers import Adapter, AdapterGroup, FrozenNorm, LoRALayer, LowRankAdapter
 from lightning_lora.names import OTHERS, join, listed, module_names, walk
 from lightning_lora.sharding import unwrapped
 
@@ -139,6 +139,20 @@ class AdaptedModel:
         """
         if changed := self.changed():
             raise RuntimeError(changed)
+
+    def check_not_part(self) -> None:
+        """Raise if adapters were attached to a module above this one, which has their record.
+
+        Raises:
+            ValueError: Its message says what to call instead.
+        """
+        covered = {id(part) for root in self.roots for part in root.module.modules()}
+        for _, part in self.parts:
+            if isinstance(part, (LoRALayer, FrozenNorm)) and id(part) not in covered:
+                raise ValueError(
+                    f"This {type(self.module).__name__} holds a {type(part).__name__} that was attached to a parent of "
+                    "it; call this on the module that was passed to attach."
+                )
 
     def check_adapted(self, caller: str) -> None:
         """Raise if there is nothing for a function to act on.

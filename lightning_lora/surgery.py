@@ -30,7 +30,6 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import (
     Adapter,
     AdapterGroup,
-    FrozenNorm,
     LoRALayer,
     base_parameter,
     release_statistics,
@@ -141,7 +140,7 @@ def detach(module: nn.Module) -> None:
         ValueError: The module has no adapters, or they were attached to a parent of it.
     """
     model = AdaptedModel(module)
-    _refuse_part(model)
+    model.check_not_part()
     if (several := recorded(module)) is not None:
         switch_to(several, None)
         forget(several)
@@ -182,7 +181,7 @@ def merge(
     """
     with chosen(module, name, "merge"):
         model = AdaptedModel(module)
-        _refuse_part(model)
+        model.check_not_part()
         model.check_adapted("merge")
         model.check_unchanged()
         layers = model.layers
@@ -271,16 +270,6 @@ def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
                 f"{kind} is already wrapped for several processes (by {type(part).__name__}). Adapters attached now "
                 "would not be synchronized between them. Call attach first and wrap afterwards: in configure_model, "
                 "call lightning_lora.attach(self) before fully_shard; it uses the LoRACallback's options."
-            )
-
-
-def _refuse_part(model: AdaptedModel) -> None:
-    covered = {id(part) for root in model.roots for part in root.module.modules()}
-    for _, part in model.parts:
-        if isinstance(part, (LoRALayer, FrozenNorm)) and id(part) not in covered:
-            raise ValueError(
-                f"This {type(model.module).__name__} holds a {type(part).__name__} that was attached to a parent of "
-                "it; call this on the module that was passed to attach."
             )
 
 

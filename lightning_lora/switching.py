@@ -211,13 +211,13 @@ def several_of(module: nn.Module, caller: str) -> Several:
     """Return the record of a module's adapters, made now if it had only one so far.
 
     Raises:
-        ValueError: It has none, or adapters in several parts, or the base's own values are unknown.
+        ValueError: It has none, they belong to a module above it, or the base's own values are unknown.
     """
     home = _home(module)
-    several = vars(home).get(_SEVERAL)
-    if several is None:
+    if (several := vars(home).get(_SEVERAL)) is None:
         model = AdaptedModel(home)
         model.check_adapted(caller)
+        model.check_not_part()
         several = Several(home)
         _register(several, model, DEFAULT)
         vars(home)[_SEVERAL] = several

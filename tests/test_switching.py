@@ -417,6 +417,18 @@ def test_attaching_inside_the_bare_base_is_refused(model: nn.Module):
         attach(model, CONFIGS["plain"])
 
 
+def test_a_part_of_the_module_is_refused():
+    whole = nn.Sequential(base())
+    for name in ("one", "two"):
+        add_adapter(whole, name, CONFIGS["plain"])
+    before = list(whole.state_dict())
+    for act in (lambda: set_adapter(whole[0], "two"), lambda: using(whole[0], None).__enter__()):
+        with pytest.raises(ValueError, match=r"attached to a parent of it; call this on the module"):
+            act()
+    assert list(whole.state_dict()) == before
+    set_adapter(whole, "two")
+
+
 def test_a_module_without_adapters_is_named():
     with pytest.raises(ValueError, match="set_adapter: Mixed has no adapters"):
         set_adapter(base(), "a")
