@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import zoo_generic
 import zoo_transformers
+from torch import library as torch_library
 from torch import nn
 
 
@@ -377,18 +378,18 @@ def examine(name: str, tell: Callable[[str], None]) -> dict[str, Any]:
         gc.collect()
 
 
-_OPERATORS: list[torch.library.Library] = []  # operators go when what holds them goes
+_OPERATORS: list[torch_library.Library] = []  # operators go when what holds them goes
 
 
 def stand_in_operators() -> None:
     """Let the Python models of torchvision and torchaudio be imported where their compiled parts do not load."""
     if _OPERATORS:
         return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    _OPERATORS.append(library)
+    operators = torch_library.Library("torchvision", "FRAGMENT")
+    _OPERATORS.append(operators)
     with contextlib.suppress(ImportError, RuntimeError):  # RuntimeError: the operators are there
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+            operators.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
         import torchvision  # noqa: F401
     if importlib.util.find_spec("torchaudio"):
         compiled: Any = types.ModuleType("torchaudio._extension")

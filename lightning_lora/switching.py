@@ -357,7 +357,6 @@ def _put_away(base: dict[nn.Module, Kept], adapter: Named) -> None:
             place.behavior = part.mixin, part.computed
             vars(part).pop("lora_mode", None)  # left by disabled and merged; the bare base has none
             place._modules["lora"] = part._modules.pop("lora")
-            vars(part).pop("lora_mode", None)  # "active", since it was switched off and on again
             swap_out(part)
     # Attaching again has made new records.
     adapter.roots = [root._replace(attachment=get_attachment(root.module) or root.attachment) for root in adapter.roots]
