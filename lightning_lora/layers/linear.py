@@ -16,6 +16,7 @@ from lightning_lora.layers.adapter import KNOWN_BY_NAME, KNOWN_BY_STRUCTURE, bas
 from lightning_lora.layers.lora_layer import LoRALayer, Mode, reads_weight
 from lightning_lora.layers.low_rank import LowRankAdapter, seeded
 from lightning_lora.layers.readers import reads_own_weight
+from lightning_lora.names import OTHERS
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
 from lightning_lora.sharding import unwrapped
 
@@ -239,7 +240,8 @@ def _may_be_linear(module: nn.Module) -> bool:
     weight, bias = module._parameters["weight"], module._parameters.get("bias")
     if type(weight) is not nn.Parameter or weight.ndim != 2 or weight.dtype not in _PRECISIONS:
         return False
-    has_more = module._modules or module._buffers or not module._parameters.keys() <= {"weight", "bias"}
+    has_modules = not module._modules.keys() <= {OTHERS}
+    has_more = has_modules or module._buffers or not module._parameters.keys() <= {"weight", "bias"}
     return not has_more and "forward" not in vars(module) and (bias is None or bias.shape == weight.shape[:1])
 
 

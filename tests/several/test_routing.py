@@ -190,3 +190,28 @@ def test_a_routed_module_is_not_merged_or_switched(model: Net):
         with pytest.raises(ValueError, match=r"inside using.* or routed"), merged(model):
             pass
     assert active_adapter(model) == "linear"
+
+
+class Keeping(nn.Module):
+    """A linear layer of another library that keeps its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.last = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x @ self.weight.T
+        return self.last
+
+
+def test_an_output_that_the_layer_keeps_is_not_changed():
+    net, x = nn.Sequential(Keeping()), torch.randn(2, WIDTH)
+    for name in ("a", "b"):
+        add_adapter(net, name, LoRAConfig(rank=2))
+        with using(net, name), torch.no_grad():
+            net[0].lora.B.fill_(1.0)
+    with torch.no_grad(), routed(net, ["a", "b"]):
+        output = net(x)
+    torch.testing.assert_close(net[0].last, x @ net[0].weight.T)
+    assert not torch.allclose(output, net[0].last)
