@@ -36,6 +36,7 @@ from lightning_lora import (
     set_adapter,
     using,
 )
+from tests.contract import Case, each_case, train_all
 
 WIDTH = 48
 Twin = Callable[[nn.Module], nn.Module]
@@ -520,3 +521,22 @@ def test_saving_inside_the_bare_base_says_where_it_is(tmp_path: Path) -> None:
             save_adapter(model, tmp_path / "saved")
         with pytest.raises(ValueError, match="adapter_state_dict: Mixed has no adapters; it is the bare base here"):
             adapter_state_dict(model)
+
+
+@each_case
+def test_every_kind_of_layer_takes_a_second_adapter(case: Case, rng: torch.Generator):
+    bare, x, outputs, states = case.base().eval(), case.inputs(rng), {}, {}
+    model = copy.deepcopy(bare)
+    for seed, name in enumerate(("a", "b")):
+        alone = copy.deepcopy(bare)
+        attach(alone, case.config, seed=seed)
+        train_all(alone, rng)
+        outputs[name], states[name] = alone(x), adapter_state_dict(alone)
+        add_adapter(model, name, case.config, seed=seed)
+        with using(model, name):
+            load_adapter_state_dict(model, states[name])
+    for name in ("a", "b", "a"):
+        with using(model, name):
+            assert torch.equal(model(x), outputs[name])
+    with using(model, None):
+        assert torch.equal(model(x), bare(x))
