@@ -11,8 +11,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.config import AUTO, LoRAConfig
+from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed
+from lightning_lora.option_checks import AUTO
 
 DEFAULT = "default"  # the name of an adapter that was given none
 

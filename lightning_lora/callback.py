@@ -16,12 +16,10 @@ from lightning_lora.config import (
     LoRAConfig,
     NonNegativeInt,
     PositiveFloat,
-    check_known,
-    check_names,
-    check_positive,
     only_config,
     shown_options,
 )
+from lightning_lora.option_checks import check_known, check_names, check_positive
 from lightning_lora.switching import check_name
 from lightning_lora.trainer import checks, lightning_patches
 from lightning_lora.trainer.diagnostics import check_interval

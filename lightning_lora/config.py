@@ -10,16 +10,15 @@ record follow. If it changes the arithmetic, it also goes through ``planning/pla
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from torch import nn
 from typing_extensions import override
 
-from lightning_lora.names import near_names, numbers_of_blocks, parse_slices
+from lightning_lora import option_checks
+from lightning_lora.option_checks import check_known
 
 MYPY = False  # not TYPE_CHECKING, whose block jsonargparse would run for the types
 if MYPY:
@@ -38,12 +37,79 @@ else:
 ALL_LINEAR, ALL_CONV, EVERYTHING = "all-linear", "all-conv", "all"
 FAMILIES = (ALL_LINEAR, ALL_CONV, EVERYTHING)  # the words of target_modules that mean kinds of layers, not names
 
-AUTO: Literal["auto"] = "auto"
-
-Init = Literal["kaiming", "gaussian", "orthogonal"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "covariance"]
+STARTS_FROM_DATA = ("eva", "corda", "lora_ga", "covariance")
 AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
 FrozenNorm = Literal["eval", "track"]
 Bias = Literal["none", "lora_only", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitOptions:
+    """A start of the factors with its options; an option of another start is an error.
+
+    Args:
+        name: The start, as in ``LoRAConfig.init``.
+        batches: How many training batches ``eva``, ``corda``, ``lora_ga`` and ``covariance`` look at.
+        stats_budget: Memory for the sums over these batches, such as ``"1GB"``. The widest layers are summarized by
+            random projections where all sums together would not fit.
+        normalize: Scale ``eva``'s and ``covariance``'s ``A`` such that each feature ``a @ x`` has the mean square that
+            ``kaiming`` gives it, so that the same learning rates fit.
+        rho: How far the ranks of layers may differ, at an equal number of parameters (``eva``, ``covariance``): up to
+            ``rho`` times the rank, where the data ask for it (Paischer et al. 2024, section 3.3). 1 keeps them equal.
+        mode: ``corda``'s choice: ``"ipm"`` trains the directions that the data use most, ``"kpm"`` those that they use
+            least, which forgets less.
+        power: ``corda``'s weight of the data: 1 as in the paper, or 0.5, which keeps most of the layer's output.
+        gamma: Divides ``lora_ga``'s factors by its root.
+        centre: Subtract the inputs' mean (``eva``, ``covariance``).
+        smooth: Smooth ``covariance``'s directions along axes with an order: kernel positions, patches, time.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option has an invalid value, or none for this start.
+    """
+
+    name: Init
+    batches: PositiveInt = 16
+    stats_budget: str = "1GB"
+    normalize: bool = True
+    rho: PositiveFloat = 1.0
+    mode: Literal["ipm", "kpm"] = "ipm"
+    power: PositiveFloat = 1.0
+    gamma: PositiveFloat = 16.0
+    centre: bool = True
+    smooth: bool = False
+
+    def __post_init__(self) -> None:
+        option_checks.choice("init", self.name, of=Init)
+        option_checks.rank("init.batches", self.batches)
+        for name in ("normalize", "centre", "smooth"):
+            option_checks.flag(f"init.{name}", getattr(self, name))
+        if self.mode not in ("ipm", "kpm"):
+            raise ValueError(f"LoRAConfig.init.mode must be 'ipm' or 'kpm', got {self.mode!r}.")
+        if self.power not in (0.5, 1.0):
+            raise ValueError(f"LoRAConfig.init.power must be 0.5 or 1, got {self.power!r}.")
+        option_checks.alpha("init.gamma", self.gamma)
+        if option_checks.alpha("init.rho", self.rho) < 1:
+            raise ValueError(f"LoRAConfig.init.rho must be at least 1, got {self.rho!r}.")
+        option_checks.bytes_of("LoRAConfig.init.stats_budget", self.stats_budget)
+        foreign = [name for name in self.changed() if self.name not in _READ_BY[name]]
+        if foreign:
+            starts = ", ".join(map(repr, _READ_BY[foreign[0]]))
+            raise ValueError(f"LoRAConfig.init: {foreign[0]!r} is an option of {starts}; not of {self.name!r}.")
+
+    def changed(self) -> dict[str, Any]:
+        """Return the options that differ from the defaults."""
+        own = ((option.name, getattr(self, option.name), option.default) for option in fields(self)[1:])
+        return {name: value for name, value, default in own if value != default}
+
+
+_READ_BY = {
+    **dict.fromkeys(("batches", "stats_budget"), STARTS_FROM_DATA),
+    **dict.fromkeys(("normalize", "centre", "rho"), ("eva", "covariance")),
+    **dict.fromkeys(("mode", "power"), ("corda",)),
+    **{"gamma": ("lora_ga",), "smooth": ("covariance",)},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +121,10 @@ class LoRAConfig:
     Every entry must match something, or attaching raises.
 
     Args:
-        rank: Rank ``r`` of the update: ``A`` is ``(r, in)`` and ``B`` is ``(out, r)``.
+        rank: Rank ``r`` of the update: ``A`` is ``(r, in)`` and ``B`` is ``(out, r)``. ``"auto"`` gives each layer the
+            rank that the data ask for, within ``rank_budget``; it needs a start from data (``init``).
+        rank_budget: What ``rank="auto"`` may spend: a share of the base's parameters (``"1%"``), a number of
+            parameters, or a size (``"8MB"`` of float32).
         alpha: Numerator of the scaling: the update is multiplied by ``alpha / rank``. With a fixed alpha a higher rank
             therefore has a smaller scaling.
         dropout: Probability in ``[0, 1)`` of dropping an element of the adapter's input in training. The frozen layer's
@@ -84,8 +153,10 @@ class LoRAConfig:
         lora_bias: Give ``B`` a bias, which is scaled with it.
         untie_weights: Give a named layer whose weight is tied a copy of its own instead of rejecting it.
         init: Start of ``A`` (``B`` is zero): ``"kaiming"`` uniform in ``+-1/sqrt(in)``, ``"gaussian"`` with standard
-            deviation ``1/rank``, or ``"orthogonal"`` rows of norm ``1/sqrt(3)``. An embedding always starts as in PEFT:
-            ``A`` zero and ``B`` standard normal.
+            deviation ``1/rank``, or ``"orthogonal"`` rows of norm ``1/sqrt(3)``. From the weights: ``"pissa"`` and
+            ``"olora"``. From training batches: ``"eva"``, ``"corda"``, ``"lora_ga"`` and ``"covariance"``. Either a
+            name, or a mapping with options such as ``{"name": "eva", "batches": 32}``: see ``InitOptions`` and
+            ``docs/initialisation.md``. An embedding always starts as in PEFT: ``A`` zero and ``B`` standard normal.
         adapter_dtype: Precision in which the factors are stored and updated, independent of the base's; the arithmetic
             follows the layer's input. A float64 layer has float64 factors.
         frozen_norm: Behavior in training of frozen normalization layers with running statistics, and of
@@ -100,7 +171,7 @@ class LoRAConfig:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, eq. 3.
     """
 
-    rank: PositiveInt = 16
+    rank: PositiveInt | Literal["auto"] = 16
     alpha: PositiveFloat = 32.0
     dropout: Probability = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
@@ -117,7 +188,8 @@ class LoRAConfig:
     use_dora: bool = False
     lora_bias: bool = False
     untie_weights: bool = False
-    init: Init = "kaiming"
+    rank_budget: str | PositiveInt | None = None
+    init: Init | InitOptions = "kaiming"
     adapter_dtype: AdapterDtype = "float32"
     frozen_norm: FrozenNorm = "eval"
 
@@ -131,6 +203,13 @@ class LoRAConfig:
                 f"No target given (LoRAConfig.target_modules={self.target_modules!r}): set target_modules, "
                 "target_parameters, target_slices or trainable_token_indices."
             )
+        if self.is_auto and (self.rank_budget is None or self.start.name not in STARTS_FROM_DATA):
+            raise ValueError(
+                "LoRAConfig.rank='auto' needs a rank_budget, such as '1%', and a start from data, such as init='eva'; "
+                f"got rank_budget={self.rank_budget!r}, init={self.start.name!r}."
+            )
+        if self.rank_budget is not None and not self.is_auto:
+            raise ValueError(f"LoRAConfig.rank_budget={self.rank_budget!r} needs rank='auto', got rank={self.rank!r}.")
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -144,6 +223,21 @@ class LoRAConfig:
         if isinstance(self.target_modules, str):
             return () if self.families else self.target_modules
         return tuple(entry for entry in self.target_modules if entry not in FAMILIES)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the ranks of the layers are yet to be found."""
+        return self.rank == option_checks.AUTO
+
+    @property
+    def first_rank(self) -> int:
+        """The rank to attach with: 1 until the data say which."""
+        return 1 if self.rank == option_checks.AUTO else self.rank
+
+    @property
+    def start(self) -> InitOptions:
+        """The start of the factors, with all its options."""
+        return self.init if isinstance(self.init, InitOptions) else InitOptions(name=self.init)
 
     def scaling(self, rank: int, alpha: float) -> float:
         """Return the scaling of ``B @ A`` for a layer of this rank and alpha."""
@@ -159,9 +253,12 @@ class LoRAConfig:
         return f"LoRAConfig({shown_options(self.changed())})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain scalars, lists and dicts, suitable for YAML, JSON and checkpoints; ``layers`` only if given."""
+        """Return plain scalars, lists and dicts, suitable for YAML, JSON and checkpoints; recent options if given."""
         # Earlier versions, which do not know the option, read what they can do.
-        return {key: _plain(value) for key, value in asdict(self).items() if value or key != "layers"}
+        found = {key: _plain(value) for key, value in asdict(self).items() if value or key not in _LATER_OPTIONS}
+        if isinstance(self.init, InitOptions):
+            found["init"] = {"name": self.init.name} | self.init.changed()
+        return found
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> LoRAConfig:
@@ -176,6 +273,7 @@ class LoRAConfig:
         return cls(**options)
 
 
+_LATER_OPTIONS = ("layers", "rank_budget")
 OPTIONS = frozenset(option.name for option in fields(LoRAConfig))
 
 
@@ -188,20 +286,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-# --- checks: each returns the value as it is kept, or raises an error that names the option and the value
-
-
-def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> None:
-    """Reject unknown options and suggest the closest one (PEFT's spelling included)."""
-    for name in names:
-        if name not in known:
-            near = [_IN_PEFT[name]] if name in _IN_PEFT else near_names(name, known, 1)
-            if name in _NOT_HERE:
-                raise TypeError(f"{owner} has no option {name!r} of PEFT's. {_NOT_HERE[name]}")
-            hint = f"Did you mean {near[0]!r}?" if near else f"Options are {', '.join(sorted(known))}."
-            raise TypeError(f"{owner} has no option {name!r}. {hint}")
 
 
 def only_config(config: LoRAConfig, single: LoRAConfig, given: Collection[str]) -> LoRAConfig:
@@ -217,179 +301,39 @@ def only_config(config: LoRAConfig, single: LoRAConfig, given: Collection[str]) 
     return config
 
 
-_IN_PEFT = {
-    "r": "rank",
-    "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "init_lora_weights": "init",
-    "layers_to_transform": "layers",
-}
-_NOT_HERE = {
-    "task_type": "The adapters do not depend on it; to record it in the files, call save_adapter(..., task_type=...).",
-    "layers_pattern": "The repeated blocks are found without it; layers=[0, 1] takes their numbers.",
-}
-
-
-def check_positive(name: str, value: float) -> None:
-    """Reject numbers that are not positive and finite."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
-
-
-def _rank(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"LoRAConfig.{name} must be an integer, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"LoRAConfig.{name} must be >= 1, got {value!r}.")
-    return int(value)  # jsonargparse has types of its own, and checkpoints must hold none
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"LoRAConfig.{name} must be a number, got {value!r}.")
-    return float(value)
-
-
-def _alpha(name: str, value: Any) -> float:
-    number = _number(name, value)
-    check_positive(f"LoRAConfig.{name}", value)  # the update would vanish or explode
-    return number
-
-
-def _dropout(name: str, value: Any) -> float:
-    if not 0.0 <= _number(name, value) < 1.0:
-        raise ValueError(f"LoRAConfig.{name} must be in [0, 1), got {value!r}.")
-    return float(value)
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"LoRAConfig.{name} must be True or False, got {value!r}.")
-    return value
-
-
-def _choice(name: str, value: Any, *, of: Any) -> str:
-    if value not in get_args(of):
-        raise ValueError(f"LoRAConfig.{name}={value!r} is unknown; choose one of {', '.join(map(repr, get_args(of)))}.")
-    return str(value)
-
-
-def check_names(name: str, values: Any) -> tuple[str, ...]:
-    """Return a list of names as it is kept; reject anything else."""
-    is_list = isinstance(values, Sequence) and not isinstance(values, str)
-    if not is_list or not all(isinstance(value, str) for value in values):
-        raise TypeError(f"{name} must be a list of names, got {values!r}.")
-    if not all(values):
-        raise ValueError(f"{name} holds an empty name: {list(values)!r}.")
-    return tuple(values)
-
-
-def _names(name: str, values: Any) -> tuple[str, ...]:
-    return check_names(f"LoRAConfig.{name}", values)
-
-
-def _regex_or_names(name: str, value: Any) -> str | tuple[str, ...]:
-    if not isinstance(value, str):
-        return _names(name, value)
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(
-            f"LoRAConfig.{name}={value!r} is not a valid regular expression ({error}). A string is read as a regex; "
-            "pass names and globs as a list."
-        ) from error
-    return value
-
-
-def _names_or_auto(name: str, value: Any) -> str | tuple[str, ...]:
-    if isinstance(value, str) and value != AUTO:
-        raise TypeError(f"LoRAConfig.{name} must be {AUTO!r} or a list of names, got {value!r}.")
-    return AUTO if value == AUTO else _names(name, value)
-
-
-def _numbers_by_name(name: str, values: Any, *, check: Callable[[str, Any], float]) -> dict[str, float]:
-    if not isinstance(values, Mapping):
-        raise TypeError(f"LoRAConfig.{name} must map names to numbers, got {values!r}.")
-    kept = {}
-    for key, value in values.items():
-        kept[str(key)] = check(f"{name}[{key!r}]", value)
-    return kept
-
-
-def _blocks(name: str, values: Any) -> tuple[int | str, ...]:
-    is_list = isinstance(values, Sequence) and not isinstance(values, str)
-    if not is_list or not all(type(value) is int or isinstance(value, str) for value in values):
-        raise TypeError(
-            f"LoRAConfig.{name} must be a list of block numbers and slices, such as [0, -1, '8:16'], got {values!r}."
-        )
-    try:
-        for value in values:
-            numbers_of_blocks(value, 1)
-    except ValueError as error:
-        raise ValueError(f"LoRAConfig.{name}={list(values)!r}: {error}") from None
-    return tuple(values)
-
-
-def _slices(name: str, values: Any) -> dict[str, dict[str, str]]:
-    kept, wrong = {}, TypeError(f"LoRAConfig.{name} must map layers to {{name: slices}}, got {values!r}.")
-    if not isinstance(values, Mapping):
-        raise wrong
-    for layer, parts in values.items():
-        if not isinstance(parts, Mapping):
-            raise wrong
-        if not parts:
-            raise ValueError(f"LoRAConfig.{name}[{layer!r}] names no slice, got {parts!r}.")
-        for part, text in parts.items():
-            if not (isinstance(part, str) and part.isidentifier()) or hasattr(nn.ModuleDict(), part):
-                raise ValueError(
-                    f"LoRAConfig.{name}[{layer!r}]: {part!r} is not a valid slice name: use a Python identifier that "
-                    "is not an attribute of nn.ModuleDict."
-                )
-            try:
-                parse_slices(text)
-            except ValueError as error:
-                raise ValueError(f"LoRAConfig.{name}[{layer!r}][{part!r}]: {error}") from None
-        kept[str(layer)] = dict(parts)
-    return kept
-
-
-def _tokens(name: str, values: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    """Return the tokens in ascending order."""
-    if isinstance(values, Mapping):
-        for key, tokens in values.items():
-            if isinstance(tokens, Sequence) and not tokens:
-                raise ValueError(f"LoRAConfig.{name}[{key!r}] names no token, got {tokens!r}.")
-        return {str(key): _token_list(f"{name}[{key!r}]", tokens) for key, tokens in values.items()}
-    return _token_list(name, values)
-
-
-def _token_list(name: str, tokens: Any) -> tuple[int, ...]:
-    if not isinstance(tokens, Sequence) or not all(type(token) is int for token in tokens):
-        raise TypeError(f"LoRAConfig.{name} must be a list of token IDs, got {tokens!r}.")
-    if min(tokens, default=0) < 0 or len(set(tokens)) < len(tokens):
-        raise ValueError(f"LoRAConfig.{name} must contain distinct token IDs, each at least 0, got {tokens!r}.")
-    return tuple(sorted(tokens))
+def _init(name: str, value: Any) -> str | InitOptions:
+    """Return a start as its name alone, if that says everything."""
+    if isinstance(value, Mapping):
+        known = {option.name for option in fields(InitOptions)}
+        check_known(f"LoRAConfig.{name}", value, known)
+        if "name" not in value:
+            raise TypeError(f"LoRAConfig.{name} needs a name, such as {{'name': 'eva', 'batches': 32}}; got {value!r}.")
+        value = InitOptions(**value)
+    if isinstance(value, InitOptions):
+        return value if value.changed() else value.name
+    return option_checks.choice(name, value, of=Init)
 
 
 _CHECKS: dict[str, Callable[[str, Any], object]] = {
-    "rank": _rank,
-    "alpha": _alpha,
-    "dropout": _dropout,
-    "target_modules": _regex_or_names,
-    "exclude_modules": _regex_or_names,
-    "layers": _blocks,
-    "target_parameters": _names,
-    "target_slices": _slices,
-    "trainable_token_indices": _tokens,
-    "modules_to_save": _names_or_auto,
-    "bias": partial(_choice, of=Bias),
-    "rank_pattern": partial(_numbers_by_name, check=_rank),
-    "alpha_pattern": partial(_numbers_by_name, check=_alpha),
-    "use_rslora": _flag,
-    "use_dora": _flag,
-    "lora_bias": _flag,
-    "untie_weights": _flag,
-    "init": partial(_choice, of=Init),
-    "adapter_dtype": partial(_choice, of=AdapterDtype),
-    "frozen_norm": partial(_choice, of=FrozenNorm),
+    "rank": option_checks.rank_or_auto,
+    "rank_budget": option_checks.budget,
+    "alpha": option_checks.alpha,
+    "dropout": option_checks.dropout,
+    "target_modules": option_checks.regex_or_names,
+    "exclude_modules": option_checks.regex_or_names,
+    "layers": option_checks.blocks,
+    "target_parameters": option_checks.names,
+    "target_slices": option_checks.slices,
+    "trainable_token_indices": option_checks.tokens,
+    "modules_to_save": option_checks.names_or_auto,
+    "bias": partial(option_checks.choice, of=Bias),
+    "rank_pattern": partial(option_checks.numbers_by_name, check=option_checks.rank),
+    "alpha_pattern": partial(option_checks.numbers_by_name, check=option_checks.alpha),
+    "use_rslora": option_checks.flag,
+    "use_dora": option_checks.flag,
+    "lora_bias": option_checks.flag,
+    "untie_weights": option_checks.flag,
+    "init": _init,
+    "adapter_dtype": partial(option_checks.choice, of=AdapterDtype),
+    "frozen_norm": partial(option_checks.choice, of=FrozenNorm),
 }

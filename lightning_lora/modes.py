@@ -239,7 +239,7 @@ def _overflows(layer: LoRALayer, parameter: str, bound: float) -> bool:
 
 def _bound(adapter: Adapter, largest: Sequence[float]) -> float:
     """Return a bound on the entries of an update, given the largest value of each of its factors."""
-    if not isinstance(adapter, LowRankAdapter) or not adapter.is_plain:
+    if not isinstance(adapter, LowRankAdapter) or not adapter.is_plain or adapter.is_difference:
         return math.inf
     return abs(adapter.spec.scaling) * adapter.spec.rank * math.prod(largest)
 

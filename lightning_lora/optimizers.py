@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.config import check_positive
 from lightning_lora.layers import LoRALayer, LowRankAdapter
 from lightning_lora.names import clean_name, listed, parameters_of
+from lightning_lora.option_checks import check_positive
 
 _RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
 _RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group

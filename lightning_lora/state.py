@@ -64,6 +64,8 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
     with torch.no_grad():
         for name, tensor in model.trained.items():
             copy_whole(tensor, state[name])
+    for adapter in model.adapters.values():
+        adapter.is_waiting = False
 
 
 def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Collection[str] = ()) -> list[str]:

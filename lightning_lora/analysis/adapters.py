@@ -230,8 +230,8 @@ def _of_adapter(name: str, adapter: Adapter, weight: Tensor, *, tokens: bool) ->
     """Yield the updates of an adapter in memory, for the base weight of its layer."""
     if isinstance(adapter, LowRankAdapter):
         magnitude = adapter.magnitude if adapter.spec.use_dora else None
-        A, B = whole(adapter.A).detach(), whole(adapter.B).detach()
-        layer = StoredLayer(name, A, B, adapter.spec.rank, adapter.spec.scaling, magnitude)
+        A, B = (factor.detach() for factor in adapter.whole_factors())
+        layer = StoredLayer(name, A, B, A.shape[-2], adapter.spec.scaling, magnitude)
         yield from _of_layer(layer, _frozen_matrix(adapter, weight))
     elif isinstance(adapter, TokenAdapter) and tokens:
         yield from _of_rows(name, whole(adapter.rows).detach(), _frozen_matrix(adapter, weight))

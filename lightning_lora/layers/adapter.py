@@ -108,6 +108,7 @@ class Adapter(nn.Module, ABC):
     takes_bias: ClassVar[bool] = False  # `lora_bias` applies to this kind
     vllm_takes: ClassVar[bool] = False  # vLLM serves this kind, where PEFT can hold it
     replaces: ClassVar[Callable[..., Tensor] | None] = None  # the layers' forward, if `forward` computes it too
+    is_waiting: bool = False  # for its start: see LowRankAdapter
     spec: AdapterSpec
     parameter: str
     index: Tensor

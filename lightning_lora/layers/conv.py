@@ -59,8 +59,9 @@ class _KernelAdapter(LowRankAdapter):
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
         first, second = self.convolutions(inputs, output)
         dropout, scaling = self.dropout_now(), self.spec.scaling
-        if self.is_explicit and keeps_less(inputs, self.A, self.B, dropout, self.trailing_dimensions):
-            down, up = self.kernels(self.A, self.B)
+        A, B = self.factors()
+        if self.is_explicit and keeps_less(inputs, A, B, dropout, self.trailing_dimensions):
+            down, up = self.kernels(A, B)
             return conv_update(inputs, down, up, (first, second), scaling=scaling, dropout=dropout)
         inputs = self.padded(self.dropped(inputs))
         down, up = self.kernels(*self.factors_as(inputs.dtype, inputs.device.type))

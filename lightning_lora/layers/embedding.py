@@ -27,6 +27,7 @@ class EmbeddingAdapter(LowRankAdapter):
 
     kind = "embedding"
     drops_input = False
+    takes_starts = False
     vllm_takes = True
 
     @classmethod

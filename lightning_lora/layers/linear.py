@@ -87,13 +87,13 @@ class LinearAdapter(LowRankAdapter):
             return super().forward(inputs, output, layer, is_ours)
         # Read at every call, because FSDP, loading and moving a model replace these tensors.
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        spec = self.spec
+        spec, (A, B) = self.spec, self.factors()
         total = lora_linear(
             inputs,
             layer.weight if weight is None else weight,  # computed, if it is parametrized
             layer.bias if bias is None else bias,
-            self.A,
-            self.B,
+            A,
+            B,
             scaling=spec.scaling,
             dropout=spec.dropout if spec.dropout and self.training else 0.0,
         )
@@ -101,12 +101,12 @@ class LinearAdapter(LowRankAdapter):
 
     @override
     def added(self, inputs: Tensor, output: Tensor, is_ours: bool) -> Tensor:
-        options = {"scaling": self.spec.scaling, "dropout": self.dropout_now()}
-        return lora_add(output, inputs, self.A, self.B, is_ours=is_ours, **options)
+        (A, B), options = self.factors(), {"scaling": self.spec.scaling, "dropout": self.dropout_now()}
+        return lora_add(output, inputs, A, B, is_ours=is_ours, **options)
 
     @override
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
-        return lora_update(inputs, self.A, self.B, scaling=self.spec.scaling, dropout=self.dropout_now())
+        return lora_update(inputs, *self.factors(), scaling=self.spec.scaling, dropout=self.dropout_now())
 
     @override
     def recorded_shape(self, layer: nn.Module) -> Sequence[int] | None:

@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +37,14 @@ class LowRankAdapter(Adapter):
     """
 
     trailing_dimensions: int = 0  # of the output, after the one that holds the features
+    takes_starts: ClassVar[bool] = True  # the start may be computed from weights or data; embeddings keep theirs
     is_plain: bool  # nothing but the factors
     A: nn.Parameter
     B: nn.Parameter
     magnitude: nn.Parameter
     bias: nn.Parameter
+    A0: Tensor  # where the factors started, if `B0 @ A0` is not zero: what is added is the difference
+    B0: Tensor
 
     # --- the start
 
@@ -57,6 +60,10 @@ class LowRankAdapter(Adapter):
         # Written into the tables: the checks of nn.Module.__setattr__ would take a third of the time of attach.
         self._parameters["A"], self._parameters["B"] = nn.Parameter(A), nn.Parameter(B)
         vars(self)["is_plain"] = not (spec.use_dora or spec.lora_bias or spec.rows)
+        vars(self)["is_waiting"] = self.takes_starts and spec.init not in INITIALIZERS
+        if self.takes_starts and spec.init in DIFFERENCES:
+            self.register_buffer("A0", A.detach().clone())
+            self.register_buffer("B0", B.detach().clone())
         if spec.use_dora:
             with gathered([weight]):
                 self._parameters["magnitude"] = nn.Parameter(self.starts(weight)["magnitude"])
@@ -69,7 +76,7 @@ class LowRankAdapter(Adapter):
 
         By default ``A`` is random and ``B`` zero. Embeddings override this: their ``A`` is zero and their ``B`` random.
         """
-        A = INITIALIZERS[self.spec.init](self.spec.rank, in_features, seeded(self.spec.seed))
+        A = random_start(self.spec.init)(self.spec.rank, in_features, seeded(self.spec.seed))
         return A, zeros(out_features, self.spec.rank)
 
     @override
@@ -86,12 +93,57 @@ class LowRankAdapter(Adapter):
         if self.spec.use_dora:
             raise RuntimeError("use_dora starts from the norms of the weights: attach after the weights are loaded.")
         A, B = self.start(self.B.shape[-2], self.A.shape[-1])
-        copy_whole(self.A, A)
-        copy_whole(self.B, B)
+        self.put_start(A, B)
         if self.spec.lora_bias:
             self.bias.zero_()
         if self.spec.rows:
             self.index.copy_(row_numbers(self.spec.rows))
+
+    @torch.no_grad()
+    def put_start(self, A: Tensor, B: Tensor) -> None:
+        """Set the factors that training starts from, given whole; the model computes the same as without them."""
+        copy_whole(self.A, A)
+        copy_whole(self.B, B)
+        if self.is_difference:
+            copy_whole(self.A0, A)
+            copy_whole(self.B0, B)
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether the update is ``scaling * (B @ A - B0 @ A0)``."""
+        return "A0" in self._buffers
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of what is added: ``A`` and ``B``, or those of ``B @ A - B0 @ A0``, of twice the rank.
+
+        Raises:
+            RuntimeError: They wait for their start, and this pass is for training.
+        """
+        if self.is_waiting:
+            self._refuse_to_train()
+        if "A0" not in self._buffers:
+            return self.A, self.B
+        return difference(self.A, self.B, self.A0, self.B0)
+
+    def whole_factors(self) -> tuple[Tensor, Tensor]:
+        """Return the same, gathered where sharding divides them; then every process must call this."""
+        if self.is_waiting:
+            self._refuse_to_train()
+        A, B = whole(self.A), whole(self.B)
+        return difference(A, B, whole(self.A0), whole(self.B0)) if self.is_difference else (A, B)
+
+    def _refuse_to_train(self) -> None:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"init={self.spec.init!r} is computed before training, and it has not been. Call "
+                "lightning_lora.calibrate(model, batches) after attach, or load an adapter; LoRACallback does both."
+            )
+
+    @override
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}A" in state_dict:  # not those of the base alone
+            self.is_waiting = False
 
     def zero_factor(self) -> nn.Parameter:
         """Return the factor that starts at zero, so that the model starts unchanged."""
@@ -99,6 +151,9 @@ class LowRankAdapter(Adapter):
 
     @override
     def has_effect(self, weight: Tensor) -> bool:
+        if self.is_difference:
+            A, B = self._factors_in_float()
+            return bool(torch.any(B @ A != 0))
         return bool(torch.any(self.zero_factor() != 0))
 
     def fits(self, layer: nn.Module) -> bool:
@@ -157,9 +212,10 @@ class LowRankAdapter(Adapter):
 
     def factors_as(self, dtype: torch.dtype, device_type: str) -> tuple[Tensor, Tensor]:
         """Return the factors in the layer's compute dtype; under autocast the operators cast by themselves."""
-        if self.A.dtype == dtype or torch.is_autocast_enabled(device_type):
-            return self.A, self.B
-        return self.A.to(dtype), self.B.to(dtype)
+        A, B = self.factors()
+        if A.dtype == dtype or torch.is_autocast_enabled(device_type):
+            return A, B
+        return A.to(dtype), B.to(dtype)
 
     # --- in the weight
 
@@ -232,7 +288,17 @@ class LowRankAdapter(Adapter):
 
     def _factors_in_float(self) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(self.A.dtype, torch.float32)
-        return whole(self.A).to(dtype), whole(self.B).to(dtype)
+        A, B = self.whole_factors()
+        return A.to(dtype), B.to(dtype)
+
+
+def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors of ``B @ A - B0 @ A0``, of twice the rank.
+
+    At the start their product is exactly zero, in contrast to that of ``[B, -B0]`` and ``[A; A0]``, whose sums are
+    rounded.
+    """
+    return torch.cat([A - A0, A0.to(A.dtype)], -2), torch.cat([B, B - B0], -1)
 
 
 def _sum(matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -285,6 +351,13 @@ def zeros(rows: int, columns: int) -> Tensor:
 
 
 INITIALIZERS: dict[str, Initializer] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}
+DIFFERENCES = ("pissa", "olora", "corda", "lora_ga")  # starts at which B @ A is not zero
+
+
+def random_start(name: str) -> Initializer:
+    """Return the initializer of this name, or the one in whose place another start is computed later."""
+    return INITIALIZERS.get(name, kaiming)
+
 
 _generator = torch.Generator(device="cpu")  # shared: making one costs more than seeding one
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, base_parameter, register_adapter
 from lightning_lora.layers.lora_layer import Behavior, LoRALayer, updated
-from lightning_lora.layers.low_rank import INITIALIZERS, LowRankAdapter, seeded, zeros
+from lightning_lora.layers.low_rank import LowRankAdapter, random_start, seeded, zeros
 from lightning_lora.ops.eager import is_traced, without_autocast
 from lightning_lora.ops.recompute import recomputed, recomputing
 from lightning_lora.sharding import is_sharded, whole
@@ -148,7 +148,7 @@ class ExpertsAdapter(ParameterAdapter):
     @override
     def start(self, out_features: int, in_features: int) -> tuple[Tensor, Tensor]:
         experts, rank, generator = self.parameter_shape[0], self.spec.rank, seeded(self.spec.seed)
-        A = torch.stack([INITIALIZERS[self.spec.init](rank, in_features, generator) for _ in range(experts)])
+        A = torch.stack([random_start(self.spec.init)(rank, in_features, generator) for _ in range(experts)])
         return A, zeros(experts * out_features, rank).view(experts, out_features, rank)
 
     @override

@@ -155,7 +155,8 @@ class PeftLayer(NamedTuple):
 def factors_of(adapter: LowRankAdapter) -> Factors:
     """Return copies of an adapter's factors, on the CPU."""
     kept = {name: tensor.detach().cpu().clone() for name, tensor in adapter.named_parameters()}
-    return Factors(kept["A"], kept["B"], adapter.spec.scaling, kept.get("magnitude"), kept.get("bias"))
+    A, B = (factor.detach().cpu() for factor in adapter.factors()) if adapter.is_difference else (kept["A"], kept["B"])
+    return Factors(A, B, adapter.spec.scaling, kept.get("magnitude"), kept.get("bias"))
 
 
 def placed(parts: Sequence[tuple[Tensor, Factors]], out_features: int, row_norms: Tensor | None) -> Factors:

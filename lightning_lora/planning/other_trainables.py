@@ -35,7 +35,7 @@ def heads(plan: Plan) -> list[str]:
     for name, part in plan.modules.items():
         adapter = adapter_type(part)
         if adapter is not None and issubclass(adapter, LinearAdapter):
-            rank = first_match(config.rank_pattern, plan.names[name], config.rank)
+            rank = first_match(config.rank_pattern, plan.names[name], config.first_rank)
             if name and not isinstance(part, LoRALayer) and rank > min(adapter.matrix_shape(part)):
                 found.append(name)
         elif isinstance(getattr(part, prefix := getattr(part, "base_model_prefix", None) or "-", None), nn.Module):

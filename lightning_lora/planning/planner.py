@@ -9,7 +9,7 @@ from operator import methodcaller
 import torch
 from torch import nn
 
-from lightning_lora.config import ALL_LINEAR, AUTO, EVERYTHING, FAMILIES, LoRAConfig
+from lightning_lora.config import ALL_LINEAR, EVERYTHING, FAMILIES, LoRAConfig
 from lightning_lora.layers import (
     NORMALIZING,
     SUPPORTED,
@@ -42,6 +42,7 @@ from lightning_lora.names import (
     sweeps,
     tied_names,
 )
+from lightning_lora.option_checks import AUTO
 from lightning_lora.planning.obstacles import Obstacles, adapters_of_peft, missed_entries, other_kinds
 from lightning_lora.planning.other_trainables import heads, plan_biases, plan_saved_modules, plan_token_rows
 from lightning_lora.planning.plan import Plan, PlannedLayer
@@ -307,7 +308,7 @@ class _Planner:
         out_features, in_features = adapter.matrix_shape(module, parameter)
         if layer.rows:
             out_features = sum(map(len, layer.rows))
-        rank = first_match(config.rank_pattern, known_as, config.rank)
+        rank = first_match(config.rank_pattern, known_as, config.first_rank)
         reason = self.obstacles.of(layer, rank, (out_features, in_features))
         if reason is not None:
             self._leave_out(layer, reason)
@@ -329,7 +330,7 @@ class _Planner:
         dtype = weight.dtype if weight.dtype == torch.float64 else self.adapter_dtype
         seed = layer_seed(self.seed, layer.label, weight.shape)
         return AdapterSpec(
-            rank, scaling, config.dropout, config.init, dtype, seed, config.use_dora, config.lora_bias, layer.rows
+            rank, scaling, config.dropout, config.start.name, dtype, seed, config.use_dora, config.lora_bias, layer.rows
         )
 
     def _leave_out(self, layer: PlannedLayer, reason: str) -> None:

@@ -26,11 +26,13 @@ from typing_extensions import override
 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
+from lightning_lora.layers.low_rank import difference
 from lightning_lora.names import join
 from lightning_lora.state import FORMAT_VERSION
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
 RECORD_KEY = "lightning_lora"
+_OF_A_LAYER = ("A", "B", "A0", "B0", "magnitude", "bias")
 
 
 def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, Any]:
@@ -116,16 +118,21 @@ class CheckpointFile(AdapterFile):
         """Return one update; an adapter is its layer's only one, or one of a group below the layer's ``lora``."""
         above, _, last = name.rpartition(".")
         for begin in (f"{name}.lora.", join(above, f"lora.{last}.")):
-            names = [key for key in ("A", "B", "magnitude", "bias") if begin + key in self.tensors]
-            if {"A", "B"} <= {*names}:
+            found = {key: self.tensors[begin + key] for key in _OF_A_LAYER if begin + key in self.tensors}
+            keys, rank = tuple(begin + key for key in found), said["rank"]
+            if {"A", "B"} <= found.keys():
+                if {"A0", "B0"} <= found.keys():
+                    start = found.pop("A0"), found.pop("B0")
+                    found["A"], found["B"] = difference(found["A"], found["B"], *start)
+                    rank *= 2
                 return StoredLayer(
                     name,
-                    **{key: self.tensors[begin + key] for key in names},
-                    rank=said["rank"],
+                    **found,
+                    rank=rank,
                     scaling=said["scaling"],
                     weight=_weight(name, said),
                     rows=tuple(map(tuple, said.get("rows", ()))),
-                    keys=tuple(begin + key for key in names),
+                    keys=keys,
                 )
         raise ValueError(f"{str(self.path)!r} holds no factors of {name!r}; the file may have been edited or damaged.")
 

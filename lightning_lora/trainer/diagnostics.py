@@ -184,7 +184,7 @@ class Diagnostics:
 def factor_grams(adapter: LowRankAdapter) -> Tensor:
     """Return ``A @ A.T`` and ``s^2 * B.T @ B``, ``(2, m, r, r)``, in float64 where the device has it."""
     dtype = torch.float32 if adapter.A.device.type == "mps" else torch.float64
-    A, B = whole(adapter.A).to(dtype), whole(adapter.B).to(dtype)
+    A, B = (factor.to(dtype) for factor in adapter.whole_factors())
     grams = torch.stack([A @ A.mT, adapter.spec.scaling**2 * (B.mT @ B)])
     return grams if A.ndim == 3 else grams.unsqueeze(1)
 

@@ -1,0 +1,240 @@
+"""Checks of options: each returns the value as it is kept, or raises an error that names the option and the value."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from lightning_lora.names import near_names, numbers_of_blocks, parse_slices
+
+AUTO: Literal["auto"] = "auto"
+
+
+def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> None:
+    """Reject unknown options and suggest the closest one (PEFT's spelling included)."""
+    for name in names:
+        if name not in known:
+            near = [_IN_PEFT[name]] if name in _IN_PEFT else near_names(name, known, 1)
+            if name in _NOT_HERE:
+                raise TypeError(f"{owner} has no option {name!r} of PEFT's. {_NOT_HERE[name]}")
+            hint = f"Did you mean {near[0]!r}?" if near else f"Options are {', '.join(sorted(known))}."
+            raise TypeError(f"{owner} has no option {name!r}. {hint}")
+
+
+_IN_PEFT = {
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "init_lora_weights": "init",
+    "layers_to_transform": "layers",
+}
+_NOT_HERE = {
+    "task_type": "The adapters do not depend on it; to record it in the files, call save_adapter(..., task_type=...).",
+    "layers_pattern": "The repeated blocks are found without it; layers=[0, 1] takes their numbers.",
+}
+
+
+def check_positive(name: str, value: float) -> None:
+    """Reject numbers that are not positive and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
+
+
+def rank(name: str, value: Any) -> int:
+    """Return a rank, an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"LoRAConfig.{name} must be an integer, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"LoRAConfig.{name} must be >= 1, got {value!r}.")
+    return int(value)  # jsonargparse has types of its own, and checkpoints must hold none
+
+
+def _number(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"LoRAConfig.{name} must be a number, got {value!r}.")
+    return float(value)
+
+
+def alpha(name: str, value: Any) -> float:
+    """Return a positive, finite number."""
+    number = _number(name, value)
+    check_positive(f"LoRAConfig.{name}", value)  # the update would vanish or explode
+    return number
+
+
+def dropout(name: str, value: Any) -> float:
+    """Return a probability below 1."""
+    if not 0.0 <= _number(name, value) < 1.0:
+        raise ValueError(f"LoRAConfig.{name} must be in [0, 1), got {value!r}.")
+    return float(value)
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"LoRAConfig.{name} must be True or False, got {value!r}.")
+    return value
+
+
+def choice(name: str, value: Any, *, of: Any) -> str:
+    """Return one of the values of a Literal type."""
+    if value not in get_args(of):
+        raise ValueError(f"LoRAConfig.{name}={value!r} is unknown; choose one of {', '.join(map(repr, get_args(of)))}.")
+    return str(value)
+
+
+def check_names(name: str, values: Any) -> tuple[str, ...]:
+    """Return a list of names as it is kept; reject anything else."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"{name} must be a list of names, got {values!r}.")
+    if not all(values):
+        raise ValueError(f"{name} holds an empty name: {list(values)!r}.")
+    return tuple(values)
+
+
+def names(name: str, values: Any) -> tuple[str, ...]:
+    """Return a list of names."""
+    return check_names(f"LoRAConfig.{name}", values)
+
+
+def regex_or_names(name: str, value: Any) -> str | tuple[str, ...]:
+    """Return a list of names, or one regular expression."""
+    if not isinstance(value, str):
+        return names(name, value)
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(
+            f"LoRAConfig.{name}={value!r} is not a valid regular expression ({error}). A string is read as a regex; "
+            "pass names and globs as a list."
+        ) from error
+    return value
+
+
+def names_or_auto(name: str, value: Any) -> str | tuple[str, ...]:
+    """Return ``"auto"`` or a list of names."""
+    if isinstance(value, str) and value != AUTO:
+        raise TypeError(f"LoRAConfig.{name} must be {AUTO!r} or a list of names, got {value!r}.")
+    return AUTO if value == AUTO else names(name, value)
+
+
+def rank_or_auto(name: str, value: Any) -> int | str:
+    """Return a rank, or ``"auto"``."""
+    return AUTO if value == AUTO else rank(name, value)
+
+
+def budget(name: str, value: Any) -> int | str | None:
+    """Return a budget as it was given: a share such as ``"1%"``, a number of parameters, or a size such as ``"8MB"``.
+
+    Raises:
+        TypeError: It is none of these.
+        ValueError: It is not positive.
+    """
+    if value is None or (type(value) is int and value > 0):
+        return value
+    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    if found is not None and 0 < float(found[1]) < math.inf:
+        return str(value)
+    if isinstance(value, str) and value.rstrip().endswith("B"):
+        bytes_of(f"LoRAConfig.{name}", value)
+        return value
+    raise ValueError(
+        f"LoRAConfig.{name} must be a share of the base's parameters such as '1%', a positive number of parameters, or "
+        f"a size such as '8MB', got {value!r}."
+    )
+
+
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+
+
+def parameters_in(budget: int | str, base_parameters: int) -> int:
+    """Return how many adapter parameters a budget means; a size in bytes is that of float32."""
+    if isinstance(budget, int):
+        return budget
+    if (found := _PERCENT.fullmatch(budget)) is not None:
+        return int(float(found[1]) / 100 * base_parameters)
+    return bytes_of("LoRAConfig.rank_budget", budget) // 4
+
+
+def numbers_by_name(name: str, values: Any, *, check: Callable[[str, Any], float]) -> dict[str, float]:
+    """Return a mapping from names to numbers."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"LoRAConfig.{name} must map names to numbers, got {values!r}.")
+    kept = {}
+    for key, value in values.items():
+        kept[str(key)] = check(f"{name}[{key!r}]", value)
+    return kept
+
+
+def blocks(name: str, values: Any) -> tuple[int | str, ...]:
+    """Return numbers and slices of blocks."""
+    is_list = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_list or not all(type(value) is int or isinstance(value, str) for value in values):
+        raise TypeError(
+            f"LoRAConfig.{name} must be a list of block numbers and slices, such as [0, -1, '8:16'], got {values!r}."
+        )
+    try:
+        for value in values:
+            numbers_of_blocks(value, 1)
+    except ValueError as error:
+        raise ValueError(f"LoRAConfig.{name}={list(values)!r}: {error}") from None
+    return tuple(values)
+
+
+def bytes_of(name: str, text: Any) -> int:
+    """Return the number of bytes that a text such as ``"1.5GB"`` means.
+
+    Raises:
+        ValueError: It means none; the message names the option.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(kB|MB|GB|TB)\s*", text) if isinstance(text, str) else None
+    if found is None or not float(found[1]):
+        raise ValueError(f"{name} must be a size such as '500MB' or '2GB', got {text!r}.")
+    return int(float(found[1]) * 1000 ** (1 + ("kB", "MB", "GB", "TB").index(found[2])))
+
+
+def slices(name: str, values: Any) -> dict[str, dict[str, str]]:
+    """Return the parts of layers: layer -> name -> slices."""
+    kept, wrong = {}, TypeError(f"LoRAConfig.{name} must map layers to {{name: slices}}, got {values!r}.")
+    if not isinstance(values, Mapping):
+        raise wrong
+    for layer, parts in values.items():
+        if not isinstance(parts, Mapping):
+            raise wrong
+        if not parts:
+            raise ValueError(f"LoRAConfig.{name}[{layer!r}] names no slice, got {parts!r}.")
+        for part, text in parts.items():
+            if not (isinstance(part, str) and part.isidentifier()) or hasattr(nn.ModuleDict(), part):
+                raise ValueError(
+                    f"LoRAConfig.{name}[{layer!r}]: {part!r} is not a valid slice name: use a Python identifier that "
+                    "is not an attribute of nn.ModuleDict."
+                )
+            try:
+                parse_slices(text)
+            except ValueError as error:
+                raise ValueError(f"LoRAConfig.{name}[{layer!r}][{part!r}]: {error}") from None
+        kept[str(layer)] = dict(parts)
+    return kept
+
+
+def tokens(name: str, values: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    """Return the tokens in ascending order."""
+    if isinstance(values, Mapping):
+        for key, tokens in values.items():
+            if isinstance(tokens, Sequence) and not tokens:
+                raise ValueError(f"LoRAConfig.{name}[{key!r}] names no token, got {tokens!r}.")
+        return {str(key): _token_list(f"{name}[{key!r}]", tokens) for key, tokens in values.items()}
+    return _token_list(name, values)
+
+
+def _token_list(name: str, tokens: Any) -> tuple[int, ...]:
+    if not isinstance(tokens, Sequence) or not all(type(token) is int for token in tokens):
+        raise TypeError(f"LoRAConfig.{name} must be a list of token IDs, got {tokens!r}.")
+    if min(tokens, default=0) < 0 or len(set(tokens)) < len(tokens):
+        raise ValueError(f"LoRAConfig.{name} must contain distinct token IDs, each at least 0, got {tokens!r}.")
+    return tuple(sorted(tokens))
