@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, base_problems, samples
-from lightning_lora.names import clean_name, join, listed, near_names
+from lightning_lora.names import OTHERS, clean_name, join, listed, near_names
 from lightning_lora.sharding import copy_whole, whole
+from lightning_lora.switching import exchange, recorded
 
 FORMAT_VERSION = 1
+
+T = TypeVar("T")
 
 
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -175,6 +178,34 @@ def _described_layers(model: AdaptedModel) -> dict[str, dict[str, Any]]:
         rows = [[part.start, part.stop, part.step] for part in adapter.spec.rows]
         found[name] = numbers | place | ({"rows": rows} if rows else {})
     return found
+
+
+def of_others(module: nn.Module, read: Callable[[nn.Module], T]) -> dict[str, T]:
+    """Return what a function finds in a module while each adapter that is not active now is in place.
+
+    The function must not compute with the module: the parameters may be in no state for that, as under FSDP.
+    """
+    found: dict[str, T] = {}
+    if (several := recorded(module)) is not None:
+        active = several.active
+        try:
+            for name in [name for name in several.adapters if name != active]:
+                exchange(several, name)
+                found[name] = read(module)
+        finally:
+            exchange(several, active)
+    return found
+
+
+def tensors_of_others(module: nn.Module) -> dict[str, Tensor]:
+    """Return everything that adapters that are not active have trained, under names that no other tensor has."""
+    found = of_others(module, lambda part: AdaptedModel(part).trained)
+    return {other_name(name, key): tensor for name, own in found.items() for key, tensor in own.items()}
+
+
+def other_name(adapter: str, name: str) -> str:
+    """Return the name of a tensor of an adapter that is not active, from the one that it has under that adapter."""
+    return f"{OTHERS}.{adapter}.{name}"
 
 
 def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:

@@ -324,22 +324,32 @@ def switch_to(several: Several, name: str | None) -> None:
         return
     before = None if several.active is None else several.adapters[several.active]
     after = None if name is None else several.adapters[name]
-    _check_switchable(several, before, after)
-    if before is not None:
-        _put_away(several.base, before)
-    if after is not None:
-        _put_in_place(several.base, after)
-    several.active = name
+    _check_not_flattened(several, before, after)
+    exchange(several, name)
     if after is not None and _norms_of(before) != _norms_of(after):
         freeze_norms(several.home)
 
 
-def _check_switchable(several: Several, before: Named | None, after: Named | None) -> None:
+def exchange(several: Several, name: str | None) -> None:
+    """Do as ``switch_to``, even where nothing can be computed with the result: to look at it, and change back.
+
+    Raises:
+        RuntimeError: The active adapter is merged or disabled, or samples are being routed. Nothing was changed.
+    """
     if several.again is not None:
         raise RuntimeError("The adapters cannot be switched inside routed(...); leave it first.")
+    before = None if several.active is None else several.adapters[several.active]
     for part in before.kept if before is not None else ():
         if (mode := vars(part).get("lora_mode", "active")) != "active":
             raise RuntimeError(f"The adapters cannot be switched inside {mode}(module); leave it first.")
+    if before is not None:
+        _put_away(several.base, before)
+    if name is not None:
+        _put_in_place(several.base, several.adapters[name])
+    several.active = name
+
+
+def _check_not_flattened(several: Several, before: Named | None, after: Named | None) -> None:
     places = [item for adapter in (before, after) if adapter is not None for item in adapter.kept.items()]
     if (full := [part for part, place in places if place.own]) and any(map(is_fully_sharded, several.home.modules())):
         raise RuntimeError(
@@ -449,21 +459,6 @@ def _check_new_name(names: list[str], name: str) -> None:
             f"There is an adapter {name!r} already. Choose another name, or call remove_adapter(module, {name!r}) "
             "first. Nothing was changed."
         )
-
-
-@contextmanager
-def others_frozen(module: nn.Module) -> Iterator[None]:
-    """Take the adapters that are not active out of training, as DDP demands of parameters that get no gradient."""
-    several = recorded(module)
-    adapters = () if several is None else several.adapters.values()
-    flags = [(p, p.requires_grad) for each in adapters for kept in each.kept.values() for p in kept.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
 
 
 # --- activation checkpointing
