@@ -25,6 +25,7 @@ from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import Attachment, get_attachment, request, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.modes import freeze_norms
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
@@ -32,7 +33,7 @@ from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import allow_missing_base
 from lightning_lora.storage.checkpoint import saved_options
 from lightning_lora.surgery import attach, attach_named, detach, merge
-from lightning_lora.switching import active_adapter, adapter_names, others_frozen, remove_adapter, set_adapter
+from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
     AVERAGING,
