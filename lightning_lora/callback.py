@@ -23,7 +23,7 @@ from lightning_lora.config import (
     only_config,
     shown_options,
 )
-from lightning_lora.switching import check_name
+from lightning_lora.named_adapters import check_name
 from lightning_lora.trainer import checks, lightning_patches
 from lightning_lora.trainer.diagnostics import check_interval
 from lightning_lora.trainer.hints import explain_torch_error

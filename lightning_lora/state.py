@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, base_problems, samples
+from lightning_lora.named_adapters import of_others
 from lightning_lora.names import OTHERS, clean_name, join, listed, near_names
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.switching import exchange, recorded
 
 FORMAT_VERSION = 1
-
-T = TypeVar("T")
 
 
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -177,23 +175,6 @@ def _described_layers(model: AdaptedModel) -> dict[str, dict[str, Any]]:
         place = {"weight": join(path, adapter.parameter)} | adapter.record(layer)
         rows = [[part.start, part.stop, part.step] for part in adapter.spec.rows]
         found[name] = numbers | place | ({"rows": rows} if rows else {})
-    return found
-
-
-def of_others(module: nn.Module, read: Callable[[nn.Module], T]) -> dict[str, T]:
-    """Return what a function finds in a module while each adapter that is not active now is in place.
-
-    The function must not compute with the module: the parameters may be in no state for that, as under FSDP.
-    """
-    found: dict[str, T] = {}
-    if (several := recorded(module)) is not None:
-        active = several.active
-        try:
-            for name in [name for name in several.adapters if name != active]:
-                exchange(several, name)
-                found[name] = read(module)
-        finally:
-            exchange(several, active)
     return found
 
 

@@ -42,20 +42,13 @@ from lightning_lora.layers import (
     weights_only_read,
 )
 from lightning_lora.modes import check_mergeable, fold, freeze_norms, set_mode
+from lightning_lora.named_adapters import adapter_names, forget, recorded, switch_to
 from lightning_lora.names import OTHERS, clean_name, listed, module_names, parameters_of
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
-from lightning_lora.switching import (
-    adapter_names,
-    beside,
-    chosen,
-    forget,
-    recorded,
-    set_adapter,
-    switch_to,
-)
+from lightning_lora.switching import beside, chosen, set_adapter
 
 _RESIZE = "resize_token_embeddings"  # of transformers models
 

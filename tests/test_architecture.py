@@ -19,7 +19,7 @@ LEVELS = [
     {"names", "ops", "sharding"},
     {"config", "fingerprint", "layers"},
     {"adapted_model", "attachment", "optimizers", "planning"},
-    {"modes", "probe", "surgery", "switching"},
+    {"modes", "named_adapters", "probe", "surgery", "switching"},
     {"state"},
     {"storage"},
     {"peft_format"},

@@ -22,6 +22,7 @@ from torchmetrics import Metric
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
+from lightning_lora.named_adapters import active_adapter, adapter_names, of_others
 from lightning_lora.names import clean_name, join, listed, walk
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.sharding import copy_whole
@@ -30,14 +31,12 @@ from lightning_lora.state import (
     describe,
     mismatch_message,
     mismatches,
-    of_others,
     other_name,
     other_shapes,
     record_problems,
     tensors_of_others,
 )
 from lightning_lora.storage.checkpoint import OTHERS_KEY, RECORD_KEY, checked_checkpoint, recorded_base
-from lightning_lora.switching import active_adapter, adapter_names
 from lightning_lora.trainer.lightning_patches import with_twins
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,6 +25,7 @@ from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import Attachment, Stored, get_attachment, request, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.modes import freeze_norms
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
@@ -33,7 +33,7 @@ from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import allow_missing_base
 from lightning_lora.storage.checkpoint import saved_options, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
-from lightning_lora.switching import active_adapter, adapter_names, recorded, remove_adapter, set_adapter
+from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
     AVERAGING,
@@ -248,7 +248,7 @@ class FitSession:
         else:
             report = attach_named(module, name, config, seed=seed, stored=self._stored)
         self._others.close()
-        self._others.enter_context(_others_frozen(module))
+        self._others.enter_context(others_frozen(module))
         self._coverage = coverage(module)
         self.layout.attached(module)
         if self._is_first:
@@ -396,21 +396,6 @@ class FitSession:
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
             rank_zero_info("LoRA: adapters merged into the weights.")
-
-
-@contextmanager
-def _others_frozen(module: nn.Module) -> Iterator[None]:
-    """Take the adapters that are not active out of training, as DDP demands of parameters that get no gradient."""
-    several = recorded(module)
-    adapters = () if several is None else several.adapters.values()
-    flags = [(p, p.requires_grad) for each in adapters for kept in each.kept.values() for p in kept.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in flags:
-            parameter.requires_grad_(requires_grad)
 
 
 def _log_hyperparams(logger: Logger, values: dict[str, Any]) -> None:
