@@ -132,13 +132,24 @@ class AdaptedModel:
         return f"{found}Replace and resize layers earlier: {when}." if found else None
 
     def check_unchanged(self) -> None:
-        """Raise if adapted layers have been replaced or resized since the adapters were attached.
+        """Raise if adapted layers have been replaced or resized since the adapters were attached, or have no start yet.
 
         Raises:
             RuntimeError: Its message names them.
         """
         if changed := self.changed():
             raise RuntimeError(changed)
+        if waiting := [name for name, adapter in self.adapters.items() if adapter.is_waiting]:
+            start = self.adapters[waiting[0]].spec.init
+            raise RuntimeError(
+                f"The adapters of {listed(waiting)} wait for their start, init={start!r}: call "
+                "calibrate(module, batches), or load an adapter."
+            )
+
+    def have_values(self) -> None:
+        """Record that all adapters have got values, so that none waits for its start."""
+        for adapter in self.adapters.values():
+            adapter.is_waiting = False
 
     def check_not_part(self) -> None:
         """Raise if adapters were attached to a module above this one, which has their record.

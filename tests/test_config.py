@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from lightning_lora import LoRAConfig, attach
+from lightning_lora.config import InitOptions
 
 OTHER_THAN_DEFAULT: dict[str, Any] = {
-    "rank": 3,
+    "rank": "auto",
+    "rank_budget": "1%",
     "alpha": 7.5,
     "dropout": 0.25,
     "target_modules": ["q_proj", "blocks.*.v_proj"],
@@ -32,7 +34,7 @@ OTHER_THAN_DEFAULT: dict[str, Any] = {
     "rank_pattern": {"v_proj": 2},
     "alpha_pattern": {"q_proj": 1.5},
     "use_rslora": True,
-    "init": "orthogonal",
+    "init": {"name": "eva", "batches": 3},
     "adapter_dtype": "bfloat16",
     "frozen_norm": "track",
 }
@@ -41,6 +43,7 @@ NO_NUMBERS = ["1", None, True, [1], 1j, torch.tensor(1.0)]
 NO_NAMES = [None, 3, ["a", 3], {"a"}, {"a": 1}, b"a", [None]]
 WRONG_TYPE = {
     "rank": [*NO_NUMBERS, 1.0, 2.5],
+    "init": [{"batches": 3}],
     "alpha": NO_NUMBERS,
     "dropout": NO_NUMBERS,
     "target_modules": NO_NAMES,
@@ -68,7 +71,8 @@ WRONG_VALUE = {
     "bias": ["", "lora", True, None],
     "rank_pattern": [{"a": 0}, {"a": -3}],
     "alpha_pattern": [{"a": 0}, {"a": math.nan}, {"a": math.inf}, {"a": -1.0}],
-    "init": ["", "pissa", "Kaiming", 3, None, True],
+    "init": ["", "pisa", "Kaiming", 3, None, True],
+    "rank_budget": [0, -1, True, 1.5, "1", "0%", "-1%", "1 percent", "8XB", "0MB"],
     "adapter_dtype": ["", "fp32", "torch.float32", "int8", torch.float32, None],
     "frozen_norm": ["", "frozen", True, None],
 }
@@ -135,10 +139,10 @@ def test_examples_cover_every_option():
     assert all(plain.get(name) != value for name, value in OTHER_THAN_DEFAULT.items())
 
 
-def test_config_without_layers_is_written_as_before_the_option():
+def test_config_without_recent_options_is_written_as_before_them():
     names = {option.name for option in dataclasses.fields(LoRAConfig)}
-    assert LoRAConfig(rank=3).to_dict().keys() == names - {"layers"}
-    assert LoRAConfig(layers=[0]).to_dict().keys() == names
+    assert LoRAConfig(rank=3).to_dict().keys() == names - {"layers", "rank_budget"}
+    assert LoRAConfig(layers=[0]).to_dict().keys() == names - {"rank_budget"}
 
 
 @pytest.mark.parametrize("options", [{}, OTHER_THAN_DEFAULT, {"target_modules": r".*_proj", "exclude_modules": "a|b"}])
@@ -146,7 +150,7 @@ def test_config_round_trips_through_dict_and_json(options: dict[str, Any]):
     config = LoRAConfig(**options)
     plain = json.loads(json.dumps(config.to_dict()))
     assert plain == config.to_dict()
-    assert plain.keys() | {"layers"} == {option.name for option in dataclasses.fields(LoRAConfig)}
+    assert plain.keys() | {"layers", "rank_budget"} == {option.name for option in dataclasses.fields(LoRAConfig)}
     assert plain | options == plain
     assert LoRAConfig.from_dict(plain) == config
 
@@ -236,3 +240,41 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert repr(config) == "LoRAConfig(rank=3, target_modules=['a'])"
     assert eval(repr(config)) == config
     assert eval(repr(LoRAConfig(**OTHER_THAN_DEFAULT))) == LoRAConfig(**OTHER_THAN_DEFAULT)
+
+
+# --- a start with options
+
+
+def test_a_start_without_options_of_its_own_is_kept_as_its_name():
+    assert LoRAConfig(init={"name": "eva"}) == LoRAConfig(init="eva")
+    assert LoRAConfig(init=InitOptions(name="eva")).init == "eva"
+    assert LoRAConfig(init={"name": "eva", "batches": 3}).init == InitOptions(name="eva", batches=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "kaiming", "batches": 3}, "'batches' is an option of 'eva'.* not of 'kaiming'"),
+        ({"name": "eva", "power": 0.5}, "'power' is an option of 'corda'; not of 'eva'"),
+        ({"name": "corda", "power": 2.0}, "init.power must be 0.5 or 1, got 2.0"),
+        ({"name": "corda", "mode": "ppm"}, "init.mode.*'ppm'"),
+        ({"name": "eva", "batches": 0}, "init.batches must be >= 1, got 0"),
+        ({"name": "eva", "rho": 0.5}, "init.rho must be at least 1, got 0.5"),
+        ({"name": "eva", "stats_budget": "1"}, "init.stats_budget must be a size such as '500MB'.*got '1'"),
+        ({"name": "evaa"}, "'evaa' is unknown"),
+    ],
+)
+def test_a_wrong_option_of_a_start_is_named_with_its_value(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        LoRAConfig(init=options)
+
+
+@pytest.mark.parametrize("options", [{"init": "eva"}, {"rank_budget": "1%"}, {"init": "pissa", "rank_budget": "1%"}])
+def test_ranks_from_data_need_a_budget_and_a_start_from_data(options: dict[str, Any]):
+    with pytest.raises(ValueError, match="rank='auto' needs a rank_budget, such as '1%', and a start from data"):
+        LoRAConfig(rank="auto", **options)
+
+
+def test_a_rank_budget_needs_ranks_from_data():
+    with pytest.raises(ValueError, match="rank_budget='1%' needs rank='auto', got rank=4"):
+        LoRAConfig(rank=4, rank_budget="1%")

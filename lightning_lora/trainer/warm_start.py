@@ -19,6 +19,7 @@ from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
 from lightning_lora.state import check_base_values, check_not_merged
 
+_STARTS = ("A0", "B0")
 _FACTORS = ("A", "B", "magnitude", "bias")  # of a low-rank adapter
 
 
@@ -65,7 +66,7 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
     model = AdaptedModel(module)
     full_names = _full_names(model)
     source, scalings = _read(model, path, full_names, check_base=check_base)
-    start, problems = _resolved(model, source, scalings, {name: key for key, name in full_names.items()})
+    start, problems = _resolved(model, source, scalings, full_names)
     if not start.values:
         problems.append(f"it shares no tensor with this {type(module).__name__}")
     if problems:
@@ -73,6 +74,9 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
         raise ValueError(f"init_from={str(path)!r} does not fit; nothing was changed:\n{lines}")
     for name, value in start.values.items():
         copy_whole(model.trained[name], value.to(model.trained[name].dtype))
+    for label in (*start.kept, *start.grown):
+        if label in model.adapters:
+            model.adapters[label].is_waiting = False
     return start
 
 
@@ -106,7 +110,8 @@ def _full_names(model: AdaptedModel) -> dict[tuple[str, str], str]:
     return {
         (label, key): full[id(parameter)]
         for label, adapter in model.adapters.items()
-        for key, parameter in adapter.named_parameters()
+        for key, parameter in (*adapter.named_parameters(), *adapter.named_buffers())
+        if id(parameter) in full
     }
 
 
@@ -114,14 +119,18 @@ def _resolved(
     model: AdaptedModel,
     source: Mapping[str, Tensor],
     scalings: Mapping[str, float],
-    owner_of: Mapping[str, tuple[str, str]],
+    full_names: Mapping[tuple[str, str], str],
 ) -> tuple[WarmStart, list[str]]:
     """Return how each tensor that trains starts, and the problems: tensors that do not fit."""
     start, problems = WarmStart(), list[str]()
+    owner_of = {name: key for key, name in full_names.items()}
     for name, tensor in model.trained.items():
         label, key = owner_of.get(name, (name, ""))
         if name not in source:
-            start.new.append(label)
+            if key in _STARTS and full_names[label, "A"] in source:
+                start.values[name] = torch.zeros_like(whole(tensor.detach()).cpu())  # it started from zero there
+            else:
+                start.new.append(label)
             continue
         value, own = source[name].detach().cpu(), whole(tensor.detach()).cpu()
         adapter = model.adapters.get(label)
@@ -140,6 +149,12 @@ def _resolved(
         problems.append(
             f"{listed(lost)}: trained there, frozen here; train them too, with modules_to_save, bias or frozen_norm"
         )
+    differences = [name for name in source if name.endswith(".A0") and name.removesuffix("0") in model.trained]
+    if differences := [name for name in differences if name not in model.trained]:
+        problems.append(
+            f"{listed(differences)}: the update there is a difference, scaling * (B @ A - B0 @ A0); use the same init, "
+            "or start from what save_adapter writes, which has twice the rank"
+        )
     start.dropped = [name for name in source if name not in model.trained and ".lora." in name]
     for names in (start.kept, start.grown, start.new):
         names[:] = dict.fromkeys(names)
@@ -147,16 +162,16 @@ def _resolved(
 
 
 def _rescaled(value: Tensor, key: str, adapter: LowRankAdapter, scaling: float | None) -> Tensor:
-    if scaling is None or scaling == adapter.spec.scaling or key not in ("B", "bias"):
+    if scaling is None or scaling == adapter.spec.scaling or key not in ("B", "B0", "bias"):
         return value
     return value * (scaling / adapter.spec.scaling)
 
 
 def _padded(value: Tensor, own: Tensor, key: str, adapter: Adapter) -> Tensor | None:
     """Return a factor of a lower rank, padded with the rest of ours: zeros in the factor that starts at zero."""
-    if not isinstance(adapter, LowRankAdapter) or key not in ("A", "B"):
+    if not isinstance(adapter, LowRankAdapter) or key not in ("A", "B", *_STARTS):
         return None
-    dimension = -2 if key == "A" else -1
+    dimension = -2 if key in ("A", "A0") else -1
     others = [d for d in range(own.ndim) if d != dimension % own.ndim]
     if value.ndim != own.ndim or any(value.shape[d] != own.shape[d] for d in others):
         return None
