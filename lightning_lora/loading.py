@@ -14,7 +14,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, TokenAdapter
-from lightning_lora.names import listed, module_names
+from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile, read_directory
 from lightning_lora.peft_format.importing import Import, import_into, import_state
 from lightning_lora.state import (
@@ -25,7 +25,7 @@ from lightning_lora.state import (
     record_problems,
 )
 from lightning_lora.storage.checkpoint import CheckpointFile, read_checkpoint
-from lightning_lora.surgery import attach, detach
+from lightning_lora.surgery import attach, attach_entry, detach
 from lightning_lora.switching import beside
 
 
@@ -145,28 +145,6 @@ def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: boo
         copy_adapter_state(model, file.tensors, known)
         undo.pop_all()
     return reports[0]
-
-
-def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -> AttachReport:
-    """Attach what one entry of a record says; ``undo`` takes it back.
-
-    Raises:
-        ValueError: It does not fit the module.
-    """
-    modules = module_names(module)
-    if entry["root"] not in modules:
-        raise ValueError(
-            f"The adapter was attached to {entry['root']!r}, which {type(module).__name__} does not have. Load it "
-            "into a module of the trained kind."
-        )
-    target = modules[entry["root"]][0]
-    before = get_attachment(target)
-    report = attach(
-        target, LoRAConfig.from_dict(entry["config"]), seed=entry["seed"] if before is None else before.seed
-    )
-    if before is None:
-        undo.callback(detach, target)
-    return report
 
 
 def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> AttachReport:

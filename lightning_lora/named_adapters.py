@@ -16,11 +16,11 @@ The first adapter is called ``"default"`` unless it was named. A module with one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -36,6 +36,8 @@ from lightning_lora.sharding import is_fully_sharded, unwrapped
 BASE = "base"  # in ``lora_others``, what a module has under no adapter
 SEVERAL = "_lora_several"
 _TABLES = ("_parameters", "_buffers")
+
+T = TypeVar("T")
 
 
 class Kept(nn.Module):
@@ -257,22 +259,44 @@ def switch_to(several: Several, name: str | None) -> None:
         return
     before = None if several.active is None else several.adapters[several.active]
     after = None if name is None else several.adapters[name]
-    _check_switchable(several, before, after)
-    if before is not None:
-        _put_away(several.base, before)
-    if after is not None:
-        _put_in_place(several.base, after)
-    several.active = name
+    _check_not_flattened(several, before, after)
+    _exchange(several, name)
     if after is not None and _norms_of(before) != _norms_of(after):
         freeze_norms(several.home)
 
 
-def _check_switchable(several: Several, before: Named | None, after: Named | None) -> None:
+def of_others(module: nn.Module, read: Callable[[nn.Module], T]) -> dict[str, T]:
+    """Return what a function finds in a module while each adapter that is not active now is in place.
+
+    The function must not compute with the module: the parameters may be in no state for that, as under FSDP.
+    """
+    found: dict[str, T] = {}
+    if (several := recorded(module)) is not None:
+        active = several.active
+        try:
+            for name in [name for name in several.adapters if name != active]:
+                _exchange(several, name)
+                found[name] = read(module)
+        finally:
+            _exchange(several, active)
+    return found
+
+
+def _exchange(several: Several, name: str | None) -> None:
     if several.again is not None:
         raise RuntimeError("The adapters cannot be switched inside routed(...); leave it first.")
+    before = None if several.active is None else several.adapters[several.active]
     for part in before.kept if before is not None else ():
         if (mode := vars(part).get("lora_mode", "active")) != "active":
             raise RuntimeError(f"The adapters cannot be switched inside {mode}(module); leave it first.")
+    if before is not None:
+        _put_away(several.base, before)
+    if name is not None:
+        _put_in_place(several.base, several.adapters[name])
+    several.active = name
+
+
+def _check_not_flattened(several: Several, before: Named | None, after: Named | None) -> None:
     places = [item for adapter in (before, after) if adapter is not None for item in adapter.kept.items()]
     if (full := [part for part, place in places if place.own]) and any(map(is_fully_sharded, several.home.modules())):
         raise RuntimeError(

@@ -14,6 +14,7 @@ import pickle
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.attachment import NONE_STORED, Stored
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.names import join
@@ -31,6 +33,7 @@ from lightning_lora.state import FORMAT_VERSION
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
 RECORD_KEY = "lightning_lora"
+OTHERS_KEY = "lightning_lora_others"  # adapters beside the trained one: name -> their tensors
 
 
 def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, Any]:
@@ -197,6 +200,18 @@ def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | 
         return (LoRAConfig.from_dict(entry["config"]), int(entry["seed"])) if entry["root"] == "" else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def stored_adapters(record: Mapping[str, Any] | None) -> tuple[str | None, Stored]:
+    """Return which adapter was trained, and the entries of all in their order; None and nothing if there is but one."""
+    if record is None or "others" not in record:
+        return None, NONE_STORED
+    with suppress(KeyError, TypeError, ValueError):  # damage: loading the file gives the error
+        trained, others = record["adapter"], record["others"]
+        entries = {name: (record if name == trained else others[name])["adapters"] for name in record["names"]}
+        if trained in entries and all(isinstance(each["root"], str) for own in entries.values() for each in own):
+            return trained, entries
+    return None, NONE_STORED
 
 
 # --- without running code of the file, whatever objects it holds

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import (
@@ -16,10 +17,12 @@ from lightning_lora import (
     adapter_state_dict,
     add_adapter,
     load_adapter,
+    load_adapter_state_dict,
     lora_layers,
     set_adapter,
     using,
 )
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.callback import LoRAConfig
 from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
 
@@ -134,3 +137,139 @@ def test_other_options_for_a_present_name_are_refused():
     add_adapter(module, "mine", LoRAConfig(**OPTIONS))
     with pytest.raises(ValueError, match=r"rank: 2 -> 4.*for 'mine', or another name"):
         fit(module, LoRACallback(adapter="mine", **OPTIONS | {"rank": 4}))
+
+
+# --- checkpoints of all adapters
+
+SET: dict[str, dict[str, Any]] = {
+    "plain": {"rank": 1, "target_modules": ["net.0"]},
+    "headed": OPTIONS | {"rank": 3, "bias": "lora_only"},
+    "dora": {"rank": 2, "use_dora": True, "init": "gaussian"},
+}
+
+
+def several(kind: type[Toy] = Toy) -> Toy:
+    """Return a module with adapters before and behind the one that ``all_of`` trains, none of them as it started."""
+    module = kind()
+    generator = torch.Generator().manual_seed(3)
+    for name in ("plain", "mine", "headed", "dora"):
+        add_adapter(module, name, LoRAConfig(**SET.get(name, OPTIONS)))
+        with using(module, name):
+            values = {k: torch.randn(v.shape, generator=generator) for k, v in adapter_state_dict(module).items()}
+            load_adapter_state_dict(module, values)
+    return module
+
+
+def all_of(**options: Any) -> LoRACallback:
+    return LoRACallback(adapter="mine", save_adapters="all", **OPTIONS, **options)
+
+
+def configs(module: Toy) -> dict[str, Any]:
+    found = {}
+    for name in adapter_names(module):
+        with using(module, name):
+            found[name] = AdaptedModel(module).roots[0].attachment.config.to_dict()
+    return found
+
+
+@pytest.fixture(scope="module")
+def all_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Path]:
+    module, folder = several(), tmp_path_factory.mktemp("all")
+    fit(module, all_of(), ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1), max_steps=4, root=folder)
+    [path] = folder.glob("*.ckpt")
+    return module, path
+
+
+def test_a_checkpoint_of_all_adapters_gives_back_the_whole_set_in_a_fresh_module(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    for kind in (Toy, BuiltInSetup, BuiltInConfigureModel):
+        for callback in (LoRACallback(), all_of()):
+            resumed = kind()
+            fit(resumed, callback, path=str(path), max_steps=4)  # no step is left
+            assert adapter_names(resumed) == ["plain", "mine", "headed", "dora"]
+            assert active_adapter(resumed) == "mine"
+            assert configs(resumed) == configs(module)
+            for name in adapter_names(module):
+                assert same(state(resumed, name), state(module, name))
+
+
+def test_training_goes_on_from_a_checkpoint_of_all_adapters_as_if_it_had_never_stopped(all_saved: tuple[Toy, Path]):
+    _, path = all_saved
+    whole, resumed = several(), Toy()
+    fit(whole, all_of(), max_steps=8)
+    fit(resumed, all_of(), path=str(path), max_steps=8)
+    for name in adapter_names(whole):
+        assert same(state(resumed, name), state(whole, name))
+    with using(resumed, None):  # the base, with its head
+        now = resumed.state_dict()
+        assert all(torch.equal(now[name], value) for name, value in Toy().state_dict().items())
+
+
+def test_resuming_puts_saved_values_into_adapters_that_are_there_already(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    resumed = Toy()
+    for name in ("extra", "dora", "mine"):
+        add_adapter(resumed, name, LoRAConfig(**SET.get(name, OPTIONS)))
+    extra = state(resumed, "extra")
+    fit(resumed, all_of(), path=str(path), max_steps=4)
+    assert adapter_names(resumed) == ["extra", "dora", "mine", "plain", "headed"]
+    assert all(same(state(resumed, name), state(module, name)) for name in adapter_names(module))
+    assert same(state(resumed, "extra"), extra)
+
+
+def test_evaluation_restores_the_whole_set(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    tested = Toy()
+    run = trainer(LoRACallback())
+    run.test(tested, loader(), ckpt_path=str(path), verbose=False)
+    assert all(same(state(tested, name), state(module, name)) for name in adapter_names(module))
+
+
+def test_an_adapter_with_other_options_than_in_the_checkpoint_is_refused(all_saved: tuple[Toy, Path]):
+    module = Toy()
+    add_adapter(module, "dora", LoRAConfig(**SET["dora"] | {"rank": 4}))
+    with pytest.raises(ValueError, match=r"rank: 4 -> 2.*'dora'"):
+        fit(module, all_of(), path=str(all_saved[1]), max_steps=4)
+    assert adapter_names(module) == ["dora"]
+
+
+def test_another_adapter_than_the_trained_one_cannot_resume(all_saved: tuple[Toy, Path]):
+    with pytest.raises(MisconfigurationException, match=r"adapter='dora'.*trained 'mine'.*load_adapter"):
+        fit(Toy(), LoRACallback(adapter="dora"), path=str(all_saved[1]), max_steps=4)
+
+
+def test_damaged_tensors_of_another_adapter_are_refused_before_anything_changes(
+    all_saved: tuple[Toy, Path], tmp_path: Path
+):
+    content = torch.load(all_saved[1], weights_only=True)
+    content["lightning_lora_others"]["dora"].pop("net.0.lora.A")
+    torch.save(content, tmp_path / "damaged.ckpt")
+    module = several()
+    before = {name: state(module, name) for name in adapter_names(module)}
+    with pytest.raises(ValueError, match=r"missing from the state: .*dora.*net\.0\.lora\.A"):
+        fit(module, all_of(), path=str(tmp_path / "damaged.ckpt"), max_steps=4)
+    assert all(same(state(module, name), was) for name, was in before.items())
+
+
+def test_saving_all_of_one_adapter_writes_the_same_bytes_as_saving_the_trained_one(tmp_path: Path):
+    for choice in ("trained", "all"):
+        fit(Toy(), LoRACallback(save_adapters=choice, **OPTIONS)).save_checkpoint(tmp_path / f"{choice}.ckpt")
+    assert (tmp_path / "all.ckpt").read_bytes() == (tmp_path / "trained.ckpt").read_bytes()
+
+
+def test_what_a_checkpoint_of_all_adapters_has_more_is_apart_from_the_trained_one(
+    all_saved: tuple[Toy, Path], tmp_path: Path
+):
+    module, path = all_saved
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
+    fit(several(), LoRACallback(adapter="mine", **OPTIONS), saved, max_steps=4, root=tmp_path)
+    one, all_ = (torch.load(each, weights_only=True) for each in (*tmp_path.glob("*.ckpt"), path))
+    assert same(one["state_dict"], all_["state_dict"])
+    assert all_["lightning_lora"].keys() - one["lightning_lora"].keys() == {"adapter", "names", "others"}
+    assert {key: all_["lightning_lora"][key] for key in one["lightning_lora"]} == one["lightning_lora"]
+    assert all(same(all_["lightning_lora_others"][name], state(module, name)) for name in SET)
+
+
+def test_an_unknown_choice_of_adapters_to_save_is_refused():
+    with pytest.raises(ValueError, match=r"save_adapters='every' is unknown; choose one of 'trained', 'all'"):
+        LoRACallback(save_adapters="every")  # type: ignore[arg-type]
