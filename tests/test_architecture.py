@@ -18,7 +18,7 @@ PACKAGE = Path(lightning_lora.__file__).parent
 LEVELS = [
     {"names", "ops", "sharding"},
     {"config", "fingerprint", "layers"},
-    {"adapted_model", "attachment", "optimizers", "planning"},
+    {"adapted_model", "attachment", "calibration", "optimizers", "planning"},
     {"modes", "named_adapters", "probe", "surgery", "switching"},
     {"state"},
     {"storage"},
