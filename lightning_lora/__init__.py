@@ -21,6 +21,7 @@ from lightning_lora.surgery import attach, detach, merge
 from lightning_lora.switching import remove_adapter, set_adapter, using
 
 if TYPE_CHECKING:
+    from lightning_lora.calibration.calibrate import calibrate
     from lightning_lora.callback import LoRACallback
     from lightning_lora.loading import add_adapter, load_adapter
     from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
@@ -40,6 +41,7 @@ __all__ = [
     "adapter_state_dict",
     "add_adapter",
     "attach",
+    "calibrate",
     "combine",
     "combine_adapters",
     "detach",
@@ -67,6 +69,7 @@ _IMPORTED_WHEN_USED = {
     "LoRACallback": "callback",
     "Preflight": "peft_format.files",
     "add_adapter": "loading",
+    "calibrate": "calibration.calibrate",
     "combine": "several.combination",
     "combine_adapters": "several.combination",
     "load_adapter": "loading",

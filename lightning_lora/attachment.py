@@ -133,6 +133,8 @@ class Attachment:
         untied: Weights that got a copy of their own -> what they were tied to.
         starts: Values before training of what trains in full, if it was attached inside ``keeping_starts``.
         name: Its name among several adapters; None while it is the only one.
+        asked: The request as it was, if data have decided the ranks in ``config``.
+        calibration: What the data said of each adapter, as plain values, if they decided its start.
     """
 
     config: LoRAConfig
@@ -143,6 +145,8 @@ class Attachment:
     untied: dict[str, str] = field(default_factory=dict)
     starts: dict[str, Tensor] = field(default_factory=dict)
     name: str | None = None
+    asked: LoRAConfig | None = None
+    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:
@@ -151,7 +155,9 @@ def get_attachment(module: nn.Module) -> Attachment | None:
 
 
 def settled(config: LoRAConfig, before: Attachment | None) -> LoRAConfig:
-    """Return a config with the heads that ``modules_to_save="auto"`` found when the module was attached to."""
+    """Return a config with the heads that ``"auto"`` found and the ranks that data decided, at an earlier attach."""
+    if before is not None and before.asked == config:
+        return before.config
     if before is None or config.modules_to_save != AUTO:
         return config
     return replace(config, modules_to_save=before.config.modules_to_save)

@@ -38,6 +38,7 @@ ALL_LINEAR, ALL_CONV, EVERYTHING = "all-linear", "all-conv", "all"
 FAMILIES = (ALL_LINEAR, ALL_CONV, EVERYTHING)  # the words of target_modules that mean kinds of layers, not names
 
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "covariance"]
+STARTS_FROM_WEIGHTS = ("pissa", "olora")
 STARTS_FROM_DATA = ("eva", "corda", "lora_ga", "covariance")
 AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
 FrozenNorm = Literal["eval", "track"]
@@ -61,8 +62,9 @@ class InitOptions:
             least, which forgets less.
         power: ``corda``'s weight of the data: 1 as in the paper, or 0.5, which keeps most of the layer's output.
         gamma: Divides ``lora_ga``'s factors by its root.
-        centre: Subtract the inputs' mean (``eva``, ``covariance``).
-        smooth: Smooth ``covariance``'s directions along axes with an order: kernel positions, patches, time.
+        centre: Subtract the means of inputs and gradients (``covariance``; ``eva`` always does).
+        smooth: Prefer directions that are smooth along the positions of a convolution's kernel, as far as they explain
+            more of data that were not used to find them (``eva``, ``covariance``).
 
     Raises:
         TypeError: An option has the wrong type.
@@ -77,7 +79,7 @@ class InitOptions:
     mode: Literal["ipm", "kpm"] = "ipm"
     power: PositiveFloat = 1.0
     gamma: PositiveFloat = 16.0
-    centre: bool = True
+    centre: bool = False
     smooth: bool = False
 
     def __post_init__(self) -> None:
@@ -106,9 +108,9 @@ class InitOptions:
 
 _READ_BY = {
     **dict.fromkeys(("batches", "stats_budget"), STARTS_FROM_DATA),
-    **dict.fromkeys(("normalize", "centre", "rho"), ("eva", "covariance")),
+    **dict.fromkeys(("normalize", "rho"), ("eva", "covariance")),
     **dict.fromkeys(("mode", "power"), ("corda",)),
-    **{"gamma": ("lora_ga",), "smooth": ("covariance",)},
+    **{"gamma": ("lora_ga",), "smooth": ("eva", "covariance"), "centre": ("covariance",)},
 }
 
 
@@ -228,6 +230,11 @@ class LoRAConfig:
     def is_auto(self) -> bool:
         """Whether the ranks of the layers are yet to be found."""
         return self.rank == option_checks.AUTO
+
+    @property
+    def has_ranks_from_data(self) -> bool:
+        """Whether data decide the ranks of the layers."""
+        return self.is_auto or self.start.rho > 1
 
     @property
     def first_rank(self) -> int:

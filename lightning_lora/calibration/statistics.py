@@ -389,6 +389,21 @@ class MatrixStatistics:
         """Number of pairs of tokens that ``permuted`` sums over."""
         return float(self._counts[1])
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was added."""
+        return not (self.tokens or (self.inputs is not None and self.inputs.tokens))
+
+    @torch.no_grad()
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add the gradient of the weight for one batch, ``(out, in)``, instead of its inputs and gradients.
+
+        Batches count equally, whatever their numbers of tokens.
+        """
+        assert self.cross is not None
+        self.cross += gradient.to(self.cross)
+        self._counts[0] += 1
+
     @torch.no_grad()
     def add(self, x: Tensor | None, g: Tensor | None = None, mask: Tensor | None = None) -> None:
         """Add the tokens of some sequences.

@@ -8,10 +8,12 @@ that of loralib and PEFT for one group; for several, ``A`` is shared by the grou
 from __future__ import annotations
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -23,6 +25,14 @@ from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.ops.conv import Convolution, composed, conv_update, keeps_less, pointwise
 
 _LAYERS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+_PATCHES_AT_ONCE = 4096  # of a batch: more would say little that is new, since patches overlap
+
+
+def _batched(images: Tensor, dimensions: int) -> Tensor:
+    """Return ``(channels, ...)`` as a batch of one."""
+    return images.unsqueeze(0) if images.ndim == dimensions + 1 else images
 
 
 class _KernelAdapter(LowRankAdapter):
@@ -109,6 +119,37 @@ class ConvAdapter(_KernelAdapter):
         if self.padding_mode == "zeros":
             return inputs
         return F.pad(inputs, self.padding_by_side, mode=self.padding_mode)  # as the layer does it
+
+    @override
+    def tokens_in(self, layer: nn.Module, inputs: Sequence[Any]) -> Tensor | None:
+        """Return the patches under the kernel, of every group; of large images, at regular distances."""
+        found, size = _batched(inputs[0], self.trailing_dimensions), self.kernel[2:]
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        found = F.pad(found, self.padding_by_side, mode=mode)
+        for dimension, (taps, step, gap) in enumerate(zip(size, self.stride, self.dilation, strict=True), 2):
+            found = found.unfold(dimension, (taps - 1) * gap + 1, step)[..., ::gap]
+        found = self._some_places(found)  # (n, channels, *places, *K)
+        places = [*range(2, 2 + self.trailing_dimensions)]
+        kernel = [each + self.trailing_dimensions for each in places]
+        found = found.reshape(len(found), self.groups, -1, *found.shape[2:])  # (n, g, channels / g, *places, *K)
+        found = found.permute(0, *(each + 1 for each in places), 1, 2, *(each + 1 for each in kernel))
+        patches: Tensor = found.reshape(len(found), -1, math.prod(self.kernel[1:]))
+        return patches
+
+    @override
+    def tokens_out(self, output: Tensor) -> Tensor | None:
+        if self.groups > 1:
+            return None  # a patch of one group says nothing of the outputs of another
+        return self._some_places(_batched(output, self.trailing_dimensions)).flatten(2).transpose(1, 2)
+
+    def _some_places(self, tensor: Tensor) -> Tensor:
+        """Return every so many places of a feature map: as many as do for a batch."""
+        places = tensor.shape[2 : 2 + self.trailing_dimensions]
+        step = math.ceil((len(tensor) * math.prod(places) / _PATCHES_AT_ONCE) ** (1 / self.trailing_dimensions))
+        for dimension in range(2, 2 + self.trailing_dimensions if step > 1 else 2):
+            every = torch.arange(0, tensor.shape[dimension], step, device=tensor.device)
+            tensor = tensor.index_select(dimension, every)
+        return tensor
 
     @override
     def kernels(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,15 @@ class LinearAdapter(LowRankAdapter):
         return total if self.is_plain else self.with_extras(total, layer)
 
     @override
+    def tokens_in(self, layer: nn.Module, inputs: Sequence[Any]) -> Tensor | None:
+        return _as_sequences(inputs[0])
+
+    @override
+    def tokens_out(self, output: Tensor) -> Tensor | None:
+        output = _as_sequences(output)
+        return output.index_select(-1, self.index) if self.spec.rows else output
+
+    @override
     def added(self, inputs: Tensor, output: Tensor, is_ours: bool) -> Tensor:
         (A, B), options = self.factors(), {"scaling": self.spec.scaling, "dropout": self.dropout_now()}
         return lora_add(output, inputs, A, B, is_ours=is_ours, **options)
@@ -129,6 +138,11 @@ class LinearAdapter(LowRankAdapter):
             kind = getattr(layer, "base_class", type(layer)).__name__
             return f"PEFT adds the update to the output, and a {kind} does more than apply its weight"
         return _DORA_AND_BIAS if use_dora and lora_bias else None
+
+
+def _as_sequences(rows: Tensor) -> Tensor:
+    """Return ``(..., features)`` with one dimension of sequences and one of tokens."""
+    return rows.view(1, 1, -1) if rows.ndim == 1 else rows.reshape(len(rows), -1, rows.shape[-1])
 
 
 def _own_forward(layer: nn.Module) -> type[nn.Module] | None:

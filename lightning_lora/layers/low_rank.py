@@ -7,6 +7,7 @@ kind of layer adds the update to its output.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -119,19 +120,18 @@ class LowRankAdapter(Adapter):
             RuntimeError: They wait for their start, and this pass is for training.
         """
         if self.is_waiting:
-            self._refuse_to_train()
+            self.refuse_to_train()
         if "A0" not in self._buffers:
             return self.A, self.B
         return difference(self.A, self.B, self.A0, self.B0)
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """Return the same, gathered where sharding divides them; then every process must call this."""
-        if self.is_waiting:
-            self._refuse_to_train()
         A, B = whole(self.A), whole(self.B)
         return difference(A, B, whole(self.A0), whole(self.B0)) if self.is_difference else (A, B)
 
-    def _refuse_to_train(self) -> None:
+    def refuse_to_train(self) -> None:
+        """Raise if a pass is for training, while this waits for its start."""
         if self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 f"init={self.spec.init!r} is computed before training, and it has not been. Call "
@@ -163,6 +163,22 @@ class LowRankAdapter(Adapter):
         is_packed = not weight.is_floating_point()
         shape = self.matrix_shape(layer, self.parameter) if is_packed else self.matrix_of(weight.shape)
         return self.A.shape[-1] == shape[1] and (bool(self.spec.rows) or self.B.shape[-2] == shape[0])
+
+    # --- what calibration sees
+
+    def tokens_in(self, layer: nn.Module, inputs: Sequence[Any]) -> Tensor | None:  # noqa: ARG002 - some cannot
+        """Return a call's inputs as ``(sequences, tokens, in)``: what the weight is multiplied with, token by token.
+
+        None if the arguments of the layer do not tell.
+        """
+        return None
+
+    def tokens_out(self, output: Tensor) -> Tensor | None:  # noqa: ARG002 - most are seen in the weight alone
+        """Return a call's output, or its gradient, as ``(sequences, tokens, out)``; None if it is not that of tokens.
+
+        They are those of ``tokens_in``.
+        """
+        return None
 
     # --- beside the layer
 

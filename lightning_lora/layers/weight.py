@@ -79,6 +79,20 @@ class ParameterAdapter(LowRankAdapter):
         self.parameter_shape = base_parameter(module, parameter).shape
 
     @override
+    def tokens_in(self, layer: nn.Module, inputs: Sequence[Any]) -> Tensor | None:
+        if isinstance(layer, nn.MultiheadAttention):
+            query, key, value = inputs[:3]
+            if self.parameter == "in_proj_weight" and not (query is key is value):
+                return None  # its rows have different inputs
+            found = {"k_proj_weight": key, "v_proj_weight": value}.get(self.parameter, query)
+            return _by_sequence(found, batch_first=layer.batch_first)
+        if isinstance(layer, nn.RNNBase) and self.parameter.startswith("weight_ih_l0"):
+            return _by_sequence(inputs[0], batch_first=layer.batch_first)
+        if isinstance(layer, nn.RNNCellBase) and self.parameter == "weight_ih":
+            return _by_sequence(inputs[0].unsqueeze(-2), batch_first=True)
+        return None
+
+    @override
     def update(self, inputs: Tensor, output: Tensor) -> NoReturn:
         raise NotImplementedError("the layer reads its weight, which holds the update")
 
@@ -115,6 +129,15 @@ class ParameterAdapter(LowRankAdapter):
         if weight.ndim > 3:
             return f"PEFT adapts parameters of two or three dimensions, not of {weight.ndim}"
         return None
+
+
+def _by_sequence(found: Any, *, batch_first: bool) -> Tensor | None:
+    """Return ``(sequences, tokens, features)``."""
+    if not isinstance(found, Tensor) or found.is_nested:
+        return None  # packed
+    if found.ndim == 2:
+        return found.unsqueeze(0)
+    return found if batch_first else found.transpose(0, 1)
 
 
 class BilinearAdapter(ParameterAdapter):
@@ -228,6 +251,9 @@ class WeightLoRALayer(LoRALayer):
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for adapter in self.adapters().values():
+            if adapter.is_waiting:
+                cast(LowRankAdapter, adapter).refuse_to_train()
         if is_traced():
             return super(LoRALayer, self).forward(*args, **kwargs)
         with recomputing():

@@ -278,12 +278,12 @@ def _named_options(parsers: Sequence[Any], message: str, callback: type[Callback
 
 
 class MethodWraps:
-    """Wraps methods of modules until ``remove`` is called."""
+    """Wraps methods of modules and strategies until ``remove`` is called."""
 
     def __init__(self) -> None:
-        self._wrapped: list[tuple[nn.Module, str]] = []
+        self._wrapped: list[tuple[Any, str]] = []
 
-    def after(self, module: nn.Module, name: str, afterwards: Callable[[Any], None]) -> None:
+    def after(self, module: Any, name: str, afterwards: Callable[[Any], None]) -> None:
         """Call ``afterwards(result)`` after each run of this method of the module."""
         method = getattr(module, name)
 

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import Attachment, Stored, get_attachment, request, settled
-from lightning_lora.config import LoRAConfig
+from lightning_lora.config import STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
@@ -34,6 +34,7 @@ from lightning_lora.state import allow_missing_base
 from lightning_lora.storage.checkpoint import saved_options, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
+from lightning_lora.trainer.calibration import calibrate_fit
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
     AVERAGING,
@@ -152,6 +153,8 @@ class FitSession:
         if self._is_fit:
             self.layout.check_fit(with_diagnostics=bool(self.options.diagnostics_every_n_steps))
             self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
+            if self._config.has_ranks_from_data:  # before DDP and the optimizers see the parameters
+                self._wraps.after(self.trainer.strategy, "model_to_device", self._calibrate)
             if self.options.fresh and not self._is_new and chosen_checkpoint(self.trainer) is None:
                 self._start_anew()
         model = AdaptedModel(module)
@@ -274,11 +277,26 @@ class FitSession:
             with gathered_parameters(module):
                 start = start_from(module, path, check_base=self.options.check_base)
             rank_zero_info(f"LoRA: started from {path}: {start}")
+        if self._is_fit and resumed is None and self._config.start.name in STARTS_FROM_WEIGHTS:
+            self._calibrate()  # while the weights are whole
         if self.options.export_dir is not None and self._is_fit:
             check_exportable(module, self.layout)
             if not self._is_trial:
                 check_export_place(self.layout, self.options.export_dir, self.trainer)
                 check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
+
+    def _calibrate(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
+        """Compute the starts that adapters wait for; those of a checkpoint have theirs."""
+        model = AdaptedModel(self.module)
+        if not any(adapter.is_waiting for adapter in model.adapters.values()):
+            return
+        record, start = get_attachment(self.module), self._config.start
+        rank_zero_info(f"{calibrate_fit(self.trainer, self.module, start.name, start.batches)}")
+        now = get_attachment(self.module)
+        if now is not None and now is not record:  # with the ranks that the data ask for
+            self.layout.attached(self.module)
+            self._coverage = coverage(self.module)
+            rank_zero_info(f"{now.report}")
 
     # --- training
 
@@ -303,6 +321,7 @@ class FitSession:
         """Check that exactly what was asked for will train."""
         if self.options.export_dir is not None and not self._is_trial:
             check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
+        self._calibrate()
         freeze_norms(self.module)  # sync_batchnorm makes new norm layers
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)

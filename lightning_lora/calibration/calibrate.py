@@ -1,0 +1,425 @@
+"""The starts that weights and data decide: run batches, sum what the layers see, and set the factors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_lora.adapted_model import AdaptedModel, Root
+from lightning_lora.attachment import get_attachment, table_lines
+from lightning_lora.calibration import starts
+from lightning_lora.calibration.collector import FROM_GRADIENT, Collector, Place
+from lightning_lora.calibration.ranks import allocate
+from lightning_lora.calibration.starts import NEEDS, Start
+from lightning_lora.config import STARTS_FROM_DATA, InitOptions, LoRAConfig
+from lightning_lora.layers import LowRankAdapter, base_parameter
+from lightning_lora.layers.starts import olora, pissa
+from lightning_lora.modes import disabled
+from lightning_lora.names import listed
+from lightning_lora.option_checks import bytes_of, parameters_in
+from lightning_lora.probe import RandomState, arguments_for, left_as_it_was
+from lightning_lora.sharding import is_sharded
+from lightning_lora.surgery import attach, detach
+
+Step = Callable[[Any], Any]
+
+
+class CalibratedLayer(NamedTuple):
+    """What one adapter started from.
+
+    Attributes:
+        label: Its name.
+        start: The start that it got.
+        rank: Its rank.
+        suggested: The rank that the data suggest; None if they do not tell.
+        explained: The share of what the directions found are worth that those within the rank are.
+        note: Why it did not get the start that was asked for; empty if it did.
+    """
+
+    label: str
+    start: str
+    rank: int
+    suggested: int | None
+    explained: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What ``calibrate`` found; ``print`` it for a table.
+
+    Attributes:
+        layers: One entry for each adapter.
+        batches: Number of batches.
+        tokens: Share of the tokens that were used; the others are padding.
+    """
+
+    layers: list[CalibratedLayer]
+    batches: int = 0
+    tokens: float = 1.0
+
+    @override
+    def __str__(self) -> str:
+        header = ("layer", "start", "rank", "suggested", "explained")
+        rows = [
+            (
+                each.label,
+                each.start,
+                str(each.rank),
+                "" if each.suggested is None else str(each.suggested),
+                "" if each.explained is None else f"{100 * each.explained:.0f} %",
+            )
+            for each in self.layers
+        ]
+        total = (f"{len(rows)} layers", "", str(sum(each.rank for each in self.layers)), "", "")
+        seen = f" from {self.batches} batches, {100 * self.tokens:.0f} % of their tokens" if self.batches else ""
+        notes: dict[str, list[str]] = {}
+        for each in self.layers:
+            if each.note:
+                notes.setdefault(each.note, []).append(each.label)
+        lines = [f"random start: {listed(names)} ({note})" for note, names in notes.items()]
+        return "\n".join([f"LoRA: starts computed{seen}", *table_lines([header, *rows, total]), *lines])
+
+
+def calibrate(
+    module: nn.Module,
+    batches: Iterable[Any] = (),
+    step: Step | None = None,
+    *,
+    mask: Callable[[Any], Tensor] | None = None,
+) -> CalibrationReport:
+    """Compute the starts of adapters that were attached with an ``init`` from weights or data.
+
+    The batches run in evaluation mode, without an optimizer, and leave the module and the random state as they were.
+    Where a process group is initialized, every process calls this with batches of its own, and all get the same start.
+
+    Args:
+        module: A module whose adapters wait for their start.
+        batches: Batches on the module's device; as many as ``init``'s ``batches`` says are taken. ``"pissa"`` and
+            ``"olora"`` need none.
+        step: Given a batch, calls the module and returns the loss as a scalar, under the key ``"loss"`` or as an
+            attribute ``loss``. By default the module itself is called; what it returns matters to ``"lora_ga"`` and
+            ``"covariance"`` alone.
+        mask: Given a batch, returns which tokens count, ``(sequences, tokens)``. By default ``"attention_mask"`` of a
+            batch that is a mapping.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: No adapter waits; there are no batches, all tokens are masked, values are not finite, or the data do
+            not support the rank. The adapters still wait.
+        RuntimeError: The weights are sharded.
+    """
+    model = AdaptedModel(module)
+    model.check_adapted("calibrate")
+    places, config = _places(model), _config_of(model)
+    if not places:
+        raise ValueError(
+            f"calibrate: no adapter of this {type(module).__name__} waits for a start; attached with "
+            f"init={config.start.name!r}. Starts that are computed are 'pissa', 'olora', "
+            f"{', '.join(map(repr, STARTS_FROM_DATA))}."
+        )
+    if divided := [each.label for each in places if is_sharded(base_parameter(each.layer, each.adapter.parameter))]:
+        raise RuntimeError(
+            f"calibrate: the weights of {listed(divided)} are sharded. Calibrate on one device, save the adapter, and "
+            "start from it with init_from."
+        )
+    run = _Run(module, places, config.start, mask)
+    if config.start.name in STARTS_FROM_DATA:
+        run.watch(batches, step or partial(_call, module))
+        if config.is_auto or config.start.rho > 1:
+            places = run.places = _at_allocated_ranks(model, config, run)
+    found = [run.start_of(place) for place in places]  # all before anything changes
+    if all(start is None for start, _ in found):
+        raise ValueError(f"calibrate: no adapter got its start, init={config.start.name!r}: {found[0][1].note}.")
+    for place, (start, _) in zip(places, found, strict=True):
+        if start is not None:
+            place.adapter.put_start(start.A, torch.zeros_like(place.adapter.B) if start.B is None else start.B)
+    model = AdaptedModel(module)
+    _from_first_process(tensor for place in places for tensor in place.adapter.state_dict().values())
+    model.have_values()
+    return CalibrationReport([layer for _, layer in found], run.batches, run.share)
+
+
+def _places(model: AdaptedModel) -> list[Place]:
+    owners = {id(adapter): layer for layer in reversed(model.layers.values()) for adapter in layer.adapters().values()}
+    return [
+        Place(label, owners[id(adapter)], adapter)
+        for label, adapter in model.adapters.items()
+        if isinstance(adapter, LowRankAdapter) and adapter.is_waiting
+    ]
+
+
+def _config_of(model: AdaptedModel) -> LoRAConfig:
+    """Return the config of all parts that adapters were attached to.
+
+    Raises:
+        ValueError: They start in different ways.
+    """
+    configs = {root.name: root.attachment.config for root in model.roots}
+    first = next(iter(configs.values()))
+    if others := [name for name, config in configs.items() if config.start != first.start]:
+        raise ValueError(
+            f"calibrate: {listed(list(configs))} were attached with different starts; call calibrate for "
+            f"{others[0]!r} itself."
+        )
+    return first
+
+
+def _call(module: nn.Module, batch: Any) -> Any:
+    args, kwargs = arguments_for(module, batch)
+    return module(*args, **kwargs)
+
+
+class _Run:
+    """One calibration: the places, what they saw, and the starts that follow."""
+
+    def __init__(
+        self, module: nn.Module, places: list[Place], options: InitOptions, mask: Callable[[Any], Tensor] | None
+    ) -> None:
+        self.module, self.places, self.options, self.mask_of = module, places, options, mask
+        self.batches, self.used, self.seen = 0, 0.0, 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that counted."""
+        return self.used / self.seen if self.seen else 1.0
+
+    # --- looking at data
+
+    def watch(self, batches: Iterable[Any], step: Step) -> None:
+        """Run the batches, and add up what all processes saw."""
+        name = self.options.name
+        collector = Collector(self.places, name, bytes_of("init.stats_budget", self.options.stats_budget))
+        has_gradients = NEEDS[name] != {"inputs"}
+        modes = disabled(self.module) if name == FROM_GRADIENT else nullcontext()
+        with left_as_it_was(self.module), RandomState(), _gradients_kept(self.module), modes, collector.watching():
+            self.module.eval()
+            for batch in islice(batches, self.options.batches):
+                collector.mask = self._mask(batch)
+                with torch.set_grad_enabled(has_gradients):
+                    output = step(batch)
+                    if has_gradients:
+                        _loss_in(output).backward()  # type: ignore[no-untyped-call]
+                self.batches += 1
+        self._reduce()
+        if not self.batches:
+            raise ValueError(f"calibrate: init={name!r} needs batches, and there were none.")
+
+    def _mask(self, batch: Any) -> Tensor | None:
+        mask = self.mask_of(batch) if self.mask_of is not None else None
+        if self.mask_of is None and isinstance(batch, Mapping):
+            mask = batch.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return None
+        mask = mask.bool()
+        self.seen += mask.numel()
+        self.used += float(mask.sum())
+        return mask
+
+    def _reduce(self) -> None:
+        counts = torch.tensor([self.batches, self.used, self.seen], dtype=torch.float64)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            sums = [tensor for place in self.places for each in place.statistics for tensor in each.tensors()]
+            device = sums[0].device
+            counts = counts.to(device)
+            for tensor in (*sums, counts):
+                torch.distributed.all_reduce(tensor)
+        self.batches, self.used, self.seen = int(counts[0]), float(counts[1]), float(counts[2])
+
+    # --- what follows
+
+    def start_of(self, place: Place, rank: int | None = None) -> tuple[Start | None, CalibratedLayer]:
+        """Return the start of one adapter, or None for the random one that it has, and what the table says of it.
+
+        Raises:
+            ValueError: The data do not support its rank, or are not finite; the message names the layer.
+        """
+        rank, name = rank or place.adapter.spec.rank, self.options.name
+        note = place.unseen or ("" if self._was_called(place) else "no token that counts reached it")
+        if note and not (place.falls_back and self._was_called(place)):
+            return None, CalibratedLayer(place.label, "kaiming", rank, None, None, note)
+        name = "eva" if note else name
+        try:
+            start = self._stacked([self._computed(place, index, rank, name) for index in range(place.experts)], place)
+        except ValueError as error:
+            raise ValueError(f"calibrate: init={name!r} of {place.label!r}: {error}") from error
+        explained = _explained(start, rank, name)
+        return start, CalibratedLayer(place.label, name, rank, start.suggested_rank, explained, note)
+
+    def values_of(self, place: Place, cap: int) -> list[float]:
+        """Return what each further rank of an adapter is worth, up to a cap; nothing that chance explains."""
+        rank = min(cap, *place.shape)
+        try:
+            start, found = self.start_of(place, rank)
+        except starts.RankError as error:
+            start, found = self.start_of(place, error.supported)
+        if start is None:
+            return []
+        values = start.values[: min(cap, found.rank)]
+        if found.suggested is not None:
+            values = values[: found.suggested]
+        return (values if found.start == "eva" else values.square()).tolist()
+
+    def _was_called(self, place: Place) -> bool:
+        return not place.statistics or not all(each.is_empty for each in place.statistics)
+
+    def _computed(self, place: Place, index: int, rank: int, name: str) -> Start:
+        options, scaling = self.options, place.adapter.spec.scaling
+        statistics = place.statistics[index] if place.statistics else None
+        if name in ("pissa", "olora"):
+            A, B = pissa(place.weight(index), rank, scaling) if name == "pissa" else olora(place.weight(index), rank)
+            return Start(A, B, A.norm(dim=1) * B.norm(dim=0))
+        assert statistics is not None
+        if name == "eva":
+            return starts.eva(statistics, rank, normalize=options.normalize)
+        if name == "corda":
+            weight = place.weight(index)
+            return starts.corda(statistics, weight, rank, scaling, mode=options.mode, power=options.power)
+        if name == "lora_ga":
+            return starts.lora_ga(statistics, rank, gamma=options.gamma)
+        return starts.covariance(statistics, rank, centre=options.centre, normalize=options.normalize)
+
+    @staticmethod
+    def _stacked(found: list[Start], place: Place) -> Start:
+        if place.adapter.A.ndim == 2:
+            return found[0]
+        A = torch.stack([each.A for each in found])
+        B = None if found[0].B is None else torch.stack([each.B for each in found if each.B is not None])
+        return Start(A, B, torch.stack([each.values for each in found]).sum(0))
+
+
+# --- ranks
+
+
+def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> list[Place]:
+    """Attach again with the ranks that the data ask for, and return the places with what they saw.
+
+    Raises:
+        ValueError: The module has several adapters, or the budget is too small. Nothing was changed.
+    """
+    [root] = _only_root(model)
+    budget, uniform = _budget(root, config, run.places)
+    cap = max(1, round(max(config.start.rho, _RHO_OF_AUTO if config.is_auto else 1.0) * uniform))
+    values = {place.label: run.values_of(place, cap) for place in run.places}
+    costs = {place.label: place.experts * sum(place.shape) for place in run.places}
+    ranks = allocate(values, costs, budget)
+    if not any(ranks.values()):
+        raise ValueError(
+            f"calibrate: rank_budget={config.rank_budget!r} is {budget:,} parameters, less than one rank of any layer."
+        )
+    scalings = {place.label: config.scaling(uniform, config.alpha) for place in run.places}
+    if not config.is_auto:
+        scalings = {place.label: place.adapter.spec.scaling for place in run.places}
+    chosen = _with_ranks(config, uniform, ranks, scalings)
+    detach(root.module)
+    try:
+        attach(root.module, chosen, seed=root.attachment.seed)
+    except BaseException:
+        attach(root.module, config, seed=root.attachment.seed)
+        raise
+    record = get_attachment(root.module)
+    assert record is not None
+    record.asked = config
+    statistics = {place.label: place for place in run.places}
+    places = _places(AdaptedModel(model.module))
+    for place in places:
+        seen = statistics[place.label]
+        place.statistics, place.unseen, place.falls_back = seen.statistics, seen.unseen, seen.falls_back
+    return places
+
+
+def _only_root(model: AdaptedModel) -> list[Root]:
+    if len(model.roots) > 1 or model.roots[0].attachment.name is not None:
+        raise ValueError(
+            "calibrate: ranks from data (rank='auto', rho) need a module with a single adapter, attached once. "
+            "Calibrate it first and add others afterwards, or load it by load_adapter(module, path, name=...)."
+        )
+    return model.roots
+
+
+def _budget(root: Root, config: LoRAConfig, places: list[Place]) -> tuple[int, int]:
+    """Return the parameters to spend, and the rank that they would buy for every layer."""
+    cost = sum(place.experts * sum(place.shape) for place in places)
+    if config.rank_budget is None:
+        return sum(place.adapter.spec.rank * place.experts * sum(place.shape) for place in places), config.first_rank
+    budget = parameters_in(config.rank_budget, root.attachment.report.base_parameters)
+    return budget, max(1, round(budget / cost))
+
+
+def _with_ranks(
+    config: LoRAConfig, uniform: int, ranks: Mapping[str, int], scalings: Mapping[str, float]
+) -> LoRAConfig:
+    """Return a config with these ranks, in which a layer of rank 0 is left out and scalings are as before."""
+    kept = {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), name)) if ranks[name]}
+    alphas = {name: scalings[name] * (rank**0.5 if config.use_rslora else rank) for name, rank in kept.items()}
+    return replace(
+        config,
+        rank=uniform,
+        rank_budget=None,
+        rank_pattern={**kept, **config.rank_pattern},
+        alpha_pattern={**alphas, **config.alpha_pattern},
+        exclude_modules=_excluding(config, [name for name, rank in ranks.items() if not rank]),
+    )
+
+
+_RHO_OF_AUTO = 2.0
+
+
+def _explained(start: Start, rank: int, name: str) -> float | None:
+    """Return the share of the inputs' variance within the rank, where that is what the values say."""
+    return float(start.values[:rank].sum()) if name == "eva" else None
+
+
+def _loss_in(output: Any) -> Tensor:
+    """Return the loss in what a step returned.
+
+    Raises:
+        ValueError: There is none to differentiate.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(
+            f"calibrate: this start needs the gradient of a loss, and the step returned {found}. Pass "
+            "step=lambda batch: loss."
+        )
+    return loss
+
+
+@contextmanager
+def _gradients_kept(module: nn.Module) -> Iterator[None]:
+    """Put the gradients of all parameters back at the end."""
+    kept = [(parameter, parameter.grad) for parameter in module.parameters()]
+    try:
+        for parameter, _ in kept:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+def _from_first_process(tensors: Iterable[Tensor]) -> None:
+    """Give every process the values of the first: decompositions may differ in their last bits."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor.data, 0)
+
+
+def _excluding(config: LoRAConfig, names: list[str]) -> str | tuple[str, ...]:
+    """Return ``exclude_modules`` with more modules, by their full names."""
+    excluded = config.exclude_modules
+    if not names:
+        return excluded if isinstance(excluded, str) else tuple(excluded)
+    return "|".join([f"({excluded})", *map(re.escape, names)]) if isinstance(excluded, str) else (*excluded, *names)

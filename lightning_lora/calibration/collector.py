@@ -1,0 +1,175 @@
+"""What adapted layers see while batches pass: hooks that add their inputs and gradients to sums."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lora.calibration.starts import NEEDS
+from lightning_lora.calibration.statistics import MatrixStatistics, must_sketch
+from lightning_lora.layers import LoRALayer, LowRankAdapter, base_parameter
+
+FROM_GRADIENT = "lora_ga"  # the start that needs nothing but the gradient of the weight, which every kind of layer has
+
+
+@dataclass
+class Place:
+    """An adapter, and the sums from which its start will be computed.
+
+    Attributes:
+        label: Its name.
+        layer: The layer.
+        adapter: The adapter.
+        statistics: The sums; of a stack of matrices, those of each.
+        unseen: Why the layer's inputs or gradients cannot be seen; empty if they can.
+        falls_back: Whether its inputs can be seen nevertheless, so that ``eva`` is possible.
+    """
+
+    label: str
+    layer: LoRALayer
+    adapter: LowRankAdapter
+    statistics: list[MatrixStatistics] = field(default_factory=list)
+    unseen: str = ""
+    falls_back: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of the part of the weight that is adapted."""
+        return self.adapter.B.shape[-2], self.adapter.A.shape[-1]
+
+    @property
+    def experts(self) -> int:
+        """Number of matrices in a stack; 1 without one."""
+        return math.prod(self.adapter.A.shape[:-2])
+
+    def weight(self, index: int = 0) -> Tensor:
+        """Return the adapted part of the weight as ``(out, in)``, of a stack that of one matrix."""
+        matrix = self.adapter.as_matrix(base_parameter(self.layer, self.adapter.parameter).detach())
+        matrix = matrix.index_select(0, self.adapter.index) if self.adapter.spec.rows else matrix
+        return matrix.reshape(-1, *self.shape)[index]
+
+
+class Collector:
+    """Adds what passes through adapted layers to their sums, from ``watch`` on until ``close``.
+
+    Args:
+        places: The adapters that wait for a start of the same kind.
+        start: Which start.
+        budget: Bytes for all sums.
+        axes: Label -> sizes of the ordered axes of an input, for smooth starts.
+
+    Raises:
+        ValueError: The budget is too small.
+    """
+
+    def __init__(
+        self, places: Sequence[Place], start: str, budget: int, axes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
+        self.places, self.start, self.mask = places, start, cast("Tensor | None", None)
+        needs, axes = NEEDS[start], axes or {}
+        columns = 2 * max(place.adapter.spec.rank for place in places) + _OVERSAMPLING
+        shapes = {f"{place.label} {i}": place.shape for place in places for i in range(place.experts)}
+        wide = must_sketch(shapes, needs, columns=columns, budget=budget)
+        for place in places:
+            device = _sums_device(place.adapter.A.device)
+            for i in range(place.experts):
+                sketch = columns if f"{place.label} {i}" in wide else None
+                own = None if sketch else axes.get(place.label)
+                found = MatrixStatistics(*place.shape, needs, sketch=sketch, axes=own, device=device)
+                place.statistics.append(found)
+        self._hooks: list[Any] = []
+        self._last_of: dict[int, Place] = {}  # of several on one weight, as slices are
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Collect inside the block."""
+        watch = self._watch_gradient if self.start == FROM_GRADIENT else self._watch_tokens
+        thawed: list[Tensor] = []
+        try:
+            for place in self.places:
+                watch(place, thawed)
+            yield
+        finally:
+            for hook in self._hooks:
+                hook.remove()
+            for weight in thawed:
+                weight.requires_grad_(False)
+            self._hooks = []
+
+    # --- the gradient of the weight
+
+    def _watch_gradient(self, place: Place, thawed: list[Tensor]) -> None:
+        weight = place.layer._parameters.get(place.adapter.parameter)
+        if weight is None or not weight.is_floating_point():
+            place.unseen = "its weight is computed or quantized, and has no gradient"
+            return
+        if not weight.requires_grad:
+            weight.requires_grad_(True)
+            thawed.append(weight)
+        self._last_of[id(weight)] = place
+        self._hooks.append(cast(Any, weight).register_post_accumulate_grad_hook(self._adding_gradient(place)))
+
+    def _adding_gradient(self, place: Place) -> Callable[[Tensor], None]:
+        adapter = place.adapter
+
+        def add(weight: Tensor) -> None:
+            assert weight.grad is not None
+            matrix = adapter.as_matrix(weight.grad)
+            if adapter.spec.rows:
+                matrix = matrix.index_select(0, adapter.index)
+            for statistics, part in zip(place.statistics, matrix.view(-1, *place.shape), strict=True):
+                statistics.add_gradient(part)
+            if self._last_of[id(weight)] is place:
+                weight.grad = None  # the gradients of all weights at once would take the memory of the model
+
+        return add
+
+    # --- tokens
+
+    def _watch_tokens(self, place: Place, thawed: list[Tensor]) -> None:  # noqa: ARG002 - as of gradients
+        seen = "gradients" in NEEDS[self.start]
+
+        def see(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            inputs = [*args, *kwargs.values()]
+            x = place.adapter.tokens_in(layer, inputs)
+            if x is None:
+                place.unseen = "its inputs cannot be seen from outside"
+                return
+            [statistics] = place.statistics
+            x = x.detach()
+            if not seen:
+                statistics.add(x, None, self._mask_for(x))
+            elif not isinstance(output, Tensor) or place.adapter.tokens_out(output.detach()) is None:
+                place.unseen, place.falls_back = "the gradients of its outputs cannot be seen from outside", True
+                statistics.add(x, None, self._mask_for(x))
+            elif output.requires_grad:
+                cast(Any, output).register_hook(lambda gradient: self._add_pair(place, x, gradient))
+
+        if place.experts > 1:
+            place.unseen = "its inputs cannot be seen from outside"
+        else:
+            self._hooks.append(place.layer.register_forward_hook(see, with_kwargs=True))
+
+    def _add_pair(self, place: Place, x: Tensor, gradient: Tensor) -> None:
+        g = place.adapter.tokens_out(gradient.detach())
+        assert g is not None
+        place.statistics[0].add(x.to(g.device), g, self._mask_for(x))
+
+    def _mask_for(self, x: Tensor) -> Tensor | None:
+        """Return the batch's mask, if it is one of these tokens."""
+        if self.mask is None or self.mask.numel() != x.shape[0] * x.shape[1]:
+            return None
+        return self.mask.to(x.device).view(x.shape[:2])
+
+
+def _sums_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type == "mps" else device  # which knows no float64
+
+
+_OVERSAMPLING = 16

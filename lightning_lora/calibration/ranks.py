@@ -1,0 +1,2 @@
+def allocate(values, costs, budget):
+    return {}

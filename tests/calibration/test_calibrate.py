@@ -1,0 +1,299 @@
+"""Starts computed from batches: what layers see decides the factors, and nothing else of the module changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_lora as ll
+from lightning_lora.layers import LowRankAdapter
+
+STARTS = ("pissa", "olora", "eva", "corda", "lora_ga", "covariance")
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LSTM(10, 9, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[0]
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 10, 12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bti,eoi->bto", x, self.weight)
+
+
+KINDS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
+    "linear": (lambda: nn.Linear(12, 10), (4, 6, 12), {}),
+    "slices": (
+        lambda: nn.Linear(12, 20),
+        (4, 6, 12),
+        {"target_modules": [], "target_slices": {"0": {"q": "0:9", "v": "10:20"}}},
+    ),
+    "conv": (lambda: nn.Conv2d(4, 10, 3, padding=1), (4, 4, 8, 8), {}),
+    "grouped conv": (lambda: nn.Conv2d(8, 16, 3, groups=2, dilation=2), (4, 8, 9, 9), {}),
+    "transposed conv": (lambda: nn.ConvTranspose1d(12, 10, 3), (4, 12, 8), {}),
+    "attention": (Attention, (4, 6, 12), {}),
+    "lstm": (Recurrent, (4, 6, 10), {}),
+    "experts": (Experts, (4, 6, 12), {"target_modules": [], "target_parameters": ["0.weight"]}),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(30, 12), nn.Linear(12, 10)), (4, 6), {}),
+}
+
+def model_and_batches(kind: str, start: Any, **options: Any) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    make, shape, targets = KINDS[kind]
+    model = nn.Sequential(make())
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        torch.randint(30, shape, generator=generator)
+        if kind == "embedding"
+        else torch.randn(shape, generator=generator)
+        for _ in range(5)
+    ]
+    ll.attach(model, ll.LoRAConfig(**({"rank": 2, "init": start, "target_modules": "all"} | targets | options)))
+    return model, batches
+
+
+def loss_of(model: nn.Module) -> Any:
+    return lambda batch: model(batch).square().sum()
+
+
+def adapters_of(model: nn.Module) -> list[LowRankAdapter]:
+    return [each for each in model.modules() if isinstance(each, LowRankAdapter)]
+
+
+UNSEEN = {(kind, start) for kind in ("transposed conv", "experts") for start in ("eva", "corda", "covariance")}
+
+
+@pytest.mark.parametrize(("kind", "start"), [(k, s) for k in KINDS for s in STARTS if (k, s) not in UNSEEN])
+def test_every_kind_of_layer_gets_the_start_or_says_why_not_and_computes_the_same(kind: str, start: str):
+    model, batches = model_and_batches(kind, start)
+    base = copy.deepcopy(model)
+    ll.detach(base)
+    random = {name: tensor.clone() for name, tensor in model.state_dict().items() if name.endswith(".A")}
+    report = ll.calibrate(model, batches, loss_of(model))
+    assert torch.equal(model(batches[0]), base(batches[0]))
+    assert any(not torch.equal(model.state_dict()[name], A) for name, A in random.items())
+    assert {each.label for each in report.layers if each.note} == {e.label for e in report.layers if e.start != start}
+    assert len(report.layers) == sum(adapter.takes_starts for adapter in adapters_of(model))
+
+
+@pytest.mark.parametrize(("kind", "start"), sorted(UNSEEN))
+def test_a_start_that_no_layer_can_have_is_refused(kind: str, start: str):
+    model, batches = model_and_batches(kind, start)
+    with pytest.raises(ValueError, match=f"no adapter got its start, init='{start}': its inputs cannot be seen"):
+        ll.calibrate(model, batches, loss_of(model))
+    assert all(adapter.is_waiting for adapter in adapters_of(model))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "grouped conv", "attention", "lstm"])
+def test_eva_finds_the_principal_directions_of_what_the_layer_multiplies(kind: str):
+    model, batches = model_and_batches(kind, "eva")
+    ll.calibrate(model, batches)
+    rows = rows_seen(kind, batches).double()
+    centred = rows - rows.mean(0)
+    expected = torch.linalg.svd(centred, full_matrices=False)[2][:2]
+    name = {"attention": "in_proj_weight", "lstm": "weight_ih_l0"}.get(kind, "weight")
+    [adapter] = [each for each in adapters_of(model) if each.parameter == name]
+    found = torch.linalg.qr(adapter.A.detach().double().T)[0]
+    angles = torch.linalg.svdvals(expected @ found)
+    assert (1 - angles).abs().max() < 1e-6
+    assert not adapter.B.any()
+
+
+def rows_seen(kind: str, batches: list[Tensor]) -> Tensor:
+    x = torch.cat(batches)
+    if kind == "conv":
+        return nn.functional.unfold(x, 3, padding=1).transpose(1, 2).flatten(0, 1)
+    if kind == "grouped conv":
+        parts = [nn.functional.unfold(part, 3, dilation=2).transpose(1, 2).flatten(0, 1) for part in x.chunk(2, 1)]
+        return torch.cat(parts)
+    return x.flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    "kind", ["linear", "slices", "conv", "grouped conv", "transposed conv", "attention", "experts"]
+)
+def test_lora_ga_follows_the_gradient_of_the_whole_weight(kind: str):
+    model, batches = model_and_batches(kind, "lora_ga")
+    base = copy.deepcopy(model)
+    ll.detach(base)
+    for parameter in base.parameters():
+        parameter.requires_grad_(True)
+    sum(base(batch).square().sum() for batch in batches).backward()  # type: ignore[union-attr]
+    ll.calibrate(model, batches, loss_of(model))
+    for name, layer in ll.lora_layers(model).items():
+        for adapter in layer.adapters().values():
+            assert isinstance(adapter, LowRankAdapter)
+            gradient = base.get_submodule(name).get_parameter(adapter.parameter).grad
+            assert gradient is not None
+            matrix = adapter.as_matrix(gradient)
+            matrix = matrix[adapter.index] if adapter.spec.rows else matrix
+            stack = matrix if matrix.ndim == 3 else matrix.unsqueeze(0)
+            for G, A in zip(
+                stack.double(), adapter.A.detach().double().reshape(-1, *adapter.A.shape[-2:]), strict=True
+            ):
+                directions = torch.linalg.svd(G)[2][:2]
+                found = torch.linalg.qr(A.T)[0]
+                assert (1 - torch.linalg.svdvals(directions @ found)).abs().max() < 1e-5
+
+
+def test_pissa_makes_the_update_the_best_approximation_of_the_weight():
+    model, _ = model_and_batches("linear", "pissa")
+    ll.calibrate(model)
+    [adapter] = adapters_of(model)
+    weight = model[0].weight.detach()  # type: ignore[union-attr]
+    U, values, V = torch.linalg.svd(weight)
+    expected = U[:, :2] @ values[:2].diag() @ V[:2]
+    torch.testing.assert_close(adapter.spec.scaling * adapter.B @ adapter.A, expected)
+
+
+# --- what stays as it was
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.drop, self.last = (
+            nn.Linear(8, 8),
+            nn.BatchNorm1d(8),
+            nn.Dropout(0.5),
+            nn.Linear(8, 8),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("start", ["eva", "lora_ga", "covariance"])
+def test_modes_buffers_gradients_flags_and_random_numbers_stay(start: str):
+    torch.manual_seed(0)
+    model = Noisy()
+    ll.attach(model, ll.LoRAConfig(rank=2, init=start, modules_to_save=["norm"], frozen_norm="track"))
+    model.train()
+    model.drop.eval()
+    model.norm.weight.grad = torch.ones(8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if ".lora." not in name}
+    modes = {name: part.training for name, part in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    state = torch.get_rng_state()
+    ll.calibrate(model, [torch.randn(6, 8) for _ in range(4)], loss_of(model))
+    # The batches above were drawn before: the calibration itself draws nothing that stays.
+    expected = torch.Generator().set_state(state)
+    for _ in range(4):
+        torch.randn(6, 8, generator=expected)
+    assert torch.equal(torch.get_rng_state(), expected.get_state())
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert {name: part.training for name, part in model.named_modules()} == modes
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert gradients.keys() == {"norm.weight"}
+    assert torch.equal(gradients["norm.weight"], torch.ones(8))
+    assert not any(part._forward_hooks for part in model.modules())
+
+
+def test_only_as_many_batches_as_asked_for_are_read():
+    model, batches = model_and_batches("linear", {"name": "eva", "batches": 3})
+    stream = iter(batches)
+    report = ll.calibrate(model, stream)
+    assert report.batches == 3
+    assert torch.equal(next(stream), batches[3])
+
+
+# --- padding
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.layer(x) * attention_mask.unsqueeze(-1)
+        return self.head(hidden.sum(1)).square().sum()
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "covariance"])
+def test_padded_tokens_change_nothing(start: str):
+    def started(padding: float) -> tuple[Tensor, float]:
+        torch.manual_seed(0)
+        model = Encoder()
+        ll.attach(model, ll.LoRAConfig(rank=2, init=start, target_modules=["layer"]))
+        generator, batches = torch.Generator().manual_seed(1), []
+        for _ in range(4):
+            mask = torch.arange(6) < torch.tensor([[6], [3], [4], [5]])
+            x = torch.randn(4, 6, 12, generator=generator).masked_fill(~mask.unsqueeze(-1), padding)
+            batches.append({"x": x, "attention_mask": mask.long()})
+        report = ll.calibrate(model, batches)
+        return adapters_of(model)[0].A.detach(), report.tokens
+
+    (one, share), (other, _) = started(0.0), started(100.0)
+    assert torch.equal(one, other)
+    assert share == 18 / 24
+
+
+# --- errors, before anything changes
+
+
+@pytest.mark.parametrize(
+    ("start", "batches", "message"),
+    [
+        ("eva", [], "needs batches, and there were none"),
+        ("eva", [torch.full((2, 3, 12), torch.nan)], "'0': .*not finite"),
+        ("eva", [torch.ones(2, 3, 12)], "'0': .*rank"),
+        ("lora_ga", [torch.zeros(2, 3, 12)], "'0': .*rank"),
+    ],
+)
+def test_data_that_do_not_do_leave_the_adapters_waiting(start: str, batches: list[Tensor], message: str):
+    model, _ = model_and_batches("linear", start)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=f"init='{start}'.*{message}" if "none" not in message else message):
+        ll.calibrate(model, batches, loss_of(model))
+    assert all(adapter.is_waiting for adapter in adapters_of(model))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_all_tokens_masked_is_an_error():
+    model, batches = model_and_batches("linear", "eva")
+    with pytest.raises(ValueError, match="mask"):
+        ll.calibrate(model, batches, mask=lambda batch: torch.zeros(batch.shape[:2], dtype=torch.bool))
+
+
+def test_a_step_without_a_loss_is_an_error():
+    model, batches = model_and_batches("linear", "lora_ga")
+    with pytest.raises(
+        ValueError, match=r"needs the gradient of a loss, and the step returned a tensor of shape \(4, 6"
+    ):
+        ll.calibrate(model, batches)
+
+
+def test_a_module_without_waiting_adapters_is_an_error():
+    model, batches = model_and_batches("linear", "kaiming")
+    with pytest.raises(ValueError, match=r"no adapter.*waits for a start; attached with init='kaiming'"):
+        ll.calibrate(model, batches)
+
+
+def test_calibrating_twice_is_an_error():
+    model, batches = model_and_batches("linear", "eva")
+    ll.calibrate(model, batches)
+    with pytest.raises(ValueError, match=r"no adapter.*waits for a start"):
+        ll.calibrate(model, batches)
