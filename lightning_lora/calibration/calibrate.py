@@ -239,36 +239,44 @@ class _Run:
 
     # --- what follows
 
-    def start_of(self, place: Place, rank: int | None = None) -> tuple[Start | None, CalibratedLayer]:
+    def start_of(
+        self, place: Place, rank: int | None = None, *, at_most: bool = False
+    ) -> tuple[Start | None, CalibratedLayer]:
         """Return the start of one adapter, or None for the random one that it has, and what the table says of it.
 
+        Args:
+            place: The adapter.
+            rank: Its rank, if it is not the one that it has.
+            at_most: Whether a lower rank will do, if the data support no more.
+
         Raises:
-            ValueError: The data do not support its rank, or are not finite; the message names the layer.
+            ValueError: The data do not support the rank, or are not finite; the message names the layer.
         """
         rank, name = rank or place.adapter.spec.rank, self.options.name
-        note = place.unseen or ("" if self._was_called(place) else "no token that counts reached it")
+        note = place.unseen or ("" if self._was_called(place) else "it was not called, or all its tokens are masked")
         if note and not (place.falls_back and self._was_called(place)):
             return None, CalibratedLayer(place.label, "kaiming", rank, None, None, note)
         name = "eva" if note else name
         try:
             start = self._stacked([self._computed(place, index, rank, name) for index in range(place.experts)], place)
+        except starts.RankError as error:
+            if at_most and error.supported:
+                return self.start_of(place, error.supported)
+            raise ValueError(
+                f"calibrate: init={name!r} of {place.label!r}: {error} Lower its rank with rank_pattern, leave it out "
+                "with exclude_modules, or calibrate with more batches."
+            ) from error
         except ValueError as error:
             raise ValueError(f"calibrate: init={name!r} of {place.label!r}: {error}") from error
         explained = _explained(start, rank, name)
         return start, CalibratedLayer(place.label, name, rank, start.suggested_rank, explained, note)
 
-    def values_of(self, place: Place, cap: int) -> list[float]:
-        """Return what each further rank of an adapter is worth, up to a cap; nothing that chance explains."""
-        rank = min(cap, *place.shape)
-        try:
-            start, found = self.start_of(place, rank)
-        except starts.RankError as error:
-            start, found = self.start_of(place, error.supported)
+    def values_of(self, place: Place, cap: int) -> list[float] | None:
+        """Return what each further rank of an adapter is worth, up to a cap; None if the data say nothing of it."""
+        start, found = self.start_of(place, min(cap, *place.shape), at_most=True)
         if start is None:
-            return []
-        values = start.values[: min(cap, found.rank)]
-        if found.suggested is not None:
-            values = values[: found.suggested]
+            return None
+        values = start.values[: min(found.rank, cap if found.suggested is None else found.suggested)]
         return (values if found.start == "eva" else values.square()).tolist()
 
     def _was_called(self, place: Place) -> bool:
@@ -313,11 +321,17 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
     cap = max(1, round(max(config.start.rho, _RHO_OF_AUTO if config.is_auto else 1.0) * uniform))
     values = {place.label: run.values_of(place, cap) for place in run.places}
     costs = {place.label: place.experts * sum(place.shape) for place in run.places}
-    ranks = allocate(values, costs, budget)
-    if not any(ranks.values()):
+    # What data say nothing of keeps the common rank; a part of a layer cannot be left out, so it keeps one.
+    kept = {name: uniform if found is None else 0 for name, found in values.items()}
+    kept |= {place.label: 1 for place in run.places if place.is_part and not kept[place.label]}
+    left = budget - sum(rank * costs[name] for name, rank in kept.items())
+    if left < min(costs.values()):
         raise ValueError(
-            f"calibrate: rank_budget={config.rank_budget!r} is {budget:,} parameters, less than one rank of any layer."
+            f"calibrate: rank_budget={config.rank_budget!r} is {budget:,} parameters, less than one rank for a layer. "
+            "Raise it, or adapt fewer layers."
         )
+    further = {name: (found or [])[kept[name] :] for name, found in values.items()}
+    ranks = {name: kept[name] + more for name, more in allocate(further, costs, left, at_least=0).items()}
     scalings = {place.label: config.scaling(uniform, config.alpha) for place in run.places}
     if not config.is_auto:
         scalings = {place.label: place.adapter.spec.scaling for place in run.places}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.calibration.starts import NEEDS
 from lightning_lora.calibration.statistics import MatrixStatistics, must_sketch
-from lightning_lora.layers import LoRALayer, LowRankAdapter, base_parameter
+from lightning_lora.layers import AdapterGroup, LoRALayer, LowRankAdapter, base_parameter
 
 FROM_GRADIENT = "lora_ga"  # the start that needs nothing but the gradient of the weight, which every kind of layer has
 
@@ -42,6 +42,11 @@ class Place:
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of the part of the weight that is adapted."""
         return self.adapter.B.shape[-2], self.adapter.A.shape[-1]
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the layer has several adapters, such as those of slices."""
+        return isinstance(self.layer.lora, AdapterGroup)
 
     @property
     def experts(self) -> int:

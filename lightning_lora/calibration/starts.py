@@ -48,6 +48,18 @@ class Start(NamedTuple):
     suggested_rank: int | None = None
 
 
+class RankError(ValueError):
+    """The data support fewer directions than a rank needs.
+
+    Attributes:
+        supported: How many they support.
+    """
+
+    def __init__(self, rank: int, supported: int) -> None:
+        super().__init__(f"rank={rank} is above the {supported} directions that the calibration data support.")
+        self.supported = supported
+
+
 # --- from the inputs
 
 
@@ -371,4 +383,4 @@ def _above_rounding(values: Tensor) -> int:
 
 def _require_rank(rank: int, supported: int) -> None:
     if rank > supported:
-        raise ValueError(f"rank={rank} is above the {supported} directions that the calibration data support.")
+        raise RankError(rank, supported)

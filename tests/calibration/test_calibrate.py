@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lightning_lora as ll
 from lightning_lora.layers import LowRankAdapter
+from tests.files import write_checkpoint
 
 STARTS = ("pissa", "olora", "eva", "corda", "lora_ga", "covariance")
 
@@ -57,6 +58,7 @@ KINDS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "experts": (Experts, (4, 6, 12), {"target_modules": [], "target_parameters": ["0.weight"]}),
     "embedding": (lambda: nn.Sequential(nn.Embedding(30, 12), nn.Linear(12, 10)), (4, 6), {}),
 }
+
 
 def model_and_batches(kind: str, start: Any, **options: Any) -> tuple[nn.Module, list[Tensor]]:
     torch.manual_seed(0)
@@ -274,7 +276,7 @@ def test_data_that_do_not_do_leave_the_adapters_waiting(start: str, batches: lis
 
 def test_all_tokens_masked_is_an_error():
     model, batches = model_and_batches("linear", "eva")
-    with pytest.raises(ValueError, match="mask"):
+    with pytest.raises(ValueError, match=r"no adapter got its start.*all its tokens are masked"):
         ll.calibrate(model, batches, mask=lambda batch: torch.zeros(batch.shape[:2], dtype=torch.bool))
 
 
@@ -297,3 +299,136 @@ def test_calibrating_twice_is_an_error():
     ll.calibrate(model, batches)
     with pytest.raises(ValueError, match=r"no adapter.*waits for a start"):
         ll.calibrate(model, batches)
+
+
+# --- ranks from data
+
+
+class Planted(nn.Module):
+    """Inputs of four layers vary in 6, 1, 2 and 1 directions."""
+
+    WIDTHS = (6, 1, 2, 1)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in self.WIDTHS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [layer(self.only(x, width)) for layer, width in zip(self.layers, self.WIDTHS, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    @staticmethod
+    def only(x: Tensor, width: int) -> Tensor:
+        return x * (torch.arange(16) < width)
+
+
+def planted(**options: Any) -> tuple[Planted, list[Tensor]]:
+    torch.manual_seed(0)
+    model = Planted()
+    ll.attach(model, ll.LoRAConfig(**({"rank": "auto", "init": "eva"} | options)))
+    return model, [torch.randn(8, 16) for _ in range(8)]
+
+
+def ranks_of(model: nn.Module) -> list[int]:
+    layers = ll.lora_layers(model)
+    return [layers[f"layers.{i}"].rank if f"layers.{i}" in layers else 0 for i in range(len(Planted.WIDTHS))]
+
+
+def test_ranks_follow_the_directions_in_the_data_within_the_budget():
+    budget = 10 * 32  # one rank costs 16 + 16 parameters
+    model, batches = planted(rank_budget=budget, init={"name": "eva", "rho": 8.0})
+    report = ll.calibrate(model, batches)
+    assert ranks_of(model) == list(Planted.WIDTHS)
+    assert sum(each.rank for each in report.layers) == 10
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) <= budget
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4, 7, 9])
+def test_the_budget_is_never_exceeded_and_the_scaling_is_that_of_the_common_rank(budget: int):
+    model, batches = planted(rank_budget=32 * budget)
+    ll.calibrate(model, batches)
+    assert 0 < sum(ranks_of(model)) <= budget
+    uniform = max(1, round(budget / 4))
+    assert {layer.scaling for layer in ll.lora_layers(model).values()} == {32.0 / uniform}
+
+
+@pytest.mark.parametrize("rank_budget", ["15%", "0.6kB"])
+def test_a_budget_may_be_a_share_or_a_size(rank_budget: str):
+    model, batches = planted(rank_budget=rank_budget)
+    parameters = {"15%": 0.15 * 4 * 17 * 16, "0.6kB": 600 / 4}[rank_budget]
+    ll.calibrate(model, batches)
+    used = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert parameters - 32 < used <= parameters
+
+
+def test_a_budget_below_one_rank_is_an_error_and_changes_nothing():
+    model, batches = planted(rank_budget=31)
+    with pytest.raises(ValueError, match="rank_budget=31 is 31 parameters, less than one rank"):
+        ll.calibrate(model, batches)
+    assert all(adapter.is_waiting for adapter in adapters_of(model))
+    assert ranks_of(model) == [1, 1, 1, 1]
+
+
+def test_rho_moves_ranks_at_an_equal_number_of_parameters():
+    model, batches = planted(rank=2, init={"name": "eva", "rho": 2.0})
+    ll.calibrate(model, batches)
+    assert ranks_of(model) == [4, 1, 2, 1]
+    assert {layer.scaling for layer in ll.lora_layers(model).values()} == {16.0}
+
+
+def test_ranks_from_data_are_saved_and_loaded_like_any_others(tmp_path: Any):
+    model, batches = planted(rank_budget=10 * 32, init={"name": "eva", "rho": 8.0})
+    base = Planted()
+    base.load_state_dict({k: v for k, v in model.state_dict().items() if ".lora." not in k})
+    ll.calibrate(model, batches)
+    with torch.no_grad():
+        for adapter in adapters_of(model):
+            adapter.B.normal_()
+    expected = model(batches[0])
+    ll.save_adapter(model, tmp_path / "peft")
+    checkpoint = write_checkpoint(model, tmp_path / "adapter.ckpt")
+    for path in (tmp_path / "peft", checkpoint):
+        other = copy.deepcopy(base)
+        ll.load_adapter(other, path)
+        torch.testing.assert_close(other(batches[0]), expected)
+
+
+def test_attaching_again_with_the_same_request_keeps_the_ranks():
+    model, batches = planted(rank_budget=10 * 32)
+    ll.calibrate(model, batches)
+    before = ranks_of(model)
+    ll.attach(model, ll.LoRAConfig(rank="auto", init="eva", rank_budget=10 * 32))
+    assert ranks_of(model) == before
+    assert not any(adapter.is_waiting for adapter in adapters_of(model))
+
+
+def test_ranks_from_data_beside_other_adapters_are_refused():
+    model, batches = planted(rank=1, init="kaiming")
+    ll.add_adapter(model, "b", ll.LoRAConfig(rank="auto", init="eva", rank_budget=320))
+    ll.set_adapter(model, "b")
+    with pytest.raises(ValueError, match="need a module with a single adapter"):
+        ll.calibrate(model, batches)
+
+
+# --- learning rates stay comparable
+
+
+@pytest.mark.parametrize("start", ["eva", "covariance"])
+def test_the_first_step_changes_the_output_as_much_as_from_a_random_start(start: str):
+    def change(init: str, seed: int) -> float:
+        torch.manual_seed(0)
+        model = nn.Linear(32, 8)
+        model = nn.Sequential(model)
+        x, y = torch.randn(256, 1, 32) * torch.logspace(0, -1, 32), torch.randn(256, 1, 8)
+        ll.attach(model, ll.LoRAConfig(rank=4, init=init), seed=seed)
+        if init != "kaiming":
+            batches = list(zip(x.split(16), y.split(16), strict=True))
+            ll.calibrate(model, batches, lambda batch: (model(batch[0]) - batch[1]).square().sum())
+        before = model(x).detach()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        (model(x) - y).square().sum().backward()
+        optimizer.step()
+        return float((model(x) - before).detach().norm())
+
+    random = torch.tensor([change("kaiming", seed) for seed in range(20)]).mean()
+    assert abs(change(start, 0) / random - 1) < 0.2
