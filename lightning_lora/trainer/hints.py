@@ -31,7 +31,7 @@ _UNUSED = "Expected to have finished reduction in the prior iteration"
 _TWICE = "mark a variable ready only once"
 _SPARSE = "SparseAdam does not support dense gradients"
 _CUT = "does not require grad and does not have a grad_fn"
-_DOTTED = "parameter name can't contain"
+_DOTTED = 't contain "."'  # of a KeyError, which shows its apostrophe escaped
 
 
 class Coverage(NamedTuple):
@@ -131,8 +131,8 @@ def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
         )
     elif _DOTTED in text and model.adapters:
         exception.args = (
-            f"{text}\nLoRA: parallelize_module cannot divide layers that carry adapters already. In configure_model call "
-            "attach(self), and add_adapter(self, ...) for others, after it.",
+            f"{text}\nLoRA: parallelize_module cannot divide layers that carry adapters already. Call attach(self), and "
+            "add_adapter(self, ...) for other adapters, after it in configure_model.",
         )
     elif _CUT in text and model.adapters:
         exception.args = (
