@@ -19,6 +19,7 @@ from lightning_lora import (
     load_adapter,
     load_adapter_state_dict,
     lora_layers,
+    save_adapter,
     set_adapter,
     using,
 )
@@ -273,3 +274,67 @@ def test_what_a_checkpoint_of_all_adapters_has_more_is_apart_from_the_trained_on
 def test_an_unknown_choice_of_adapters_to_save_is_refused():
     with pytest.raises(ValueError, match=r"save_adapters='every' is unknown; choose one of 'trained', 'all'"):
         LoRACallback(save_adapters="every")  # type: ignore[arg-type]
+
+
+# --- one of the adapters in a file
+
+
+@pytest.mark.parametrize("load", ["load_adapter", "load_adapter beside", "add_adapter"])
+def test_each_adapter_of_a_checkpoint_loads_alone(load: str, all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    for name in (None, *adapter_names(module)):
+        loaded = Toy()
+        if load == "load_adapter":
+            load_adapter(loaded, path, adapter=name)
+        elif load == "add_adapter":
+            add_adapter(loaded, "new", path, adapter=name)
+        else:
+            load_adapter(loaded, path, adapter=name, name="new")
+        assert same(adapter_state_dict(loaded), state(module, name or "mine"))
+        assert AdaptedModel(loaded).roots[0].attachment.config.to_dict() == configs(module)[name or "mine"]
+
+
+def test_an_adapter_of_a_checkpoint_loads_again_over_itself(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    loaded = Toy()
+    for _ in range(2):  # the second time the head that it trains is not the base's any more
+        load_adapter(loaded, path, adapter="headed")
+    assert same(adapter_state_dict(loaded), state(module, "headed"))
+
+
+def test_an_adapter_of_a_checkpoint_is_not_loaded_into_another_base(all_saved: tuple[Toy, Path]):
+    other = Toy()
+    with torch.no_grad():
+        other.net[0].weight.add_(1)
+    with pytest.raises(ValueError, match="different base"):
+        load_adapter(other, all_saved[1], adapter="dora")
+    assert adapter_names(other) == []
+
+
+def test_unknown_adapters_of_a_file_are_refused_with_those_that_it_holds(all_saved: tuple[Toy, Path], tmp_path: Path):
+    module, path = all_saved
+    with pytest.raises(
+        ValueError, match=r"no adapter 'doro'. Did you mean 'dora'\? It holds 'plain', 'mine', .*trained"
+    ):
+        load_adapter(Toy(), path, adapter="doro")
+    fit(Toy(), LoRACallback(**OPTIONS)).save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=r"no adapter 'mine'.*single one.*leave adapter out"):
+        load_adapter(Toy(), tmp_path / "one.ckpt", adapter="mine")
+    with using(module, "dora"):
+        save_adapter(module, tmp_path / "directory")
+    with pytest.raises(ValueError, match=r"adapter='dora'.*directory, which holds one"):
+        load_adapter(Toy(), tmp_path / "directory", adapter="dora")
+    with pytest.raises(ValueError, match=r"adapter='dora'.*source is a LoRAConfig"):
+        add_adapter(Toy(), "new", LoRAConfig(), adapter="dora")
+
+
+@pytest.mark.parametrize("damage", ["missing tensors", "missing options"])
+def test_a_file_without_one_of_its_adapters_says_so(damage: str, all_saved: tuple[Toy, Path], tmp_path: Path):
+    content = torch.load(all_saved[1], weights_only=True)
+    place = content["lightning_lora_others"] if damage == "missing tensors" else content["lightning_lora"]["others"]
+    del place["dora"]
+    torch.save(content, tmp_path / "damaged.ckpt")
+    with pytest.raises(ValueError, match="malformed"):
+        load_adapter(Toy(), tmp_path / "damaged.ckpt", adapter="dora")
+    with pytest.raises(ValueError, match="dora"):
+        fit(Toy(), all_of(), path=str(tmp_path / "damaged.ckpt"), max_steps=4)
