@@ -131,8 +131,8 @@ def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
         )
     elif _DOTTED in text and model.adapters:
         exception.args = (
-            f"{text}\nLoRA: parallelize_module cannot divide layers that carry adapters already. Call attach(self), and "
-            "add_adapter(self, ...) for other adapters, after it in configure_model.",
+            f"{text}\nLoRA: parallelize_module cannot divide layers that carry adapters already. Call attach(self) "
+            "and, for other adapters, add_adapter(self, ...) after it in configure_model.",
         )
     elif _CUT in text and model.adapters:
         exception.args = (
