@@ -156,6 +156,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "adapters": [
             {"root": name, "config": attachment.config.to_dict(), "seed": attachment.seed}
+            | ({"calibration": attachment.calibration} if attachment.calibration else {})
+            | ({"asked": attachment.asked.to_dict()} if attachment.asked is not None else {})
             for name, _, attachment in model.roots
         ],
         "layers": _described_layers(model),

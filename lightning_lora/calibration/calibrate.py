@@ -52,6 +52,10 @@ class CalibratedLayer(NamedTuple):
     explained: float | None
     note: str = ""
 
+    def plain(self) -> dict[str, Any]:
+        """Return what is kept in records."""
+        return {key: value for key, value in self._asdict().items() if key != "label" and value not in (None, "")}
+
 
 @dataclass(frozen=True)
 class CalibrationReport:
@@ -148,7 +152,10 @@ def calibrate(
     model = AdaptedModel(module)
     _from_first_process(tensor for place in places for tensor in place.adapter.state_dict().values())
     model.have_values()
-    return CalibrationReport([layer for _, layer in found], run.batches, run.share)
+    report = CalibrationReport([layer for _, layer in found], run.batches, run.share)
+    for root in model.roots:
+        root.attachment.calibration = {each.label: each.plain() for each in report.layers}
+    return report
 
 
 def _places(model: AdaptedModel) -> list[Place]:

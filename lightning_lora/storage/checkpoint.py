@@ -241,6 +241,15 @@ def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | 
         return None
 
 
+def saved_request(record: Mapping[str, Any] | None) -> tuple[LoRAConfig | None, dict[str, Any]]:
+    """Return the config that was asked for, if data decided the ranks of the one above; and what the data said."""
+    with suppress(KeyError, TypeError, ValueError):
+        [entry] = record["adapters"] if record is not None else []
+        asked = LoRAConfig.from_dict(entry["asked"]) if "asked" in entry else None
+        return asked, dict(entry.get("calibration", {}))
+    return None, {}
+
+
 def stored_adapters(record: Mapping[str, Any] | None) -> tuple[str | None, Stored]:
     """Return which adapter was trained, and the entries of all in their order; None and nothing if there is but one."""
     if record is None or "others" not in record:

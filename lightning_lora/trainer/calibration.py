@@ -17,6 +17,9 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.connectors import data_connector
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -86,19 +89,27 @@ def _step_of(trainer: Trainer, module: LightningModule) -> Callable[[Any], Any]:
 @contextmanager
 def _training_batches(trainer: Trainer, count: int) -> Iterator[Iterator[Any]]:
     """Yield training batches on the module's device; the training will get the same ones as if nobody had looked."""
-    loop: Any = trainer.fit_loop
-    with warnings.catch_warnings(), ExitStack() as undo:
-        warnings.simplefilter("ignore")  # they come again when training sets up its data
+    if isinstance(trainer.limit_train_batches, int):  # a share of the data is more than a start looks at
+        count = min(count, trainer.limit_train_batches)
+    with ExitStack() as undo:
         undo.enter_context(_random_state_kept())
-        loop.setup_data()
-        loader = loop._combined_loader
-        if loader is None:
-            raise ValueError("the start needs training batches, and this fit has none.")
-        undo.callback(_forget_data, loop)
+        loader = _requested(trainer)
         for each in loader.flattened:
             _check_rereadable(each)
             undo.enter_context(_loader_kept(each))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they come again when training sets up its data
+            loader.flattened = [
+                data_connector._process_dataloader(trainer, TrainerFn.FITTING, RunningStage.TRAINING, each)
+                for each in loader.flattened
+            ]
         yield _with_progress(map(_on_device(trainer), islice(iter(loader), count)), trainer, count)
+
+
+def _requested(trainer: Trainer) -> CombinedLoader:
+    """Return the training data as a loop would request them, in an object of its own."""
+    found = trainer.fit_loop._data_source.dataloader()
+    return copy.copy(found) if isinstance(found, CombinedLoader) else CombinedLoader(found, "max_size_cycle")
 
 
 def _with_progress(batches: Iterator[Any], trainer: Trainer, count: int) -> Iterator[Any]:
@@ -118,10 +129,6 @@ def _check_rereadable(loader: Any) -> None:
             "would miss the batches that the start looks at. Open it in the dataset's __iter__, or call "
             "lightning_lora.calibrate(model, batches) with other batches before the fit."
         )
-
-
-def _forget_data(loop: Any) -> None:
-    loop._combined_loader = loop._data_fetcher = None
 
 
 def _on_device(trainer: Trainer) -> Callable[[Any], Any]:

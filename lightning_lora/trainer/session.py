@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
@@ -31,7 +31,7 @@ from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import allow_missing_base
-from lightning_lora.storage.checkpoint import saved_options, stored_adapters
+from lightning_lora.storage.checkpoint import saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
 from lightning_lora.trainer.calibration import calibrate_fit
@@ -116,6 +116,7 @@ class FitSession:
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
+        self._asked, self._calibration = cast("LoRAConfig | None", None), dict[str, Any]()
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
         if self._name is not None and self._name in adapter_names(module):
@@ -161,7 +162,8 @@ class FitSession:
         model = AdaptedModel(module)
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
-        if self._takes_any:
+        self._asked, self._calibration = saved_request(chosen_record(self.trainer))
+        if self._takes_any or self._asked == self._config:
             self._take_saved_options()
         elif self._is_fit:
             self._say_changed_dropout()
@@ -214,7 +216,8 @@ class FitSession:
         if before is not None and before.config == self._config != saved[0] and not is_wrapped:
             self._remove(before)  # what an earlier stage attached by default
         self._config, self._seed = saved
-        rank_zero_info("LoRA: rank, targets and all other options come from the checkpoint.")
+        what = "rank, targets and all other options come" if self._takes_any else "the ranks of the layers come"
+        rank_zero_info(f"LoRA: {what} from the checkpoint.")
 
     def _say_changed_dropout(self) -> None:
         """Dropout is no part of the adapter's state, so a run may go on with another one: not by accident."""
@@ -255,6 +258,8 @@ class FitSession:
         self._others.enter_context(others_frozen(module))
         self._coverage = coverage(module)
         self.layout.attached(module)
+        if self._calibration and (record := get_attachment(module)) is not None:
+            record.asked, record.calibration = self._asked, self._calibration
         if self._is_first:
             self._is_first = False
             check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
