@@ -26,6 +26,11 @@ def test_most_valuable_directions_per_parameter_come_first():
         assert allocate(SPECTRA, COSTS, spent(expected), at_least=0) == expected
 
 
+def test_two_cheap_directions_come_before_an_expensive_one():
+    ranks = allocate({"wide": [3.0], "narrow": [2.0, 2.0]}, {"wide": 20, "narrow": 10}, 20, at_least=0)
+    assert ranks == {"wide": 0, "narrow": 2}
+
+
 def test_directions_without_value_are_not_taken():
     assert allocate(SPECTRA, COSTS, 10**6, at_least=0) == {"a": 3, "b": 3, "c": 2}
 
