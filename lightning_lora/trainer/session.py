@@ -43,7 +43,7 @@ from lightning_lora.trainer.checks import (
     check_finite,
     check_trained,
     check_unchanged,
-    warn_of_still_norms,
+    warn_of_eval_mode,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
@@ -326,7 +326,7 @@ class FitSession:
             return
         self._has_begun = True
         check_unchanged(AdaptedModel(self.module))
-        warn_of_still_norms(self.module)  # here, as hooks of the module may set modes until now
+        warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
         if self.options.probe:
             self._probe(batch)
         self.gradients.watch()
