@@ -26,8 +26,10 @@ from lightning_lora.names import clean_name, join, walk
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
+    BufferWatch,
     check_not_merged,
     describe,
+    fill_buffers,
     mismatch_message,
     mismatches,
     other_shapes,
@@ -65,6 +67,7 @@ class AdapterCheckpoints:
         self.strategy, self.layout = strategy, layout_of(strategy)
         self.check_base = True
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
+        self.buffers: BufferWatch | None = None  # of the base, from when training began
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
             setattr(strategy, name, getattr(self, name))
@@ -108,6 +111,8 @@ class AdapterCheckpoints:
         base = to_plain(base_fingerprint(self.layout, model))
         record = describe(model.module) | {"base": base, "optimizers": self._optimizer_names()}
         checkpoint[RECORD_KEY] = record | ({} if self.untrained is None else {"untrained": self.untrained()})
+        if self.buffers is not None and (moved := self.buffers.moved()):
+            checkpoint[RECORD_KEY]["buffers"] = {name: buffer.detach().clone() for name, buffer in moved.items()}
         with written_at_once(self.strategy, filepath) as place:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
             Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
@@ -173,6 +178,7 @@ class AdapterCheckpoints:
         if problems:
             raise ValueError(mismatch_message(type(module).__name__, problems))
         self.layout.fill(model.trained | brought, state)
+        fill_buffers(model, (record or {}).get("buffers", {}))
         before = (record or {}).get("untrained")
         self.untrained = None if before is None else functools.partial(list, before)
         _load_metrics(model, state)
