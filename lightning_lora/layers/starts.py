@@ -140,9 +140,9 @@ def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def leading_svd(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the leading singular directions and values of a matrix, the same in every call.
 
-    A matrix whose smaller side is at most 1024 is decomposed exactly, in float64. In a larger one, the directions are
-    found by subspace iteration from a fixed start, in float32 (float64 if the matrix is): Halko et al. 2011,
-    arXiv:0909.4061, algorithm 4.4.
+    A matrix whose smaller side is at most 1024 is decomposed exactly, in float64. A larger one keeps its precision, at
+    least float32; if few directions are asked for, they are found by subspace iteration from a fixed start: Halko et
+    al. 2011, arXiv:0909.4061, algorithm 4.4.
 
     Args:
         matrix: ``(rows, columns)``.
@@ -152,11 +152,12 @@ def leading_svd(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         ``U``, ``(rows, q)``; the values in descending order, ``(q,)``; and ``V``, ``(columns, q)``. The largest entry
         of each column of ``V`` is positive.
     """
-    if min(matrix.shape) <= _EXACT_BELOW:
-        U, values, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    side, width = min(matrix.shape), count + max(count, _OVERSAMPLING)
+    matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float64 if side <= _EXACT_BELOW else torch.float32))
+    if side <= _EXACT_BELOW or 2 * width > side:
+        U, values, Vh = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        U, values, Vh = _by_subspace_iteration(matrix, min(count + max(count, _OVERSAMPLING), *matrix.shape))
+        U, values, Vh = _by_subspace_iteration(matrix, width)
     signs = signs_of(Vh.T)
     return (U * signs)[:, :count], values[:count], (Vh.T * signs)[:, :count]
 

@@ -366,6 +366,16 @@ def test_batches_of_one_are_paired_with_the_one_before(rng):
     assert found.pairs == 6
 
 
+def test_batch_that_waits_for_the_next_may_change_meanwhile(rng):
+    x, g = (torch.randn(2, 1, TOKENS, width, generator=rng) for width in (WIDTH, OUT))
+    expected = g[1, 0].T @ x[0, 0]
+    found = MatrixStatistics(OUT, WIDTH, {"permuted"})
+    found.add(x[0], g[0])
+    x[0].relu_()  # as a layer that works in place
+    found.add(x[1], g[1])
+    assert torch.allclose(found.permuted.float(), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [SEQUENCES, 1])
 def test_masked_tokens_are_absent_from_products(size: int, rng):
     x, g = correlated(rng), correlated(rng, (SEQUENCES, TOKENS, OUT))
