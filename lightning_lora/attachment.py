@@ -132,6 +132,8 @@ class Attachment:
             frozen norms, and biases.
         untied: Weights that got a copy of their own -> what they were tied to.
         starts: Values before training of what trains in full, if it was attached inside ``keeping_starts``.
+        moved: Names of buffers of the base that training has changed by itself, such as a queue of negatives.
+        buffers: Values before training of the base's buffers, if ``fresh`` fits need them.
         name: Its name among several adapters; None while it is the only one.
         asked: The request as it was, if data have decided the ranks in ``config``.
         calibration: What the data said of each adapter, as plain values, if they decided its start.
@@ -144,6 +146,8 @@ class Attachment:
     base_values: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     starts: dict[str, Tensor] = field(default_factory=dict)
+    moved: set[str] = field(default_factory=set)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     name: str | None = None
     asked: LoRAConfig | None = None
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -69,9 +69,8 @@ def fitted(callback: LoRACallback, loader: Any = None, module: Module | None = N
     seed_everything(1, verbose=False)
     module = module or Module()
     seed_everything(2, verbose=False)
-    trainer(callback, **({"max_epochs": 2, "max_steps": -1} | options)).fit(
-        module, data() if loader is None else loader
-    )
+    runner = trainer(callback, **({"max_epochs": 2, "max_steps": -1} | options))
+    runner.fit(module, data() if loader is None else loader)
     return module
 
 
@@ -251,7 +250,8 @@ def test_a_dataset_that_opens_its_stream_anew_is_fine_however_short():
 def test_values_that_are_not_finite_end_the_fit_before_training():
     class Broken(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            return super().training_step((batch[0], batch[1] * torch.nan), batch_idx)
+            self.seen.append(batch[0].tolist())
+            return self.net(batch[1] * torch.nan).mean()
 
     module = Broken()
     with pytest.raises(MisconfigurationException, match=r"init='eva' of 'net.0': .*not finite"):
