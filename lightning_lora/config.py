@@ -158,7 +158,7 @@ class LoRAConfig:
             deviation ``1/rank``, or ``"orthogonal"`` rows of norm ``1/sqrt(3)``. From the weights: ``"pissa"`` and
             ``"olora"``. From training batches: ``"eva"``, ``"corda"``, ``"lora_ga"`` and ``"covariance"``. Either a
             name, or a mapping with options such as ``{"name": "eva", "batches": 32}``: see ``InitOptions`` and
-            ``docs/initialisation.md``. An embedding always starts as in PEFT: ``A`` zero and ``B`` standard normal.
+            ``docs/initialization.md``. An embedding always starts as in PEFT: ``A`` zero and ``B`` standard normal.
         adapter_dtype: Precision in which the factors are stored and updated, independent of the base's; the arithmetic
             follows the layer's input. A float64 layer has float64 factors.
         frozen_norm: Behavior in training of frozen normalization layers with running statistics, and of

@@ -1,0 +1,89 @@
+"""Script of the processes in ``test_calibration.py``: calibrate on a share of the data, in plain torch and in a fit.
+
+Arguments: the results directory.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, calibrate
+from tests.toys import trainer
+
+STARTS = ("eva", "corda", "lora_ga", "covariance")
+RANKS: dict[str, Any] = {"rank": "auto", "rank_budget": 150, "init": "eva"}
+
+
+class Net(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.net(batch).square().mean()
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.cat(all_batches()), batch_size=6)  # type: ignore[arg-type]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def all_batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(6, 3, 12, generator=generator) for _ in range(8)]
+
+
+def share(rank: int, world: int) -> list[Tensor]:
+    """Return the batches of a process: the first has fewer than the others."""
+    batches = all_batches()
+    first = batches[:1]
+    return first if rank == 0 else batches[1:][rank - 1 :: world - 1]
+
+
+def calibrated(batches: list[Tensor], **options: Any) -> dict[str, Tensor]:
+    model = Net()
+    attach(model, LoRAConfig(**({"rank": 2} | options)))
+    calibrate(model, batches, lambda batch: model(batch).square().mean())
+    return adapter_state_dict(model)
+
+
+class Look(LoRACallback):
+    state: dict[str, Tensor]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.state = adapter_state_dict(pl_module)
+        super().on_train_start(trainer, pl_module)
+
+
+def fit(strategy: Any, **options: Any) -> dict[str, Tensor]:
+    look = Look(**({"rank": 2} | options))
+    trainer(look, strategy=strategy, devices=dist.get_world_size() if dist.is_initialized() else 1).fit(Net())
+    return look.state
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found: dict[str, Any] = {start: calibrated(share(rank, world), init=start) for start in STARTS}
+    found["ranks"] = calibrated(share(rank, world), **RANKS)
+    found["fit"] = fit(DDPStrategy(process_group_backend="gloo"), init="eva")
+    found["fit with ranks"] = fit(DDPStrategy(process_group_backend="gloo"), **RANKS)
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
