@@ -52,6 +52,7 @@ from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
     chosen_checkpoint,
     chosen_record,
+    equal_values_kept,
     overrides,
     with_twins,
 )
@@ -112,6 +113,7 @@ class FitSession:
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
+        self._averages = ExitStack()  # keeps the base as it is where callbacks average it
         if options.adapter in adapter_names(module):
             set_adapter(module, options.adapter)
         self._is_new = self._before is None
@@ -284,6 +286,7 @@ class FitSession:
         """Check that exactly what was asked for will train."""
         if self.options.export_dir is not None and not self._is_trial:
             check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
+        self._averages.enter_context(equal_values_kept(callbacks_of(self.trainer, *AVERAGING)))
         freeze_norms(self.module)  # sync_batchnorm makes new norm layers
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)
@@ -353,6 +356,7 @@ class FitSession:
         """Remove every wrap, hook and request from the module."""
         self._wraps.remove()
         self._others.close()
+        self._averages.close()
         self.gradients.close()
         self._load_hook.remove()
         request(self.module, None)
