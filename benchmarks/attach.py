@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, attach, detach
-from lightning_lora.layers.low_rank import kaiming, seeded
+from lightning_lora.layers.starts import kaiming, seeded
 
 RANK = 16
 

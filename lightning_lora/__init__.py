@@ -13,11 +13,12 @@ from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, lora_layers, register_adapter
 from lightning_lora.modes import disabled, merged, scaled
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import target_names
 from lightning_lora.optimizers import parameter_groups
 from lightning_lora.state import adapter_state_dict, load_adapter_state_dict
 from lightning_lora.surgery import attach, detach, merge
-from lightning_lora.switching import active_adapter, adapter_names, remove_adapter, set_adapter, using
+from lightning_lora.switching import remove_adapter, set_adapter, using
 
 if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback

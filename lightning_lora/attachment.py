@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -15,6 +15,9 @@ from lightning_lora.config import AUTO, LoRAConfig
 from lightning_lora.names import listed
 
 DEFAULT = "default"  # the name of an adapter that was given none
+
+Stored = Mapping[str, Sequence[Mapping[str, Any]]]  # the adapters in a file: name -> entries of what was attached where
+NONE_STORED: Stored = {}
 
 _ATTACHMENT = "_lora_attachment"
 _MERGES = "_lora_merges"
@@ -161,16 +164,18 @@ def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:
         vars(module)[_ATTACHMENT] = attachment
 
 
-def request(module: nn.Module, config: LoRAConfig | None, seed: int = 0, name: str | None = None) -> None:
-    """Set the options that ``attach`` without a config uses for a module, and the adapter's name; or remove them."""
+def request(
+    module: nn.Module, config: LoRAConfig | None, seed: int = 0, name: str | None = None, stored: Stored = NONE_STORED
+) -> None:
+    """Set what ``attach`` without a config passes on to itself or, with a name, to ``attach_named``; or remove it."""
     if config is None:
         vars(module).pop(_REQUEST, None)
     else:
-        vars(module)[_REQUEST] = (config, seed, name)
+        vars(module)[_REQUEST] = (config, seed, name, stored)
 
 
-def requested(module: nn.Module) -> tuple[LoRAConfig, int, str | None] | None:
-    """Return the config, the seed and the name that ``request`` left on a module."""
+def requested(module: nn.Module) -> tuple[LoRAConfig, int, str | None, Stored] | None:
+    """Return what ``request`` left on a module."""
     return vars(module).get(_REQUEST)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -16,13 +16,14 @@ from lightning_lora.config import (
     LoRAConfig,
     NonNegativeInt,
     PositiveFloat,
+    check_choice,
     check_known,
     check_names,
     check_positive,
     only_config,
     shown_options,
 )
-from lightning_lora.switching import check_name
+from lightning_lora.named_adapters import check_name
 from lightning_lora.trainer import checks, lightning_patches
 from lightning_lora.trainer.diagnostics import check_interval
 from lightning_lora.trainer.hints import explain_torch_error
@@ -42,27 +43,26 @@ class LoRACallback(Callback):
         config: The options of ``LoRAConfig`` as one value, instead of giving them one by one.
         adapter: Name of the adapter to train, beside others that the module has; they stay as they are, bit for bit. By
             default the active one is trained, or the only one.
+        save_adapters: What a checkpoint holds: the adapter that is ``"trained"``, or ``"all"``; resuming restores them.
         merge_on_teardown: Fold the adapters into the weights when a fit has succeeded, and leave an ordinary model.
         export_dir: Where to write the adapter as a PEFT directory when a fit has succeeded: the best checkpoint's, if
             a ModelCheckpoint kept one, else the last state. A fast dev run writes nothing.
         overwrite: Let ``export_dir`` replace an adapter that is there; otherwise one there is an error before training.
-        init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory to start training from, unless training resumes
-            a checkpoint. Ranks may have grown, layers may have been added or removed; the log says what happened.
-        fresh: Start every fit as on a new module, with the untrained adapters of the seed that ``seed_everything`` has
-            set, unless it resumes a checkpoint. Without it, a second fit of a module continues from the adapters of
-            the first.
+        init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory to start from, unless training resumes a
+            checkpoint. Ranks may have grown, layers may have been added or removed; the log says what happened.
+        fresh: Start every fit that resumes no checkpoint as on a new module, with adapters of the seed that
+            ``seed_everything`` has set. Without it, a second fit continues from the adapters of the first.
         check_base: Reject a base whose values differ from those the adapter was trained on; the same values in another
             precision are accepted.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
             and in evaluation; costs a few passes.
-        allow_untrained: Names or globs of adapters that may finish the fit without receiving a gradient. Without
-            it, a fit raises if gradients reached no adapter at all, or not all of those that were named as targets,
-            and warns of others.
+        allow_untrained: Names or globs of adapters that may finish the fit without receiving a gradient. Without it, a
+            fit raises if gradients reached no adapter, or not all that were named as targets, and warns of others.
         lr_ratio: Learning rate of ``B`` over that of ``A`` (LoRA+, Hayou et al. 2024, who recommend about 16); 1 means
             plain LoRA.
         diagnostics_every_n_steps: Log every so many steps, for each group of layers (``q_proj``), the norm of the
-            update over the weight's, the norms of the gradients of ``A`` and ``B``, the effective rank, and the share
-            of the rank that is dead. 0 or None, the default, costs nothing.
+            update over the weight's, those of the gradients of ``A`` and ``B``, the effective rank, and the share of
+            the rank that is dead. 0 or None, the default, costs nothing.
         **lora: The options of ``LoRAConfig``.
 
     Raises:
@@ -82,6 +82,7 @@ class LoRACallback(Callback):
         _config: LoRAConfig | None = None,  # shown as ``config``; a command line has its options one by one
         *,
         adapter: str | None = None,
+        save_adapters: Literal["trained", "all"] = "trained",
         merge_on_teardown: bool = False,
         export_dir: str | None = None,
         overwrite: bool = False,
@@ -105,10 +106,10 @@ class LoRACallback(Callback):
         if adapter is not None:
             check_name(adapter)
         self.adapter, self.merge_on_teardown = adapter, merge_on_teardown
+        self.save_adapters = check_choice("LoRACallback.save_adapters", save_adapters, of=Literal["trained", "all"])
         self.export_dir, self.overwrite, self.init_from = export_dir, overwrite, init_from
         self.fresh, self.check_base, self.probe = fresh, check_base, probe
-        self.lr_ratio = float(lr_ratio)
-        self.diagnostics_every_n_steps = diagnostics_every_n_steps
+        self.lr_ratio, self.diagnostics_every_n_steps = float(lr_ratio), diagnostics_every_n_steps
         self._session: FitSession | None = None
 
     @override

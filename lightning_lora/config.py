@@ -269,8 +269,13 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _choice(name: str, value: Any, *, of: Any) -> str:
+    return check_choice(f"LoRAConfig.{name}", value, of=of)
+
+
+def check_choice(name: str, value: Any, *, of: Any) -> str:
+    """Return one of a ``Literal``'s values; reject anything else."""
     if value not in get_args(of):
-        raise ValueError(f"LoRAConfig.{name}={value!r} is unknown; choose one of {', '.join(map(repr, get_args(of)))}.")
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(map(repr, get_args(of)))}.")
     return str(value)
 
 

@@ -14,7 +14,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, TokenAdapter
-from lightning_lora.names import listed, module_names
+from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile, read_directory
 from lightning_lora.peft_format.importing import Import, import_into, import_state
 from lightning_lora.state import (
@@ -25,25 +25,33 @@ from lightning_lora.state import (
     record_problems,
 )
 from lightning_lora.storage.checkpoint import CheckpointFile, read_checkpoint
-from lightning_lora.surgery import attach, detach
+from lightning_lora.surgery import attach, attach_entry, detach
 from lightning_lora.switching import beside
 
 
-def read_adapter(path: str | PathLike[str]) -> PeftFile | CheckpointFile:
+def read_adapter(path: str | PathLike[str], adapter: str | None = None) -> PeftFile | CheckpointFile:
     """Read an adapter without its model: a ``.ckpt`` of a LoRACallback run, or a PEFT directory.
 
+    Args:
+        path: The file or the directory.
+        adapter: Which of several in a ``.ckpt``; by default the trained one.
+
     Raises:
-        ValueError: It cannot be read, or holds no adapter.
+        ValueError: It cannot be read, or holds no adapter, or none of this name.
         FileNotFoundError: It does not exist.
     """
     if Path(path).is_dir():
+        if adapter is not None:
+            raise ValueError(
+                f"adapter={adapter!r}: {str(path)!r} is a directory, which holds one adapter; leave it out."
+            )
         return read_directory(path)
     if Path(path).suffix == ".safetensors" and Path(path).is_file():
         raise ValueError(
             f"{str(path)!r} holds tensors alone. Name the directory with {CONFIG_FILE} that it belongs to, or a .ckpt "
             "of a LoRACallback run."
         )
-    return read_checkpoint(path)
+    return read_checkpoint(path, adapter)
 
 
 def add_adapter(
@@ -51,6 +59,7 @@ def add_adapter(
     name: str,
     source: LoRAConfig | str | PathLike[str] | Mapping[str, Tensor] | None = None,
     *,
+    adapter: str | None = None,
     seed: int = 0,
     check_base: bool = True,
 ) -> AttachReport:
@@ -65,6 +74,7 @@ def add_adapter(
         name: A new name, without ``"."``.
         source: The options of a fresh adapter; the path of a saved one, as in ``load_adapter``; or the result of
             ``adapter_state_dict`` for an adapter with the options of the active one. Defaults to ``LoRAConfig()``.
+        adapter: Which adapter of a source that holds several, as in ``load_adapter``.
         seed: Seed of a fresh adapter's random starts.
         check_base: As in ``load_adapter``.
 
@@ -77,12 +87,17 @@ def add_adapter(
         RuntimeError: The module is wrapped for several processes, or the active adapter is merged or disabled now.
             Nothing was changed.
     """
+    if adapter is not None and (source is None or isinstance(source, (LoRAConfig, Mapping))):
+        raise ValueError(
+            f"add_adapter(adapter={adapter!r}) chooses one of the adapters in a file, but source is a "
+            f"{type(source).__name__}. Name a .ckpt, or leave adapter out."
+        )
     active = AdaptedModel(module).roots
     with beside(module, name):
         if source is None or isinstance(source, LoRAConfig):
             return attach(module, source or LoRAConfig(), seed=seed)
         if not isinstance(source, Mapping):
-            return load_adapter(module, source, check_base=check_base)
+            return load_adapter(module, source, adapter=adapter, check_base=check_base)
         if not active:
             raise ValueError(
                 f"add_adapter(module, {name!r}, ...): tensors do not say their options, and no adapter is active whose "
@@ -99,7 +114,12 @@ def add_adapter(
 
 
 def load_adapter(
-    module: nn.Module, path: str | PathLike[str], *, name: str | None = None, check_base: bool = True
+    module: nn.Module,
+    path: str | PathLike[str],
+    *,
+    adapter: str | None = None,
+    name: str | None = None,
+    check_base: bool = True,
 ) -> AttachReport:
     """Attach and load a saved adapter; the file alone says everything needed.
 
@@ -107,6 +127,8 @@ def load_adapter(
         module: A base model of the trained kind with its pretrained weights, adapted in the same way or not at all.
         path: A ``.ckpt`` written under a ``LoRACallback``, or a directory written by ``save_adapter`` or by PEFT. The
             model that a directory's names are relative to is found in the module by those names.
+        adapter: Name of the adapter to load from a ``.ckpt`` of ``LoRACallback(save_adapters="all")``; by default the
+            one that was trained.
         name: Add it beside the module's other adapters under this name, as ``add_adapter`` does, instead of loading
             into the active one.
         check_base: Reject a base whose values differ from those the adapter was trained on, if the file holds a
@@ -116,12 +138,13 @@ def load_adapter(
         A report of what was adapted.
 
     Raises:
-        ValueError: The file cannot be read, or does not fit the module or its base. Nothing was changed.
+        ValueError: The file cannot be read, holds no such adapter, or does not fit the module or its base. Nothing was
+            changed.
         RuntimeError: Another adapter was merged into this module for good.
     """
     if name is not None:
-        return add_adapter(module, name, path, check_base=check_base)
-    file = read_adapter(path)
+        return add_adapter(module, name, path, adapter=adapter, check_base=check_base)
+    file = read_adapter(path, adapter)
     if (model := AdaptedModel(module)).layers:
         module = model.module  # without its wrappers, which an unadapted one must not have
     check_not_merged(module, file.merges)
@@ -145,28 +168,6 @@ def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: boo
         copy_adapter_state(model, file.tensors, known)
         undo.pop_all()
     return reports[0]
-
-
-def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -> AttachReport:
-    """Attach what one entry of a record says; ``undo`` takes it back.
-
-    Raises:
-        ValueError: It does not fit the module.
-    """
-    modules = module_names(module)
-    if entry["root"] not in modules:
-        raise ValueError(
-            f"The adapter was attached to {entry['root']!r}, which {type(module).__name__} does not have. Load it "
-            "into a module of the trained kind."
-        )
-    target = modules[entry["root"]][0]
-    before = get_attachment(target)
-    report = attach(
-        target, LoRAConfig.from_dict(entry["config"]), seed=entry["seed"] if before is None else before.seed
-    )
-    if before is None:
-        undo.callback(detach, target)
-    return report
 
 
 def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> AttachReport:

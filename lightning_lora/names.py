@@ -16,7 +16,8 @@ ModuleNames = dict[str, tuple[nn.Module, tuple[str, ...]]]  # first name of a mo
 # Names that torch.compile, FSDP and activation checkpointing insert for the modules they wrap.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-OTHERS = "lora_others"  # the child of a module with what it has under adapters that are not active (``switching.py``)
+# The child of a module with what it has under adapters that are not active (``named_adapters.py``).
+OTHERS = "lora_others"
 
 
 def clean_name(name: str) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, base_problems, samples
-from lightning_lora.names import clean_name, join, listed, near_names
+from lightning_lora.named_adapters import of_others
+from lightning_lora.names import OTHERS, clean_name, join, listed, near_names
 from lightning_lora.sharding import copy_whole, whole
 
 FORMAT_VERSION = 1
@@ -175,6 +176,17 @@ def _described_layers(model: AdaptedModel) -> dict[str, dict[str, Any]]:
         rows = [[part.start, part.stop, part.step] for part in adapter.spec.rows]
         found[name] = numbers | place | ({"rows": rows} if rows else {})
     return found
+
+
+def tensors_of_others(module: nn.Module) -> dict[str, Tensor]:
+    """Return everything that adapters that are not active have trained, under names that no other tensor has."""
+    found = of_others(module, lambda part: AdaptedModel(part).trained)
+    return {other_name(name, key): tensor for name, own in found.items() for key, tensor in own.items()}
+
+
+def other_name(adapter: str, name: str) -> str:
+    """Return the name of a tensor of an adapter that is not active, from the one that it has under that adapter."""
+    return f"{OTHERS}.{adapter}.{name}"
 
 
 def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:

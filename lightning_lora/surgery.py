@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -16,9 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import (
+    NONE_STORED,
     AdaptedLayer,
     Attachment,
     AttachReport,
+    Stored,
     count_merge,
     get_attachment,
     keeps_starts,
@@ -40,20 +42,13 @@ from lightning_lora.layers import (
     weights_only_read,
 )
 from lightning_lora.modes import check_mergeable, fold, freeze_norms, set_mode
-from lightning_lora.names import OTHERS, clean_name, listed, parameters_of
+from lightning_lora.named_adapters import adapter_names, forget, recorded, switch_to
+from lightning_lora.names import OTHERS, clean_name, listed, module_names, parameters_of
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
-from lightning_lora.switching import (
-    adapter_names,
-    beside,
-    chosen,
-    forget,
-    recorded,
-    set_adapter,
-    switch_to,
-)
+from lightning_lora.switching import beside, chosen, set_adapter
 
 _RESIZE = "resize_token_embeddings"  # of transformers models
 
@@ -85,9 +80,9 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 4.1.
     """
     if config is None:
-        config, seed, name = requested(module) or (LoRAConfig(), seed, None)
+        config, seed, name, stored = requested(module) or (LoRAConfig(), seed, None, NONE_STORED)
         if name is not None:
-            return attach_named(module, name, config, seed=seed)
+            return attach_named(module, name, config, seed=seed, stored=stored)
     old = get_attachment(module)
     if old is not None:
         config = settled(config, old)
@@ -118,17 +113,66 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     return attachment.report
 
 
-def attach_named(module: nn.Module, name: str, config: LoRAConfig, *, seed: int = 0) -> AttachReport:
+def attach_named(
+    module: nn.Module, name: str, config: LoRAConfig, *, seed: int = 0, stored: Stored = NONE_STORED
+) -> AttachReport:
     """Make the adapter of this name the active one, and attach it if the module does not have it yet.
 
+    Args:
+        module: The module.
+        name: The adapter.
+        config: Its options.
+        seed: The seed of its random starts.
+        stored: What the module shall have afterwards, in order, besides adapters that it has already.
+
     Raises:
-        ValueError: It has other options, or the module cannot take it. Nothing was changed.
+        ValueError: One has other options, or the module cannot take it; those before it in order were added.
     """
-    if name not in adapter_names(module):
-        with beside(module, name):
-            attach(module, config, seed=seed)
+    there = adapter_names(module)
+    for other in there:
+        _check_as_stored(module, other, () if other == name else stored.get(other, ()))
+    for new in [each for each in dict.fromkeys([*stored, name]) if each not in there]:
+        with beside(module, new), ExitStack() as undo:
+            if new == name:
+                attach(module, config, seed=seed)
+            for entry in stored[new] if new != name else ():
+                attach_entry(module, entry, undo)
+            undo.pop_all()
     set_adapter(module, name)
     return attach(module, config, seed=seed)
+
+
+def _check_as_stored(module: nn.Module, name: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse an adapter whose options are not those of the entries of its record, if there are any."""
+    several = recorded(module)
+    roots = AdaptedModel(module).roots if several is None else several.adapters[name].roots
+    before = {root.name: root for root in roots}
+    for entry in entries:
+        if (root := before.get(entry["root"])) is not None:
+            config = settled(LoRAConfig.from_dict(entry["config"]), root.attachment)
+            _refuse_other_options(root.module, root.attachment, config, root.attachment.seed)
+
+
+def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -> AttachReport:
+    """Attach what one entry of a record says; ``undo`` takes it back.
+
+    Raises:
+        ValueError: It does not fit the module.
+    """
+    modules = module_names(module)
+    if entry["root"] not in modules:
+        raise ValueError(
+            f"The adapter was attached to {entry['root']!r}, which {type(module).__name__} does not have. Load it "
+            "into a module of the trained kind."
+        )
+    target = modules[entry["root"]][0]
+    before = get_attachment(target)
+    report = attach(
+        target, LoRAConfig.from_dict(entry["config"]), seed=entry["seed"] if before is None else before.seed
+    )
+    if before is None:
+        undo.callback(detach, target)
+    return report
 
 
 def detach(module: nn.Module) -> None:

@@ -18,8 +18,8 @@ PACKAGE = Path(lightning_lora.__file__).parent
 LEVELS = [
     {"names", "ops", "sharding"},
     {"config", "fingerprint", "layers"},
-    {"adapted_model", "attachment", "optimizers", "planning"},
-    {"modes", "probe", "surgery", "switching"},
+    {"adapted_model", "attachment", "calibration", "optimizers", "planning"},
+    {"modes", "named_adapters", "probe", "surgery", "switching"},
     {"state"},
     {"storage"},
     {"peft_format"},

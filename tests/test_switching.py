@@ -497,20 +497,38 @@ def test_recomputation_uses_the_adapter_of_the_forward_pass(is_reentrant: bool, 
         torch.testing.assert_close(results[is_reentrant][name], gradient)
 
 
-def test_compiled_model_has_one_graph_for_each_rank():
-    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
-    for seed, rank in enumerate((2, 8, 16)):
-        add_adapter(module, f"rank {rank}", LoRAConfig(rank=rank, alpha=2 * rank))
-        with using(module, f"rank {rank}"):
+def compiled_graphs(ranks: tuple[int, ...], *, with_gradients: bool) -> int:
+    """Switch a compiled model back and forth, compare it with the model, and return how many graphs that took."""
+    module = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Conv1d(3, 3, 1), nn.Linear(WIDTH, WIDTH))
+    names = [f"rank {rank}" for rank in ranks]
+    for seed, (name, rank) in enumerate(zip(names, ranks, strict=True)):
+        add_adapter(module, name, LoRAConfig(rank=rank, target_modules=["0", "3"]))  # their scalings differ, too
+        with using(module, name):
             learn(module, seed)
     torch.compiler.reset()
     graphs, x = CompileCounter(), torch.linspace(-1, 1, 3 * WIDTH).reshape(3, WIDTH)
     compiled = torch.compile(module, backend=graphs, fullgraph=True)
-    with torch.no_grad():
+    with torch.set_grad_enabled(with_gradients):
         for turn in range(10):
-            set_adapter(compiled, adapter_names(module)[turn % 3])
-            torch.testing.assert_close(compiled(x), module(x))
-    assert graphs.frame_count == 3
+            set_adapter(compiled, names[turn % len(names)])
+            outputs = compiled(x), module(x)
+            torch.testing.assert_close(*outputs)
+            if with_gradients:
+                factors = [factor for group in parameter_groups(module, 1.0) for factor in group["params"]]
+                torch.testing.assert_close(*(torch.autograd.grad(each.sum(), factors) for each in outputs))
+    return graphs.frame_count
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_compiled_model_has_one_graph_for_each_rank(with_gradients: bool):
+    assert compiled_graphs((2, 8, 16), with_gradients=with_gradients) == 3
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_compiled_model_with_symbolic_ranks_has_two_graphs(with_gradients: bool):
+    names = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes")
+    with torch._dynamo.config.patch(dict.fromkeys(names, False)):
+        assert compiled_graphs((2, 4, 8, 16), with_gradients=with_gradients) == 2
 
 
 def test_saving_inside_the_bare_base_says_where_it_is(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning_lora
 from lightning_lora.cli.commands import COMMANDS, OK, PROBLEM, Result
 from lightning_lora.cli.text import BAD, WARNING, highlighted, say
+from lightning_lora.names import listed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            _tell_of_several(vars(options))
             result: Result = options.run(options)
             if options.json:
                 print(json.dumps(result.content, indent=2, default=str), flush=True)
@@ -62,6 +65,20 @@ def _parser() -> argparse.ArgumentParser:
             add_option(own)
         own.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     return parser
+
+
+def _tell_of_several(options: Mapping[str, Any]) -> None:
+    """Say which adapter a command is about, for each checkpoint that holds several."""
+    from lightning_lora.storage.checkpoint import RECORD_KEY, plain_values, stored_adapters
+
+    given = [each for value in options.values() for each in (value if isinstance(value, list) else [value])]
+    for path in given if options["command"] != "inspect" else ():  # which says it itself
+        if isinstance(path, Path) and path.is_file():
+            with path.open("rb") as stream:
+                trained, stored = stored_adapters(plain_values(stream).get(RECORD_KEY))
+            if trained is not None:
+                names = listed([*map(repr, stored)])
+                say("note:", WARNING, f"{path} holds the adapters {names}; this is about {trained!r}, the trained one")
 
 
 def _in_one_line(error: Exception) -> str:

@@ -72,6 +72,7 @@ class Summary(NamedTuple):
         base = self.file.base
         return {
             "kind": self.kind,
+            **({"adapter": self.file.adapter, "adapters": list(self.file.adapters)} if self.file.adapters else {}),
             "bytes": self.file.size,
             "parameters": self.parameters,
             "layers": [layer._asdict() for layer in self.layers],

@@ -23,7 +23,7 @@ from lightning_lora.disk.base_folder import WIDE, BaseFolder, find_names, module
 from lightning_lora.fingerprint import Fingerprint, base_problems, places, sample
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
-from lightning_lora.loading import attach_entry, read_adapter
+from lightning_lora.loading import read_adapter
 from lightning_lora.names import join, listed
 from lightning_lora.peft_format.config import KNOWN_ORDER
 from lightning_lora.peft_format.directory import PeftFile
@@ -33,7 +33,7 @@ from lightning_lora.state import mismatches, record_problems
 from lightning_lora.storage.adapter_file import StoredLayer, damage_named
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import Layout, StoredTensor
-from lightning_lora.surgery import attach
+from lightning_lora.surgery import attach, attach_entry
 
 Layouts = Mapping[str, Layout]
 Kinds = dict[str, str]  # path of a module -> the kind of its layer

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, Block, InBlocks, base_parameter, register_adapter
 from lightning_lora.layers.lora_layer import Behavior, LoRALayer, reads_weight
-from lightning_lora.layers.low_rank import LowRankAdapter, seeded, standard_normal, zeros
+from lightning_lora.layers.low_rank import LowRankAdapter
+from lightning_lora.layers.starts import seeded, standard_normal, zeros
 from lightning_lora.layers.weight import WeightLoRALayer
 from lightning_lora.sharding import gathered, is_sharded, whole
 

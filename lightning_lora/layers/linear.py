@@ -14,8 +14,9 @@ from typing_extensions import override
 
 from lightning_lora.layers.adapter import KNOWN_BY_NAME, KNOWN_BY_STRUCTURE, base_weight, register_adapter
 from lightning_lora.layers.lora_layer import LoRALayer, Mode, reads_weight
-from lightning_lora.layers.low_rank import LowRankAdapter, seeded
+from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.readers import reads_own_weight
+from lightning_lora.layers.starts import seeded
 from lightning_lora.names import OTHERS
 from lightning_lora.ops.linear import lora_add, lora_linear, lora_update
 from lightning_lora.sharding import unwrapped

@@ -1,16 +1,13 @@
-"""Plain LoRA: the factors ``A`` and ``B``, the update ``scaling * B @ A`` in a weight, and how ``A`` starts.
+"""Plain LoRA: the factors ``A`` and ``B``, and the update ``scaling * B @ A`` in a weight.
 
-``dora.py`` holds DoRA's magnitude. The layers' own files say how a kind of layer adds the update to its output.
+``starts.py`` holds the first values of the factors, and ``dora.py`` DoRA's magnitude. The layers' own files say how a
+kind of layer adds the update to its output.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +16,7 @@ from typing_extensions import override
 
 from lightning_lora.layers import dora
 from lightning_lora.layers.adapter import Adapter, Block, InBlocks, base_parameter, row_numbers
+from lightning_lora.layers.starts import INITIALIZERS, seeded, zeros
 from lightning_lora.ops.eager import add, is_traced
 from lightning_lora.sharding import copy_whole, gathered, is_sharded, place_factors, whole
 
@@ -242,63 +240,3 @@ def _sum(matrix: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         # A transpose. With another layout, torch would choose other kernels, and results differ in the last bits.
         return add(matrix.mT, A.mT, B.mT, alpha=scaling).mT
     return add(matrix, B, A, alpha=scaling)
-
-
-# --- starts of the random factor; ``B`` starts at zero, so the model starts unchanged
-
-Initializer: TypeAlias = Callable[[int, int, torch.Generator], Tensor]
-
-# Independent of the defaults: Lightning calls configure_model with the strategy's device and precision as defaults.
-_PLACE: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
-
-
-def kaiming(rank: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Return ``(rank, columns)`` uniform in ``+-1/sqrt(columns)``, the start of loralib and PEFT.
-
-    It equals ``kaiming_uniform_(a=sqrt(5))``, so each feature ``a @ x`` has a third of the mean square of x.
-    """
-    bound = columns**-0.5
-    return torch.empty(rank, columns, **_PLACE).uniform_(-bound, bound, generator=generator)
-
-
-def gaussian(rank: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Return ``(rank, columns)`` normal with standard deviation ``1/rank``, as PEFT's ``"gaussian"``."""
-    return torch.empty(rank, columns, **_PLACE).normal_(0.0, 1.0 / rank, generator=generator)
-
-
-def orthogonal(rank: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Return ``(rank, columns)`` orthogonal rows with the mean square of ``kaiming``: norm ``1/sqrt(3)``."""
-    directions, triangle = torch.linalg.qr(standard_normal(columns, rank, generator))
-    signs = triangle.diagonal().sign()  # makes the factorization, and so the start, unique
-    rows: Tensor = (directions * signs).T
-    return rows / math.sqrt(3.0)
-
-
-def standard_normal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Return independent standard normal entries."""
-    return torch.empty(rows, columns, **_PLACE).normal_(generator=generator)
-
-
-def zeros(rows: int, columns: int) -> Tensor:
-    """Return the start of the factor that keeps the model unchanged."""
-    return torch.zeros(rows, columns, **_PLACE)
-
-
-INITIALIZERS: dict[str, Initializer] = {"kaiming": kaiming, "gaussian": gaussian, "orthogonal": orthogonal}
-
-_generator = torch.Generator(device="cpu")  # shared: making one costs more than seeding one
-
-
-def seeded(seed: int) -> torch.Generator:
-    """Return a CPU generator in the state of ``seed``; valid until the next call."""
-    return _generator.manual_seed(seed)
-
-
-def layer_seed(seed: int, name: str, shape: Sequence[int]) -> int:
-    """Return the seed of one layer's start.
-
-    It depends on the run's seed, the layer's qualified name and the full shape of its weight alone, so every rank,
-    world size and choice of other targets draws the same ``A``.
-    """
-    text = f"{seed}:{name}:{tuple(shape)}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

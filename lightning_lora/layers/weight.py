@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, base_parameter, register_adapter
 from lightning_lora.layers.lora_layer import Behavior, LoRALayer, updated
-from lightning_lora.layers.low_rank import INITIALIZERS, LowRankAdapter, seeded, zeros
+from lightning_lora.layers.low_rank import LowRankAdapter
+from lightning_lora.layers.starts import INITIALIZERS, seeded, zeros
 from lightning_lora.ops.eager import is_traced, without_autocast
 from lightning_lora.ops.recompute import recomputed, recomputing
 from lightning_lora.sharding import is_sharded, whole

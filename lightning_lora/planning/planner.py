@@ -24,7 +24,7 @@ from lightning_lora.layers import (
     parameter_adapter,
     weights_only_read,
 )
-from lightning_lora.layers.low_rank import layer_seed
+from lightning_lora.layers.starts import layer_seed
 from lightning_lora.names import (
     any_below,
     block_of,

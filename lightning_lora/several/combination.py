@@ -32,6 +32,7 @@ from lightning_lora.disk.conversion import imported_together, read_as_peft
 from lightning_lora.disk.skeleton import fill
 from lightning_lora.fingerprint import Sample, differing_tensors
 from lightning_lora.layers import LowRankAdapter, TokenAdapter
+from lightning_lora.named_adapters import checked, several_of
 from lightning_lora.names import listed, module_names
 from lightning_lora.peft_format.config import numbers_for, targets_for
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile
@@ -50,7 +51,7 @@ from lightning_lora.several.summand import (
 from lightning_lora.state import copy_adapter_state
 from lightning_lora.storage.atomic import check_directory
 from lightning_lora.surgery import attach, detach
-from lightning_lora.switching import beside, checked, several_of, using
+from lightning_lora.switching import beside, using
 
 _METHODS = ("cat", "svd")
 _SUMMED = ("A", "B", "bias", "magnitude")  # the last is refused with the reason

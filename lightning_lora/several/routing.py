@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers import LoRALayer, Swapped, WeightLoRALayer, swap_in, swap_out
+from lightning_lora.named_adapters import Kept, Several, checked, several_of, switch_to
 from lightning_lora.names import OTHERS, listed, walk
 from lightning_lora.ops.eager import is_unheld
-from lightning_lora.switching import Kept, Several, checked, several_of, switch_to, using
+from lightning_lora.switching import using
 
 Rows: TypeAlias = slice | Tensor  # the samples of one adapter: neighbors, or their numbers
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +124,16 @@ class AdapterFile(ABC):
     @abstractmethod
     def tokens(self) -> Mapping[str, StoredTokens]:
         """The trained rows, by the names of their embeddings."""
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of this adapter, if the file holds several."""
+        return None
+
+    @property
+    def adapters(self) -> Sequence[str]:
+        """The names of all adapters in the file, if there are several."""
+        return ()
 
     @functools.cached_property
     def others(self) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,13 +25,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_lora.attachment import NONE_STORED, Stored
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
-from lightning_lora.names import join
+from lightning_lora.names import join, listed, near_names
 from lightning_lora.state import FORMAT_VERSION
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
 RECORD_KEY = "lightning_lora"
+OTHERS_KEY = "lightning_lora_others"  # adapters beside the trained one: name -> their tensors
 
 
 def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, Any]:
@@ -87,6 +90,16 @@ class CheckpointFile(AdapterFile):
 
     @property
     @override
+    def adapter(self) -> str | None:
+        return self.record.get("adapter")
+
+    @property
+    @override
+    def adapters(self) -> Sequence[str]:
+        return tuple(self.record.get("names", ()))
+
+    @property
+    @override
     def paths(self) -> set[str]:
         return {key.partition(".lora.")[0] for key in self.tensors if ".lora." in key}
 
@@ -139,11 +152,11 @@ def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
     return StoredWeight(said["weight"], kind, tuple(shape), int(said.get("order", 0)))
 
 
-def read_checkpoint(path: str | PathLike[str]) -> CheckpointFile:
-    """Return the adapter in a ``.ckpt``.
+def read_checkpoint(path: str | PathLike[str], adapter: str | None = None) -> CheckpointFile:
+    """Return an adapter in a ``.ckpt``: the one of this name, by default the one that was trained.
 
     Raises:
-        ValueError: It cannot be read, or holds no adapter.
+        ValueError: It cannot be read, or holds no adapter, or none of this name.
         FileNotFoundError: It does not exist.
     """
     if not Path(path).exists():
@@ -155,12 +168,34 @@ def read_checkpoint(path: str | PathLike[str]) -> CheckpointFile:
     if record is None:
         raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")
     _check_record(record, path)
+    state = checkpoint["state_dict"]
     with damage_named(path):
+        if adapter is not None or "others" in record:
+            record, state = _one_of(path, adapter, record, checkpoint)
         entries = record["adapters"]
         options = entries[0]["config"] if len(entries) == 1 else {"adapters": list(entries)}
-    state = checkpoint["state_dict"].items()
-    tensors = {name: each for name, each in state if isinstance(each, Tensor)}  # metrics may hold other objects
+    tensors = {name: each for name, each in state.items() if isinstance(each, Tensor)}  # metrics may hold other objects
     return CheckpointFile(Path(path), tensors, options, record["merges"], record)
+
+
+def _one_of(
+    path: object, name: str | None, record: Mapping[str, Any], checkpoint: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Return the record of one of several adapters, as if it were the only one, and its tensors."""
+    trained, names = record.get("adapter"), record.get("names", [])
+    name = str(trained) if name is None else name
+    if name not in names:
+        near = near_names(name, names, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        there = f"It holds {listed([*map(repr, names)])}; {trained!r} is the trained one."
+        if not names:
+            there = "It holds a single one, without a name: leave adapter out."
+        raise ValueError(f"{str(path)!r} holds no adapter {name!r}.{hint} {there} Nothing was changed.")
+    if name == trained:
+        return record, checkpoint["state_dict"]
+    state = checkpoint[OTHERS_KEY][name]
+    base = {key: value for key, value in record.get("base", {}).items() if key not in state}  # it has its own there
+    return {**record, **record["others"][name], "adapter": name, "base": base}, state
 
 
 def _check_record(record: Any, path: object) -> None:
@@ -197,6 +232,18 @@ def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | 
         return (LoRAConfig.from_dict(entry["config"]), int(entry["seed"])) if entry["root"] == "" else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def stored_adapters(record: Mapping[str, Any] | None) -> tuple[str | None, Stored]:
+    """Return which adapter was trained, and the entries of all in their order; None and nothing if there is but one."""
+    if record is None or "others" not in record:
+        return None, NONE_STORED
+    with suppress(KeyError, TypeError, ValueError):  # damage: loading the file gives the error
+        trained, others = record["adapter"], record["others"]
+        entries = {name: (record if name == trained else others[name])["adapters"] for name in record["names"]}
+        if trained in entries and all(isinstance(each["root"], str) for own in entries.values() for each in own):
+            return trained, entries
+    return None, NONE_STORED
 
 
 # --- without running code of the file, whatever objects it holds

@@ -22,7 +22,8 @@ from torchmetrics import Metric
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
-from lightning_lora.names import clean_name, join, walk
+from lightning_lora.named_adapters import active_adapter, adapter_names, of_others
+from lightning_lora.names import clean_name, join, listed, walk
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
@@ -30,10 +31,12 @@ from lightning_lora.state import (
     describe,
     mismatch_message,
     mismatches,
+    other_name,
     other_shapes,
     record_problems,
+    tensors_of_others,
 )
-from lightning_lora.storage.checkpoint import RECORD_KEY, checked_checkpoint, recorded_base
+from lightning_lora.storage.checkpoint import OTHERS_KEY, RECORD_KEY, checked_checkpoint, recorded_base
 from lightning_lora.trainer.lightning_patches import with_twins
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
@@ -63,7 +66,7 @@ class AdapterCheckpoints:
 
     def __init__(self, strategy: Strategy) -> None:
         self.strategy, self.layout = strategy, layout_of(strategy)
-        self.check_base = True
+        self.check_base, self.keeps_all = True, False
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
@@ -107,10 +110,23 @@ class AdapterCheckpoints:
                 checkpoint[key] = _only_trained(model, checkpoint[key])
         base = to_plain(base_fingerprint(self.layout, model))
         record = describe(model.module) | {"base": base, "optimizers": self._optimizer_names()}
-        checkpoint[RECORD_KEY] = record | ({} if self.untrained is None else {"untrained": self.untrained()})
+        record |= {} if self.untrained is None else {"untrained": self.untrained()}
+        others = of_others(model.module, describe) if self.keeps_all else {}
+        if others:
+            record |= {"adapter": active_adapter(model.module), "names": adapter_names(model.module), "others": others}
+            checkpoint[OTHERS_KEY] = self._others_state(model.module)
+        checkpoint[RECORD_KEY] = record
         with written_at_once(self.strategy, filepath) as place:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
             Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
+
+    def _others_state(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Return what adapters beside the trained one hold: adapter -> name -> the whole tensor."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for place, tensor in self.layout.gather(tensors_of_others(module), lambda place: place).items():
+            _, adapter, name = place.split(".", 2)
+            found.setdefault(adapter, {})[name] = tensor
+        return found
 
     # --- loading
 
@@ -144,7 +160,7 @@ class AdapterCheckpoints:
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         model, state, record = self._model, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
         if record is not None or any(name in state for name in _factor_names(model)):
-            self._load_adapter(model, state, record, strict)
+            self._load_adapter(model, state, record, strict, checkpoint.get(OTHERS_KEY, {}))
         elif model.layers:
             _load_base(self.layout, model, state, strict=strict)
             # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
@@ -158,24 +174,47 @@ class AdapterCheckpoints:
             self.own["load_model_state_dict"](checkpoint, strict=strict)
 
     def _load_adapter(
-        self, model: AdaptedModel, state: Mapping[str, Any], record: Mapping[str, Any] | None, strict: bool
+        self,
+        model: AdaptedModel,
+        state: Mapping[str, Any],
+        record: Mapping[str, Any] | None,
+        strict: bool,
+        others: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         module = model.module
         check_not_merged(module, (record or {}).get("merges", {}))
-        others = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
+        untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        known = [*others, *_metric_states(model)]
+        known = [*untrained, *_metric_states(model)]
         mine = _whole_shapes(self.layout, model.trained)
         problems += mismatches(mine, state, known=known if strict else [*known, *state])
-        brought = {name: tensor for name, tensor in others.items() if name in state}
+        brought = {name: tensor for name, tensor in untrained.items() if name in state}
         problems += other_shapes(_whole_shapes(self.layout, brought), state)
         problems += self._other_base(model, recorded_base(record or {}), state)
-        if problems:
+        beside, values, misfits = self._of_others(module, others, record or {})
+        if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
         self.layout.fill(model.trained | brought, state)
+        self.layout.fill(beside, values)
         before = (record or {}).get("untrained")
         self.untrained = None if before is None else functools.partial(list, before)
         _load_metrics(model, state)
+
+    def _of_others(
+        self, module: nn.Module, others: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+        """Return the tensors of other adapters that a checkpoint fills, the values for them, and what does not fit."""
+        saved, names = record.get("others", {}), {*others, *record.get("others", {})}
+        if not names:
+            return {}, {}, []
+        found = of_others(module, lambda part: record_problems(part, saved.get(active_adapter(part)) or describe(part)))
+        problems = [f"{name!r}: {problem}" for name, each in found.items() for problem in each]
+        if lost := [name for name in record["names"] if name not in adapter_names(module)]:
+            problems.append(f"this module lacks the adapters {listed([*map(repr, lost)])}")
+        there = tensors_of_others(module).items()
+        tensors = {place: tensor for place, tensor in there if place.split(".", 2)[1] in names}
+        values = {other_name(name, key): value for name, own in others.items() for key, value in own.items()}
+        return tensors, values, problems + mismatches(_whole_shapes(self.layout, tensors), values)
 
     def _other_base(self, model: AdaptedModel, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
         """Return how the base differs from the recorded one; what the state itself replaces is not compared."""

@@ -22,17 +22,18 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_lora.adapted_model import AdaptedModel, Root
-from lightning_lora.attachment import Attachment, get_attachment, request, settled
+from lightning_lora.attachment import Attachment, Stored, get_attachment, request, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.modes import freeze_norms
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import allow_missing_base
-from lightning_lora.storage.checkpoint import saved_options
+from lightning_lora.storage.checkpoint import saved_options, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
-from lightning_lora.switching import active_adapter, adapter_names, others_frozen, remove_adapter, set_adapter
+from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
     AVERAGING,
@@ -70,6 +71,7 @@ class Options(Protocol):
 
     config: LoRAConfig
     adapter: str | None
+    save_adapters: str
     merge_on_teardown: bool
     export_dir: str | None
     overwrite: bool
@@ -104,18 +106,20 @@ class FitSession:
         self.options, self.trainer, self.module, self._is_fit = options, trainer, module, is_fit
         self._checkpoints = install_adapter_checkpoints(trainer.strategy)
         self._checkpoints.check_base, self._checkpoints.untrained = options.check_base, None
+        self._checkpoints.keeps_all = options.save_adapters == "all"
         self.layout = self._checkpoints.layout
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
         self._config, self._seed = options.config, int(os.environ.get(_SEED, "0"))
+        self._name, self._stored = self._to_train()
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
         self._averages = ExitStack()  # keeps the base as it is where callbacks average it
-        if options.adapter in adapter_names(module):
-            set_adapter(module, options.adapter)
+        if self._name is not None and self._name in adapter_names(module):
+            set_adapter(module, self._name)
         self._is_new = self._before is None
         self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._has_begun = self._has_succeeded = False
@@ -124,10 +128,22 @@ class FitSession:
             allow_missing_base
         )
 
+    def _to_train(self) -> tuple[str | None, Stored]:
+        """Return the name of the adapter of this run, None for the active one; and all that a checkpoint holds."""
+        name, (saved, stored) = self.options.adapter, stored_adapters(chosen_record(self.trainer))
+        if saved is not None and name not in (None, saved):
+            there = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)])}"
+            raise MisconfigurationException(
+                f"LoRACallback(adapter={name!r}): this run loads a checkpoint that has trained {saved!r} and {there}. "
+                f"Leave adapter out to go on with {saved!r}; or add what you need by load_adapter(module, path, "
+                "adapter=..., name=...), and run without ckpt_path."
+            )
+        return name or saved, stored
+
     @property
     def _before(self) -> Attachment | None:
         """The record of the adapter of this run, if the module has it already."""
-        is_other = self.options.adapter not in (None, active_adapter(self.module))
+        is_other = self._name not in (None, active_adapter(self.module))
         return None if is_other else get_attachment(self.module)
 
     # --- attaching: late enough for the module's layers, early enough for the strategy
@@ -147,7 +163,7 @@ class FitSession:
             self._take_saved_options()
         elif self._is_fit:
             self._say_changed_dropout()
-        request(module, *self._wanted(), self.options.adapter)  # for attach(self) in configure_model
+        request(module, *self._wanted(), self._name, self._stored)  # for attach(self) in configure_model
         self.layout.before_wrapping = None
         if overrides(module, "configure_model"):
             self.layout.before_wrapping = self._attach_before_wrapping
@@ -224,12 +240,15 @@ class FitSession:
         self._attach_now()
 
     def _attach_now(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
-        module, (config, seed), before, name = self.module, self._wanted(), self._before, self.options.adapter
+        module, (config, seed), before, name = self.module, self._wanted(), self._before, self._name
         if before is not None and (before.config, before.seed) == (config, seed) and _is_flattened(module):
             self.layout.attached(module)  # nothing more can be attached
             return
         _convert_layers(module.trainer.precision_plugin, module)
-        report = attach(module, config, seed=seed) if name is None else attach_named(module, name, config, seed=seed)
+        if name is None:
+            report = attach(module, config, seed=seed)
+        else:
+            report = attach_named(module, name, config, seed=seed, stored=self._stored)
         self._others.close()
         self._others.enter_context(others_frozen(module))
         self._coverage = coverage(module)

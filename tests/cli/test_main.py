@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach
 from lightning_lora.cli import main
 from lightning_lora.cli.commands import COMMANDS
-from tests.files import run
+from tests.files import run, write_checkpoint
 from tests.peft_format.kinds import WARNED
+from tests.toys import Toy, loader, trainer
 
 pytestmark = WARNED
 
@@ -184,3 +186,50 @@ print("seconds", time.process_time() - started)
         return float(outcome.stdout.split()[-1])
 
     assert any(seconds() < 0.3 for _ in range(3))  # again only where something has slowed it down
+
+
+# --- checkpoints of several adapters
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a checkpoint of two adapters, of which 'second' was trained."""
+    path, module = tmp_path_factory.mktemp("several") / "several.ckpt", Toy()
+    add_adapter(module, "first", LoRAConfig(rank=3))
+    run_of = trainer(LoRACallback(adapter="second", save_adapters="all", rank=2), max_steps=1)
+    run_of.fit(module, loader())
+    run_of.save_checkpoint(path)
+    return path
+
+
+def test_inspect_lists_the_adapters_of_a_checkpoint(several: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", several) == 0
+    assert "adapters in it: 'first', 'second'; this is 'second', the trained one" in capsys.readouterr().out
+    assert run("inspect", several, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["adapter"], found["adapters"]) == ("second", ["first", "second"])
+    assert {layer["rank"] for layer in found["layers"]} == {2}
+
+
+@pytest.mark.parametrize("command", ["diff", "combine", "export", "report", "scale"])
+def test_commands_say_which_adapter_of_a_checkpoint_they_are_about(
+    command: str, several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more: dict[str, list[object]] = {
+        "diff": [several],
+        "combine": ["--weights", "1", "--out", tmp_path / "out"],
+        "export": [tmp_path / "out"],
+        "scale": ["2", "--out", tmp_path / "out"],
+    }
+    assert run(command, several, *more.get(command, [])) == 0
+    assert f"{several} holds the adapters 'first', 'second'; this is about 'second'" in capsys.readouterr().err
+
+
+def test_commands_say_nothing_of_a_single_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = Toy()
+    attach(module, LoRAConfig(rank=2))
+    path = write_checkpoint(module, tmp_path / "one.ckpt")
+    assert run("inspect", path) == run("diff", path, path) == 0
+    shown = capsys.readouterr()
+    assert "adapters in it" not in shown.out
+    assert not shown.err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import log_softmax
 
 from lightning_lora import (
@@ -56,16 +58,19 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             super().__init__(**(quiet | {"devices": 1, "enable_model_summary": False} | options))
 
     folder, other = tmp_path_factory.mktemp("page"), LitModel()
-    run = trainer(LoRACallback(rank=1))
+    run = trainer(LoRACallback(rank=3))
     run.fit(other, loader())
     run.save_checkpoint(folder / "adapter.ckpt")
     torch.manual_seed(0)
     found: dict[str, Any] = {"LitModel": LitModel, "german_loader": loader(), "sst2_loader": loader(shuffle=True)}
     found |= {"x": torch.randn(3, FEATURES), "four_samples": torch.randn(4, FEATURES), "log_prob": log_prob}
     found |= {"chosen": torch.randn(5, FEATURES), "rejected": torch.randn(5, FEATURES)}
-    with pytest.MonkeyPatch.context() as patch:
+    torch.compiler.reset()
+    found["graphs"] = CompileCounter()
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch():  # which restores all of its settings
         patch.chdir(folder)
         patch.setattr("lightning.pytorch.Trainer", QuietTrainer)
+        patch.setattr("torch.compile", partial(torch.compile, backend=found["graphs"]))
         for block in BLOCKS:
             exec(block, found)
     return found
@@ -76,6 +81,12 @@ def test_adapters_are_those_that_the_page_lists(names: dict[str, Any]):
     assert torch.equal(names["base_prediction"], LitModel()(names["x"]))
     with using(names["model"], "sst2"):
         assert torch.equal(names["sst2_prediction"], names["model"](names["x"]))
+
+
+def test_the_compiled_model_has_two_graphs_for_three_ranks(names: dict[str, Any]):
+    assert names["graphs"].frame_count == 2
+    with using(names["model"], "third"):
+        torch.testing.assert_close(names["prediction"], names["model"](names["x"]))
 
 
 def test_routed_samples_have_their_adapters(names: dict[str, Any]):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_lora import (
@@ -16,10 +17,13 @@ from lightning_lora import (
     adapter_state_dict,
     add_adapter,
     load_adapter,
+    load_adapter_state_dict,
     lora_layers,
+    save_adapter,
     set_adapter,
     using,
 )
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.callback import LoRAConfig
 from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
 
@@ -134,3 +138,203 @@ def test_other_options_for_a_present_name_are_refused():
     add_adapter(module, "mine", LoRAConfig(**OPTIONS))
     with pytest.raises(ValueError, match=r"rank: 2 -> 4.*for 'mine', or another name"):
         fit(module, LoRACallback(adapter="mine", **OPTIONS | {"rank": 4}))
+
+
+# --- checkpoints of all adapters
+
+SET: dict[str, dict[str, Any]] = {
+    "plain": {"rank": 1, "target_modules": ["net.0"]},
+    "headed": OPTIONS | {"rank": 3, "bias": "lora_only"},
+    "dora": {"rank": 2, "use_dora": True, "init": "gaussian"},
+}
+
+
+def several(kind: type[Toy] = Toy) -> Toy:
+    """Return a module with adapters before and behind the one that ``all_of`` trains, none of them as it started."""
+    module = kind()
+    generator = torch.Generator().manual_seed(3)
+    for name in ("plain", "mine", "headed", "dora"):
+        add_adapter(module, name, LoRAConfig(**SET.get(name, OPTIONS)))
+        with using(module, name):
+            values = {k: torch.randn(v.shape, generator=generator) for k, v in adapter_state_dict(module).items()}
+            load_adapter_state_dict(module, values)
+    return module
+
+
+def all_of(**options: Any) -> LoRACallback:
+    return LoRACallback(adapter="mine", save_adapters="all", **OPTIONS, **options)
+
+
+def configs(module: Toy) -> dict[str, Any]:
+    found = {}
+    for name in adapter_names(module):
+        with using(module, name):
+            found[name] = AdaptedModel(module).roots[0].attachment.config.to_dict()
+    return found
+
+
+@pytest.fixture(scope="module")
+def all_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, Path]:
+    module, folder = several(), tmp_path_factory.mktemp("all")
+    fit(module, all_of(), ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1), max_steps=4, root=folder)
+    [path] = folder.glob("*.ckpt")
+    return module, path
+
+
+def test_a_checkpoint_of_all_adapters_gives_back_the_whole_set_in_a_fresh_module(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    for kind in (Toy, BuiltInSetup, BuiltInConfigureModel):
+        for callback in (LoRACallback(), all_of()):
+            resumed = kind()
+            fit(resumed, callback, path=str(path), max_steps=4)  # no step is left
+            assert adapter_names(resumed) == ["plain", "mine", "headed", "dora"]
+            assert active_adapter(resumed) == "mine"
+            assert configs(resumed) == configs(module)
+            for name in adapter_names(module):
+                assert same(state(resumed, name), state(module, name))
+
+
+def test_training_goes_on_from_a_checkpoint_of_all_adapters_as_if_it_had_never_stopped(all_saved: tuple[Toy, Path]):
+    _, path = all_saved
+    whole, resumed = several(), Toy()
+    fit(whole, all_of(), max_steps=8)
+    fit(resumed, all_of(), path=str(path), max_steps=8)
+    for name in adapter_names(whole):
+        assert same(state(resumed, name), state(whole, name))
+    with using(resumed, None):  # the base, with its head
+        now = resumed.state_dict()
+        assert all(torch.equal(now[name], value) for name, value in Toy().state_dict().items())
+
+
+def test_resuming_puts_saved_values_into_adapters_that_are_there_already(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    resumed = Toy()
+    for name in ("extra", "dora", "mine"):
+        add_adapter(resumed, name, LoRAConfig(**SET.get(name, OPTIONS)))
+    extra = state(resumed, "extra")
+    fit(resumed, all_of(), path=str(path), max_steps=4)
+    assert adapter_names(resumed) == ["extra", "dora", "mine", "plain", "headed"]
+    assert all(same(state(resumed, name), state(module, name)) for name in adapter_names(module))
+    assert same(state(resumed, "extra"), extra)
+
+
+def test_evaluation_restores_the_whole_set(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    tested = Toy()
+    run = trainer(LoRACallback())
+    run.test(tested, loader(), ckpt_path=str(path), verbose=False)
+    assert all(same(state(tested, name), state(module, name)) for name in adapter_names(module))
+
+
+def test_an_adapter_with_other_options_than_in_the_checkpoint_is_refused(all_saved: tuple[Toy, Path]):
+    module = Toy()
+    add_adapter(module, "dora", LoRAConfig(**SET["dora"] | {"rank": 4}))
+    with pytest.raises(ValueError, match=r"rank: 4 -> 2.*'dora'"):
+        fit(module, all_of(), path=str(all_saved[1]), max_steps=4)
+    assert adapter_names(module) == ["dora"]
+
+
+def test_another_adapter_than_the_trained_one_cannot_resume(all_saved: tuple[Toy, Path]):
+    with pytest.raises(MisconfigurationException, match=r"adapter='dora'.*trained 'mine'.*load_adapter"):
+        fit(Toy(), LoRACallback(adapter="dora"), path=str(all_saved[1]), max_steps=4)
+
+
+def test_damaged_tensors_of_another_adapter_are_refused_before_anything_changes(
+    all_saved: tuple[Toy, Path], tmp_path: Path
+):
+    content = torch.load(all_saved[1], weights_only=True)
+    content["lightning_lora_others"]["dora"].pop("net.0.lora.A")
+    torch.save(content, tmp_path / "damaged.ckpt")
+    module = several()
+    before = {name: state(module, name) for name in adapter_names(module)}
+    with pytest.raises(ValueError, match=r"missing from the state: .*dora.*net\.0\.lora\.A"):
+        fit(module, all_of(), path=str(tmp_path / "damaged.ckpt"), max_steps=4)
+    assert all(same(state(module, name), was) for name, was in before.items())
+
+
+def test_saving_all_of_one_adapter_writes_the_same_bytes_as_saving_the_trained_one(tmp_path: Path):
+    for choice in ("trained", "all"):
+        fit(Toy(), LoRACallback(save_adapters=choice, **OPTIONS)).save_checkpoint(tmp_path / f"{choice}.ckpt")
+    assert (tmp_path / "all.ckpt").read_bytes() == (tmp_path / "trained.ckpt").read_bytes()
+
+
+def test_what_a_checkpoint_of_all_adapters_has_more_is_apart_from_the_trained_one(
+    all_saved: tuple[Toy, Path], tmp_path: Path
+):
+    module, path = all_saved
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1)
+    fit(several(), LoRACallback(adapter="mine", **OPTIONS), saved, max_steps=4, root=tmp_path)
+    one, all_ = (torch.load(each, weights_only=True) for each in (*tmp_path.glob("*.ckpt"), path))
+    assert same(one["state_dict"], all_["state_dict"])
+    assert all_["lightning_lora"].keys() - one["lightning_lora"].keys() == {"adapter", "names", "others"}
+    assert {key: all_["lightning_lora"][key] for key in one["lightning_lora"]} == one["lightning_lora"]
+    assert all(same(all_["lightning_lora_others"][name], state(module, name)) for name in SET)
+
+
+def test_an_unknown_choice_of_adapters_to_save_is_refused():
+    with pytest.raises(ValueError, match=r"save_adapters='every' is unknown; choose one of 'trained', 'all'"):
+        LoRACallback(save_adapters="every")  # type: ignore[arg-type]
+
+
+# --- one of the adapters in a file
+
+
+@pytest.mark.parametrize("load", ["load_adapter", "load_adapter beside", "add_adapter"])
+def test_each_adapter_of_a_checkpoint_loads_alone(load: str, all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    for name in (None, *adapter_names(module)):
+        loaded = Toy()
+        if load == "load_adapter":
+            load_adapter(loaded, path, adapter=name)
+        elif load == "add_adapter":
+            add_adapter(loaded, "new", path, adapter=name)
+        else:
+            load_adapter(loaded, path, adapter=name, name="new")
+        assert same(adapter_state_dict(loaded), state(module, name or "mine"))
+        assert AdaptedModel(loaded).roots[0].attachment.config.to_dict() == configs(module)[name or "mine"]
+
+
+def test_an_adapter_of_a_checkpoint_loads_again_over_itself(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    loaded = Toy()
+    for _ in range(2):  # the second time the head that it trains is not the base's any more
+        load_adapter(loaded, path, adapter="headed")
+    assert same(adapter_state_dict(loaded), state(module, "headed"))
+
+
+def test_an_adapter_of_a_checkpoint_is_not_loaded_into_another_base(all_saved: tuple[Toy, Path]):
+    other = Toy()
+    with torch.no_grad():
+        other.net[0].weight.add_(1)
+    with pytest.raises(ValueError, match="different base"):
+        load_adapter(other, all_saved[1], adapter="dora")
+    assert adapter_names(other) == []
+
+
+def test_unknown_adapters_of_a_file_are_refused_with_those_that_it_holds(all_saved: tuple[Toy, Path], tmp_path: Path):
+    module, path = all_saved
+    with pytest.raises(
+        ValueError, match=r"no adapter 'doro'. Did you mean 'dora'\? It holds 'plain', 'mine', .*trained"
+    ):
+        load_adapter(Toy(), path, adapter="doro")
+    fit(Toy(), LoRACallback(**OPTIONS)).save_checkpoint(tmp_path / "one.ckpt")
+    with pytest.raises(ValueError, match=r"no adapter 'mine'.*single one.*leave adapter out"):
+        load_adapter(Toy(), tmp_path / "one.ckpt", adapter="mine")
+    with using(module, "dora"):
+        save_adapter(module, tmp_path / "directory")
+    with pytest.raises(ValueError, match=r"adapter='dora'.*directory, which holds one"):
+        load_adapter(Toy(), tmp_path / "directory", adapter="dora")
+    with pytest.raises(ValueError, match=r"adapter='dora'.*source is a LoRAConfig"):
+        add_adapter(Toy(), "new", LoRAConfig(), adapter="dora")
+
+
+@pytest.mark.parametrize("damage", ["missing tensors", "missing options"])
+def test_a_file_without_one_of_its_adapters_says_so(damage: str, all_saved: tuple[Toy, Path], tmp_path: Path):
+    content = torch.load(all_saved[1], weights_only=True)
+    place = content["lightning_lora_others"] if damage == "missing tensors" else content["lightning_lora"]["others"]
+    del place["dora"]
+    torch.save(content, tmp_path / "damaged.ckpt")
+    with pytest.raises(ValueError, match="malformed"):
+        load_adapter(Toy(), tmp_path / "damaged.ckpt", adapter="dora")
+    with pytest.raises(ValueError, match="dora"):
+        fit(Toy(), all_of(), path=str(tmp_path / "damaged.ckpt"), max_steps=4)
