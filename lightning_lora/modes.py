@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +27,7 @@ from lightning_lora.layers import (
     release_statistics,
 )
 from lightning_lora.names import clean_name, join, listed
+from lightning_lora.ops.checkpointing import entered
 from lightning_lora.ops.eager import without_autocast
 from lightning_lora.sharding import copy_whole, is_sharded
 
@@ -58,7 +60,8 @@ def merged(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
 def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
     """Compute with the bare base model, bit for bit, and switch the adapters back on afterwards.
 
-    Modules trained in full are not affected.
+    Modules trained in full are not affected. A backward pass after the block that computes layers again (activation
+    checkpointing) does so without the adapters, too.
 
     Args:
         module: An adapted module.
@@ -70,6 +73,13 @@ def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
     model = AdaptedModel(module)
     if not missing_ok:
         model.check_adapted("disabled")
+    with entered(partial(_switched_off, module)):
+        yield
+
+
+@contextmanager
+def _switched_off(module: nn.Module) -> Iterator[None]:
+    model = AdaptedModel(module)
     with _modes(model.layers, lambda _: "disabled"), _base_values(model):
         yield
 
@@ -78,8 +88,8 @@ def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
 def scaled(module: nn.Module, factor: float) -> Iterator[None]:
     """Compute with the update times a factor; 0 is the base, bit for bit, and a negative factor subtracts the update.
 
-    Modules trained in full are not affected. ``merge`` and ``merged`` inside the block fold the scaled update. With
-    activation checkpointing, call ``backward`` inside the block, too.
+    Modules trained in full are not affected. ``merge`` and ``merged`` inside the block fold the scaled update. A
+    backward pass after the block that computes layers again (activation checkpointing) does so with the same factor.
 
     Args:
         module: An adapted module; of several adapters, the active one is scaled.
@@ -106,7 +116,13 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
             f"scaled: the update of {listed(odd)} is not proportional to its scaling (DoRA, or tokens trained in "
             "full), so only 0 and 1 are possible."
         )
-    before = [(adapter, adapter.spec) for adapter in model.adapters.values()]
+    with entered(partial(_multiplied, module, factor)):
+        yield
+
+
+@contextmanager
+def _multiplied(module: nn.Module, factor: float) -> Iterator[None]:
+    before = [(adapter, adapter.spec) for adapter in AdaptedModel(module).adapters.values()]
     try:
         for adapter, spec in before:
             adapter.spec = spec._replace(scaling=factor * spec.scaling)

@@ -88,7 +88,8 @@ class Several:
 
     def __post_init__(self) -> None:
         _records.add(self)
-        restore_in_recomputation(_states)  # or gradients would reach the adapter that is active by then
+        # Or gradients would reach the adapter that is active by then. First, since no mode spans a switch.
+        restore_in_recomputation(_states, first=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copied or unpickled module
         vars(self).update(state)

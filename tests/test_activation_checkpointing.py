@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach, set_adapter, using
+from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach, disabled, scaled, set_adapter, using
 from tests.contract import train_all
 from tests.toys import FEATURES, loader, trainer
 
@@ -288,3 +290,104 @@ def test_gradients_reach_the_adapter_in_use_if_backward_is_inside(runs: Runs) ->
             found.append([block[0].lora.A.grad, block[2].lora.B.grad])
         assert block[0].lora.A.grad is None
     torch.testing.assert_close(found[1], found[0])
+
+
+def a_half(module: nn.Module) -> Any:
+    return scaled(module, 0.5)
+
+
+def neither(_: nn.Module) -> Any:
+    return nullcontext()
+
+
+@each_kind
+@pytest.mark.parametrize("of_backward", [neither, disabled, a_half])
+@pytest.mark.parametrize("of_forward", [neither, disabled, a_half, "nested", "of another adapter"])
+def test_recomputation_has_the_mode_of_the_forward_pass(runs: Runs, of_forward: Any, of_backward: Any) -> None:
+    found = []
+    for run in (plainly, runs):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH)).double()
+        for name in ("first", "second"):
+            add_adapter(block, name, LoRAConfig(rank=2, bias="lora_only"))
+            with using(block, name):
+                train_all(block, torch.Generator().manual_seed(1))
+        inputs = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+        with ExitStack() as stack:
+            if of_forward == "nested":
+                stack.enter_context(scaled(block, 0.5))
+                stack.enter_context(scaled(block, -3.0))
+            elif of_forward == "of another adapter":
+                stack.enter_context(using(block, "second"))
+                stack.enter_context(scaled(block, 0.5))
+            else:
+                stack.enter_context(of_forward(block))
+            loss = run(block, inputs).square().sum()
+        if of_forward == "of another adapter" and of_backward is not neither and run is not plainly:
+            continue  # the adapters cannot be switched inside a mode
+        with of_backward(block):
+            loss.backward()
+        found.append({name: p.grad for name, p in block.named_parameters()} | {"inputs": inputs.grad})
+    assert all(each.keys() == found[0].keys() for each in found)
+    for each in found[1:]:
+        for name, gradient in found[0].items():
+            assert (gradient is None) == (each[name] is None), name
+            assert gradient is None or torch.allclose(each[name], gradient), name
+
+
+def test_a_mode_is_left_as_it_was_entered_when_blocks_are_computed_again() -> None:
+    stack, truth = Stack(non_reentrant), Stack(plainly)
+    for module in (stack, truth):
+        attach(module, LoRAConfig(rank=2))
+        train_all(module, torch.Generator().manual_seed(1))
+    x = torch.randn(4, FEATURES, dtype=torch.float64)
+    with disabled(stack):  # from the first mode on, forward passes are noted
+        pass
+    loss = stack(x).sum()
+    with scaled(stack, 0.5), disabled(stack):
+        loss.backward()
+        with disabled(truth):
+            torch.testing.assert_close(stack(x), truth(x))
+    torch.testing.assert_close(stack(x), truth(x))
+
+
+@each_kind
+def test_another_thread_computes_again_in_the_mode_of_the_forward_pass(runs: Runs) -> None:
+    found = []
+    for run in (plainly, runs):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        attach(block, LoRAConfig(rank=2))
+        train_all(block, torch.Generator().manual_seed(1))
+        inputs = torch.ones(4, WIDTH, requires_grad=True)
+        with scaled(block, 0.5):
+            loss = run(block, inputs).sum()
+            thread = threading.Thread(target=loss.backward)  # as autograd does for a GPU
+            thread.start()
+            thread.join()
+        found.append(inputs.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_threads_enter_and_leave_modes_of_their_own_modules() -> None:
+    modules = [nn.Linear(WIDTH, WIDTH) for _ in range(2)]
+    entered, left = threading.Event(), threading.Event()
+    for module in modules:
+        attach(module, LoRAConfig(rank=2))
+        train_all(module, torch.Generator().manual_seed(1))
+    seen: list[str] = []
+
+    def second() -> None:
+        with disabled(modules[1]):
+            entered.set()
+            left.wait(60)
+            seen.append(modules[1].lora_mode)
+
+    thread = threading.Thread(target=second)
+    with disabled(modules[0]):
+        thread.start()
+        entered.wait(60)
+    left.set()
+    thread.join()
+    assert seen == ["disabled"]
+    assert [module.lora_mode for module in modules] == ["active", "active"]

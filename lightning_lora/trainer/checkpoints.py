@@ -37,6 +37,7 @@ from lightning_lora.state import (
     tensors_of_others,
 )
 from lightning_lora.storage.checkpoint import OTHERS_KEY, RECORD_KEY, checked_checkpoint, recorded_base
+from lightning_lora.trainer.checks import check_same_adapters
 from lightning_lora.trainer.lightning_patches import with_twins
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
@@ -82,6 +83,7 @@ class AdapterCheckpoints:
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the state to save: adapters, what trains in full, moving statistics and metric states."""
+        check_same_adapters(module_of(self.strategy))
         model = self._model
         model.check_unchanged()
         if not model.layers:

@@ -8,19 +8,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import FAMILIES
 from lightning_lora.layers import base_parameter, has_running_statistics
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
@@ -126,6 +128,24 @@ def check_unchanged(model: AdaptedModel) -> None:
     if changed := model.changed():
         raise MisconfigurationException(changed)
     _check_declared(model)
+
+
+def check_same_adapters(module: nn.Module) -> None:
+    """Refuse processes that have other adapters than the rest, or another active one; every process must call this.
+
+    Raises:
+        RuntimeError: Its message says, in every process, what each has.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (active_adapter(module), adapter_names(module)))
+    if any(each != everywhere[0] for each in everywhere):
+        found = [f"rank {rank}: {active!r} of {names}" for rank, (active, names) in enumerate(everywhere)]
+        raise RuntimeError(
+            f"The processes of this run have different adapters, or different active ones ({listed(found)}). Call "
+            "add_adapter, set_adapter and using with the same names, in the same order, in every process."
+        )
 
 
 def check_allowed(entries: Sequence[str], model: AdaptedModel) -> None:

@@ -42,6 +42,7 @@ from lightning_lora.trainer.checks import (
     check_allowed,
     check_before_training,
     check_finite,
+    check_same_adapters,
     check_trained,
     check_unchanged,
     warn_of_still_norms,
@@ -255,6 +256,7 @@ class FitSession:
         self.layout.attached(module)
         if self._is_first:
             self._is_first = False
+            check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             self._begin()
@@ -347,6 +349,7 @@ class FitSession:
         if self._has_begun:
             return
         self._has_begun = True
+        check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))
         warn_of_still_norms(self.module)  # here, as hooks of the module may set modes until now
         if self.options.probe:
