@@ -409,8 +409,8 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
 # --- afterwards, and before evaluating: adapters that were never trained
 
 
-def warn_of_still_norms(module: LightningModule) -> None:
-    """Warn of norms whose statistics ``frozen_norm="track"`` cannot move, because their mode is eval."""
+def warn_of_eval_mode(module: LightningModule) -> None:
+    """Warn of options that do nothing in eval mode, which Lightning keeps: ``frozen_norm="track"`` and ``dropout``."""
     for root in AdaptedModel(module).roots:
         trained = {id(part) for part in root.trained_modules()}
         still = [
@@ -423,6 +423,14 @@ def warn_of_still_norms(module: LightningModule) -> None:
                 f"LoRA: frozen_norm='track' moves no statistics of {listed(still)}, which are in eval mode, and "
                 "Lightning keeps the mode. Call model.train() before the fit."
             )
+    adapters = AdaptedModel(module).adapters.items()
+    dropping = {name: each for name, each in adapters if each.spec.dropout and each.drops_input}
+    if idle := [name for name, each in dropping.items() if not each.training]:
+        rank_zero_warn(
+            f"LoRA: dropout={dropping[idle[0]].spec.dropout:g} drops nothing in the adapters of {listed(idle)}, which "
+            "are in eval mode, as from_pretrained leaves a model, and Lightning keeps the mode. Call model.train() "
+            "before the fit, or set dropout=0."
+        )
 
 
 def warn_if_untrained(layout: Layout, module: LightningModule) -> None:
