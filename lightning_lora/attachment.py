@@ -131,6 +131,8 @@ class Attachment:
             frozen norms, and biases.
         untied: Weights that got a copy of their own -> what they were tied to.
         starts: Values before training of what trains in full, if it was attached inside ``keeping_starts``.
+        moved: Names of buffers of the base that training has changed by itself, such as a queue of negatives.
+        buffers: Values before training of the base's buffers, if ``fresh`` fits need them.
         name: Its name among several adapters; None while it is the only one.
     """
 
@@ -141,6 +143,8 @@ class Attachment:
     base_values: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     starts: dict[str, Tensor] = field(default_factory=dict)
+    moved: set[str] = field(default_factory=set)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     name: str | None = None
 
 

@@ -21,6 +21,7 @@ from lightning_lora.state import (
     check_base_values,
     check_not_merged,
     copy_adapter_state,
+    fill_buffers,
     load_adapter_state_dict,
     record_problems,
 )
@@ -166,6 +167,7 @@ def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: boo
         if not file.tensors.keys() <= known:  # states of metrics, say; walking all that a model would save takes longer
             known = module.state_dict().keys()
         copy_adapter_state(model, file.tensors, known)
+        fill_buffers(model, file.record.get("buffers", {}))
         undo.pop_all()
     return reports[0]
 

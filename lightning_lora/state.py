@@ -223,3 +223,86 @@ def allow_missing_base(module: nn.Module, incompatible: Any) -> None:
     base = {clean_name(name) for name in module.state_dict()} - required
     missing = incompatible.missing_keys
     missing[:] = [name for name in missing if not {clean_name(name), clean_name(name).removeprefix("module.")} & base]
+
+
+# --- buffers of the base that training changes by itself
+
+
+class BufferWatch:
+    """Finds the buffers of the base that the module's own code changes in training, such as a queue or a codebook.
+
+    They belong to no adapter, but a resumed run needs them. Buffers that are not persistent are left out, as from
+    every checkpoint. Their values are compared by checksums, because DDP writes even to buffers that stay the same.
+
+    Args:
+        module: The adapted module, before its training begins.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        buffers = base_buffers(AdaptedModel(module))
+        self._before = {name: (buffer, _version(buffer), _checksum(buffer)) for name, buffer in buffers.items()}
+
+    def moved(self) -> dict[str, Tensor]:
+        """Return the buffers that have changed since, and those that an earlier training had changed."""
+        model = AdaptedModel(self.module)
+        buffers = base_buffers(model)
+        changed = {name for name, buffer in buffers.items() if not self._is_same(name, buffer)}
+        for root in model.roots[:1]:
+            root.attachment.moved |= changed
+            changed = root.attachment.moved
+        return {name: buffer for name, buffer in buffers.items() if name in changed}
+
+    def _is_same(self, name: str, buffer: Tensor) -> bool:
+        before, version, checksum = self._before.get(name, (None, None, None))
+        is_untouched = before is buffer and version is not None and version == _version(buffer)
+        return is_untouched or checksum == _checksum(buffer)
+
+
+def base_buffers(model: AdaptedModel) -> dict[str, Tensor]:
+    """Return the persistent buffers that belong to no adapter, nor to what trains in full."""
+    return {
+        name: buffer
+        for name, (part, key) in _buffer_places(model).items()
+        if name not in model.trained and type(buffer := part._buffers[key]) is Tensor
+    }
+
+
+def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
+    """Put saved values into buffers of the base; they may have grown since the module was built."""
+    places = _buffer_places(model) if values else {}
+    with torch.no_grad():
+        for name, value in values.items():
+            part, key = places.get(name, (None, ""))
+            if part is None:  # it was left out of this module
+                continue
+            buffer = part._buffers[key]
+            if buffer is not None and buffer.shape == value.shape:
+                buffer.copy_(value)
+            else:
+                part._buffers[key] = value.to(buffer).clone() if buffer is not None else value.clone()
+    for root in model.roots[:1]:
+        root.attachment.moved |= values.keys() & places.keys()
+
+
+def _buffer_places(model: AdaptedModel) -> dict[str, tuple[nn.Module, str]]:
+    """Return where the persistent buffers are: name -> module and key."""
+    return {
+        join(path, key): (part, key)
+        for path, part in model.parts
+        for key in part._buffers.keys() - part._non_persistent_buffers_set
+    }
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
+
+
+def _checksum(tensor: Tensor) -> tuple[object, ...]:
+    """Return what differs between two values of a buffer, without a copy of it."""
+    if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided or not tensor.numel():
+        return tuple(tensor.shape), tensor.dtype
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    # Alternating parts, so that an exchange of values is seen.
+    sums = [int(octets[start::3].sum(dtype=torch.int64)) for start in range(3)]
+    return tuple(tensor.shape), tensor.dtype, *sums

@@ -429,6 +429,7 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
     record = Attachment(config, seed, report, untied=dict(plan.untied))
     if old is not None:
         record.required_grad, record.base_values, record.starts = old.required_grad, old.base_values, old.starts
+        record.moved, record.buffers = old.moved, old.buffers
         record.untied |= old.untied
         record.name = old.name
     return record

@@ -27,8 +27,10 @@ from lightning_lora.names import clean_name, join, listed, walk
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
+    BufferWatch,
     check_not_merged,
     describe,
+    fill_buffers,
     mismatch_message,
     mismatches,
     other_name,
@@ -37,6 +39,7 @@ from lightning_lora.state import (
     tensors_of_others,
 )
 from lightning_lora.storage.checkpoint import OTHERS_KEY, RECORD_KEY, checked_checkpoint, recorded_base
+from lightning_lora.trainer.checks import check_same_adapters
 from lightning_lora.trainer.lightning_patches import with_twins
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
@@ -68,6 +71,7 @@ class AdapterCheckpoints:
         self.strategy, self.layout = strategy, layout_of(strategy)
         self.check_base, self.keeps_all = True, False
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
+        self.buffers: BufferWatch | None = None  # of the base, from when training began
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
             setattr(strategy, name, getattr(self, name))
@@ -82,6 +86,7 @@ class AdapterCheckpoints:
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the state to save: adapters, what trains in full, moving statistics and metric states."""
+        check_same_adapters(module_of(self.strategy))
         model = self._model
         model.check_unchanged()
         if not model.layers:
@@ -115,6 +120,8 @@ class AdapterCheckpoints:
         if others:
             record |= {"adapter": active_adapter(model.module), "names": adapter_names(model.module), "others": others}
             checkpoint[OTHERS_KEY] = self._others_state(model.module)
+        if self.buffers is not None and (moved := self.buffers.moved()):
+            record["buffers"] = {name: buffer.detach().clone() for name, buffer in moved.items()}
         checkpoint[RECORD_KEY] = record
         with written_at_once(self.strategy, filepath) as place:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
@@ -196,6 +203,7 @@ class AdapterCheckpoints:
             raise ValueError(mismatch_message(type(module).__name__, problems))
         self.layout.fill(model.trained | brought, state)
         self.layout.fill(beside, values)
+        fill_buffers(model, (record or {}).get("buffers", {}))
         before = (record or {}).get("untrained")
         self.untrained = None if before is None else functools.partial(list, before)
         _load_metrics(model, state)

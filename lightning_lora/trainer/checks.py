@@ -8,19 +8,21 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import FAMILIES
 from lightning_lora.layers import base_parameter, has_running_statistics
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
@@ -126,6 +128,24 @@ def check_unchanged(model: AdaptedModel) -> None:
     if changed := model.changed():
         raise MisconfigurationException(changed)
     _check_declared(model)
+
+
+def check_same_adapters(module: nn.Module) -> None:
+    """Refuse processes that have other adapters than the rest, or another active one; every process must call this.
+
+    Raises:
+        RuntimeError: Its message says, in every process, what each has.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, (active_adapter(module), adapter_names(module)))
+    if any(each != everywhere[0] for each in everywhere):
+        found = [f"rank {rank}: {active!r} of {names}" for rank, (active, names) in enumerate(everywhere)]
+        raise RuntimeError(
+            f"The processes of this run have different adapters, or different active ones ({listed(found)}). Call "
+            "add_adapter, set_adapter and using with the same names, in the same order, in every process."
+        )
 
 
 def check_allowed(entries: Sequence[str], model: AdaptedModel) -> None:
@@ -389,8 +409,8 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
 # --- afterwards, and before evaluating: adapters that were never trained
 
 
-def warn_of_still_norms(module: LightningModule) -> None:
-    """Warn of norms whose statistics ``frozen_norm="track"`` cannot move, because their mode is eval."""
+def warn_of_eval_mode(module: LightningModule) -> None:
+    """Warn of options that do nothing in eval mode, which Lightning keeps: ``frozen_norm="track"`` and ``dropout``."""
     for root in AdaptedModel(module).roots:
         trained = {id(part) for part in root.trained_modules()}
         still = [
@@ -403,6 +423,14 @@ def warn_of_still_norms(module: LightningModule) -> None:
                 f"LoRA: frozen_norm='track' moves no statistics of {listed(still)}, which are in eval mode, and "
                 "Lightning keeps the mode. Call model.train() before the fit."
             )
+    adapters = AdaptedModel(module).adapters.items()
+    dropping = {name: each for name, each in adapters if each.spec.dropout and each.drops_input}
+    if idle := [name for name, each in dropping.items() if not each.training]:
+        rank_zero_warn(
+            f"LoRA: dropout={dropping[idle[0]].spec.dropout:g} drops nothing in the adapters of {listed(idle)}, which "
+            "are in eval mode, as from_pretrained leaves a model, and Lightning keeps the mode. Call model.train() "
+            "before the fit, or set dropout=0."
+        )
 
 
 def warn_if_untrained(layout: Layout, module: LightningModule) -> None:

@@ -31,6 +31,7 @@ _UNUSED = "Expected to have finished reduction in the prior iteration"
 _TWICE = "mark a variable ready only once"
 _SPARSE = "SparseAdam does not support dense gradients"
 _CUT = "does not require grad and does not have a grad_fn"
+_DOTTED = 't contain "."'  # of a KeyError, which shows its apostrophe escaped
 
 
 class Coverage(NamedTuple):
@@ -127,6 +128,11 @@ def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
         exception.args = (
             f"{text}\nLoRA: the factors of an adapted embedding have dense gradients, also with sparse=True. Use Adam "
             "or AdamW.",
+        )
+    elif _DOTTED in text and model.adapters:
+        exception.args = (
+            f"{text}\nLoRA: parallelize_module cannot divide layers that carry adapters already. Call attach(self) "
+            "and, for other adapters, add_adapter(self, ...) after it in configure_model.",
         )
     elif _CUT in text and model.adapters:
         exception.args = (

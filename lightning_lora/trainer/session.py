@@ -30,7 +30,7 @@ from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded
-from lightning_lora.state import allow_missing_base
+from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, fill_buffers
 from lightning_lora.storage.checkpoint import saved_options, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
@@ -42,9 +42,10 @@ from lightning_lora.trainer.checks import (
     check_allowed,
     check_before_training,
     check_finite,
+    check_same_adapters,
     check_trained,
     check_unchanged,
-    warn_of_still_norms,
+    warn_of_eval_mode,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
@@ -197,6 +198,7 @@ class FitSession:
         if adapter.name is None or not others:
             detach(self.module)
             Root("", self.module, adapter).put(adapter.starts)
+            fill_buffers(AdaptedModel(self.module), adapter.buffers)
         else:
             set_adapter(self.module, others[0])
             remove_adapter(self.module, adapter.name)
@@ -253,6 +255,7 @@ class FitSession:
         self.layout.attached(module)
         if self._is_first:
             self._is_first = False
+            check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             self._begin()
@@ -269,7 +272,9 @@ class FitSession:
                     "LoRACallback(fresh=True) starts every fit anew."
                 )
         if self.options.fresh and self._is_new and (attachment := get_attachment(module)) is not None:
-            attachment.starts = {name: each.detach().clone() for name, each in AdaptedModel(module).in_full.items()}
+            model = AdaptedModel(module)
+            attachment.starts = {name: each.detach().clone() for name, each in model.in_full.items()}
+            attachment.buffers = {name: each.detach().clone() for name, each in base_buffers(model).items()}
         if path is not None and self._is_new and resumed is None:
             with gathered_parameters(module):
                 start = start_from(module, path, check_base=self.options.check_base)
@@ -331,6 +336,7 @@ class FitSession:
         self.gradients.close()
         self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
         self._checkpoints.untrained = self.gradients.untrained
+        self._checkpoints.buffers = BufferWatch(self.module)
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
         if self.options.lr_ratio != 1.0 and callbacks_of(self.trainer, LearningRateFinder):
@@ -344,8 +350,9 @@ class FitSession:
         if self._has_begun:
             return
         self._has_begun = True
+        check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))
-        warn_of_still_norms(self.module)  # here, as hooks of the module may set modes until now
+        warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
         if self.options.probe:
             self._probe(batch)
         self.gradients.watch()
@@ -367,6 +374,11 @@ class FitSession:
         self.gradients.finish()
         check_trained(self.layout, self.trainer, self.module)
         self._has_succeeded = True
+        if (buffers := self._checkpoints.buffers) is not None and (moved := buffers.moved()):
+            rank_zero_info(
+                f"LoRA: training has changed buffers of the base: {listed(list(moved))}. Checkpoints hold them beside "
+                "the adapter; PEFT directories have no place for them."
+            )
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""

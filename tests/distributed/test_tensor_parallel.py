@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lightning_lora import LoRAConfig, attach, lora_layers
+from lightning_lora.trainer.hints import explain_torch_error
 from tests.contract import raises_and_changes_nothing
 from tests.toys import network
 
@@ -89,3 +90,13 @@ def test_unsupported_option_is_rejected(options: dict[str, Any], reason: str) ->
     with raises_and_changes_nothing(model, ValueError, reason) as caught:
         attach(model, LoRAConfig(**({"rank": 2, "target_modules": ["0"]} | options)))
     assert "'0" in str(caught.value)
+
+
+def test_dividing_layers_that_carry_adapters_is_explained() -> None:
+    model = network()
+    attach(model, LoRAConfig(rank=2))
+    with pytest.raises(KeyError) as caught:
+        parallel(model, _0=ColwiseParallel())
+    explain_torch_error(caught.value, model)
+    assert "after it" in str(caught.value)
+    assert "parallelize_module" in str(caught.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, detach, lora_layers
+from lightning_lora import LoRACallback, detach, load_adapter, lora_layers
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.toys import FEATURES, BuiltInConfigureModel, Toy, digest, loader, network, snapshot, trainer
 
@@ -130,6 +131,75 @@ def test_persistent_metric_states_are_saved(tmp_path: Path) -> None:
     fresh = Counts()
     trainer(LoRACallback(rank=4), max_epochs=3, max_steps=-1).fit(fresh, loader(), ckpt_path=path)
     assert float(fresh.metric.weight) > float(state["metric.weight"]) > 0
+
+
+class Centered(Toy):
+    """Keeps a running mean and a growing queue by itself, as in self-supervised learning; other buffers stay."""
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(FEATURES))
+        self.register_buffer("queue", torch.zeros(1, FEATURES))
+        self.register_buffer("constant", torch.ones(3))
+        self.register_buffer("fleeting", torch.zeros(()), persistent=False)
+        self.net[2].register_buffer("calls", torch.tensor(0))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        output = self.net(x)
+        self.center.mul_(0.5).add_(output.detach().mean(0))
+        self.queue = torch.cat([self.queue, output.detach()[:1]])
+        self.fleeting += 1
+        self.net[2].calls += 1
+        return ((output - self.center + self.queue.mean(0) - y) ** 2).mean()
+
+
+def kept(module: Centered) -> dict[str, str]:
+    return {name: bits for name, bits in digest(module).items() if name != "fleeting"}
+
+
+MOVED = {"center", "queue", "net.2.calls"}
+
+
+def test_buffers_that_the_module_changes_itself_resume_bit_for_bit(tmp_path: Path) -> None:
+    _, whole, _ = fitted(tmp_path / "whole", Centered(), epochs=4)
+    _, _, path = fitted(tmp_path / "half", Centered(), epochs=2)
+    assert set(read(path)[RECORD_KEY]["buffers"]) == MOVED
+    resumed = Centered()
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    trainer(LoRACallback(rank=4), checkpoint, max_epochs=4, max_steps=-1).fit(resumed, loader(), ckpt_path=path)
+    assert resumed.losses == whole.losses[len(whole.losses) // 2 :]
+    assert kept(resumed) == kept(whole)
+    again = Centered()  # the file of a resumed run holds them, too
+    load_adapter(again, checkpoint.last_model_path)
+    assert kept(again) == kept(whole)
+
+
+def test_second_fit_still_saves_buffers_that_the_first_one_changed(tmp_path: Path) -> None:
+    _, module, _ = fitted(tmp_path, Centered())
+    module.loss = partial(Toy.loss, module)  # changes none
+    _, _, path = fitted(tmp_path / "second", module)
+    assert set(read(path)[RECORD_KEY]["buffers"]) == MOVED
+
+
+def test_fresh_fit_starts_from_the_first_buffers() -> None:
+    module, new = Centered(), Centered()
+    for _ in range(2):
+        module.losses.clear()
+        trainer(LoRACallback(rank=4, fresh=True)).fit(module, loader())
+    trainer(LoRACallback(rank=4, fresh=True)).fit(new, loader())
+    assert module.losses == new.losses
+    assert kept(module) == kept(new)
+
+
+def test_unchanged_buffers_are_not_saved_even_if_written_to(tmp_path: Path) -> None:
+    class Rewrites(Centered):
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            self.constant.copy_(self.constant.clone())  # as DDP does at every step
+            return Toy.loss(self, batch)
+
+    _, _, path = fitted(tmp_path, Rewrites())
+    assert "buffers" not in read(path)[RECORD_KEY]
 
 
 def test_file_size_follows_adapter_not_base(tmp_path: Path) -> None:

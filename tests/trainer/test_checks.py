@@ -386,3 +386,15 @@ def test_tracked_norms_in_eval_mode_give_a_warning(mode: bool, recwarn: pytest.W
     said = any("moves no statistics of net.1, which are in eval mode" in str(each.message) for each in recwarn)
     assert said is not mode
     assert bool(module.net[1].num_batches_tracked) is mode
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.filterwarnings("ignore:Found .* module.* in eval mode")
+def test_dropout_that_eval_mode_switches_off_is_named(mode: str, recwarn: pytest.WarningsRecorder) -> None:
+    module = Toy()
+    module.net[2].train(mode == "train")
+    trainer(LoRACallback(rank=4, dropout=0.5)).fit(module, loader())
+    layer, x = lora_layers(module)["net.2"], torch.ones(1, 16)
+    drops = not torch.equal(layer(x), layer(x))
+    said = any("dropout=0.5 drops nothing in the adapters of net.2, which" in str(each.message) for each in recwarn)
+    assert drops == (not said) == (mode == "train")

@@ -23,6 +23,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.fingerprint import fingerprint
 from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.names import clean_name, join, listed
+from lightning_lora.state import tensors_of_others
 from lightning_lora.trainer.strategies.base import Key, Layout, module_of, refuse_reading_across
 
 Group = dist.ProcessGroup | None
@@ -71,7 +72,7 @@ class FSDPLayout(Layout):
         model = AdaptedModel(module)
         self._shapes_of = weakref.ref(module)
         self._slices, self.base = None, fingerprint(model.base)  # slices do not say which part they are
-        self._shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+        self._shapes = {name: tensor.shape for name, tensor in (model.tensors | tensors_of_others(module)).items()}
 
     def _complete_wrapping(self, module: LightningModule) -> None:
         """Make units of the adapters in layers that ``configure_model`` did not wrap; such layers stay whole."""
@@ -171,7 +172,8 @@ class FSDPLayout(Layout):
     def _held_slices(self) -> dict[str, range]:
         """Return which elements of each trained parameter this process holds; the first call needs every process."""
         if self._slices is None:
-            trained = AdaptedModel(module_of(self.strategy)).trained
+            module = module_of(self.strategy)
+            trained = AdaptedModel(module).trained | tensors_of_others(module)
             lengths = {name: tensor.numel() for name, tensor in trained.items() if isinstance(tensor, nn.Parameter)}
             before = _all_gather_object(lengths, self._group)[: dist.get_rank(self._group)]
             self._slices = {}
