@@ -225,7 +225,7 @@ def covariance(
     if normalize:
         level = own.along(A) + (A @ inputs.mean()).square() * centre
         A = _with_feature_level(A, level, inputs)
-    return Start(_factor(A), None, values, _suggested_rank(statistics, whitened, 2 * rank))
+    return Start(_factor(A), None, values, _suggested_rank(statistics, whitened))
 
 
 def _shrunk(moments: Moments, centre: bool, share: float | None) -> Spectrum:
@@ -233,35 +233,40 @@ def _shrunk(moments: Moments, centre: bool, share: float | None) -> Spectrum:
     return moments.spectrum(centre=centre).shrunk(share, moments.trace(centre=centre) / moments.width)
 
 
-def _suggested_rank(statistics: MatrixStatistics, whitened: Callable[[Tensor], Tensor], count: int) -> int | None:
-    """Return how many values of the centred products are above chance, at most ``count`` of a large matrix."""
+def _suggested_rank(statistics: MatrixStatistics, whitened: Callable[[Tensor], Tensor]) -> int | None:
+    """Return how many values of the centred products are above chance."""
     if statistics.permuted is None or statistics.gradients is None or not statistics.pairs:
         return None
     means, n, pairs = _product_of_means(statistics), statistics.tokens, statistics.pairs
     # Sums over fewer tokens vary less, by the root of their number.
     chance = whitened((statistics.permuted - pairs * means) / math.sqrt(n * pairs))
-    found = _decomposed(whitened(_gradient(statistics) - means), count)[1]
-    return int((found > _largest_by_chance(chance)).sum())
+    found = whitened(_gradient(statistics) - means)
+    return int((_squared_values(found) > _largest_by_chance(_squared_values(chance))).sum())
 
 
-def _largest_by_chance(chance: Tensor) -> float:
-    """Return what the largest singular value of another matrix of the same distribution rarely exceeds.
+def _squared_values(matrix: Tensor) -> Tensor:
+    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
+    squares: Tensor = torch.linalg.eigvalsh(gram)
+    return squares
+
+
+def _largest_by_chance(squares: Tensor) -> float:
+    """Return what the largest squared singular value of another matrix of the same distribution rarely exceeds.
 
     The square of the largest singular value of a Gaussian matrix of side ``m`` is ``4 m + 2^(4/3) m^(1/3) T``, where
     ``T`` has the standard deviation 1.27; two standard deviations of the difference of two such are allowed. The
-    effective ``m`` of a matrix ``C`` follows from ``|C|^4 / |C.T @ C|^2``, which is ``m / 2``. In simulations of
-    correlated tokens and unequal variances, it was exceeded in 0 to 7 % of the cases.
+    effective ``m`` of a matrix is that with the same ``sum(squares)^2 / sum(squares^2)``, which is ``m / 2``. In
+    simulations of correlated tokens and unequal variances, it was exceeded in 0 to 7 % of the cases.
 
     Source:
         Johnstone 2001, "On the distribution of the largest eigenvalue in principal components analysis", theorem 1.1.
     """
-    square = float(chance.double().square().sum())
-    if not square:
+    total = float(squares.sum())
+    if total <= 0:
         return 0.0
-    gram = chance @ chance.T if chance.shape[0] <= chance.shape[1] else chance.T @ chance
-    side = 2 * square**2 / float(gram.double().square().sum())
-    deviation = 1.27 * 2 ** (4 / 3) * side ** (1 / 3) / (4 * side)
-    return float(_decomposed(chance, 1)[1][0]) * math.sqrt(1 + 2 * math.sqrt(2) * deviation)
+    side = 2 * total**2 / float(squares.square().sum())
+    deviation = 1.27 * 2 ** (4 / 3) * math.pow(side, 1 / 3) / (4 * side)
+    return float(squares.max()) * (1 + 2 * math.sqrt(2) * deviation)
 
 
 # --- smoothness
