@@ -396,6 +396,7 @@ class FitSession:
         """Export and merge the adapters of a successful fit, if asked to."""
         if not self._has_succeeded:
             return
+        named = f" {active_adapter(self.module)!r}" if len(adapter_names(self.module)) > 1 else ""
         if (directory := self.options.export_dir) is not None and self._is_trial:
             rank_zero_info(f"LoRA: nothing is exported to {directory} in a fast dev run.")
         elif directory is not None:
@@ -407,11 +408,11 @@ class FitSession:
             )  # then it is the state in memory, unless that was averaged since
             is_read = best is not None and (not is_last or callbacks_of(self.trainer, *AVERAGING))
             export_fit(self.layout, directory, best if is_read else None, overwrite=self.options.overwrite)
-            rank_zero_info(f"LoRA: adapter exported to {directory} ({best or 'last state'}).")
+            rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
             self.trainer.strategy.barrier()
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
-            rank_zero_info("LoRA: adapters merged into the weights.")
+            rank_zero_info(f"LoRA: adapter{named} merged into the weights.")
 
 
 def _log_hyperparams(logger: Logger, values: dict[str, Any]) -> None:
