@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from torch import nn
 
@@ -133,37 +133,54 @@ def rank_or_auto(name: str, value: Any) -> int | str:
     return AUTO if value == AUTO else rank(name, value)
 
 
-def budget(name: str, value: Any) -> int | str | None:
-    """Return a budget as it was given: a share such as ``"1%"``, a number of parameters, or a size such as ``"8MB"``.
+def budget(name: str, value: Any) -> int | str | None:  # noqa: ARG001 - the error of parsing says it
+    """Return a budget as it was given; see ``parse_budget``."""
+    if value is not None:
+        try:
+            parse_budget(value, base_parameters=10**12)
+        except ValueError as error:
+            raise ValueError(f"LoRAConfig.{error}") from None
+    return cast("int | str | None", value)
+
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BYTES = 4  # of a parameter in float32
+
+
+def parse_budget(rank_budget: int | str, base_parameters: int) -> int:
+    """Return a budget of ranks in parameters.
+
+    Args:
+        rank_budget: A number of parameters; ``"1%"`` of those of the base; or a size of the factors in float32, such as
+            ``"20MB"`` (units: B, KB, MB, GB, KiB, MiB, GiB).
+        base_parameters: Parameters of the base.
 
     Raises:
-        TypeError: It is none of these.
-        ValueError: It is not positive.
+        ValueError: It is none of these, or less than one parameter.
     """
-    if value is None or (type(value) is int and value > 0):
-        return value
-    found = _PERCENT.fullmatch(value) if isinstance(value, str) else None
-    if found is not None and 0 < float(found[1]) < math.inf:
-        return str(value)
-    if isinstance(value, str) and value.rstrip().endswith("B"):
-        bytes_of(f"LoRAConfig.{name}", value)
-        return value
-    raise ValueError(
-        f"LoRAConfig.{name} must be a share of the base's parameters such as '1%', a positive number of parameters, or "
-        f"a size such as '8MB', got {value!r}."
-    )
+    amount, unit = _amount_and_unit(rank_budget)
+    if unit == "%":
+        parameters = amount / 100 * base_parameters
+    elif unit:
+        parameters = amount * _UNITS[unit] / _BYTES
+    else:
+        parameters = amount
+    if not parameters >= 1:
+        raise ValueError(f"rank_budget={rank_budget!r} is less than one parameter.")
+    return int(parameters)
 
 
-_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
-
-
-def parameters_in(budget: int | str, base_parameters: int) -> int:
-    """Return how many adapter parameters a budget means; a size in bytes is that of float32."""
-    if isinstance(budget, int):
-        return budget
-    if (found := _PERCENT.fullmatch(budget)) is not None:
-        return int(float(found[1]) / 100 * base_parameters)
-    return bytes_of("LoRAConfig.rank_budget", budget) // 4
+def _amount_and_unit(rank_budget: int | str) -> tuple[float, str]:
+    if isinstance(rank_budget, int) and not isinstance(rank_budget, bool):
+        return rank_budget, ""
+    text = rank_budget.strip().lower() if isinstance(rank_budget, str) else ""
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*(%|b|[kmg]i?b)", text)
+    if match is None:
+        raise ValueError(
+            f"rank_budget={rank_budget!r} is not a budget: give a whole number of parameters, a share of the base such "
+            'as "1%", or a size of the factors in float32 such as "20MB".'
+        )
+    return (int(match[1]), "") if match[1] else (float(match[2]), match[3])
 
 
 def numbers_by_name(name: str, values: Any, *, check: Callable[[str, Any], float]) -> dict[str, float]:
@@ -197,10 +214,13 @@ def bytes_of(name: str, text: Any) -> int:
     Raises:
         ValueError: It means none; the message names the option.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(kB|MB|GB|TB)\s*", text) if isinstance(text, str) else None
+    found = _SIZE.fullmatch(text.strip().lower()) if isinstance(text, str) else None
     if found is None or not float(found[1]):
         raise ValueError(f"{name} must be a size such as '500MB' or '2GB', got {text!r}.")
-    return int(float(found[1]) * 1000 ** (1 + ("kB", "MB", "GB", "TB").index(found[2])))
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(b|[kmg]i?b)")
 
 
 def slices(name: str, values: Any) -> dict[str, dict[str, str]]:

@@ -72,7 +72,7 @@ WRONG_VALUE = {
     "rank_pattern": [{"a": 0}, {"a": -3}],
     "alpha_pattern": [{"a": 0}, {"a": math.nan}, {"a": math.inf}, {"a": -1.0}],
     "init": ["", "pisa", "Kaiming", 3, None, True],
-    "rank_budget": [0, -1, True, 1.5, "1", "0%", "-1%", "1 percent", "8XB", "0MB"],
+    "rank_budget": [0, -1, True, 1.5, "0%", "-1%", "1 percent", "8XB", "0MB"],
     "adapter_dtype": ["", "fp32", "torch.float32", "int8", torch.float32, None],
     "frozen_norm": ["", "frozen", True, None],
 }

@@ -20,12 +20,12 @@ from lightning_lora.calibration import starts
 from lightning_lora.calibration.collector import FROM_GRADIENT, Collector, Place
 from lightning_lora.calibration.ranks import allocate
 from lightning_lora.calibration.starts import NEEDS, Start
-from lightning_lora.config import STARTS_FROM_DATA, InitOptions, LoRAConfig
+from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, InitOptions, LoRAConfig
 from lightning_lora.layers import LowRankAdapter, base_parameter
 from lightning_lora.layers.starts import olora, pissa
 from lightning_lora.modes import disabled
 from lightning_lora.names import listed
-from lightning_lora.option_checks import bytes_of, parameters_in
+from lightning_lora.option_checks import bytes_of, parse_budget
 from lightning_lora.probe import RandomState, arguments_for, left_as_it_was
 from lightning_lora.sharding import is_sharded
 from lightning_lora.surgery import attach, detach
@@ -274,6 +274,8 @@ class _Run:
                 "with exclude_modules, or calibrate with more batches."
             ) from error
         except ValueError as error:
+            if name in STARTS_FROM_WEIGHTS:  # such as a head whose weight is still zero
+                return None, CalibratedLayer(place.label, "kaiming", rank, None, None, str(error).rstrip("."))
             raise ValueError(f"calibrate: init={name!r} of {place.label!r}: {error}") from error
         explained = _explained(start, rank, name)
         return start, CalibratedLayer(place.label, name, rank, start.suggested_rank, explained, note)
@@ -292,7 +294,7 @@ class _Run:
     def _computed(self, place: Place, index: int, rank: int, name: str) -> Start:
         options, scaling = self.options, place.adapter.spec.scaling
         statistics = place.statistics[index] if place.statistics else None
-        if name in ("pissa", "olora"):
+        if name in STARTS_FROM_WEIGHTS:
             A, B = pissa(place.weight(index), rank, scaling) if name == "pissa" else olora(place.weight(index), rank)
             return Start(A, B, A.norm(dim=1) * B.norm(dim=0))
         assert statistics is not None
@@ -374,7 +376,7 @@ def _budget(root: Root, config: LoRAConfig, places: list[Place]) -> tuple[int, i
     cost = sum(place.experts * sum(place.shape) for place in places)
     if config.rank_budget is None:
         return sum(place.adapter.spec.rank * place.experts * sum(place.shape) for place in places), config.first_rank
-    budget = parameters_in(config.rank_budget, root.attachment.report.base_parameters)
+    budget = parse_budget(config.rank_budget, root.attachment.report.base_parameters)
     return budget, max(1, round(budget / cost))
 
 

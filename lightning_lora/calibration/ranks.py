@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
-
-_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-_BYTES = 4  # of a parameter in float32
 
 
 def allocate(
@@ -79,39 +75,3 @@ def _check(
             f"Rank {at_least} in each of {len(spectra)} layers needs {needed:,} parameters, and the budget is "
             f"{budget:,}. Raise rank_budget or adapt fewer layers."
         )
-
-
-def parse_budget(rank_budget: int | str, base_parameters: int) -> int:
-    """Return a budget of ranks in parameters.
-
-    Args:
-        rank_budget: A number of parameters; ``"1%"`` of those of the base; or a size of the factors in float32, such as
-            ``"20MB"`` (units: B, KB, MB, GB, KiB, MiB, GiB).
-        base_parameters: Parameters of the base.
-
-    Raises:
-        ValueError: It is none of these, or less than one parameter.
-    """
-    amount, unit = _amount_and_unit(rank_budget)
-    if unit == "%":
-        parameters = amount / 100 * base_parameters
-    elif unit:
-        parameters = amount * _UNITS[unit] / _BYTES
-    else:
-        parameters = amount
-    if not parameters >= 1:
-        raise ValueError(f"rank_budget={rank_budget!r} is less than one parameter.")
-    return int(parameters)
-
-
-def _amount_and_unit(rank_budget: int | str) -> tuple[float, str]:
-    if isinstance(rank_budget, int) and not isinstance(rank_budget, bool):
-        return rank_budget, ""
-    text = rank_budget.strip().lower() if isinstance(rank_budget, str) else ""
-    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*(%|b|[kmg]i?b)", text)
-    if match is None:
-        raise ValueError(
-            f"rank_budget={rank_budget!r} is not a budget: give a whole number of parameters, a share of the base such "
-            'as "1%", or a size of the factors in float32 such as "20MB".'
-        )
-    return (int(match[1]), "") if match[1] else (float(match[2]), match[3])

@@ -18,7 +18,8 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_lora.calibration.statistics import EXACT_UP_TO, MatrixStatistics, Moments, Need, Spectrum
+from lightning_lora.calibration.spectrum import Spectrum
+from lightning_lora.calibration.statistics import EXACT_UP_TO, MatrixStatistics, Moments, Need
 from lightning_lora.layers.starts import leading_svd, signs_of
 
 NEEDS: dict[str, frozenset[Need]] = {

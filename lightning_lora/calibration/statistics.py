@@ -12,67 +12,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_lora.calibration.spectrum import Spectrum, of_sketch
 from lightning_lora.layers.starts import seeded, standard_normal
 
 Need: TypeAlias = Literal["inputs", "gradients", "cross", "permuted"]
 
 EXACT_UP_TO = 1024  # the width up to which sums and decompositions in float64 are cheap
-_ZERO = {torch.float64: 1e-12, torch.float32: 1e-6}  # of the largest eigenvalue: sums in this precision say less
 _ENTRIES_AT_ONCE = 2**24  # of the Gram matrices of several sequences
-
-
-# --- the spectrum of a second moment
-
-
-class Spectrum(NamedTuple):
-    """A positive semidefinite matrix by its leading eigenpairs; what they leave out is taken as isotropic.
-
-    Attributes:
-        values: Leading eigenvalues in descending order, ``(q,)``.
-        vectors: Their directions, one per column, ``(k, q)``.
-        rest: The eigenvalue of the ``k - q`` other directions.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    rest: float
-
-    @property
-    def others(self) -> int:
-        """Number of directions that have the eigenvalue ``rest``."""
-        return self.vectors.shape[0] - len(self.values)
-
-    @property
-    def rank(self) -> int:
-        """Number of eigenvalues that are known and not zero."""
-        return int((self.values > self._smallest()).sum())
-
-    def shrunk(self, share: float, level: float) -> Spectrum:
-        """Return ``(1 - share) * self + share * level * identity``."""
-        kept, added = 1 - share, share * level
-        return Spectrum(kept * self.values + added, self.vectors, kept * self.rest + added)
-
-    def power(self, exponent: float, columns: Tensor) -> Tensor:
-        """Return this matrix to a power, times ``columns``, ``(k, any)``; zero eigenvalues stay zero in any power."""
-        kept = self.values > self._smallest()
-        powers = torch.where(kept, self.values, 1.0).pow(exponent) * kept
-        rest = self.rest**exponent if self.others and self.rest > self._smallest() else 0.0
-        inside = self.vectors.T @ columns
-        return self.vectors @ ((powers - rest).unsqueeze(1) * inside) + rest * columns
-
-    def along(self, rows: Tensor) -> Tensor:
-        """Return ``a @ self @ a`` for each row ``a``, ``(any, k)``."""
-        inside = (rows @ self.vectors).square()
-        return inside @ self.values + self.rest * (rows.square().sum(1) - inside.sum(1)) * bool(self.others)
-
-    def _smallest(self) -> float:
-        return _ZERO[self.values.dtype] * float(self.values[0]) if len(self.values) else 0.0
 
 
 # --- one side of a layer
@@ -217,7 +169,7 @@ class Moments:
         """
         second = self._per_token(centre)
         if self.sketch:
-            return _of_sketch(second, self._omega, self.trace(centre=centre))
+            return of_sketch(second, self._omega, self.trace(centre=centre))
         values, vectors = torch.linalg.eigh(second)
         return Spectrum(values.flip(0).clamp(min=0), vectors.flip(1), 0.0)
 
@@ -295,20 +247,6 @@ def _squared_norms(rows: Tensor) -> Tensor:
         gram = part @ part.mT if rows.shape[1] < rows.shape[2] else part.mT @ part
         total += gram.square().sum(dtype=torch.float64)
     return total
-
-
-def _of_sketch(sketch: Tensor, omega: Tensor, trace: float) -> Spectrum:
-    """Return the spectrum of a matrix from ``matrix @ omega``: ``Y (Omega.T Y)^-1 Y.T``, with ``Y`` the sketch."""
-    zero = _ZERO[sketch.dtype]
-    Y, omega = sketch.double(), omega.double()
-    core = omega.T @ Y
-    values, vectors = torch.linalg.eigh((core + core.T) / 2)
-    kept = values > zero * values[-1].clamp(min=0)
-    U, roots, _ = torch.linalg.svd(Y @ (vectors[:, kept] / values[kept].sqrt()), full_matrices=False)
-    values = roots.square()
-    others = len(Y) - len(values)
-    rest = max(0.0, trace - float(values.sum())) / others
-    return Spectrum(values.to(sketch.dtype), U.to(sketch.dtype), rest)
 
 
 def _require_shapes(rows: Tensor, mask: Tensor | None, width: int) -> None:

@@ -57,7 +57,8 @@ class LinearAdapter(LowRankAdapter):
     @override
     @torch.no_grad()
     def adds_to_output(cls, module: nn.Module) -> bool:
-        if _own_forward(module) is None:
+        is_foreign = not isinstance(module, nn.Linear)  # a class that was registered with this adapter
+        if _own_forward(module) is None and not (is_foreign and _can_be_tried(module, cls)):
             return True
         weight, before = base_weight(module), (module.training, getattr(module, "lora_mode", None))
         row = torch.randn(1, weight.shape[-1], generator=seeded(0)).to(weight)
@@ -71,7 +72,7 @@ class LinearAdapter(LowRankAdapter):
             without, with_change = (functional_call(module, {"weight": w}, (row,)) for w in (weight, weight + change))
             return torch.allclose(with_change - without, row @ change.T, rtol=0.05)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
-            return False  # it takes or returns something other than rows: unknown
+            return is_foreign  # it takes or returns something other than rows: whoever registered it knows
         finally:
             module.train(before[0])
             if isinstance(module, LoRALayer):
@@ -149,6 +150,12 @@ def _own_forward(layer: nn.Module) -> type[nn.Module] | None:
     """Return the class of an ``nn.Linear``, adapted or not, that has a forward of its own, or None."""
     own = getattr(layer, "base_class", type(layer))
     return own if isinstance(layer, nn.Linear) and own.forward is not nn.Linear.forward else None
+
+
+def _can_be_tried(layer: nn.Module, adapter: type[LinearAdapter]) -> bool:
+    """Return whether a layer was registered by other code, and has the weight that ``nn.Linear`` would have."""
+    weight, is_ours = layer._parameters.get("weight"), adapter.__module__.startswith("lightning_lora.")
+    return not is_ours and weight is not None and tuple(weight.shape) == adapter.matrix_shape(layer)
 
 
 _DORA_AND_BIAS = "PEFT does not combine lora_bias with DoRA"

@@ -169,6 +169,15 @@ def test_pissa_makes_the_update_the_best_approximation_of_the_weight():
     torch.testing.assert_close(adapter.spec.scaling * adapter.B @ adapter.A, expected)
 
 
+def test_a_weight_of_too_low_a_rank_keeps_the_random_start():
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 12))
+    nn.init.zeros_(model[1].weight)
+    ll.attach(model, ll.LoRAConfig(rank=2, init="pissa"))
+    report = ll.calibrate(model)
+    assert [(each.start, bool(each.note)) for each in report.layers] == [("pissa", False), ("kaiming", True)]
+    assert "random start: 1 (rank=2 is above the rank of the weight, 0)" in str(report)
+
+
 # --- what stays as it was
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lora import LoRACallback, detach, lora_layers
 from tests.toys import trainer
@@ -34,9 +35,9 @@ class Model(LightningModule):
         return torch.optim.Adam([p for p in self.parameters() if p.requires_grad], 1e-2)
 
 
-def data() -> list[list[Tensor]]:
+def data() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
-    return [[torch.randn(16, 128, generator=generator) for _ in range(2)] for _ in range(8)]
+    return DataLoader(TensorDataset(*(torch.randn(128, 128, generator=generator) for _ in range(2))), batch_size=16)
 
 
 def run(block: str, **names: Any) -> dict[str, Any]:

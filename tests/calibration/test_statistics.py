@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_lora.calibration import statistics as module
-from lightning_lora.calibration.statistics import MatrixStatistics, Moments, Spectrum, bytes_needed, must_sketch
+from lightning_lora.calibration.spectrum import Spectrum
+from lightning_lora.calibration.statistics import MatrixStatistics, Moments, bytes_needed, must_sketch
 
 ALL = ("inputs", "gradients", "cross", "permuted")
 SEQUENCES, TOKENS, WIDTH, OUT = 6, 5, 8, 3

@@ -197,3 +197,38 @@ def test_example_in_the_docs_runs(capsys: pytest.CaptureFixture[str]):
     for block in re.findall(r"```python\n(.*?)```", text, flags=re.S):
         exec(block, {"__name__": "docs"})
     assert "all-linear" in capsys.readouterr().out
+
+
+class Amplified(GraphLinear):
+    """Does more than apply its weight, which the adapter that is registered for its class does not say."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x)
+
+
+class WithEdges(GraphLinear):
+    """Takes more than rows, so that nobody can try it."""
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return edges @ super().forward(x)
+
+
+def test_layer_that_does_more_than_apply_its_weight_is_not_merged() -> None:
+    model = nn.Sequential(Amplified(6, 8))
+    attach(model, LoRAConfig(rank=2))
+    model[0].lora.B.data.fill_(1.0)
+    x = torch.ones(1, 6)
+    before = model(x)
+    with pytest.raises(RuntimeError, match=r"forward of '0' \(Amplified\) does more than apply its weight"):
+        merge(model)
+    assert torch.equal(model(x), before)
+
+
+def test_layer_that_cannot_be_tried_is_merged() -> None:
+    model = nn.ModuleDict({"mix": WithEdges(6, 8)})
+    attach(model, LoRAConfig(rank=2))
+    x, edges = torch.ones(3, 6), torch.eye(3)
+    model["mix"].lora.B.data.fill_(0.1)
+    expected = model["mix"](x, edges)
+    merge(model)
+    assert torch.allclose(model["mix"](x, edges), expected, atol=1e-5)
