@@ -19,6 +19,7 @@ PUBLIC = [
     "adapter_state_dict",
     "add_adapter",
     "attach",
+    "calibrate",
     "combine",
     "combine_adapters",
     "detach",

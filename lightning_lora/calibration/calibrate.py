@@ -341,6 +341,11 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
         )
     further = {name: (found or [])[kept[name] :] for name, found in values.items()}
     ranks = {name: kept[name] + more for name, more in allocate(further, costs, left, at_least=0).items()}
+    if not any(ranks.values()):
+        raise ValueError(
+            f"calibrate: init={config.start.name!r} found no direction that stands out from chance in any layer. Take "
+            "more batches, or give a number for rank."
+        )
     scalings = {place.label: config.scaling(uniform, config.alpha) for place in run.places}
     if not config.is_auto:
         scalings = {place.label: place.adapter.spec.scaling for place in run.places}

@@ -378,6 +378,12 @@ def test_a_budget_below_one_rank_is_an_error_and_changes_nothing():
     assert ranks_of(model) == [1, 1, 1, 1]
 
 
+def test_data_without_a_direction_above_chance_are_an_error():
+    model, batches = planted(rank_budget=320, init="covariance")
+    with pytest.raises(ValueError, match="init='covariance' found no direction that stands out from chance"):
+        ll.calibrate(model, batches, lambda batch: (model(batch) * torch.randn(8, 16)).sum())
+
+
 def test_rho_moves_ranks_at_an_equal_number_of_parameters():
     model, batches = planted(rank=2, init={"name": "eva", "rho": 2.0})
     ll.calibrate(model, batches)

@@ -37,7 +37,8 @@ class Model(LightningModule):
 
 def data() -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(TensorDataset(*(torch.randn(128, 128, generator=generator) for _ in range(2))), batch_size=16)
+    x = torch.randn(256, 128, generator=generator)
+    return DataLoader(TensorDataset(x, 5.0 * x[:, :1].expand(-1, 128)), batch_size=16)
 
 
 def run(block: str, **names: Any) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_first_block_trains_from_directions_of_the_data(caplog: pytest.LogCaptureFixture):
     with caplog.at_level("INFO"):
         model = run(BLOCKS[0])["model"]
-    assert "starts computed from 8 batches, 100 % of their tokens" in caplog.text
+    assert "starts computed from 16 batches, 100 % of their tokens" in caplog.text
     assert all(layer.lora.B.any() for layer in lora_layers(model).values())
 
 
