@@ -218,6 +218,11 @@ class _Planner:
         word = family_of(adapter, module)
         return word if word in self.families else EVERYTHING if EVERYTHING in self.families else None
 
+    def _reaches_layers(self, pattern: str | None) -> bool:
+        """Return whether an entry names a layer of a supported kind."""
+        named = (name for name, names in self.plan.names.items() if pattern and selected((pattern,), names))
+        return any(adapter_type(self.plan.modules[name]) is not None for name in named)
+
     def _slicing_key(self, names: tuple[str, ...]) -> str | None:
         keys = [key for key in self.config.target_slices if selected((key,), names)]
         if len(keys) > 1:
@@ -235,7 +240,10 @@ class _Planner:
         if key is not None:
             self._add_slices(names, module, adapter, key)
         elif adapter is None:
-            self.problems.append(f"target_modules={pattern!r}: {_unsupported(names[0], module)}")
+            # Such as the nn.Identity that replaces the head of a backbone, beside the new head of the same name.
+            is_empty = next(module.parameters(), None) is None
+            if not (is_empty and self._reaches_layers(pattern)):
+                self.problems.append(f"target_modules={pattern!r}: {_unsupported(names[0], module)}")
         else:
             for parameter in adapter.parameters_of(module):
                 self._add_parameter(PlannedLayer(names, module, str(pattern), adapter, parameter))

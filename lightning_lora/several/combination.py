@@ -47,6 +47,7 @@ from lightning_lora.several.summand import (
     merged_options,
     summand_of_file,
     summand_of_module,
+    tokens_as_updates,
 )
 from lightning_lora.state import copy_adapter_state
 from lightning_lora.storage.atomic import check_directory
@@ -54,7 +55,6 @@ from lightning_lora.surgery import attach, detach
 from lightning_lora.switching import beside, using
 
 _METHODS = ("cat", "svd")
-_SUMMED = ("A", "B", "bias", "magnitude")  # the last is refused with the reason
 _SMALLEST_REST = 1e-9  # of the base's values in a sum: below it, the weights were meant to add up to 1
 
 
@@ -128,6 +128,8 @@ def combine(
     for each, weight in weights.items():
         with using(home, each):
             summands.append(summand_of_module(target, repr(each), float(weight)))
+    with using(home, None):
+        tokens_as_updates(summands, target)
     layers = _add(summands, cut)
     with beside(home, name), ExitStack() as undo:
         _attach(target, layers, summands, cut, undo)
@@ -376,7 +378,7 @@ def _config(target: nn.Module, layers: Mapping[str, Layer], summands: Sequence[S
     slices: dict[str, dict[str, str]] = {}
     for update in (layer.update for layer in found.values()):
         if update.rows:
-            slices.setdefault(update.path, {})[update.part] = _slices_text(update.rows)
+            slices.setdefault(update.path, {})[update.part] = update.slices_text
     whole = [layer.update for layer in found.values() if not layer.update.rows]
     by_name = [update.path for update in whole if not update.parameter]
     every = [alias for _, aliases in module_names(target).values() for alias in aliases]
@@ -402,10 +404,6 @@ def _config(target: nn.Module, layers: Mapping[str, Layer], summands: Sequence[S
         frozen_norm=options.frozen_norm,
         adapter_dtype=_precision(summands, exact=is_one),
     )
-
-
-def _slices_text(rows: Iterable[range]) -> str:
-    return ",".join(f"{part.start}:{part.stop if part.stop >= 0 else ''}:{part.step}" for part in rows)
 
 
 def _precision(summands: Sequence[Summand], *, exact: bool) -> Any:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import LoRAConfig
@@ -44,6 +45,11 @@ class Update(NamedTuple):
     def whole(self) -> str:
         """The name of what it is an update of, slice or not."""
         return join(self.path, self.parameter) if self.parameter else self.path
+
+    @property
+    def slices_text(self) -> str:
+        """The rows of the slice as ``target_slices`` names them."""
+        return ",".join(f"{part.start}:{part.stop if part.stop >= 0 else ''}:{part.step}" for part in self.rows)
 
 
 @dataclass
@@ -129,6 +135,22 @@ def merged_options(one: LoRAConfig, other: LoRAConfig) -> LoRAConfig:
     )
 
 
+def tokens_as_updates(summands: Sequence[Summand], base: nn.Module) -> None:
+    """Turn rows of tokens into low-rank updates, of a rank for each token, where other summands adapt the embedding.
+
+    A row of ``A`` picks a token, and the column of ``B`` is what its row differs by from the base's.
+    """
+    adapted = {label for each in summands for label in each.updates}
+    for each in summands:
+        for label in adapted & each.tokens.keys():
+            rows = each.tokens.pop(label)
+            weight = base.get_submodule(label).get_parameter("weight").detach().cpu()
+            numbers, dtype = torch.tensor([*rows]), torch.promote_types(weight.dtype, torch.float32)
+            changes = torch.stack([*rows.values()]).to(dtype) - weight[numbers].to(dtype)
+            A = one_hot(numbers, len(weight)).to(dtype)
+            each.updates[label] = Update(Factors(A, changes.T.contiguous(), 1.0), label)
+
+
 # --- what cannot be summed
 
 
@@ -153,7 +175,7 @@ def check_summable(adapter: Summand, caller: str) -> None:
 
 
 def check_conflicts(summands: Sequence[Summand], caller: str) -> None:
-    """Raise if an adapter trains in full what another one adapts.
+    """Raise if an adapter trains in full what another one adapts, or tokens of it whose base rows are unknown.
 
     Raises:
         ValueError: Its message names the layers.
@@ -164,6 +186,12 @@ def check_conflicts(summands: Sequence[Summand], caller: str) -> None:
             raise ValueError(
                 f"{caller}: {listed(inside)} is trained in full by {each.name}, and adapted by another adapter; one "
                 "adapter cannot hold both."
+            )
+        if both := sorted(each.tokens.keys() & {name for other in summands for name in other.updates}):
+            raise ValueError(
+                f"{caller}: {each.name} trains tokens of {listed(both)}, which another adapter adapts. Their sum needs "
+                "the base's own rows, which no file holds. Load the adapters into the model with add_adapter, and call "
+                "combine."
             )
 
 
