@@ -224,3 +224,16 @@ def test_modes_merge_and_detach_reach_compiled_model(setup: Setup, grad: bool, r
         torch.testing.assert_close(call(x), output, rtol=CLOSE, atol=CLOSE)
         detach(model)
         torch.testing.assert_close(call(x), base(x), rtol=CLOSE, atol=CLOSE)
+
+
+EXPORTED = ("linear", "linear, slices")
+MANY = 1 << 14  # elements; layers compute larger inputs in another way than smaller ones
+
+
+@pytest.mark.parametrize("setup", [SETUPS[name] for name in EXPORTED], ids=EXPORTED)
+def test_exported_model_takes_batches_of_every_size(setup: Setup, rng):
+    _, model, x = setup.model(rng)
+    exported = torch.export.export(model.eval(), (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    for size in (2, 2 * MANY // x[0].numel()):
+        batch = x[:1].repeat(size, *[1] * (x.ndim - 1))
+        torch.testing.assert_close(exported.module()(batch), model(batch), rtol=CLOSE, atol=CLOSE)

@@ -19,6 +19,7 @@ from lightning_lora.disk.base_folder import WIDE, BaseFolder, open_base
 from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import Adapter, LoRALayer, LowRankAdapter, TokenAdapter, base_parameter
 from lightning_lora.loading import read_adapter
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import make_import
@@ -27,7 +28,7 @@ from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged
 from lightning_lora.storage.adapter_file import StoredLayer
-from lightning_lora.storage.checkpoint import CheckpointFile
+from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, plain_values, stored_adapters
 from lightning_lora.storage.safetensors import StoredTensor
 
 _BLOCK = re.compile(r"(.*?(?:^|\.)\d+)\.(.+)$")
@@ -77,6 +78,16 @@ class AdapterMatrix:
         if not (bool(torch.isfinite(self.A).all()) and bool(torch.isfinite(self.B).all())):
             raise ValueError(f"The factors of {self.name!r} contain NaN or infinity; the training diverged.")
         return thin_svd(self.A, self.B, self.scaling)
+
+
+def which_of_several(source: nn.Module | str | PathLike[str]) -> str | None:
+    """Return the name of the adapter that is read from a source, its active or its trained one, if it has several."""
+    if isinstance(source, nn.Module):
+        return active_adapter(source) if len(adapter_names(source)) > 1 else None
+    if not Path(source).is_file():
+        return None
+    with Path(source).open("rb") as stream:
+        return stored_adapters(plain_values(stream).get(RECORD_KEY))[0]
 
 
 def read_matrices(

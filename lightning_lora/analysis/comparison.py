@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.analysis import spectrum
-from lightning_lora.analysis.adapters import AdapterMatrix, kind_of, place, read_matrices
+from lightning_lora.analysis.adapters import AdapterMatrix, kind_of, place, read_matrices, which_of_several
 from lightning_lora.analysis.spectrum import known_median, plain, update_similarity
 from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed, with_equal_roots
@@ -114,16 +114,19 @@ class AdapterComparison:
         layers: One entry for each matrix that both update.
         only_first: Names of the matrices that only the first updates.
         only_second: Names of the matrices that only the second updates.
+        adapters: The names of the two, of one whose source has several.
     """
 
     layers: tuple[LayerComparison, ...]
     only_first: tuple[str, ...] = ()
     only_second: tuple[str, ...] = ()
+    adapters: tuple[str | None, str | None] = (None, None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         layers = [layer.to_dict() for layer in self.layers]
-        return {"only_first": [*self.only_first], "only_second": [*self.only_second], "layers": layers}
+        named = {"adapters": [*self.adapters]} if any(self.adapters) else {}
+        return {**named, "only_first": [*self.only_first], "only_second": [*self.only_second], "layers": layers}
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table as text: a header, a row for each layer, and the medians."""
@@ -135,6 +138,7 @@ class AdapterComparison:
     def __str__(self) -> str:
         count = len(self.layers)
         lines = [f"{count} update{'s' * (count != 1)} in both; 1 is the same, chance is what random directions share"]
+        lines += [f"the {w}: adapter {n!r}" for w, n in zip(("first", "second"), self.adapters, strict=True) if n]
         lines += table_lines(self.rows())
         for which, names in (("first", self.only_first), ("second", self.only_second)):
             lines += [f"only in the {which}: {listed(names)}"] if names else []
@@ -182,6 +186,7 @@ def compare(
         tuple(_compared(name, first[name], second[name]) for name in both),
         tuple(name for name in first if name not in second),
         tuple(name for name in second if name not in first),
+        (which_of_several(one), which_of_several(other)),
     )
 
 

@@ -13,7 +13,14 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_lora.analysis import spectrum
-from lightning_lora.analysis.adapters import AdapterMatrix, Progress, kind_of, read_matrices, stored_matrices
+from lightning_lora.analysis.adapters import (
+    AdapterMatrix,
+    Progress,
+    kind_of,
+    read_matrices,
+    stored_matrices,
+    which_of_several,
+)
 from lightning_lora.analysis.spectrum import Relation, known_median, plain
 from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed
@@ -74,10 +81,12 @@ class AdapterAnalysis:
     Attributes:
         layers: One entry for each matrix.
         energy: The share of the squared norm that a suggested rank holds.
+        adapter: The adapter's name, if the source has several.
     """
 
     layers: tuple[LayerAnalysis, ...]
     energy: float
+    adapter: str | None = None
 
     @property
     def idle(self) -> list[str]:
@@ -86,7 +95,8 @@ class AdapterAnalysis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
-        return {"energy": self.energy, "idle": self.idle, "layers": plain(self.layers)}
+        named = {} if self.adapter is None else {"adapter": self.adapter}
+        return {**named, "energy": self.energy, "idle": self.idle, "layers": plain(self.layers)}
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table as text: a header, a row for each update, and the medians."""
@@ -97,6 +107,7 @@ class AdapterAnalysis:
     def __str__(self) -> str:
         count = len(self.layers)
         lines = [f"{count} update{'s' * (count != 1)}; the suggested rank holds {self.energy:.0%} of the squared norm"]
+        lines += [] if self.adapter is None else [f"adapter: {self.adapter!r}"]
         lines += table_lines(self.rows())
         if self.idle:
             lines.append(f"zero, as if never trained: {listed(self.idle)}")
@@ -140,7 +151,8 @@ def analyze(
         raise ValueError("An adapted module contains its base; leave base out.")
     else:
         matrices = stored_matrices(source, base, tokens=tokens, progress=progress, check_base=check_base)
-    return AdapterAnalysis(tuple(_analyzed(matrix, energy, intruders) for matrix in matrices), energy)
+    layers = tuple(_analyzed(matrix, energy, intruders) for matrix in matrices)
+    return AdapterAnalysis(layers, energy, which_of_several(source))
 
 
 def _analyzed(matrix: AdapterMatrix, energy: float, intruders: bool) -> LayerAnalysis:

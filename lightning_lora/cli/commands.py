@@ -358,7 +358,8 @@ def report(options: argparse.Namespace) -> Result:
             similarities = layer_similarity(options.adapter)
         except ValueError as error:  # the file alone may not tell layers apart that the base did
             say("warning:", WARNING, f"layers are not compared with each other: {error}")
-    facts = [f"Adapter: {options.adapter}"] + ([f"Base: {options.base}"] if options.base else [])
+    named = "" if analysis.adapter is None else f" ({analysis.adapter!r})"
+    facts = [f"Adapter: {options.adapter}{named}"] + ([f"Base: {options.base}"] if options.base else [])
     _write_outputs(
         options, lambda: analysis_page(analysis, options.adapter.name, similarities=similarities, facts=facts)
     )

@@ -120,6 +120,8 @@ class _How(NamedTuple):
 
 def is_fast(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> bool:
     """Return whether the fast path applies to this update and is faster."""
+    if torch.compiler.is_compiling():  # first: a question about sizes would bind what is exported to them
+        return False
     if x.ndim < 2 or x.numel() < (_FEW_TO_DROP if dropout else _FEW) or is_traced():
         return False
     if not (type(x) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and x.layout is torch.strided):
@@ -140,13 +142,13 @@ def _is_frozen_linear(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
 
 def _is_small_and_plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> bool:
     """Return whether torch's own operations may add in place, which saves two of them."""
-    if x.ndim < 2 or x.numel() >= _FEW_TO_DROP or not x.is_contiguous():
+    if torch.compiler.is_compiling() or x.ndim < 2 or x.numel() >= _FEW_TO_DROP or not x.is_contiguous():
         return False
     for tensor in (x, W, A, B) if b is None else (x, W, A, B, b):
         if type(tensor) not in _PLAIN or tensor.dtype is not x.dtype or tensor.layout is not torch.strided:
             return False
     # is_traced() and is_autocast(), inlined: in a small layer, every Python call counts.
-    if torch.compiler.is_compiling() or get_tracing_state() is not None or functorch_is_active():
+    if get_tracing_state() is not None or functorch_is_active():
         return False
     device = x.device.type
     is_autocast_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, fingerprint
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import (
@@ -257,7 +258,9 @@ def preflight(module: nn.Module, *, export_root: str | None = None) -> Preflight
     export = exported(module, export_root)
     rows = [*_layer_rows(export), *_other_rows(export)]
     rows += [PreflightRow(name, "-", None, None, reason, "not in the files") for name, reason in export.refused.items()]
-    return Preflight(export.root_name, rows, _notes(export))
+    names = adapter_names(module)
+    named = [f"This is about the active adapter, {active_adapter(module)!r}."] if len(names) > 1 else []
+    return Preflight(export.root_name, rows, [*named, *_notes(export)])
 
 
 def _layer_rows(export: Export) -> list[PreflightRow]:

@@ -34,6 +34,7 @@ from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
 TOO_SMALL = "the highest rank of its weight"
+EXCLUDED = "in exclude_modules"
 
 
 class Obstacles:
@@ -249,11 +250,16 @@ def _missed_patterns(plan: Plan) -> Iterator[str]:
 
 
 def _empty_saves(plan: Plan) -> Iterator[str]:
-    """A glob may match modules without parameters, but must match at least one with parameters."""
-    for entry in filter(is_glob, plan.config.modules_to_save):
+    """An entry may match modules with nothing to save, but must match at least one that has something."""
+    for entry in plan.config.modules_to_save:
         found = [name for name, names in plan.names.items() if selected((entry,), names)]
-        if found and not any(is_below(name, plan.saved) for name in found):
+        if not found or any(is_below(name, plan.saved) for name in found):
+            continue
+        if is_glob(entry):
             yield f"modules_to_save={entry!r} matched no module with parameters: {listed(found)}."
+        for name in () if is_glob(entry) else found:
+            kind = type(plan.modules[name]).__name__
+            yield f"modules_to_save: {name!r} is a {kind} with no parameters or buffers to save."
 
 
 def _miss(plan: Plan, option: str, entry: str, pool: Sequence[Sequence[str]], layers: Sequence[str] = ()) -> str:

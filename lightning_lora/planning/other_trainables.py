@@ -57,8 +57,6 @@ def plan_saved_modules(plan: Plan) -> Iterator[str]:
             continue
         if any(True for _ in module.parameters()) or (not is_glob(entry) and module.state_dict()):
             plan.saved[name] = module
-        elif not is_glob(entry):
-            yield f"modules_to_save: {name!r} is a {type(module).__name__} with no parameters or buffers to save."
     for name, module in plan.saved.items():
         for key, _ in module.named_parameters():
             full = join(name, key)

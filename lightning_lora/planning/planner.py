@@ -42,7 +42,7 @@ from lightning_lora.names import (
     sweeps,
     tied_names,
 )
-from lightning_lora.planning.obstacles import Obstacles, adapters_of_peft, missed_entries, other_kinds
+from lightning_lora.planning.obstacles import EXCLUDED, Obstacles, adapters_of_peft, missed_entries, other_kinds
 from lightning_lora.planning.other_trainables import heads, plan_biases, plan_saved_modules, plan_token_rows
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
@@ -156,7 +156,7 @@ class _Planner:
             elif plan.saved and any_below(names, plan.saved):
                 plan.left_out[name] = "in modules_to_save"
             elif excluded and any_below(names, excluded):
-                plan.left_out[name] = "in exclude_modules"
+                plan.left_out[name] = EXCLUDED
             elif not self._in_chosen_block(name, pattern or f"target_slices={key!r}"):
                 plan.left_out[name] = self._layers_option("not in ")
             else:
@@ -218,6 +218,11 @@ class _Planner:
         word = family_of(adapter, module)
         return word if word in self.families else EVERYTHING if EVERYTHING in self.families else None
 
+    def _reaches_layers(self, pattern: str | None) -> bool:
+        """Return whether an entry names a layer of a supported kind."""
+        named = (name for name, names in self.plan.names.items() if pattern and selected((pattern,), names))
+        return any(adapter_type(self.plan.modules[name]) is not None for name in named)
+
     def _slicing_key(self, names: tuple[str, ...]) -> str | None:
         keys = [key for key in self.config.target_slices if selected((key,), names)]
         if len(keys) > 1:
@@ -235,7 +240,10 @@ class _Planner:
         if key is not None:
             self._add_slices(names, module, adapter, key)
         elif adapter is None:
-            self.problems.append(f"target_modules={pattern!r}: {_unsupported(names[0], module)}")
+            # Such as the nn.Identity that replaces the head of a backbone, beside the new head of the same name.
+            is_empty = next(module.parameters(), None) is None
+            if not (is_empty and self._reaches_layers(pattern)):
+                self.problems.append(f"target_modules={pattern!r}: {_unsupported(names[0], module)}")
         else:
             for parameter in adapter.parameters_of(module):
                 self._add_parameter(PlannedLayer(names, module, str(pattern), adapter, parameter))

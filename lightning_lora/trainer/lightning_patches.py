@@ -15,8 +15,9 @@ Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.p
 6. ``cli.LightningArgumentParser.error`` says which option was meant by an unknown one of ``LoRACallback``, instead of
    all the types that the parser tried. It is changed when the module is imported, which takes jsonargparse.
 
-Changes to single objects are undone when a stage ends: wrapped methods of a module (``MethodWraps``). Only
-the methods of a strategy object that save and load stay replaced (``checkpoints.AdapterCheckpoints``).
+Changes to single objects are undone when a stage ends: wrapped methods of a module (``MethodWraps``), and the averages
+that callbacks form (``equal_values_kept``). Only the methods of a strategy object that save and load stay replaced
+(``checkpoints.AdapterCheckpoints``).
 """
 
 from __future__ import annotations
@@ -26,16 +27,19 @@ import importlib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel
@@ -304,3 +308,41 @@ class MethodWraps:
             if method is not None and getattr(method, "__func__", None) is not getattr(type(module), name, None):
                 setattr(module, name, method)  # it was set on the instance before, as LightningCLI does
         self._wrapped.clear()
+
+
+# --- averages of one callback
+
+
+@contextmanager
+def equal_values_kept(averaging: Iterable[Callback]) -> Iterator[None]:
+    """Make callbacks that average a module leave alone what it and its average have in common: all that is frozen.
+
+    Otherwise an average such as ``0.999 * a + 0.001 * b`` would change frozen weights by roundings, step after step.
+    """
+    holders = [each for callback in averaging for each in (callback, getattr(callback, "_average_model", None))]
+    before = []
+    for holder in holders:
+        for name, exact in _AVERAGES.items() if isinstance(holder, (Callback, AveragedModel)) else ():
+            if (average := vars(holder).get(name)) is not None:
+                before.append((holder, name, average))
+                setattr(holder, name, functools.partial(exact, average))
+    try:
+        yield
+    finally:
+        for holder, name, average in before:
+            setattr(holder, name, average)
+
+
+def _average(average: Callable[..., Tensor], one: Tensor, other: Tensor, count: Any) -> Tensor:
+    return torch.where(one == other, other, average(one, other, count))
+
+
+def _average_all(average: Callable[..., Any], ones: Sequence[Tensor], others: Sequence[Tensor], count: Any) -> None:
+    equal = [one == other for one, other in zip(ones, others, strict=True)]
+    average(ones, others, count)
+    for one, other, same in zip(ones, others, equal, strict=True):
+        one.copy_(torch.where(same, other, one))
+
+
+# Where StochasticWeightAveraging (the first) and the model of WeightAveraging keep what forms their averages.
+_AVERAGES: dict[str, Callable[..., Any]] = {"_avg_fn": _average, "avg_fn": _average, "multi_avg_fn": _average_all}

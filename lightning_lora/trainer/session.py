@@ -54,6 +54,7 @@ from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
     chosen_checkpoint,
     chosen_record,
+    equal_values_kept,
     overrides,
     with_twins,
 )
@@ -117,6 +118,7 @@ class FitSession:
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
+        self._averages = ExitStack()  # keeps the base as it is where callbacks average it
         if self._name is not None and self._name in adapter_names(module):
             set_adapter(module, self._name)
         self._is_new = self._before is None
@@ -308,6 +310,7 @@ class FitSession:
         """Check that exactly what was asked for will train."""
         if self.options.export_dir is not None and not self._is_trial:
             check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
+        self._averages.enter_context(equal_values_kept(callbacks_of(self.trainer, *AVERAGING)))
         freeze_norms(self.module)  # sync_batchnorm makes new norm layers
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)
@@ -384,6 +387,7 @@ class FitSession:
         """Remove every wrap, hook and request from the module."""
         self._wraps.remove()
         self._others.close()
+        self._averages.close()
         self.gradients.close()
         self._load_hook.remove()
         request(self.module, None)
@@ -392,6 +396,7 @@ class FitSession:
         """Export and merge the adapters of a successful fit, if asked to."""
         if not self._has_succeeded:
             return
+        named = f" {active_adapter(self.module)!r}" if len(adapter_names(self.module)) > 1 else ""
         if (directory := self.options.export_dir) is not None and self._is_trial:
             rank_zero_info(f"LoRA: nothing is exported to {directory} in a fast dev run.")
         elif directory is not None:
@@ -403,11 +408,11 @@ class FitSession:
             )  # then it is the state in memory, unless that was averaged since
             is_read = best is not None and (not is_last or callbacks_of(self.trainer, *AVERAGING))
             export_fit(self.layout, directory, best if is_read else None, overwrite=self.options.overwrite)
-            rank_zero_info(f"LoRA: adapter exported to {directory} ({best or 'last state'}).")
+            rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
             self.trainer.strategy.barrier()
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
-            rank_zero_info("LoRA: adapters merged into the weights.")
+            rank_zero_info(f"LoRA: adapter{named} merged into the weights.")
 
 
 def _log_hyperparams(logger: Logger, values: dict[str, Any]) -> None:

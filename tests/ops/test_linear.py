@@ -635,3 +635,17 @@ def test_functional_call_uses_given_parameters():
     found = functional_call(model, other, (x,))
     expected = F.linear(x, W, b) + model[0].scaling * x @ A.T @ B.T
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_compiler_is_asked_nothing_about_sizes(monkeypatch):
+    """An answer would become a guard, and what is exported would take no other sizes."""
+
+    class Sizeless(torch.Tensor):
+        def numel(self) -> int:
+            raise AssertionError("asked for its size")
+
+    x, A, B = (torch.zeros(2, 2).as_subclass(Sizeless) for _ in range(3))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for dropout in (0.0, 0.5):
+        ops.lora_linear(x, torch.zeros(2, 2), None, A, B, scaling=1.0, dropout=dropout)
+        ops.lora_add(torch.zeros(2, 2), x, A, B, scaling=1.0, dropout=dropout)

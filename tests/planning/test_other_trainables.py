@@ -26,6 +26,12 @@ def test_named_saved_module_without_parameters_is_rejected(tiny):
         report(tiny, modules_to_save=["act"])
 
 
+def test_saved_name_skips_modules_without_parameters_of_the_same_name(tiny):
+    tiny.body = nn.ModuleDict({"head": nn.Identity()})  # as of a backbone whose own head was taken off
+    found = report(tiny, target_modules=["q_proj"], modules_to_save=["head"])
+    assert found.saved == {"head": 16 * 8 + 8}
+
+
 def test_saving_glob_skips_modules_without_parameters(tiny):
     tiny.head = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8))
     report(tiny, modules_to_save=["head.*"])

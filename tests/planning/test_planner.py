@@ -356,6 +356,17 @@ def test_unsupported_kind_lists_supported_kinds(part: nn.Module, tiny):
         report(tiny, target_modules=["head", "part"])
 
 
+def test_target_name_skips_modules_without_parameters_of_the_same_name(tiny):
+    tiny.body = nn.ModuleDict({"head": nn.Identity()})  # as of a backbone whose own head was taken off
+    assert reached(tiny, target_modules=["head"]) == ["head"]
+
+
+def test_target_name_of_an_unsupported_kind_is_rejected_beside_a_layer_of_the_same_name(tiny):
+    tiny.body = nn.ModuleDict({"head": nn.LayerNorm(4)})
+    with raises_and_changes_nothing(tiny, ValueError, "'body.head' is a LayerNorm"):
+        report(tiny, target_modules=["head"])
+
+
 @pytest.mark.parametrize("option", ["exclude_modules", "modules_to_save"])
 def test_leaving_out_every_layer_is_rejected(option: str):
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})

@@ -19,11 +19,13 @@ from lightning_lora import (
     load_adapter,
     load_adapter_state_dict,
     lora_layers,
+    preflight,
     save_adapter,
     set_adapter,
     using,
 )
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.analysis import analyze, compare
 from lightning_lora.callback import LoRAConfig
 from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
 
@@ -338,3 +340,35 @@ def test_a_file_without_one_of_its_adapters_says_so(damage: str, all_saved: tupl
         load_adapter(Toy(), tmp_path / "damaged.ckpt", adapter="dora")
     with pytest.raises(ValueError, match="dora"):
         fit(Toy(), all_of(), path=str(tmp_path / "damaged.ckpt"), max_steps=4)
+
+
+# --- what says which adapter it is about
+
+
+def test_reports_name_the_adapter_that_they_are_about(all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    with using(module, "dora"):
+        assert "adapter: 'dora'" in str(analyze(module))
+        assert "the active adapter, 'dora'." in str(preflight(module))
+        shown = str(compare(module, path))
+        assert "the first: adapter 'dora'" in shown
+        assert "the second: adapter 'mine'" in shown
+    assert "adapter: 'mine'" in str(analyze(path))
+    assert analyze(path).to_dict()["adapter"] == "mine"
+
+
+def test_reports_say_nothing_of_the_only_adapter():
+    module = Toy()
+    add_adapter(module, "only", LoRAConfig(rank=1))
+    for report in (analyze(module), preflight(module), compare(module, module)):
+        assert "only'" not in str(report)
+    assert not {"adapter", "adapters"} & {*analyze(module).to_dict(), *compare(module, module).to_dict()}
+
+
+def test_exporting_and_merging_after_a_fit_name_the_adapter(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level("INFO"):
+        fit(
+            several(), LoRACallback(adapter="mine", export_dir=str(tmp_path / "out"), merge_on_teardown=True, **OPTIONS)
+        )
+    assert "adapter 'mine' exported to" in caplog.text
+    assert "adapter 'mine' merged into the weights" in caplog.text
