@@ -34,6 +34,7 @@ from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
 
 TOO_SMALL = "the highest rank of its weight"
+EXCLUDED = "in exclude_modules"
 
 
 class Obstacles:

@@ -43,7 +43,7 @@ from lightning_lora.names import (
     tied_names,
 )
 from lightning_lora.option_checks import AUTO
-from lightning_lora.planning.obstacles import Obstacles, adapters_of_peft, missed_entries, other_kinds
+from lightning_lora.planning.obstacles import EXCLUDED, Obstacles, adapters_of_peft, missed_entries, other_kinds
 from lightning_lora.planning.other_trainables import heads, plan_biases, plan_saved_modules, plan_token_rows
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
@@ -157,7 +157,7 @@ class _Planner:
             elif plan.saved and any_below(names, plan.saved):
                 plan.left_out[name] = "in modules_to_save"
             elif excluded and any_below(names, excluded):
-                plan.left_out[name] = "in exclude_modules"
+                plan.left_out[name] = EXCLUDED
             elif not self._in_chosen_block(name, pattern or f"target_slices={key!r}"):
                 plan.left_out[name] = self._layers_option("not in ")
             else:

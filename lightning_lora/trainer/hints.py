@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of
 from lightning_lora.names import clean_name, join, listed, walk
-from lightning_lora.planning.obstacles import TOO_SMALL, wider_targets
+from lightning_lora.planning.obstacles import EXCLUDED, TOO_SMALL, wider_targets
 
 # Full fine-tuning of large models runs below it, and LoRA wants about ten times those rates.
 LOWEST_RATE = 5e-5
@@ -84,11 +84,18 @@ def coverage(module: nn.Module) -> Coverage | None:
     """Return how much of the weights that could carry adapters trains; None without a low-rank adapter."""
     if not any(isinstance(adapter, LowRankAdapter) for adapter in AdaptedModel(module).adapters.values()):
         return None
-    config, missing = AdaptedModel(module).roots[0].attachment.config, set[str]()
+    roots, missing = AdaptedModel(module).roots, set[str]()
+    config = roots[0].attachment.config
+    refused = {  # the user has said that these stay as they are
+        join(root.name, name)
+        for root in roots
+        for name, reason in root.attachment.report.left_out.items()
+        if reason == EXCLUDED
+    }
     embeddings = {id(part._parameters.get("weight")) for part in module.modules() if isinstance(part, nn.Embedding)}
     trained, rest = 0, dict[str, int]()
-    for part in module.modules():
-        for name, size in _weights(part):
+    for path, part in AdaptedModel(module).parts:
+        for name, size in () if path in refused else _weights(part):
             parameter = part._parameters.get(name)
             if parameter is not None and id(parameter) in embeddings:
                 continue

@@ -358,3 +358,11 @@ def test_ddp_error_about_other_parameters_is_unchanged() -> None:
     error = RuntimeError(message)
     explain_torch_error(error, model)
     assert error.args == (message,)
+
+
+def test_modules_that_were_excluded_count_as_no_weight_that_could_train() -> None:
+    model = nn.ModuleDict({"student": nn.Linear(8, 8), "teacher": nn.Linear(64, 64)})
+    attach(model, LoRAConfig(rank=2, exclude_modules=["teacher"]))
+    reach = coverage(model)
+    assert reach is not None
+    assert (reach.trained, reach.total) == (64, 64)
