@@ -417,6 +417,19 @@ def test_attaching_again_with_the_same_request_keeps_the_ranks():
     assert not any(adapter.is_waiting for adapter in adapters_of(model))
 
 
+def test_heads_found_beside_ranks_from_data_stay_the_same_when_attached_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3))
+    config = ll.LoRAConfig(rank="auto", init="eva", rank_budget=640, modules_to_save="auto")
+    assert [*ll.attach(model, config).saved] == ["1"]
+    ll.calibrate(model, [torch.randn(64, 32)])
+    before = {name: layer.rank for name, layer in ll.lora_layers(model).items()}
+    assert before["0"] > 1
+    assert [*ll.attach(model, config).saved] == ["1"]
+    assert {name: layer.rank for name, layer in ll.lora_layers(model).items()} == before
+    assert not any(adapter.is_waiting for adapter in adapters_of(model))
+
+
 def test_ranks_from_data_beside_other_adapters_are_refused():
     model, batches = planted(rank=1, init="kaiming")
     ll.add_adapter(model, "b", ll.LoRAConfig(rank="auto", init="eva", rank_budget=320))

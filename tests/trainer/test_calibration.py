@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, LoRAConfig, attach, calibrate, lora_layers
+from lightning_lora import LoRACallback, LoRAConfig, attach, calibrate, load_adapter, lora_layers
 from lightning_lora.adapted_model import AdaptedModel
 from tests.toys import trainer
 
@@ -151,6 +151,19 @@ def test_resuming_does_not_calibrate_again(tmp_path: Path, caplog: pytest.LogCap
         trainer(LoRACallback(rank=2, init="eva"), max_epochs=2, max_steps=-1).fit(module, data(), ckpt_path=path)
     assert "starts computed" not in caplog.text
     assert module.steps == 6
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga", "covariance", "pissa"])
+def test_what_waits_for_its_start_can_be_exported_and_merged_after_the_fit(start: str, tmp_path: Path) -> None:
+    callback = LoRACallback(rank=2, init=start, export_dir=str(tmp_path / "peft"), merge_on_teardown=True)
+    module = fitted(callback).eval()
+    seed_everything(1, verbose=False)
+    exported = Module().eval()
+    x = Rows().rows[:4]
+    before = exported.net(x)
+    load_adapter(exported, tmp_path / "peft")
+    torch.testing.assert_close(exported.net(x), module.net(x))
+    assert (module.net(x) - before).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("start", ["eva", "covariance"])
