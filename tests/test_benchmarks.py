@@ -37,6 +37,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         "overhead",
         "scaling",
         "quality",
+        "starts",
         "switch",
         "gpu",
     ],
