@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import re
@@ -104,13 +105,14 @@ def digits(steps: int, base_steps: int, rank: int = 4) -> Study:
     sys.path.append(str(FOLDER.parent / "examples"))
     from digits import BASE_RATE, DigitClassifier, Digits
 
-    def batches_of(task: str, count: int, seed: int) -> list[Batch]:
-        images, labels = Digits(task).train.tensors
+    clean, shifted = Digits("clean"), Digits("shifted")
+
+    def batches_of(data: Digits, count: int, seed: int) -> list[Batch]:
+        images, labels = data.train.tensors
         order = torch.Generator().manual_seed(seed)
         rows = torch.randint(len(labels), (count, 32), generator=order)
         return [{"images": images[row], "labels": labels[row]} for row in rows]
 
-    shifted = Digits("shifted")
     validation, test = (
         dict(zip(("images", "labels"), part.tensors, strict=True)) for part in (shifted.validation, shifted.test)
     )
@@ -120,7 +122,7 @@ def digits(steps: int, base_steps: int, rank: int = 4) -> Study:
         logits=lambda model, batch: model(batch["images"]),
         adapted=lambda model: model,
         config=LoRAConfig(rank=rank, alpha=2.0 * rank),
-        draw=lambda seed: batches_of("shifted", steps, seed),
+        draw=lambda seed: batches_of(shifted, steps, seed),
         validation=[validation],
         test=[test],
         rates=(0.0025, 0.005, 0.01, 0.02, 0.04),
@@ -128,9 +130,7 @@ def digits(steps: int, base_steps: int, rank: int = 4) -> Study:
     )
     torch.manual_seed(0)
     base = DigitClassifier()
-    for _ in training(
-        study, base, batches_of("clean", base_steps, 0), [{"params": base.parameters(), "lr": BASE_RATE}]
-    ):
+    for _ in training(study, base, batches_of(clean, base_steps, 0), [{"params": base.parameters(), "lr": BASE_RATE}]):
         pass
     return study
 
@@ -185,6 +185,7 @@ def sentences(
         torch.manual_seed(seed)
         return UpperLayers(copy.deepcopy(upper), model.config.hidden_size)
 
+    @functools.cache
     def draw(seed: int) -> list[Batch]:
         order = torch.Generator().manual_seed(seed)
         rows = torch.randint(len(train) - validated, (steps, batch), generator=order).tolist()
@@ -274,15 +275,14 @@ def turn_at_random(study: Study, model: nn.Module, batches: list[Batch], generat
         A.copy_(rows * (wanted / found).sqrt().unsqueeze(1))
 
 
-def run(study: Study, arm: str, rate: float, seed: int) -> dict[str, Any]:
+def run(study: Study, model: nn.Module, rate: float, seed: int) -> dict[str, Any]:
     """Train once; pilot seeds see the validation data, the others the test data."""
     batches = study.draw(seed)
-    model, seconds = started(study, arm, seed, batches)
     head = list(model.head.parameters()) if study.adapted(model) is not model else []
     own = [p for p in study.adapted(model).parameters() if p.requires_grad]
     groups = [{"params": own, "lr": rate}, *([{"params": head, "lr": quality.RATE_OF_HEAD}] if head else [])]
     marks = {max(1, round(len(batches) * mark / 100)): mark for mark in MARKS}
-    found: dict[str, Any] = {"calibration": seconds}
+    found: dict[str, Any] = {}
     for step in training(study, model, batches, groups):
         if step in marks and seed not in PILOTS:
             found[str(marks[step])] = measured(study, model, study.test)
@@ -302,11 +302,13 @@ def explore(study: Study, runs: Runs, arms: Sequence[str], save: Callable[[], No
     """Run what is not yet among the runs: per arm, rates until the best is inside the grid, then the seeds."""
 
     def ensure(arm: str, rate: float, seed: int) -> None:
-        if key(study.name, arm, rate, seed) not in runs:
-            runs[key(study.name, arm, rate, seed)] = run(study, arm, rate, seed)
+        if (name := key(study.name, arm, rate, seed)) not in runs:
+            model, seconds = start(arm, seed)
+            runs[name] = {"calibration": seconds, **run(study, copy.deepcopy(model), rate, seed)}
             save()
 
     for arm in arms:
+        start = functools.cache(lambda arm, seed: started(study, arm, seed, study.draw(seed)))
         rates = list(study.rates)
         while True:
             for rate in rates:
