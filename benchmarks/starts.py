@@ -56,7 +56,8 @@ FOLDER = Path(__file__).parent
 RESULTS, PAGE = FOLDER / "starts.json", FOLDER.parent / "docs" / "initialization.md"
 SHUFFLED, RANDOM = " of shuffled labels", "random, as eva"
 ARMS = ["kaiming", "eva", "covariance", "lora_ga", "pissa", RANDOM, "orthogonal", "corda", "olora"]
-ARMS += [name + SHUFFLED for name in ("covariance", "lora_ga")]
+CONTROLS = {"eva": RANDOM, **{name: name + SHUFFLED for name in ("covariance", "lora_ga")}}
+ARMS += [CONTROLS[name] for name in ("covariance", "lora_ga")]
 PILOTS, SEEDS = (0, 1), (10, 11, 12, 13, 14)
 MARKS = (10, 30, 100)  # per cent of the steps
 MOST_RATES = 9
@@ -101,7 +102,7 @@ class Study:
 # --- the two studies
 
 
-def digits(steps: int, base_steps: int, rank: int = 4) -> Study:
+def digits(steps: int, base_steps: int, rank: int = 4, **size: int) -> Study:
     sys.path.append(str(FOLDER.parent / "examples"))
     from digits import BASE_RATE, DigitClassifier, Digits
 
@@ -129,7 +130,7 @@ def digits(steps: int, base_steps: int, rank: int = 4) -> Study:
         factor=2.0,
     )
     torch.manual_seed(0)
-    base = DigitClassifier()
+    base = DigitClassifier(**size)
     for _ in training(study, base, batches_of(clean, base_steps, 0), [{"params": base.parameters(), "lr": BASE_RATE}]):
         pass
     return study
@@ -298,7 +299,7 @@ def key(study: str, arm: str, rate: float, seed: int) -> str:
     return f"{study}/{arm}/{rate:.3g}/{seed}"
 
 
-def explore(study: Study, runs: Runs, arms: Sequence[str], save: Callable[[], None], seeds: Sequence[int]) -> None:
+def explore(study: Study, runs: Runs, save: Callable[[], None], seeds: Sequence[int], most: int = MOST_RATES) -> None:
     """Run what is not yet among the runs: per arm, rates until the best is inside the grid, then the seeds."""
 
     def ensure(arm: str, rate: float, seed: int) -> None:
@@ -307,7 +308,7 @@ def explore(study: Study, runs: Runs, arms: Sequence[str], save: Callable[[], No
             runs[name] = {"calibration": seconds, **run(study, copy.deepcopy(model), rate, seed)}
             save()
 
-    for arm in arms:
+    for arm in ARMS:
         start = functools.cache(lambda arm, seed: started(study, arm, seed, study.draw(seed)))
         rates = list(study.rates)
         while True:
@@ -315,7 +316,7 @@ def explore(study: Study, runs: Runs, arms: Sequence[str], save: Callable[[], No
                 for seed in PILOTS:
                     ensure(arm, rate, seed)
             best, inside = best_rate(runs, study.name, arm)
-            if inside or len(rates) >= MOST_RATES:
+            if inside or len(rates) >= most:
                 break
             rates = sorted([*rates, best * study.factor if best > rates[0] else best / study.factor])
         for seed in seeds:
@@ -407,10 +408,38 @@ def costs(study: Study, rounds: int) -> list[measuring.Row]:
 
 
 def section(content: dict[str, Any]) -> str:
-    """Return what the page says: a table of each study."""
+    """Return what the page says: a table of each study, its controls, and what follows."""
     runs: Runs = content["runs"]
     names = list(dict.fromkeys(name.split("/")[0] for name in runs))
-    return "\n\n".join(table(runs, name) for name in names if "kaiming" in complete(runs, name))
+    parts = [part for name in names for part in (table(runs, name), controlled(runs, name))]
+    return "\n\n".join([*parts, recommendation(runs, names)])
+
+
+def controlled(runs: Runs, study: str) -> str:
+    there = complete(runs, study)
+    found = [
+        f"`{arm}` {difference(runs, study, arm, control, MARKS[-1])}"
+        for arm, control in CONTROLS.items()
+        if {arm, control} <= set(there)
+    ]
+    return f"Loss at the end less that of the control: {', '.join(found)}." if found else ""
+
+
+def recommendation(runs: Runs, studies: Sequence[str]) -> str:
+    """Return the sentence that follows from the rule of this file's docstring."""
+    found = [f"`{arm}`" for arm in ARMS[1:] if all(beats(runs, study, arm) for study in studies)]
+    if not found or len(studies) < 2:
+        return "By the rule that was fixed before the runs, no start is recommended over `kaiming`."
+    return f"By the rule that was fixed before the runs, recommended over `kaiming`: {', '.join(found)}."
+
+
+def beats(runs: Runs, study: str, arm: str) -> bool:
+    """Return whether an arm ends with a lower loss than ``kaiming`` and than its control."""
+    others = ["kaiming", *([CONTROLS[arm]] if arm in CONTROLS else [])]
+    if not {arm, *others} <= set(complete(runs, study)) or arm in CONTROLS.values():
+        return False
+    found = [difference(runs, study, arm, other, MARKS[-1]) for other in others]
+    return all(each.mean < 0 and not each.is_tie for each in found)
 
 
 def table(runs: Runs, study: str) -> str:
@@ -460,8 +489,8 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
 
     rows, seeds = [], SEEDS[:2] if args.smoke else SEEDS
     for study in smoke_studies() if args.smoke else studies(args):
-        explore(study, runs, ARMS, save, seeds)
-        rows += rows_of(runs, study.name, seeds) + costs(study, args.rounds)
+        explore(study, runs, save, seeds, most=1 if args.smoke else MOST_RATES)
+        rows += rows_of(runs, study.name, seeds) + costs(study, 2 if args.smoke else args.rounds)
     return measuring.report(rows, args, runs=runs)
 
 
@@ -474,9 +503,9 @@ def studies(args: argparse.Namespace) -> Iterator[Study]:
 
 def smoke_studies() -> Iterator[Study]:
     config = {"steps": 3, "rank": 2}
-    yield replace(digits(base_steps=3, **config), rates=(0.01, 0.02))
+    yield replace(digits(base_steps=3, width=16, depth=1, **config), rates=(0.01,))
     examples = [("good film", 1), ("bad film", 0)] * 4
-    yield sentences(*quality.tiny(), examples, examples, **config, validated=2, batch=4)
+    yield replace(sentences(*quality.tiny(), examples, examples, **config, validated=2, batch=4), rates=(0.01,))
 
 
 if __name__ == "__main__":
