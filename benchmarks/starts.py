@@ -32,15 +32,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import json
 import math
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +57,7 @@ SHUFFLED, RANDOM = " of shuffled labels", "random, as eva"
 ARMS = ["kaiming", "eva", "covariance", "lora_ga", "pissa", RANDOM, "orthogonal", "corda", "olora"]
 CONTROLS = {"eva": RANDOM, **{name: name + SHUFFLED for name in ("covariance", "lora_ga")}}
 ARMS += [CONTROLS[name] for name in ("covariance", "lora_ga")]
+DRAWN = ("kaiming", "orthogonal")
 PILOTS, SEEDS = (0, 1), (10, 11, 12, 13, 14)
 MARKS = (10, 30, 100)  # per cent of the steps
 MOST_RATES = 9
@@ -186,7 +186,7 @@ def sentences(
         torch.manual_seed(seed)
         return UpperLayers(copy.deepcopy(upper), model.config.hidden_size)
 
-    @functools.cache
+    @cache
     def draw(seed: int) -> list[Batch]:
         order = torch.Generator().manual_seed(seed)
         rows = torch.randint(len(train) - validated, (steps, batch), generator=order).tolist()
@@ -230,21 +230,19 @@ def measured(study: Study, model: nn.Module, batches: list[Batch]) -> tuple[floa
     return loss if math.isfinite(loss) else DIVERGED, (logits.argmax(1) == labels).float().mean().item()
 
 
-def started(study: Study, arm: str, seed: int, batches: list[Batch]) -> tuple[nn.Module, float]:
-    """Return the model with adapters at the start of an arm, and the seconds that the start took."""
+def started(study: Study, arm: str, seed: int, batches: list[Batch]) -> nn.Module:
+    """Return the model with adapters at the start of an arm."""
     model = study.build(seed).eval()
     init = "eva" if arm == RANDOM else arm.removesuffix(SHUFFLED)
     attach(study.adapted(model), replace(study.config, init=init), seed=seed)
     generator = torch.Generator().manual_seed(seed)
     if arm.endswith(SHUFFLED):
         batches = [{**batch, "labels": shuffled(batch["labels"], generator)} for batch in batches]
-    began = time.perf_counter()
-    if init not in ("kaiming", "orthogonal"):
+    if init not in DRAWN:
         calibrate(model, batches, step=lambda batch: study.loss(model, batch))
-    seconds = time.perf_counter() - began
     if arm == RANDOM:
         turn_at_random(study, model, batches[: study.config.start.batches], generator)
-    return model, seconds
+    return model
 
 
 def shuffled(labels: Tensor, generator: torch.Generator) -> Tensor:
@@ -304,12 +302,11 @@ def explore(study: Study, runs: Runs, save: Callable[[], None], seeds: Sequence[
 
     def ensure(arm: str, rate: float, seed: int) -> None:
         if (name := key(study.name, arm, rate, seed)) not in runs:
-            model, seconds = start(arm, seed)
-            runs[name] = {"calibration": seconds, **run(study, copy.deepcopy(model), rate, seed)}
+            runs[name] = run(study, copy.deepcopy(start(arm, seed)), rate, seed)
             save()
 
     for arm in ARMS:
-        start = functools.cache(lambda arm, seed: started(study, arm, seed, study.draw(seed)))
+        start = cache(lambda arm, seed: started(study, arm, seed, study.draw(seed)))
         rates = list(study.rates)
         while True:
             for rate in rates:
@@ -383,24 +380,29 @@ def rows_of(runs: Runs, study: str, seeds: Sequence[int]) -> list[measuring.Row]
 
 
 def costs(study: Study, rounds: int) -> list[measuring.Row]:
-    """Compare a step of a start at which ``B @ A`` is not zero with steps of the same and of twice the rank."""
-    twice = replace(study, config=replace(study.config, rank=2 * study.config.rank, alpha=2 * study.config.alpha))
+    """Compare training steps of a start at which ``B @ A`` is not zero, and calibrations, with ordinary steps."""
     batches = study.draw(0)
+    twice = replace(study, config=replace(study.config, rank=2 * study.config.rank, alpha=2 * study.config.alpha))
     models = {
-        "difference": started(study, "pissa", 0, batches)[0],
-        "rank r": started(study, "kaiming", 0, batches)[0],
-        "rank 2r": started(twice, "kaiming", 0, batches)[0],
+        "difference": started(study, "pissa", 0, batches),
+        "rank r": started(study, "kaiming", 0, batches),
+        "rank 2r": started(twice, "kaiming", 0, batches),
     }
 
-    def job(model: nn.Module) -> Callable[[], None]:
+    def step(model: nn.Module) -> Callable[[], None]:
         return lambda: study.loss(model, batches[0]).backward()
 
-    times = measuring.in_turn({name: job(model) for name, model in models.items()}, rounds)
-    return [
-        measuring.ratio(
-            times, "difference", below, quantity=f"{study.name}: forward and backward, difference / {below}"
-        )
+    steps = {name: step(model) for name, model in models.items()}
+    times = measuring.in_turn(steps, rounds)
+    rows = [
+        measuring.ratio(times, "difference", below, quantity=f"{study.name}: step, difference / {below}")
         for below in ("rank r", "rank 2r")
+    ]
+    computed = [arm for arm in ARMS if arm not in (*DRAWN, RANDOM, *CONTROLS.values())]
+    jobs = {arm: partial(started, study, arm, 0, batches) for arm in computed}
+    times = measuring.in_turn({"step": steps["rank r"], **jobs}, max(2, rounds // 10), warmup=1)
+    return rows + [
+        measuring.ratio(times, arm, "step", quantity=f"{study.name}: start of {arm} / step") for arm in computed
     ]
 
 

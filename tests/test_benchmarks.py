@@ -121,7 +121,7 @@ def test_a_start_is_recommended_if_it_beats_kaiming_and_its_control_in_both_stud
 @pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
 def test_the_grid_grows_until_the_best_rate_is_inside(benchmark, monkeypatch):
     monkeypatch.setattr(benchmark, "ARMS", ["kaiming"])
-    monkeypatch.setattr(benchmark, "started", lambda *_: (None, 0.0))
+    monkeypatch.setattr(benchmark, "started", lambda *_: None)
     monkeypatch.setattr(benchmark, "run", lambda study, model, rate, seed: {"validation": abs(math.log(rate / 0.08))})
     study = SimpleNamespace(name="digits", rates=(0.01, 0.02), factor=2.0, draw=lambda seed: [])
     found: dict[str, Any] = {}
@@ -144,7 +144,7 @@ def test_the_random_control_has_other_directions_but_eva_s_sizes_of_features(ben
     )
     features = {}
     for arm in ("eva", benchmark.RANDOM):
-        model, _ = benchmark.started(study, arm, 0, [{"x": part} for part in x])
+        model = benchmark.started(study, arm, 0, [{"x": part} for part in x])
         features[arm] = x.flatten(0, 1) @ lora_layers(model)["0"].lora.A.detach().T
     eva, other = features.values()
     torch.testing.assert_close(eva.square().mean(0), other.square().mean(0))
