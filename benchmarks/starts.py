@@ -414,17 +414,17 @@ def section(content: dict[str, Any]) -> str:
     runs: Runs = content["runs"]
     names = list(dict.fromkeys(name.split("/")[0] for name in runs))
     parts = [part for name in names for part in (table(runs, name), controlled(runs, name))]
-    return "\n\n".join([*parts, recommendation(runs, names)])
+    return "\n\n".join([*filter(None, parts), recommendation(runs, names)])
 
 
 def controlled(runs: Runs, study: str) -> str:
     there = complete(runs, study)
     found = [
-        f"`{arm}` {difference(runs, study, arm, control, MARKS[-1])}"
+        f"`{arm}`: {difference(runs, study, arm, control, MARKS[-1])}"
         for arm, control in CONTROLS.items()
         if {arm, control} <= set(there)
     ]
-    return f"Loss at the end less that of the control: {', '.join(found)}." if found else ""
+    return "\n".join(["Loss at the end less that of the control:\n", *(f"- {each}" for each in found)]) if found else ""
 
 
 def recommendation(runs: Runs, studies: Sequence[str]) -> str:
@@ -444,12 +444,17 @@ def beats(runs: Runs, study: str, arm: str) -> bool:
     return all(each.mean < 0 and not each.is_tie for each in found)
 
 
+def label(arm: str) -> str:
+    name = arm.removesuffix(SHUFFLED)
+    return arm if arm == RANDOM else f"`{name}`{arm.removeprefix(name)}"
+
+
 def table(runs: Runs, study: str) -> str:
     head = [study, "rate", *(f"loss at {mark} %" for mark in MARKS), "accuracy at the end"]
     lines = [head, ["---"] * len(head)]
     for arm in complete(runs, study):
         rate, inside = best_rate(runs, study, arm)
-        cells = [f"`{arm}`" if arm != RANDOM else arm, f"{rate:.2g}" + ("" if inside else " (edge)")]
+        cells = [label(arm), f"{rate:.2g}" + ("" if inside else " (edge)")]
         if arm == "kaiming":
             own = finals(runs, study, arm).values()
             means = [statistics.mean(each[str(mark)][0] for each in own) for mark in MARKS]
@@ -485,14 +490,17 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
         return []
     torch.set_num_threads(1)
 
-    def save(rows: Sequence[measuring.Row] = ()) -> None:
+    rows: list[measuring.Row] = []
+    seeds = SEEDS[:2] if args.smoke else SEEDS
+
+    def save() -> None:
         if file:
             measuring.write(rows, file, runs=runs)
 
-    rows, seeds = [], SEEDS[:2] if args.smoke else SEEDS
     for study in smoke_studies() if args.smoke else studies(args):
+        rows += costs(study, 2 if args.smoke else args.rounds)
         explore(study, runs, save, seeds, most=1 if args.smoke else MOST_RATES)
-        rows += rows_of(runs, study.name, seeds) + costs(study, 2 if args.smoke else args.rounds)
+        rows += rows_of(runs, study.name, seeds)
     return measuring.report(rows, args, runs=runs)
 
 

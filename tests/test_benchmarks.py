@@ -119,16 +119,18 @@ def test_a_start_is_recommended_if_it_beats_kaiming_and_its_control_in_both_stud
 
 
 @pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
-def test_the_grid_grows_until_the_best_rate_is_inside(benchmark, monkeypatch):
+@pytest.mark.parametrize("best", [0.08, 0.0025])
+def test_the_grid_grows_until_the_best_rate_is_inside(benchmark, best, monkeypatch):
     monkeypatch.setattr(benchmark, "ARMS", ["kaiming"])
     monkeypatch.setattr(benchmark, "started", lambda *_: None)
-    monkeypatch.setattr(benchmark, "run", lambda study, model, rate, seed: {"validation": abs(math.log(rate / 0.08))})
+    monkeypatch.setattr(benchmark, "run", lambda study, model, rate, seed: {"validation": abs(math.log(rate / best))})
     study = SimpleNamespace(name="digits", rates=(0.01, 0.02), factor=2.0, draw=lambda seed: [])
     found: dict[str, Any] = {}
     benchmark.explore(study, found, lambda: None, seeds=[10])
-    assert benchmark.best_rate(found, "digits", "kaiming") == (0.08, True)
-    assert "digits/kaiming/0.08/10" in found
-    assert not any("/0.32/" in name for name in found)
+    assert benchmark.best_rate(found, "digits", "kaiming") == (best, True)
+    assert f"digits/kaiming/{best}/10" in found
+    tried = {float(name.split("/")[2]) for name in found}
+    assert (min(tried), max(tried)) == (min(best / 2, 0.01), max(2 * best, 0.02))
 
 
 @pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
