@@ -72,6 +72,7 @@ def save_adapter(
         OSError: The files could not be written. An adapter that was there is as it was.
     """
     _refuse_sharded(module)
+    AdaptedModel(module).check_started()
     export = exported(module, export_root)
     if merged := AdaptedModel(module).merges:
         warnings.warn(

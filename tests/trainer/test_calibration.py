@@ -13,12 +13,14 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, LoRAConfig, attach, calibrate, lora_layers
+from lightning_lora import LoRACallback, LoRAConfig, attach, calibrate, load_adapter, lora_layers
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.trainer.calibration import calibrate_fit
 from tests.toys import trainer
 
 
@@ -195,6 +197,15 @@ def test_validating_an_uncalibrated_model_computes_the_base():
     assert torch.isfinite(expected)
 
 
+def test_the_best_checkpoint_of_a_calibrated_fit_is_exported(tmp_path: Path):
+    module = fitted(LoRACallback(rank=2, init="lora_ga", export_dir=str(tmp_path / "peft")), root=tmp_path)
+    other = Module()
+    other.load_state_dict({k: v for k, v in module.state_dict().items() if ".lora." not in k}, strict=False)
+    load_adapter(other, tmp_path / "peft")
+    x = torch.randn(4, 12)
+    torch.testing.assert_close(other.eval().net(x), module.eval().net(x))
+
+
 # --- what cannot be calibrated
 
 
@@ -222,6 +233,14 @@ def test_manual_optimization_with_a_step_of_its_own_is_calibrated():
 
     module = fitted(LoRACallback(rank=2, init="lora_ga"), module=WithStep())
     assert all(layer.lora.is_difference for layer in lora_layers(module).values())
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_divide_the_weights_are_refused_by_name(strategy: Any):
+    module, run = Module(), trainer()
+    run.strategy.__class__ = strategy  # the check comes before anything of the strategy is used
+    with pytest.raises(MisconfigurationException, match=f"under {strategy.__name__}, which divides the weights"):
+        calibrate_fit(run, module, "eva", 3)
 
 
 class Stream(IterableDataset[Tensor]):
