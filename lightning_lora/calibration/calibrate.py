@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -216,7 +216,11 @@ class _Run:
         collector = Collector(self.places, name, budget, smooth=self.options.smooth)
         has_gradients = NEEDS[name] != {"inputs"}
         modes = disabled(self.module) if name == FROM_GRADIENT else nullcontext()
-        with left_as_it_was(self.module), RandomState(), _gradients_kept(self.module), modes, collector.watching():
+        eager = torch.compiler.set_stance("force_eager")  # compiled code would run without the hooks, or keep them
+        kept = (left_as_it_was(self.module), RandomState(), _gradients_kept(self.module))
+        with ExitStack() as stack:
+            for context in (*kept, eager, modes, collector.watching()):
+                stack.enter_context(context)
             self.module.eval()
             for batch in islice(batches, self.options.batches):
                 collector.mask = self._mask(batch)

@@ -159,6 +159,7 @@ class FitSession:
             self.layout.check_fit(with_diagnostics=bool(self.options.diagnostics_every_n_steps))
             self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
             if self._config.has_ranks_from_data:  # before DDP and the optimizers see the parameters
+                self._check_ranks_can_change()
                 self._wraps.after(self.trainer.strategy, "model_to_device", self._calibrate)
             if self.options.fresh and not self._is_new and chosen_checkpoint(self.trainer) is None:
                 self._start_anew()
@@ -303,6 +304,15 @@ class FitSession:
             if not self._is_trial:
                 check_export_place(self.layout, self.options.export_dir, self.trainer)
                 check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
+
+    def _check_ranks_can_change(self) -> None:
+        other = "init_from" if self.options.init_from is not None else None
+        other = next((type(each).__name__ for each in callbacks_of(self.trainer, *AVERAGING)), other)
+        if other is not None:
+            raise MisconfigurationException(
+                f"LoRACallback: ranks from data (rank='auto', rho) do not go with {other}, which needs the ranks "
+                "earlier. Call lightning_lora.attach and calibrate before the fit, or give a number for rank."
+            )
 
     def _calibrate(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
         """Compute the starts that adapters wait for; those of a checkpoint have theirs."""
