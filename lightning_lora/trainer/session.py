@@ -28,7 +28,6 @@ from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
-from lightning_lora.option_checks import AUTO
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, fill_buffers
@@ -51,7 +50,7 @@ from lightning_lora.trainer.checks import (
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
-from lightning_lora.trainer.hints import Coverage, coverage, warn_of_suspicious_settings
+from lightning_lora.trainer.hints import Coverage, coverage, warn_of_missing_heads, warn_of_suspicious_settings
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
     chosen_checkpoint,
@@ -270,12 +269,8 @@ class FitSession:
             check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
-            if self._is_fit and self._is_new and self._config.modules_to_save == AUTO and not report.saved:
-                rank_zero_warn(
-                    "LoRA: modules_to_save='auto' found no head, as no linear layer is smaller than the rank. If there "
-                    "is a new one, name it, such as modules_to_save=['head']: otherwise it keeps its random weights, "
-                    "which no checkpoint holds."
-                )
+            if self._is_fit and self._is_new:
+                warn_of_missing_heads(self._config, report)
             self._begin()
 
     def _begin(self) -> None:
