@@ -160,11 +160,18 @@ def get_attachment(module: nn.Module) -> Attachment | None:
 
 def settled(config: LoRAConfig, before: Attachment | None) -> LoRAConfig:
     """Return a config with the heads that ``"auto"`` found and the ranks that data decided, at an earlier attach."""
-    if before is not None and before.asked == config:
+    if before is not None and is_same_request(config, before.asked):
         return before.config
     if before is None or config.modules_to_save != AUTO:
         return config
     return replace(config, modules_to_save=before.config.modules_to_save)
+
+
+def is_same_request(config: LoRAConfig, asked: LoRAConfig | None) -> bool:
+    """Return whether a config is one for which data decided the ranks, whose record names the heads it found."""
+    if asked is not None and config.modules_to_save == AUTO:
+        config = replace(config, modules_to_save=asked.modules_to_save)
+    return config == asked
 
 
 def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:

@@ -210,14 +210,17 @@ class _Run:
         collector = Collector(self.places, name, bytes_of("init.stats_budget", self.options.stats_budget))
         has_gradients = NEEDS[name] != {"inputs"}
         modes = disabled(self.module) if name == FROM_GRADIENT else nullcontext()
-        with left_as_it_was(self.module), RandomState(), _gradients_kept(self.module), modes, collector.watching():
+        gradients = _gradients_kept(self.module) if has_gradients else _frozen(self.module)
+        with left_as_it_was(self.module), RandomState(), gradients, modes, collector.watching():
             self.module.eval()
             for batch in islice(batches, self.options.batches):
                 collector.mask = self._mask(batch)
-                with torch.set_grad_enabled(has_gradients):
+                with torch.enable_grad():  # losses may hold derivatives by the inputs
                     output = step(batch)
                     if has_gradients:
-                        _loss_in(output).backward()  # type: ignore[no-untyped-call]
+                        with collector.backward():
+                            _loss_in(output).backward()  # type: ignore[no-untyped-call]
+                del output  # and its graph, before the next one
                 self.batches += 1
         self._reduce()
         if not self.batches:
@@ -436,6 +439,19 @@ def _gradients_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient inside the block, so that nothing is kept for a backward pass."""
+    training = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in training:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in training:
+            parameter.requires_grad_(True)
 
 
 def _from_first_process(tensors: Iterable[Tensor]) -> None:

@@ -89,6 +89,7 @@ class Collector:
                 found = MatrixStatistics(*place.shape, needs, sketch=sketch, axes=own, device=device)
                 place.statistics.append(found)
         self._hooks: list[Any] = []
+        self._is_backward = False
         self._last_of: dict[int, Place] = {}  # of several on one weight, as slices are
 
     @contextmanager
@@ -106,6 +107,15 @@ class Collector:
             for weight in thawed:
                 weight.requires_grad_(False)
             self._hooks = []
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Take the gradients inside the block for those of the loss; others are derivatives that the loss holds."""
+        self._is_backward = True
+        try:
+            yield
+        finally:
+            self._is_backward = False
 
     # --- the gradient of the weight
 
@@ -162,6 +172,8 @@ class Collector:
             self._hooks.append(place.layer.register_forward_hook(see, with_kwargs=True))
 
     def _add_pair(self, place: Place, x: Tensor, gradient: Tensor) -> None:
+        if not self._is_backward:
+            return
         g = place.adapter.tokens_out(gradient.detach())
         assert g is not None
         place.statistics[0].add(x.to(g.device), g, self._mask_for(x))
