@@ -132,13 +132,20 @@ class AdaptedModel:
         return f"{found}Replace and resize layers earlier: {when}." if found else None
 
     def check_unchanged(self) -> None:
-        """Raise if adapted layers have been replaced or resized since the adapters were attached, or have no start yet.
+        """Raise if adapted layers have been replaced or resized since the adapters were attached.
 
         Raises:
             RuntimeError: Its message names them.
         """
         if changed := self.changed():
             raise RuntimeError(changed)
+
+    def check_started(self) -> None:
+        """Raise if adapters still wait for their start, so that there is nothing to train, merge or save.
+
+        Raises:
+            RuntimeError: Its message names them.
+        """
         if waiting := [name for name, adapter in self.adapters.items() if adapter.is_waiting]:
             start = self.adapters[waiting[0]].spec.init
             raise RuntimeError(

@@ -160,11 +160,11 @@ def get_attachment(module: nn.Module) -> Attachment | None:
 
 def settled(config: LoRAConfig, before: Attachment | None) -> LoRAConfig:
     """Return a config with the heads that ``"auto"`` found and the ranks that data decided, at an earlier attach."""
-    if before is not None and is_same_request(config, before.asked):
-        return before.config
-    if before is None or config.modules_to_save != AUTO:
+    if before is None:
         return config
-    return replace(config, modules_to_save=before.config.modules_to_save)
+    if config.modules_to_save == AUTO:
+        config = replace(config, modules_to_save=before.config.modules_to_save)
+    return before.config if before.asked == config else config
 
 
 def is_same_request(config: LoRAConfig, asked: LoRAConfig | None) -> bool:

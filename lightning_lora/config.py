@@ -40,6 +40,7 @@ FAMILIES = (ALL_LINEAR, ALL_CONV, EVERYTHING)  # the words of target_modules tha
 Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "corda", "lora_ga", "covariance"]
 STARTS_FROM_WEIGHTS = ("pissa", "olora")
 STARTS_FROM_DATA = ("eva", "corda", "lora_ga", "covariance")
+_USUAL_RANK = 16
 AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
 FrozenNorm = Literal["eval", "track"]
 Bias = Literal["none", "lora_only", "all"]
@@ -147,7 +148,8 @@ class LoRAConfig:
         trainable_token_indices: Rows of an embedding to train, for new tokens: a list for the input embedding, or
             ``{embedding: list}``. Layers tied to it use the same rows.
         modules_to_save: Modules to train in full and save with the adapter, such as a new head: a list of names, or
-            ``"auto"`` for the linear layers that are too small for the rank and the task heads of transformers models.
+            ``"auto"`` for the linear layers that are too small for the rank, or for rank 16 if the data decide it, and
+            the task heads of transformers models.
         bias: Biases of the base to train and save with the adapter: ``"none"``, ``"lora_only"`` for those of adapted
             layers, or ``"all"``.
         rank_pattern: Ranks of single layers, ``{name or regular expression: rank}``; the first match wins.
@@ -175,7 +177,7 @@ class LoRAConfig:
         Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, eq. 3.
     """
 
-    rank: PositiveInt | Literal["auto"] = 16
+    rank: PositiveInt | Literal["auto"] = _USUAL_RANK
     alpha: PositiveFloat = 32.0
     dropout: Probability = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
@@ -242,6 +244,11 @@ class LoRAConfig:
     def first_rank(self) -> int:
         """The rank to attach with: 1 until the data say which."""
         return 1 if self.rank == option_checks.AUTO else self.rank
+
+    @property
+    def expected_rank(self) -> int:
+        """The rank of most layers; the usual one until the data say which."""
+        return _USUAL_RANK if self.rank == option_checks.AUTO else self.rank
 
     @property
     def start(self) -> InitOptions:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import re
 from collections.abc import Collection, Mapping
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +24,7 @@ T = TypeVar("T", int, float)
 
 _TENSORS, _ELEMENTS = 64, 4
 _MOST_TENSORS = 4096  # that a file may claim
+_NUMBER = re.compile(r"\d+")
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _PRECISIONS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # from coarse to fine
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _PRECISIONS}
@@ -48,17 +51,25 @@ Fingerprint = Mapping[str, Sample]
 def fingerprint(tensors: Mapping[str, Tensor]) -> dict[str, Sample]:
     """Return the fingerprint of a base: name of a parameter -> some of its values, in the order of the model.
 
-    If there are many parameters, some are chosen by a hash of their names: at regular intervals all might be norms.
-    Quantized ones and those without values are left out. The same values give the same fingerprint on any device and
-    however they are sharded; if they are, every process must call this.
+    If there are many parameters, ``chosen_names`` chooses some. Quantized ones and those without values are left out.
+    The same values give the same fingerprint on any device and however they are sharded; if they are, every process
+    must call this.
     """
     return samples(tensors, chosen_names(tensors))
 
 
 def chosen_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of the parameters that a fingerprint looks at."""
-    readable = [name for name, tensor in tensors.items() if _is_readable(tensor)]
-    return sorted(readable, key=_mixed)[:_TENSORS]
+    """Return the names of the parameters that a fingerprint looks at.
+
+    Parameters that differ only in numbers, such as those of repeated blocks, are of one kind. Every kind is looked at,
+    so what the model has only once always is: a new head may be all that differs between two bases. The others are
+    chosen evenly from the kinds, by a hash of their names: at regular intervals all might be norms.
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in sorted((name for name, tensor in tensors.items() if _is_readable(tensor)), key=_mixed):
+        kinds.setdefault(_NUMBER.sub("*", name), []).append(name)
+    in_turns = [name for turn in zip_longest(*kinds.values()) for name in turn if name is not None]
+    return in_turns[: min(max(_TENSORS, len(kinds)), _MOST_TENSORS)]
 
 
 def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Sample]:

@@ -30,12 +30,15 @@ from lightning_lora.surgery import attach, attach_entry, detach
 from lightning_lora.switching import beside
 
 
-def read_adapter(path: str | PathLike[str], adapter: str | None = None) -> PeftFile | CheckpointFile:
+def read_adapter(
+    path: str | PathLike[str], adapter: str | None = None, *, like: str | None = None
+) -> PeftFile | CheckpointFile:
     """Read an adapter without its model: a ``.ckpt`` of a LoRACallback run, or a PEFT directory.
 
     Args:
         path: The file or the directory.
-        adapter: Which of several in a ``.ckpt``; by default the trained one.
+        adapter: Which of several in a ``.ckpt``.
+        like: Which one, unless ``adapter`` says so, if there is one of this name; else the trained one.
 
     Raises:
         ValueError: It cannot be read, or holds no adapter, or none of this name.
@@ -52,7 +55,7 @@ def read_adapter(path: str | PathLike[str], adapter: str | None = None) -> PeftF
             f"{str(path)!r} holds tensors alone. Name the directory with {CONFIG_FILE} that it belongs to, or a .ckpt "
             "of a LoRACallback run."
         )
-    return read_checkpoint(path, adapter)
+    return read_checkpoint(path, adapter, like=like)
 
 
 def add_adapter(
@@ -75,7 +78,8 @@ def add_adapter(
         name: A new name, without ``"."``.
         source: The options of a fresh adapter; the path of a saved one, as in ``load_adapter``; or the result of
             ``adapter_state_dict`` for an adapter with the options of the active one. Defaults to ``LoRAConfig()``.
-        adapter: Which adapter of a source that holds several, as in ``load_adapter``.
+        adapter: Which adapter of a ``.ckpt`` that holds several; by default the one called ``name``, or, if there is
+            none, the one that was trained.
         seed: Seed of a fresh adapter's random starts.
         check_base: As in ``load_adapter``.
 
@@ -98,7 +102,7 @@ def add_adapter(
         if source is None or isinstance(source, LoRAConfig):
             return attach(module, source or LoRAConfig(), seed=seed)
         if not isinstance(source, Mapping):
-            return load_adapter(module, source, adapter=adapter, check_base=check_base)
+            return _load(module, read_adapter(source, adapter, like=name), check_base=check_base)
         if not active:
             raise ValueError(
                 f"add_adapter(module, {name!r}, ...): tensors do not say their options, and no adapter is active whose "
@@ -129,7 +133,7 @@ def load_adapter(
         path: A ``.ckpt`` written under a ``LoRACallback``, or a directory written by ``save_adapter`` or by PEFT. The
             model that a directory's names are relative to is found in the module by those names.
         adapter: Name of the adapter to load from a ``.ckpt`` of ``LoRACallback(save_adapters="all")``; by default the
-            one that was trained.
+            one called ``name``, or, if there is none, the one that was trained.
         name: Add it beside the module's other adapters under this name, as ``add_adapter`` does, instead of loading
             into the active one.
         check_base: Reject a base whose values differ from those the adapter was trained on, if the file holds a
@@ -145,7 +149,10 @@ def load_adapter(
     """
     if name is not None:
         return add_adapter(module, name, path, adapter=adapter, check_base=check_base)
-    file = read_adapter(path, adapter)
+    return _load(module, read_adapter(path, adapter), check_base=check_base)
+
+
+def _load(module: nn.Module, file: PeftFile | CheckpointFile, *, check_base: bool) -> AttachReport:
     if (model := AdaptedModel(module)).layers:
         module = model.module  # without its wrappers, which an unadapted one must not have
     check_not_merged(module, file.merges)

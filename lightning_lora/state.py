@@ -30,6 +30,7 @@ def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """
     model = AdaptedModel(module)
     model.check_unchanged()
+    model.check_started()
     if not model.trained:
         model.check_adapted("adapter_state_dict")
     return {name: whole(tensor.detach()).clone() for name, tensor in model.trained.items()}

@@ -228,6 +228,7 @@ def merge(
         model.check_not_part()
         model.check_adapted("merge")
         model.check_unchanged()
+        model.check_started()
         layers = model.layers
         for path, layer in layers.items():
             with whole(layer):

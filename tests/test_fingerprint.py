@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from string import ascii_letters
 from typing import Any
 
 import pytest
@@ -75,6 +76,20 @@ def test_every_kind_of_tensor_is_sampled() -> None:
     assert 32 <= len(found) <= 128
     assert {name[-1] for name in found} == set("abcdefgh")
     assert list(found) == [name for name in names if name in found]
+
+
+@pytest.mark.parametrize("name", ["head", "fc", "classifier", "net.head.fc", "pooler.dense"])
+def test_other_head_of_deep_model_is_detected(name: str) -> None:
+    blocks = {f"blocks.{i}.{kind}": torch.ones(4) for i in range(100) for kind in ("fc1", "fc2", "norm1", "norm2")}
+    recorded = fingerprint(blocks | {f"{name}.weight": torch.ones(4)})
+    other = samples(blocks | {f"{name}.weight": torch.zeros(4)}, recorded)
+    assert f"first {name}.weight" in str(base_problems(recorded, other, "model"))
+    assert len(recorded) == len(of(nn.ModuleList(nn.Linear(2, 2) for _ in range(100))))
+
+
+def test_every_part_of_model_without_repetition_is_sampled() -> None:
+    tensors = {f"{letter}{other}.weight": torch.ones(2) for letter in ascii_letters for other in ascii_letters[:4]}
+    assert list(fingerprint(tensors)) == list(tensors)
 
 
 def test_fingerprint_covers_only_the_base() -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, detach, lora_layers
+from lightning_lora.config import InitOptions
 from tests import cli_app
 from tests.toys import digest, network
 
@@ -121,7 +122,7 @@ def test_yaml_trains_and_checkpoint_evaluates_without_options(run: Run, tmp_path
     assert float(validated.cli.trainer.callback_metrics["val_loss"]) == pytest.approx(loss)
 
 
-@pytest.mark.parametrize("ranks", [{"rank": 2}, {"rank": "auto", "rank_budget": 400}], ids=["rank", "auto"])
+@pytest.mark.parametrize("ranks", [{"rank": 2}, {"rank": "auto", "rank_budget": 120}], ids=["rank", "auto"])
 def test_a_start_from_data_in_yaml_trains_and_its_checkpoint_evaluates(
     ranks: dict[str, Any], run: Run, tmp_path: Path
 ) -> None:
@@ -161,6 +162,36 @@ def test_layers_take_numbers_and_slices(form: str, run: Run, tmp_path: Path) -> 
     flags = ["--lora.layers=[0, -1, '8:16', 0:2]"] if form == "flag" else ["--config=config.yaml"]
     printed = run("fit", *flags, "--print_config", forced=True)
     assert yaml.safe_load(printed.output)["lora"]["layers"] == [0, -1, "8:16", "0:2"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lora.init=eva", "--lora.rank=2"],
+        ["--lora.init.name=eva", "--lora.init.batches=3", "--lora.rank=2"],
+        ["--lora.init={name: eva, batches: 3}", "--lora.rank=2"],
+        ["--lora.rank=auto", "--lora.rank_budget=50%", "--lora.init=eva"],
+        [*CALLBACK, "--trainer.callbacks.init.name=eva", "--trainer.callbacks.init.batches=3"],
+    ],
+)
+def test_a_start_from_data_is_given_in_flags(flags: list[str], run: Run, tmp_path: Path) -> None:
+    is_group = flags[0].startswith("--lora")
+    outcome = run("fit", *RUN, *flags, forced=is_group)
+    config = outcome.callback.config
+    assert config.start.name == "eva"
+    assert config.start.batches == (3 if "batches" in "".join(flags) else 16)
+    assert outcome.moved
+    printed = run("fit", *flags, "--print_config", forced=is_group)
+    (tmp_path / "printed.yaml").write_text(printed.output)
+    again = run("fit", "--config=printed.yaml", *RUN, forced=is_group)
+    assert again.callback.config == config
+
+
+def test_help_explains_the_options_of_a_start(run: Run) -> None:
+    text = " ".join(run("fit", "--lora.init.help", forced=True).output.split())
+    for option in InitOptions.__dataclass_fields__:
+        assert f"--lora.init.{option}" in text
+    assert "How many training batches" in text
 
 
 def test_printed_config_can_be_read_back(run: Run, tmp_path: Path) -> None:

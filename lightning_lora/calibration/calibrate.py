@@ -133,13 +133,16 @@ def calibrate(
             f"init={config.start.name!r}. Starts that are computed are 'pissa', 'olora', "
             f"{', '.join(map(repr, STARTS_FROM_DATA))}."
         )
-    if divided := [each.label for each in places if is_sharded(base_parameter(each.layer, each.adapter.parameter))]:
+    needs_data = config.start.name in STARTS_FROM_DATA
+    if needs_data and (
+        divided := [each.label for each in places if is_sharded(base_parameter(each.layer, each.adapter.parameter))]
+    ):
         raise RuntimeError(
             f"calibrate: the weights of {listed(divided)} are sharded. Calibrate on one device, save the adapter, and "
             "start from it with init_from."
         )
     run = _Run(module, places, config.start, mask)
-    if config.start.name in STARTS_FROM_DATA:
+    if needs_data:
         run.watch(batches, step or partial(_call, module))
         if config.is_auto or config.start.rho > 1:
             places = run.places = _at_allocated_ranks(model, config, run)
@@ -207,7 +210,10 @@ class _Run:
     def watch(self, batches: Iterable[Any], step: Step) -> None:
         """Run the batches, and add up what all processes saw."""
         name = self.options.name
-        collector = Collector(self.places, name, bytes_of("init.stats_budget", self.options.stats_budget))
+        budget = bytes_of("LoRAConfig.init.stats_budget", self.options.stats_budget)
+        if self.options.smooth and not any(place.axes for place in self.places):
+            raise ValueError("calibrate: init.smooth=True is for convolutions with a kernel, and none is adapted.")
+        collector = Collector(self.places, name, budget, smooth=self.options.smooth)
         has_gradients = NEEDS[name] != {"inputs"}
         modes = disabled(self.module) if name == FROM_GRADIENT else nullcontext()
         gradients = _gradients_kept(self.module) if has_gradients else _frozen(self.module)
@@ -267,6 +273,8 @@ class _Run:
         if note and not (place.falls_back and self._was_called(place)):
             return None, CalibratedLayer(place.label, "kaiming", rank, None, None, note)
         name = "eva" if note else name
+        if name in _NEED_WEIGHT and not place.has_plain_weight:
+            return None, CalibratedLayer(place.label, "kaiming", rank, None, None, "its weight is quantized")
         try:
             start = self._stacked([self._computed(place, index, rank, name) for index in range(place.experts)], place)
         except starts.RankError as error:
@@ -405,6 +413,7 @@ def _with_ranks(
 
 
 _RHO_OF_AUTO = 2.0
+_NEED_WEIGHT = (*STARTS_FROM_WEIGHTS, "corda")
 
 
 def _explained(start: Start, rank: int, name: str) -> float | None:
@@ -458,6 +467,8 @@ def _from_first_process(tensors: Iterable[Tensor]) -> None:
     """Give every process the values of the first: decompositions may differ in their last bits."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
+            if is_sharded(tensor):
+                continue  # each process has a part of its own, of the same values
             torch.distributed.broadcast(tensor.data, 0)
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.calibration.starts import NEEDS
 from lightning_lora.calibration.statistics import MatrixStatistics, must_sketch
-from lightning_lora.layers import AdapterGroup, LoRALayer, LowRankAdapter, base_parameter
+from lightning_lora.layers import AdapterGroup, ConvAdapter, LoRALayer, LowRankAdapter, base_parameter
+from lightning_lora.sharding import gathered, is_sharded, whole
 
 FROM_GRADIENT = "lora_ga"  # the start that needs nothing but the gradient of the weight, which every kind of layer has
 
@@ -49,13 +51,28 @@ class Place:
         return isinstance(self.layer.lora, AdapterGroup)
 
     @property
+    def axes(self) -> tuple[int, ...] | None:
+        """Sizes of the ordered axes of what the weight is multiplied with, a kernel's; None if it has none."""
+        found = self.adapter.kernel[2:] if isinstance(self.adapter, ConvAdapter) else ()
+        return found if math.prod(found) > 1 else None
+
+    @property
     def experts(self) -> int:
         """Number of matrices in a stack; 1 without one."""
         return math.prod(self.adapter.A.shape[:-2])
 
+    @property
+    def has_plain_weight(self) -> bool:
+        """Whether the values of the weight can be read."""
+        weight = base_parameter(self.layer, self.adapter.parameter)
+        is_packed = is_traceable_wrapper_subclass(cast(Any, weight)) and not is_sharded(weight)
+        return weight.is_floating_point() and not is_packed
+
     def weight(self, index: int = 0) -> Tensor:
         """Return the adapted part of the weight as ``(out, in)``, of a stack that of one matrix."""
-        matrix = self.adapter.as_matrix(base_parameter(self.layer, self.adapter.parameter).detach())
+        stored = base_parameter(self.layer, self.adapter.parameter)
+        with gathered([stored]):
+            matrix = self.adapter.as_matrix(whole(stored.detach()).clone())
         matrix = matrix.index_select(0, self.adapter.index) if self.adapter.spec.rows else matrix
         return matrix.reshape(-1, *self.shape)[index]
 
@@ -67,17 +84,15 @@ class Collector:
         places: The adapters that wait for a start of the same kind.
         start: Which start.
         budget: Bytes for all sums.
-        axes: Label -> sizes of the ordered axes of an input, for smooth starts.
+        smooth: Whether the positions of kernels have an order that the start regards.
 
     Raises:
         ValueError: The budget is too small.
     """
 
-    def __init__(
-        self, places: Sequence[Place], start: str, budget: int, axes: Mapping[str, tuple[int, ...]] | None = None
-    ) -> None:
+    def __init__(self, places: Sequence[Place], start: str, budget: int, *, smooth: bool = False) -> None:
         self.places, self.start, self.mask = places, start, cast("Tensor | None", None)
-        needs, axes = NEEDS[start], axes or {}
+        needs = NEEDS[start]
         columns = 2 * max(place.adapter.spec.rank for place in places) + _OVERSAMPLING
         shapes = {f"{place.label} {i}": place.shape for place in places for i in range(place.experts)}
         wide = must_sketch(shapes, needs, columns=columns, budget=budget)
@@ -85,8 +100,8 @@ class Collector:
             device = _sums_device(place.adapter.A.device)
             for i in range(place.experts):
                 sketch = columns if f"{place.label} {i}" in wide else None
-                own = None if sketch else axes.get(place.label)
-                found = MatrixStatistics(*place.shape, needs, sketch=sketch, axes=own, device=device)
+                axes = place.axes if smooth and not sketch else None
+                found = MatrixStatistics(*place.shape, needs, sketch=sketch, axes=axes, device=device)
                 place.statistics.append(found)
         self._hooks: list[Any] = []
         self._is_backward = False

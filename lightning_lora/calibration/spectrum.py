@@ -55,6 +55,19 @@ class Spectrum(NamedTuple):
         return _ZERO[self.values.dtype] * float(self.values[0]) if len(self.values) else 0.0
 
 
+def eigenpairs(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues of a symmetric matrix in descending order, ``(k,)``, and their vectors, one per column.
+
+    In float32, LAPACK does not converge on some matrices with many equal eigenvalues, such as those of a convolution
+    that sees mostly padding. These are decomposed in float64.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.flip(0).to(matrix.dtype), vectors.flip(1).to(matrix.dtype)
+
+
 def of_sketch(sketch: Tensor, omega: Tensor, trace: float) -> Spectrum:
     """Return the spectrum of a matrix from ``matrix @ omega``: ``Y (Omega.T Y)^-1 Y.T``, with ``Y`` the sketch."""
     zero = _ZERO[sketch.dtype]

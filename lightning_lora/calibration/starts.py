@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_lora.calibration.spectrum import Spectrum
+from lightning_lora.calibration.spectrum import Spectrum, eigenpairs
 from lightning_lora.calibration.statistics import EXACT_UP_TO, MatrixStatistics, Moments, Need
 from lightning_lora.layers.starts import leading_svd, signs_of
 
@@ -296,7 +296,7 @@ def _smoothed(inputs: Moments, axes: tuple[int, ...], rank: int) -> Spectrum:
         without its penalty on sizes, and with second differences for the roughness.
     """
     covariance = inputs.second_moment(centre=True)
-    values, V = _descending(covariance - _chosen_penalty(inputs, axes, rank))
+    values, V = eigenpairs(covariance - _chosen_penalty(inputs, axes, rank))
     return Spectrum(values.clamp(min=0), V, 0.0)
 
 
@@ -308,7 +308,7 @@ def _roughened(inputs: Moments, own: Spectrum, axes: tuple[int, ...], rank: int)
         that of ``_smoothed``.
     """
     second = own.vectors * own.values @ own.vectors.T
-    return Spectrum(*_descending(second + _chosen_penalty(inputs, axes, rank)), 0.0)
+    return Spectrum(*eigenpairs(second + _chosen_penalty(inputs, axes, rank)), 0.0)
 
 
 def _chosen_penalty(inputs: Moments, axes: tuple[int, ...], rank: int) -> Tensor:
@@ -320,7 +320,7 @@ def _chosen_penalty(inputs: Moments, axes: tuple[int, ...], rank: int) -> Tensor
     def explained(penalty: float) -> float:
         total = 0.0
         for train, test in ((one, other), (other, one)):
-            V = _descending(train - penalty * largest * rough)[1][:, :rank]
+            V = eigenpairs(train - penalty * largest * rough)[1][:, :rank]
             total += float(((test @ V) * V).sum())
         return total
 
@@ -339,11 +339,6 @@ def _roughness(width: int, axes: tuple[int, ...]) -> Tensor:
 
 
 # --- shared
-
-
-def _descending(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0), vectors.flip(1)
 
 
 def _decomposed(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_lora.calibration.spectrum import Spectrum, of_sketch
+from lightning_lora.calibration.spectrum import Spectrum, eigenpairs, of_sketch
 from lightning_lora.layers.starts import seeded, standard_normal
 
 Need: TypeAlias = Literal["inputs", "gradients", "cross", "permuted"]
@@ -170,8 +170,8 @@ class Moments:
         second = self._per_token(centre)
         if self.sketch:
             return of_sketch(second, self._omega, self.trace(centre=centre))
-        values, vectors = torch.linalg.eigh(second)
-        return Spectrum(values.flip(0).clamp(min=0), vectors.flip(1), 0.0)
+        values, vectors = eigenpairs(second)
+        return Spectrum(values.clamp(min=0), vectors, 0.0)
 
     def _per_token(self, centre: bool) -> Tensor:
         """Return ``S / n``, or its sketch."""

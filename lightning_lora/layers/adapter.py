@@ -166,6 +166,11 @@ class Adapter(nn.Module, ABC):
         places = ((at >= 0) & (at < block.length)).nonzero().squeeze(1)
         return places, at[places]
 
+    @property
+    def is_difference(self) -> bool:
+        """Whether the update is ``scaling * (B @ A - B0 @ A0)``."""
+        return "A0" in self._buffers
+
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return what is added to a base weight, in its shape; float32, or float64 if the factors are."""
         return self.combined(weight) - weight

@@ -108,11 +108,6 @@ class LowRankAdapter(Adapter):
             copy_whole(self.A0, A)
             copy_whole(self.B0, B)
 
-    @property
-    def is_difference(self) -> bool:
-        """Whether the update is ``scaling * (B @ A - B0 @ A0)``."""
-        return "A0" in self._buffers
-
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the factors of what is added: ``A`` and ``B``, or those of ``B @ A - B0 @ A0``, of twice the rank.
 
@@ -151,8 +146,7 @@ class LowRankAdapter(Adapter):
     @override
     def has_effect(self, weight: Tensor) -> bool:
         if self.is_difference:
-            A, B = self._factors_in_float()
-            return bool(torch.any(B @ A != 0))
+            return bool(torch.any(self.A != self.A0)) or bool(torch.any(self.B != self.B0))
         return bool(torch.any(self.zero_factor() != 0))
 
     def fits(self, layer: nn.Module) -> bool:

@@ -155,7 +155,9 @@ class PeftLayer(NamedTuple):
 def factors_of(adapter: LowRankAdapter) -> Factors:
     """Return copies of an adapter's factors, on the CPU."""
     kept = {name: tensor.detach().cpu().clone() for name, tensor in adapter.named_parameters()}
-    A, B = (factor.detach().cpu() for factor in adapter.factors()) if adapter.is_difference else (kept["A"], kept["B"])
+    A, B = kept["A"], kept["B"]
+    if adapter.is_difference:
+        A, B = (factor.detach().cpu() for factor in adapter.whole_factors())
     return Factors(A, B, adapter.spec.scaling, kept.get("magnitude"), kept.get("bias"))
 
 

@@ -72,7 +72,7 @@ def save_adapter(
         OSError: The files could not be written. An adapter that was there is as it was.
     """
     _refuse_sharded(module)
-    AdaptedModel(module).check_unchanged()
+    AdaptedModel(module).check_started()
     export = exported(module, export_root)
     if merged := AdaptedModel(module).merges:
         warnings.warn(
@@ -149,8 +149,7 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
     """
     model = AdaptedModel(module)
     module = model.module
-    if changed := model.changed():
-        raise RuntimeError(changed)
+    model.check_unchanged()
     if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
     if unmade := [name for name, tensor in model.trained.items() if tensor.is_meta]:

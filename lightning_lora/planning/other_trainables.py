@@ -29,13 +29,13 @@ def heads(plan: Plan) -> list[str]:
 
     These are linear layers of which the rank exceeds a dimension, so that an adapter would be the larger one, and what
     transformers models for a task have beside their base model, apart from the output embedding. The model's structure
-    alone decides, so that a checkpoint finds the same heads.
+    alone decides, so that a checkpoint finds the same heads; ranks that the data are yet to choose count as the usual.
     """
     found, config = list[str](), plan.config
     for name, part in plan.modules.items():
         adapter = adapter_type(part)
         if adapter is not None and issubclass(adapter, LinearAdapter):
-            rank = first_match(config.rank_pattern, plan.names[name], config.first_rank)
+            rank = first_match(config.rank_pattern, plan.names[name], config.expected_rank)
             if name and not isinstance(part, LoRALayer) and rank > min(adapter.matrix_shape(part)):
                 found.append(name)
         elif isinstance(getattr(part, prefix := getattr(part, "base_model_prefix", None) or "-", None), nn.Module):

@@ -79,6 +79,7 @@ def summand_of_module(target: nn.Module, name: str, weight: float) -> Summand:
     """Return copies of what the active adapter of a module has learned."""
     model = AdaptedModel(target)
     model.check_unchanged()
+    model.check_started()
     configs = [root.attachment.config for root in model.roots]
     found = Summand(name, weight, reduce(merged_options, configs))
     for label, adapter in model.adapters.items():

@@ -159,8 +159,10 @@ def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
     return StoredWeight(said["weight"], kind, tuple(shape), int(said.get("order", 0)))
 
 
-def read_checkpoint(path: str | PathLike[str], adapter: str | None = None) -> CheckpointFile:
-    """Return an adapter in a ``.ckpt``: the one of this name, by default the one that was trained.
+def read_checkpoint(
+    path: str | PathLike[str], adapter: str | None = None, *, like: str | None = None
+) -> CheckpointFile:
+    """Return an adapter in a ``.ckpt``: the one of this name; by default that named ``like``, else the trained one.
 
     Raises:
         ValueError: It cannot be read, or holds no adapter, or none of this name.
@@ -177,6 +179,8 @@ def read_checkpoint(path: str | PathLike[str], adapter: str | None = None) -> Ch
     _check_record(record, path)
     state = checkpoint["state_dict"]
     with damage_named(path):
+        if adapter is None and like in record.get("names", ()):
+            adapter = like
         if adapter is not None or "others" in record:
             record, state = _one_of(path, adapter, record, checkpoint)
         entries = record["adapters"]

@@ -89,6 +89,7 @@ class AdapterCheckpoints:
         check_same_adapters(module_of(self.strategy))
         model = self._model
         model.check_unchanged()
+        model.check_started()
         if not model.layers:
             state: dict[str, Any] = self.own["lightning_module_state_dict"]()
             return state

@@ -21,12 +21,12 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import FAMILIES
-from lightning_lora.layers import base_parameter, has_running_statistics
+from lightning_lora.layers import Adapter, base_parameter, has_running_statistics
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
-from lightning_lora.sharding import anywhere, local
+from lightning_lora.sharding import anywhere, is_sharded, local, whole
 from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
@@ -475,13 +475,27 @@ def check_trained(layout: Layout, trainer: Trainer, module: LightningModule) -> 
 
 def _is_untrained(module: LightningModule, layout: Layout) -> bool:
     """Return whether all adapters are at their start, so that the model computes what the base does."""
-    layers = AdaptedModel(module).layers.values()
-    if not layers:
+    model = AdaptedModel(module)
+    if not model.layers:
         return False
+    names = {id(tensor): name for name, tensor in model.trained.items()}
     with gathered_parameters(module):
-        is_trained = any(
-            adapter.has_effect(base_parameter(layer, adapter.parameter))
-            for layer in layers
+        found = [
+            _has_moved(adapter, names, layout)
+            if adapter.is_difference
+            else adapter.has_effect(base_parameter(layer, adapter.parameter))
+            for layer in model.layers.values()
             for adapter in layer.adapters().values()
-        )
-    return not any(anywhere([is_trained], layout.strategy.root_device))  # a process may hold nothing of any B
+        ]  # of all, since some are gathered from all processes
+    return not any(anywhere([any(found)], layout.strategy.root_device))  # a process may hold nothing of any B
+
+
+def _has_moved(adapter: Adapter, names: Mapping[int, str], layout: Layout) -> bool:
+    """Return whether this process's part of the factors differs from where they started."""
+    pairs = [(getattr(adapter, key), whole(getattr(adapter, f"{key}0"))) for key in ("A", "B")]
+    parts = [
+        (now, start if now.shape == start.shape and not is_sharded(now) else layout.part(start, names[id(now)], now))
+        for now, start in pairs
+    ]
+    moved = [bool(torch.any(now != start)) for now, start in parts]  # of both: every process takes part
+    return any(moved)

@@ -336,7 +336,8 @@ class FitSession:
         """Check that exactly what was asked for will train."""
         if self.options.export_dir is not None and not self._is_trial:
             check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
-        self._calibrate()
+        if not (chosen_checkpoint(self.trainer) and self.trainer.strategy.restore_checkpoint_after_setup):
+            self._calibrate()
         self._averages.enter_context(equal_values_kept(callbacks_of(self.trainer, *AVERAGING)))
         freeze_norms(self.module)  # sync_batchnorm makes new norm layers
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
@@ -361,6 +362,13 @@ class FitSession:
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""
+        if any(adapter.is_waiting for adapter in AdaptedModel(self.module).adapters.values()):
+            strategy = type(self.trainer.strategy).__name__
+            raise MisconfigurationException(
+                f"LoRACallback: init={self._config.start.name!r} cannot be computed here, because the base's weights "
+                f"come from ckpt_path after {strategy} has divided them. Load them in __init__ or configure_model, or "
+                "use init='kaiming'."
+            )
         before, self._has_begun = self._checkpoints.untrained, False
         reached = set() if before is None else AdaptedModel(self.module).adapters.keys() - before()
         self.gradients.close()

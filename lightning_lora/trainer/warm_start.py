@@ -13,11 +13,13 @@ from typing_extensions import override
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
+from lightning_lora.named_adapters import recorded
 from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
 from lightning_lora.state import check_base_values, check_not_merged
+from lightning_lora.storage.checkpoint import CheckpointFile
 
 _STARTS = ("A0", "B0")
 _FACTORS = ("A", "B", "magnitude", "bias")  # of a low-rank adapter
@@ -28,6 +30,7 @@ class WarmStart:
     """The initial values of a training, and how they relate to the source.
 
     Attributes:
+        adapter: Name of the adapter in the source, if it has one.
         values: Name of a tensor of the module -> its start, whole.
         kept: Adapters that start as they are in the source.
         grown: Adapters whose ranks have grown.
@@ -35,6 +38,7 @@ class WarmStart:
         dropped: Tensors that only the source has.
     """
 
+    adapter: str | None = None
     values: dict[str, Tensor] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
     grown: list[str] = field(default_factory=list)
@@ -44,7 +48,8 @@ class WarmStart:
     @override
     def __str__(self) -> str:
         parts = {"as they were": self.kept, "of grown rank": self.grown, "new": self.new, "dropped": self.dropped}
-        return "; ".join(f"{len(names)} {what} ({listed(names)})" for what, names in parts.items() if names)
+        said = "; ".join(f"{len(names)} {what} ({listed(names)})" for what, names in parts.items() if names)
+        return said if self.adapter is None else f"its adapter {self.adapter!r}: {said}"
 
 
 def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool = True) -> WarmStart:
@@ -55,7 +60,8 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
 
     Args:
         module: An adapted module.
-        path: A ``.ckpt`` of a LoRACallback run, or a PEFT directory.
+        path: A ``.ckpt`` of a LoRACallback run, or a PEFT directory. Of several adapters, the one with the name of the
+            active one is taken, or, if there is none, the one that was trained.
         check_base: As in ``load_adapter``.
 
     Raises:
@@ -65,8 +71,11 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
     """
     model = AdaptedModel(module)
     full_names = _full_names(model)
-    source, scalings = _read(model, path, full_names, check_base=check_base)
+    several = recorded(module)
+    file = read_adapter(path, like=several.active if several is not None else None)
+    source, scalings = _content(model, file, full_names, check_base=check_base)
     start, problems = _resolved(model, source, scalings, full_names)
+    start.adapter = file.adapter
     if not start.values:
         problems.append(f"it shares no tensor with this {type(module).__name__}")
     if problems:
@@ -80,11 +89,14 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
     return start
 
 
-def _read(
-    model: AdaptedModel, path: str | PathLike[str], full_names: Mapping[tuple[str, str], str], *, check_base: bool
+def _content(
+    model: AdaptedModel,
+    file: PeftFile | CheckpointFile,
+    full_names: Mapping[tuple[str, str], str],
+    *,
+    check_base: bool,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
     """Return the source's tensors under the names of this module, and the scalings of its adapters."""
-    file = read_adapter(path)
     check_not_merged(model.module, file.merges)
     if not isinstance(file, PeftFile):
         if check_base:

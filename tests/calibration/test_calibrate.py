@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lightning_lora as ll
 from lightning_lora.layers import LowRankAdapter
 from tests.files import write_checkpoint
+from tests.test_quantized import EightBit
 
 STARTS = ("pissa", "olora", "eva", "corda", "lora_ga", "covariance")
 
@@ -472,6 +473,19 @@ def test_attaching_again_with_the_same_request_keeps_the_ranks():
     assert not any(adapter.is_waiting for adapter in adapters_of(model))
 
 
+def test_heads_found_beside_ranks_from_data_stay_the_same_when_attached_again():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3))
+    config = ll.LoRAConfig(rank="auto", init="eva", rank_budget=640, modules_to_save="auto")
+    assert [*ll.attach(model, config).saved] == ["1"]
+    ll.calibrate(model, [torch.randn(64, 32)])
+    before = {name: layer.rank for name, layer in ll.lora_layers(model).items()}
+    assert before["0"] > 1
+    assert [*ll.attach(model, config).saved] == ["1"]
+    assert {name: layer.rank for name, layer in ll.lora_layers(model).items()} == before
+    assert not any(adapter.is_waiting for adapter in adapters_of(model))
+
+
 def test_ranks_from_data_beside_other_adapters_are_refused():
     model, batches = planted(rank=1, init="kaiming")
     ll.add_adapter(model, "b", ll.LoRAConfig(rank="auto", init="eva", rank_budget=320))
@@ -502,3 +516,60 @@ def test_the_first_step_changes_the_output_as_much_as_from_a_random_start(start:
 
     random = torch.tensor([change("kaiming", seed) for seed in range(20)]).mean()
     assert abs(change(start, 0) / random - 1) < 0.2
+
+
+# --- options
+
+
+def test_a_small_budget_is_met_by_sketches_and_finds_the_same_directions():
+    def started(stats_budget: str) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(200, 200))
+        ll.attach(model, ll.LoRAConfig(rank=2, init={"name": "eva", "stats_budget": stats_budget}))
+        variances = torch.cat([torch.tensor([30.0, 20.0]), torch.ones(198)])
+        ll.calibrate(model, [torch.randn(16, 4, 200) * variances for _ in range(8)])
+        return torch.linalg.qr(adapters_of(model)[0].A.detach().double().T)[0]
+
+    exact, sketched = started("1GB"), started("200kB")
+    assert not torch.equal(exact, sketched)
+    assert torch.linalg.svdvals(exact.T @ sketched).min() > 0.999
+
+
+def test_a_budget_that_no_sketch_meets_is_an_error_with_the_bytes_needed():
+    model, batches = model_and_batches("linear", {"name": "eva", "stats_budget": "0.1kB"})
+    with pytest.raises(ValueError, match=r"need at least [\d,]+ bytes.*the budget is 100"):
+        ll.calibrate(model, batches)
+
+
+def test_smooth_directions_of_kernels_recover_a_smooth_truth_better():
+    taps = torch.linspace(-1, 1, 15)
+    truth = torch.exp(-8 * taps.square())
+
+    def angle(smooth: bool) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv1d(1, 4, 15))
+        ll.attach(model, ll.LoRAConfig(rank=1, target_modules="all", init={"name": "eva", "smooth": smooth}))
+        batches = [torch.randn(4, 1, 1) * truth + torch.randn(4, 1, 15) for _ in range(4)]
+        ll.calibrate(model, batches)
+        found = adapters_of(model)[0].A.detach()[0]
+        return float(torch.nn.functional.cosine_similarity(found, truth, dim=0).abs())
+
+    assert angle(smooth=True) > angle(smooth=False) + 0.02
+
+
+def test_smoothness_without_a_kernel_is_an_error():
+    model, batches = model_and_batches("linear", {"name": "eva", "smooth": True})
+    with pytest.raises(ValueError, match=r"smooth=True is for convolutions with a kernel"):
+        ll.calibrate(model, batches)
+
+
+@pytest.mark.parametrize(("start", "possible"), [("eva", True), ("pissa", False), ("corda", False), ("lora_ga", False)])
+def test_a_quantized_weight_has_the_starts_that_do_not_read_it(start: str, possible: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(EightBit(12, 10), nn.Linear(10, 10))
+    base = copy.deepcopy(model)
+    ll.attach(model, ll.LoRAConfig(rank=2, init=start))
+    batches = [torch.randn(4, 6, 12) for _ in range(4)]
+    report = ll.calibrate(model, batches, loss_of(model))
+    assert (report.layers[0].start == start) == possible
+    assert torch.equal(model(batches[0]), base(batches[0]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lora.calibration import statistics as module
-from lightning_lora.calibration.spectrum import Spectrum
+from lightning_lora.calibration.spectrum import Spectrum, eigenpairs
 from lightning_lora.calibration.statistics import MatrixStatistics, Moments, bytes_needed, must_sketch
 
 ALL = ("inputs", "gradients", "cross", "permuted")
@@ -46,6 +46,23 @@ def test_moments_equal_the_dense_ones(rng):
     assert torch.allclose(found.second_moment(centre=True), dense.T.cov(correction=0))
     assert found.trace() == pytest.approx(float(dense.square().sum()) / len(dense))
     assert found.trace(centre=True) == pytest.approx(float(dense.var(0, correction=0).sum()))
+
+
+def test_eigenpairs_are_found_where_float32_does_not_converge(rng, monkeypatch):
+    rows, decompose = torch.randn(20, WIDTH, generator=rng), torch.linalg.eigh
+
+    def of_float64_only(matrix: Tensor) -> object:
+        if matrix.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("The algorithm failed to converge.")
+        return decompose(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", of_float64_only)
+    matrix = rows.T @ rows
+    values, vectors = eigenpairs(matrix)
+    assert values.dtype == vectors.dtype == torch.float32
+    assert torch.equal(values, values.sort(descending=True).values)
+    assert torch.allclose(vectors * values @ vectors.T, matrix, atol=1e-4)
+    assert torch.allclose(vectors.T @ vectors, torch.eye(WIDTH), atol=1e-5)
 
 
 @pytest.mark.parametrize("centre", [False, True])

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, calibrate
+from tests.distributed.cpu_fsdp import CPUFSDPStrategy
 from tests.toys import trainer
 
 STARTS = ("eva", "corda", "lora_ga", "covariance")
@@ -74,6 +76,33 @@ def fit(strategy: Any, **options: Any) -> dict[str, Tensor]:
     return look.state
 
 
+class Losses(Net):
+    """Notes its losses, and shards itself under FSDP2; every process sees all data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.losses = list[float]()
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        loss = super().training_step(batch)
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            attach(self)
+            for layer in (self.net[0], self.net[2]):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+
+def losses(strategy: Any, start: str) -> list[float]:
+    module, processes = Losses(), dist.get_world_size() if dist.is_initialized() else 1
+    options: dict[str, Any] = {"devices": processes, "max_steps": 4, "use_distributed_sampler": False}
+    run = trainer(LoRACallback(rank=2, init=start), strategy=strategy, **options)
+    run.fit(module)
+    return module.losses
+
+
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -81,6 +110,8 @@ def main(folder: Path) -> None:
     found["ranks"] = calibrated(share(rank, world), **RANKS)
     found["fit"] = fit(DDPStrategy(process_group_backend="gloo"), init="eva")
     found["fit with ranks"] = fit(DDPStrategy(process_group_backend="gloo"), **RANKS)
+    found["fsdp1"] = losses(CPUFSDPStrategy(auto_wrap_policy={nn.Linear}), "pissa")
+    found["fsdp2"] = losses(ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), "pissa")
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

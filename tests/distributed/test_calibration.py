@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.distributed import calibration_job
-from tests.distributed.calibration_job import RANKS, STARTS, all_batches, calibrated, fit
+from tests.distributed.calibration_job import RANKS, STARTS, all_batches, calibrated, fit, losses
 from tests.processes import run_ranks
+
+STATES = (*STARTS, "ranks", "fit", "fit with ranks")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -23,9 +25,17 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def test_all_processes_have_the_same_bits(results: list[dict[str, Any]]):
     first, *others = results
     for other in others:
-        for what, state in first.items():
+        for what in STATES:
+            state = first[what]
             assert state.keys() == other[what].keys()
             assert all(torch.equal(tensor, other[what][name]) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("strategy", ["fsdp1", "fsdp2"])
+def test_a_start_from_weights_trains_under_sharding_as_on_one_process(strategy: str, results: list[dict[str, Any]]):
+    expected = losses("auto", "pissa")
+    assert len(set(expected)) == 4
+    assert results[0][strategy] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("start", STARTS)

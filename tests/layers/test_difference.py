@@ -228,9 +228,14 @@ def test_loading_the_base_alone_does_not_end_the_wait():
         model(torch.ones(1, 6))
 
 
-def test_an_adapter_without_its_start_is_not_saved():
+@pytest.mark.parametrize("use", [ll.adapter_state_dict, ll.merge, lambda model: ll.save_adapter(model, "never")])
+def test_an_adapter_without_its_start_is_neither_saved_nor_merged(use: Any):
     with pytest.raises(RuntimeError, match=r"layer.*init='eva'.*calibrate"):
-        ll.adapter_state_dict(waiting())
+        use(waiting())
+
+
+def test_what_peft_can_hold_is_known_before_the_start():
+    assert ll.preflight(waiting()).rows
 
 
 def test_pissa_products_are_the_best_approximation():

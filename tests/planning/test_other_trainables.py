@@ -90,6 +90,13 @@ def test_auto_saves_heads_of_task_models_and_layers_too_small_for_the_rank():
     assert attach(model, config).saved == found.saved
 
 
+def test_auto_saves_what_is_too_small_for_the_usual_rank_if_data_decide_the_ranks():
+    model, usual = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 16), nn.Linear(16, 15)), LoRAConfig().rank
+    options = {"rank": "auto", "rank_budget": "10%", "init": "eva"}
+    assert usual == 16
+    assert [*report(model, modules_to_save="auto", **options).saved] == ["2"]
+
+
 def test_auto_leaves_what_is_excluded_or_tied_and_may_find_nothing():
     def saved(model: nn.Module, **options: object) -> list[str]:
         return [*report(model, modules_to_save="auto", **options).saved]

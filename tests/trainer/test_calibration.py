@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
@@ -31,6 +32,7 @@ from lightning_lora import (
     save_adapter,
 )
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.trainer.calibration import calibrate_fit
 from tests.toys import trainer
 
 
@@ -180,13 +182,21 @@ def test_ranks_from_data_train_and_resume(start: str, tmp_path: Path):
     assert {name: layer.rank for name, layer in lora_layers(again).items()} == ranks
 
 
+class Headed(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 2))
+
+
 def test_ranks_from_data_resume_and_go_on_with_heads_that_were_found(tmp_path: Path):
-    options: dict[str, Any] = {"rank": "auto", "rank_budget": 120, "init": "eva", "modules_to_save": "auto"}
-    module = fitted(LoRACallback(**options), default_root_dir=tmp_path, enable_checkpointing=True, max_epochs=1)
+    options: dict[str, Any] = {"rank": "auto", "rank_budget": 400, "init": "eva", "modules_to_save": "auto"}
+    seed_everything(1, verbose=False)
+    saving: dict[str, Any] = {"default_root_dir": tmp_path, "enable_checkpointing": True, "max_epochs": 1}
+    module = fitted(LoRACallback(**options), module=Headed(), **saving)
     ranks = {name: layer.rank for name, layer in lora_layers(module).items()}
     [path] = tmp_path.rglob("*.ckpt")
     seed_everything(1, verbose=False)
-    resumed = Module()
+    resumed = Headed()
     trainer(LoRACallback(**options), max_epochs=2, max_steps=-1).fit(resumed, data(), ckpt_path=path)
     assert {name: layer.rank for name, layer in lora_layers(resumed).items()} == ranks
     again = fitted(LoRACallback(**options), module=module)
@@ -263,6 +273,15 @@ def test_validating_an_uncalibrated_model_computes_the_base():
     assert torch.isfinite(expected)
 
 
+def test_the_best_checkpoint_of_a_calibrated_fit_is_exported(tmp_path: Path):
+    module = fitted(LoRACallback(rank=2, init="lora_ga", export_dir=str(tmp_path / "peft")), root=tmp_path)
+    other = Module()
+    other.load_state_dict({k: v for k, v in module.state_dict().items() if ".lora." not in k}, strict=False)
+    load_adapter(other, tmp_path / "peft")
+    x = torch.randn(4, 12)
+    torch.testing.assert_close(other.eval().net(x), module.eval().net(x))
+
+
 # --- what cannot be calibrated
 
 
@@ -290,6 +309,14 @@ def test_manual_optimization_with_a_step_of_its_own_is_calibrated():
 
     module = fitted(LoRACallback(rank=2, init="lora_ga"), module=WithStep())
     assert all(layer.lora.is_difference for layer in lora_layers(module).values())
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_divide_the_weights_are_refused_by_name(strategy: Any):
+    module, run = Module(), trainer()
+    run.strategy.__class__ = strategy  # the check comes before anything of the strategy is used
+    with pytest.raises(MisconfigurationException, match=f"under {strategy.__name__}, which divides the weights"):
+        calibrate_fit(run, module, "eva", 3)
 
 
 class Stream(IterableDataset[Tensor]):

@@ -296,6 +296,32 @@ def test_each_adapter_of_a_checkpoint_loads_alone(load: str, all_saved: tuple[To
         assert AdaptedModel(loaded).roots[0].attachment.config.to_dict() == configs(module)[name or "mine"]
 
 
+@pytest.mark.parametrize("load", ["load_adapter", "add_adapter"])
+def test_an_adapter_is_added_from_the_one_of_its_name(load: str, all_saved: tuple[Toy, Path]):
+    module, path = all_saved
+    for name in adapter_names(module):
+        loaded = Toy()
+        if load == "load_adapter":
+            load_adapter(loaded, path, name=name)
+        else:
+            add_adapter(loaded, name, path)
+        assert same(state(loaded, name), state(module, name))
+
+
+@pytest.mark.parametrize(
+    ("name", "source"), [("plain", "plain"), ("headed", "headed"), ("mine", "mine"), ("new", "mine"), (None, "mine")]
+)
+def test_a_warm_start_takes_the_adapter_of_its_name(
+    name: str | None, source: str, all_saved: tuple[Toy, Path], caplog: pytest.LogCaptureFixture
+):
+    module, path = all_saved
+    started = Toy()
+    with caplog.at_level("INFO"):
+        fit(started, LoRACallback(adapter=name, init_from=str(path), **SET.get(source, OPTIONS)), max_steps=0)
+    assert same(adapter_state_dict(started), state(module, source))
+    assert f"started from {path}: its adapter {source!r}: " in caplog.text
+
+
 def test_an_adapter_of_a_checkpoint_loads_again_over_itself(all_saved: tuple[Toy, Path]):
     module, path = all_saved
     loaded = Toy()
