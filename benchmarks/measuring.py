@@ -137,12 +137,16 @@ def versions() -> str:
     return ", ".join([time.strftime("%d %B %Y"), *found, device])
 
 
-def report(rows: Sequence[Row], args: argparse.Namespace) -> list[Row]:
-    """Print a table, write the JSON if requested, and return the rows."""
+def report(rows: Sequence[Row], args: argparse.Namespace, **more: object) -> list[Row]:
+    """Print a table, write the JSON if requested, with more entries if given, and return the rows."""
     print(f"{versions()}\n\n| quantity | median [quartiles] | reach | |\n|---|---|---|---|")
     for row in rows:
         print(row)
     if args.json:
-        content = {"versions": versions(), "rows": [asdict(row) for row in rows]}
-        Path(args.json).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write(rows, Path(args.json), **more)
     return list(rows)
+
+
+def write(rows: Sequence[Row], file: Path, **more: object) -> None:
+    content = {"versions": versions(), "rows": [asdict(row) for row in rows], **more}
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

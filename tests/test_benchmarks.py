@@ -5,11 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+
+from lightning_lora import LoRAConfig, lora_layers
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -37,6 +43,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         "overhead",
         "scaling",
         "quality",
+        "starts",
         "switch",
         "gpu",
     ],
@@ -62,3 +69,85 @@ def test_row_shows_target(benchmark):
     row = benchmark.ratio({"a": [1.0, 2.0, 3.0], "b": [2.0, 2.0, 2.0]}, "a", "b", 0.9)
     assert (row.value, row.verdict) == (1.0, "missed")
     assert str(row) == "| a / b | 1.000 [0.500, 1.500] | 0.9 | missed |"
+
+
+# --- the study of the starts
+
+
+def runs(losses: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, Any]]:
+    """Return runs of both studies: one pilot, and five seeds with these losses by study and arm."""
+    found: dict[str, dict[str, Any]] = {}
+    for (study, arm), values in losses.items():
+        found[f"{study}/{arm}/0.01/0"] = {"validation": 1.0}
+        for seed, value in enumerate(values, 10):
+            found[f"{study}/{arm}/0.01/{seed}"] = {str(mark): [value, 0.5] for mark in (10, 30, 100)}
+    return found
+
+
+@pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
+def test_the_page_shows_the_results_of_the_starts(benchmark):
+    content = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
+    assert benchmark.section(content) in benchmark.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
+def test_a_difference_is_paired_and_a_tie_if_its_interval_holds_zero(benchmark):
+    kaiming = [1.0, 3.0, 2.0, 5.0, 4.0]  # differ far more between seeds than between arms
+    eva = [value - 0.1 - noise for value, noise in zip(kaiming, [0.0, 0.01, 0.02, 0.03, 0.04], strict=True)]
+    results = runs({("digits", "kaiming"): kaiming, ("digits", "eva"): eva, ("digits", "pissa"): kaiming[::-1]})
+    better = benchmark.difference(results, "digits", "eva", "kaiming", 100)
+    assert better.mean == pytest.approx(-0.12)
+    assert better.margin == pytest.approx(2.776 * statistics.stdev([0.0, 0.01, 0.02, 0.03, 0.04]) / 5**0.5, rel=1e-3)
+    assert not better.is_tie
+    assert benchmark.difference(results, "digits", "pissa", "kaiming", 100).is_tie
+
+
+@pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
+@pytest.mark.parametrize(("control", "recommended"), [(0.0, True), (-0.2, False)])
+def test_a_start_is_recommended_if_it_beats_kaiming_and_its_control_in_both_studies(benchmark, control, recommended):
+    kaiming = [1.0, 3.0, 2.0, 5.0, 4.0]
+    arms = {"kaiming": 0.0, "eva": -0.1, benchmark.RANDOM: control}
+    losses = {
+        (study, arm): [value + shift for value in kaiming]
+        for study in ("digits", "sentences")
+        for arm, shift in arms.items()
+    }
+    sentence = benchmark.recommendation(runs(losses), ["digits", "sentences"])
+    assert ("`eva`" in sentence) is recommended
+    only_one = {key: value if key[0] == "digits" else kaiming for key, value in losses.items()}
+    assert "`eva`" not in benchmark.recommendation(runs(only_one), ["digits", "sentences"])
+
+
+@pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
+@pytest.mark.parametrize("best", [0.08, 0.0025])
+def test_the_grid_grows_until_the_best_rate_is_inside(benchmark, best, monkeypatch):
+    monkeypatch.setattr(benchmark, "ARMS", ["kaiming"])
+    monkeypatch.setattr(benchmark, "started", lambda *_: None)
+    monkeypatch.setattr(benchmark, "run", lambda study, model, rate, seed: {"validation": abs(math.log(rate / best))})
+    study = SimpleNamespace(name="digits", rates=(0.01, 0.02), factor=2.0, draw=lambda seed: [])
+    found: dict[str, Any] = {}
+    benchmark.explore(study, found, lambda: None, seeds=[10])
+    assert benchmark.best_rate(found, "digits", "kaiming") == (best, True)
+    assert f"digits/kaiming/{best}/10" in found
+    tried = {float(name.split("/")[2]) for name in found}
+    assert (min(tried), max(tried)) == (min(best / 2, 0.01), max(2 * best, 0.02))
+
+
+@pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
+def test_the_random_control_has_other_directions_but_eva_s_sizes_of_features(benchmark):
+    torch.manual_seed(0)
+    x = torch.randn(4, 32, 5) * torch.tensor([5.0, 2.0, 1.0, 0.5, 0.1])
+    study = SimpleNamespace(
+        build=lambda seed: torch.nn.Sequential(torch.nn.Linear(5, 7)),
+        adapted=lambda model: model,
+        config=LoRAConfig(rank=2),
+        logits=lambda model, batch: model(batch["x"]),
+        loss=lambda model, batch: model(batch["x"]).square().sum(),
+    )
+    features = {}
+    for arm in ("eva", benchmark.RANDOM):
+        model = benchmark.started(study, arm, 0, [{"x": part} for part in x])
+        features[arm] = x.flatten(0, 1) @ lora_layers(model)["0"].lora.A.detach().T
+    eva, other = features.values()
+    torch.testing.assert_close(eva.square().mean(0), other.square().mean(0))
+    assert not torch.allclose(eva, other, atol=0.1)
