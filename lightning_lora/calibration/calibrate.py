@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -217,7 +217,11 @@ class _Run:
         has_gradients = NEEDS[name] != {"inputs"}
         modes = disabled(self.module) if name == FROM_GRADIENT else nullcontext()
         gradients = _gradients_kept(self.module) if has_gradients else _frozen(self.module)
-        with left_as_it_was(self.module), RandomState(), gradients, modes, collector.watching():
+        eager = torch.compiler.set_stance("force_eager")  # compiled code would run without the hooks, or keep them
+        kept = (left_as_it_was(self.module), RandomState(), gradients)
+        with ExitStack() as stack:
+            for context in (*kept, eager, modes, collector.watching()):
+                stack.enter_context(context)
             self.module.eval()
             for batch in islice(batches, self.options.batches):
                 collector.mask = self._mask(batch)

@@ -159,6 +159,8 @@ class FitSession:
             self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
             # Before DDP and the optimizers see the parameters, and before a tuner saves them.
             if self._config.start.name in STARTS_FROM_DATA and chosen_checkpoint(self.trainer) is None:
+                if self._config.has_ranks_from_data:
+                    self._check_ranks_can_change()
                 self._wraps.after(self.trainer.strategy, "model_to_device", self._calibrate)
             if self.options.fresh and not self._is_new and chosen_checkpoint(self.trainer) is None:
                 self._start_anew()
@@ -297,6 +299,13 @@ class FitSession:
             if not self._is_trial:
                 check_export_place(self.layout, self.options.export_dir, self.trainer)
                 check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
+
+    def _check_ranks_can_change(self) -> None:
+        if self.options.init_from is not None:
+            raise MisconfigurationException(
+                "LoRACallback: ranks from data (rank='auto', rho) do not go with init_from, which needs the ranks "
+                "earlier. Call lightning_lora.attach and calibrate before the fit, or give a number for rank."
+            )
 
     def _calibrate(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
         """Compute the starts that adapters wait for; those of a checkpoint have theirs."""

@@ -573,3 +573,39 @@ def test_a_quantized_weight_has_the_starts_that_do_not_read_it(start: str, possi
     report = ll.calibrate(model, batches, loss_of(model))
     assert (report.layers[0].start == start) == possible
     assert torch.equal(model(batches[0]), base(batches[0]))
+
+
+# --- beside other features
+
+
+def test_a_compiled_model_is_calibrated_and_keeps_no_trace_in_its_graphs():
+    model, batches = model_and_batches("linear", "eva")
+    expected, _ = model_and_batches("linear", "eva")
+    ll.calibrate(expected, batches)
+    compiled = torch.compile(model, backend="eager")
+    compiled.eval()
+    compiled(batches[0])
+    ll.calibrate(compiled, batches)
+    assert torch.equal(adapters_of(model)[0].A, adapters_of(expected)[0].A)
+    torch.testing.assert_close(compiled(batches[0]), model(batches[0]))
+
+
+def test_adapters_that_wait_can_be_probed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10))
+    ll.attach(model, ll.LoRAConfig(rank=2, init="pissa"), probe=torch.randn(3, 12))
+    assert all(adapter.is_waiting for adapter in adapters_of(model))
+    ll.calibrate(model)
+
+
+def test_modules_to_save_and_other_named_adapters_are_left_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3))
+    ll.add_adapter(model, "default", ll.LoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    ll.set_adapter(model, "default")
+    first = {name: tensor.clone() for name, tensor in ll.adapter_state_dict(model).items()}
+    ll.add_adapter(model, "b", ll.LoRAConfig(rank=2, init="eva", target_modules=["0"]))
+    ll.set_adapter(model, "b")
+    ll.calibrate(model, [torch.randn(4, 6, 12) for _ in range(4)])
+    ll.set_adapter(model, "default")
+    assert all(torch.equal(tensor, first[name]) for name, tensor in ll.adapter_state_dict(model).items())

@@ -88,19 +88,18 @@ def fitted(callback: LoRACallback, loader: Any = None, module: Module | None = N
     return module
 
 
-@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga", "covariance", "pissa"])
+WORKERS = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+
+
 @pytest.mark.parametrize(
-    "loader",
+    ("start", "loader"),
     [
-        {},
-        {"generator": True},
-        {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"},
+        *((start, {}) for start in ("eva", "corda", "lora_ga", "covariance", "pissa")),
+        ("lora_ga", {"generator": True}),
+        ("eva", WORKERS),
     ],
-    ids=["plain", "generator", "workers"],
 )
 def test_training_is_that_of_the_same_start_without_calibration(start: str, loader: dict[str, Any]):
-    if "num_workers" in loader and start != "eva":
-        return
     if "generator" in loader:
         loader = {"generator": torch.Generator().manual_seed(5)}
     state = loader["generator"].get_state() if "generator" in loader else None
@@ -352,3 +351,9 @@ def test_values_that_are_not_finite_end_the_fit_before_training():
     with pytest.raises(MisconfigurationException, match=r"init='eva' of 'net.0': .*not finite"):
         fitted(LoRACallback(rank=2, init="eva"), module=module)
     assert not module.seen
+
+
+def test_ranks_from_data_do_not_go_with_what_needs_them_earlier(tmp_path: Path):
+    options: dict[str, Any] = {"rank": "auto", "rank_budget": 100, "init": "eva"}
+    with pytest.raises(MisconfigurationException, match="do not go with init_from"):
+        fitted(LoRACallback(**options, init_from=str(tmp_path)))
