@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, Root
-from lightning_lora.attachment import get_attachment, table_lines
+from lightning_lora.attachment import get_attachment
 from lightning_lora.calibration import starts
 from lightning_lora.calibration.collector import FROM_GRADIENT, GRADIENTS_UNSEEN, UNSEEN, Collector, Place
 from lightning_lora.calibration.ranks import allocate
+from lightning_lora.calibration.report import CalibratedLayer, CalibrationReport
 from lightning_lora.calibration.starts import NEEDS, Start
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, InitOptions, LoRAConfig
 from lightning_lora.layers import LowRankAdapter, base_parameter
@@ -31,67 +31,6 @@ from lightning_lora.sharding import is_sharded
 from lightning_lora.surgery import attach, detach
 
 Step = Callable[[Any], Any]
-
-
-class CalibratedLayer(NamedTuple):
-    """What one adapter started from.
-
-    Attributes:
-        label: Its name.
-        start: The start that it got.
-        rank: Its rank.
-        suggested: The rank that the data suggest; None if they do not tell.
-        explained: The share of what the directions found are worth that those within the rank are.
-        note: Why it did not get the start that was asked for; empty if it did.
-    """
-
-    label: str
-    start: str
-    rank: int
-    suggested: int | None
-    explained: float | None
-    note: str = ""
-
-    def plain(self) -> dict[str, Any]:
-        """Return what is kept in records."""
-        return {key: value for key, value in self._asdict().items() if key != "label" and value not in (None, "")}
-
-
-@dataclass(frozen=True)
-class CalibrationReport:
-    """What ``calibrate`` found; ``print`` it for a table.
-
-    Attributes:
-        layers: One entry for each adapter.
-        batches: Number of batches.
-        tokens: Share of the tokens that were used; the others are padding.
-    """
-
-    layers: list[CalibratedLayer]
-    batches: int = 0
-    tokens: float = 1.0
-
-    @override
-    def __str__(self) -> str:
-        header = ("layer", "start", "rank", "suggested", "explained")
-        rows = [
-            (
-                each.label,
-                each.start,
-                str(each.rank),
-                "" if each.suggested is None else str(each.suggested),
-                "" if each.explained is None else f"{100 * each.explained:.0f} %",
-            )
-            for each in self.layers
-        ]
-        total = (f"{len(rows)} layers", "", str(sum(each.rank for each in self.layers)), "", "")
-        seen = f" from {self.batches} batches, {100 * self.tokens:.0f} % of their tokens" if self.batches else ""
-        notes: dict[str, list[str]] = {}
-        for each in self.layers:
-            if each.note:
-                notes.setdefault(each.note, []).append(each.label)
-        lines = [f"random start: {listed(names)} ({note})" for note, names in notes.items()]
-        return "\n".join([f"LoRA: starts computed{seen}", *table_lines([header, *rows, total]), *lines])
 
 
 def calibrate(
@@ -146,7 +85,7 @@ def calibrate(
         run.watch(batches, step or partial(_call, module))
         if config.is_auto or config.start.rho > 1:
             places = run.places = _at_allocated_ranks(model, config, run)
-    found = [run.start_of(place) for place in places]  # all before anything changes
+    found = run.all_starts()  # of all before anything changes
     if all(start is None for start, _ in found):
         raise ValueError(f"calibrate: no adapter got its start, init={config.start.name!r}: {found[0][1].note}.")
     for place, (start, _) in zip(places, found, strict=True):
@@ -263,18 +202,40 @@ class _Run:
 
     # --- what follows
 
-    def start_of(
-        self, place: Place, rank: int | None = None, *, at_most: bool = False
-    ) -> tuple[Start | None, CalibratedLayer]:
+    def all_starts(self) -> list[tuple[Start | None, CalibratedLayer]]:
+        """Return the start of each adapter, or None for the random one that it has, and what the table says of it.
+
+        Raises:
+            ValueError: The data are not finite, or do not support the ranks of some layers; one error names all.
+        """
+        found = {place.label: self._start_or_problem(place) for place in self.places}
+        problems = {label: each for label, each in found.items() if isinstance(each, starts.RankError)}
+        if problems:
+            lower = {label: error.supported for label, error in problems.items() if error.supported}
+            reasons = [f"{label!r}: {error}" for label, error in problems.items()]
+            raise ValueError(
+                f"calibrate: init={self.options.name!r} of {listed(reasons)} Lower ranks by rank_pattern"
+                f"{f'={lower!r}' if lower else ''}, leave the layers out with exclude_modules, or calibrate with more "
+                "batches."
+            )
+        return [each for each in found.values() if not isinstance(each, starts.RankError)]
+
+    def _start_or_problem(self, place: Place) -> tuple[Start | None, CalibratedLayer] | starts.RankError:
+        try:
+            return self.start_of(place)
+        except starts.RankError as error:
+            return error
+
+    def start_of(self, place: Place, rank: int | None = None) -> tuple[Start | None, CalibratedLayer]:
         """Return the start of one adapter, or None for the random one that it has, and what the table says of it.
 
         Args:
             place: The adapter.
             rank: Its rank, if it is not the one that it has.
-            at_most: Whether a lower rank will do, if the data support no more.
 
         Raises:
-            ValueError: The data do not support the rank, or are not finite; the message names the layer.
+            RankError: The data do not support the rank.
+            ValueError: They are not finite; the message names the layer.
         """
         rank, name = rank or place.adapter.spec.rank, self.options.name
         note = place.unseen or ("" if self._was_called(place) else "it was not called, or all its tokens are masked")
@@ -285,13 +246,8 @@ class _Run:
             return None, CalibratedLayer(place.label, "kaiming", rank, None, None, "its weight is quantized")
         try:
             start = self._stacked([self._computed(place, index, rank, name) for index in range(place.experts)], place)
-        except starts.RankError as error:
-            if at_most and error.supported:
-                return self.start_of(place, error.supported)
-            raise ValueError(
-                f"calibrate: init={name!r} of {place.label!r}: {error} Lower its rank with rank_pattern, leave it out "
-                "with exclude_modules, or calibrate with more batches."
-            ) from error
+        except starts.RankError:
+            raise
         except ValueError as error:
             if name in STARTS_FROM_WEIGHTS:  # such as a head whose weight is still zero
                 return None, CalibratedLayer(place.label, "kaiming", rank, None, None, str(error).rstrip("."))
@@ -301,7 +257,12 @@ class _Run:
 
     def values_of(self, place: Place, cap: int) -> list[float] | None:
         """Return what each further rank of an adapter is worth, up to a cap; None if the data say nothing of it."""
-        start, found = self.start_of(place, min(cap, *place.shape), at_most=True)
+        try:
+            start, found = self.start_of(place, min(cap, *place.shape))
+        except starts.RankError as error:
+            if not error.supported:
+                return []
+            start, found = self.start_of(place, error.supported)
         if start is None:
             return None
         values = start.values[: min(found.rank, cap if found.suggested is None else found.suggested)]

@@ -24,7 +24,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from lightning_lora.calibration.calibrate import CalibrationReport, calibrate
+from lightning_lora.calibration.calibrate import calibrate
+from lightning_lora.calibration.report import CalibrationReport
 from lightning_lora.config import STARTS_FROM_DATA
 from lightning_lora.trainer.lightning_patches import with_twins
 

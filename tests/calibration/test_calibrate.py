@@ -350,7 +350,7 @@ def test_padding_is_left_out_however_the_tokens_are_arranged(order: str):
         ("eva", [], "needs batches, and there were none"),
         ("eva", [torch.full((2, 3, 12), torch.nan)], "'0': .*not finite"),
         ("eva", [torch.ones(2, 3, 12)], "'0': .*rank"),
-        ("lora_ga", [torch.zeros(2, 3, 12)], "'0': .*directions of the gradient.*Lower its rank with rank_pattern"),
+        ("lora_ga", [torch.zeros(2, 3, 12)], "'0': .*directions of the gradient.*Lower ranks by rank_pattern"),
     ],
 )
 def test_data_that_do_not_do_leave_the_adapters_waiting(start: str, batches: list[Tensor], message: str):
@@ -360,6 +360,13 @@ def test_data_that_do_not_do_leave_the_adapters_waiting(start: str, batches: lis
         ll.calibrate(model, batches, loss_of(model))
     assert all(adapter.is_waiting for adapter in adapters_of(model))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_every_layer_whose_rank_is_too_high_is_named_with_the_rank_that_does():
+    model, batches = planted(rank=3, init="eva")
+    names = "'layers.1'.*'layers.2'.*'layers.3'"
+    with pytest.raises(ValueError, match=rf"{names}.*rank_pattern=\{{'layers.1': 1, 'layers.2': 2, 'layers.3': 1\}}"):
+        ll.calibrate(model, batches)
 
 
 def test_all_tokens_masked_is_an_error():
