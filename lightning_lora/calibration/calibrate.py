@@ -162,7 +162,8 @@ class _Run:
             for context in (*kept, eager, modes, collector.watching()):
                 stack.enter_context(context)
             self.module.eval()
-            for batch in islice(batches, self.options.batches):
+            has_something_to_see = not all(place.unseen for place in self.places)
+            for batch in islice(batches, self.options.batches if has_something_to_see else 0):
                 collector.mask = self._mask(batch)
                 with torch.enable_grad():  # losses may hold derivatives by the inputs
                     output = step(batch)
@@ -172,7 +173,7 @@ class _Run:
                 del output  # and its graph, before the next one
                 self.batches += 1
         self._reduce()
-        if not self.batches:
+        if has_something_to_see and not self.batches:
             raise ValueError(f"calibrate: init={name!r} needs batches, and there were none.")
 
     def _mask(self, batch: Any) -> Tensor | None:
