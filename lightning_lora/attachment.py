@@ -167,6 +167,13 @@ def settled(config: LoRAConfig, before: Attachment | None) -> LoRAConfig:
     return before.config if before.asked == config else config
 
 
+def is_same_request(config: LoRAConfig, asked: LoRAConfig | None) -> bool:
+    """Return whether a config is one for which data decided the ranks, whose record names the heads it found."""
+    if asked is not None and config.modules_to_save == AUTO:
+        config = replace(config, modules_to_save=asked.modules_to_save)
+    return config == asked
+
+
 def set_attachment(module: nn.Module, attachment: Attachment | None) -> None:
     """Set, replace or remove the record."""
     if attachment is None:

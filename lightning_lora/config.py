@@ -85,15 +85,17 @@ class InitOptions:
 
     def __post_init__(self) -> None:
         option_checks.choice("init", self.name, of=Init)
-        option_checks.rank("init.batches", self.batches)
+        kept: dict[str, float] = {"batches": option_checks.rank("init.batches", self.batches)}
+        kept |= {name: option_checks.alpha(f"init.{name}", getattr(self, name)) for name in ("rho", "power", "gamma")}
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)
         for name in ("normalize", "centre", "smooth"):
             option_checks.flag(f"init.{name}", getattr(self, name))
         if self.mode not in ("ipm", "kpm"):
             raise ValueError(f"LoRAConfig.init.mode must be 'ipm' or 'kpm', got {self.mode!r}.")
         if self.power not in (0.5, 1.0):
             raise ValueError(f"LoRAConfig.init.power must be 0.5 or 1, got {self.power!r}.")
-        option_checks.alpha("init.gamma", self.gamma)
-        if option_checks.alpha("init.rho", self.rho) < 1:
+        if self.rho < 1:
             raise ValueError(f"LoRAConfig.init.rho must be at least 1, got {self.rho!r}.")
         option_checks.bytes_of("LoRAConfig.init.stats_budget", self.stats_budget)
         foreign = [name for name in self.changed() if self.name not in _READ_BY[name]]

@@ -114,9 +114,12 @@ def base_problems(
     if not differing:
         return []
     shared = recorded.keys() & found.keys()
+    is_part = len(differing) < len(shared) / 2
+    hint = " A new layer with random weights, such as a head, is saved only if modules_to_save names it."
     return [
         f"The adapter was trained on a different base than this {what}: {len(differing)} of {len(shared)} compared "
         f"tensors differ, first {listed(differing, 3)}. Load the base it was trained on; {override} accepts any base."
+        f"{hint if is_part else ''}"
     ]
 
 

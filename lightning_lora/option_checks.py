@@ -140,7 +140,7 @@ def budget(name: str, value: Any) -> int | str | None:  # noqa: ARG001 - the err
             parse_budget(value, base_parameters=10**12)
         except ValueError as error:
             raise ValueError(f"LoRAConfig.{error}") from None
-    return cast("int | str | None", value)
+    return int(value) if isinstance(value, int) else cast("str | None", value)  # none of jsonargparse's types
 
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}

@@ -26,7 +26,7 @@ from lightning_lora.layers.readers import METADATA
 from lightning_lora.names import join, listed
 from lightning_lora.sharding import is_divided, is_sharded
 
-_MODES = ("training", "asked_mode")  # the second is that of a frozen norm
+_MODES = ("training", "asked_mode", "is_waiting")  # of any module, a frozen norm, an adapter
 _EFFECT = 0.5  # of an adapter that is still at its start: as large as what its layer computes
 
 
@@ -44,6 +44,7 @@ def dead_adapters(module: nn.Module, batch: object) -> dict[str, str]:
     """
     args, kwargs = arguments_for(module, batch)
     with left_as_it_was(module), _zeros_filled(module), RandomState() as random_state:
+        AdaptedModel(module).have_values()  # those that wait for a start may run
         return _Probe(module, lambda: random_state.repeated(lambda: _outputs(module, args, kwargs))).dead()
 
 

@@ -445,7 +445,8 @@ def _freeze_parameters(plan: Plan, record: Attachment) -> None:
     for part in plan.saved.values():
         trained.update(map(id, part.parameters()))
     for name, parameter in plan.parameters.items():
-        before, wanted = parameter.requires_grad, id(parameter) in trained and parameter.is_floating_point()
+        can_train = parameter.is_floating_point() or parameter.is_complex()
+        before, wanted = parameter.requires_grad, id(parameter) in trained and can_train
         record.required_grad.setdefault(name, before)
         if before != wanted:
             parameter.requires_grad_(wanted)

@@ -209,6 +209,10 @@ def test_number_subclasses_become_plain_numbers():
     config = LoRAConfig(rank=Count(4), alpha=Share(2), dropout=Share(0.5), rank_pattern={"a": Count(3)})
     assert [type(value) for value in (config.rank, config.alpha, config.dropout)] == [int, float, float]
     assert type(config.rank_pattern["a"]) is int
+    starts = LoRAConfig(rank="auto", rank_budget=Count(9), init=InitOptions(name="eva", batches=Count(3), rho=Share(2)))
+    others = [InitOptions(name="corda", power=Share(0.5)), InitOptions(name="lora_ga", gamma=Share(4))]
+    kept = [starts.rank_budget, *(value for each in (starts.start, *others) for value in each.changed().values())]
+    assert [type(value) for value in kept] == [int, int, float, float, float]
 
 
 def test_lists_and_tuples_make_equal_configs():

@@ -83,7 +83,9 @@ def test_other_head_of_deep_model_is_detected(name: str) -> None:
     blocks = {f"blocks.{i}.{kind}": torch.ones(4) for i in range(100) for kind in ("fc1", "fc2", "norm1", "norm2")}
     recorded = fingerprint(blocks | {f"{name}.weight": torch.ones(4)})
     other = samples(blocks | {f"{name}.weight": torch.zeros(4)}, recorded)
-    assert f"first {name}.weight" in str(base_problems(recorded, other, "model"))
+    message = str(base_problems(recorded, other, "model"))
+    assert f"first {name}.weight" in message
+    assert "saved only if modules_to_save names it" in message
     assert len(recorded) == len(of(nn.ModuleList(nn.Linear(2, 2) for _ in range(100))))
 
 
@@ -165,6 +167,7 @@ def test_last_bit_counts_in_same_precision() -> None:
 
 def test_other_shape_is_named() -> None:
     recorded = of(nn.Embedding(10, 4))
+    assert "modules_to_save" not in str(refusal(nn.Embedding(12, 4), recorded))
     assert "weight (12, 4), not (10, 4)" in str(refusal(nn.Embedding(12, 4), recorded))
 
 

@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningCLI
@@ -118,6 +120,25 @@ def test_yaml_trains_and_checkpoint_evaluates_without_options(run: Run, tmp_path
     validated = run("validate", "--config=config.yaml", f"--ckpt_path={tmp_path / 'last.ckpt'}")
     assert validated.moved == ["net.0", "net.2"]
     assert float(validated.cli.trainer.callback_metrics["val_loss"]) == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("ranks", [{"rank": 2}, {"rank": "auto", "rank_budget": 120}], ids=["rank", "auto"])
+def test_a_start_from_data_in_yaml_trains_and_its_checkpoint_evaluates(
+    ranks: dict[str, Any], run: Run, tmp_path: Path
+) -> None:
+    options = {"init": {"name": "eva", "batches": 2}, "modules_to_save": "auto"} | ranks
+    callbacks = [
+        {"class_path": "lightning_lora.LoRACallback", "init_args": options},
+        {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path), "save_last": True}},
+    ]
+    trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "logger": False, "callbacks": callbacks}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    fit = run("fit", "--config=config.yaml", "--optimizer=torch.optim.AdamW", "--optimizer.lr=0.01")
+    assert fit.moved
+    again = run("validate", "--config=config.yaml", f"--ckpt_path={tmp_path / 'last.ckpt'}")
+    assert again.moved == fit.moved
+    values = fit.model.state_dict()
+    assert all(torch.equal(tensor, values[name]) for name, tensor in again.model.state_dict().items())
 
 
 def test_options_work_at_top_level(run: Run) -> None:

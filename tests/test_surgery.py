@@ -152,6 +152,14 @@ def test_only_adapters_and_modules_to_save_require_gradients(tiny):
     }
 
 
+def test_complex_parameters_of_a_module_to_save_train(tiny, tokens):
+    tiny.norm.phase = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    frozen = tiny.blocks[0].q_proj.phase = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=["norm"]))
+    assert (tiny.norm.phase.requires_grad, frozen.requires_grad) == (True, False)
+    assert "norm.phase" in adapter_state_dict(tiny)
+
+
 def test_training_changes_only_adapters_and_saved_modules(tiny, tokens):
     attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=["head"]))
     before = {name: p.detach().clone() for name, p in tiny.named_parameters()}

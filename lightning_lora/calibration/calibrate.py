@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import get_attachment, table_lines
 from lightning_lora.calibration import starts
-from lightning_lora.calibration.collector import FROM_GRADIENT, Collector, Place
+from lightning_lora.calibration.collector import FROM_GRADIENT, GRADIENTS_UNSEEN, UNSEEN, Collector, Place
 from lightning_lora.calibration.ranks import allocate
 from lightning_lora.calibration.starts import NEEDS, Start
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, InitOptions, LoRAConfig
@@ -216,14 +216,21 @@ class _Run:
         collector = Collector(self.places, name, budget, smooth=self.options.smooth)
         has_gradients = NEEDS[name] != {"inputs"}
         modes = disabled(self.module) if name == FROM_GRADIENT else nullcontext()
-        with left_as_it_was(self.module), RandomState(), _gradients_kept(self.module), modes, collector.watching():
+        gradients = _gradients_kept(self.module) if has_gradients else _frozen(self.module)
+        eager = torch.compiler.set_stance("force_eager")  # compiled code would run without the hooks, or keep them
+        kept = (left_as_it_was(self.module), RandomState(), gradients)
+        with ExitStack() as stack:
+            for context in (*kept, eager, modes, collector.watching()):
+                stack.enter_context(context)
             self.module.eval()
             for batch in islice(batches, self.options.batches):
                 collector.mask = self._mask(batch)
-                with torch.set_grad_enabled(has_gradients):
+                with torch.enable_grad():  # losses may hold derivatives by the inputs
                     output = step(batch)
                     if has_gradients:
-                        _loss_in(output).backward()  # type: ignore[no-untyped-call]
+                        with collector.backward():
+                            _loss_in(output).backward()  # type: ignore[no-untyped-call]
+                del output  # and its graph, before the next one
                 self.batches += 1
         self._reduce()
         if not self.batches:
@@ -244,10 +251,14 @@ class _Run:
         counts = torch.tensor([self.batches, self.used, self.seen], dtype=torch.float64)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             sums = [tensor for place in self.places for each in place.statistics for tensor in each.tensors()]
-            device = sums[0].device
-            counts = counts.to(device)
+            counts = counts.to(sums[0].device)
             for tensor in (*sums, counts):
                 torch.distributed.all_reduce(tensor)
+            # A process without batches has seen nothing, not even that there is nothing to see.
+            unseen = torch.tensor([UNSEEN.index(place.unseen) for place in self.places], device=sums[0].device)
+            torch.distributed.all_reduce(unseen, torch.distributed.ReduceOp.MAX)
+            for place, reason in zip(self.places, unseen.tolist(), strict=True):
+                place.unseen = UNSEEN[reason]
         self.batches, self.used, self.seen = int(counts[0]), float(counts[1]), float(counts[2])
 
     # --- what follows
@@ -267,7 +278,7 @@ class _Run:
         """
         rank, name = rank or place.adapter.spec.rank, self.options.name
         note = place.unseen or ("" if self._was_called(place) else "it was not called, or all its tokens are masked")
-        if note and not (place.falls_back and self._was_called(place)):
+        if note and not (note == GRADIENTS_UNSEEN and self._was_called(place)):
             return None, CalibratedLayer(place.label, "kaiming", rank, None, None, note)
         name = "eva" if note else name
         if name in _NEED_WEIGHT and not place.has_plain_weight:
@@ -371,7 +382,7 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
     places = _places(AdaptedModel(model.module))
     for place in places:
         seen = statistics[place.label]
-        place.statistics, place.unseen, place.falls_back = seen.statistics, seen.unseen, seen.falls_back
+        place.statistics, place.unseen = seen.statistics, seen.unseen
     return places
 
 
@@ -445,6 +456,19 @@ def _gradients_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in kept:
             parameter.grad = gradient
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient inside the block, so that nothing is kept for a backward pass."""
+    training = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for parameter in training:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in training:
+            parameter.requires_grad_(True)
 
 
 def _from_first_process(tensors: Iterable[Tensor]) -> None:

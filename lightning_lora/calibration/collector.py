@@ -17,6 +17,10 @@ from lightning_lora.calibration.statistics import MatrixStatistics, must_sketch
 from lightning_lora.layers import AdapterGroup, ConvAdapter, LoRALayer, LowRankAdapter, base_parameter
 from lightning_lora.sharding import gathered, is_sharded, whole
 
+INPUTS_UNSEEN = "its inputs cannot be seen from outside"
+GRADIENTS_UNSEEN = "the gradients of its outputs cannot be seen from outside"  # but its inputs can
+NO_GRADIENT = "its weight is computed or quantized, and has no gradient"
+UNSEEN = ("", GRADIENTS_UNSEEN, INPUTS_UNSEEN, NO_GRADIENT)
 FROM_GRADIENT = "lora_ga"  # the start that needs nothing but the gradient of the weight, which every kind of layer has
 
 
@@ -29,8 +33,7 @@ class Place:
         layer: The layer.
         adapter: The adapter.
         statistics: The sums; of a stack of matrices, those of each.
-        unseen: Why the layer's inputs or gradients cannot be seen; empty if they can.
-        falls_back: Whether its inputs can be seen nevertheless, so that ``eva`` is possible.
+        unseen: Why the layer's inputs or gradients cannot be seen, one of ``UNSEEN``; empty if they can.
     """
 
     label: str
@@ -38,7 +41,6 @@ class Place:
     adapter: LowRankAdapter
     statistics: list[MatrixStatistics] = field(default_factory=list)
     unseen: str = ""
-    falls_back: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,6 +106,7 @@ class Collector:
                 found = MatrixStatistics(*place.shape, needs, sketch=sketch, axes=axes, device=device)
                 place.statistics.append(found)
         self._hooks: list[Any] = []
+        self._is_backward = False
         self._last_of: dict[int, Place] = {}  # of several on one weight, as slices are
 
     @contextmanager
@@ -122,12 +125,21 @@ class Collector:
                 weight.requires_grad_(False)
             self._hooks = []
 
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Take the gradients inside the block for those of the loss; others are derivatives that the loss holds."""
+        self._is_backward = True
+        try:
+            yield
+        finally:
+            self._is_backward = False
+
     # --- the gradient of the weight
 
     def _watch_gradient(self, place: Place, thawed: list[Tensor]) -> None:
         weight = place.layer._parameters.get(place.adapter.parameter)
         if weight is None or not weight.is_floating_point():
-            place.unseen = "its weight is computed or quantized, and has no gradient"
+            place.unseen = NO_GRADIENT
             return
         if not weight.requires_grad:
             weight.requires_grad_(True)
@@ -159,24 +171,26 @@ class Collector:
             inputs = [*args, *kwargs.values()]
             x = place.adapter.tokens_in(layer, inputs)
             if x is None:
-                place.unseen = "its inputs cannot be seen from outside"
+                place.unseen = INPUTS_UNSEEN
                 return
             [statistics] = place.statistics
             x = x.detach()
             if not seen:
                 statistics.add(x, None, self._mask_for(x))
             elif not isinstance(output, Tensor) or place.adapter.tokens_out(output.detach()) is None:
-                place.unseen, place.falls_back = "the gradients of its outputs cannot be seen from outside", True
+                place.unseen = GRADIENTS_UNSEEN
                 statistics.add(x, None, self._mask_for(x))
             elif output.requires_grad:
                 cast(Any, output).register_hook(lambda gradient: self._add_pair(place, x, gradient))
 
         if place.experts > 1:
-            place.unseen = "its inputs cannot be seen from outside"
+            place.unseen = INPUTS_UNSEEN
         else:
             self._hooks.append(place.layer.register_forward_hook(see, with_kwargs=True))
 
     def _add_pair(self, place: Place, x: Tensor, gradient: Tensor) -> None:
+        if not self._is_backward:
+            return
         g = place.adapter.tokens_out(gradient.detach())
         assert g is not None
         place.statistics[0].add(x.to(g.device), g, self._mask_for(x))

@@ -56,8 +56,10 @@ class RankError(ValueError):
         supported: How many they support.
     """
 
-    def __init__(self, rank: int, supported: int) -> None:
-        super().__init__(f"rank={rank} is above the {supported} directions that the calibration data support.")
+    def __init__(self, rank: int, supported: int, problem: str = "") -> None:
+        super().__init__(
+            problem or f"rank={rank} is above the {supported} directions that the calibration data support."
+        )
         self.supported = supported
 
 
@@ -172,7 +174,8 @@ def lora_ga(statistics: MatrixStatistics, rank: int, *, gamma: float = 16.0) -> 
     G = _gradient(statistics)
     U, values, V = _decomposed(G, 2 * rank)
     if 2 * rank > (found := _above_rounding(values)):
-        raise ValueError(f"rank={rank} needs {2 * rank} directions of the gradient, which has {found}.")
+        needs = f"rank={rank} needs {2 * rank} directions of the gradient, which has {found}."
+        raise RankError(rank, found // 2, needs)
     scale = len(G) ** 0.25 / math.sqrt(gamma)
     return Start(_factor(scale * V[:, :rank].T), _factor(scale * U[:, rank : 2 * rank]), values)
 

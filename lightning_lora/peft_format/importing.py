@@ -114,7 +114,8 @@ class Import:
     def _read(self, file: PeftFile) -> None:
         if file.alien:
             self.problems.append(f"keys without the prefix {PREFIX!r}: {listed(file.alien)}")
-        if broken := [key for key, tensor in self.tensors.items() if tensor.is_complex() or tensor.is_quantized]:
+        complex_factors = {key for key, tensor in self.tensors.items() if tensor.is_complex() and ".lora_" in key}
+        if broken := [key for key, each in self.tensors.items() if each.is_quantized or key in complex_factors]:
             self.problems.append(f"complex or quantized tensors, which no adapter holds: {listed(broken)}")
         keys = set(self.tensors)
         for path, mine in sorted(file.keys_by_path.items()):

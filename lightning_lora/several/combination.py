@@ -448,7 +448,7 @@ def _moved(base: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     if rest := _share_of_base(terms):
         parts.append(rest * base.detach().cpu().double())
     total = torch.stack(parts).sum(0)
-    return total if base.is_floating_point() else total.round()
+    return total if base.is_floating_point() or base.is_complex() else total.round()
 
 
 def _check_needs_no_base(model: AdaptedModel, summands: Sequence[Summand], caller: str) -> None:

@@ -444,7 +444,7 @@ def warn_if_untrained(layout: Layout, module: LightningModule) -> None:
 
 def check_finite(layout: Layout, module: LightningModule, broken_at: int | None) -> None:
     """Refuse a fit that ended with NaN or infinity in what was trained; every process must call this."""
-    trained = {name: t for name, t in AdaptedModel(module).trained.items() if t.is_floating_point()}
+    trained = {name: t for name, t in AdaptedModel(module).trained.items() if t.requires_grad or t.is_floating_point()}
     with gathered_parameters(module):
         sound = [local(tensor).isfinite().all() for tensor in trained.values()]
         broken = anywhere([not each for each in to_floats(sound)], layout.strategy.root_device)

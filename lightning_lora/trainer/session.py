@@ -22,8 +22,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_lora.adapted_model import AdaptedModel, Root
-from lightning_lora.attachment import Attachment, Stored, get_attachment, request, settled
-from lightning_lora.config import STARTS_FROM_WEIGHTS, LoRAConfig
+from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
+from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
@@ -157,7 +157,10 @@ class FitSession:
         if self._is_fit:
             self.layout.check_fit(with_diagnostics=bool(self.options.diagnostics_every_n_steps))
             self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
-            if self._config.has_ranks_from_data:  # before DDP and the optimizers see the parameters
+            # Before DDP and the optimizers see the parameters, and before a tuner saves them.
+            if self._config.start.name in STARTS_FROM_DATA and chosen_checkpoint(self.trainer) is None:
+                if self._config.has_ranks_from_data:
+                    self._check_ranks_can_change()
                 self._wraps.after(self.trainer.strategy, "model_to_device", self._calibrate)
             if self.options.fresh and not self._is_new and chosen_checkpoint(self.trainer) is None:
                 self._start_anew()
@@ -165,7 +168,7 @@ class FitSession:
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
         self._asked, self._calibration = saved_request(chosen_record(self.trainer))
-        if self._takes_any or self._asked == self._config:
+        if self._takes_any or is_same_request(self._config, self._asked):
             self._take_saved_options()
         elif self._is_fit:
             self._say_changed_dropout()
@@ -297,6 +300,13 @@ class FitSession:
                 check_export_place(self.layout, self.options.export_dir, self.trainer)
                 check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
 
+    def _check_ranks_can_change(self) -> None:
+        if self.options.init_from is not None:
+            raise MisconfigurationException(
+                "LoRACallback: ranks from data (rank='auto', rho) do not go with init_from, which needs the ranks "
+                "earlier. Call lightning_lora.attach and calibrate before the fit, or give a number for rank."
+            )
+
     def _calibrate(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
         """Compute the starts that adapters wait for; those of a checkpoint have theirs."""
         model = AdaptedModel(self.module)
@@ -308,6 +318,8 @@ class FitSession:
         if now is not None and now is not record:  # with the ranks that the data ask for
             self.layout.attached(self.module)
             self._coverage = coverage(self.module)
+            for average in callbacks_of(self.trainer, *AVERAGING):  # their copies have the ranks of before
+                average.setup(self.trainer, self.module, "fit")
             rank_zero_info(f"{now.report}")
 
     # --- training

@@ -263,6 +263,61 @@ def test_padded_tokens_change_nothing(start: str):
     assert share == 18 / 24
 
 
+# --- losses that hold derivatives
+
+
+class Field(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+    def residual(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_(True)
+        [slope] = torch.autograd.grad(self(x).sum(), x, create_graph=True)
+        [bend] = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        return (slope[:, 0] - bend[:, 1]).square().mean() + self(x).square().mean()
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga", "covariance"])
+def test_losses_with_derivatives_by_the_inputs_are_calibrated(start: str):
+    torch.manual_seed(0)
+    model, batches = Field(), [torch.randn(20, 6) for _ in range(4)]
+    ll.attach(model, ll.LoRAConfig(rank=2, init=start, target_modules=["inner.0", "inner.2"]))
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    report = ll.calibrate(model, batches, model.residual)
+    assert [each.start for each in report.layers] == [start, start]
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+
+
+def test_derivatives_that_a_loss_holds_are_no_gradients_of_it():
+    def started(derivative: bool) -> Tensor:
+        torch.manual_seed(0)
+        model, batches = Field(), [torch.randn(20, 6) for _ in range(4)]
+        ll.attach(model, ll.LoRAConfig(rank=2, init="covariance", target_modules=["inner.0"]))
+
+        def step(x: Tensor) -> Tensor:
+            x = x.clone().requires_grad_(True)
+            loss = model(x).square().mean()
+            if derivative:  # of something else, which the loss ignores
+                loss = loss + 0 * torch.autograd.grad(model(3 * x).sin().sum(), x)[0].sum()
+            return loss
+
+        ll.calibrate(model, batches, step)
+        return adapters_of(model)[0].A.detach()
+
+    torch.testing.assert_close(started(True), started(False))
+
+
+def test_looking_at_inputs_alone_keeps_nothing_for_a_backward_pass():
+    model, batches = model_and_batches("linear", "eva")
+    outputs = list[Tensor]()
+    ll.calibrate(model, batches, lambda batch: outputs.append(model(batch)))
+    assert [output.requires_grad for output in outputs] == [False] * 5
+
+
 # --- errors, before anything changes
 
 
@@ -272,7 +327,7 @@ def test_padded_tokens_change_nothing(start: str):
         ("eva", [], "needs batches, and there were none"),
         ("eva", [torch.full((2, 3, 12), torch.nan)], "'0': .*not finite"),
         ("eva", [torch.ones(2, 3, 12)], "'0': .*rank"),
-        ("lora_ga", [torch.zeros(2, 3, 12)], "'0': .*rank"),
+        ("lora_ga", [torch.zeros(2, 3, 12)], "'0': .*directions of the gradient.*Lower its rank with rank_pattern"),
     ],
 )
 def test_data_that_do_not_do_leave_the_adapters_waiting(start: str, batches: list[Tensor], message: str):
@@ -518,3 +573,39 @@ def test_a_quantized_weight_has_the_starts_that_do_not_read_it(start: str, possi
     report = ll.calibrate(model, batches, loss_of(model))
     assert (report.layers[0].start == start) == possible
     assert torch.equal(model(batches[0]), base(batches[0]))
+
+
+# --- beside other features
+
+
+def test_a_compiled_model_is_calibrated_and_keeps_no_trace_in_its_graphs():
+    model, batches = model_and_batches("linear", "eva")
+    expected, _ = model_and_batches("linear", "eva")
+    ll.calibrate(expected, batches)
+    compiled = torch.compile(model, backend="eager")
+    compiled.eval()
+    compiled(batches[0])
+    ll.calibrate(compiled, batches)
+    assert torch.equal(adapters_of(model)[0].A, adapters_of(expected)[0].A)
+    torch.testing.assert_close(compiled(batches[0]), model(batches[0]))
+
+
+def test_adapters_that_wait_can_be_probed():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10))
+    ll.attach(model, ll.LoRAConfig(rank=2, init="pissa"), probe=torch.randn(3, 12))
+    assert all(adapter.is_waiting for adapter in adapters_of(model))
+    ll.calibrate(model)
+
+
+def test_modules_to_save_and_other_named_adapters_are_left_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 3))
+    ll.add_adapter(model, "default", ll.LoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    ll.set_adapter(model, "default")
+    first = {name: tensor.clone() for name, tensor in ll.adapter_state_dict(model).items()}
+    ll.add_adapter(model, "b", ll.LoRAConfig(rank=2, init="eva", target_modules=["0"]))
+    ll.set_adapter(model, "b")
+    ll.calibrate(model, [torch.randn(4, 6, 12) for _ in range(4)])
+    ll.set_adapter(model, "default")
+    assert all(torch.equal(tensor, first[name]) for name, tensor in ll.adapter_state_dict(model).items())

@@ -62,6 +62,23 @@ def calibrated(batches: list[Tensor], **options: Any) -> dict[str, Tensor]:
     return adapter_state_dict(model)
 
 
+def with_attention(batches: list[Tensor]) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), Attention())
+    attach(model, LoRAConfig(rank=2, init="covariance"))
+    calibrate(model, batches, lambda batch: model(batch).square().mean())
+    return adapter_state_dict(model)
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x)[0]
+
+
 class Look(LoRACallback):
     state: dict[str, Tensor]
 
@@ -107,6 +124,7 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {start: calibrated(share(rank, world), init=start) for start in STARTS}
+    found["attention"] = with_attention(share(rank, world) if rank else [])
     found["ranks"] = calibrated(share(rank, world), **RANKS)
     found["fit"] = fit(DDPStrategy(process_group_backend="gloo"), init="eva")
     found["fit with ranks"] = fit(DDPStrategy(process_group_backend="gloo"), **RANKS)

@@ -8,10 +8,19 @@ import pytest
 import torch
 
 from tests.distributed import calibration_job
-from tests.distributed.calibration_job import RANKS, STARTS, all_batches, calibrated, fit, losses
+from tests.distributed.calibration_job import (
+    RANKS,
+    STARTS,
+    all_batches,
+    calibrated,
+    fit,
+    losses,
+    share,
+    with_attention,
+)
 from tests.processes import run_ranks
 
-STATES = (*STARTS, "ranks", "fit", "fit with ranks")
+STATES = (*STARTS, "attention", "ranks", "fit", "fit with ranks")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -44,6 +53,12 @@ def test_unequal_shares_give_the_start_of_all_data(start: str, results: list[dic
     assert expected.keys() == results[0][start].keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(results[0][start][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_process_without_batches_gets_the_start_of_the_others(results: list[dict[str, Any]]):
+    expected = with_attention([batch for rank in range(1, len(results)) for batch in share(rank, len(results))])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(results[0]["attention"][name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_unequal_shares_give_the_ranks_of_all_data(results: list[dict[str, Any]]):

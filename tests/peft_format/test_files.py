@@ -50,6 +50,23 @@ def content(directory: Path) -> dict[str, bytes]:
 # --- writing
 
 
+def test_complex_parameters_of_a_module_that_trains_in_full_come_back(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        model[1].phase = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+        return model
+
+    model, loaded = build(), build()
+    attach(model, LoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    train_all(model, torch.Generator().manual_seed(1))
+    model[1].phase.data.add_(1j)
+    save_adapter(model, tmp_path / "peft")
+    load_adapter(loaded, tmp_path / "peft", check_base=False)
+    assert torch.equal(loaded[1].phase, model[1].phase)
+    assert loaded[1].phase.requires_grad
+
+
 def test_same_adapter_gives_same_bytes(tiny, rng, tmp_path):
     save_adapter(trained_from(tiny, rng), tmp_path / "one")
     other = again(tiny)

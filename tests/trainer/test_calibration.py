@@ -13,12 +13,24 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, LoRAConfig, attach, calibrate, load_adapter, lora_layers
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    calibrate,
+    detach,
+    load_adapter,
+    lora_layers,
+    preflight,
+    save_adapter,
+)
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.trainer.calibration import calibrate_fit
 from tests.toys import trainer
@@ -76,19 +88,18 @@ def fitted(callback: LoRACallback, loader: Any = None, module: Module | None = N
     return module
 
 
-@pytest.mark.parametrize("start", ["eva", "corda", "lora_ga", "covariance", "pissa"])
+WORKERS = {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"}
+
+
 @pytest.mark.parametrize(
-    "loader",
+    ("start", "loader"),
     [
-        {},
-        {"generator": True},
-        {"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "fork"},
+        *((start, {}) for start in ("eva", "corda", "lora_ga", "covariance", "pissa")),
+        ("lora_ga", {"generator": True}),
+        ("eva", WORKERS),
     ],
-    ids=["plain", "generator", "workers"],
 )
 def test_training_is_that_of_the_same_start_without_calibration(start: str, loader: dict[str, Any]):
-    if "num_workers" in loader and start != "eva":
-        return
     if "generator" in loader:
         loader = {"generator": torch.Generator().manual_seed(5)}
     state = loader["generator"].get_state() if "generator" in loader else None
@@ -168,6 +179,70 @@ def test_ranks_from_data_train_and_resume(start: str, tmp_path: Path):
     assert {name: layer.rank for name, layer in lora_layers(resumed).items()} == ranks
     again = fitted(LoRACallback(**options), module=module)
     assert {name: layer.rank for name, layer in lora_layers(again).items()} == ranks
+
+
+class Headed(Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 2))
+
+
+def test_ranks_from_data_resume_and_go_on_with_heads_that_were_found(tmp_path: Path):
+    options: dict[str, Any] = {"rank": "auto", "rank_budget": 400, "init": "eva", "modules_to_save": "auto"}
+    seed_everything(1, verbose=False)
+    saving: dict[str, Any] = {"default_root_dir": tmp_path, "enable_checkpointing": True, "max_epochs": 1}
+    module = fitted(LoRACallback(**options), module=Headed(), **saving)
+    ranks = {name: layer.rank for name, layer in lora_layers(module).items()}
+    [path] = tmp_path.rglob("*.ckpt")
+    seed_everything(1, verbose=False)
+    resumed = Headed()
+    trainer(LoRACallback(**options), max_epochs=2, max_steps=-1).fit(resumed, data(), ckpt_path=path)
+    assert {name: layer.rank for name, layer in lora_layers(resumed).items()} == ranks
+    again = fitted(LoRACallback(**options), module=module)
+    assert {name: layer.rank for name, layer in lora_layers(again).items()} == ranks
+
+
+FROM_DATA: list[dict[str, Any]] = [{"rank": 2, "init": "eva"}, {"rank": "auto", "rank_budget": 120, "init": "eva"}]
+
+
+@pytest.mark.parametrize("options", FROM_DATA, ids=["rank", "auto"])
+def test_starts_from_data_are_exported(options: dict[str, Any], tmp_path: Path):
+    module = fitted(LoRACallback(export_dir=str(tmp_path / "peft"), **options))
+    loaded = Module()
+    load_adapter(loaded, tmp_path / "peft", check_base=False)
+    found = adapter_state_dict(loaded)
+    assert all(torch.equal(found[name], tensor) for name, tensor in adapter_state_dict(module).items())
+
+
+def test_adapters_that_wait_for_their_start_can_be_previewed_but_not_exported(tmp_path: Path):
+    module = Module()
+    attach(module, LoRAConfig(rank=2, init="eva"))
+    assert preflight(module).peft_accepts
+    with pytest.raises(RuntimeError, match="wait for their start"):
+        save_adapter(module, tmp_path / "peft")
+
+
+@pytest.mark.parametrize("options", FROM_DATA, ids=["rank", "auto"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: LearningRateFinder(num_training_steps=3, early_stop_threshold=None),
+        lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1),
+        EMAWeightAveraging,
+    ],
+    ids=["rate finder", "SWA", "EMA"],
+)
+def test_callbacks_that_copy_the_module_before_training_see_the_start(options: dict[str, Any], other: Any):
+    class Tuned(Module):
+        lr = 1e-2
+
+    module, before = Tuned(), Tuned()
+    before.load_state_dict(module.state_dict())
+    runner = trainer(LoRACallback(**options), other(), max_epochs=3, max_steps=-1)
+    runner.fit(module, data())
+    assert [bool(layer.lora.B.any()) for layer in lora_layers(module).values()] == [True, True]
+    detach(module)
+    assert all(torch.equal(module.net.state_dict()[name], each) for name, each in before.net.state_dict().items())
 
 
 def test_adapters_calibrated_before_the_fit_stay():
@@ -276,3 +351,9 @@ def test_values_that_are_not_finite_end_the_fit_before_training():
     with pytest.raises(MisconfigurationException, match=r"init='eva' of 'net.0': .*not finite"):
         fitted(LoRACallback(rank=2, init="eva"), module=module)
     assert not module.seen
+
+
+def test_ranks_from_data_do_not_go_with_what_needs_them_earlier(tmp_path: Path):
+    options: dict[str, Any] = {"rank": "auto", "rank_budget": 100, "init": "eva"}
+    with pytest.raises(MisconfigurationException, match="do not go with init_from"):
+        fitted(LoRACallback(**options, init_from=str(tmp_path)))
