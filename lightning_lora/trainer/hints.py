@@ -11,8 +11,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.attachment import AttachReport
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of
 from lightning_lora.names import clean_name, join, listed, walk
+from lightning_lora.option_checks import AUTO
 from lightning_lora.planning.obstacles import EXCLUDED, TOO_SMALL, wider_targets
 
 # Full fine-tuning of large models runs below it, and LoRA wants about ten times those rates.
@@ -50,6 +53,16 @@ class Coverage(NamedTuple):
     rest: tuple[str, ...]
     expected: float = SMALLEST_SHARE
     remedy: str | list[str] | None = None
+
+
+def warn_of_missing_heads(config: LoRAConfig, report: AttachReport) -> None:
+    """Warn if heads were to be found, and none was."""
+    if config.modules_to_save == AUTO and not report.saved:
+        rank_zero_warn(
+            "LoRA: modules_to_save='auto' found no head, as no linear layer is smaller than the rank. If there is a "
+            "new one, name it, such as modules_to_save=['head']: otherwise it keeps its random weights, which no "
+            "checkpoint holds."
+        )
 
 
 def warn_of_suspicious_settings(

@@ -50,7 +50,7 @@ from lightning_lora.trainer.checks import (
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
-from lightning_lora.trainer.hints import Coverage, coverage, warn_of_suspicious_settings
+from lightning_lora.trainer.hints import Coverage, coverage, warn_of_missing_heads, warn_of_suspicious_settings
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
     chosen_checkpoint,
@@ -271,6 +271,8 @@ class FitSession:
             check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
+            if self._is_fit and self._is_new:
+                warn_of_missing_heads(self._config, report)
             self._begin()
 
     def _begin(self) -> None:

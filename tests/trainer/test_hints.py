@@ -259,6 +259,17 @@ def test_layers_too_small_for_the_rank_are_named_unless_they_train_in_full():
 # --- in a run
 
 
+def test_run_says_if_no_head_was_found():
+    class Headed(Toy):  # with 4 outputs
+        def build(self) -> None:
+            self.net = nn.Sequential(*network(), nn.Linear(8, 4), nn.Linear(4, 8))
+
+    options: dict[str, Any] = {"target_modules": ["net.0", "net.2"], "modules_to_save": "auto"}
+    with pytest.warns(UserWarning, match="modules_to_save='auto' found no head"):
+        trainer(LoRACallback(rank=4, **options)).fit(Headed(), loader())
+    trainer(LoRACallback(rank=5, **options)).fit(Headed(), loader())  # any warning would be an error
+
+
 class Slow(Toy):
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW(self.parameters(), lr=1e-5)
