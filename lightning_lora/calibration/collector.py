@@ -197,9 +197,13 @@ class Collector:
 
     def _mask_for(self, x: Tensor) -> Tensor | None:
         """Return the batch's mask, if it is one of these tokens."""
-        if self.mask is None or self.mask.numel() != x.shape[0] * x.shape[1]:
+        if self.mask is None:
             return None
-        return self.mask.to(x.device).view(x.shape[:2])
+        mask, (first, second) = self.mask.to(x.device), x.shape[:2]
+        if mask.shape == (second, first) != (first, second):
+            mask = mask.T  # tokens come before sequences
+        is_flat = 1 in (first, second) and mask.numel() == first * second  # all tokens in one dimension
+        return mask.reshape(first, second) if is_flat or mask.shape == (first, second) else None
 
 
 def _sums_device(device: torch.device) -> torch.device:

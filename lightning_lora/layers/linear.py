@@ -89,9 +89,9 @@ class LinearAdapter(LowRankAdapter):
             return super().forward(inputs, output, layer, is_ours)
         # Read at every call, because FSDP, loading and moving a model replace these tensors.
         weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        spec, A, B = self.spec, self.A, self.B
-        if self._buffers or self.is_waiting:  # most have neither
-            A, B = self.factors()
+        spec = self.spec
+        # Most have neither, and need no call.
+        A, B = self.factors() if self._buffers or self.is_waiting else (self.A, self.B)
         total = lora_linear(
             inputs,
             layer.weight if weight is None else weight,  # computed, if it is parametrized

@@ -318,6 +318,29 @@ def test_looking_at_inputs_alone_keeps_nothing_for_a_backward_pass():
     assert [output.requires_grad for output in outputs] == [False] * 5
 
 
+class Rearranged(nn.Module):
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        self.order, self.layer = order, nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.layer({"tokens first": x.transpose(0, 1), "flat": x.flatten(0, 1)}[self.order])
+
+
+@pytest.mark.parametrize("order", ["tokens first", "flat"])
+def test_padding_is_left_out_however_the_tokens_are_arranged(order: str):
+    def started(padding: float) -> Tensor:
+        torch.manual_seed(0)
+        model = Rearranged(order)
+        ll.attach(model, ll.LoRAConfig(rank=2, init="eva"))
+        mask = torch.arange(6) < torch.tensor([[6], [3], [4], [5]])
+        x = torch.randn(4, 6, 12).masked_fill(~mask.unsqueeze(-1), padding)
+        ll.calibrate(model, [{"x": x, "attention_mask": mask}])
+        return adapters_of(model)[0].A.detach()
+
+    assert torch.equal(started(0.0), started(100.0))
+
+
 # --- errors, before anything changes
 
 
