@@ -608,7 +608,7 @@ def test_a_quantized_weight_has_the_starts_that_do_not_read_it(start: str, possi
 def test_a_model_with_quantized_weights_alone_has_no_gradient_of_them():
     model = nn.Sequential(EightBit(12, 10))
     ll.attach(model, ll.LoRAConfig(rank=2, init="lora_ga"))
-    with pytest.raises(ValueError, match=r"no adapter got its start, init='lora_ga': its weight is computed or quantized"):
+    with pytest.raises(ValueError, match=r"no adapter got its start, .*: its weight is computed or quantized"):
         ll.calibrate(model, [torch.randn(4, 12)], loss_of(model))
 
 
