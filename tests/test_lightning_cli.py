@@ -122,6 +122,7 @@ def test_yaml_trains_and_checkpoint_evaluates_without_options(run: Run, tmp_path
     assert float(validated.cli.trainer.callback_metrics["val_loss"]) == pytest.approx(loss)
 
 
+@pytest.mark.filterwarnings("ignore:.*found no head")
 @pytest.mark.parametrize("ranks", [{"rank": 2}, {"rank": "auto", "rank_budget": 120}], ids=["rank", "auto"])
 def test_a_start_from_data_in_yaml_trains_and_its_checkpoint_evaluates(
     ranks: dict[str, Any], run: Run, tmp_path: Path
@@ -149,6 +150,7 @@ def test_options_work_at_top_level(run: Run) -> None:
     assert type(outcome.callback.config.rank) is int  # not jsonargparse's type, which a checkpoint cannot hold
 
 
+@pytest.mark.filterwarnings("ignore:.*found no head")
 @pytest.mark.parametrize(("value", "saved"), [("auto", ()), ("[net.4]", ("net.4",))])
 def test_modules_to_save_takes_auto_or_a_list(value: str, saved: tuple[str, ...], run: Run) -> None:
     outcome = run("fit", *RUN, "--lora.rank=4", f"--lora.modules_to_save={value}", forced=True)

@@ -179,7 +179,7 @@ class Fits(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = MODELS["llama"]()
+        self.model = MODELS["llama"]().train()  # as if it came from a file, it is in evaluation mode
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.model(input_ids=batch[0], labels=batch[0]).loss

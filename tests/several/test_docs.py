@@ -39,6 +39,9 @@ BEFORE, _, ARITHMETIC = PAGE.partition("## Arithmetic")
 BLOCKS = re.findall(r"```python\n(.*?)```", BEFORE, flags=re.S)
 
 
+STATIC = {"force_parameter_static_shapes": True, "force_nn_module_property_static_shapes": True}  # torch's defaults
+
+
 class LitModel(Toy):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -67,7 +70,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found |= {"chosen": torch.randn(5, FEATURES), "rejected": torch.randn(5, FEATURES)}
     torch.compiler.reset()
     found["graphs"] = CompileCounter()
-    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch():  # which restores all of its settings
+    with pytest.MonkeyPatch.context() as patch, torch._dynamo.config.patch(STATIC):  # which restores what the page sets
         patch.chdir(folder)
         patch.setattr("lightning.pytorch.Trainer", QuietTrainer)
         patch.setattr("torch.compile", partial(torch.compile, backend=found["graphs"]))
