@@ -41,7 +41,8 @@ class LoRACallback(Callback):
         adapter: Name of the adapter to train, beside others that the module has; they stay as they are, bit for bit. By
             default the active one is trained, or the only one.
         save_adapters: What a checkpoint holds: the adapter that is ``"trained"``, or ``"all"``; resuming restores them.
-        merge_on_teardown: Fold the adapters into the weights when a fit has succeeded, and leave an ordinary model.
+        merge_on_teardown: When a fit has succeeded, fold the adapters of its last step into the weights, and leave an
+            ordinary model; ``export_dir`` still writes the best checkpoint's.
         export_dir: Where to write the adapter as a PEFT directory when a fit has succeeded: the best checkpoint's, if
             a ModelCheckpoint kept one, else the last state. A fast dev run writes nothing.
         overwrite: Let ``export_dir`` replace an adapter that is there; otherwise one there is an error before training.
