@@ -211,7 +211,11 @@ def test_help_explains_every_option(run: Run) -> None:
     text = " ".join(run("fit", "--help", forced=True).output.split())
     for option in [*LoRAConfig.__dataclass_fields__, "merge_on_teardown", "lr_ratio", "diagnostics_every_n_steps"]:
         assert f"--lora.{option}" in text
-    for explanation in ("Rank ``r`` of the update", "Numerator of the scaling", "fold the adapters of its last step into the weights"):
+    for explanation in (
+        "Rank ``r`` of the update",
+        "Numerator of the scaling",
+        "fold the adapters of its last step into the weights",
+    ):
         assert explanation in text
 
 
