@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from typing_extensions import override
@@ -91,8 +91,7 @@ class InitOptions:
             object.__setattr__(self, name, value)
         for name in ("normalize", "centre", "smooth"):
             option_checks.flag(f"init.{name}", getattr(self, name))
-        if self.mode not in ("ipm", "kpm"):
-            raise ValueError(f"LoRAConfig.init.mode must be 'ipm' or 'kpm', got {self.mode!r}.")
+        option_checks.choice("init.mode", self.mode, of=Literal["ipm", "kpm"])
         if self.power not in (0.5, 1.0):
             raise ValueError(f"LoRAConfig.init.power must be 0.5 or 1, got {self.power!r}.")
         if self.rho < 1:
@@ -250,7 +249,7 @@ class LoRAConfig:
         """The rank of most layers; the usual one until the data say which."""
         return _USUAL_RANK if self.rank == option_checks.AUTO else self.rank
 
-    @property
+    @cached_property
     def start(self) -> InitOptions:
         """The start of the factors, with all its options."""
         return self.init if isinstance(self.init, InitOptions) else InitOptions(name=self.init)

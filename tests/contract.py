@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, LoRALayer, attach
+from lightning_lora import LoRAConfig, LoRALayer, attach, parameter_groups
 
 IN, OUT, TOKENS, PADDING = 24, 20, 40, 3
 RANK, ALPHA = 4, 6.0
@@ -243,6 +243,15 @@ def train_all(model: nn.Module, rng: torch.Generator) -> None:
     for part in model.modules():
         if isinstance(part, LoRALayer):
             train(part, rng)
+
+
+def learn(model: nn.Module, seed: int) -> None:
+    """Move everything that the active adapter trains, heads included."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for group in parameter_groups(model, 1.0):
+            for parameter in group["params"]:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 def error(found: Tensor, truth: Tensor) -> float:

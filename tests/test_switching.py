@@ -36,7 +36,7 @@ from lightning_lora import (
     set_adapter,
     using,
 )
-from tests.contract import Case, each_case, train_all
+from tests.contract import Case, each_case, learn, train_all
 
 WIDTH = 48
 Twin = Callable[[nn.Module], nn.Module]
@@ -75,15 +75,6 @@ def base() -> Mixed:
 
 def tokens() -> Tensor:
     return torch.arange(24).reshape(2, 12)
-
-
-def learn(module: nn.Module, seed: int) -> None:
-    """Move everything that the active adapter trains."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for group in parameter_groups(module, 1.0):
-            for parameter in group["params"]:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,17 @@ class BuiltInConfigureModel(Toy):
             self.net = network()
 
 
+class SelfAttention(nn.Module):
+    """Torch's attention with one input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x)[0]
+
+
 def trainer(*callbacks: Callback, root: Path | str | None = None, **options: Any) -> Trainer:
     """Return a quiet CPU Trainer that saves checkpoints only with a checkpoint callback."""
     makes_checkpoints = any(isinstance(callback, Checkpoint) for callback in callbacks)

@@ -28,7 +28,7 @@ from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged
 from lightning_lora.storage.adapter_file import StoredLayer
-from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, plain_values, stored_adapters
+from lightning_lora.storage.checkpoint import CheckpointFile, adapters_in
 from lightning_lora.storage.safetensors import StoredTensor
 
 _BLOCK = re.compile(r"(.*?(?:^|\.)\d+)\.(.+)$")
@@ -84,10 +84,7 @@ def which_of_several(source: nn.Module | str | PathLike[str]) -> str | None:
     """Return the name of the adapter that is read from a source, its active or its trained one, if it has several."""
     if isinstance(source, nn.Module):
         return active_adapter(source) if len(adapter_names(source)) > 1 else None
-    if not Path(source).is_file():
-        return None
-    with Path(source).open("rb") as stream:
-        return stored_adapters(plain_values(stream).get(RECORD_KEY))[0]
+    return adapters_in(Path(source))[0]
 
 
 def read_matrices(

@@ -83,7 +83,7 @@ def calibrate(
     run = _Run(module, places, config.start, mask)
     if needs_data:
         run.watch(batches, step or partial(_call, module))
-        if config.is_auto or config.start.rho > 1:
+        if config.has_ranks_from_data:
             places = run.places = _at_allocated_ranks(model, config, run)
     found = run.all_starts()  # of all before anything changes
     if all(start is None for start, _ in found):

@@ -80,7 +80,7 @@ class Place:
 
 
 class Collector:
-    """Adds what passes through adapted layers to their sums, from ``watch`` on until ``close``.
+    """Adds what passes through adapted layers to their sums, inside ``watching``.
 
     Args:
         places: The adapters that wait for a start of the same kind.

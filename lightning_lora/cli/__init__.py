@@ -69,16 +69,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _tell_of_several(options: Mapping[str, Any]) -> None:
     """Say which adapter a command is about, for each checkpoint that holds several."""
-    from lightning_lora.storage.checkpoint import RECORD_KEY, plain_values, stored_adapters
+    from lightning_lora.storage.checkpoint import adapters_in
 
     given = [each for value in options.values() for each in (value if isinstance(value, list) else [value])]
     for path in given if options["command"] != "inspect" else ():  # which says it itself
-        if isinstance(path, Path) and path.is_file():
-            with path.open("rb") as stream:
-                trained, stored = stored_adapters(plain_values(stream).get(RECORD_KEY))
-            if trained is not None:
-                names = listed([*map(repr, stored)])
-                say("note:", WARNING, f"{path} holds the adapters {names}; this is about {trained!r}, the trained one")
+        trained, stored = adapters_in(path) if isinstance(path, Path) else (None, {})
+        if trained is not None:
+            names = listed([*map(repr, stored)])
+            say("note:", WARNING, f"{path} holds the adapters {names}; this is about {trained!r}, the trained one")
 
 
 def _in_one_line(error: Exception) -> str:

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.adapter import base_weight, register_adapter
 from lightning_lora.layers.lora_layer import reads_weight
-from lightning_lora.layers.low_rank import LowRankAdapter
+from lightning_lora.layers.low_rank import LowRankAdapter, as_computed
 from lightning_lora.ops.conv import Convolution, composed, conv_update, keeps_less, pointwise
 
 _LAYERS: dict[int, Callable[..., nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -74,7 +74,7 @@ class _KernelAdapter(LowRankAdapter):
             down, up = self.kernels(A, B)
             return conv_update(inputs, down, up, (first, second), scaling=scaling, dropout=dropout)
         inputs = self.padded(self.dropped(inputs))
-        down, up = self.kernels(*self.factors_as(inputs.dtype, inputs.device.type))
+        down, up = self.kernels(*as_computed(A, B, inputs))
         return composed(composed(inputs, down, first) * scaling, up, second)
 
     @override
@@ -124,8 +124,7 @@ class ConvAdapter(_KernelAdapter):
     def tokens_in(self, layer: nn.Module, inputs: Sequence[Any]) -> Tensor | None:
         """Return the patches under the kernel, of every group; of large images, at regular distances."""
         found, size = _batched(inputs[0], self.trailing_dimensions), self.kernel[2:]
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        found = F.pad(found, self.padding_by_side, mode=mode)
+        found = F.pad(found, self.padding_by_side) if self.padding_mode == "zeros" else self.padded(found)
         for dimension, (taps, step, gap) in enumerate(zip(size, self.stride, self.dilation, strict=True), 2):
             found = found.unfold(dimension, (taps - 1) * gap + 1, step)[..., ::gap]
         found = self._some_places(found)  # (n, channels, *places, *K)

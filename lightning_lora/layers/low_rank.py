@@ -219,13 +219,6 @@ class LowRankAdapter(Adapter):
         """Return the adapter's input after dropout; the frozen layer's own input is never touched."""
         return F.dropout(inputs, self.spec.dropout, self.training) if self.spec.dropout else inputs
 
-    def factors_as(self, dtype: torch.dtype, device_type: str) -> tuple[Tensor, Tensor]:
-        """Return the factors in the layer's compute dtype; under autocast the operators cast by themselves."""
-        A, B = self.factors()
-        if A.dtype == dtype or torch.is_autocast_enabled(device_type):
-            return A, B
-        return A.to(dtype), B.to(dtype)
-
     # --- in the weight
 
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -299,6 +292,13 @@ class LowRankAdapter(Adapter):
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         A, B = self.whole_factors()
         return A.to(dtype), B.to(dtype)
+
+
+def as_computed(A: Tensor, B: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return factors in the precision of a layer's inputs; under autocast the operators cast by themselves."""
+    if A.dtype == inputs.dtype or torch.is_autocast_enabled(inputs.device.type):
+        return A, B
+    return A.to(inputs.dtype), B.to(inputs.dtype)
 
 
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:

@@ -266,6 +266,14 @@ def stored_adapters(record: Mapping[str, Any] | None) -> tuple[str | None, Store
     return None, NONE_STORED
 
 
+def adapters_in(path: Path) -> tuple[str | None, Stored]:
+    """Return the same of a file, without reading a tensor; None and nothing if it is no checkpoint."""
+    if not path.is_file():
+        return None, NONE_STORED
+    with path.open("rb") as stream:
+        return stored_adapters(plain_values(stream).get(RECORD_KEY))
+
+
 # --- without running code of the file, whatever objects it holds
 
 

@@ -16,7 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors import data_connector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -27,6 +27,7 @@ from torch.utils.data import IterableDataset
 from lightning_lora.calibration.calibrate import calibrate
 from lightning_lora.calibration.report import CalibrationReport
 from lightning_lora.config import STARTS_FROM_DATA
+from lightning_lora.probe import RandomState
 from lightning_lora.trainer.lightning_patches import with_twins
 
 OWN_STEP = "calibration_step"  # of a module: what runs instead of training_step, such as for manual optimization
@@ -58,11 +59,13 @@ def calibrate_fit(trainer: Trainer, module: LightningModule, start: str, batches
 
 def _check(trainer: Trainer, module: LightningModule, start: str) -> None:
     strategy = trainer.strategy
-    if not isinstance(strategy, with_twins(SingleDeviceStrategy, DDPStrategy)):
+    divides = not isinstance(strategy, with_twins(SingleDeviceStrategy, DDPStrategy))
+    if divides or isinstance(strategy, with_twins(DeepSpeedStrategy)):  # a DDPStrategy with copies of the weights
         raise MisconfigurationException(
             f"LoRACallback: init={start!r} cannot look at data under {type(strategy).__name__}, which divides the "
-            "weights. Calibrate on one device: attach, lightning_lora.calibrate(model, batches) and save_adapter; then "
-            "train with init_from=that directory and init='kaiming'."
+            "weights or keeps copies of what trains. Calibrate on one device: attach, "
+            "lightning_lora.calibrate(model, batches) and save_adapter; then train with init_from=that directory and "
+            "init='kaiming'."
         )
     if not (module.automatic_optimization or hasattr(module, OWN_STEP)):
         raise MisconfigurationException(
@@ -93,7 +96,7 @@ def _training_batches(trainer: Trainer, count: int) -> Iterator[Iterator[Any]]:
     if isinstance(trainer.limit_train_batches, int):  # a share of the data is more than a start looks at
         count = min(count, trainer.limit_train_batches)
     with ExitStack() as undo:
-        undo.enter_context(_random_state_kept())
+        undo.enter_context(RandomState())
         loader = _requested(trainer)
         for each in loader.flattened:
             _check_rereadable(each)
@@ -177,19 +180,6 @@ def _states(attributes: dict[str, Any]) -> list[Callable[[], object]]:
 
 def _call_with(function: Callable[..., object], *arguments: Any) -> Callable[[], object]:
     return lambda: function(*arguments)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    numpy = sys.modules.get("numpy")
-    python, numpys = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy:
-                numpy.random.set_state(numpys)
 
 
 # --- the module

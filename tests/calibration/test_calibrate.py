@@ -13,17 +13,9 @@ import lightning_lora as ll
 from lightning_lora.layers import LowRankAdapter
 from tests.files import write_checkpoint
 from tests.test_quantized import EightBit
+from tests.toys import SelfAttention
 
 STARTS = ("pissa", "olora", "eva", "corda", "lora_ga", "covariance")
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.MultiheadAttention(12, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, x, x)[0]
 
 
 class Recurrent(nn.Module):
@@ -54,7 +46,7 @@ KINDS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "conv": (lambda: nn.Conv2d(4, 10, 3, padding=1), (4, 4, 8, 8), {}),
     "grouped conv": (lambda: nn.Conv2d(8, 16, 3, groups=2, dilation=2), (4, 8, 9, 9), {}),
     "transposed conv": (lambda: nn.ConvTranspose1d(12, 10, 3), (4, 12, 8), {}),
-    "attention": (Attention, (4, 6, 12), {}),
+    "attention": (SelfAttention, (4, 6, 12), {}),
     "lstm": (Recurrent, (4, 6, 10), {}),
     "experts": (Experts, (4, 6, 12), {"target_modules": [], "target_parameters": ["0.weight"]}),
     "embedding": (lambda: nn.Sequential(nn.Embedding(30, 12), nn.Linear(12, 10)), (4, 6), {}),

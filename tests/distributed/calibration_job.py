@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, calibrate
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy
-from tests.toys import trainer
+from tests.toys import SelfAttention, trainer
 
 STARTS = ("eva", "corda", "lora_ga", "covariance")
 RANKS: dict[str, Any] = {"rank": "auto", "rank_budget": 150, "init": "eva"}
@@ -64,19 +64,10 @@ def calibrated(batches: list[Tensor], **options: Any) -> dict[str, Tensor]:
 
 def with_attention(batches: list[Tensor]) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(12, 12), Attention())
+    model = nn.Sequential(nn.Linear(12, 12), SelfAttention())
     attach(model, LoRAConfig(rank=2, init="covariance"))
     calibrate(model, batches, lambda batch: model(batch).square().mean())
     return adapter_state_dict(model)
-
-
-class Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.MultiheadAttention(12, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x, x, x)[0]
 
 
 class Look(LoRACallback):

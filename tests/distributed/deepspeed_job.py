@@ -95,7 +95,7 @@ class Kinds(Single):
 class Attends(Single):
     """Has a layer whose weight carries the update."""
 
-    OPTIONS = {"target_modules": ["attention", "net.4"], "rank": 2}
+    OPTIONS = {"target_modules": ["attention", "net.4"], "rank": 2, "init": "olora"}
 
     def build(self) -> None:
         super().build()

@@ -27,6 +27,7 @@ from lightning_lora import (
     save_adapter,
     using,
 )
+from tests.contract import learn
 from tests.files import files_of, run, write_checkpoint
 from tests.peft_format.models import (
     CLOSE,
@@ -42,7 +43,7 @@ from tests.peft_format.models import (
     trained_by_peft,
     vit,
 )
-from tests.test_switching import CONFIGS, base, learn, tokens
+from tests.test_switching import CONFIGS, base, tokens
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from lightning_lora import LoRAConfig, adapter_state_dict, add_adapter, parameter_groups, using
-from tests.contract import assert_same_bits
+from tests.contract import assert_same_bits, learn
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 
@@ -41,15 +41,6 @@ def margin(model: nn.Module, pairs: Tensor) -> Tensor:
 
 def loss_of(policy: Tensor, reference: Tensor) -> Tensor:
     return -logsigmoid(0.1 * (policy - reference)).mean()
-
-
-def learn(model: nn.Module, seed: int) -> None:
-    """Move the active adapter and its head, as supervised fine-tuning does."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for group in parameter_groups(model, 1.0):
-            for parameter in group["params"]:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
 
 
 def state(model: nn.Module, name: str) -> dict[str, Tensor]:
