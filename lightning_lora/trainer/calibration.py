@@ -57,6 +57,35 @@ def calibrate_fit(trainer: Trainer, module: LightningModule, start: str, batches
         raise MisconfigurationException(f"LoRACallback: {error}") from error
 
 
+def check_ranks_can_change(init_from: str | None) -> None:
+    """Refuse ranks from data where another option needs them before the data are there."""
+    if init_from is not None:
+        raise MisconfigurationException(
+            "LoRACallback: ranks from data (rank='auto', rho) do not go with init_from, which needs the ranks earlier. "
+            "Call lightning_lora.attach and calibrate before the fit, or give a number for rank."
+        )
+
+
+@contextmanager
+def before_optimizers(*, is_needed: bool) -> Iterator[None]:
+    """Let a calibration fail inside the block, such as a step that reads its optimizers, unless it ``is_needed`` now.
+
+    Raises:
+        MisconfigurationException: It failed, and ranks must be known before there are optimizers.
+    """
+    try:
+        yield
+    except MisconfigurationException:
+        if is_needed:
+            raise
+    except Exception as error:
+        if is_needed:
+            raise MisconfigurationException(
+                "LoRACallback: the step failed while the ranks were looked for, which is before there are optimizers "
+                f"({type(error).__name__}: {error}). Define {OWN_STEP}(self, batch, batch_idx) that returns a loss."
+            ) from error
+
+
 def _check(trainer: Trainer, module: LightningModule, start: str) -> None:
     strategy = trainer.strategy
     divides = not isinstance(strategy, with_twins(SingleDeviceStrategy, DDPStrategy))

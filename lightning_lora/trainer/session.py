@@ -34,7 +34,7 @@ from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, 
 from lightning_lora.storage.checkpoint import saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
-from lightning_lora.trainer.calibration import calibrate_fit
+from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit, check_ranks_can_change
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
     AVERAGING,
@@ -160,8 +160,8 @@ class FitSession:
             # Before DDP and the optimizers see the parameters, and before a tuner saves them.
             if self._config.start.name in STARTS_FROM_DATA and chosen_checkpoint(self.trainer) is None:
                 if self._config.has_ranks_from_data:
-                    self._check_ranks_can_change()
-                self._wraps.after(self.trainer.strategy, "model_to_device", self._calibrate)
+                    check_ranks_can_change(self.options.init_from)
+                self._wraps.after(self.trainer.strategy, "model_to_device", self._calibrate_early)
             if self.options.fresh and not self._is_new and chosen_checkpoint(self.trainer) is None:
                 self._start_anew()
         model = AdaptedModel(module)
@@ -302,14 +302,11 @@ class FitSession:
                 check_export_place(self.layout, self.options.export_dir, self.trainer)
                 check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
 
-    def _check_ranks_can_change(self) -> None:
-        if self.options.init_from is not None:
-            raise MisconfigurationException(
-                "LoRACallback: ranks from data (rank='auto', rho) do not go with init_from, which needs the ranks "
-                "earlier. Call lightning_lora.attach and calibrate before the fit, or give a number for rank."
-            )
+    def _calibrate_early(self, result: Any) -> None:  # noqa: ARG002 - of the method after which this is called
+        with before_optimizers(is_needed=self._config.has_ranks_from_data):  # else `check_fit` tries again, with them
+            self._calibrate()
 
-    def _calibrate(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
+    def _calibrate(self) -> None:
         """Compute the starts that adapters wait for; those of a checkpoint have theirs."""
         model = AdaptedModel(self.module)
         if not any(adapter.is_waiting for adapter in model.adapters.values()):

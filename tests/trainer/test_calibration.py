@@ -281,7 +281,25 @@ def test_the_best_checkpoint_of_a_calibrated_fit_is_exported(tmp_path: Path):
     torch.testing.assert_close(other.eval().net(x), module.eval().net(x))
 
 
+class ReadsItsRate(Module):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        optimizer: Any = self.optimizers()
+        self.log("rate", optimizer.param_groups[0]["lr"])
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_may_read_its_optimizers():
+    module = fitted(LoRACallback(rank=2, init="eva"), module=ReadsItsRate())
+    assert module.steps == 12
+    assert all(layer.lora.A.isfinite().all() for layer in lora_layers(module).values())
+
+
 # --- what cannot be calibrated
+
+
+def test_ranks_are_found_before_there_are_optimizers_to_read():
+    with pytest.raises(MisconfigurationException, match=r"before there are optimizers.*param_groups"):
+        fitted(LoRACallback(rank="auto", rank_budget=120, init="eva"), module=ReadsItsRate())
 
 
 class Manual(Module):
