@@ -1,9 +1,9 @@
-"""Overhead of the package: importing it, and the callback's hooks in every training step.
+"""Overhead of the package: importing it, ``lightning-lora --help``, and the callback's hooks in every training step.
 
     python benchmarks/overhead.py
 
-Importing is timed in fresh processes, after lightning. The callback's share is the step time of a fit with it, minus
-that of a fit of the same adapted module without it.
+Importing and the help are timed in fresh processes, after lightning or torch. The callback's share is the step time
+of a fit with it, minus that of a fit of the same adapted module without it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,13 @@ import lightning_lora
 package = time.process_time() - started
 lightning_lora.LoRACallback
 print(package, time.process_time() - started)
+"""
+HELP = """
+import time, torch
+started = time.process_time()
+from lightning_lora.cli import main
+main(["--help"])
+print(time.process_time() - started)
 """
 
 
@@ -77,9 +84,17 @@ def step_times(layers: int, steps: int, *, with_callback: bool) -> list[float]:
 
 def import_times() -> tuple[float, float]:
     """Return the milliseconds of importing the package, and of importing it with the callback."""
-    outcome = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
-    package, callback = outcome.stdout.split()[-2:]
+    package, callback = _printed(IMPORT)[-2:]
     return 1e3 * float(package), 1e3 * float(callback)
+
+
+def help_time() -> float:
+    """Return the milliseconds of ``lightning-lora --help``, without those of importing torch."""
+    return 1e3 * float(_printed(HELP)[-1])
+
+
+def _printed(script: str) -> list[str]:
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
 
 
 def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
@@ -101,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
         package, callback = zip(*(import_times() for _ in range(args.rounds)), strict=True)
         rows.append(measuring.spread("import after lightning, ms of CPU time", package, 50.0))
         rows.append(measuring.spread("the same with LoRACallback, ms of CPU time", callback))
+        helps = [help_time() for _ in range(args.rounds)]
+        rows.append(measuring.spread("lightning-lora --help after torch, ms of CPU time", helps, 300.0))
     return measuring.report(rows, args)
 
 

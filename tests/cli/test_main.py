@@ -171,21 +171,21 @@ def test_package_runs_command() -> None:
     assert outcome.stderr.startswith("usage: lightning-lora")
 
 
-@pytest.mark.slow
-def test_help_is_fast() -> None:
+def test_help_loads_no_tool_of_any_command() -> None:
+    """How long it takes is measured by ``benchmarks/overhead.py``; what it takes the time for is known here."""
     script = """
-import time, torch
-started = time.process_time()
+import sys
 from lightning_lora.cli import main
-main(["--help"])
-print("seconds", time.process_time() - started)
+assert main(["--help"]) == 0
+assert main(["plan", "--help"]) == 0
+rooms = {name.split(".")[1] for name in sys.modules if name.startswith("lightning_lora.")}
+tools = {"analysis", "calibration", "disk", "loading", "peft_format", "several", "storage", "trainer"}
+others = {name.partition(".")[0] for name in sys.modules}
+loaded = rooms & tools | others & {"lightning", "pytorch_lightning", "safetensors"}
+assert not loaded, loaded
 """
-
-    def seconds() -> float:
-        outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        return float(outcome.stdout.split()[-1])
-
-    assert any(seconds() < 0.3 for _ in range(3))  # again only where something has slowed it down
+    outcome = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
 
 
 # --- checkpoints of several adapters
