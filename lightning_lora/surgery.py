@@ -193,7 +193,7 @@ def detach(module: nn.Module) -> None:
     model.check_adapted("detach")
     for layer in model.layers.values():
         set_mode(layer, "disabled")
-        _swap_out_adapter(layer)
+        restore_layer(layer)
     for root in model.roots:
         root.put(root.attachment.base_values)
         _tie_again(root)
@@ -238,7 +238,7 @@ def merge(
             set_mode(layer, "active")
             fold(layer)
     for layer in layers.values():
-        _swap_out_adapter(layer)
+        restore_layer(layer)
         count_merge(layer)
     if (several := recorded(module)) is not None:
         forget(several)
@@ -389,7 +389,8 @@ def _swap_in_adapters(module: nn.Module, made: list[tuple[PlannedLayer, Adapter]
         follower._modules["lora"] = lora
 
 
-def _swap_out_adapter(layer: LoRALayer) -> None:
+def restore_layer(layer: LoRALayer) -> None:
+    """Make an adapted layer one of the base again."""
     del layer.lora
     vars(layer).pop("lora_mode", None)
     swap_out(layer)

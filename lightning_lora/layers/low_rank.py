@@ -45,6 +45,8 @@ class LowRankAdapter(Adapter):
     bias: nn.Parameter
     A0: Tensor  # where the factors started, if `B0 @ A0` is not zero: what is added is the difference
     B0: Tensor
+    mask: Tensor  # (rank,): which components are in use, where that changes in training; the others are left out
+    kept: Tensor | None = None  # their numbers; None for all
 
     # --- the start
 
@@ -94,6 +96,8 @@ class LowRankAdapter(Adapter):
             raise RuntimeError("use_dora starts from the norms of the weights: attach after the weights are loaded.")
         A, B = self.start(self.B.shape[-2], self.A.shape[-1])
         self.put_start(A, B)
+        if "mask" in self._buffers:
+            self.keep(torch.ones_like(self.mask))
         if self.spec.lora_bias:
             self.bias.zero_()
         if self.spec.rows:
@@ -116,14 +120,52 @@ class LowRankAdapter(Adapter):
         """
         if self.is_waiting:
             self.refuse_to_train()
-        if "A0" not in self._buffers:
-            return self.A, self.B
-        return difference(self.A, self.B, self.A0, self.B0)
+        if "A0" in self._buffers:
+            return difference(self.A, self.B, self.A0, self.B0)
+        return (self.A, self.B) if self.kept is None else components(self.A, self.B, self.kept)
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """Return the same, gathered where sharding divides them; then every process must call this."""
         A, B = whole(self.A), whole(self.B)
-        return difference(A, B, whole(self.A0), whole(self.B0)) if self.is_difference else (A, B)
+        if self.is_difference:
+            return difference(A, B, whole(self.A0), whole(self.B0))
+        return (A, B) if self.kept is None else components(A, B, self.kept)
+
+    # --- the rank
+
+    @property
+    def rank(self) -> int:
+        """The rank that is in use."""
+        return self.spec.rank if self.kept is None else len(self.kept)
+
+    @torch.no_grad()
+    def keep(self, mask: Tensor) -> None:
+        """Use these components of the factors, a flag for each, and leave the others out; no shape changes."""
+        if "mask" not in self._buffers:
+            self.register_buffer("mask", torch.ones(self.spec.rank, dtype=torch.bool, device=self.A.device))
+        self.mask.copy_(mask)
+        self._follow_mask()
+
+    def forget_mask(self) -> None:
+        """Use all components, and have no mask any more."""
+        del self.mask
+        self._follow_mask()
+
+    def _follow_mask(self) -> None:
+        mask = self._buffers.get("mask")
+        kept = None if mask is None or mask.is_meta else mask.nonzero().squeeze(1)
+        vars(self)["kept"] = None if kept is None or len(kept) == self.spec.rank else kept
+
+    @override
+    def have_values(self) -> None:
+        super().have_values()
+        self._follow_mask()
+
+    @override
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        found = super()._apply(fn, recurse)
+        self._follow_mask()  # to the other device
+        return found
 
     def refuse_to_train(self) -> None:
         """Raise if a pass is for training, while this waits for its start."""
@@ -135,9 +177,11 @@ class LowRankAdapter(Adapter):
 
     @override
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if (mask := state_dict.get(f"{prefix}mask")) is not None and "mask" not in self._buffers:
+            self.keep(torch.ones_like(mask))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}A" in state_dict:  # not those of the base alone
-            self.is_waiting = False
+            self.have_values()
 
     def zero_factor(self) -> nn.Parameter:
         """Return the factor that starts at zero, so that the model starts unchanged."""
@@ -299,6 +343,11 @@ def as_computed(A: Tensor, B: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     if A.dtype == inputs.dtype or torch.is_autocast_enabled(inputs.device.type):
         return A, B
     return A.to(inputs.dtype), B.to(inputs.dtype)
+
+
+def components(A: Tensor, B: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of some of the rank's components."""
+    return A.index_select(-2, numbers), B.index_select(-1, numbers)
 
 
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:

@@ -281,8 +281,8 @@ class ExportCollector:
                 continue
             if name.rpartition(".")[2] in self.expert_names:
                 target = join(name, parameter)
-            factors = _whole_update(layer, parameter)
-            self.result.layers.append(PeftLayer(name, target, layer, adapter, parameter, factors))
+            if (factors := _whole_update(layer, parameter)).rank:
+                self.result.layers.append(PeftLayer(name, target, layer, adapter, parameter, factors))
 
     def _obstacle(self, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
         reader = self.readers.get(id(layer))
@@ -332,7 +332,7 @@ class ExportCollector:
             if place[0] != name:
                 updates[place] = factors._replace(scaling=factors.scaling / TIMES_PEFT_ADDS_OUT_PROJ)
         first, rank = next(iter(updates.values())), max(factors.rank for factors in updates.values())
-        for (path, parameter), projection in parts.items():
+        for (path, parameter), projection in parts.items() if rank else ():
             height, width = base_parameter(projection, parameter).shape
             zero = Factors(first.A.new_zeros(rank, width), first.A.new_zeros(height, rank), first.scaling)
             factors = updates.get((path, parameter), zero).padded(rank).rescaled(first.scaling)

@@ -30,12 +30,14 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.layers.low_rank import difference
 from lightning_lora.names import join, listed, near_names
+from lightning_lora.ranks.compaction import compacted
 from lightning_lora.state import FORMAT_VERSION
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
 RECORD_KEY = "lightning_lora"
 _OF_A_LAYER = ("A", "B", "A0", "B0", "magnitude", "bias")
 OTHERS_KEY = "lightning_lora_others"  # adapters beside the trained one: name -> their tensors
+SCORES_KEY = "lightning_lora_scores"  # of a rank schedule, the averages that the next decision rests on
 
 
 def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, Any]:
@@ -160,9 +162,11 @@ def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
 
 
 def read_checkpoint(
-    path: str | PathLike[str], adapter: str | None = None, *, like: str | None = None
+    path: str | PathLike[str], adapter: str | None = None, *, like: str | None = None, is_compact: bool = True
 ) -> CheckpointFile:
     """Return an adapter in a ``.ckpt``: the one of this name; by default that named ``like``, else the trained one.
+
+    It comes without the components that a rank schedule has left out, or, unless ``is_compact``, as it trains.
 
     Raises:
         ValueError: It cannot be read, or holds no adapter, or none of this name.
@@ -183,6 +187,8 @@ def read_checkpoint(
             adapter = like
         if adapter is not None or "others" in record:
             record, state = _one_of(path, adapter, record, checkpoint)
+        if is_compact:
+            record, state = compacted(record, state)
         entries = record["adapters"]
         options = entries[0]["config"] if len(entries) == 1 else {"adapters": list(entries)}
     tensors = {name: each for name, each in state.items() if isinstance(each, Tensor)}  # metrics may hold other objects

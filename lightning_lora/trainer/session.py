@@ -84,6 +84,7 @@ class Options(Protocol):
     allow_untrained: tuple[str, ...]
     lr_ratio: float
     diagnostics_every_n_steps: int | None
+    rank_schedule: RankSchedule | None
 
 
 class FitSession:
@@ -93,6 +94,7 @@ class FitSession:
         layout: How the strategy distributes what is trained.
         gradients: The check that gradients reach the adapters, made anew when a training begins.
         diagnostics: What measures the adapters, once training has begun and if asked for.
+        ranks: What lets the ranks follow their need, likewise.
 
     Args:
         options: The callback.
@@ -118,6 +120,9 @@ class FitSession:
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._asked, self._calibration = cast("LoRAConfig | None", None), dict[str, Any]()
+        self._schedule = schedule_of(options.rank_schedule, chosen_record(trainer), takes_any=self._takes_any)
+        self.ranks: FitRanks | None = None
+        self._checkpoints.ranks = self._checkpoints.loaded_ranks = None
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
         self._averages = ExitStack()  # keeps the base as it is where callbacks average it
@@ -155,7 +160,8 @@ class FitSession:
         """Attach, or arrange to attach once the layers exist; to train, also prepare ``configure_optimizers``."""
         module = self.module
         if self._is_fit:
-            self.layout.check_fit(with_diagnostics=bool(self.options.diagnostics_every_n_steps))
+            diagnostics = bool(self.options.diagnostics_every_n_steps)
+            self.layout.check_fit(with_diagnostics=diagnostics, with_schedule=self._schedule is not None)
             self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
             # Before DDP and the optimizers see the parameters, and before a tuner saves them.
             if self._config.start.name in STARTS_FROM_DATA and chosen_checkpoint(self.trainer) is None:
