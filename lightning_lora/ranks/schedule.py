@@ -135,14 +135,16 @@ _OWNER = "LoRACallback.rank_schedule"
 _DIFFERENCES = ("pissa", "olora", "corda", "lora_ga")
 
 
-def rank_schedule(value: Any) -> RankSchedule | None:
+def as_schedule(value: Any) -> RankSchedule | None:
     """Return the schedule that an option means: a name, a mapping with options, or a ``RankSchedule``; or None."""
     if value is None or isinstance(value, RankSchedule):
         return value
     if isinstance(value, Mapping):
         option_checks.check_known(_OWNER, value, {option.name for option in fields(RankSchedule)})
         return RankSchedule(**value)
-    return RankSchedule(kind=value)
+    if not isinstance(value, str):
+        raise TypeError(f"{_OWNER} must be 'cubic', a mapping with options, or None; got {value!r}.")
+    return RankSchedule(kind=value)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

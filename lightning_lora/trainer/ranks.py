@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.attachment import Attachment, is_same_request, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed
 from lightning_lora.option_checks import parse_budget
@@ -63,6 +64,31 @@ def schedule_of(
             "as they were."
         )
     return asked
+
+
+def widened(schedule: RankSchedule | None, config: LoRAConfig) -> LoRAConfig:
+    """Return the options to attach with.
+
+    Raises:
+        MisconfigurationException: The schedule does not go with them.
+    """
+    try:
+        return config if schedule is None else schedule.widened(config)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
+def check_undecided(before: Attachment, asked: LoRAConfig, wide: LoRAConfig) -> None:
+    """Refuse to decide the ranks of adapters once more, after an earlier fit.
+
+    Raises:
+        MisconfigurationException: Its message says what to do.
+    """
+    if is_same_request(asked, before.asked) and before.config != settled(wide, before):
+        raise MisconfigurationException(
+            f"{_OWNER}: an earlier fit has decided the ranks of these adapters. Leave rank_schedule out to train on "
+            "with them, or set fresh=True to start anew."
+        )
 
 
 class FitRanks:
