@@ -21,7 +21,7 @@ LEVELS = [
     {"config", "fingerprint", "layers"},
     {"adapted_model", "attachment", "optimizers", "planning"},
     {"modes", "named_adapters", "probe", "surgery", "switching"},
-    {"state"},
+    {"state", "ranks"},
     {"storage"},
     {"peft_format"},
     {"calibration", "loading"},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import AdapterGroup, LoRALayer, LowRankAdapter
 from lightning_lora.ranks.allocation import allocate
+from lightning_lora.ranks.basis import has_turnable_states, to_singular_directions, turn_factors, turn_states
 from lightning_lora.ranks.schedule import Plan, RankSchedule
 from lightning_lora.ranks.scores import scores_of
 from lightning_lora.sharding import is_sharded, local, numbers_held
@@ -64,10 +66,11 @@ class RankController:
         self.schedule, self.plan = schedule, plan
         self.adapters, self._layers = scheduled(module)
         self.costs = {name: cost_of(adapter) for name, adapter in self.adapters.items()}
+        # A layer that is left out of the adapter would lose what else it has learned, and a part cannot be left out.
+        has_biases = any(root.attachment.config.bias == "lora_only" for root in AdaptedModel(module).roots)
         self.floors = {
-            # A part of a layer cannot be left out of a config, so it keeps a component.
-            name: max(schedule.min_rank, int(isinstance(self._layers[name].lora, AdapterGroup)))
-            for name in self.adapters
+            name: max(schedule.min_rank, int(has_biases or not adapter.is_plain or self._is_part(name)))
+            for name, adapter in self.adapters.items()
         }
         _check_budget(plan, self.costs, self.floors)
         self._scores = scores_of(schedule.score, self.adapters, regrows=schedule.regrow)
@@ -78,6 +81,9 @@ class RankController:
         for adapter in self.adapters.values():
             if "mask" not in adapter._buffers:
                 adapter.keep(torch.ones(adapter.spec.rank, dtype=torch.bool))
+
+    def _is_part(self, name: str) -> bool:
+        return isinstance(self._layers[name].lora, AdapterGroup)
 
     @property
     def is_done(self) -> bool:
@@ -142,6 +148,8 @@ class RankController:
                 )
             self._decide()
             self._apply(optimizers)
+        if self._scores.needs_directions and (is_event or self.steps == self.plan.first):
+            self._turn([*optimizers])
         self._watch_if_near()
         return is_event
 
@@ -193,12 +201,25 @@ class RankController:
             self._clear_states(optimizer)
         for model in self.followers:
             for name, adapter in self.adapters.items():
-                twin = model.adapters[name]
-                assert isinstance(twin, LowRankAdapter)
+                twin = cast(LowRankAdapter, model.adapters[name])
                 twin.keep(adapter.mask)
                 if name in self._dropped:
                     factor, dimension = _zero_factor(twin)
                     factor.detach().index_fill_(dimension, (~twin.mask).nonzero().squeeze(1), 0.0)
+
+    def _turn(self, optimizers: Sequence[Optimizer]) -> None:
+        """Make the components in use singular directions, and value them anew."""
+        for name, adapter in self.adapters.items():
+            numbers = adapter.mask.nonzero().squeeze(1)
+            if not len(numbers) or not all(has_turnable_states(adapter, optimizer) for optimizer in optimizers):
+                continue
+            if (turn := to_singular_directions(adapter, numbers)) is not None:
+                twins = [cast(LowRankAdapter, model.adapters[name]) for model in self.followers]
+                for each in (adapter, *twins):
+                    turn_factors(each, turn)
+                for optimizer in optimizers:
+                    turn_states(adapter, turn, optimizer)
+        self._scores.reset()
 
     def _clear_states(self, optimizer: Optimizer) -> None:
         for name, dropped in self._dropped.items():
@@ -228,8 +249,7 @@ class RankController:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs beside the masks: plain values."""
-        history = {"steps": self.history.steps, "budgets": self.history.budgets, "ranks": self.history.ranks}
-        return {"steps": self.steps, "total": self.plan.total, "history": history}
+        return {"steps": self.steps, "total": self.plan.total, "history": asdict(self.history)}
 
     def scores(self) -> dict[str, Any]:
         """Return the averages of the scores, as tensors."""
@@ -237,7 +257,7 @@ class RankController:
 
     def load(self, state: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
         """Go on from what ``state`` and ``scores`` returned."""
-        self.steps, self.history = int(state["steps"]), History(**state["history"])
+        self.steps, self.history = int(state["steps"]), History(**copy.deepcopy(dict(state["history"])))
         self._scores.load(scores)
 
 

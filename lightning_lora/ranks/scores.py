@@ -58,9 +58,14 @@ class Averages:
 class Scores:
     """The worth of every component of some adapters.
 
+    Attributes:
+        needs_directions: Whether components must be singular directions to be compared.
+
     Args:
         adapters: The adapters by name.
     """
+
+    needs_directions = False
 
     def __init__(self, adapters: Mapping[str, Any]) -> None:
         self.adapters = dict(adapters)
@@ -76,6 +81,9 @@ class Scores:
 
     def rest(self) -> None:
         """Stop looking at forward passes."""
+
+    def reset(self) -> None:
+        """Begin anew, with other components."""
 
     def values(self) -> dict[str, list[float]]:
         """Return the worth of each component, by the names of the adapters."""
@@ -140,12 +148,18 @@ class GateScores(_Vector):
             times the median of score over norm of the layer's components in use.
     """
 
+    needs_directions = True
+
     def __init__(self, adapters: Mapping[str, LowRankAdapter], *, regrows: bool = False) -> None:
         super().__init__(adapters)
         self.regrows = regrows
-        self.gates, self.growth = Averages(self.zeros()), Averages(self.zeros())
+        self.reset()
         self._noted: dict[str, Tensor] = {}
         self._squares: dict[str, Tensor] = {}
+
+    @override
+    def reset(self) -> None:
+        self.gates, self.growth = Averages(self.zeros()), Averages(self.zeros())
 
     @override
     @torch.no_grad()
