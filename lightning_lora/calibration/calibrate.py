@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import get_attachment
 from lightning_lora.calibration import starts
-from lightning_lora.calibration.collector import FROM_GRADIENT, GRADIENTS_UNSEEN, UNSEEN, Collector, Place
+from lightning_lora.calibration.collector import (
+    FROM_GRADIENT,
+    GRADIENTS_UNSEEN,
+    UNSEEN,
+    Collector,
+    Place,
+    unshare_unless_equal,
+)
 from lightning_lora.calibration.ranks import allocate
 from lightning_lora.calibration.report import CalibratedLayer, CalibrationReport
 from lightning_lora.calibration.starts import NEEDS, Start
@@ -164,7 +171,7 @@ class _Run:
             self.module.eval()
             has_something_to_see = not all(place.unseen for place in self.places)
             for batch in islice(batches, self.options.batches if has_something_to_see else 0):
-                collector.mask = self._mask(batch)
+                collector.next_batch(self._mask(batch))
                 with torch.enable_grad():  # losses may hold derivatives by the inputs
                     output = step(batch)
                     if has_gradients:
@@ -190,7 +197,9 @@ class _Run:
     def _reduce(self) -> None:
         counts = torch.tensor([self.batches, self.used, self.seen], dtype=torch.float64)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            sums = [tensor for place in self.places for each in place.statistics for tensor in each.tensors()]
+            unshare_unless_equal(self.places)
+            found = (tensor for place in self.places for each in place.statistics for tensor in each.tensors())
+            sums = list({id(tensor): tensor for tensor in found}.values())  # shared ones once
             counts = counts.to(sums[0].device)
             for tensor in (*sums, counts):
                 torch.distributed.all_reduce(tensor)
@@ -209,7 +218,7 @@ class _Run:
         Raises:
             ValueError: The data are not finite, or do not support the ranks of some layers; one error names all.
         """
-        found = {place.label: self._start_or_problem(place) for place in self.places}
+        found = {place.label: self._last_of(place) for place in self.places}
         problems = {label: each for label, each in found.items() if isinstance(each, starts.RankError)}
         if problems:
             lower = {label: error.supported for label, error in problems.items() if error.supported}
@@ -221,11 +230,14 @@ class _Run:
             )
         return [each for each in found.values() if not isinstance(each, starts.RankError)]
 
-    def _start_or_problem(self, place: Place) -> tuple[Start | None, CalibratedLayer] | starts.RankError:
+    def _last_of(self, place: Place) -> tuple[Start | None, CalibratedLayer] | starts.RankError:
+        """Return the start of an adapter, or why there is none, and let go of what it has seen."""
         try:
             return self.start_of(place)
         except starts.RankError as error:
             return error
+        finally:
+            place.statistics = []
 
     def start_of(self, place: Place, rank: int | None = None) -> tuple[Start | None, CalibratedLayer]:
         """Return the start of one adapter, or None for the random one that it has, and what the table says of it.
