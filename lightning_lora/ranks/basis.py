@@ -57,7 +57,7 @@ def to_singular_directions(adapter: LowRankAdapter, numbers: Tensor) -> Turn | N
         across = random if adapter.zero_factor() is adapter.B else random.mT  # (r, n)
         along = zero.mT if adapter.zero_factor() is adapter.B else zero  # (r, m)
         across, along = across.index_select(-2, numbers), along.index_select(-2, numbers)
-        q, r = torch.linalg.qr(across.mT)  # across.T = q @ r
+        r = torch.linalg.qr(across.mT).R
         product = torch.linalg.qr(along.mT).R @ r.mT
         _, _, V = torch.linalg.svd(product)
         length = across.norm(dim=-1).mean(-1)[..., None, None]

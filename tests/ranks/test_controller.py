@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.layers import LowRankAdapter
@@ -98,7 +100,7 @@ def test_what_is_out_of_use_stays_zero_after_every_step(make: Make, regrow: bool
     controller = controlled(module, 40, regrow=regrow)
     optimizer, masked = optimizer_of(module, make), 0
     for _ in train(module, controller, optimizer, range(40)):
-        for name, adapter in controller.adapters.items():
+        for adapter in controller.adapters.values():
             out = ~adapter.mask
             masked += int(out.sum())
             assert not adapter.B[:, out].any()
@@ -110,8 +112,6 @@ def test_what_is_out_of_use_stays_zero_after_every_step(make: Make, regrow: bool
 
 
 def test_components_out_of_use_cost_no_multiplications() -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     module = nn.Linear(32, 32)
     attach(module, LoRAConfig(rank=8))
     adapter = scheduled(module)[0][""]
@@ -194,8 +194,6 @@ def test_a_training_that_is_cut_in_two_goes_on_bit_for_bit() -> None:
 
 
 def copied(value: Any) -> Any:
-    import copy
-
     return copy.deepcopy(value)
 
 
@@ -244,7 +242,8 @@ def test_a_budget_that_decides_nothing_is_refused(budget: int, message: str) -> 
 
 def test_steps_without_scores_are_refused_at_the_first_decision() -> None:
     controller = controlled(Parallel(), 10)
+    controller.after_step(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+    assert not controller.end_step([])
+    controller.after_step(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
     with pytest.raises(RuntimeError, match=r"optimizers were stepped past Lightning.*self.optimizers\(\)"):
-        for _ in range(10):
-            controller.after_step(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
-            controller.end_step([])
+        controller.end_step([])
