@@ -45,7 +45,7 @@ class LowRankAdapter(Adapter):
     bias: nn.Parameter
     A0: Tensor  # where the factors started, if `B0 @ A0` is not zero: what is added is the difference
     B0: Tensor
-    mask: Tensor  # (rank,): which components are in use, where that changes in training; the others are left out
+    mask: Tensor  # (rank,): 1 for components in use, 0 for those that are left out; only where that changes
     kept: Tensor | None = None  # their numbers; None for all
 
     # --- the start
@@ -138,11 +138,16 @@ class LowRankAdapter(Adapter):
         """The rank that is in use."""
         return self.spec.rank if self.kept is None else len(self.kept)
 
+    @property
+    def in_use(self) -> Tensor:
+        """A flag for each component of the factors."""
+        return self.mask != 0
+
     @torch.no_grad()
     def keep(self, mask: Tensor) -> None:
         """Use these components of the factors, a flag for each, and leave the others out; no shape changes."""
-        if "mask" not in self._buffers:
-            self.register_buffer("mask", torch.ones(self.spec.rank, dtype=torch.bool, device=self.A.device))
+        if "mask" not in self._buffers:  # numbers, because averages of modules cannot take flags
+            self.register_buffer("mask", torch.ones(self.spec.rank, device=self.A.device))
         self.mask.copy_(mask)
         self._follow_mask()
 

@@ -80,7 +80,7 @@ class RankController:
         self.followers: list[AdaptedModel] = []  # averages of the module, which must lose the same components
         for adapter in self.adapters.values():
             if "mask" not in adapter._buffers:
-                adapter.keep(torch.ones(adapter.spec.rank, dtype=torch.bool))
+                adapter.keep(torch.ones(adapter.spec.rank))
 
     def _is_part(self, name: str) -> bool:
         return isinstance(self._layers[name].lora, AdapterGroup)
@@ -174,7 +174,7 @@ class RankController:
         budget = self.plan.budget_at(self.steps)
         scores, order = self._scores.values(), dict[str, list[int]]()
         for name, adapter in self.adapters.items():
-            usable = [n for n, used in enumerate(adapter.mask.tolist()) if used or self.schedule.regrow]
+            usable = [n for n, used in enumerate(adapter.in_use.tolist()) if used or self.schedule.regrow]
             order[name] = sorted(usable, key=lambda number, own=scores[name]: (-own[number], number))  # type: ignore[misc]
         spectra = {name: [scores[name][number] for number in numbers] for name, numbers in order.items()}
         ranks = allocate(spectra, self.costs, budget, at_least=self.floors, takes_worthless=True)
@@ -195,22 +195,22 @@ class RankController:
         for name, adapter in self.adapters.items():
             if adapter.kept is not None:
                 factor, dimension = _zero_factor(adapter)
-                self._dropped[name] = _places(factor, dimension, ~adapter.mask, known)
+                self._dropped[name] = _places(factor, dimension, ~adapter.in_use, known)
                 local(factor.detach()).index_fill_(dimension, self._dropped[name], 0.0)
         for optimizer in optimizers or ():
             self._clear_states(optimizer)
         for model in self.followers:
             for name, adapter in self.adapters.items():
                 twin = cast(LowRankAdapter, model.adapters[name])
-                twin.keep(adapter.mask)
+                twin.keep(adapter.in_use)
                 if name in self._dropped:
                     factor, dimension = _zero_factor(twin)
-                    factor.detach().index_fill_(dimension, (~twin.mask).nonzero().squeeze(1), 0.0)
+                    factor.detach().index_fill_(dimension, (~twin.in_use).nonzero().squeeze(1), 0.0)
 
     def _turn(self, optimizers: Sequence[Optimizer]) -> None:
         """Make the components in use singular directions, and value them anew."""
         for name, adapter in self.adapters.items():
-            numbers = adapter.mask.nonzero().squeeze(1)
+            numbers = adapter.in_use.nonzero().squeeze(1)
             if not len(numbers) or not all(has_turnable_states(adapter, optimizer) for optimizer in optimizers):
                 continue
             if (turn := to_singular_directions(adapter, numbers)) is not None:
@@ -239,7 +239,7 @@ class RankController:
 
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapter that is in use."""
-        return {name: int(adapter.mask.sum()) for name, adapter in self.adapters.items()}
+        return {name: int(adapter.in_use.sum()) for name, adapter in self.adapters.items()}
 
     def parameters(self) -> int:
         """Return the parameters of the factors that are in use."""

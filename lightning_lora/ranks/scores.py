@@ -192,7 +192,7 @@ class GateScores(_Vector):
         usual = {name: self._usual_gates([name], found, growth) for name in self.adapters}
         of_all = self._usual_gates(list(self.adapters), found, growth)
         for name, adapter in self.adapters.items():
-            for number, is_used in enumerate(adapter.mask.tolist()):
+            for number, is_used in enumerate(adapter.in_use.tolist()):
                 if not is_used:
                     found[name][number] = growth[name][number] * (usual[name] or of_all or 0.0)
         return found
@@ -204,7 +204,7 @@ class GateScores(_Vector):
         ratios = [
             gate / norm
             for name in names
-            for gate, norm, is_used in zip(gates[name], growth[name], self.adapters[name].mask.tolist(), strict=True)
+            for gate, norm, is_used in zip(gates[name], growth[name], self.adapters[name].in_use.tolist(), strict=True)
             if is_used and norm > 0
         ]
         return median(ratios) if ratios else None

@@ -101,7 +101,7 @@ def test_what_is_out_of_use_stays_zero_after_every_step(make: Make, regrow: bool
     optimizer, masked = optimizer_of(module, make), 0
     for _ in train(module, controller, optimizer, range(40)):
         for adapter in controller.adapters.values():
-            out = ~adapter.mask
+            out = ~adapter.in_use
             masked += int(out.sum())
             assert not adapter.B[:, out].any()
             for state in optimizer.state[adapter.B].values():
@@ -128,7 +128,7 @@ def test_components_out_of_use_cost_no_multiplications() -> None:
 
 def flops_of_base(module: nn.Module, flops: Callable[[], int]) -> int:
     """Return the operations with no component at all."""
-    adapter, kept = scheduled(module)[0][""], scheduled(module)[0][""].mask.clone()
+    adapter, kept = scheduled(module)[0][""], scheduled(module)[0][""].in_use
     adapter.keep(torch.zeros(8, dtype=torch.bool))
     found = flops()
     adapter.keep(kept)
@@ -208,7 +208,7 @@ def test_equal_scores_are_decided_by_name_and_number() -> None:
         controller.after_step(optimizer)
         controller.end_step([optimizer])
     assert list(controller.ranks().values()) == [8, 0, 0, 0]
-    assert controller.adapters["layers.0"].mask.all()
+    assert controller.adapters["layers.0"].in_use.all()
 
 
 def test_lowest_ranks_are_kept() -> None:
