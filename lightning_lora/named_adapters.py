@@ -173,6 +173,26 @@ def forget(several: Several) -> None:
     del vars(several.home)[SEVERAL]
 
 
+def drop(several: Several, name: str) -> None:
+    """Remove an adapter that is not active."""
+    for part in several.adapters.pop(name).kept:
+        others = _others(part)
+        del others[name]
+        if not others:
+            del part._modules[OTHERS]
+
+
+def rename(several: Several, before: str, name: str) -> None:
+    """Give the active adapter the name of another one, which is removed."""
+    drop(several, name)
+    adapter = several.adapters[name] = several.adapters.pop(before)
+    several.active = name
+    for root in adapter.roots:
+        root.attachment.name = name
+    for part in adapter.kept:
+        _others(part)[name] = _others(part).pop(before)
+
+
 def home_of(module: nn.Module) -> nn.Module:
     """Return the module that has the record, or would have it: the one with the adapters if they are in one part."""
     module = unwrapped(module)
