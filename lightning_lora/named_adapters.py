@@ -173,24 +173,19 @@ def forget(several: Several) -> None:
     del vars(several.home)[SEVERAL]
 
 
-def drop(several: Several, name: str) -> None:
-    """Remove an adapter that is not active."""
-    for part in several.adapters.pop(name).kept:
+def take_out(adapter: Named, name: str) -> None:
+    """Remove the places of an adapter that is not active from the modules that it changes."""
+    for part in adapter.kept:
         others = _others(part)
         del others[name]
         if not others:
             del part._modules[OTHERS]
 
 
-def rename(several: Several, before: str, name: str) -> None:
-    """Give the active adapter the name of another one, which is removed."""
-    drop(several, name)
-    adapter = several.adapters[name] = several.adapters.pop(before)
-    several.active = name
-    for root in adapter.roots:
-        root.attachment.name = name
-    for part in adapter.kept:
-        _others(part)[name] = _others(part).pop(before)
+def put_back(adapter: Named, name: str) -> None:
+    """Undo ``take_out``."""
+    for part, place in adapter.kept.items():
+        _others(part)[name] = place
 
 
 def home_of(module: nn.Module) -> nn.Module:

@@ -18,14 +18,14 @@ from lightning_lora.named_adapters import (
     adapter_names,
     check_name,
     checked,
-    drop,
     forget,
     home_of,
+    put_back,
     recorded,
     register,
-    rename,
     several_of,
     switch_to,
+    take_out,
 )
 from lightning_lora.names import listed, walk
 
@@ -93,7 +93,7 @@ def remove_adapter(module: nn.Module, name: str) -> None:
         others = [other for other in several.adapters if other != name]
         now = f"call set_adapter(module, {others[0]!r}) first" if others else "call detach(module) to remove the last"
         raise ValueError(f"remove_adapter: {name!r} is the active adapter; {now}. Nothing was changed.")
-    drop(several, name)
+    take_out(several.adapters.pop(name), name)
 
 
 # --- while something else is done
@@ -156,14 +156,40 @@ def beside(module: nn.Module, name: str) -> Iterator[None]:
 
 
 @contextmanager
+def in_place_of(module: nn.Module, name: str) -> Iterator[None]:
+    """Have what is attached inside the block replace an adapter of a module with names; it becomes the active one.
+
+    Inside, the module is the bare base. If the block raises, the adapter is there as before.
+    """
+    several = several_of(module, "in_place_of")
+    order, before = list(several.adapters), several.active
+    flags = [(parameter, parameter.requires_grad) for parameter in several.home.parameters()]
+    switch_to(several, None)
+    _thaw_base(several)
+    old = several.adapters.pop(name)
+    take_out(old, name)
+    try:
+        with beside(module, name):
+            yield
+        before = name
+    except BaseException:
+        several.adapters[name] = old
+        put_back(old, name)
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        raise
+    finally:
+        several.adapters = {each: several.adapters[each] for each in order}
+        vars(several.home)[SEVERAL] = several
+        switch_to(several, before)
+
+
+@contextmanager
 def replacing(module: nn.Module, caller: str) -> Iterator[None]:
-    """Have what is attached inside the block take the place of a module's only adapter, with its name and its seed.
+    """Have what is attached inside the block replace a module's only adapter, named or not; it keeps name and seed.
 
     Inside, the module is the bare base, where what trains in full has the values that it was trained to if the base's
-    own were not kept. If the block raises, the adapter is in place again with the same tensors and flags.
-
-    Raises:
-        RuntimeError: As in ``set_adapter``. Nothing was changed.
+    own were not kept. If the block raises, the adapter is there as before.
     """
     home = home_of(module)
     [root] = AdaptedModel(home).roots
@@ -173,27 +199,18 @@ def replacing(module: nn.Module, caller: str) -> Iterator[None]:
         trained = AdaptedModel(root.module).in_full
         old.starts = {name: tensor.detach().clone() for name, tensor in trained.items() if name not in starts} | starts
     try:
-        several = several_of(home, caller)
-        [name] = several.adapters
-        beside_it = f"{name}'"
-        try:
-            with beside(home, beside_it):
-                yield
-        except BaseException:
-            if not was_named:
-                forget(several)
-                old.name = None
-            raise
+        [name] = several_of(home, caller).adapters
+        with in_place_of(home, name):
+            yield
     finally:
         old.starts = starts
-    switch_to(several, beside_it)
+        if not was_named and (several := recorded(home)) is not None:
+            forget(several)
+            old.name = None
     [root] = AdaptedModel(home).roots
     new = root.attachment
     new.seed, new.moved, new.buffers = old.seed, old.moved, old.buffers
-    if was_named:
-        rename(several, beside_it, name)
-    else:
-        forget(several)
+    if not was_named:
         new.name, new.starts = None, starts
 
 

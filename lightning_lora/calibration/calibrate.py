@@ -36,6 +36,7 @@ from lightning_lora.option_checks import bytes_of, parse_budget
 from lightning_lora.probe import RandomState, arguments_for, left_as_it_was
 from lightning_lora.sharding import is_sharded
 from lightning_lora.surgery import attach, detach
+from lightning_lora.switching import in_place_of
 
 Step = Callable[[Any], Any]
 
@@ -316,7 +317,7 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
     """Attach again with the ranks that the data ask for, and return the places with what they saw.
 
     Raises:
-        ValueError: The module has several adapters, or the budget is too small. Nothing was changed.
+        ValueError: The adapter was attached to several parts, or the budget is too small. Nothing was changed.
     """
     [root] = _only_root(model)
     budget, uniform = _budget(root, config, run.places)
@@ -342,13 +343,7 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
     scalings = {place.label: config.scaling(uniform, config.alpha) for place in run.places}
     if not config.is_auto:
         scalings = {place.label: place.adapter.spec.scaling for place in run.places}
-    chosen = _with_ranks(config, uniform, ranks, scalings)
-    detach(root.module)
-    try:
-        attach(root.module, chosen, seed=root.attachment.seed)
-    except BaseException:
-        attach(root.module, config, seed=root.attachment.seed)
-        raise
+    _attach_instead(root, _with_ranks(config, uniform, ranks, scalings))
     record = get_attachment(root.module)
     assert record is not None
     record.asked = config
@@ -361,12 +356,27 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
 
 
 def _only_root(model: AdaptedModel) -> list[Root]:
-    if len(model.roots) > 1 or model.roots[0].attachment.name is not None:
+    if len(model.roots) > 1:
         raise ValueError(
-            "calibrate: ranks from data (rank='auto', rho) need a module with a single adapter, attached once. "
-            "Calibrate it first and add others afterwards, or load it by load_adapter(module, path, name=...)."
+            "calibrate: ranks from data (rank='auto', rho) share one budget, and this adapter was attached to "
+            f"{listed([repr(root.name) for root in model.roots])} separately. Call calibrate for each of them."
         )
     return model.roots
+
+
+def _attach_instead(root: Root, config: LoRAConfig) -> None:
+    """Attach with another config in place of the adapter that is there; if that fails, it is there as before."""
+    old = root.attachment
+    if old.name is not None:
+        with in_place_of(root.module, old.name):
+            attach(root.module, config, seed=old.seed)
+        return
+    detach(root.module)
+    try:
+        attach(root.module, config, seed=old.seed)
+    except BaseException:
+        attach(root.module, old.config, seed=old.seed)
+        raise
 
 
 def _budget(root: Root, config: LoRAConfig, places: list[Place]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.calibration import calibrate as calibration
 from lightning_lora.calibration import statistics
 from lightning_lora.calibration.collector import Collector
 from lightning_lora.calibration.statistics import Moments
@@ -665,12 +666,104 @@ def test_heads_found_beside_ranks_from_data_stay_the_same_when_attached_again():
     assert not any(adapter.is_waiting for adapter in adapters_of(model))
 
 
-def test_ranks_from_data_beside_other_adapters_are_refused():
-    model, batches = planted(rank=1, init="kaiming")
-    ll.add_adapter(model, "b", ll.LoRAConfig(rank="auto", init="eva", rank_budget=320))
-    ll.set_adapter(model, "b")
-    with pytest.raises(ValueError, match="need a module with a single adapter"):
+def named(*names: str, **options: Any) -> tuple[nn.Module, list[Tensor]]:
+    """Return a model of which the last adapter gets its ranks from data, and the others are trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Planted(), nn.Linear(16, 16))
+    *others, last = names
+    for name in others:
+        ll.add_adapter(model, name, ll.LoRAConfig(rank=1, target_modules=["layers.0"], modules_to_save=["1"]))
+        ll.set_adapter(model, name)
+        for tensor in ll.adapter_state_dict(model).values():
+            tensor.data.normal_()
+    ranks: dict[str, Any] = {"rank": "auto", "rank_budget": 320, "init": "eva", "exclude_modules": ["1"]}
+    ll.add_adapter(model, last, ll.LoRAConfig(**(ranks | options)))
+    ll.set_adapter(model, last)
+    return model, [torch.randn(8, 16) for _ in range(8)]
+
+
+def ranks_in(model: nn.Module) -> dict[str, int]:
+    return {name: layer.rank for name, layer in ll.lora_layers(model).items()}
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c")], ids=len)
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["1"], "exclude_modules": []}], ids=["", "head"])
+def test_ranks_from_data_are_those_of_the_adapter_alone_also_beside_others(
+    names: tuple[str, ...], options: dict[str, Any]
+):
+    alone, batches = named("default", **options)
+    ll.calibrate(alone, batches)
+    model, _ = named(*names, **options)
+    base, before = copy.deepcopy(model), {}
+    for name in names[:-1]:
+        with ll.using(model, name):
+            before[name] = {key: tensor.clone() for key, tensor in ll.adapter_state_dict(model).items()}
+    ll.calibrate(model, batches)
+    assert ranks_in(model) == ranks_in(alone)
+    assert len(set(ranks_in(model).values())) > 1
+    assert (ll.adapter_names(model), ll.active_adapter(model)) == ([*names], names[-1])
+    for name, state in before.items():
+        with ll.using(model, name):
+            found = ll.adapter_state_dict(model)
+            assert found.keys() == state.keys()
+            assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+    for name in (*before, None):
+        with ll.using(model, name), ll.using(base, name):
+            assert torch.equal(model(batches[0]), base(batches[0]))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {name for name, parameter in alone.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora_others" not in name} == expected
+    ll.attach(
+        model,
+        ll.LoRAConfig(**({"rank": "auto", "rank_budget": 320, "init": "eva", "exclude_modules": ["1"]} | options)),
+    )
+    assert ranks_in(model) == ranks_in(alone)  # the request is known
+
+
+def test_detaching_after_ranks_from_data_leaves_the_base_as_it_was():
+    model, batches = named("a", "b")
+    plain = nn.Sequential(Planted(), nn.Linear(16, 16))
+    flags = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+    base = copy.deepcopy(model)
+    ll.calibrate(model, batches)
+    ll.detach(model)
+    ll.detach(base)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_failure_to_attach_again_leaves_named_adapters_as_they_were(monkeypatch: pytest.MonkeyPatch):
+    model, batches = named("a", "b")
+    before = copy.deepcopy(model)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(calibration, "attach", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
         ll.calibrate(model, batches)
+    monkeypatch.undo()
+    assert (ll.adapter_names(model), ll.active_adapter(model)) == (["a", "b"], "b")
+    flags = {name: parameter.requires_grad for name, parameter in before.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    state = before.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    ll.calibrate(model, batches)
+    assert len(set(ranks_in(model).values())) > 1
+
+
+def test_parts_that_were_attached_to_separately_have_no_common_budget():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(16, 16)), "b": nn.Sequential(nn.Linear(16, 16))})
+    for part in model.values():
+        ll.attach(part, ll.LoRAConfig(rank="auto", init="eva", rank_budget=4 * 32))
+    batches = [torch.randn(8, 16) for _ in range(4)]
+    with pytest.raises(ValueError, match=r"attached to 'a', 'b' separately. Call calibrate for each"):
+        ll.calibrate(model, batches, lambda x: model["b"](model["a"](x)))
+    for part in model.values():
+        ll.calibrate(part, batches)
+    assert set(ranks_in(model).values()) == {4}
 
 
 # --- learning rates stay comparable
