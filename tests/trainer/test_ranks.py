@@ -407,7 +407,7 @@ def test_a_fast_dev_run_decides_nothing() -> None:
 
 
 def test_a_training_without_an_end_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="this Trainer has no end. Set max_steps or max_epochs"):
+    with pytest.raises(MisconfigurationException, match=r"this Trainer has no end\. Set max_steps or max_epochs"):
         run_of(callback(), steps=-1, max_time={"minutes": 5}).fit(Slow(), loader())
 
 
