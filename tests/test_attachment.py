@@ -113,7 +113,12 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.body, self.norm, self.head = nn.Embedding(6, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.embed, self.body, self.norm, self.head = (
+            nn.Embedding(6, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 6),
+            nn.Linear(8, 6),
+        )
         self.head.weight = self.embed.weight
         self.head.bias = self.norm.bias
 
