@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
     from lightning_lora.several.combination import combine, combine_adapters
     from lightning_lora.several.routing import routed
+    from lightning_lora.sweep.callback import LoRASweep
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "LoRALayer",
+    "LoRASweep",
     "Preflight",
     "active_adapter",
     "adapter_names",
@@ -67,6 +69,7 @@ __all__ = [
 # Imported at their first use: Lightning takes seconds, and the code for files a third of what everything else takes.
 _IMPORTED_WHEN_USED = {
     "LoRACallback": "callback",
+    "LoRASweep": "sweep.callback",
     "Preflight": "peft_format.files",
     "add_adapter": "loading",
     "calibrate": "calibration.calibrate",
