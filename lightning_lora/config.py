@@ -54,7 +54,7 @@ class InitOptions:
         name: The start, as in ``LoRAConfig.init``.
         batches: How many training batches ``eva``, ``corda``, ``lora_ga`` and ``covariance`` look at.
         stats_budget: Memory for the sums over these batches, such as ``"1GB"``. The widest layers are summarized by
-            random projections where all sums together would not fit.
+            random projections where all sums together would not fit, and those above 8192 features in any case.
         normalize: Scale ``eva``'s and ``covariance``'s ``A`` such that each feature ``a @ x`` has the mean square that
             ``kaiming`` gives it, so that the same learning rates fit.
         rho: How far the ranks of layers may differ, at an equal number of parameters (``eva``, ``covariance``): up to

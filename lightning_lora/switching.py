@@ -153,6 +153,38 @@ def beside(module: nn.Module, name: str) -> Iterator[None]:
             freeze_norms(home)
 
 
+@contextmanager
+def in_place_of(module: nn.Module, name: str) -> Iterator[None]:
+    """Have what is attached inside the block replace an adapter of a module with names; it becomes the active one.
+
+    Inside, the module is the bare base. If the block raises, the adapter is there as before.
+    """
+    several = several_of(module, "in_place_of")
+    order, before = list(several.adapters), several.active
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(several.home)]
+    switch_to(several, None)
+    _thaw_base(several)
+    old = several.adapters.pop(name)
+    places = [(part._modules[OTHERS], place) for part, place in old.kept.items()]
+    for others, _ in places:
+        del others._modules[name]  # type: ignore[union-attr]
+    try:
+        with beside(module, name):
+            yield
+        before = name
+    except BaseException:
+        several.adapters[name] = old
+        for others, place in places:
+            others._modules[name] = place  # type: ignore[union-attr]
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        raise
+    finally:
+        several.adapters = {each: several.adapters[each] for each in order}
+        vars(several.home)[SEVERAL] = several
+        switch_to(several, before)
+
+
 def _thaw_base(several: Several) -> None:
     """Give the bare base the gradient flags and the normalization layers that it had before any adapter."""
     for adapter in several.adapters.values():

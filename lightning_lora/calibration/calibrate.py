@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import get_attachment
 from lightning_lora.calibration import starts
-from lightning_lora.calibration.collector import FROM_GRADIENT, GRADIENTS_UNSEEN, UNSEEN, Collector, Place
+from lightning_lora.calibration.collector import (
+    FROM_GRADIENT,
+    GRADIENTS_UNSEEN,
+    UNSEEN,
+    Collector,
+    Place,
+    unshare_unless_equal,
+)
 from lightning_lora.calibration.ranks import allocate
 from lightning_lora.calibration.report import CalibratedLayer, CalibrationReport
 from lightning_lora.calibration.starts import NEEDS, Start
@@ -29,6 +36,7 @@ from lightning_lora.option_checks import bytes_of, parse_budget
 from lightning_lora.probe import RandomState, arguments_for, left_as_it_was
 from lightning_lora.sharding import is_sharded
 from lightning_lora.surgery import attach, detach
+from lightning_lora.switching import in_place_of
 
 Step = Callable[[Any], Any]
 
@@ -164,7 +172,7 @@ class _Run:
             self.module.eval()
             has_something_to_see = not all(place.unseen for place in self.places)
             for batch in islice(batches, self.options.batches if has_something_to_see else 0):
-                collector.mask = self._mask(batch)
+                collector.next_batch(self._mask(batch))
                 with torch.enable_grad():  # losses may hold derivatives by the inputs
                     output = step(batch)
                     if has_gradients:
@@ -190,7 +198,9 @@ class _Run:
     def _reduce(self) -> None:
         counts = torch.tensor([self.batches, self.used, self.seen], dtype=torch.float64)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            sums = [tensor for place in self.places for each in place.statistics for tensor in each.tensors()]
+            unshare_unless_equal(self.places)
+            found = (tensor for place in self.places for each in place.statistics for tensor in each.tensors())
+            sums = list({id(tensor): tensor for tensor in found}.values())  # shared ones once
             counts = counts.to(sums[0].device)
             for tensor in (*sums, counts):
                 torch.distributed.all_reduce(tensor)
@@ -209,7 +219,7 @@ class _Run:
         Raises:
             ValueError: The data are not finite, or do not support the ranks of some layers; one error names all.
         """
-        found = {place.label: self._start_or_problem(place) for place in self.places}
+        found = {place.label: self._last_of(place) for place in self.places}
         problems = {label: each for label, each in found.items() if isinstance(each, starts.RankError)}
         if problems:
             lower = {label: error.supported for label, error in problems.items() if error.supported}
@@ -221,11 +231,14 @@ class _Run:
             )
         return [each for each in found.values() if not isinstance(each, starts.RankError)]
 
-    def _start_or_problem(self, place: Place) -> tuple[Start | None, CalibratedLayer] | starts.RankError:
+    def _last_of(self, place: Place) -> tuple[Start | None, CalibratedLayer] | starts.RankError:
+        """Return the start of an adapter, or why there is none, and let go of what it has seen."""
         try:
             return self.start_of(place)
         except starts.RankError as error:
             return error
+        finally:
+            place.statistics = []
 
     def start_of(self, place: Place, rank: int | None = None) -> tuple[Start | None, CalibratedLayer]:
         """Return the start of one adapter, or None for the random one that it has, and what the table says of it.
@@ -304,7 +317,7 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
     """Attach again with the ranks that the data ask for, and return the places with what they saw.
 
     Raises:
-        ValueError: The module has several adapters, or the budget is too small. Nothing was changed.
+        ValueError: The adapter was attached to several parts, or the budget is too small. Nothing was changed.
     """
     [root] = _only_root(model)
     budget, uniform = _budget(root, config, run.places)
@@ -330,13 +343,7 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
     scalings = {place.label: config.scaling(uniform, config.alpha) for place in run.places}
     if not config.is_auto:
         scalings = {place.label: place.adapter.spec.scaling for place in run.places}
-    chosen = _with_ranks(config, uniform, ranks, scalings)
-    detach(root.module)
-    try:
-        attach(root.module, chosen, seed=root.attachment.seed)
-    except BaseException:
-        attach(root.module, config, seed=root.attachment.seed)
-        raise
+    _attach_instead(root, _with_ranks(config, uniform, ranks, scalings))
     record = get_attachment(root.module)
     assert record is not None
     record.asked = config
@@ -349,12 +356,27 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
 
 
 def _only_root(model: AdaptedModel) -> list[Root]:
-    if len(model.roots) > 1 or model.roots[0].attachment.name is not None:
+    if len(model.roots) > 1:
         raise ValueError(
-            "calibrate: ranks from data (rank='auto', rho) need a module with a single adapter, attached once. "
-            "Calibrate it first and add others afterwards, or load it by load_adapter(module, path, name=...)."
+            "calibrate: ranks from data (rank='auto', rho) share one budget, and this adapter was attached to "
+            f"{listed([repr(root.name) for root in model.roots])} separately. Call calibrate for each of them."
         )
     return model.roots
+
+
+def _attach_instead(root: Root, config: LoRAConfig) -> None:
+    """Attach with another config in place of the adapter that is there; if that fails, it is there as before."""
+    old = root.attachment
+    if old.name is not None:
+        with in_place_of(root.module, old.name):
+            attach(root.module, config, seed=old.seed)
+        return
+    detach(root.module)
+    try:
+        attach(root.module, config, seed=old.seed)
+    except BaseException:
+        attach(root.module, old.config, seed=old.seed)
+        raise
 
 
 def _budget(root: Root, config: LoRAConfig, places: list[Place]) -> tuple[int, int]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.calibration.starts import NEEDS
-from lightning_lora.calibration.statistics import MatrixStatistics, must_sketch
+from lightning_lora.calibration.statistics import MatrixStatistics, Moments, must_sketch
 from lightning_lora.layers import AdapterGroup, ConvAdapter, LoRALayer, LowRankAdapter, base_parameter
 from lightning_lora.sharding import gathered, is_sharded, whole
 
@@ -98,13 +99,17 @@ class Collector:
         columns = 2 * max(place.adapter.spec.rank for place in places) + _OVERSAMPLING
         shapes = {f"{place.label} {i}": place.shape for place in places for i in range(place.experts)}
         wide = must_sketch(shapes, needs, columns=columns, budget=budget)
+        self._inputs = _InputSums()
         for place in places:
             device = _sums_device(place.adapter.A.device)
             for i in range(place.experts):
                 sketch = columns if f"{place.label} {i}" in wide else None
                 axes = place.axes if smooth and not sketch else None
-                found = MatrixStatistics(*place.shape, needs, sketch=sketch, axes=axes, device=device)
+                own = needs if axes else needs - {"inputs"}  # a kernel's patches are its own
+                found = MatrixStatistics(*place.shape, own, sketch=sketch, axes=axes, device=device)
                 place.statistics.append(found)
+                if own != needs:
+                    self._inputs.will_have(found, sketch, device)
         self._hooks: list[Any] = []
         self._is_backward = False
         self._last_of: dict[int, Place] = {}  # of several on one weight, as slices are
@@ -119,11 +124,17 @@ class Collector:
                 watch(place, thawed)
             yield
         finally:
+            self._inputs.finish()
             for hook in self._hooks:
                 hook.remove()
             for weight in thawed:
                 weight.requires_grad_(False)
             self._hooks = []
+
+    def next_batch(self, mask: Tensor | None) -> None:
+        """Begin a batch, with the mask of its tokens."""
+        self._inputs.put()
+        self.mask = mask
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -173,13 +184,12 @@ class Collector:
             if x is None:
                 place.unseen = INPUTS_UNSEEN
                 return
-            [statistics] = place.statistics
             x = x.detach()
             if not seen:
-                statistics.add(x, None, self._mask_for(x))
+                self._add(place, x)
             elif not isinstance(output, Tensor) or place.adapter.tokens_out(output.detach()) is None:
                 place.unseen = GRADIENTS_UNSEEN
-                statistics.add(x, None, self._mask_for(x))
+                self._add(place, x)
             elif output.requires_grad:
                 cast(Any, output).register_hook(lambda gradient: self._add_pair(place, x, gradient))
 
@@ -193,7 +203,13 @@ class Collector:
             return
         g = place.adapter.tokens_out(gradient.detach())
         assert g is not None
-        place.statistics[0].add(x.to(g.device), g, self._mask_for(x))
+        self._add(place, x.to(g.device), g)
+
+    def _add(self, place: Place, x: Tensor, g: Tensor | None = None) -> None:
+        [statistics] = place.statistics
+        mask = self._mask_for(x)
+        self._inputs.add(statistics, x, mask)
+        statistics.add(x, g, mask)
 
     def _mask_for(self, x: Tensor) -> Tensor | None:
         """Return the batch's mask, if it is one of these tokens."""
@@ -204,6 +220,96 @@ class Collector:
             mask = mask.T  # tokens come before sequences
         is_flat = 1 in (first, second) and mask.numel() == first * second  # all tokens in one dimension
         return mask.reshape(first, second) if is_flat or mask.shape == (first, second) else None
+
+
+class _InputSums:
+    """The moments of inputs, summed once for all matrices that are multiplied with the same tensor, such as q, k and v.
+
+    There is one sum for each set of matrices that see a tensor together. A matrix that is in several sets, because it
+    does not always have the same input as another, adds theirs up in the end; the others share one object.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[MatrixStatistics, _Kind] = {}
+        self._sums: dict[tuple[MatrixStatistics, ...], Moments] = {}
+        self._latest: dict[_Kind, Moments] = {}  # over one tensor; emptied and used again
+        self._kind, self._who = cast("_Kind | None", None), list[MatrixStatistics]()
+        self._tensor, self._version = cast("Tensor | None", None), 0  # kept, so that no other takes its memory
+
+    def will_have(self, statistics: MatrixStatistics, sketch: int | None, device: torch.device) -> None:
+        """Give these statistics moments of their inputs in the end."""
+        self._kinds[statistics] = (statistics.in_features, sketch, device)
+
+    def add(self, statistics: MatrixStatistics, x: Tensor, mask: Tensor | None) -> None:
+        """Add a tensor, or note that the last one is also for these statistics."""
+        kind = self._kinds.get(statistics)
+        if kind is None:
+            return
+        if kind != self._kind or statistics in self._who or not self._is_latest(x):
+            self.put()
+            if kind not in self._latest:
+                self._latest[kind] = _no_moments(kind)
+            self._latest[kind].add(x, mask)
+            self._kind, self._tensor, self._version = kind, x, 0 if x.is_inference() else x._version
+        self._who.append(statistics)
+
+    def _is_latest(self, x: Tensor) -> bool:
+        last = self._tensor
+        if last is None or x.is_inference():
+            return False
+        where = [(each.device, each.dtype, each.data_ptr(), each.shape, each.stride()) for each in (x, last)]
+        return where[0] == where[1] and x._version == self._version
+
+    def put(self) -> None:
+        """Add the last tensor to the sum of those that have seen it."""
+        if self._kind is None:
+            return
+        latest, who = self._latest[self._kind], tuple(self._who)
+        if who not in self._sums:
+            self._sums[who] = _no_moments(self._kind)
+        _add_moments(self._sums[who], latest)
+        for tensor in latest.tensors():
+            tensor.zero_()
+        self._kind, self._tensor, self._who = None, None, []
+
+    def finish(self) -> None:
+        """Give all statistics their moments."""
+        self.put()
+        for statistics, kind in self._kinds.items():
+            first, *others = [sums for who, sums in self._sums.items() if statistics in who] or [_no_moments(kind)]
+            statistics.inputs = copy.deepcopy(first) if others else first
+            for other in others:
+                _add_moments(statistics.inputs, other)
+
+
+_Kind: TypeAlias = tuple[int, int | None, torch.device]  # width, sketch and device
+
+
+def _no_moments(kind: _Kind) -> Moments:
+    width, sketch, device = kind
+    return Moments(width, sketch=sketch, device=device)
+
+
+def _add_moments(total: Moments, other: Moments) -> None:
+    for mine, its in zip(total.tensors(), other.tensors(), strict=True):
+        mine += its
+
+
+def unshare_unless_equal(places: Sequence[Place]) -> None:
+    """Give each its own moments of the inputs, unless all processes have found the same layers to share them.
+
+    Processes add up what they have in the same order; their batches may take different ways through the model.
+    """
+    all_statistics = [each for place in places for each in place.statistics]
+    first = dict[int, int]()
+    numbers = [first.setdefault(id(each.inputs), number) for number, each in enumerate(all_statistics)]
+    lowest = torch.tensor(numbers, device=all_statistics[0].tensors()[0].device)
+    highest = lowest.clone()
+    torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+    if not torch.equal(lowest, highest):
+        for each in all_statistics:
+            each.inputs = copy.deepcopy(each.inputs)
 
 
 def _sums_device(device: torch.device) -> torch.device:

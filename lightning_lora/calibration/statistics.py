@@ -24,6 +24,7 @@ from lightning_lora.layers.starts import seeded, standard_normal
 Need: TypeAlias = Literal["inputs", "gradients", "cross", "permuted"]
 
 EXACT_UP_TO = 1024  # the width up to which sums and decompositions in float64 are cheap
+_WIDEST = 8192  # decomposed completely: about a minute on one core, in float32
 _ENTRIES_AT_ONCE = 2**24  # of the Gram matrices of several sequences
 
 
@@ -62,6 +63,7 @@ class Moments:
         self._second = torch.zeros(width, self.sketch or width, dtype=dtype, device=device)
         self._odd = Moments(width, sketch=sketch, seed=seed, device=device) if halves else None
         self._seen = 0
+        self._spectra: dict[tuple[float, ...], Spectrum] = {}
 
     # --- adding
 
@@ -162,16 +164,22 @@ class Moments:
     def spectrum(self, *, centre: bool = False) -> Spectrum:
         """Return the eigenpairs of the second moment: all, or those of its sketch with an isotropic remainder.
 
+        They are kept: a decomposition takes longer than the sums.
+
         Source:
             For the sketch, Tropp et al. 2017, "Fixed-rank approximation of a positive-semidefinite matrix from
             streaming data", arXiv:1706.05736, section 3; for the remainder, Tipping and Bishop 1999, "Probabilistic
             principal component analysis", section 3.2.
         """
-        second = self._per_token(centre)
-        if self.sketch:
-            return of_sketch(second, self._omega, self.trace(centre=centre))
-        values, vectors = eigenpairs(second)
-        return Spectrum(values.clamp(min=0), vectors, 0.0)
+        state = (centre, *self._counts.tolist())
+        if state not in self._spectra:
+            second = self._per_token(centre)
+            if self.sketch:
+                self._spectra[state] = of_sketch(second, self._omega, self.trace(centre=centre))
+            else:
+                values, vectors = eigenpairs(second)
+                self._spectra[state] = Spectrum(values.clamp(min=0), vectors, 0.0)
+        return self._spectra[state]
 
     def _per_token(self, centre: bool) -> Tensor:
         """Return ``S / n``, or its sketch."""
@@ -417,7 +425,8 @@ def must_sketch(
 ) -> frozenset[str]:
     """Return the layers whose second moments must be sketched for the statistics of all to fit in a budget.
 
-    The widest come first, because they save most and their complete decomposition takes longest.
+    The widest come first, because they save most and their complete decomposition takes longest; those above 8192
+    features are sketched in any case.
 
     Args:
         shapes: ``(out, in)`` of each layer, by name.
@@ -431,7 +440,7 @@ def must_sketch(
     total = sum(bytes_needed(*shape, needs) for shape in shapes.values())
     chosen: set[str] = set()
     for name in sorted(shapes, key=lambda name: (-max(shapes[name]), name)):
-        if total <= budget:
+        if total <= budget and max(shapes[name]) <= _WIDEST:
             return frozenset(chosen)
         saved = bytes_needed(*shapes[name], needs) - bytes_needed(*shapes[name], needs, sketch=columns)
         if saved > 0:

@@ -6,14 +6,34 @@ They import the tools that they need when they run, so that ``--help`` answers a
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
-from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_lora.attachment import table_lines
+from lightning_lora.cli.options import (
+    A_BASE,
+    ADAPTER,
+    AN_ADAPTER,
+    ANY_BASE,
+    BASE,
+    DTYPES,
+    OUT,
+    OVERWRITE,
+    PICTURES,
+    ROOT,
+    Option,
+    count,
+    dtype_name,
+    name_list,
+    number_list,
+    one_of,
+    option,
+    share,
+    size,
+    whole_number,
+)
 from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, sum_lines, summary_lines
 from lightning_lora.names import listed
 
@@ -32,9 +52,6 @@ class Result(NamedTuple):
 
 
 Run = Callable[[argparse.Namespace], Result]
-Option = Callable[[argparse._ActionsContainer], object]  # adds itself to a parser
-
-
 COMMANDS: dict[str, tuple[Run, tuple[Option, ...]]] = {}  # the docstring of what runs is the help
 
 
@@ -46,91 +63,6 @@ def command(*options: Option) -> Callable[[Run], Run]:
         return run
 
     return register
-
-
-def option(*names: str, **settings: Any) -> Option:
-    """Return an option, declared as for ``add_argument``."""
-    return methodcaller("add_argument", *names, **settings)
-
-
-def one_of(*options: Option) -> Option:
-    """Return options of which exactly one must be given."""
-
-    def add(parser: argparse._ActionsContainer) -> None:
-        group = parser.add_mutually_exclusive_group(required=True)
-        for each in options:
-            each(group)
-
-    return add
-
-
-# --- the values of options
-
-
-def _names(text: str) -> list[str]:
-    return [name for name in re.split(r"[,+\s]+", text) if name]
-
-
-def _share(text: str) -> float:
-    share = float(text)
-    if not 0 < share <= 1:
-        raise argparse.ArgumentTypeError(f"must be greater than 0 and at most 1, got {text}")
-    return share
-
-
-def _numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
-
-
-def _count(text: str) -> int:
-    return _amount(text, {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12})
-
-
-def _rank(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    return _amount(text, {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30})
-
-
-def _amount(text: str, units: dict[str, float]) -> int:
-    found = re.fullmatch(r"([\d.,_]+(?:e\d+)?)\s*([a-z]*)", text.strip().lower())
-    try:
-        amount = float(found[1].replace(",", "").replace("_", "")) * units[found[2]] if found else 0
-    except (ValueError, KeyError):
-        amount = 0
-    if amount < 1:
-        known = ", ".join(each for each in units if each)
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount of at least 1, such as 4.7M; units: {known}")
-    return round(amount)
-
-
-def _dtype(text: str) -> str:
-    return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}.get(text, text)
-
-
-_DTYPES = ("float32", "bfloat16", "float16")
-_AN_ADAPTER, _A_BASE = "a PEFT directory or a .ckpt", "a model folder with safetensors, or one such file"
-ADAPTER = option("adapter", type=Path, metavar="ADAPTER", help=_AN_ADAPTER)
-BASE = option("base", type=Path, metavar="BASE", help=_A_BASE)
-ANY_BASE = option(
-    "--any-base",
-    dest="check_base",
-    action="store_false",
-    help="accept a base whose values differ from those that the adapter was trained on",
-)
-ROOT = option(
-    "--root",
-    metavar="NAME",
-    help="for a .ckpt and a PEFT directory: attribute of the LightningModule that holds the directory's model "
-    "(default: found by the names)",
-)
-OUT = option("--out", type=Path, metavar="PAGE", help="write a self-contained HTML page")
-OVERWRITE = option("--overwrite", action="store_true", help="replace what is there")
-PICTURES = option("--pictures", type=Path, metavar="FOLDER", help="write each picture as a PNG into this folder")
 
 
 # --- the files of one adapter or two
@@ -148,7 +80,7 @@ def inspect(options: argparse.Namespace) -> Result:
 
 
 @command(
-    option("first", type=Path, metavar="A", help=_AN_ADAPTER),
+    option("first", type=Path, metavar="A", help=AN_ADAPTER),
     option("second", type=Path, metavar="B", help="another adapter"),
     ROOT,
 )
@@ -215,16 +147,16 @@ def _converted(path: Path, layers: list[str]) -> Result:
 
 # --- arithmetic
 
-_RANK = option("--rank", type=_count, metavar="R", help="the highest rank of a layer")
-_ENERGY = option("--energy", type=_share, metavar="E", help="the share of each layer's squared norm to keep")
+_RANK = option("--rank", type=count, metavar="R", help="the highest rank of a layer")
+_ENERGY = option("--energy", type=share, metavar="E", help="the share of each layer's squared norm to keep")
 _INTO = option("--out", type=Path, metavar="DIR", required=True, help="the PEFT directory to write")
 
 
 @command(
-    option("adapters", type=Path, metavar="ADAPTER", nargs="+", help=_AN_ADAPTER),
+    option("adapters", type=Path, metavar="ADAPTER", nargs="+", help=AN_ADAPTER),
     option(
         "--weights",
-        type=_numbers,
+        type=number_list,
         metavar="W,W",
         required=True,
         help="factor of each adapter in the sum; --weights=-1,1 if the first is negative",
@@ -291,8 +223,8 @@ def verify(options: argparse.Namespace) -> Result:
     option("out", type=Path, metavar="OUT", help="the folder to write"),
     option(
         "--dtype",
-        type=_dtype,
-        choices=(*_DTYPES, "float64"),
+        type=dtype_name,
+        choices=(*DTYPES, "float64"),
         help="precision of the floating point tensors (default: each keeps its own); short: bf16, fp16, fp32",
     ),
     ANY_BASE,
@@ -322,10 +254,10 @@ def merge(options: argparse.Namespace) -> Result:
 
 @command(
     ADAPTER,
-    option("--base", type=Path, help=f"{_A_BASE}; adds the relation of the updates to the weights"),
+    option("--base", type=Path, help=f"{A_BASE}; adds the relation of the updates to the weights"),
     option(
         "--energy",
-        type=_share,
+        type=share,
         default=0.99,
         help="share of the squared norm that a suggested rank must hold (default: 0.99)",
     ),
@@ -373,7 +305,7 @@ def report(options: argparse.Namespace) -> Result:
 
 
 @command(
-    option("first", type=Path, metavar="A", help=_AN_ADAPTER),
+    option("first", type=Path, metavar="A", help=AN_ADAPTER),
     option("second", type=Path, metavar="B", nargs="?", help="another adapter (default: compare the layers of A)"),
     ROOT,
     OUT,
@@ -418,17 +350,19 @@ def _compare_layers(options: argparse.Namespace) -> Result:
 @command(
     BASE,
     one_of(
-        option("--parameters", type=_count, metavar="N", help="budget in parameters, such as 4.7M"),
-        option("--bytes", type=_size, metavar="N", help="budget in bytes of the factors, such as 35MB"),
-        option("--optimizer-bytes", type=_size, metavar="N", help="budget in bytes of optimizer state"),
-        option("--rank", type=_rank, metavar="R", help="no budget: show what this rank costs"),
+        option("--parameters", type=count, metavar="N", help="budget in parameters, such as 4.7M"),
+        option("--bytes", type=size, metavar="N", help="budget in bytes of the factors, such as 35MB"),
+        option("--optimizer-bytes", type=size, metavar="N", help="budget in bytes of optimizer state"),
+        option("--rank", type=whole_number, metavar="R", help="no budget: show what this rank costs"),
     ),
-    option("--targets", type=_names, metavar="A,B", help="layers to choose from (default: all linear layers)"),
-    option("--group", type=_names, action="append", metavar="A,B", help="a combination to consider; may be repeated"),
-    option("--dtype", choices=_DTYPES, default="float32", help="precision of the factors (default: float32)"),
+    option("--targets", type=name_list, metavar="A,B", help="layers to choose from (default: all linear layers)"),
+    option(
+        "--group", type=name_list, action="append", metavar="A,B", help="a combination to consider; may be repeated"
+    ),
+    option("--dtype", choices=DTYPES, default="float32", help="precision of the factors (default: float32)"),
     option(
         "--bytes-per-state",
-        type=_count,
+        type=count,
         default=8,
         help="bytes of optimizer state per parameter (default: 8, as for Adam)",
     ),

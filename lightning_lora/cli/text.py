@@ -15,7 +15,7 @@ from lightning_lora.names import listed
 if TYPE_CHECKING:
     from lightning_lora.cli.inspection import Summary
     from lightning_lora.disk.merge import MergeReport
-    from lightning_lora.several.combination import CombinedLayer
+    from lightning_lora.several.sum_as_adapter import CombinedLayer
 
 _BAR = 30
 _SHOWN_OPTIONS = 8

@@ -22,6 +22,7 @@ from lightning_lora.storage.atomic import check_directory
 from lightning_lora.storage.checkpoint import read_checkpoint
 from lightning_lora.storage.safetensors import read_file
 from lightning_lora.trainer.checkpoints import base_fingerprint, trained_state
+from lightning_lora.trainer.checks import AVERAGING, callbacks_of
 from lightning_lora.trainer.strategies.base import Layout, module_of
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 
@@ -81,6 +82,30 @@ def _written(trainer: Trainer) -> Iterator[tuple[str, str]]:
             if isinstance(folder, (str, PathLike)) and str(folder):
                 yield type(writer).__name__, str(folder)
                 break  # what comes next lies around it
+
+
+def export_best(
+    layout: Layout, trainer: Trainer, directory: str | PathLike[str], *, overwrite: bool = False
+) -> str | None:
+    """Write the adapter of the best checkpoint, or else the module's last state; every process must call this.
+
+    Returns:
+        The checkpoint; None without one.
+
+    Raises:
+        ValueError: As in ``export_fit``.
+        RuntimeError: As in ``export_fit``.
+    """
+    checkpoints = trainer.checkpoint_callback
+    best = getattr(checkpoints, "best_model_path", None) or None
+    is_last = (best, trainer.global_step) == (
+        getattr(checkpoints, "_last_checkpoint_saved", None),
+        getattr(checkpoints, "_last_global_step_saved", None),
+    )  # then it is the state in memory, unless that was averaged since
+    is_read = best is not None and (not is_last or callbacks_of(trainer, *AVERAGING))
+    export_fit(layout, directory, best if is_read else None, overwrite=overwrite)
+    layout.strategy.barrier()
+    return best
 
 
 def export_fit(

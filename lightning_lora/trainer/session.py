@@ -10,14 +10,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.precision import (
-    DeepSpeedPrecision,
-    FSDPPrecision,
-    HalfPrecision,
-    MixedPrecision,
-    Precision,
-)
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -49,23 +41,21 @@ from lightning_lora.trainer.checks import (
     warn_of_eval_mode,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
-from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
+from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_best
 from lightning_lora.trainer.hints import Coverage, coverage, warn_of_missing_heads, warn_of_suspicious_settings
+from lightning_lora.trainer.hyperparameters import log_options
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
     chosen_checkpoint,
     chosen_record,
     equal_values_kept,
     overrides,
-    with_twins,
 )
+from lightning_lora.trainer.precision import convert_layers
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 from lightning_lora.trainer.warm_start import start_from
 
 _SEED = "PL_GLOBAL_SEED"  # where seed_everything leaves the seed
-
-# These convert later, since factors keep their own precision. Float64 cannot: a checkpoint would lose bits before.
-_CONVERT_LATER = (DeepSpeedPrecision, FSDPPrecision, HalfPrecision, MixedPrecision, Precision)
 
 
 class Options(Protocol):
@@ -258,7 +248,7 @@ class FitSession:
         if before is not None and (before.config, before.seed) == (config, seed) and _is_flattened(module):
             self.layout.attached(module)  # nothing more can be attached
             return
-        _convert_layers(module.trainer.precision_plugin, module)
+        convert_layers(module.trainer.precision_plugin, module)
         if name is None:
             report = attach(module, config, seed=seed)
         else:
@@ -354,22 +344,9 @@ class FitSession:
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)
         check_allowed(self.options.allow_untrained, AdaptedModel(self.module))
-        self._log_options()
+        log_options(self.trainer, self.module)
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
-
-    def _log_options(self) -> None:
-        """Log the options as hyper-parameters, with what Lightning logs later: TensorBoard shows the first ones."""
-        attached = [root.attachment for root in AdaptedModel(self.module).roots]
-        config = attached[0].config
-        always = {"rank": config.rank, "alpha": config.alpha, "target_modules": config.to_dict()["target_modules"]}
-        count = sum(each.report.adapter_parameters for each in attached)
-        ours = {f"lora/{name}": value for name, value in (always | config.changed() | {"parameters": count}).items()}
-        parts = (self.module, getattr(self.trainer, "datamodule", None))
-        shown = [part.hparams_initial for part in parts if part is not None and part._log_hyperparams]
-        theirs = {name: value for each in shown for name, value in each.items() if name != "_class_path"}
-        for logger in self.trainer.loggers:
-            _log_hyperparams(logger, theirs | ours)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""
@@ -446,55 +423,13 @@ class FitSession:
         if (directory := self.options.export_dir) is not None and self._is_trial:
             rank_zero_info(f"LoRA: nothing is exported to {directory} in a fast dev run.")
         elif directory is not None:
-            checkpoints = self.trainer.checkpoint_callback
-            best = getattr(checkpoints, "best_model_path", None) or None
-            is_last = (best, self.trainer.global_step) == (
-                getattr(checkpoints, "_last_checkpoint_saved", None),
-                getattr(checkpoints, "_last_global_step_saved", None),
-            )  # then it is the state in memory, unless that was averaged since
-            is_read = best is not None and (not is_last or callbacks_of(self.trainer, *AVERAGING))
-            export_fit(self.layout, directory, best if is_read else None, overwrite=self.options.overwrite)
+            best = export_best(self.layout, self.trainer, directory, overwrite=self.options.overwrite)
             rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
-            self.trainer.strategy.barrier()
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
             rank_zero_info(f"LoRA: adapter{named} merged into the weights.")
 
 
-def _log_hyperparams(logger: Logger, values: dict[str, Any]) -> None:
-    try:
-        logger.log_hyperparams(values)
-    except Exception as error:  # such as MLflow's, whose runs keep the first value: no reason not to train
-        rank_zero_warn(
-            f"LoRA: {type(logger).__name__} did not take the options as hyper-parameters ({error}). A logger of its "
-            "own for each fit records them."
-        )
-
-
 def _is_flattened(module: nn.Module) -> bool:
     """Return whether FSDP has made units in a module, so that its tensors cannot be read."""
     return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
-
-
-def _convert_layers(plugin: Precision, module: LightningModule) -> None:
-    """Let plugins such as bitsandbytes and TransformerEngine replace layers before attaching.
-
-    Lightning converts later, when the layers carry adapters, which would be lost. Such plugins leave a converted module
-    alone, so the second time changes nothing.
-
-    Raises:
-        MisconfigurationException: The plugin replaces layers that carry adapters already. Nothing was changed.
-    """
-    if type(plugin) in with_twins(*_CONVERT_LATER):
-        return
-    before = [(part, dict(part._modules)) for part in module.modules()]
-    adapted = AdaptedModel(module).layers
-    plugin.convert_module(module)
-    there = set(module.modules())
-    if lost := [name for name, layer in adapted.items() if layer not in there]:
-        for part, children in before:
-            part._modules.update(children)
-        raise MisconfigurationException(
-            f"{type(plugin).__name__} replaces {listed(lost)}, which carry adapters already; the adapters would be "
-            "lost. Leave attaching to LoRACallback, which has the layers replaced first."
-        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,6 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_lora as ll
+from lightning_lora.calibration import calibrate as calibration
+from lightning_lora.calibration import statistics
+from lightning_lora.calibration.collector import Collector
+from lightning_lora.calibration.statistics import Moments
 from lightning_lora.layers import LowRankAdapter
 from tests.files import write_checkpoint
 from tests.test_quantized import EightBit
@@ -253,6 +259,158 @@ def test_padded_tokens_change_nothing(start: str):
     (one, share), (other, _) = started(0.0), started(100.0)
     assert torch.equal(one, other)
     assert share == 18 / 24
+
+
+# --- layers with the same input
+
+
+class Projections(nn.Module):
+    """Three layers that read the same tensor, or copies of it, and one that reads something else."""
+
+    WIDTH, NAMES = 24, ("q", "k", "v")
+
+    def __init__(self, *, shared: Callable[[int], bool] = lambda call: True) -> None:
+        super().__init__()
+        self.shared, self.calls = shared, 0
+        self.q, self.k, self.v, self.o = (nn.Linear(self.WIDTH, self.WIDTH) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_shared, self.calls = self.shared(self.calls), self.calls + 1
+        q, k, v = (layer(x if is_shared else x.clone()) for layer in (self.q, self.k, self.v))
+        return self.o(torch.softmax(q @ k.mT, -1) @ v)
+
+
+def projections(start: str, **options: Any) -> tuple[Projections, list[Tensor]]:
+    torch.manual_seed(0)
+    model = Projections(**options)
+    ll.attach(model, ll.LoRAConfig(rank=2, init=start))
+    return model, [torch.randn(4, 6, Projections.WIDTH) for _ in range(5)]
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "covariance"])
+def test_layers_that_read_the_same_tensor_start_as_if_each_were_looked_at_alone(start: str):
+    alone, batches = projections(start, shared=lambda call: False)
+    together, _ = projections(start)
+    for model in (alone, together):
+        ll.calibrate(model, batches, loss_of(model))
+    for one, other in zip(adapters_of(alone), adapters_of(together), strict=True):
+        assert torch.equal(one.A, other.A)
+        assert torch.equal(one.B, other.B)
+
+
+def test_layers_that_do_not_always_read_the_same_tensor_get_what_each_has_seen():
+    alone, batches = projections("eva", shared=lambda call: False)
+    mixed, _ = projections("eva", shared=lambda call: call % 2 == 0)
+    for model in (alone, mixed):
+        ll.calibrate(model, batches)
+    for one, other in zip(adapters_of(alone), adapters_of(mixed), strict=True):
+        torch.testing.assert_close(one.A, other.A)
+
+
+def test_a_tensor_that_was_changed_in_place_is_another_one():
+    class Changing(nn.Module):
+        def __init__(self, *, in_place: bool) -> None:
+            super().__init__()
+            self.in_place, self.q, self.k = in_place, nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            q, gains = self.q(x), torch.arange(12.0)
+            return q + self.k(x.mul_(gains) if self.in_place else x * gains)
+
+    found = []
+    for in_place in (False, True):
+        torch.manual_seed(0)
+        model = Changing(in_place=in_place)
+        ll.attach(model, ll.LoRAConfig(rank=2, init="eva"))
+        ll.calibrate(model, [torch.randn(8, 12) for _ in range(3)])
+        found.append([adapter.A.detach() for adapter in adapters_of(model)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert not torch.allclose(*found[0])
+
+
+def test_a_tensor_counts_as_often_as_a_layer_reads_it():
+    class Twice(nn.Module):
+        def __init__(self, *, copied: bool) -> None:
+            super().__init__()
+            self.copied, self.q = copied, nn.Linear(12, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.q(x.clone() if self.copied else x) + self.q(x.square())
+
+    def started(*, copied: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = Twice(copied=copied)
+        ll.attach(model, ll.LoRAConfig(rank=2, init="eva"))
+        ll.calibrate(model, [torch.randn(8, 12) for _ in range(3)])
+        return adapters_of(model)[0].A.detach()
+
+    assert torch.equal(started(copied=True), started(copied=False))
+
+
+def test_a_layer_with_a_sketch_shares_no_sums_with_one_without():
+    class Unequal(nn.Module):
+        def __init__(self, *, copied: bool) -> None:
+            super().__init__()
+            self.copied, self.q, self.k = copied, nn.Linear(100, 200), nn.Linear(100, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x)[..., :20] + self.k(x.clone() if self.copied else x)
+
+    def started(*, copied: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = Unequal(copied=copied)
+        ll.attach(model, ll.LoRAConfig(rank=2, init={"name": "eva", "stats_budget": "140kB"}))
+        ll.calibrate(model, [torch.randn(8, 100) for _ in range(3)])
+        return [adapter.A.detach() for adapter in adapters_of(model)]
+
+    found = started(copied=False)
+    assert all(torch.equal(one, other) for one, other in zip(found, started(copied=True), strict=True))
+    assert not torch.equal(*found)  # the first is that of a sketch
+
+
+@pytest.mark.parametrize("start", ["eva", "covariance"])
+def test_the_sums_over_an_input_of_three_layers_are_made_and_kept_once(start: str, monkeypatch: pytest.MonkeyPatch):
+    added, kept = list[int](), list[int]()
+    add, watching = Moments.add, Collector.watching
+
+    @contextmanager
+    def noting(self: Collector) -> Iterator[None]:
+        with watching(self):
+            yield
+        tensors = [tensor for place in self.places for each in place.statistics for tensor in each.tensors()]
+        kept.append(sum({id(tensor): tensor.nbytes for tensor in tensors}.values()))
+
+    monkeypatch.setattr(Moments, "add", lambda self, rows, mask: (added.append(len(rows)), add(self, rows, mask))[1])
+    monkeypatch.setattr(Collector, "watching", noting)
+
+    def cost(*, shared: bool) -> tuple[int, int]:
+        model, batches = projections(start, shared=lambda call: shared)
+        added.clear()
+        ll.calibrate(model, batches, loss_of(model))
+        return len(added), kept[-1]
+
+    (added_apart, kept_apart), (added_together, kept_together) = cost(shared=False), cost(shared=True)
+    assert added_apart - added_together == 5 * 2  # batches, and layers that need no sums of their own
+    assert kept_apart - kept_together == 2 * 8 * (Projections.WIDTH**2 + Projections.WIDTH + 5)
+
+
+@pytest.mark.parametrize(("start", "sides"), [("eva", 2), ("corda", 2), ("covariance", 2 + 4)])
+@pytest.mark.parametrize("options", [{}, {"rank": "auto", "rank_budget": 500}], ids=["rank", "auto"])
+def test_every_second_moment_is_decomposed_once(
+    start: str, sides: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    """Of q, k and v there is one for the inputs; of each layer one for the gradients. Ranks from data ask again."""
+    torch.manual_seed(0)
+    model = Projections()
+    ll.attach(model, ll.LoRAConfig(**({"rank": 2, "init": start} | options)))
+    decomposed, eigenpairs = list[int](), statistics.eigenpairs
+    monkeypatch.setattr(
+        statistics, "eigenpairs", lambda matrix: (decomposed.append(len(matrix)), eigenpairs(matrix))[1]
+    )
+    target = torch.randn(4, 6, 24)
+    ll.calibrate(model, [torch.randn(4, 6, 24) for _ in range(5)], lambda x: (model(x) * x * target).sum())
+    assert decomposed == sides * [Projections.WIDTH]
 
 
 # --- losses that hold derivatives
@@ -508,12 +666,104 @@ def test_heads_found_beside_ranks_from_data_stay_the_same_when_attached_again():
     assert not any(adapter.is_waiting for adapter in adapters_of(model))
 
 
-def test_ranks_from_data_beside_other_adapters_are_refused():
-    model, batches = planted(rank=1, init="kaiming")
-    ll.add_adapter(model, "b", ll.LoRAConfig(rank="auto", init="eva", rank_budget=320))
-    ll.set_adapter(model, "b")
-    with pytest.raises(ValueError, match="need a module with a single adapter"):
+def named(*names: str, **options: Any) -> tuple[nn.Module, list[Tensor]]:
+    """Return a model of which the last adapter gets its ranks from data, and the others are trained."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Planted(), nn.Linear(16, 16))
+    *others, last = names
+    for name in others:
+        ll.add_adapter(model, name, ll.LoRAConfig(rank=1, target_modules=["layers.0"], modules_to_save=["1"]))
+        ll.set_adapter(model, name)
+        for tensor in ll.adapter_state_dict(model).values():
+            tensor.data.normal_()
+    ranks: dict[str, Any] = {"rank": "auto", "rank_budget": 320, "init": "eva", "exclude_modules": ["1"]}
+    ll.add_adapter(model, last, ll.LoRAConfig(**(ranks | options)))
+    ll.set_adapter(model, last)
+    return model, [torch.randn(8, 16) for _ in range(8)]
+
+
+def ranks_in(model: nn.Module) -> dict[str, int]:
+    return {name: layer.rank for name, layer in ll.lora_layers(model).items()}
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c")], ids=len)
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["1"], "exclude_modules": []}], ids=["", "head"])
+def test_ranks_from_data_are_those_of_the_adapter_alone_also_beside_others(
+    names: tuple[str, ...], options: dict[str, Any]
+):
+    alone, batches = named("default", **options)
+    ll.calibrate(alone, batches)
+    model, _ = named(*names, **options)
+    base, before = copy.deepcopy(model), {}
+    for name in names[:-1]:
+        with ll.using(model, name):
+            before[name] = {key: tensor.clone() for key, tensor in ll.adapter_state_dict(model).items()}
+    ll.calibrate(model, batches)
+    assert ranks_in(model) == ranks_in(alone)
+    assert len(set(ranks_in(model).values())) > 1
+    assert (ll.adapter_names(model), ll.active_adapter(model)) == ([*names], names[-1])
+    for name, state in before.items():
+        with ll.using(model, name):
+            found = ll.adapter_state_dict(model)
+            assert found.keys() == state.keys()
+            assert all(torch.equal(found[key], tensor) for key, tensor in state.items())
+    for name in (*before, None):
+        with ll.using(model, name), ll.using(base, name):
+            assert torch.equal(model(batches[0]), base(batches[0]))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {name for name, parameter in alone.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora_others" not in name} == expected
+    ll.attach(
+        model,
+        ll.LoRAConfig(**({"rank": "auto", "rank_budget": 320, "init": "eva", "exclude_modules": ["1"]} | options)),
+    )
+    assert ranks_in(model) == ranks_in(alone)  # the request is known
+
+
+def test_detaching_after_ranks_from_data_leaves_the_base_as_it_was():
+    model, batches = named("a", "b")
+    plain = nn.Sequential(Planted(), nn.Linear(16, 16))
+    flags = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
+    base = copy.deepcopy(model)
+    ll.calibrate(model, batches)
+    ll.detach(model)
+    ll.detach(base)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_failure_to_attach_again_leaves_named_adapters_as_they_were(monkeypatch: pytest.MonkeyPatch):
+    model, batches = named("a", "b")
+    before = copy.deepcopy(model)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(calibration, "attach", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
         ll.calibrate(model, batches)
+    monkeypatch.undo()
+    assert (ll.adapter_names(model), ll.active_adapter(model)) == (["a", "b"], "b")
+    flags = {name: parameter.requires_grad for name, parameter in before.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+    state = before.state_dict()
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    ll.calibrate(model, batches)
+    assert len(set(ranks_in(model).values())) > 1
+
+
+def test_parts_that_were_attached_to_separately_have_no_common_budget():
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(16, 16)), "b": nn.Sequential(nn.Linear(16, 16))})
+    for part in model.values():
+        ll.attach(part, ll.LoRAConfig(rank="auto", init="eva", rank_budget=4 * 32))
+    batches = [torch.randn(8, 16) for _ in range(4)]
+    with pytest.raises(ValueError, match=r"attached to 'a', 'b' separately. Call calibrate for each"):
+        ll.calibrate(model, batches, lambda x: model["b"](model["a"](x)))
+    for part in model.values():
+        ll.calibrate(part, batches)
+    assert set(ranks_in(model).values()) == {4}
 
 
 # --- learning rates stay comparable

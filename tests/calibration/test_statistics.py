@@ -465,3 +465,8 @@ def test_the_widest_layers_are_sketched_until_the_rest_fits():
         assert must_sketch(SHAPES, {"inputs"}, columns=16, budget=spent) == chosen
     with pytest.raises(ValueError, match=f"4 layers need at least {spent:,} bytes.*budget is {spent - 1:,}"):
         must_sketch(SHAPES, {"inputs"}, columns=16, budget=spent - 1)
+
+
+def test_what_would_take_minutes_to_decompose_is_sketched_whatever_the_budget():
+    shapes = {"usual": (4096, 8192), "wide inputs": (16, 8193), "wide outputs": (8193, 16)}
+    assert must_sketch(shapes, {"inputs", "gradients"}, columns=16, budget=10**12) == {"wide inputs", "wide outputs"}

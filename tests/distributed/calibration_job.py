@@ -70,6 +70,25 @@ def with_attention(batches: list[Tensor]) -> dict[str, Tensor]:
     return adapter_state_dict(model)
 
 
+class Branching(nn.Module):
+    """Two layers that read the same tensor, or, if ``apart``, copies of it."""
+
+    def __init__(self, *, apart: bool) -> None:
+        super().__init__()
+        self.apart, self.q, self.k = apart, nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) + self.k(x.clone() if self.apart else x)
+
+
+def branching(batches: list[Tensor], *, apart: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = Branching(apart=apart)
+    attach(model, LoRAConfig(rank=2, init="eva"))
+    calibrate(model, batches)
+    return adapter_state_dict(model)
+
+
 class Look(LoRACallback):
     state: dict[str, Tensor]
 
@@ -116,6 +135,8 @@ def main(folder: Path) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     found: dict[str, Any] = {start: calibrated(share(rank, world), init=start) for start in STARTS}
     found["attention"] = with_attention(share(rank, world) if rank else [])
+    found["shared inputs"] = branching(share(rank, world), apart=False)
+    found["inputs shared by some"] = branching(share(rank, world), apart=rank == 0)
     found["ranks"] = calibrated(share(rank, world), **RANKS)
     found["fit"] = fit(DDPStrategy(process_group_backend="gloo"), init="eva")
     found["fit with ranks"] = fit(DDPStrategy(process_group_backend="gloo"), **RANKS)

@@ -12,6 +12,7 @@ from tests.distributed.calibration_job import (
     RANKS,
     STARTS,
     all_batches,
+    branching,
     calibrated,
     fit,
     losses,
@@ -20,7 +21,7 @@ from tests.distributed.calibration_job import (
 )
 from tests.processes import run_ranks
 
-STATES = (*STARTS, "attention", "ranks", "fit", "fit with ranks")
+STATES = (*STARTS, "attention", "shared inputs", "inputs shared by some", "ranks", "fit", "fit with ranks")
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -59,6 +60,12 @@ def test_a_process_without_batches_gets_the_start_of_the_others(results: list[di
     expected = with_attention([batch for rank in range(1, len(results)) for batch in share(rank, len(results))])
     for name, tensor in expected.items():
         torch.testing.assert_close(results[0]["attention"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["shared inputs", "inputs shared by some"])
+def test_layers_with_the_same_input_get_the_start_of_all_data(what: str, results: list[dict[str, Any]]):
+    for name, tensor in branching(all_batches(), apart=True).items():
+        torch.testing.assert_close(results[0][what][name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_unequal_shares_give_the_ranks_of_all_data(results: list[dict[str, Any]]):

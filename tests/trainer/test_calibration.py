@@ -22,6 +22,8 @@ from torchmetrics import MeanMetric
 from lightning_lora import (
     LoRACallback,
     LoRAConfig,
+    active_adapter,
+    adapter_names,
     adapter_state_dict,
     attach,
     calibrate,
@@ -30,6 +32,7 @@ from lightning_lora import (
     lora_layers,
     preflight,
     save_adapter,
+    set_adapter,
 )
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.trainer.calibration import calibrate_fit
@@ -179,6 +182,26 @@ def test_ranks_from_data_train_and_resume(start: str, tmp_path: Path):
     assert {name: layer.rank for name, layer in lora_layers(resumed).items()} == ranks
     again = fitted(LoRACallback(**options), module=module)
     assert {name: layer.rank for name, layer in lora_layers(again).items()} == ranks
+
+
+def test_ranks_from_data_of_one_of_several_adapters_train_and_resume(tmp_path: Path):
+    options: dict[str, Any] = {"rank": "auto", "rank_budget": 24 * 5, "init": "eva", "save_adapters": "all"}
+    alone = fitted(LoRACallback(**options), max_epochs=1)
+    ranks = {name: layer.rank for name, layer in lora_layers(alone).items()}
+    module = fitted(LoRACallback(adapter="a", rank=1), max_epochs=1)
+    before = {name: tensor.clone() for name, tensor in adapter_state_dict(module).items()}
+    again = {"default_root_dir": tmp_path, "enable_checkpointing": True, "max_epochs": 1}
+    fitted(LoRACallback(adapter="b", **options), module=module, **again)
+    assert {name: layer.rank for name, layer in lora_layers(module).items()} == ranks
+    [path] = tmp_path.rglob("*.ckpt")
+    seed_everything(1, verbose=False)
+    resumed = Module()
+    trainer(LoRACallback(adapter="b", **options), max_epochs=2, max_steps=-1).fit(resumed, data(), ckpt_path=path)
+    assert (adapter_names(resumed), active_adapter(resumed)) == (["a", "b"], "b")
+    assert {name: layer.rank for name, layer in lora_layers(resumed).items()} == ranks
+    for model in (module, resumed):
+        set_adapter(model, "a")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state_dict(model).items())
 
 
 class Headed(Module):
