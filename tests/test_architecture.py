@@ -28,7 +28,7 @@ LEVELS = [
     {"disk", "trainer"},
     {"callback"},
     {"analysis", "several"},
-    {"sweep"},
+    {"ranks", "sweep"},
     {""},
     {"cli"},
     {"__main__"},

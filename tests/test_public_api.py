@@ -39,6 +39,7 @@ PUBLIC = [
     "scaled",
     "set_adapter",
     "target_names",
+    "truncate_adapter",
     "using",
 ]
 
