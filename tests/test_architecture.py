@@ -28,6 +28,7 @@ LEVELS = [
     {"disk", "trainer"},
     {"callback"},
     {"analysis", "several"},
+    {"sweep"},
     {""},
     {"cli"},
     {"__main__"},
@@ -35,7 +36,7 @@ LEVELS = [
 STILL_UPWARD: set[tuple[str, str]] = set()
 CORE = set().union(*LEVELS[:9])
 TOOLS = {"analysis", "cli", "disk"}
-KNOWS_LIGHTNING = {"trainer", "callback"}
+KNOWS_LIGHTNING = {"trainer", "callback", "sweep"}
 LONGEST_FILE = 500
 
 
