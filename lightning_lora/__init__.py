@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
     from lightning_lora.loading import add_adapter, load_adapter
     from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
+    from lightning_lora.ranks.truncation import truncate_adapter
     from lightning_lora.several.combination import combine, combine_adapters
     from lightning_lora.several.routing import routed
 
@@ -60,6 +61,7 @@ __all__ = [
     "scaled",
     "set_adapter",
     "target_names",
+    "truncate_adapter",
     "using",
 ]
 
@@ -76,6 +78,7 @@ _IMPORTED_WHEN_USED = {
     "preflight": "peft_format.files",
     "routed": "several.routing",
     "save_adapter": "peft_format.files",
+    "truncate_adapter": "ranks.truncation",
 }
 
 

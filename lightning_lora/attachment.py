@@ -135,7 +135,7 @@ class Attachment:
         moved: Names of buffers of the base that training has changed by itself, such as a queue of negatives.
         buffers: Values before training of the base's buffers, if ``fresh`` fits need them.
         name: Its name among several adapters; None while it is the only one.
-        asked: The request as it was, if data have decided the ranks in ``config``.
+        asked: The request as it was, if data or a truncation have decided the ranks in ``config``.
         calibration: What the data said of each adapter, as plain values, if they decided its start.
     """
 
@@ -159,7 +159,7 @@ def get_attachment(module: nn.Module) -> Attachment | None:
 
 
 def settled(config: LoRAConfig, before: Attachment | None) -> LoRAConfig:
-    """Return a config with the heads that ``"auto"`` found and the ranks that data decided, at an earlier attach."""
+    """Return a config with the heads that ``"auto"`` found and the ranks decided since, of an earlier attach."""
     if before is None:
         return config
     if config.modules_to_save == AUTO:
@@ -168,7 +168,7 @@ def settled(config: LoRAConfig, before: Attachment | None) -> LoRAConfig:
 
 
 def is_same_request(config: LoRAConfig, asked: LoRAConfig | None) -> bool:
-    """Return whether a config is one for which data decided the ranks, whose record names the heads it found."""
+    """Return whether a config is one whose ranks were decided later, and whose record names the heads it found."""
     if asked is not None and config.modules_to_save == AUTO:
         config = replace(config, modules_to_save=asked.modules_to_save)
     return config == asked

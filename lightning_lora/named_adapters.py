@@ -173,6 +173,21 @@ def forget(several: Several) -> None:
     del vars(several.home)[SEVERAL]
 
 
+def take_out(adapter: Named, name: str) -> None:
+    """Remove the places of an adapter that is not active from the modules that it changes."""
+    for part in adapter.kept:
+        others = _others(part)
+        del others[name]
+        if not others:
+            del part._modules[OTHERS]
+
+
+def put_back(adapter: Named, name: str) -> None:
+    """Undo ``take_out``."""
+    for part, place in adapter.kept.items():
+        _others(part)[name] = place
+
+
 def home_of(module: nn.Module) -> nn.Module:
     """Return the module that has the record, or would have it: the one with the adapters if they are in one part."""
     module = unwrapped(module)

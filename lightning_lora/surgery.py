@@ -432,7 +432,7 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
         record.required_grad, record.base_values, record.starts = old.required_grad, old.base_values, old.starts
         record.moved, record.buffers = old.moved, old.buffers
         record.untied |= old.untied
-        record.name = old.name
+        record.name, record.asked, record.calibration = old.name, old.asked, old.calibration
     return record
 
 

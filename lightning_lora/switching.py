@@ -18,13 +18,16 @@ from lightning_lora.named_adapters import (
     adapter_names,
     check_name,
     checked,
+    forget,
     home_of,
+    put_back,
     recorded,
     register,
     several_of,
     switch_to,
+    take_out,
 )
-from lightning_lora.names import OTHERS, listed, parameters_of, walk
+from lightning_lora.names import listed, walk
 
 # --- what users call
 
@@ -90,8 +93,7 @@ def remove_adapter(module: nn.Module, name: str) -> None:
         others = [other for other in several.adapters if other != name]
         now = f"call set_adapter(module, {others[0]!r}) first" if others else "call detach(module) to remove the last"
         raise ValueError(f"remove_adapter: {name!r} is the active adapter; {now}. Nothing was changed.")
-    for part in several.adapters.pop(name).kept:
-        del part._modules[OTHERS]._modules[name]  # type: ignore[union-attr]
+    take_out(several.adapters.pop(name), name)
 
 
 # --- while something else is done
@@ -133,7 +135,7 @@ def beside(module: nn.Module, name: str) -> Iterator[None]:
     is_first = SEVERAL not in vars(home) and not AdaptedModel(home).layers
     several = Several(home) if is_first else several_of(home, "add_adapter")
     before = several.active
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(home)]
+    flags = [(parameter, parameter.requires_grad) for parameter in home.parameters()]  # of all adapters
     switch_to(several, None)
     _thaw_base(several)
     vars(home).pop(SEVERAL, None)
@@ -161,21 +163,18 @@ def in_place_of(module: nn.Module, name: str) -> Iterator[None]:
     """
     several = several_of(module, "in_place_of")
     order, before = list(several.adapters), several.active
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(several.home)]
+    flags = [(parameter, parameter.requires_grad) for parameter in several.home.parameters()]
     switch_to(several, None)
     _thaw_base(several)
     old = several.adapters.pop(name)
-    places = [(part._modules[OTHERS], place) for part, place in old.kept.items()]
-    for others, _ in places:
-        del others._modules[name]  # type: ignore[union-attr]
+    take_out(old, name)
     try:
         with beside(module, name):
             yield
         before = name
     except BaseException:
         several.adapters[name] = old
-        for others, place in places:
-            others._modules[name] = place  # type: ignore[union-attr]
+        put_back(old, name)
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         raise
@@ -183,6 +182,36 @@ def in_place_of(module: nn.Module, name: str) -> Iterator[None]:
         several.adapters = {each: several.adapters[each] for each in order}
         vars(several.home)[SEVERAL] = several
         switch_to(several, before)
+
+
+@contextmanager
+def replacing(module: nn.Module, caller: str) -> Iterator[None]:
+    """Have what is attached inside the block replace a module's only adapter, named or not; it keeps name and seed.
+
+    Inside, the module is the bare base, where what trains in full has the values that it was trained to if the base's
+    own were not kept. If the block raises, the adapter is there as before.
+    """
+    home = home_of(module)
+    [root] = AdaptedModel(home).roots
+    old, was_named = root.attachment, recorded(home) is not None
+    starts = old.starts
+    if not was_named:
+        trained = AdaptedModel(root.module).in_full
+        old.starts = {name: tensor.detach().clone() for name, tensor in trained.items() if name not in starts} | starts
+    try:
+        [name] = several_of(home, caller).adapters
+        with in_place_of(home, name):
+            yield
+    finally:
+        old.starts = starts
+        if not was_named and (several := recorded(home)) is not None:
+            forget(several)
+            old.name = None
+    [root] = AdaptedModel(home).roots
+    new = root.attachment
+    new.seed, new.moved, new.buffers = old.seed, old.moved, old.buffers
+    if not was_named:
+        new.name, new.starts = None, starts
 
 
 def _thaw_base(several: Several) -> None:

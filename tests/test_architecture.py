@@ -28,6 +28,7 @@ LEVELS = [
     {"disk", "trainer"},
     {"callback"},
     {"analysis", "several"},
+    {"ranks"},
     {""},
     {"cli"},
     {"__main__"},

@@ -38,6 +38,7 @@ PUBLIC = [
     "scaled",
     "set_adapter",
     "target_names",
+    "truncate_adapter",
     "using",
 ]
 

@@ -39,6 +39,7 @@ from lightning_lora.names import listed
 
 if TYPE_CHECKING:
     from lightning_lora.analysis.reports import Page
+    from lightning_lora.several.sum_as_adapter import CombinedLayer
 
 OK, PROBLEM = 0, 1
 
@@ -178,7 +179,10 @@ def scale(options: argparse.Namespace) -> Result:
 @command(ADAPTER, one_of(_RANK, _ENERGY), _INTO, OVERWRITE)
 def truncate(options: argparse.Namespace) -> Result:
     """Write the best approximation of an adapter by one of lower rank."""
-    return _sum(options, [options.adapter], [1.0], "svd")
+    from lightning_lora.ranks.truncation import truncate_file
+
+    kept = {"energy": options.energy, "rank": options.rank}
+    return _written(options, truncate_file(options.adapter, options.out, overwrite=options.overwrite, **kept))
 
 
 def _sum(options: argparse.Namespace, adapters: list[Path], weights: list[float], method: str) -> Result:
@@ -186,6 +190,10 @@ def _sum(options: argparse.Namespace, adapters: list[Path], weights: list[float]
 
     kept = {name: getattr(options, name, None) for name in ("rank", "energy")}
     layers = combine_adapters(adapters, weights, options.out, method=method, overwrite=options.overwrite, **kept)
+    return _written(options, layers)
+
+
+def _written(options: argparse.Namespace, layers: list[CombinedLayer]) -> Result:
     content = {"wrote": str(options.out), "layers": [layer._asdict() for layer in layers]}
     return Result(content, [f"wrote {options.out}: {len(layers)} layers", *sum_lines(layers)])
 

@@ -8,7 +8,7 @@ Adapters ``i`` with weights ``w_i`` add up to one adapter, which changes the bas
   ``(B_1 + B_2) @ (A_1 + A_2)``, would hold products of factors that never belonged together;
 - of values that replace the base's own, such as those of a head, ``v + sum of w_i * (v_i - v)`` with the base's ``v``.
 
-An adapter is first read as a ``Summand``; then ``_add`` is the arithmetic, and ``attach_sum`` attaches what it returns.
+An adapter is first read as a ``Summand``; then ``add`` is the arithmetic, and ``attach_sum`` attaches what it returns.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def combine(
     Source:
         Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
-    cut = _Cut("combine", method, rank, energy)
+    cut = Cut("combine", method, rank, energy)
     _check_weights("combine", weights)
     several = several_of(module, "combine")
     for each in weights:
@@ -104,10 +104,10 @@ def combine(
     summands = []
     for each, weight in weights.items():
         with using(home, each):
-            summands.append(summand_of_module(target, repr(each), float(weight)))
+            summands.append(summand_of_module(target, repr(each), float(weight), "combine"))
     with using(home, None):
         tokens_as_updates(summands, target)
-    layers = _add(summands, cut)
+    layers = add(summands, cut)
     with beside(home, name), ExitStack() as undo:
         attach_sum(target, layers, summands, "combine", undo, is_exact=method == "cat")
         model = AdaptedModel(target)
@@ -150,25 +150,42 @@ def combine_adapters(
         FileNotFoundError: An adapter does not exist.
     """
     caller = "combine_adapters"
-    cut = _Cut(caller, method, rank, energy)
+    cut = Cut(caller, method, rank, energy)
     if isinstance(paths, (str, PathLike)) or isinstance(weights, Mapping) or len(paths) != len(weights):
         raise ValueError(
             f"{caller}: paths={paths!r} and weights={weights!r} must be two lists of the same length: one weight for "
             "each adapter."
         )
     _check_weights(caller, {str(path): weight for path, weight in zip(paths, weights, strict=True)})
+    return write_sum(paths, weights, out, cut, overwrite=overwrite)
+
+
+def write_sum(
+    paths: Sequence[str | PathLike[str]],
+    weights: Sequence[float],
+    out: str | PathLike[str],
+    cut: Cut,
+    *,
+    overwrite: bool,
+) -> list[CombinedLayer]:
+    """Write the weighted sum of adapters on disk as a PEFT directory; the arguments are those of ``combine_adapters``.
+
+    Raises:
+        ValueError: As in ``combine_adapters``. Nothing was written.
+        FileNotFoundError: An adapter does not exist.
+    """
     check_directory(Path(out), marker=CONFIG_FILE, overwrite=overwrite)
     files = [read_as_peft(Path(path)) for path in paths]
     base = _common_base(files)
     skeleton, contents = imported_together(files)
     found = zip(paths, weights, contents, strict=True)
     summands = [summand_of_file(content, repr(str(path)), float(weight)) for path, weight, content in found]
-    layers = _add(summands, cut)
+    layers = add(summands, cut)
     with ExitStack() as undo:
-        attach_sum(skeleton, layers, summands, caller, undo, is_exact=method == "cat")
+        attach_sum(skeleton, layers, summands, cut.caller, undo, is_exact=cut.method == "cat")
         undo.pop_all()  # nobody else has the skeleton
     model = AdaptedModel(skeleton)
-    check_needs_no_base(model, summands, caller)
+    check_needs_no_base(model, summands, cut.caller)
     fill(skeleton, state_of_sum(model, layers, summands))
     export = exported(skeleton, "")
     export.is_partial = True
@@ -180,16 +197,23 @@ def combine_adapters(
 _BASE_NAME = "base_model_name_or_path"
 
 
-class _Cut:
+class Cut:
     """What of the exact sum to keep: the options of a call, checked.
 
+    Args:
+        caller: The function that messages name.
+        method: As in ``combine``.
+        rank: As in ``combine``.
+        energy: As in ``combine``.
+        alone: Whether this is a truncation: the sum is one adapter as it is.
+
     Raises:
-        TypeError: The rank is not an integer.
+        TypeError: The rank is not an integer, or the energy not a number.
         ValueError: An option is invalid.
     """
 
-    def __init__(self, caller: str, method: str, rank: Any, energy: float | None) -> None:
-        self.caller, self.method, self.rank, self.energy = caller, method, rank, energy
+    def __init__(self, caller: str, method: str, rank: Any, energy: Any, *, alone: bool = False) -> None:
+        self.caller, self.method, self.rank, self.energy, self.alone = caller, method, rank, energy, alone
         if method not in _METHODS:
             raise ValueError(f"{caller}: method={method!r} is unknown; choose {' or '.join(map(repr, _METHODS))}.")
         if method == "cat" and (rank, energy) != (None, None):
@@ -203,6 +227,8 @@ class _Cut:
             raise TypeError(f"{caller}: rank must be an integer, got {rank!r}.")
         if rank is not None and rank < 1:
             raise ValueError(f"{caller}: rank must be >= 1, got {rank!r}.")
+        if energy is not None and (not isinstance(energy, (int, float)) or isinstance(energy, bool)):
+            raise TypeError(f"{caller}: energy must be a number, got {energy!r}.")
         if energy is not None and not 0 < energy <= 1:
             raise ValueError(f"{caller}: energy must be above 0 and at most 1, got {energy!r}.")
 
@@ -227,14 +253,14 @@ def _check_weights(caller: str, weights: Mapping[str, object]) -> None:
 # --- the arithmetic
 
 
-def _add(summands: Sequence[Summand], cut: _Cut) -> dict[str, Layer]:
+def add(summands: Sequence[Summand], cut: Cut) -> dict[str, Layer]:
     """Return the sum of the low-rank updates, by the names of their adapters.
 
     Raises:
         ValueError: An adapter cannot be summed, or the sum is zero.
     """
     for each in summands:
-        check_summable(each, cut.caller)
+        check_summable(each, cut.caller, alone=cut.alone)
     align_slices(summands)
     check_conflicts(summands, cut.caller)
     terms: dict[str, list[tuple[float, Update]]] = {}
@@ -242,14 +268,14 @@ def _add(summands: Sequence[Summand], cut: _Cut) -> dict[str, Layer]:
         for label, update in each.updates.items():
             terms.setdefault(label, []).append((each.weight, update))
     sums = {label: _sum([update.factors.scaled(w) for w, update in found if w]) for label, found in terms.items()}
-    _check_rank(sums, cut)
-    layers = {label: _layer(label, [update for _, update in terms[label]], sums[label], cut) for label in terms}
-    if not any(layer.summary.rank for layer in layers.values()) and not any(e.tokens or e.values for e in summands):
+    if all(total is None for total in sums.values()) and not any(each.tokens or each.values for each in summands):
+        names = listed([each.name for each in summands])
+        what = names if cut.alone else f"the weighted sum of {names}"
         raise ValueError(
-            f"{cut.caller}: the weighted sum of {listed([each.name for each in summands])} is zero in every layer. "
-            "That is the base itself, for which no adapter is needed."
+            f"{cut.caller}: {what} is zero in every layer. That is the base itself, for which no adapter is needed."
         )
-    return layers
+    _check_rank(sums, cut)
+    return {label: _layer(label, [update for _, update in terms[label]], sums[label], cut) for label in terms}
 
 
 def _sum(terms: Sequence[Factors]) -> Factors | None:
@@ -261,13 +287,14 @@ def _sum(terms: Sequence[Factors]) -> Factors | None:
     return None if is_zero and (total.bias is None or not total.bias.any()) else total
 
 
-def _check_rank(sums: Mapping[str, Factors | None], cut: _Cut) -> None:
+def _check_rank(sums: Mapping[str, Factors | None], cut: Cut) -> None:
     most = max((total.highest_rank for total in sums.values() if total is not None), default=0)
-    if cut.rank is not None and cut.rank > most:
-        raise ValueError(f"{cut.caller}: rank={cut.rank} is above {most}, the highest rank that the sum can have.")
+    if cut.rank is not None and cut.rank > most > 0:
+        what = "adapter" if cut.alone else "sum"
+        raise ValueError(f"{cut.caller}: rank={cut.rank} is above {most}, the highest rank that the {what} can have.")
 
 
-def _layer(label: str, updates: Sequence[Update], total: Factors | None, cut: _Cut) -> Layer:
+def _layer(label: str, updates: Sequence[Update], total: Factors | None, cut: Cut) -> Layer:
     before, error = sum(update.factors.rank for update in updates), 0.0
     if total is None:
         return Layer(updates[0]._replace(factors=updates[0].factors.zero()), CombinedLayer(label, before, 0, error))
@@ -278,7 +305,7 @@ def _layer(label: str, updates: Sequence[Update], total: Factors | None, cut: _C
     return Layer(updates[0]._replace(factors=total), CombinedLayer(label, before, total.rank, error))
 
 
-def _truncated(total: Factors, cut: _Cut) -> tuple[Factors, float]:
+def _truncated(total: Factors, cut: Cut) -> tuple[Factors, float]:
     """Return the best approximation of a sum, and its relative error; the experts of a stack keep one rank."""
     is_stack = total.A.ndim == 3
     total = stacked([total])

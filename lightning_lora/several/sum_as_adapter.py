@@ -67,7 +67,7 @@ def attach_sum(
             warnings.filterwarnings("ignore", "These adapters are not smaller")  # the ranks follow from the adapters
             attach(target, config)
     except ValueError as error:
-        raise ValueError(f"{caller}: no single adapter can hold the sum: {error}") from error
+        raise ValueError(f"{caller}: no single adapter can hold the result: {error}") from error
     undo.callback(detach, target)
     made = {name: each for name, each in AdaptedModel(target).adapters.items() if isinstance(each, LowRankAdapter)}
     numbers = {name: (layer.update.factors.rank, layer.update.factors.scaling) for name, layer in wanted.items()}
@@ -78,7 +78,7 @@ def attach_sum(
     ]
     if wrong:
         raise ValueError(
-            f"{caller}: no single config means exactly the layers of the sum: {listed(wrong)} would be adapted "
+            f"{caller}: no single config means exactly the layers of the result: {listed(wrong)} would be adapted "
             "otherwise, because a name is also the end of another one."
         )
 

@@ -75,7 +75,7 @@ class Summand:
     saved: set[str] = field(default_factory=set)
 
 
-def summand_of_module(target: nn.Module, name: str, weight: float) -> Summand:
+def summand_of_module(target: nn.Module, name: str, weight: float, caller: str) -> Summand:
     """Return copies of what the active adapter of a module has learned."""
     model = AdaptedModel(target)
     model.check_unchanged()
@@ -89,8 +89,8 @@ def summand_of_module(target: nn.Module, name: str, weight: float) -> Summand:
             found.updates[label] = _update_of(label, adapter, model)
         else:
             raise ValueError(
-                f"combine: {label!r} of {name} has a {type(adapter).__name__}, which learns more than factors and a "
-                "bias: its changes do not add up. Leave it out."
+                f"{caller}: {label!r} of {name} has a {type(adapter).__name__}, which learns more than factors and a "
+                "bias: its changes do not add up, nor can they be cut."
             )
     found.values = {key: tensor.detach().cpu().clone() for key, tensor in model.in_full.items()}
     found.saved = {join(root.name, key) for root in model.roots for key in root.attachment.report.saved}
@@ -155,17 +155,20 @@ def tokens_as_updates(summands: Sequence[Summand], base: nn.Module) -> None:
 # --- what cannot be summed
 
 
-def check_summable(adapter: Summand, caller: str) -> None:
-    """Raise if the changes of an adapter do not add up, or are not finite.
+def check_summable(adapter: Summand, caller: str, *, alone: bool = False) -> None:
+    """Raise if the changes of an adapter do not add up or, of an adapter alone, cannot be cut; or are not finite.
 
     Raises:
         ValueError: Its message says why.
     """
     if adapter.config.use_dora:
-        raise ValueError(
-            f"{caller}: {adapter.name} uses DoRA, whose magnitudes rescale the base's own rows: its changes do not add "
-            "up. Leave it out, or merge it into the base."
-        )
+        reason = "whose magnitudes rescale the base's own rows: its changes do not add up. Leave it out"
+        if alone:
+            reason = (
+                "which rescales each row of W + scaling * B @ A by its norm: a cut of B @ A would change the norms, "
+                "and with them the base's own share of each row. Train it anew with a lower rank"
+            )
+        raise ValueError(f"{caller}: {adapter.name} uses DoRA, {reason}, or merge it into the base.")
     factors = {label: update.factors for label, update in adapter.updates.items()}
     tensors = {label: [each.A, each.B, *([] if each.bias is None else [each.bias])] for label, each in factors.items()}
     tensors |= {name: list(rows.values()) for name, rows in adapter.tokens.items()}

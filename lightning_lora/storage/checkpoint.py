@@ -247,7 +247,7 @@ def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | 
 
 
 def saved_request(record: Mapping[str, Any] | None) -> tuple[LoRAConfig | None, dict[str, Any]]:
-    """Return the config that was asked for, if data decided the ranks of the one above; and what the data said."""
+    """Return the config that was asked for, if its ranks were decided later; and what the data said."""
     with suppress(KeyError, TypeError, ValueError):
         [entry] = record["adapters"] if record is not None else []
         asked = LoRAConfig.from_dict(entry["asked"]) if "asked" in entry else None

@@ -254,7 +254,7 @@ class FitSession:
         self._others.enter_context(others_frozen(module))
         self._coverage = coverage(module)
         self.layout.attached(module)
-        if self._calibration and (record := get_attachment(module)) is not None:
+        if (self._asked is not None or self._calibration) and (record := get_attachment(module)) is not None:
             record.asked, record.calibration = self._asked, self._calibration
         if self._is_first:
             self._is_first = False

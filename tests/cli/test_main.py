@@ -211,7 +211,7 @@ def test_inspect_lists_the_adapters_of_a_checkpoint(several: Path, capsys: pytes
     assert {layer["rank"] for layer in found["layers"]} == {2}
 
 
-@pytest.mark.parametrize("command", ["diff", "combine", "export", "report", "scale"])
+@pytest.mark.parametrize("command", ["diff", "combine", "export", "report", "scale", "truncate"])
 def test_commands_say_which_adapter_of_a_checkpoint_they_are_about(
     command: str, several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,6 +220,7 @@ def test_commands_say_which_adapter_of_a_checkpoint_they_are_about(
         "combine": ["--weights", "1", "--out", tmp_path / "out"],
         "export": [tmp_path / "out"],
         "scale": ["2", "--out", tmp_path / "out"],
+        "truncate": ["--energy", "0.9", "--out", tmp_path / "out"],
     }
     assert run(command, several, *more.get(command, [])) == 0
     assert f"{several} holds the adapters 'first', 'second'; this is about 'second'" in capsys.readouterr().err

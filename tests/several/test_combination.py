@@ -414,7 +414,7 @@ def test_a_name_that_means_two_layers_is_refused_and_nothing_changes():
     add_adapter(module, "outer", LoRAConfig(rank=1, target_modules=r"rnn"))  # a regular expression for one of them
     learn(module, 0)
     before = state(module)
-    with pytest.raises(ValueError, match=r"exactly the layers of the sum: below\.rnn\.weight_hh_l0"):
+    with pytest.raises(ValueError, match=r"exactly the layers of the result: below\.rnn\.weight_hh_l0"):
         combine(module, {"outer": 0.5}, name="half")
     assert {key: torch.equal(value, before[key]) for key, value in state(module).items()} == dict.fromkeys(before, True)
     with using(module, None):

@@ -132,7 +132,7 @@ def test_sums_are_made_as_the_page_says(tmp_path: Path, monkeypatch: pytest.Monk
             write_checkpoint(model, tmp_path / f"{name}.ckpt")
             save_adapter(model, tmp_path / f"{name}-peft")
     for block in re.findall(r"```python\n(.*?)```", ARITHMETIC, flags=re.S):
-        exec(block, {"model": model})
+        exec(block, {"model": model, "LitModel": LitModel, "add_adapter": add_adapter})
     assert adapter_names(model)[2:] == ["mean", "difference", "half", "small"]
     for line in "".join(re.findall(r"```bash\n(.*?)```", ARITHMETIC, flags=re.S)).splitlines():
         program, *arguments = shlex.split(line, comments=True)

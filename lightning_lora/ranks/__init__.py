@@ -1,0 +1,1 @@
+"""What rank each layer has: cutting it, and deciding it while training."""
