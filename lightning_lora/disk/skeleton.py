@@ -246,11 +246,10 @@ def _fitted(
 ) -> Fitted:
     """Give the adapters their values, and return everything together."""
     model = AdaptedModel(skeleton)
-    owned = {id(parameter) for adapter in model.adapters.values() for parameter in adapter.parameters()}
-    factors = {name: state[name] for name, tensor in model.trained.items() if id(tensor) in owned and name in state}
+    factors = {name: state[name] for name in model.trained if name in state and name not in model.in_full}
     fill(skeleton, factors)
     values = {name: value for name, value in state.items() if name not in factors}
-    broken = [name for name, adapter in model.adapters.items() if not all(map(_is_finite, adapter.parameters()))]
+    broken = [name for name, adapter in model.adapters.items() if not _is_finite(*adapter.state_dict().values())]
     broken += [name for name, value in values.items() if not _is_finite(value)]
     if broken:
         raise ValueError(
@@ -259,8 +258,8 @@ def _fitted(
     return Fitted(skeleton, names, values, added, ignored)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True
+def _is_finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 # --- the kinds of the adapted layers, told from the shapes

@@ -24,6 +24,7 @@ from lightning_lora import (
 )
 from lightning_lora.analysis import AdapterMatrix, analyze, read_matrices
 from lightning_lora.analysis.adapters import in_order, kind_of, place, stored_matrices
+from lightning_lora.layers.starts import DIFFERENCES
 from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_unchanged, snapshot
@@ -300,6 +301,17 @@ def test_tokens_with_base_on_disk(tmp_path: Path):
     rows = next(each for each in read_matrices(model, tokens=True) if each.name == "transformer.wte")
     torch.testing.assert_close(found["transformer.wte"].A, rows.A)
     assert "transformer.wte" not in {each.name for each in stored_matrices(tmp_path / "adapter", tmp_path / "base")}
+
+
+@pytest.mark.parametrize("init", DIFFERENCES)
+def test_update_from_a_computed_start_is_the_same_with_base_on_disk(init: str, tmp_path: Path):
+    model = nn.Sequential(nn.Linear(12, 20))
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    path = write_checkpoint(trained(model, target_modules=["0"], init=init), tmp_path / "last.ckpt")
+    (found,) = stored_matrices(path, tmp_path / "model.safetensors", check_base=False)
+    state = {name: tensor.double() for name, tensor in adapter_state_dict(model).items()}
+    change = state["0.lora.B"] @ state["0.lora.A"] - state["0.lora.B0"] @ state["0.lora.A0"]
+    torch.testing.assert_close(update(found), 3 / 2 * change, rtol=1e-5, atol=1e-6)  # alpha / rank of `trained`
 
 
 @pytest.fixture

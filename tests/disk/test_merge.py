@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_lora import load_adapter, merge, save_adapter
+from lightning_lora.layers.starts import DIFFERENCES
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.files import FACTOR, change_tensors, files_of, run, tensors_of, write_checkpoint
 from tests.peft_format.kinds import KINDS, WARNED, seeded
@@ -244,6 +245,20 @@ def test_merge_of_each_kind_in_checkpoint_matches_in_memory(kind: str, tmp_path:
     assert run("merge", tmp_path / "last.ckpt", tmp_path / "model.safetensors", tmp_path / "out") == 0
     merge(model)
     assert_same(load_file(tmp_path / "out" / "model.safetensors"), model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "experts"])
+@pytest.mark.parametrize("init", DIFFERENCES)
+def test_merge_of_an_update_from_a_computed_start_matches_in_memory(init: str, kind: str, tmp_path: Path) -> None:
+    build, _, options = KINDS[kind]
+    model = seeded(build)
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    write_checkpoint(trained(model, **{"target_modules": ["layer"], "init": init} | options), tmp_path / "last.ckpt")
+    assert run("merge", tmp_path / "last.ckpt", tmp_path / "model.safetensors", tmp_path / "out") == 0
+    expected = seeded(build)
+    load_adapter(expected, tmp_path / "last.ckpt")
+    merge(expected)
+    assert_same(load_file(tmp_path / "out" / "model.safetensors"), expected.state_dict())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("attention")])

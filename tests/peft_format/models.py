@@ -148,6 +148,7 @@ def trained(model: nn.Module, **options: Any) -> nn.Module:
     for tensor in AdaptedModel(model).trained.values():
         if tensor.is_floating_point():
             tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+    AdaptedModel(model).have_values()
     return model
 
 
