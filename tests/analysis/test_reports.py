@@ -201,9 +201,7 @@ def started(convolutions: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    ("convolutions", "said"), [(2, "All updates: "), (20, "12 of the 20 updates, evenly spaced: ")]
-)
+@pytest.mark.parametrize(("convolutions", "said"), [(2, "All updates"), (20, "12 of the 20 updates, evenly spaced")])
 def test_a_page_shows_the_start_and_what_it_reads(convolutions: int, said: str):
     pytest.importorskip("matplotlib")
     analysis = analyze(started(convolutions))
