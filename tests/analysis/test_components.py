@@ -80,6 +80,7 @@ def test_the_components_of_every_kind_of_layer_add_up_to_its_update(kind: str):
     model = adapted(kind)
     [found] = loadings(model)
     assert_same(found.writes.T * found.values @ found.reads, update_of(model))
+    assert torch.equal(found.reads.amax(1), found.reads.abs().amax(1))
     assert found.kernel == KERNELS.get(kind, ())
     assert found.writes_kernel == (kind == "transposed conv")
 
@@ -155,10 +156,10 @@ def kernel_component(patches: Tensor) -> Any:
 
 
 def test_the_pattern_of_many_channels_is_the_one_they_share(rng: torch.Generator):
-    pattern = torch.nn.functional.normalize(torch.randn(1, 12, generator=rng)).view(3, 4)
     channels = torch.tensor([0.1, -0.2, 2.0, 0.0, 1.0])
-    component = kernel_component(channels.view(-1, 1, 1) * pattern)
-    assert_same(component.picture, pattern * pattern.flatten()[pattern.abs().argmax()].sign())
+    for pattern in torch.nn.functional.normalize(torch.randn(8, 12, generator=rng)).view(8, 3, 4):
+        component = kernel_component(channels.view(-1, 1, 1) * pattern)
+        assert_same(component.picture, pattern * pattern.flatten()[pattern.abs().argmax()].sign())
     assert [at for at, _ in component.reads] == [2, 4, 1]
     assert component.reads[0][1] == pytest.approx(4 / 5.05)
     assert component.writes == ((1, pytest.approx(1.0)),)
