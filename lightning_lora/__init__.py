@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning_lora.ranks.truncation import truncate_adapter
     from lightning_lora.several.combination import combine, combine_adapters
     from lightning_lora.several.routing import routed
+    from lightning_lora.sweep.callback import LoRASweep
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "LoRACallback",
     "LoRAConfig",
     "LoRALayer",
+    "LoRASweep",
     "Preflight",
     "active_adapter",
     "adapter_names",
@@ -69,6 +71,7 @@ __all__ = [
 # Imported at their first use: Lightning takes seconds, and the code for files a third of what everything else takes.
 _IMPORTED_WHEN_USED = {
     "LoRACallback": "callback",
+    "LoRASweep": "sweep.callback",
     "Preflight": "peft_format.files",
     "add_adapter": "loading",
     "calibrate": "calibration.calibrate",

@@ -29,7 +29,7 @@ from lightning_lora.attachment import DEFAULT, get_attachment, set_attachment
 from lightning_lora.layers import LoRALayer, swap_in, swap_out
 from lightning_lora.layers.lora_layer import Behavior
 from lightning_lora.modes import freeze_norms
-from lightning_lora.names import OTHERS, listed, near_names, walk
+from lightning_lora.names import OTHERS, listed, near_names, walk, without_points
 from lightning_lora.ops.checkpointing import Context, restore_in_recomputation
 from lightning_lora.sharding import is_fully_sharded, unwrapped
 
@@ -127,6 +127,8 @@ def checked(several: Several, name: str | None, caller: str) -> str:
     Raises:
         ValueError: There is none of that name.
     """
+    if isinstance(name, str) and name not in several.adapters:
+        name = without_points(name)  # as LoRASweep writes numbers in names
     if name not in several.adapters:
         near = near_names(name, several.adapters, 1) if isinstance(name, str) else []
         hint = f"Did you mean {near[0]!r}? " if near else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from decimal import Decimal
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # The child of a module with what it has under adapters that are not active (``named_adapters.py``).
 OTHERS = "lora_others"
 
+_DECIMAL = re.compile(r"(?<![\w.])(\d+\.\d*|\d*\.\d+|\d+(?=e))(e[-+]?\d+)?(?![\w.])")
+
 
 def clean_name(name: str) -> str:
     """Return a module, parameter or buffer name without the parts that wrappers add."""
@@ -31,6 +34,21 @@ def clean_name(name: str) -> str:
 def join(path: str, key: str) -> str:
     """Return the dotted name of ``key`` in the module at ``path``; the root's path is empty."""
     return f"{path}.{key}" if path else key
+
+
+def without_points(name: str) -> str:
+    """Return a name with its decimal numbers written without points: ``lr=0.0003`` becomes ``lr=3e-4``.
+
+    Names of modules, and so of adapters, have no points.
+    """
+    return _DECIMAL.sub(lambda found: _in_powers(Decimal(found[0])), name)
+
+
+def _in_powers(number: Decimal) -> str:
+    _, digits, exponent = number.normalize().as_tuple()
+    if not isinstance(exponent, int) or exponent >= 0:
+        return str(int(number))
+    return f"{''.join(map(str, digits))}e{exponent}"
 
 
 def is_glob(entry: str) -> bool:

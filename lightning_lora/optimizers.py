@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +14,8 @@ from lightning_lora.layers import LoRALayer, LowRankAdapter
 from lightning_lora.names import clean_name, listed, parameters_of
 from lightning_lora.option_checks import check_positive
 
-_RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
-_RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group
+RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
+RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group
 
 
 def parameter_groups(
@@ -42,7 +42,7 @@ def parameter_groups(
     trainable = [parameter for parameter in parameters_of(module) if parameter.requires_grad]
     if not trainable:
         raise ValueError(f"{type(module).__name__} has no trainable parameters; call attach first.")
-    fast = _fast_parameters(module) if lr_ratio != 1.0 else set()
+    fast = fast_parameters(module) if lr_ratio != 1.0 else set()
     groups = [
         {"name": "lora", "lr": lr, "params": [p for p in trainable if id(p) not in fast]},
         {"name": "lora_B", "lr": lr * lr_ratio, "params": [p for p in trainable if id(p) in fast]},
@@ -69,7 +69,7 @@ def repair_optimizers(
         ValueError: It is unclear which group a parameter belongs to, or no optimizer holds a trainable one.
     """
     check_positive("lr_ratio", lr_ratio)
-    names = _parameter_names(module)
+    names = names_of_parameters(module)
     _adopt_unheld(module, optimizers, names)
     for optimizer in optimizers:
         _drop_frozen(optimizer)
@@ -77,7 +77,7 @@ def repair_optimizers(
     if not any(group["params"] for optimizer in optimizers for group in optimizer.param_groups):
         raise ValueError("No optimizer holds a trainable parameter; is everything frozen?")
     if lr_ratio != 1.0:
-        fast = _fast_parameters(module)
+        fast = fast_parameters(module)
         for optimizer in optimizers:
             _split_fast(optimizer, fast, lr_ratio, list(schedulers))
 
@@ -103,7 +103,7 @@ def unpack_configured(configured: Any) -> tuple[list[Optimizer], list[Any]]:
 
 def group_names(module: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     """Return the names of the parameters that an optimizer's groups hold."""
-    names = _parameter_names(module)
+    names = names_of_parameters(module)
     return [[names.get(id(p), "?") for p in group["params"]] for group in groups]
 
 
@@ -134,11 +134,12 @@ def unheld_parameters(module: nn.Module, groups: Iterable[Mapping[str, Any]]) ->
     return [clean_name(name) for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
 
 
-def _parameter_names(module: nn.Module) -> dict[int, str]:
+def names_of_parameters(module: nn.Module) -> dict[int, str]:
+    """Return the name of each parameter by its identity, without what wrappers add."""
     return {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
 
 
-def _fast_parameters(module: nn.Module) -> set[int]:
+def fast_parameters(module: nn.Module) -> set[int]:
     """Return the factors that LoRA+ trains faster: ``B`` of every layer that starts with ``B = 0``."""
     adapters = [a for a in AdaptedModel(module).adapters.values() if isinstance(a, LowRankAdapter)]
     return {id(a.B) for a in adapters if a.zero_factor() is a.B}
@@ -159,7 +160,7 @@ def _adopt_unheld(module: nn.Module, optimizers: Sequence[Optimizer], names: dic
             if index is None:
                 unheld.append(names[id(parameter)])
                 continue
-            _adopt(*places[index], parameter, names[id(parameter)])
+            adopt(*places[index], parameter, names[id(parameter)])
             place_of[id(parameter)] = index
     if unheld:
         raise ValueError(
@@ -178,7 +179,8 @@ def _home(part: nn.Module, siblings: list[nn.Parameter], place_of: dict[int, int
     return 0 if places == 1 else None
 
 
-def _adopt(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
+def adopt(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, name: str) -> None:
+    """Add a parameter to one of an optimizer's groups."""
     group["params"].append(parameter)
     if "param_names" in group:
         group["param_names"].append(name)
@@ -218,25 +220,40 @@ def _split_fast(optimizer: Optimizer, fast: set[int], ratio: float, schedulers: 
         if not any(is_fast):
             continue
         twin = {key: copy.copy(value) for key, value in group.items() if key not in ("params", "param_names")}
-        twin |= {key: group[key] * ratio for key in _RATES if isinstance(group.get(key), (int, float, Tensor))}
+        twin |= {key: group[key] * ratio for key in RATES if isinstance(group.get(key), (int, float, Tensor))}
         twin |= {key: list(group[key]) for key in ("params", "param_names") if key in group}
         twin["name"] = f"{group['name']}.lora_B" if "name" in group else f"lora_B{'' if not sources else len(sources)}"
         _keep(group, [i for i, flag in enumerate(is_fast) if not flag])
         _keep(twin, [i for i, flag in enumerate(is_fast) if flag])
         optimizer.param_groups.append(twin)
         sources.append(index)
+    places = [(index, _same) for index in range(count)] + [(index, _times(ratio)) for index in sources]
     for scheduler in schedulers:
-        _extend_scheduler(scheduler, optimizer, count, sources, ratio)
+        relist(scheduler, optimizer, places)
 
 
-def _extend_scheduler(scheduler: Any, optimizer: Optimizer, count: int, sources: list[int], ratio: float) -> None:
-    """Add entries for the appended groups to a scheduler, copied from the groups that they were split from."""
+def _same(rate: Any) -> Any:
+    return rate
+
+
+def _times(ratio: float) -> Callable[[Any], Any]:
+    return lambda rate: rate * ratio
+
+
+def relist(scheduler: Any, optimizer: Optimizer, places: Sequence[tuple[int, Callable[[Any], Any]]]) -> None:
+    """Rebuild what a scheduler keeps for each of its optimizer's groups, after groups were split.
+
+    Args:
+        scheduler: Changed in place.
+        optimizer: Its optimizer.
+        places: For each group, the earlier group that it comes from, and what makes its learning rates from that one's.
+    """
+    count = 1 + max(index for index, _ in places)
     for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
-        _extend_scheduler(inner, optimizer, count, sources, ratio)
+        relist(inner, optimizer, places)
     if getattr(scheduler, "optimizer", None) is not optimizer:
         return
     for key, values in vars(scheduler).items():
-        if not isinstance(values, list) or len(values) != count or key in ("_schedulers", "_milestones"):
-            continue
-        factor = ratio if key in _RATE_LISTS else None
-        values += [copy.copy(values[i]) if factor is None else values[i] * factor for i in sources]
+        if isinstance(values, list) and len(values) == count and key not in ("_schedulers", "_milestones"):
+            scaled = key in RATE_LISTS
+            values[:] = [scale(values[i]) if scaled else copy.copy(values[i]) for i, scale in places]

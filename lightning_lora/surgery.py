@@ -44,7 +44,7 @@ from lightning_lora.layers import (
 from lightning_lora.modes import check_mergeable, fold, freeze_norms, set_mode
 from lightning_lora.named_adapters import adapter_names, forget, recorded, switch_to
 from lightning_lora.names import OTHERS, clean_name, listed, module_names, parameters_of
-from lightning_lora.planning.plan import Plan, PlannedLayer
+from lightning_lora.planning.plan import Plan, PlannedLayer, sizes_once
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
@@ -415,14 +415,12 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
         spec = each.spec
         dtype = "float64" if spec.dtype is torch.float64 else config.adapter_dtype
         layers.append(AdaptedLayer(each.label, each.pattern, spec.rank, spec.scaling, each.size, dtype))
-    saved = {}
-    for name, part in plan.saved.items():
-        saved[name] = sum(p.numel() for p in parameters_of(part))
+    copies = sum(plan.parameters[name].numel() for name in plan.untied)
     report = AttachReport(
         layers=layers,
-        saved=saved,
+        saved=sizes_once({name: parameters_of(part) for name, part in plan.saved.items()}),
         left_out=plan.left_out,
-        base_parameters=plan.base_parameters,
+        base_parameters=plan.base_parameters + copies,
         norms=plan.norms,
         frozen_norm=config.frozen_norm,
         biases=plan.biases,

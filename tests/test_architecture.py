@@ -28,7 +28,7 @@ LEVELS = [
     {"disk", "trainer"},
     {"callback"},
     {"analysis", "several"},
-    {"ranks"},
+    {"ranks", "sweep"},
     {""},
     {"cli"},
     {"__main__"},
@@ -36,7 +36,7 @@ LEVELS = [
 STILL_UPWARD: set[tuple[str, str]] = set()
 CORE = set().union(*LEVELS[:9])
 TOOLS = {"analysis", "cli", "disk"}
-KNOWS_LIGHTNING = {"trainer", "callback"}
+KNOWS_LIGHTNING = {"trainer", "callback", "sweep"}
 LONGEST_FILE = 500
 
 

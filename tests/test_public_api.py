@@ -13,6 +13,7 @@ PUBLIC = [
     "LoRACallback",
     "LoRAConfig",
     "LoRALayer",
+    "LoRASweep",
     "Preflight",
     "active_adapter",
     "adapter_names",

@@ -106,6 +106,12 @@ def test_resume_evaluate_swap(names: dict[str, Any]) -> None:
     assert torch.equal(names["base_prediction"], LitModel()(names["x"]))
 
 
+def test_try_many_settings(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    exec(code("Try many settings in one fit"), names)
+    assert names["sweep"].best in capsys.readouterr().out
+    assert len(names["sweep"].table()) == 6
+
+
 def test_merge(names: dict[str, Any]) -> None:
     model = names["model"]
     load_adapter(model, "adapter.ckpt")

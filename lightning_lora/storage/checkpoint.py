@@ -29,12 +29,13 @@ from lightning_lora.attachment import NONE_STORED, Stored
 from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.layers.low_rank import difference
-from lightning_lora.names import join, listed, near_names
+from lightning_lora.names import join, listed, near_names, without_points
 from lightning_lora.state import FORMAT_VERSION
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
 RECORD_KEY = "lightning_lora"
 _OF_A_LAYER = ("A", "B", "A0", "B0", "magnitude", "bias")
+SWEEP_KEY = "sweep"  # of the record: what a LoRASweep has compared, and what came out
 OTHERS_KEY = "lightning_lora_others"  # adapters beside the trained one: name -> their tensors
 
 
@@ -195,6 +196,7 @@ def _one_of(
     """Return the record of one of several adapters, as if it were the only one, and its tensors."""
     trained, names = record.get("adapter"), record.get("names", [])
     name = str(trained) if name is None else name
+    name = without_points(name) if name not in names else name
     if name not in names:
         near = near_names(name, names, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -110,7 +110,7 @@ def _step_of(trainer: Trainer, module: LightningModule) -> Callable[[Any], Any]:
     number = iter(range(sys.maxsize))
 
     def run(batch: Any) -> Any:
-        with _untouched(module), trainer.precision_plugin.train_step_context():
+        with untouched(module), trainer.precision_plugin.train_step_context():
             return step(batch, next(number)) if takes_number else step(batch)
 
     return run
@@ -215,7 +215,7 @@ def _call_with(function: Callable[..., object], *arguments: Any) -> Callable[[],
 
 
 @contextmanager
-def _untouched(module: LightningModule) -> Iterator[None]:
+def untouched(module: LightningModule) -> Iterator[None]:
     """Mute logging, and put back what steps keep on the module: lists of outputs, counters, states of metrics."""
     kept = [(vars(part), {name: _copied(value) for name, value in vars(part).items()}) for part in module.modules()]
     vars(module)["log"] = vars(module)["log_dict"] = lambda *_, **__: None

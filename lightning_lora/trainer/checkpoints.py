@@ -38,7 +38,7 @@ from lightning_lora.state import (
     record_problems,
     tensors_of_others,
 )
-from lightning_lora.storage.checkpoint import OTHERS_KEY, RECORD_KEY, checked_checkpoint, recorded_base
+from lightning_lora.storage.checkpoint import OTHERS_KEY, RECORD_KEY, SWEEP_KEY, checked_checkpoint, recorded_base
 from lightning_lora.trainer.checks import check_same_adapters
 from lightning_lora.trainer.lightning_patches import with_twins
 from lightning_lora.trainer.strategies import layout_of
@@ -72,6 +72,7 @@ class AdapterCheckpoints:
         self.check_base, self.keeps_all = True, False
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
         self.buffers: BufferWatch | None = None  # of the base, from when training began
+        self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
             setattr(strategy, name, getattr(self, name))
@@ -117,6 +118,7 @@ class AdapterCheckpoints:
         base = to_plain(base_fingerprint(self.layout, model))
         record = describe(model.module) | {"base": base, "optimizers": self._optimizer_names()}
         record |= {} if self.untrained is None else {"untrained": self.untrained()}
+        record |= {} if self.sweep is None else {SWEEP_KEY: self.sweep()}
         others = of_others(model.module, describe) if self.keeps_all else {}
         if others:
             record |= {"adapter": active_adapter(model.module), "names": adapter_names(model.module), "others": others}

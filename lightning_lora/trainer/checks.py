@@ -23,7 +23,7 @@ from lightning_lora.attachment import get_attachment
 from lightning_lora.config import FAMILIES
 from lightning_lora.layers import Adapter, base_parameter, has_running_statistics
 from lightning_lora.named_adapters import active_adapter, adapter_names
-from lightning_lora.names import clean_name, is_glob, join, listed, near_names, selected, unmatched
+from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
 from lightning_lora.sharding import anywhere, is_sharded, local, whole
@@ -157,9 +157,9 @@ def check_allowed(entries: Sequence[str], model: AdaptedModel) -> None:
 
 
 def _check_declared(model: AdaptedModel) -> None:
-    """Refuse parameters that would train but not be saved."""
+    """Refuse parameters that would train but not be saved; inactive adapters train in a sweep, which saves all."""
     trainable = [clean_name(name) for name, p in model.module.named_parameters() if p.requires_grad]
-    if undeclared := [name for name in trainable if name not in model.trained]:
+    if undeclared := [name for name in trainable if name not in model.trained and f"{OTHERS}." not in name]:
         raise MisconfigurationException(
             f"Parameters that would train but not be saved, because they belong to no adapter: {listed(undeclared)}. "
             "Name their modules in modules_to_save, or leave them frozen."

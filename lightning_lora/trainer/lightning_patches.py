@@ -289,13 +289,21 @@ class MethodWraps:
 
     def after(self, module: Any, name: str, afterwards: Callable[[Any], None]) -> None:
         """Call ``afterwards(result)`` after each run of this method of the module."""
+
+        def call(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = method(*args, **kwargs)
+            afterwards(result)
+            return result
+
+        self.around(module, name, call)
+
+    def around(self, module: Any, name: str, call: Callable[..., Any]) -> None:
+        """Have ``call(method, *args, **kwargs)`` run in place of this method of the module."""
         method = getattr(module, name)
 
         @functools.wraps(method)  # keeps Lightning's is_overridden right
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = method(*args, **kwargs)
-            afterwards(result)
-            return result
+            return call(method, *args, **kwargs)
 
         setattr(module, name, wrapper)
         self._wrapped.append((module, name))

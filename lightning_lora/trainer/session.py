@@ -89,12 +89,15 @@ class FitSession:
         trainer: Its Trainer.
         module: The module to adapt; it gets a load hook until ``close``.
         is_fit: Whether the run trains.
+        seed: Seed of random starts, in place of the one that ``seed_everything`` has set.
 
     Raises:
         MisconfigurationException: The strategy is not supported, or not with these settings.
     """
 
-    def __init__(self, options: Options, trainer: Trainer, module: LightningModule, *, is_fit: bool) -> None:
+    def __init__(
+        self, options: Options, trainer: Trainer, module: LightningModule, *, is_fit: bool, seed: int | None = None
+    ) -> None:
         self.options, self.trainer, self.module, self._is_fit = options, trainer, module, is_fit
         self._checkpoints = install_adapter_checkpoints(trainer.strategy)
         self._checkpoints.check_base, self._checkpoints.untrained = options.check_base, None
@@ -102,7 +105,7 @@ class FitSession:
         self.layout = self._checkpoints.layout
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
-        self._config, self._seed = options.config, int(os.environ.get(_SEED, "0"))
+        self._config, self._seed = options.config, int(os.environ.get(_SEED, "0")) if seed is None else seed
         self._name, self._stored = self._to_train()
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
         is_bare = options.config == LoRAConfig()

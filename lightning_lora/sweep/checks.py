@@ -1,0 +1,69 @@
+"""What a sweep cannot do, refused before anything has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+from lightning_lora.names import listed
+from lightning_lora.sweep.candidates import Candidate
+from lightning_lora.trainer.checks import AVERAGING, callbacks_of
+from lightning_lora.trainer.lightning_patches import with_twins
+
+
+def check_possible(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse strategies, precisions, modules and callbacks with which adapters would not train independently."""
+    strategy, precision = trainer.strategy, trainer.precision_plugin
+    is_known = isinstance(strategy, with_twins(SingleDeviceStrategy, DDPStrategy))
+    if not is_known or isinstance(strategy, with_twins(DeepSpeedStrategy)):
+        raise MisconfigurationException(
+            f"LoRASweep does not train under {type(strategy).__name__}, which divides or copies what trains. Use one "
+            "device or strategy='ddp', or one LoRACallback after the other."
+        )
+    if isinstance(precision, with_twins(HalfPrecision, MixedPrecision)) and precision.precision.startswith("16"):
+        raise MisconfigurationException(
+            "LoRASweep does not train in float16: where the gradients of one adapter overflow, the scaler skips the "
+            "step of all. Use precision='bf16-mixed' or '32-true'."
+        )
+    if not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"LoRASweep does not train {type(module).__name__}, which optimizes manually: its training_step, run for "
+            "each adapter, would step the optimizers of all. Use automatic optimization, or one LoRACallback after the "
+            "other."
+        )
+    if others := callbacks_of(trainer, *AVERAGING, LearningRateFinder, BatchSizeFinder):
+        raise MisconfigurationException(
+            f"{type(others[0]).__name__} treats all adapters of a LoRASweep as one. Remove it from the callbacks."
+        )
+
+
+def check_same_sweep(
+    saved: Mapping[str, Any] | None, record: Mapping[str, Any] | None, chosen: Mapping[str, Candidate]
+) -> None:
+    """Refuse to resume a checkpoint of another sweep, or of none.
+
+    Args:
+        saved: What the checkpoint says of its sweep.
+        record: Its record, if there is a checkpoint to resume.
+        chosen: The adapters of this sweep.
+    """
+    if record is None:
+        return
+    if saved is None:
+        raise MisconfigurationException(
+            "LoRASweep: the checkpoint was not written by a sweep, so it cannot be resumed by one. Leave ckpt_path "
+            "out, or resume it with LoRACallback."
+        )
+    before = {name: dict(each["given"]) for name, each in saved["results"].items()}
+    given = {name: dict(each.given) for name, each in chosen.items()}
+    if different := [name for name in {**before, **given} if before.get(name) != given.get(name)]:
+        raise MisconfigurationException(
+            f"LoRASweep: the checkpoint has compared other adapters; different are {listed(different)}. Give the same "
+            "grid or adapters to resume it."
+        )

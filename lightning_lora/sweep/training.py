@@ -1,0 +1,294 @@
+"""The training step of a sweep inside ``fit``: the way it runs, backward passes, losses that are not finite, logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_lora.names import listed
+from lightning_lora.sweep.candidates import Candidate
+from lightning_lora.sweep.meeting import Meeting
+from lightning_lora.sweep.optimizers import Parameters, drop_gradients
+from lightning_lora.sweep.proof import Proof
+from lightning_lora.sweep.standings import DIVERGED, Standings
+from lightning_lora.sweep.steps import Call, Mapped, Outcome, OwnMetrics, Step, UnfitError, failure, run_one
+
+LOOP, VMAP, MEET = "loop", "vmap", "meet"
+_LOOK_EVERY = 50  # steps: how often a GPU is waited for, to see whether losses are finite
+
+
+class Training:
+    """Runs ``training_step`` for all adapters that train.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+        chosen: The adapters.
+        owned: What each trains.
+        standings: Which of them still train.
+        template: The adapter whose layers cover those of all.
+        mode: How to run the step; ``"auto"`` until the first batch has shown what fits.
+        is_single: Whether one process trains, so that ``loop`` may free one adapter's activations before the next.
+
+    Attributes:
+        mode: How the step runs.
+        why: Why other ways were left out, by their names.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        chosen: Mapping[str, Candidate],
+        owned: Mapping[str, Parameters],
+        standings: Standings,
+        template: str,
+        mode: str,
+        *,
+        is_single: bool,
+    ) -> None:
+        self.trainer, self.module, self.chosen, self.owned = trainer, module, chosen, owned
+        self.standings, self.template, self.mode, self.is_single = standings, template, mode, is_single
+        self.why: dict[str, str] = {}
+        self._metrics = OwnMetrics(module)
+        self._waiting: dict[Tensor, Tensor] = {}  # gradients from before Lightning clears them
+        self._broken: dict[str, Tensor] = {}  # whether a loss has not been finite since the last look
+        self._mapped: Mapped | None = None
+
+    # --- which way
+
+    def choose(self, step: Step, args: tuple[Any, ...]) -> None:
+        """Decide how the step runs, by the first batch; every process must call this."""
+        if self.mode != "auto":
+            return
+        calls = self._calls(args, {})
+        proof = None
+        for mode in (VMAP, MEET):
+            try:
+                self._check_possible(mode)
+                with self.trainer.precision_plugin.train_step_context():
+                    proof = proof or Proof(self.module, step, calls, self.owned)
+                    proof.check(lambda step, calls, mode=mode: self._together(mode, step, calls))  # type: ignore[misc]
+            except Exception as error:  # whatever the module's own code raises under a transform
+                self.why[mode] = failure(error)
+            if not self._anywhere(mode in self.why):
+                self.mode = mode
+                break
+            self.why.setdefault(mode, "it does not fit in another process")
+        else:
+            self.mode = LOOP
+        self._mapped = None
+        reasons = "".join(f" {mode}: {reason}." for mode, reason in self.why.items())
+        what = "which always fits" if self.mode == LOOP else "which the first batch has proved"
+        rank_zero_info(f"LoRASweep: mode {self.mode!r}, {what}.{reasons}")
+
+    def _check_possible(self, mode: str) -> None:
+        if torch.is_anomaly_enabled():
+            raise UnfitError("detect_anomaly=True must not see an adapter whose loss is not finite")
+        if mode == VMAP and any(each.data is not None for each in self.chosen.values()):
+            raise UnfitError("every adapter has data of its own")
+
+    def _anywhere(self, flag: bool) -> bool:
+        strategy = self.trainer.strategy
+        found = strategy.reduce(torch.tensor(float(flag), device=strategy.root_device), reduce_op="sum")
+        return bool(found > 0)
+
+    # --- the step
+
+    def training_step(self, step: Step, *args: Any, **kwargs: Any) -> Any:
+        """Run the step for every adapter that trains; called in place of the module's own."""
+        calls = self._calls(args, kwargs)
+        if self.mode == LOOP:
+            outcomes = self._in_turn(step, calls)
+        else:
+            try:
+                outcomes = self._together(self.mode, step, calls)
+            except MisconfigurationException:
+                raise
+            except Exception as error:
+                raise MisconfigurationException(
+                    f"LoRASweep: mode {self.mode!r} does not fit the training_step of {type(self.module).__name__}: "
+                    f"{failure(error)}. Use mode='loop', which always fits, or 'auto', which tries before training."
+                ) from error
+        self._log(outcomes, calls)
+        losses = {name: each.loss for name, each in outcomes.items() if each.loss is not None}
+        if not losses:
+            return None
+        self._note(losses)
+        shown = next((name for name in self.standings.ranked(outcomes) if name in losses), next(iter(losses)))
+        loss = self._total(losses)
+        return {"loss": loss, **outcomes[shown].extra} if outcomes[shown].extra else loss
+
+    def _calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Call]:
+        """Return the arguments of the step for each adapter: its own part of the batch, if it has one."""
+        calls = {}
+        for name in self.standings.live:
+            key = self.chosen[name].data
+            own = args if key is None else (self.own_part(args[0], key), *args[1:])
+            if key is None or own[0] is not None:
+                calls[name] = (own, kwargs)
+        return calls
+
+    def own_part(self, batch: Any, key: str) -> Any:
+        """Return the part of a batch that belongs to one adapter."""
+        if not isinstance(batch, Mapping) or key not in batch:
+            found = (
+                f"has {listed([*map(repr, batch)])}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
+            )
+            raise MisconfigurationException(
+                f"LoRASweep: an adapter's data is {key!r}, and the batch {found}. Train with a mapping of dataloaders, "
+                f"such as {{{key!r}: loader}} or CombinedLoader({{{key!r}: loader}}, 'max_size_cycle')."
+            )
+        return batch[key]
+
+    def _together(self, mode: str, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
+        with self._metrics.unchanged():
+            if mode == MEET:
+                return Meeting(self.module, list(self.chosen)).run(step, calls)
+            if self._mapped is None:
+                self._mapped = Mapped(self.module, list(self.chosen), self.template)
+            return self._mapped.run(step, calls)
+
+    def _in_turn(self, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
+        """Run the step with each adapter, and on a single device its backward pass before the next one's step."""
+        outcomes: dict[str, Outcome] = {}
+        first, pending = next(iter(self.chosen)), ""
+        if self.is_single:
+            self._waiting.clear()
+        for name, call in calls.items():
+            if pending:
+                self._backward(pending, outcomes[pending])
+                pending = ""
+            with self._metrics.of(name, first):
+                outcomes[name] = outcome = run_one(self.module, step, call, name)
+            if self.is_single and outcome.loss is not None:
+                if outcome.loss.requires_grad and (outcome.loss.device.type != "cpu" or outcome.loss.isfinite()):
+                    pending = name
+                else:
+                    outcome.loss = outcome.loss.detach()
+        return outcomes
+
+    def _backward(self, name: str, outcome: Outcome) -> None:
+        """Compute an adapter's gradients, and keep them until Lightning has cleared those of the step before."""
+        parameters = list(self.owned[name].values())
+        before = [parameter.grad for parameter in parameters]
+        accumulated = self.trainer.accumulate_grad_batches
+        is_first = self.trainer.fit_loop.epoch_loop.batch_idx % accumulated == 0
+        for parameter in parameters:
+            parameter.grad = None
+        assert outcome.loss is not None
+        self.module.backward(outcome.loss / accumulated)
+        for parameter, old in zip(parameters, before, strict=True):
+            if parameter.grad is not None:
+                self._waiting[parameter] = parameter.grad
+            parameter.grad = None if is_first else old
+        outcome.loss = outcome.loss.detach()
+
+    def after_backward(self) -> None:
+        """Add the gradients that have waited."""
+        for parameter, gradient in self._waiting.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._waiting.clear()
+
+    def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum of the losses that are finite; its gradient is that of every adapter's own loss."""
+        stacked = torch.stack([loss.float() if loss.dtype != torch.float64 else loss for loss in losses.values()])
+        total = torch.where(stacked.isfinite(), stacked, torch.zeros_like(stacked)).sum()
+        idle: list[Tensor] = []
+        if not self.is_single:  # DDP expects a gradient for each parameter that it has seen
+            idle += [p for name in self.owned if name not in losses for p in self.owned[name].values()]
+        elif not total.requires_grad:  # the last loss was not finite, and the others have had their backward passes
+            idle += [*self.owned[next(iter(losses))].values()][:1]
+        return total + sum(0 * parameter.nan_to_num(0.0, 0.0, 0.0).sum() for parameter in idle)
+
+    # --- losses
+
+    def _note(self, losses: Mapping[str, Tensor]) -> None:
+        step = self.trainer.global_step
+        for name, loss in losses.items():
+            is_broken = ~loss.detach().isfinite()
+            self._broken[name] = is_broken if name not in self._broken else self._broken[name] | is_broken
+        if self.is_single and next(iter(losses.values())).device.type == "cpu":
+            self.look()
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step % max(1, every) == 0:
+            shown = {name: float(loss.detach()) for name, loss in losses.items()}
+            self.standings.note_losses(step, shown)
+
+    def look(self) -> None:
+        """Stop the adapters whose loss has not been finite; every process must call this."""
+        if not self._broken:
+            return
+        names = list(self._broken)
+        flags = torch.stack([self._broken[name].float() for name in names])
+        flags = flags if self.is_single else self.trainer.strategy.reduce(flags, reduce_op="sum")
+        self._broken.clear()
+        if broken := [name for name, flag in zip(names, flags.tolist(), strict=True) if flag]:
+            self.stop(broken, DIVERGED)
+
+    def is_time_to_look(self) -> bool:
+        """Return whether this step is one of those in which processes and devices are waited for."""
+        return self.trainer.global_step % _LOOK_EVERY == 0
+
+    def stop(self, names: Sequence[str], why: str) -> None:
+        """Train these adapters no further."""
+        names = [name for name in names if name in self.standings.live]
+        if not names:
+            return
+        step = self.trainer.global_step
+        self.standings.stop(names, step, why)
+        self.release()
+        if why == DIVERGED:
+            rank_zero_warn(f"LoRASweep: {listed([*map(repr, names)])} diverged and stopped at step {step}.")
+            if not self.standings.live and not any(each.curve for each in self.standings.results.values()):
+                raise MisconfigurationException(
+                    f"LoRASweep: every adapter has diverged by step {step}: {listed(list(self.owned))}. Lower the "
+                    "learning rates, clip gradients, or use a wider precision."
+                )
+            if not self.standings.live:
+                self.trainer.should_stop = True
+        else:
+            rank_zero_info(
+                f"LoRASweep: {listed([*map(repr, names)])} stopped at step {step}; "
+                f"{listed([*map(repr, self.standings.live)])} train on."
+            )
+
+    def release(self) -> None:
+        """Take adapters that have stopped out of the training."""
+        live = self.standings.live
+        for name, own in self.owned.items():
+            if name not in live:
+                for parameter in own.values():
+                    self._waiting.pop(parameter, None)
+                    if self.is_single:
+                        parameter.requires_grad_(False)
+        self.drop_idle()
+
+    def drop_idle(self) -> None:
+        """Leave adapters that have stopped out of the optimizer step, weight decay included."""
+        live = self.standings.live
+        for name, own in self.owned.items():
+            if name not in live:
+                drop_gradients(own)
+
+    # --- logs
+
+    def _log(self, outcomes: Mapping[str, Outcome], calls: Mapping[str, Call]) -> None:
+        """Log what each adapter has logged under its own name, and the best one's also as it is."""
+        shown, results = self.standings.ranked(outcomes)[:1], self.trainer._results
+        for name, outcome in outcomes.items():
+            if self.chosen[name].data is not None and results is not None:
+                results.batch, results.batch_size = calls[name][0][0], None  # whose size weighs means
+            for key, value, options in outcome.logged:
+                if isinstance(value, Metric):
+                    options = options | {"metric_attribute": self._metrics.attribute_of(value)}
+                self.module.log(f"{key}/{name}", value, **(options | {"prog_bar": False}))
+                if name in shown:
+                    self.module.log(key, value, **options)

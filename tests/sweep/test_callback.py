@@ -1,0 +1,598 @@
+"""LoRASweep: every adapter trains as it would in a fit of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from lightning_lora import (
+    LoRACallback,
+    LoRASweep,
+    active_adapter,
+    adapter_names,
+    adapter_state_dict,
+    load_adapter,
+    using,
+)
+from lightning_lora.sweep.candidates import Candidate
+from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, network, trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:These adapters are not smaller"),  # toys are small
+]
+
+State = dict[str, Tensor]
+MODES = ("loop", "vmap", "meet")
+FOUR = {
+    "a": {"lr": 1e-2, "rank": 2},
+    "b": {"lr": 1e-3, "rank": 4, "seed": 3},
+    "c": {"lr": 3e-2, "rank": 8, "weight_decay": 0.5},
+    "d": {"lr_multiplier": 0.2, "rank": 3, "alpha": 9.0, "lr_ratio": 4.0},
+}
+STEPS = 20
+EXACT, CLOSE = 0.0, 1e-6  # relative; the second for factors that are stacked, whose products round otherwise
+
+
+class Quiet(Toy):
+    """A toy whose training step reads no value, so that every mode fits."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_epoch=True, on_step=False)
+        return loss
+
+
+class Rate:
+    """Builds the optimizer of a toy with another learning rate and decay."""
+
+    def __init__(self, candidate: Candidate) -> None:
+        base = 1e-2
+        self.lr = candidate.lr or base * candidate.lr_multiplier
+        self.decay = 0.1 if candidate.weight_decay is None else candidate.weight_decay
+
+
+def fit(module: LightningModule, *callbacks: Callback, path: Any = None, data: Any = None, **options: Any) -> Any:
+    defaults = {"max_steps": STEPS, "max_epochs": 50, "limit_val_batches": 1.0}
+    run = trainer(*callbacks, **(defaults | options))
+    run.fit(module, data if data is not None else loader(), loader(8), ckpt_path=path)
+    return run
+
+
+def alone(kind: Callable[[], Toy], candidate: Candidate, **options: Any) -> State:
+    """Return the adapter that a fit of its own trains."""
+    module, rate = kind(), Rate(candidate)
+
+    def configure_optimizers() -> Any:
+        return torch.optim.AdamW(module.parameters(), lr=rate.lr, weight_decay=rate.decay)
+
+    module.configure_optimizers = configure_optimizers  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", str(candidate.seed or 0))
+        fit(module, LoRACallback(candidate.config, lr_ratio=candidate.lr_ratio), **options)
+    return adapter_state_dict(module)
+
+
+def swept(**options: Any) -> LoRASweep:
+    """Return a sweep of ranks that suit a toy."""
+    return LoRASweep(**({"rank": 2} | options))
+
+
+def state(module: LightningModule, name: str) -> State:
+    with using(module, name):
+        return adapter_state_dict(module)
+
+
+def distance(found: State, expected: State) -> float:
+    """Return the largest relative difference of two states' tensors."""
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[key].double() - each.double()).norm() / each.double().norm().clamp_min(1e-12))
+        for key, each in expected.items()
+    )
+
+
+def assert_each_is_alone(
+    kind: Callable[[], Toy], sweep: LoRASweep, module: LightningModule, close: float, **options: Any
+) -> None:
+    for name, candidate in sweep.candidates.items():
+        assert distance(state(module, name), alone(kind, candidate, **options)) <= close, name
+
+
+# --- 1 to 3: equal to separate fits
+
+
+@pytest.mark.parametrize(("mode", "close"), [("loop", EXACT), ("vmap", CLOSE), ("meet", CLOSE)])
+def test_each_adapter_ends_as_in_a_fit_of_its_own(mode: Any, close: float):
+    module, options = Quiet(), {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
+    sweep = swept(adapters=FOUR, mode=mode, keep=1.0)
+    fit(module, sweep, **options)
+    assert adapter_names(module) == list(FOUR)
+    assert_each_is_alone(Quiet, sweep, module, close, **options)
+
+
+class SumLoss(Quiet):
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return ((self.net(x) - y) ** 2).sum()
+
+
+class TokenMean(Quiet):
+    """A mean over as many entries as each sample has, which is not the mean of the samples' means."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        counted = (torch.arange(x.shape[1]) < 1 + torch.arange(len(x)).unsqueeze(1) % 7).to(x)
+        return (counted * (self.net(x) - y) ** 2).sum() / counted.sum()
+
+
+class Contrastive(Quiet):
+    """In-batch negatives: every sample's loss depends on all others."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(x) @ y.T, torch.arange(len(x)))
+
+
+@pytest.mark.parametrize("kind", [SumLoss, TokenMean, Contrastive])
+@pytest.mark.parametrize("mode", ["vmap", "meet"])
+def test_losses_that_are_no_plain_means_give_the_same(mode: Any, kind: type[Toy]):
+    module, sweep = (
+        kind(),
+        swept(adapters={"a": {"lr": 1e-2, "rank": 2}, "b": {"lr": 1e-3, "rank": 3}}, mode=mode, keep=1.0),
+    )
+    fit(module, sweep, max_steps=8)
+    assert_each_is_alone(kind, sweep, module, CLOSE, max_steps=8)
+
+
+@pytest.mark.parametrize("kind", [BuiltInSetup, BuiltInConfigureModel])
+def test_layers_may_be_built_late(kind: type[Toy]):
+    class Late(kind):  # type: ignore[misc,valid-type]
+        training_step = Quiet.training_step
+
+    module, sweep = Late(), swept(grid={"rank": [2, 3]}, mode="loop", keep=1.0)
+    fit(module, sweep, max_steps=4)
+    assert_each_is_alone(Late, sweep, module, EXACT, max_steps=4)
+
+
+class TestTransformer:
+    def test_a_model_with_the_loss_inside_its_forward(self, caplog: pytest.LogCaptureFixture):
+        transformers = pytest.importorskip("transformers")
+        config = transformers.BertConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
+        )  # fmt: skip
+
+        class Bert(Quiet):
+            def build(self) -> None:
+                with torch.random.fork_rng():
+                    torch.manual_seed(0)
+                    self.net = transformers.BertForSequenceClassification(config)
+
+            def loss(self, batch: Any) -> Tensor:
+                return self.net(**batch).loss
+
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(0, 32, (16, 6), generator=generator)
+        mask = (torch.arange(6) < 2 + torch.arange(16).unsqueeze(1) % 5).long()
+        rows = [
+            {"input_ids": tokens[i], "attention_mask": mask[i], "labels": tokens[i, 0] % 3} for i in range(len(tokens))
+        ]
+        data = DataLoader(rows, batch_size=4)
+        options: dict[str, Any] = {"target_modules": ["query", "value"]}
+        both = {"a": {"lr": 1e-2, "rank": 2}, "b": {"lr": 1e-3, "rank": 4}}
+        module, sweep = Bert(), swept(adapters=both, keep=1.0, monitor="train_loss", **options)
+        with caplog.at_level("INFO"):
+            fit(module, sweep, data=data, limit_val_batches=0, max_steps=8)
+        assert "mode 'vmap'" in said_mode(caplog)
+        assert_each_is_alone(Bert, sweep, module, 1e-5, data=data, limit_val_batches=0, max_steps=8)
+
+
+def said_mode(caplog: pytest.LogCaptureFixture) -> str:
+    """Return what the sweep has said of its mode."""
+    [said] = [record.getMessage() for record in caplog.records if "LoRASweep: mode" in record.getMessage()]
+    return said
+
+
+# --- 4 and 6: adapters that fail or stop
+
+
+@pytest.mark.parametrize("mode", ["vmap", "loop"])
+def test_an_adapter_that_diverges_leaves_the_others_bit_equal(mode: Any):
+    sane = {"a": {"lr": 1e-2}, "b": {"lr": 1e-3}}
+    without, beside = Quiet(), Quiet()
+    fit(without, swept(adapters=sane, mode=mode, keep=1.0))
+    sweep = swept(adapters={"wild": {"lr": 1e30}, **sane}, mode=mode, keep=1.0)
+    with pytest.warns(UserWarning, match="'wild' diverged and stopped at step"):
+        fit(beside, sweep, data=loader())
+    assert all(distance(state(beside, name), state(without, name)) == EXACT for name in sane)
+    assert [row["why"] for row in sweep.table()] == [None, None, "diverged"]
+    assert sweep.best == active_adapter(beside) == "a"
+
+
+def test_a_fit_in_which_all_adapters_diverge_raises():
+    with (
+        pytest.raises(MisconfigurationException, match="every adapter has diverged"),
+        pytest.warns(UserWarning, match="diverged"),
+    ):
+        fit(Quiet(), swept(grid={"lr": [1e30, 1e31]}, mode="loop"))
+
+
+class Watch(Callback):
+    """Keeps the adapters as they are at the end of each epoch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, State]] = []
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: LightningModule) -> None:
+        self.seen.append({name: state(pl_module, name) for name in adapter_names(pl_module)})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_halving_stops_losers_which_never_move_again(mode: Any):
+    grid, watch = {"lr": [3e-2, 1e-2, 1e-3, 1e-5]}, Watch()
+    module, sweep = Quiet(), swept(grid=grid, mode=mode, keep=0.5)
+    fit(module, sweep, watch, max_epochs=5, max_steps=-1)
+    at = {row["name"]: row["stopped at"] for row in sweep.table()}
+    assert sorted(step for step in at.values() if step is not None) == [4, 4, 8]
+    assert at["lr=1e-5"] == at["lr=1e-3"] == 4
+    for epoch in range(2, 5):
+        for name, step in at.items():
+            moved = distance(watch.seen[epoch][name], watch.seen[epoch - 1][name])
+            assert (moved == 0) == (step is not None and step <= 4 * epoch), (name, epoch)
+    assert sweep.table()[0]["name"] == sweep.best == active_adapter(module)
+
+
+def test_no_adapter_stops_in_the_first_tenth_of_the_steps_or_at_the_end():
+    module, sweep = Quiet(), swept(grid={"lr": [1e-2, 1e-4]}, keep=0.5)
+    fit(module, sweep, max_epochs=1, max_steps=-1)  # its only validation is at the end
+    assert all(row["stopped at"] is None for row in sweep.table())
+    early = swept(grid={"lr": [1e-2, 1e-4]}, keep=0.5)
+    fit(Quiet(), early, max_epochs=11, max_steps=44, val_check_interval=1)
+    assert {row["stopped at"] for row in early.table()} == {None, 5}  # the first after 4.4 steps
+
+
+# --- 5: checkpoints
+
+
+class Resumable:
+    """A loader that goes on, in a resumed run, with the batch after the last one."""
+
+    def __init__(self) -> None:
+        self.batches, self.done = list(loader()), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        first, self.done = self.done % len(self), self.done % len(self)
+        for batch in self.batches[first:]:
+            self.done += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = state["done"]
+
+
+@pytest.mark.parametrize(("mode", "close"), [("loop", EXACT), ("vmap", CLOSE), ("auto", CLOSE)])
+def test_a_killed_run_resumes_in_the_middle_of_a_halving(mode: Any, close: float, tmp_path: Path):
+    options: dict[str, Any] = {"mode": mode, "keep": 0.5}
+    grid = {"lr": [1e-2, 3e-2, 1e-3, 1e-4]}
+    whole, sweep = Quiet(), swept(grid=grid, **options)
+    fit(whole, sweep, data=Resumable())
+    broken = Quiet()
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1, filename="{step}")
+    fit(broken, swept(grid=grid, **options), saves, max_steps=6, data=Resumable())
+    resumed, again = Quiet(), swept(grid=grid, **options)
+    fit(resumed, again, path=tmp_path / "step=6.ckpt", data=Resumable())
+    assert all(distance(state(resumed, name), state(whole, name)) <= close for name in sweep.candidates)
+    assert {r["name"]: r["stopped at"] for r in again.table()} == {r["name"]: r["stopped at"] for r in sweep.table()}
+    assert again.best == sweep.best
+    assert again.table()[0]["steps"] == STEPS
+
+
+def test_a_checkpoint_holds_all_adapters_and_the_best_is_the_one_that_loads(tmp_path: Path):
+    module, grid = Quiet(), {"lr": [1e-4, 0.03], "rank": [2]}
+    sweep = swept(grid=grid, keep=1.0)
+    saves = ModelCheckpoint(tmp_path, monitor="val_loss", filename="sweep")
+    run = fit(module, sweep, saves)
+    assert sweep.best == "lr=3e-2,rank=2"
+    assert run.callback_metrics["val_loss"] == run.callback_metrics["val_loss/lr=3e-2,rank=2"]
+    assert saves.best_model_score == min(value for _, value in sweep._standings.results[sweep.best].curve)  # type: ignore[union-attr]
+    loaded = Quiet()
+    load_adapter(loaded, tmp_path / "sweep.ckpt")
+    assert distance(adapter_state_dict(loaded), state(module, sweep.best)) == 0
+    other = Quiet()
+    load_adapter(other, tmp_path / "sweep.ckpt", adapter="lr=0.0001,rank=2")
+    assert distance(adapter_state_dict(other), state(module, "lr=1e-4,rank=2")) == 0
+
+
+def test_a_checkpoint_of_another_sweep_is_refused(tmp_path: Path):
+    saves = ModelCheckpoint(tmp_path, filename="sweep")
+    fit(Quiet(), swept(grid={"lr": [1e-4, 1e-3]}), saves, max_steps=4)
+    with pytest.raises(MisconfigurationException, match="compared other adapters; different are lr=1e-3, lr=1e-2"):
+        fit(Quiet(), swept(grid={"lr": [1e-4, 1e-2]}), path=tmp_path / "sweep.ckpt")
+
+
+def test_testing_a_checkpoint_tests_its_best_adapter(tmp_path: Path):
+    module, sweep = Quiet(), swept(grid={"lr": [1e-4, 3e-2]}, keep=1.0)
+    fit(module, sweep, ModelCheckpoint(tmp_path, filename="sweep"))
+    expected = trainer(LoRACallback(rank=2)).test(module, loader(8), verbose=False)
+    found = trainer(sweep).test(Quiet(), loader(8), ckpt_path=tmp_path / "sweep.ckpt", verbose=False)
+    assert found == expected
+
+
+# --- 7: FLOPs
+
+
+def test_layers_before_the_first_adapted_one_compute_once():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(adapters: int, mode: Any) -> int:
+        module = Quiet()
+        sweep = swept(grid={"seed": list(range(adapters))}, mode=mode, keep=1.0, target_modules=["net.4"])
+        with FlopCounterMode(display=False) as counter:
+            fit(module, sweep, max_steps=1)
+        return counter.get_total_flops()
+
+    prefix, adapted = 2 * 8 * (8 * 16 + 16 * 16), 2 * 8 * 16 * 8  # of a batch of 8: frozen layers have no backward pass
+    saved = flops(4, "loop") - flops(4, "vmap")
+    assert 3 * prefix < saved < 3 * (prefix + adapted)  # the adapted layer's own product is the same for all, too
+
+
+# --- 8: what vmap cannot do
+
+
+def test_a_step_that_reads_a_value_falls_back_and_names_the_line(caplog: pytest.LogCaptureFixture):
+    both = {"a": {"lr": 1e-2}, "b": {"lr": 1e-3}}
+    module, sweep = Toy(), swept(adapters=both, keep=1.0)
+    with caplog.at_level("INFO"):
+        fit(module, sweep, max_steps=8)
+    said = said_mode(caplog)
+    assert "toys.py" in said
+    assert "self.losses.append(loss.item())" in said
+    assert len(module.losses) == 16  # the proof leaves no trace
+    assert_each_is_alone(Toy, sweep, module, EXACT, max_steps=8)
+
+
+def test_a_chosen_mode_that_does_not_fit_raises_and_names_the_line():
+    with pytest.raises(MisconfigurationException, match=r"mode 'vmap' does not fit.*losses.append.*Use mode='loop'"):
+        fit(Toy(), swept(grid={"lr": [1e-2, 1e-3]}, mode="vmap"))
+
+
+class Counting(Quiet):
+    """A toy whose training step updates a metric."""
+
+    def build(self) -> None:
+        super().build()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch)
+        self.mean.update(loss)
+        self.log("mean", self.mean, on_epoch=True, on_step=False)
+        return loss
+
+
+def test_each_adapter_has_metrics_of_its_own():
+    module, sweep = Counting(), swept(adapters={"a": {"lr": 3e-2}, "b": {"lr": 1e-3}}, keep=1.0)
+    run = fit(module, sweep, max_epochs=1, max_steps=-1)
+    one = Counting()
+    one.configure_optimizers = lambda: torch.optim.AdamW(one.parameters(), lr=3e-2, weight_decay=0.1)  # type: ignore[method-assign]
+    expected = fit(one, LoRACallback(rank=2), max_epochs=1, max_steps=-1).callback_metrics["mean"]
+    assert run.callback_metrics["mean/a"] == expected
+    assert run.callback_metrics["mean/b"] != expected
+
+
+# --- 9: memory
+
+
+class Saved:
+    """Counts the bytes that autograd keeps at one time."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        return _Held(self, tensor)
+
+
+class _Held:
+    def __init__(self, count: Saved, tensor: Tensor) -> None:
+        self.count, self.tensor = count, tensor
+        count.now += tensor.nbytes
+        count.most = max(count.most, count.now)
+
+    def __del__(self) -> None:
+        self.count.now -= self.tensor.nbytes
+
+
+def most_saved(adapters: int, mode: Any) -> int:
+    count = Saved()
+    sweep = swept(grid={"seed": list(range(adapters))}, mode=mode, keep=1.0)
+    with torch.autograd.graph.saved_tensors_hooks(count.pack, lambda held: held.tensor):
+        fit(Quiet(), sweep, max_steps=2)
+    return count.most
+
+
+def test_loop_keeps_the_activations_of_one_adapter_and_vmap_of_all():
+    one = most_saved(1, "loop")
+    assert most_saved(4, "loop") <= 1.05 * one
+    assert most_saved(4, "vmap") <= 4 * most_saved(1, "vmap")
+
+
+# --- 10: export
+
+
+def test_the_export_loads_in_peft(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+
+    class Inner(Quiet):
+        def build(self) -> None:
+            self.model = nn.ModuleDict({"net": network()})
+
+        @property
+        def net(self) -> nn.Module:  # type: ignore[override]
+            return self.model["net"]
+
+    module, sweep = Inner(), swept(grid={"lr": [1e-4, 3e-2]}, export_dir=str(tmp_path / "best"), keep=1.0)
+    fit(module, sweep)
+    [directory] = [path.parent for path in (tmp_path / "best").rglob("adapter_config.json")]
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    loaded = peft.PeftModel.from_pretrained(nn.ModuleDict({"net": network()}), directory)
+    with torch.no_grad():
+        assert torch.allclose(loaded.base_model.model["net"](x), module.net(x), atol=1e-6)
+    assert active_adapter(module) == sweep.best == "lr=3e-2"
+
+
+# --- optimizers
+
+
+class Scheduled(Quiet):
+    """A toy with a schedule."""
+
+    kind: Any = torch.optim.lr_scheduler.LambdaLR
+    schedule: dict[str, Any] = {"lr_lambda": lambda step: min(1.0, (step + 1) / 4)}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+        return [optimizer], [{"scheduler": self.kind(optimizer, **self.schedule), "interval": "step"}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        (torch.optim.lr_scheduler.LambdaLR, {"lr_lambda": lambda step: min(1.0, (step + 1) / 4)}),
+        (torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": STEPS, "eta_min": 1e-4}),
+        (torch.optim.lr_scheduler.StepLR, {"step_size": 3, "gamma": 0.5}),
+        (torch.optim.lr_scheduler.LinearLR, {"start_factor": 0.1, "total_iters": 6}),
+    ],
+)
+def test_schedules_act_as_on_an_optimizer_of_the_adapters_own(kind: Any, schedule: dict[str, Any]):
+    rates: dict[str, list[float]] = {"a": [], "b": []}
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            for group in trainer.optimizers[0].param_groups:
+                rates[group["name"]].append(group["lr"])
+
+    module, expected = Scheduled(), list[float]()
+    module.kind, module.schedule = kind, schedule
+    fit(module, swept(adapters={"a": {"lr": 3e-3}, "b": {}}, keep=1.0, mode="loop"), Rates())
+    [parameter] = [nn.Parameter(torch.zeros(1))]
+    optimizer = torch.optim.AdamW([parameter], lr=3e-3)
+    scheduler = kind(optimizer, **schedule)
+    for _ in range(STEPS):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates["a"] == expected
+    assert rates["b"] != expected
+
+
+def test_what_couples_adapters_is_refused():
+    class Plateau(Quiet):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1e-2)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+    class Whole(Quiet):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters())
+
+    class Leveling(Quiet):
+        def on_train_batch_start(self, *_: Any) -> None:
+            for group in self.optimizers().param_groups:
+                group["lr"] = 0.5
+
+    class Manual(Quiet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    refusals = {Plateau: "ReduceLROnPlateau", Whole: "LBFGS", Leveling: "own ones have no effect", Manual: "manually"}
+    for kind, message in refusals.items():
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(kind(), swept(grid={"lr": [1e-2, 1e-3]}))
+    grid = {"lr": [1e-2, 1e-3]}
+    with pytest.raises(MisconfigurationException, match="StochasticWeightAveraging treats all adapters"):
+        fit(Quiet(), swept(grid=grid), StochasticWeightAveraging(1e-2))
+    with pytest.raises(MisconfigurationException, match="a LoRASweep and a LoRACallback"):
+        fit(Quiet(), LoRACallback(), swept(grid=grid))
+
+
+# --- validation and other callbacks
+
+
+def test_validation_hooks_of_callbacks_run_once_and_metrics_are_each_adapters_own():
+    calls: list[str] = []
+
+    class Hooks(Callback):
+        def on_validation_start(self, *_: Any) -> None:
+            calls.append("start")
+
+        def on_validation_end(self, trainer: Any, *_: Any) -> None:
+            calls.append("end")
+            if trainer.sanity_checking:
+                return
+            assert float(trainer.callback_metrics["val_loss"]) == min(
+                float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val_loss/")
+            )
+
+    module, sweep = Quiet(), swept(grid={"lr": [1e-4, 3e-2, 1e-2]}, keep=1.0)
+    run = fit(module, sweep, Hooks(), max_epochs=2, max_steps=-1)
+    assert calls == ["start", "end"] * 3  # the first of the sanity check
+    [batch] = list(loader(8))
+    for name in sweep.candidates:
+        with using(module, name), torch.no_grad():
+            assert float(run.callback_metrics[f"val_loss/{name}"]) == pytest.approx(float(module.loss(batch)))
+
+
+def test_early_stopping_watches_the_best():
+    stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    run = fit(Quiet(), swept(grid={"lr": [1e-3, 1e-2]}, keep=1.0), stop)
+    assert stop.stopped_epoch == 1
+    assert run.global_step == 8
+
+
+def test_a_metric_that_nobody_logs_is_an_error_that_lists_the_others():
+    with pytest.raises(MisconfigurationException, match=r"monitor='val_acc'.*logged were val_loss"):
+        fit(Quiet(), swept(grid={"lr": [1e-2, 1e-3]}, monitor="val_acc"))
+
+
+# --- tasks
+
+
+class Tasks(Quiet):
+    pass
+
+
+@pytest.mark.parametrize("mode", ["loop", "meet", "auto"])
+def test_each_task_trains_on_its_own_batches(mode: Any):
+    parts = {"en": loader(32, 8), "de": loader(16, 4)}
+    module = Tasks()
+    sweep = swept(adapters={"en": {"data": "en"}, "de": {"data": "de", "rank": 3}}, mode=mode)
+    run = trainer(sweep, max_epochs=3, max_steps=-1, limit_val_batches=1.0)
+    from lightning.pytorch.utilities import CombinedLoader
+
+    held = {name: loader(8) for name in parts}
+    run.fit(module, parts, CombinedLoader(held, "max_size"))
+    for name, data in parts.items():
+        expected = alone(Tasks, sweep.candidates[name], data=data, max_steps=12)
+        assert distance(state(module, name), expected) <= CLOSE
+    mean = torch.stack([run.callback_metrics[f"val_loss/{name}"] for name in parts]).mean()
+    assert torch.allclose(run.callback_metrics["val_loss"], mean)
