@@ -152,7 +152,7 @@ class Attachment:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     name: str | None = None
     asked: LoRAConfig | None = None
-    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:

@@ -104,7 +104,7 @@ def calibrate(
     model.have_values()
     report = CalibrationReport([layer for _, layer in found], run.batches, run.share)
     for root in model.roots:
-        root.attachment.calibration = {each.label: each.plain() for each in report.layers}
+        root.attachment.calibration = report.plain()
     return report
 
 

@@ -38,6 +38,8 @@ class LowRankAdapter(Adapter):
 
     trailing_dimensions: int = 0  # of the output, after the one that holds the features
     takes_starts: ClassVar[bool] = True  # the start may be computed from weights or data; embeddings keep theirs
+    kernel_shape: tuple[int, ...] = ()  # what the columns of `A` flatten, (channels, *positions), if it is a kernel
+    writes_kernel: ClassVar[bool] = False  # these columns are of the outputs, and the rows of `B` of the inputs
     is_plain: bool  # nothing but the factors
     A: nn.Parameter
     B: nn.Parameter

@@ -153,7 +153,8 @@ class CheckpointFile(AdapterFile):
 
 def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
     if (kind := said.get("kind")) is None:
-        return StoredWeight(said.get("weight"))
+        kernel = tuple(said.get("kernel", ()))
+        return StoredWeight(said.get("weight"), kernel=kernel, writes_kernel=said.get("writes_kernel", False))
     shape = said["shape"]
     if not (isinstance(shape, list) and 1 < len(shape) < 6 and all(type(s) is int and 0 < s < 2**31 for s in shape)):
         raise ValueError(f"The record of {name!r} holds the shape {shape!r}; the file was damaged.")
