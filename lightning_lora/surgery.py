@@ -178,7 +178,8 @@ def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -
 def detach(module: nn.Module) -> None:
     """Remove every adapter and restore the exact base model, with its classes, keys and gradient flags.
 
-    Modules trained in full keep what they learned; with several adapters, they get the base's own values back.
+    Modules trained in full get the base's own values back if these were kept: with ``LoRACallback(fresh=True)``, and
+    with several adapters. Otherwise they keep what they learned.
 
     Raises:
         ValueError: The module has no adapters, or they were attached to a parent of it.
@@ -195,7 +196,7 @@ def detach(module: nn.Module) -> None:
         set_mode(layer, "disabled")
         restore_layer(layer)
     for root in model.roots:
-        root.put(root.attachment.base_values)
+        root.put(root.attachment.base_values | root.attachment.starts)
         _tie_again(root)
     _thaw(model, model.roots)
 

@@ -63,6 +63,7 @@ class Export:
         refused: Name -> why PEFT cannot hold it.
         is_partial: Whether the model has other modules, so that only full names mean these.
         spellings: The path in PEFT's model -> the path in the files from which PEFT makes it.
+        moved: Buffers of the base that training has changed by itself.
     """
 
     root: nn.Module
@@ -75,6 +76,7 @@ class Export:
     refused: dict[str, str] = field(default_factory=dict)
     is_partial: bool = False
     spellings: dict[str, str] = field(default_factory=dict)
+    moved: list[str] = field(default_factory=list)
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -152,6 +154,11 @@ class Export:
         by_name = {layer.name: layer for layer in self.layers}
         doubled = [layer.name for layer in self.layers if layer.name != layer.target and not layer.by_parameter]
         found = []
+        if self.moved:
+            found.append(
+                f"Training has changed buffers of the base, for which PEFT has no place: {listed(self.moved)}. On the "
+                "base as it was, the adapter may compute something else; a .ckpt holds them."
+            )
         if any(by_name[name].factors.B.count_nonzero() for name in doubled):
             found.append(
                 f"PEFT up to {LAST_KNOWN_PEFT_TEXT} adds the update of attention's output projection twice, so the "

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_lora.adapted_model import AdaptedModel, Root
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
@@ -220,7 +220,6 @@ class FitSession:
         others = [name for name in adapter_names(self.module) if name != adapter.name]
         if adapter.name is None or not others:
             detach(self.module)
-            Root("", self.module, adapter).put(adapter.starts)
             fill_buffers(AdaptedModel(self.module), adapter.buffers)
         else:
             set_adapter(self.module, others[0])

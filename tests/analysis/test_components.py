@@ -45,7 +45,13 @@ def test_planted_components_are_found_however_the_update_is_split(rng: torch.Gen
     assert_same(signs.abs(), torch.ones(3, 1))
     assert_same(found.reads, signs * reads)
     assert_same(found.writes, signs * writes)
-    assert (found.reads.gather(1, found.reads.abs().argmax(1, keepdim=True)) > 0).all()
+
+
+@pytest.mark.parametrize("writes_kernel", [False, True])
+def test_the_largest_entry_of_what_is_read_is_positive(writes_kernel: bool, rng: torch.Generator):
+    A, B = torch.randn(8, 12, generator=rng), torch.randn(12, 8, generator=rng)
+    found = found_in(A, B, writes_kernel=writes_kernel)
+    assert torch.equal(found.reads.amax(1), found.reads.abs().amax(1))
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
@@ -155,10 +161,13 @@ def kernel_component(patches: Tensor) -> Any:
 
 
 def test_the_pattern_of_many_channels_is_the_one_they_share(rng: torch.Generator):
-    pattern = torch.nn.functional.normalize(torch.randn(1, 12, generator=rng)).view(3, 4)
     channels = torch.tensor([0.1, -0.2, 2.0, 0.0, 1.0])
-    component = kernel_component(channels.view(-1, 1, 1) * pattern)
-    assert_same(component.picture, pattern * pattern.flatten()[pattern.abs().argmax()].sign())
+    for pattern in torch.nn.functional.normalize(torch.randn(8, 12, generator=rng)).view(8, 3, 4):
+        component = kernel_component(channels.view(-1, 1, 1) * pattern)
+        assert_same(component.picture, pattern * pattern.flatten()[pattern.abs().argmax()].sign())
+    for patches in torch.randn(8, 5, 3, 4, generator=rng):
+        picture = kernel_component(patches).picture
+        assert picture.max() == picture.abs().max()
     assert [at for at, _ in component.reads] == [2, 4, 1]
     assert component.reads[0][1] == pytest.approx(4 / 5.05)
     assert component.writes == ((1, pytest.approx(1.0)),)
