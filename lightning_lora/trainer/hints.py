@@ -308,10 +308,10 @@ def _looks_new(layer: nn.Linear) -> bool | None:
 
     A new layer of torch is uniform within ``1 / sqrt(inputs)``; timm and others start biases at zero instead.
     """
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     plain = [each for each in (weight, bias) if each is not None]
     if weight is None or weight.shape != (layer.out_features, layer.in_features):
-        return None  # divided by a strategy
+        return None  # divided by a strategy, or computed
     if any(each.is_meta or type(each.data) is not Tensor for each in plain):
         return None  # without values, or with those of another format
     if bias is not None and not bias.any():
