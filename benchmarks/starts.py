@@ -30,23 +30,39 @@ Outcome. The loss on the test data after 10, 30 and 100 % of the steps; accuracy
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import math
-import re
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import measuring
-import quality
 import torch
-import torch.nn.functional as F
+from studies import (
+    END,
+    MOST_RATES,
+    PILOTS,
+    SEEDS,
+    Batch,
+    Runs,
+    Study,
+    best_rate,
+    complete,
+    difference,
+    explore,
+    finals,
+    groups_of,
+    markdown,
+    measured,
+    parser,
+    read_runs,
+    rows_of,
+    studies,
+    training,
+    write_section,
+)
 from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, attach, calibrate, lora_layers
@@ -58,176 +74,14 @@ ARMS = ["kaiming", "eva", "covariance", "lora_ga", "pissa", RANDOM, "orthogonal"
 CONTROLS = {"eva": RANDOM, **{name: name + SHUFFLED for name in ("covariance", "lora_ga")}}
 ARMS += [CONTROLS[name] for name in ("covariance", "lora_ga")]
 DRAWN = ("kaiming", "orthogonal")
-PILOTS, SEEDS = (0, 1), (10, 11, 12, 13, 14)
-MARKS = (10, 30, 100)  # per cent of the steps
-MOST_RATES = 9
-DIVERGED = 99.0  # counts as the loss of a run that is no longer finite
-
-Batch = dict[str, Tensor]  # with "labels"; "attention_mask" where there is padding
-Runs = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Study:
-    """A model and its data.
-
-    Attributes:
-        name: Its name in the results.
-        build: Returns the model before it is adapted, given the seed.
-        logits: Computes ``(samples, classes)``.
-        adapted: The part of the model to attach to.
-        config: Options of all arms.
-        draw: Returns the batches to train on, given the seed.
-        validation: Batches that choose the learning rate.
-        test: Batches that are reported.
-        rates: The grid to begin with.
-        factor: Between neighbors on the grid.
-    """
-
-    name: str
-    build: Callable[[int], nn.Module]
-    logits: Callable[[nn.Module, Batch], Tensor]
-    adapted: Callable[[nn.Module], nn.Module]
-    config: LoRAConfig
-    draw: Callable[[int], list[Batch]]
-    validation: list[Batch]
-    test: list[Batch]
-    rates: tuple[float, ...]
-    factor: float
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return F.cross_entropy(self.logits(model, batch), batch["labels"])
-
-
-# --- the two studies
-
-
-def digits(steps: int, base_steps: int, rank: int = 4, **size: int) -> Study:
-    sys.path.append(str(FOLDER.parent / "examples"))
-    from digits import BASE_RATE, DigitClassifier, Digits
-
-    clean, shifted = Digits("clean"), Digits("shifted")
-
-    def batches_of(data: Digits, count: int, seed: int) -> list[Batch]:
-        images, labels = data.train.tensors
-        order = torch.Generator().manual_seed(seed)
-        rows = torch.randint(len(labels), (count, 32), generator=order)
-        return [{"images": images[row], "labels": labels[row]} for row in rows]
-
-    validation, test = (
-        dict(zip(("images", "labels"), part.tensors, strict=True)) for part in (shifted.validation, shifted.test)
-    )
-    study = Study(
-        name="digits",
-        build=lambda _: copy.deepcopy(base),
-        logits=lambda model, batch: model(batch["images"]),
-        adapted=lambda model: model,
-        config=LoRAConfig(rank=rank, alpha=2.0 * rank),
-        draw=lambda seed: batches_of(shifted, steps, seed),
-        validation=[validation],
-        test=[test],
-        rates=(0.0025, 0.005, 0.01, 0.02, 0.04),
-        factor=2.0,
-    )
-    torch.manual_seed(0)
-    base = DigitClassifier(**size)
-    for _ in training(study, base, batches_of(clean, base_steps, 0), [{"params": base.parameters(), "lr": BASE_RATE}]):
-        pass
-    return study
-
-
-class UpperLayers(nn.Module):
-    """The layers of an encoder that have adapters, and a head on the mean of the last states."""
-
-    def __init__(self, encoder: nn.Module, width: int) -> None:
-        super().__init__()
-        self.encoder, self.head = encoder, nn.Linear(width, 2)
-
-    def forward(self, batch: Batch) -> Tensor:
-        mask = batch["attention_mask"]
-        states = self.encoder(batch["states"], attention_mask=ignoring(mask)).last_hidden_state
-        return self.head((states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
-
-
-def ignoring(mask: Tensor) -> Tensor:
-    """Return what is added to the scores of attention."""
-    return (1.0 - mask[:, None, None].float()) * -1e9
-
-
-def sentences(
-    tokenizer: Any,
-    model: nn.Module,
-    train: list[quality.Example],
-    test: list[quality.Example],
-    *,
-    steps: int,
-    validated: int = 300,
-    batch: int = 8,
-    rank: int = 8,
-) -> Study:
-    half = len(model.encoder.layer) // 2
-    lower, upper = copy.deepcopy(model.encoder), copy.deepcopy(model.encoder)
-    lower.layer, upper.layer = model.encoder.layer[:half], model.encoder.layer[half:]
-    model.eval()
-
-    @torch.no_grad()
-    def prepared(examples: list[quality.Example]) -> Batch:
-        texts = [text for text, _ in examples]
-        tokens = tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
-        mask = tokens["attention_mask"]
-        states = lower(model.embeddings(tokens["input_ids"]), attention_mask=ignoring(mask)).last_hidden_state
-        return {"states": states, "attention_mask": mask, "labels": torch.tensor([label for _, label in examples])}
-
-    def in_parts(examples: list[quality.Example]) -> list[Batch]:
-        examples = sorted(examples, key=lambda example: len(example[0]))  # so that there is little padding
-        return [prepared(examples[first : first + 50]) for first in range(0, len(examples), 50)]
-
-    def build(seed: int) -> nn.Module:
-        torch.manual_seed(seed)
-        return UpperLayers(copy.deepcopy(upper), model.config.hidden_size)
-
-    @cache
-    def draw(seed: int) -> list[Batch]:
-        order = torch.Generator().manual_seed(seed)
-        rows = torch.randint(len(train) - validated, (steps, batch), generator=order).tolist()
-        return [prepared([train[validated + i] for i in row]) for row in rows]
-
-    return Study(
-        name="sentences",
-        build=build,
-        logits=lambda model, batch: model(batch),
-        adapted=lambda model: model.encoder,
-        config=LoRAConfig(rank=rank, alpha=2.0 * rank, target_modules=["query", "value"]),
-        draw=draw,
-        validation=in_parts(train[:validated]),
-        test=in_parts(test),
-        rates=(8e-4, 2e-3, 5e-3),
-        factor=2.5,
-    )
+CONFIGS = {
+    "digits": (100, LoRAConfig(rank=4, alpha=8.0)),
+    "sentences": (60, LoRAConfig(rank=8, alpha=16.0, target_modules=["query", "value"])),
+}
+MARKS = ("10", "30", END)  # per cent of the steps
 
 
 # --- one run
-
-
-def training(study: Study, model: nn.Module, batches: list[Batch], groups: list[dict[str, Any]]) -> Iterator[int]:
-    """Train, and yield the number of the step after each."""
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, len(batches))
-    for step, batch in enumerate(batches, 1):
-        optimizer.zero_grad()
-        study.loss(model, batch).backward()
-        optimizer.step()
-        schedule.step()
-        yield step
-
-
-@torch.no_grad()
-def measured(study: Study, model: nn.Module, batches: list[Batch]) -> tuple[float, float]:
-    """Return the mean loss and the accuracy."""
-    logits = torch.cat([study.logits(model, batch) for batch in batches])
-    labels = torch.cat([batch["labels"] for batch in batches])
-    loss = F.cross_entropy(logits, labels).item()
-    return loss if math.isfinite(loss) else DIVERGED, (logits.argmax(1) == labels).float().mean().item()
 
 
 def started(study: Study, arm: str, seed: int, batches: list[Batch]) -> nn.Module:
@@ -277,103 +131,20 @@ def turn_at_random(study: Study, model: nn.Module, batches: list[Batch], generat
 def run(study: Study, model: nn.Module, rate: float, seed: int) -> dict[str, Any]:
     """Train once; pilot seeds see the validation data, the others the test data."""
     batches = study.draw(seed)
-    head = list(model.head.parameters()) if study.adapted(model) is not model else []
-    own = [p for p in study.adapted(model).parameters() if p.requires_grad]
-    groups = [{"params": own, "lr": rate}, *([{"params": head, "lr": quality.RATE_OF_HEAD}] if head else [])]
-    marks = {max(1, round(len(batches) * mark / 100)): mark for mark in MARKS}
+    marks = {max(1, round(len(batches) * int(mark) / 100)): mark for mark in MARKS}
     found: dict[str, Any] = {}
-    for step in training(study, model, batches, groups):
+    for step in training(study, model, batches, groups_of(study, model, rate)):
         if step in marks and seed not in PILOTS:
-            found[str(marks[step])] = measured(study, model, study.test)
+            found[marks[step]] = measured(study, model, study.test)
     if seed in PILOTS:
         found["validation"] = measured(study, model, study.validation)[0]
     return found
 
 
-# --- the study
-
-
-def key(study: str, arm: str, rate: float, seed: int) -> str:
-    return f"{study}/{arm}/{rate:.3g}/{seed}"
-
-
-def explore(study: Study, runs: Runs, save: Callable[[], None], seeds: Sequence[int], most: int = MOST_RATES) -> None:
-    """Run what is not yet among the runs: per arm, rates until the best is inside the grid, then the seeds."""
-
-    def ensure(arm: str, rate: float, seed: int) -> None:
-        if (name := key(study.name, arm, rate, seed)) not in runs:
-            runs[name] = run(study, copy.deepcopy(start(arm, seed)), rate, seed)
-            save()
-
-    for arm in ARMS:
-        start = cache(lambda arm, seed: started(study, arm, seed, study.draw(seed)))
-        rates = list(study.rates)
-        while True:
-            for rate in rates:
-                for seed in PILOTS:
-                    ensure(arm, rate, seed)
-            best, inside = best_rate(runs, study.name, arm)
-            if inside or len(rates) >= most:
-                break
-            rates = sorted([*rates, best * study.factor if best > rates[0] else best / study.factor])
-        for seed in seeds:
-            ensure(arm, best, seed)
-
-
-def best_rate(runs: Runs, study: str, arm: str) -> tuple[float, bool]:
-    """Return the rate with the lowest validation loss, and whether it is inside the grid."""
-    losses: dict[float, list[float]] = {}
-    for name, found in runs.items():
-        if name.startswith(f"{study}/{arm}/") and "validation" in found:
-            losses.setdefault(float(name.split("/")[2]), []).append(found["validation"])
-    best = min(losses, key=lambda rate: statistics.mean(losses[rate]))
-    return best, min(losses) < best < max(losses)
-
-
-def finals(runs: Runs, study: str, arm: str) -> dict[int, dict[str, Any]]:
-    """Return the results at the best rate by seed; none if the arm has not run."""
-    own = [name for name in runs if name.startswith(f"{study}/{arm}/")]
-    return {int(name.split("/")[3]): runs[name] for name in own if str(MARKS[-1]) in runs[name]}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A mean of paired differences and the half width of its 95 % interval."""
-
-    mean: float
-    margin: float
-
-    @property
-    def is_tie(self) -> bool:
-        return abs(self.mean) <= self.margin
-
-    def __str__(self) -> str:
-        text = f"{self.mean:+.3f} ± {self.margin:.3f}".replace("-", "−")  # noqa: RUF001 - a minus
-        return f"tied ({text})" if self.is_tie else text
-
-
-def difference(runs: Runs, study: str, arm: str, to: str, mark: int, which: int = 0) -> Difference:
-    """Compare two arms by loss (``which=0``) or accuracy (1), seed by seed."""
-    from scipy.stats import t
-
-    one, other = finals(runs, study, arm), finals(runs, study, to)
-    pairs = [one[seed][str(mark)][which] - other[seed][str(mark)][which] for seed in one if seed in other]
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return Difference(statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error)
-
-
-def complete(runs: Runs, study: str, seeds: Sequence[int] = SEEDS) -> list[str]:
-    """Return the arms that have run with all seeds."""
-    return [arm for arm in ARMS if set(finals(runs, study, arm)) >= set(seeds)]
-
-
-def rows_of(runs: Runs, study: str, seeds: Sequence[int]) -> list[measuring.Row]:
-    rows = []
-    for arm in complete(runs, study, seeds)[1:]:
-        found = difference(runs, study, arm, "kaiming", MARKS[-1])
-        bounds = found.mean - found.margin, found.mean + found.margin
-        rows.append(measuring.Row(f"{study}: loss of {arm} less kaiming", found.mean, *bounds))
-    return rows
+def attempts(study: Study) -> Callable[[str, float, int], dict[str, dict[str, Any]]]:
+    """Return what runs an arm at a rate with a seed; a start is computed once for all rates."""
+    start = lru_cache(maxsize=len(PILOTS))(lambda arm, seed: started(study, arm, seed, study.draw(seed)))
+    return lambda arm, rate, seed: {arm: run(study, copy.deepcopy(start(arm, seed)), rate, seed)}
 
 
 # --- what it costs
@@ -418,9 +189,9 @@ def section(content: dict[str, Any]) -> str:
 
 
 def controlled(runs: Runs, study: str) -> str:
-    there = complete(runs, study)
+    there = complete(runs, study, ARMS)
     found = [
-        f"`{arm}`: {difference(runs, study, arm, control, MARKS[-1])}"
+        f"`{arm}`: {difference(runs, study, arm, control)}"
         for arm, control in CONTROLS.items()
         if {arm, control} <= set(there)
     ]
@@ -438,9 +209,9 @@ def recommendation(runs: Runs, studies: Sequence[str]) -> str:
 def beats(runs: Runs, study: str, arm: str) -> bool:
     """Return whether an arm ends with a lower loss than ``kaiming`` and than its control."""
     others = ["kaiming", *([CONTROLS[arm]] if arm in CONTROLS else [])]
-    if not {arm, *others} <= set(complete(runs, study)) or arm in CONTROLS.values():
+    if not {arm, *others} <= set(complete(runs, study, ARMS)) or arm in CONTROLS.values():
         return False
-    found = [difference(runs, study, arm, other, MARKS[-1]) for other in others]
+    found = [difference(runs, study, arm, other) for other in others]
     return all(each.mean < 0 and not each.is_tie for each in found)
 
 
@@ -451,42 +222,30 @@ def label(arm: str) -> str:
 
 def table(runs: Runs, study: str) -> str:
     head = [study, "rate", *(f"loss at {mark} %" for mark in MARKS), "accuracy at the end"]
-    lines = [head, ["---"] * len(head)]
-    for arm in complete(runs, study):
+    lines = [head]
+    for arm in complete(runs, study, ARMS):
         rate, inside = best_rate(runs, study, arm)
         cells = [label(arm), f"{rate:.2g}" + ("" if inside else " (edge)")]
         if arm == "kaiming":
             own = finals(runs, study, arm).values()
-            means = [statistics.mean(each[str(mark)][0] for each in own) for mark in MARKS]
-            means.append(statistics.mean(each[str(MARKS[-1])][1] for each in own))
+            means = [statistics.mean(each[mark][0] for each in own) for mark in MARKS]
+            means.append(statistics.mean(each[END][1] for each in own))
             cells += [f"{mean:.3f}" for mean in means]
         else:
-            which = [*((mark, 0) for mark in MARKS), (MARKS[-1], 1)]
+            which = [*((mark, 0) for mark in MARKS), (END, 1)]
             cells += [str(difference(runs, study, arm, "kaiming", *each)) for each in which]
         lines.append(cells)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def write_page(content: dict[str, Any]) -> None:
-    start, end = "<!-- benchmarks/starts.py --page -->\n", "<!-- end -->"
-    text = PAGE.read_text(encoding="utf-8")
-    found = re.sub(f"(?s){start}.*?{end}", lambda _: f"{start}\n{section(content)}\n\n{end}", text)
-    PAGE.write_text(found, encoding="utf-8")
+    return markdown(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
-    parser = measuring.parser(__doc__, rounds=40)
-    parser.add_argument("--train", help="sentences to train on, as for quality.py; without them, only digits")
-    parser.add_argument("--test", help="sentences to test on")
-    parser.add_argument("--model", help="folder of another encoder to load with transformers")
-    parser.add_argument("--page", action="store_true", help="only write the tables into docs/initialization.md")
-    args = parser.parse_args(argv)
+    args = parser(__doc__, PAGE).parse_args(argv)
     if not args.smoke:
         args.json = args.json or str(RESULTS)
     file = Path(args.json) if args.json else None
-    runs: Runs = json.loads(file.read_text(encoding="utf-8"))["runs"] if file and file.exists() else {}
+    runs = read_runs(file)
     if args.page:
-        write_page({"runs": runs})
+        write_section(PAGE, "starts.py", section({"runs": runs}))
         return []
     torch.set_num_threads(1)
 
@@ -497,25 +256,12 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
         if file:
             measuring.write(rows, file, runs=runs)
 
-    for study in smoke_studies() if args.smoke else studies(args):
+    for study in studies(args, CONFIGS):
         rows += costs(study, 2 if args.smoke else args.rounds)
-        explore(study, runs, save, seeds, most=1 if args.smoke else MOST_RATES)
-        rows += rows_of(runs, study.name, seeds)
+        most = 1 if args.smoke else MOST_RATES
+        explore(study, ARMS, attempts(study), runs, save, seeds=seeds, most=most)
+        rows += rows_of(runs, study.name, ARMS, seeds)
     return measuring.report(rows, args, runs=runs)
-
-
-def studies(args: argparse.Namespace) -> Iterator[Study]:
-    yield digits(100, 600)
-    if args.train and args.test:
-        train, test = quality.read(args.train, 1300), quality.read(args.test, 400)
-        yield sentences(*quality.load(args.model), train, test, steps=60)
-
-
-def smoke_studies() -> Iterator[Study]:
-    config = {"steps": 3, "rank": 2}
-    yield replace(digits(base_steps=3, width=16, depth=1, **config), rates=(0.01,))
-    examples = [("good film", 1), ("bad film", 0)] * 4
-    yield replace(sentences(*quality.tiny(), examples, examples, **config, validated=2, batch=4), rates=(0.01,))
 
 
 if __name__ == "__main__":

