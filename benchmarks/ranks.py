@@ -5,11 +5,12 @@
     python benchmarks/ranks.py --page                               # writes the section in docs/dynamic_rank.md
     python benchmarks/ranks.py --overhead                           # the cost of a step, without the study
 
-The protocol, which was written before the first run:
+The protocol, which was written and committed before the first run of the study (one run per arm, which was timed and
+not kept, had set the number of steps):
 
-Studies. Those of ``studies.py``, with LoRA on all linear layers, of rank 2 on average, which is low, so that
-it can matter where the rank is: *digits* for 200 steps of 32 images, *sentences* for 80 steps of 8 out of 1,000. The
-scaling is 2 in every arm. AdamW without weight decay, the rate falls linearly to zero, no dropout.
+Studies. Those of ``studies.py``, with LoRA on all linear layers, of rank 2 on average, which is low, so that it can
+matter where the rank is: *digits* for 200 steps of 32 images, *sentences* for 80 steps of 8 out of 1,000. The scaling
+is 2 in every arm. AdamW without weight decay, the rate falls linearly to zero, no dropout.
 
 Arms. In the end, all but one have the parameters of rank 2 in every layer, or at most as many where ranks differ and
 the last component does not fit. *fixed*: rank 2 from the first step to the last. *gate*, *energy*, *adalora* and *gate,
@@ -18,10 +19,10 @@ rank*: trained with rank 4, then ``truncate_adapter(rank=2)``. *twice, cut by en
 ``truncate_adapter(energy=...)`` with the energy, found by bisection, that leaves the number of parameters nearest to
 that of rank 2. *twice*: the same adapter whole, with twice the parameters, to see whether rank matters at all.
 
-Rates. Each arm has its own: three on a grid of factor 2 (*digits*) or 2.5 (*sentences*), two pilot seeds, and the lowest
-mean loss on validation data counts, after the cut if there is one. If the best is the first or last, the grid grows by
-one, until it is inside or has nine. The head of *sentences* always has 0.01. Then five other seeds run at
-that rate. A seed decides the batches, the head and the random factors; it is the same for all arms, so differences are
+Rates. Each arm has its own: three on a grid of factor 2 (*digits*) or 2.5 (*sentences*), two pilot seeds, and the
+lowest mean loss on validation data counts, after the cut if there is one. If the best is the first or last, the grid
+grows by one, until it is inside or has nine. The head of *sentences* always has 0.01. Then five other seeds run at that
+rate. A seed decides the batches, the head and the random factors; it is the same for all arms, so differences are
 paired.
 
 Outcome. The loss on the test data after all steps; accuracy is reported, too. A difference from *fixed* whose 95 %
@@ -31,16 +32,22 @@ loss is lower in both studies.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import measuring
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from overhead import Clock
+from step import decoder
 from studies import (
     END,
     MOST_RATES,
@@ -63,9 +70,10 @@ from studies import (
     training,
     write_section,
 )
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_lora import LoRAConfig, attach, lora_layers, truncate_adapter
+from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers, truncate_adapter
 from lightning_lora.ranks.compaction import compact
 from lightning_lora.ranks.controller import RankController, cost_of, scheduled
 from lightning_lora.ranks.schedule import Plan, RankSchedule
@@ -86,6 +94,12 @@ SCHEDULES = {
 }
 ARMS = [FIXED, "gate", BY_RANK, BY_ENERGY, TWICE, "energy", "adalora", "gate, regrow"]
 BISECTIONS = 12
+
+# What is measured with --overhead:
+RANK, WARMUP, REACH = 8, 3, 1.03
+CALLS = ("before_step", "after_step", "end_step")
+MASKED, FINAL = ("nothing masked", "half masked"), "half masked, ranks final"
+SIZES = {"rounds": 15, "fits": 7, "steps": 14, "layers": 12, "width": 256, "hidden": 704, "batch": 4, "length": 128}
 
 
 # --- one run
@@ -196,15 +210,184 @@ def result(study: Study, model: nn.Module, seed: int) -> dict[str, Any]:
     return {END: measured(study, model, study.test), "parameters": parameters(model), "ranks": ranks}
 
 
+# --- what it costs
+
+
+def overhead(args: argparse.Namespace) -> list[measuring.Row]:
+    """Compare steps with a schedule, outside of events, with steps without; as calls, and in fits."""
+    base = decoder(args.layers, args.width, args.hidden)
+    x = torch.randn(args.batch, args.length, args.width)
+    spent: dict[str, list[float]] = {}
+    jobs = {name: step_of(base, x, LoRAConfig(rank=rank)) for name, rank in (("r", RANK), ("2r", 2 * RANK))}
+    for arm, schedule in SCHEDULES.items():
+        for masked in MASKED:
+            own = [spent.setdefault(f"{arm}, {masked}: {call}", []) for call in CALLS]
+            jobs[f"{arm}, {masked}"] = step_of(base, x, LoRAConfig(rank=RANK), schedule, masked, own)
+    times = measuring.in_turn(jobs, args.rounds, warmup=WARMUP)
+    rows = []
+    for name in [name for name in jobs if name not in ("r", "2r")]:
+        ranks = ("2r", "r") if MASKED[1] in name else ("2r",)
+        rows += [measuring.ratio(times, name, rank, REACH, f"step, {name} / rank {rank} without") for rank in ranks]
+        for call in CALLS:
+            shares = [part / whole for part, whole in zip(spent[f"{name}: {call}"][WARMUP:], times[name], strict=True)]
+            rows.append(measuring.spread(f"share of {call}, {name}", shares))
+    return rows + in_fits(base, x, args)
+
+
+def step_of(
+    base: nn.Module,
+    x: Tensor,
+    config: LoRAConfig,
+    schedule: RankSchedule | None = None,
+    masked: str = "",
+    spent: Sequence[list[float]] = (),
+) -> Callable[[], None]:
+    """Return what makes one step, with a schedule if there is one; the seconds of its calls go to ``spent``."""
+    model = copy.deepcopy(base)
+    attach(model, schedule.widened(config) if schedule else config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
+    if schedule:
+        controller = controller_of(model, schedule, config.first_rank, steps=10**6)  # so that no event is near
+        if masked == MASKED[1]:
+            for adapter in controller.adapters.values():
+                adapter.keep(torch.arange(adapter.spec.rank) % 2 == 0)
+            controller.begin()
+        for name, times in zip(CALLS, spent, strict=True):
+            setattr(controller, name, clocked(getattr(controller, name), times))
+        follow(controller, optimizer)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def clocked(call: Callable[..., object], times: list[float]) -> Callable[..., None]:
+    return lambda *args: times.append(measuring.cpu_seconds(partial(call, *args)))
+
+
+class Decoder(LightningModule):
+    """A base in a fit, where every step has the same batch."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def training_step(self, x: Tensor, *_: object) -> Tensor:
+        return self.base(x).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], 1e-4)
+
+
+def in_fits(base: nn.Module, x: Tensor, args: argparse.Namespace) -> list[measuring.Row]:
+    """Compare the median steps of fits, one of each per round."""
+    ways: dict[str, dict[str, Any]] = {
+        "2r": {"rank": 2 * RANK},
+        "r": {"rank": RANK},
+        MASKED[0]: {"rank": RANK, "rank_schedule": {"total": 10**6}},
+        FINAL: {"rank": RANK, "rank_schedule": {"total": 4, "warmup": 0, "until": 0.5, "every": 0.25}},
+    }
+    times: measuring.Times = {name: [] for name in ways}
+    for _ in range(args.fits):
+        for name, options in ways.items():
+            clock = Clock()
+            trainer = Trainer(
+                accelerator="cpu",
+                max_steps=args.steps,
+                callbacks=[LoRACallback(target_modules="all-linear", **options), clock],
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            data = DataLoader([x[0]] * args.steps * len(x), batch_size=len(x))
+            trainer.fit(Decoder(copy.deepcopy(base)), data)
+            ends = clock.ends[WARMUP:]
+            times[name].append(statistics.median(b - a for a, b in pairwise(ends)))
+    return [
+        measuring.ratio(times, name, rank, REACH, f"step in a fit, gate, {name} / rank {rank} without")
+        for name, rank in ((MASKED[0], "2r"), (FINAL, "2r"), (FINAL, "r"))
+    ]
+
+
+# --- the page
+
+
+def section(content: dict[str, Any]) -> str:
+    """Return what the page says: a table of each study with the ranks, and what follows."""
+    runs: Runs = content["runs"]
+    names = list(dict.fromkeys(name.split("/")[0] for name in runs))
+    parts = [part for name in names for part in (table(runs, name), ranks_table(runs, name))]
+    return "\n\n".join([*parts, recommendation(runs, names)])
+
+
+def label(arm: str) -> str:
+    return f"`{arm}`" if arm in SCHEDULES else arm
+
+
+def table(runs: Runs, study: str) -> str:
+    lines = [[study, "rate", "parameters", "loss", "accuracy"]]
+    for arm in complete(runs, study, ARMS):
+        rate, inside = best_rate(runs, study, arm)
+        own = finals(runs, study, arm).values()
+        cells = [label(arm), f"{rate:.2g}" + ("" if inside else " (edge)")]
+        cells.append(f"{statistics.mean(each['parameters'] for each in own):,.0f}")
+        for which in (0, 1):
+            mean = statistics.mean(each[END][which] for each in own)
+            cells.append(f"{mean:.3f}" if arm == FIXED else str(difference(runs, study, arm, FIXED, which=which)))
+        lines.append(cells)
+    return markdown(lines)
+
+
+def ranks_table(runs: Runs, study: str) -> str:
+    """Return the mean ranks by kind of layer, where they differ."""
+    arms = [arm for arm in complete(runs, study, ARMS) if arm in SCHEDULES or arm == BY_ENERGY]
+    own = {arm: [each["ranks"] for each in finals(runs, study, arm).values()] for arm in arms}
+    kinds = [*own[arms[0]][0]]
+    means = [
+        [label(arm), *(f"{statistics.mean(each[kind] for each in own[arm]):.1f}" for kind in kinds)] for arm in arms
+    ]
+    return markdown([["mean ranks", *(f"`{kind}`" for kind in kinds)], *means])
+
+
+def recommendation(runs: Runs, names: Sequence[str]) -> str:
+    """Return the sentence that follows from the rule of this file's docstring."""
+    found = [label(arm) for arm in ARMS if arm not in (FIXED, TWICE) and all(beats(runs, name, arm) for name in names)]
+    begin = "By the rule that was fixed before the runs, "
+    if not found or len(names) < 2:
+        return begin + "nothing is recommended over a fixed rank for its result."
+    return begin + f"recommended over a fixed rank for its result: {', '.join(found)}."
+
+
+def beats(runs: Runs, study: str, arm: str) -> bool:
+    """Return whether an arm ends with a lower loss than a fixed rank."""
+    if not {FIXED, arm} <= set(complete(runs, study, ARMS)):
+        return False
+    found = difference(runs, study, arm, FIXED)
+    return found.mean < 0 and not found.is_tie
+
+
 def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
-    args = parser(__doc__, PAGE).parse_args(argv)
+    options = parser(__doc__, PAGE, **SIZES)
+    options.add_argument("--overhead", action="store_true", help="only measure the cost of a step")
+    args = options.parse_args(argv)
+    torch.set_num_threads(1)
+    if args.smoke:
+        vars(args).update(rounds=2, fits=1, steps=6, layers=1, width=32, hidden=64, batch=2, length=16)
+    if args.overhead:
+        return measuring.report(overhead(args), args)
     if not args.smoke:
         args.json = args.json or str(RESULTS)
     file = Path(args.json) if args.json else None
     runs = read_runs(file)
-    torch.set_num_threads(1)
+    if args.page:
+        write_section(PAGE, RESULTS.with_suffix(".py").name, section({"runs": runs}))
+        return []
 
-    rows: list[measuring.Row] = []
+    rows: list[measuring.Row] = overhead(args) if args.smoke else []
     seeds = SEEDS[:2] if args.smoke else SEEDS
 
     def save() -> None:

@@ -239,7 +239,7 @@ def table(runs: Runs, study: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
-    args = parser(__doc__, PAGE).parse_args(argv)
+    args = parser(__doc__, PAGE, rounds=40).parse_args(argv)
     if not args.smoke:
         args.json = args.json or str(RESULTS)
     file = Path(args.json) if args.json else None

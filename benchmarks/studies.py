@@ -336,9 +336,9 @@ def difference(runs: Runs, study: str, arm: str, to: str, mark: str = END, which
 # --- files
 
 
-def parser(description: str | None, page: Path) -> argparse.ArgumentParser:
-    """Return a parser with the options of a study."""
-    found = measuring.parser(description, rounds=40)
+def parser(description: str | None, page: Path, **sizes: int) -> argparse.ArgumentParser:
+    """Return a parser with the options of a study, and one per size."""
+    found = measuring.parser(description, **sizes)
     found.add_argument("--train", help="sentences to train on, as for quality.py; without them, only digits")
     found.add_argument("--test", help="sentences to test on")
     found.add_argument("--model", help="folder of another encoder to load with transformers")

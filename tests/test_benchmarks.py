@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora import LoRAConfig, lora_layers
+from lightning_lora import LoRAConfig, attach, lora_layers
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -43,6 +43,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         "overhead",
         "scaling",
         "quality",
+        "ranks",
         "starts",
         "switch",
         "gpu",
@@ -71,7 +72,7 @@ def test_row_shows_target(benchmark):
     assert str(row) == "| a / b | 1.000 [0.500, 1.500] | 0.9 | missed |"
 
 
-# --- the study of the starts
+# --- the studies of starts and of rank schedules
 
 
 def runs(losses: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, Any]]:
@@ -84,22 +85,22 @@ def runs(losses: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, Any]
     return found
 
 
-@pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
-def test_the_page_shows_the_results_of_the_starts(benchmark):
+@pytest.mark.parametrize("benchmark", ["starts", "ranks"], indirect=True)
+def test_the_page_shows_the_results_of_the_study(benchmark):
     content = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
     assert benchmark.section(content) in benchmark.PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
+@pytest.mark.parametrize("benchmark", ["studies"], indirect=True)
 def test_a_difference_is_paired_and_a_tie_if_its_interval_holds_zero(benchmark):
     kaiming = [1.0, 3.0, 2.0, 5.0, 4.0]  # differ far more between seeds than between arms
     eva = [value - 0.1 - noise for value, noise in zip(kaiming, [0.0, 0.01, 0.02, 0.03, 0.04], strict=True)]
     results = runs({("digits", "kaiming"): kaiming, ("digits", "eva"): eva, ("digits", "pissa"): kaiming[::-1]})
-    better = benchmark.difference(results, "digits", "eva", "kaiming", 100)
+    better = benchmark.difference(results, "digits", "eva", "kaiming")
     assert better.mean == pytest.approx(-0.12)
     assert better.margin == pytest.approx(2.776 * statistics.stdev([0.0, 0.01, 0.02, 0.03, 0.04]) / 5**0.5, rel=1e-3)
     assert not better.is_tie
-    assert benchmark.difference(results, "digits", "pissa", "kaiming", 100).is_tie
+    assert benchmark.difference(results, "digits", "pissa", "kaiming").is_tie
 
 
 @pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
@@ -118,19 +119,63 @@ def test_a_start_is_recommended_if_it_beats_kaiming_and_its_control_in_both_stud
     assert "`eva`" not in benchmark.recommendation(runs(only_one), ["digits", "sentences"])
 
 
-@pytest.mark.parametrize("benchmark", ["starts"], indirect=True)
+@pytest.mark.parametrize("benchmark", ["studies"], indirect=True)
 @pytest.mark.parametrize("best", [0.08, 0.0025])
-def test_the_grid_grows_until_the_best_rate_is_inside(benchmark, best, monkeypatch):
-    monkeypatch.setattr(benchmark, "ARMS", ["kaiming"])
-    monkeypatch.setattr(benchmark, "started", lambda *_: None)
-    monkeypatch.setattr(benchmark, "run", lambda study, model, rate, seed: {"validation": abs(math.log(rate / best))})
-    study = SimpleNamespace(name="digits", rates=(0.01, 0.02), factor=2.0, draw=lambda seed: [])
+def test_the_grid_grows_until_the_best_rate_is_inside(benchmark, best):
+    study = SimpleNamespace(name="digits", rates=(0.01, 0.02), factor=2.0)
     found: dict[str, Any] = {}
-    benchmark.explore(study, found, lambda: None, seeds=[10])
+
+    def attempt(arm: str, rate: float, seed: int) -> dict[str, dict[str, Any]]:
+        return {arm: {"validation": abs(math.log(rate / best))}}
+
+    benchmark.explore(study, ["kaiming"], attempt, found, lambda: None, seeds=[10])
     assert benchmark.best_rate(found, "digits", "kaiming") == (best, True)
     assert f"digits/kaiming/{best}/10" in found
     tried = {float(name.split("/")[2]) for name in found}
     assert (min(tried), max(tried)) == (min(best / 2, 0.01), max(2 * best, 0.02))
+
+
+@pytest.mark.parametrize("benchmark", ["studies"], indirect=True)
+def test_one_training_may_serve_several_arms_and_each_counts_at_its_own_best_rate(benchmark):
+    study = SimpleNamespace(name="digits", rates=(0.01, 0.02, 0.04, 0.08), factor=2.0)
+    best, trainings, found = {"whole": 0.02, "cut": 0.04}, list[tuple[float, int]](), dict[str, Any]()
+
+    def attempt(_: str, rate: float, seed: int) -> dict[str, dict[str, Any]]:
+        trainings.append((rate, seed))
+        return {
+            arm: {"100": [rate, 0.5]} if seed >= 10 else {"validation": abs(math.log(rate / own))}
+            for arm, own in best.items()
+        }
+
+    benchmark.explore(study, [*best], attempt, found, lambda: None, seeds=[10, 11])
+    assert len(trainings) == len(set(trainings)) == 4 * 2 + 2 * 2
+    for arm, rate in best.items():
+        assert benchmark.finals(found, "digits", arm) == {seed: {"100": [rate, 0.5]} for seed in (10, 11)}
+
+
+@pytest.mark.parametrize("benchmark", ["ranks"], indirect=True)
+def test_a_way_to_decide_ranks_is_recommended_if_it_beats_a_fixed_rank_in_both_studies(benchmark):
+    fixed = [1.0, 3.0, 2.0, 5.0, 4.0]
+    better = [value - 0.1 for value in fixed]
+    losses = {(study, "fixed"): fixed for study in ("digits", "sentences")}
+    both = losses | {(study, "gate"): better for study in ("digits", "sentences")}
+    one = losses | {("digits", "gate"): better, ("sentences", "gate"): fixed}
+    studies = ["digits", "sentences"]
+    assert "rank for its result: `gate`." in benchmark.recommendation(runs(both), studies)
+    assert "nothing is recommended" in benchmark.recommendation(runs(one), studies)
+
+
+@pytest.mark.parametrize("benchmark", ["ranks"], indirect=True)
+def test_the_cut_by_energy_has_the_number_of_parameters_nearest_to_that_of_the_rank(benchmark):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Linear(20, 20))
+    attach(model, LoRAConfig(rank=4))
+    for size, layer in zip((1.0, 3.0), lora_layers(model).values(), strict=True):
+        torch.nn.init.normal_(layer.lora.B, std=size)
+    found = benchmark.cut_nearest(SimpleNamespace(adapted=lambda model: model), model)
+    component = 20 + 20
+    assert abs(benchmark.parameters(found) - benchmark.parameters(model) // 2) <= component
+    assert benchmark.parameters(model) == 2 * 4 * component
 
 
 @pytest.mark.parametrize("benchmark", ["starts"], indirect=True)

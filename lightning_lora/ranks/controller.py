@@ -109,7 +109,8 @@ class RankController:
         """Take the scores of this step from the gradients: accumulated, unscaled, and not yet clipped."""
         held = _held(optimizer)
         self._has_noted = True
-        self._scores.note(held)
+        if not self.is_done:
+            self._scores.note(held)
         for name, dropped in self._dropped.items():
             adapter = self.adapters[name]
             factor, dimension = _zero_factor(adapter)
@@ -161,11 +162,12 @@ class RankController:
         elif not is_near and self._is_watching:
             self._scores.rest()
         self._is_watching = is_near
-        for name in self._dropped:
-            if is_near and self.schedule.regrow:
-                vars(self.adapters[name])["kept"] = None  # so that its components get gradients
-            else:
-                self.adapters[name].have_values()
+        if self.schedule.regrow:
+            for adapter in (self.adapters[name] for name in self._dropped):
+                if is_near:
+                    vars(adapter)["kept"] = None  # so that its components get gradients
+                elif adapter.kept is None:
+                    adapter.have_values()
 
     # --- events
 

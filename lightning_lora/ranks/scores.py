@@ -34,12 +34,13 @@ class Averages:
         self.uncertainty = torch.zeros_like(self.mean)
 
     def update(self, importance: Tensor, where: Tensor | None = None) -> None:
-        """Count one step; ``where`` says which entries, all by default. Entries that are not finite do not count."""
-        valid = importance.isfinite() if where is None else importance.isfinite() & where
-        mean = self.mean.lerp(importance, 1 - BETA)
-        uncertainty = self.uncertainty.lerp((importance - mean).abs(), 1 - BETA)
-        self.mean = torch.where(valid, mean, self.mean)
-        self.uncertainty = torch.where(valid, uncertainty, self.uncertainty)
+        """Count one step, whose importance is not negative, where it is finite; ``where`` says of which entries."""
+        valid = importance < torch.inf  # also not NaN; isfinite takes four passes over memory
+        if where is not None:
+            valid &= where
+        self.mean.lerp_(torch.where(valid, importance, self.mean), 1 - BETA)
+        distance = (importance - self.mean).abs_()
+        self.uncertainty.lerp_(torch.where(valid, distance, self.uncertainty), 1 - BETA)
 
     @property
     def sensitivity(self) -> Tensor:
@@ -52,7 +53,7 @@ class Averages:
 
     def load(self, state: Sequence[Tensor]) -> None:
         """Take what ``state`` returned."""
-        self.mean, self.uncertainty = (tensor.to(self.mean.device) for tensor in state)
+        self.mean, self.uncertainty = (tensor.to(self.mean.device, copy=True) for tensor in state)
 
 
 class Scores:
@@ -260,7 +261,7 @@ class AdaLoRAScores(Scores):
         for name, adapter in self.adapters.items():
             tensors = [tensor for tensor, _ in self.factors_of(adapter)]
             if all(id(tensor) in held and tensor.grad is not None for tensor in tensors):
-                self._noted[name] = [(t.detach() * t.grad).abs().float() for t in tensors if t.grad is not None]
+                self._noted[name] = [(t.detach() * t.grad).abs_().float() for t in tensors if t.grad is not None]
 
     @override
     def commit(self) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora import LoRAConfig, attach
@@ -195,6 +197,50 @@ def test_a_training_that_is_cut_in_two_goes_on_bit_for_bit() -> None:
 
 def copied(value: Any) -> Any:
     return copy.deepcopy(value)
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result Python waits for, which stop the queue of an accelerator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket.__name__ in ("nonzero", "_local_scalar_dense", "is_nonzero", "equal", "_to_copy"):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"score": "adalora"}, {"score": "energy"}, {"regrow": True}], ids=str)
+def test_outside_of_events_nothing_is_asked_of_the_device(options: dict[str, Any]) -> None:
+    module, steps = Parallel(), 400
+    controller = controlled(module, steps, **options)
+    optimizer, masked = optimizer_of(module), 0
+    for step in range(steps):
+        module.loss().backward()  # type: ignore[no-untyped-call]
+        event = controller.plan.next_event(step)
+        with Waits() as waits:
+            controller.before_step(optimizer)
+            controller.after_step(optimizer)
+            is_event = controller.end_step([optimizer])
+        is_turned = is_event or controller.steps == controller.plan.first
+        assert is_turned or not waits.found, (step, event)
+        masked += not is_event and bool(controller._dropped)
+    assert masked > steps / 2
+
+
+@pytest.mark.parametrize("score", ["gate", "adalora"])
+def test_no_score_is_taken_once_the_ranks_are_final(score: str) -> None:
+    module = Parallel()
+    controller = controlled(module, 40, score=score)
+    at_last: Any = None
+    for _ in train(module, controller, optimizer_of(module), range(40)):
+        if controller.steps == controller.plan.last:
+            at_last = copy.deepcopy(controller.scores())
+    assert controller.steps > controller.plan.last
+    for one, other in zip(tree_leaves(at_last), tree_leaves(controller.scores()), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_equal_scores_are_decided_by_name_and_number() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.layers import LowRankAdapter
@@ -71,6 +73,22 @@ def test_averages_are_running_means_and_what_is_not_finite_does_not_count() -> N
             for each in seen[name]:
                 mean = mean if not each[number].isfinite() else BETA * mean + (1 - BETA) * float(each[number])
             assert value == pytest.approx(mean, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [GateScores, AdaLoRAScores])
+def test_scores_go_on_from_a_state_without_changing_it(kind: type[GateScores | AdaLoRAScores]) -> None:
+    module, adapters = adapted()
+    scores = kind(adapters)
+    state = scores.state()
+    before = copy.deepcopy(state)
+    scores.load(state)
+    for adapter in adapters.values():
+        adapter.A.grad, adapter.B.grad = torch.randn_like(adapter.A), torch.randn_like(adapter.B)
+    scores.note(held(module))
+    scores.commit()
+    assert any(any(values) for values in scores.values().values())
+    for one, other in zip(tree_leaves(before), tree_leaves(state), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_steps_of_another_optimizer_leave_the_averages_alone() -> None:
