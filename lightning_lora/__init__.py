@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from lightning_lora.callback import LoRACallback
     from lightning_lora.loading import add_adapter, load_adapter
     from lightning_lora.peft_format.files import Preflight, preflight, save_adapter
-    from lightning_lora.ranks.truncation import truncate_adapter
     from lightning_lora.several.combination import combine, combine_adapters
     from lightning_lora.several.routing import routed
+    from lightning_lora.several.truncation import truncate_adapter
     from lightning_lora.sweep.callback import LoRASweep
 
 __version__ = "0.1.0"
@@ -81,7 +81,7 @@ _IMPORTED_WHEN_USED = {
     "preflight": "peft_format.files",
     "routed": "several.routing",
     "save_adapter": "peft_format.files",
-    "truncate_adapter": "ranks.truncation",
+    "truncate_adapter": "several.truncation",
 }
 
 

@@ -156,7 +156,7 @@ class AdaptedModel:
     def have_values(self) -> None:
         """Record that all adapters have got values, so that none waits for its start."""
         for adapter in self.adapters.values():
-            adapter.is_waiting = False
+            adapter.have_values()
 
     def check_not_part(self) -> None:
         """Raise if adapters were attached to a module above this one, which has their record.

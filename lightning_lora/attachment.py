@@ -43,11 +43,11 @@ class AttachReport:
 
     Attributes:
         layers: The adapted layers.
-        saved: Modules of ``modules_to_save`` -> their number of parameters.
-        biases: Biases of the base that train -> their sizes.
+        saved: Modules of ``modules_to_save`` -> their number of parameters. What several share counts for the first.
+        biases: Biases of the base that train -> their sizes. What several share counts for the first.
         untied: Weights that got a copy of their own -> what they were tied to.
         left_out: Layers that the targets cover but that carry no adapter -> the reason.
-        base_parameters: Number of parameters without adapters.
+        base_parameters: Number of parameters without adapters, with the copies of ``untied``.
         norms: Number of frozen normalization layers that have running statistics.
         frozen_norm: Their behavior in training, as in ``LoRAConfig``.
     """
@@ -91,7 +91,9 @@ class AttachReport:
             self._row(pattern, len(group), str(rank), f"{scaling:g}", sum(a.parameters for a in group), dtype)
             for (pattern, rank, scaling, dtype), group in groups.items()
         ]
-        rows += [self._row(f"{name} (in full)", 1, "-", "-", count, "-") for name, count in self.saved.items()]
+        for name, count in self.saved.items():
+            how = "in full" if count else "in full, tied, counted above"
+            rows.append(self._row(f"{name} ({how})", 1, "-", "-", count, "-"))
         if self.biases:
             rows.append(self._row("biases", len(self.biases), "-", "-", sum(self.biases.values()), "-"))
         count = len(self.layers) + len(self.saved) + len(self.biases)
@@ -150,7 +152,7 @@ class Attachment:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     name: str | None = None
     asked: LoRAConfig | None = None
-    calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:

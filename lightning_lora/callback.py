@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,10 +21,12 @@ from lightning_lora.config import (
 )
 from lightning_lora.named_adapters import check_name
 from lightning_lora.option_checks import check_choice, check_known, check_names, check_positive
+from lightning_lora.ranks.schedule import Kind, RankSchedule, as_schedule
 from lightning_lora.trainer import checks, lightning_patches
 from lightning_lora.trainer.diagnostics import check_interval
 from lightning_lora.trainer.hints import explain_torch_error
 from lightning_lora.trainer.session import FitSession
+from lightning_lora.trainer.signature import config_among, explain_names, signature_of
 
 lightning_patches.install()
 
@@ -62,6 +64,8 @@ class LoRACallback(Callback):
         diagnostics_every_n_steps: Log every so many steps, for each group of layers (``q_proj``), the norm of the
             update over the weight's, those of the gradients of ``A`` and ``B``, the effective rank, and the share of
             the rank that is dead. 0 or None, the default, costs nothing.
+        rank_schedule: Let the rank of each layer follow its need in training, with ``rank`` as the average in the end:
+            ``"cubic"``, or a mapping with options of ``RankSchedule`` such as ``{"max_rank": 12, "score": "energy"}``.
         **lora: The options of ``LoRAConfig``.
 
     Raises:
@@ -92,9 +96,10 @@ class LoRACallback(Callback):
         allow_untrained: Sequence[str] = (),
         lr_ratio: PositiveFloat = 1.0,
         diagnostics_every_n_steps: NonNegativeInt | None = None,
+        rank_schedule: Kind | RankSchedule | None = None,
         **lora: Any,
     ) -> None:
-        config = _config_among(lora, _config)
+        config = config_among(lora, _config)
         check_known("LoRACallback", lora, {*OPTIONS, *_OWN_OPTIONS})
         self.config = LoRAConfig(**lora)
         if config is not None:
@@ -109,7 +114,11 @@ class LoRACallback(Callback):
         self.export_dir, self.overwrite, self.init_from = export_dir, overwrite, init_from
         self.fresh, self.check_base, self.probe = fresh, check_base, probe
         self.lr_ratio, self.diagnostics_every_n_steps = float(lr_ratio), diagnostics_every_n_steps
+        self.rank_schedule = as_schedule(rank_schedule)
+        if self.rank_schedule is not None:
+            self.rank_schedule.widened(self.config)  # raises if they do not go together
         self._session: FitSession | None = None
+        self._ranks: dict[str, int] = {}
 
     @override
     def __init_subclass__(cls, **options: Any) -> None:
@@ -160,6 +169,8 @@ class LoRACallback(Callback):
         self._run.gradients.before_step(optimizer)
         if self._run.diagnostics is not None:
             self._run.diagnostics.before_step(optimizer)
+        if self._run.ranks is not None:
+            self._run.ranks.controller.before_step(optimizer)
 
     @override
     def on_train_batch_end(
@@ -168,6 +179,8 @@ class LoRACallback(Callback):
         """Called after each batch: log diagnostics, and record gradients, and losses of manual optimization."""
         if self._run.diagnostics is not None:
             self._run.diagnostics.after_batch()
+        if self._run.ranks is not None:
+            self._run.ranks.after_batch()
         self._run.gradients.after_batch(outputs)
 
     @override
@@ -204,6 +217,11 @@ class LoRACallback(Callback):
         explain_torch_error(exception, pl_module)
         self._close()
 
+    def ranks(self) -> dict[str, int]:
+        """Return the rank of each adapter in use, as ``rank_schedule`` has decided last; empty without one."""
+        now = self._session and self._session.ranks
+        return now.controller.ranks() if now else dict(self._ranks)
+
     @property
     def _run(self) -> FitSession:
         assert self._session is not None, "LoRACallback.setup was not called"
@@ -211,6 +229,7 @@ class LoRACallback(Callback):
 
     def _close(self) -> FitSession | None:
         """End the run, if there is one, and return it."""
+        self._ranks = self.ranks()
         session, self._session = self._session, None
         if session is not None:
             session.close()
@@ -220,30 +239,7 @@ class LoRACallback(Callback):
 _OWN_OPTIONS = dict(LoRACallback.__init__.__kwdefaults__ or {})
 
 
-def _explain(names: Collection[str]) -> None:
-    """Raise if one of these names on a command line is no option."""
-    if "config" in names:
-        raise TypeError("LoRACallback.config is for Python. In flags and in YAML, give its options one by one.")
-    check_known("LoRACallback", names, {*OPTIONS, *_OWN_OPTIONS})
-
-
-def _config_among(options: dict[str, Any], first: LoRAConfig | None) -> LoRAConfig | None:
-    """Return the config, given first or by its name, and take it from the options."""
-    if first is not None and "config" in options:
-        raise TypeError("LoRACallback got two configs, the first argument and config=; give one.")
-    config: LoRAConfig | None = options.pop("config", first)  # in __init__ itself, this would make it a flag
-    return config
-
-
-def _signature() -> inspect.Signature:
-    """Return the signature with every option of ``LoRAConfig``, in place of ``**lora``."""
-    _, first, *own, _ = inspect.signature(LoRACallback.__init__).parameters.values()
-    default, options = LoRAConfig(), inspect.signature(LoRAConfig).parameters.values()
-    shown = [option.replace(default=getattr(default, option.name)) for option in options]
-    return inspect.Signature([first.replace(name="config"), *shown, *own])
-
-
 # Of the class alone: LightningCLI reads the one of __init__, whose ``**lora`` leads it to the explanations.
-LoRACallback.__signature__ = _signature()
+LoRACallback.__signature__ = signature_of(LoRACallback)
 lightning_patches.derive_from_both(LoRACallback)
-lightning_patches.explain_options(LoRACallback, _explain)
+lightning_patches.explain_options(LoRACallback, lambda names: explain_names(names, _OWN_OPTIONS))

@@ -69,7 +69,7 @@ def _held(tensor: Tensor, index: tuple[Tensor, ...], numbers: dict[Any, Tensor])
         return part.reshape(1).cpu().double()
     is_here, at = torch.ones(len(index[0]), dtype=torch.bool), []
     for dimension, wanted in enumerate(index):
-        held = _numbers(tensor, dimension, numbers)  # ascending, since dividing keeps the order
+        held = numbers_held(tensor, dimension, numbers)  # ascending, since dividing keeps the order
         place = torch.searchsorted(held, wanted)
         place[place == len(held)] = 0
         is_here &= held[place] == wanted if len(held) else False
@@ -79,7 +79,7 @@ def _held(tensor: Tensor, index: tuple[Tensor, ...], numbers: dict[Any, Tensor])
     return found
 
 
-def _numbers(tensor: Tensor, dimension: int, known: dict[Any, Tensor]) -> Tensor:
+def numbers_held(tensor: Tensor, dimension: int, known: dict[Any, Tensor]) -> Tensor:
     """Return which rows, columns and so on of the whole tensor this process holds, on the CPU."""
     from torch.distributed.tensor import Replicate
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, base_problems, samples
+from lightning_lora.layers import LowRankAdapter
 from lightning_lora.named_adapters import of_others
 from lightning_lora.names import OTHERS, clean_name, join, listed, near_names
 from lightning_lora.sharding import copy_whole, whole
@@ -59,6 +60,7 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
         ValueError: Names or shapes do not fit. Nothing was changed.
         RuntimeError: The adapters are folded into the weights, inside ``merged``.
     """
+    model = with_masks(model, state)
     if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
     if problems := mismatches(model.trained, state, known):
@@ -67,6 +69,21 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
         for name, tensor in model.trained.items():
             copy_whole(tensor, state[name])
     model.have_values()
+
+
+def with_masks(model: AdaptedModel, state: Mapping[str, Tensor]) -> AdaptedModel:
+    """Give adapters masks, which change nothing yet, where a state has some; return the model with them."""
+    places = {id(tensor): name.removesuffix("A") for name, tensor in model.trained.items()}
+    masked = [
+        adapter
+        for adapter in model.adapters.values()
+        if isinstance(adapter, LowRankAdapter)
+        and f"{places.get(id(adapter.A), '')}mask" in state
+        and "mask" not in adapter._buffers
+    ]
+    for adapter in masked:
+        adapter.keep(torch.ones(adapter.spec.rank))
+    return AdaptedModel(model.module) if masked else model
 
 
 def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Collection[str] = ()) -> list[str]:

@@ -44,7 +44,7 @@ from lightning_lora.layers import (
 from lightning_lora.modes import check_mergeable, fold, freeze_norms, set_mode
 from lightning_lora.named_adapters import adapter_names, forget, recorded, switch_to
 from lightning_lora.names import OTHERS, clean_name, listed, module_names, parameters_of
-from lightning_lora.planning.plan import Plan, PlannedLayer
+from lightning_lora.planning.plan import Plan, PlannedLayer, sizes_once
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
 from lightning_lora.sharding import is_fully_sharded, shapes_shown
@@ -178,7 +178,8 @@ def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -
 def detach(module: nn.Module) -> None:
     """Remove every adapter and restore the exact base model, with its classes, keys and gradient flags.
 
-    Modules trained in full keep what they learned; with several adapters, they get the base's own values back.
+    Modules trained in full get the base's own values back if these were kept: with ``LoRACallback(fresh=True)``, and
+    with several adapters. Otherwise they keep what they learned.
 
     Raises:
         ValueError: The module has no adapters, or they were attached to a parent of it.
@@ -193,9 +194,9 @@ def detach(module: nn.Module) -> None:
     model.check_adapted("detach")
     for layer in model.layers.values():
         set_mode(layer, "disabled")
-        _swap_out_adapter(layer)
+        restore_layer(layer)
     for root in model.roots:
-        root.put(root.attachment.base_values)
+        root.put(root.attachment.base_values | root.attachment.starts)
         _tie_again(root)
     _thaw(model, model.roots)
 
@@ -238,7 +239,7 @@ def merge(
             set_mode(layer, "active")
             fold(layer)
     for layer in layers.values():
-        _swap_out_adapter(layer)
+        restore_layer(layer)
         count_merge(layer)
     if (several := recorded(module)) is not None:
         forget(several)
@@ -389,7 +390,8 @@ def _swap_in_adapters(module: nn.Module, made: list[tuple[PlannedLayer, Adapter]
         follower._modules["lora"] = lora
 
 
-def _swap_out_adapter(layer: LoRALayer) -> None:
+def restore_layer(layer: LoRALayer) -> None:
+    """Make an adapted layer one of the base again."""
     del layer.lora
     vars(layer).pop("lora_mode", None)
     swap_out(layer)
@@ -414,14 +416,12 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
         spec = each.spec
         dtype = "float64" if spec.dtype is torch.float64 else config.adapter_dtype
         layers.append(AdaptedLayer(each.label, each.pattern, spec.rank, spec.scaling, each.size, dtype))
-    saved = {}
-    for name, part in plan.saved.items():
-        saved[name] = sum(p.numel() for p in parameters_of(part))
+    copies = sum(plan.parameters[name].numel() for name in plan.untied)
     report = AttachReport(
         layers=layers,
-        saved=saved,
+        saved=sizes_once({name: parameters_of(part) for name, part in plan.saved.items()}),
         left_out=plan.left_out,
-        base_parameters=plan.base_parameters,
+        base_parameters=plan.base_parameters + copies,
         norms=plan.norms,
         frozen_norm=config.frozen_norm,
         biases=plan.biases,

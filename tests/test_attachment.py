@@ -106,3 +106,44 @@ def test_notebook_shows_the_table(tiny):
 def test_notebook_table_escapes_names():
     report = attach(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(rank=1, target_modules="(?P<name>0)"))
     assert "(?P&lt;name&gt;0)" in report._repr_html_()
+
+
+class Tied(nn.Module):
+    """An output layer with the weight of the embedding, and a bias that it shares, as in masked language models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.norm, self.head = (
+            nn.Embedding(6, 8),
+            nn.Linear(8, 8),
+            nn.Linear(8, 6),
+            nn.Linear(8, 6),
+        )
+        self.head.weight = self.embed.weight
+        self.head.bias = self.norm.bias
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["embed", "head", "norm"]},
+        {"target_modules": ["body"], "bias": "all"},
+        {"target_modules": ["body", "head"], "untie_weights": True},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_what_is_tied_is_counted_once(options):
+    model = Tied()
+    report = attach(model, LoRAConfig(rank=2, **options))
+    trains = {flag: sum(p.numel() for p in model.parameters() if p.requires_grad is flag) for flag in (True, False)}
+    adapters = sum(p.numel() for layer in lora_layers(model).values() for p in layer.lora.parameters())
+    assert report.trainable_parameters == trains[True]
+    assert report.base_parameters == trains[True] + trains[False] - adapters
+    assert f"{trains[False]:,} base parameters frozen" in str(report)
+
+
+def test_table_says_what_is_tied_to_a_module_above():
+    report = attach(Tied(), LoRAConfig(rank=2, modules_to_save=["embed", "head", "norm"]))
+    assert report.saved == {"embed": 6 * 8, "norm": 8 * 6 + 6, "head": 0}
+    assert "head (in full, tied, counted above)" in str(report)
+    assert "norm (in full)" in str(report)

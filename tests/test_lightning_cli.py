@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, detach, lora_layers
 from lightning_lora.config import InitOptions
+from lightning_lora.ranks.schedule import RankSchedule
 from tests import cli_app
 from tests.toys import digest, network
 
@@ -187,6 +188,34 @@ def test_a_start_from_data_is_given_in_flags(flags: list[str], run: Run, tmp_pat
     (tmp_path / "printed.yaml").write_text(printed.output)
     again = run("fit", "--config=printed.yaml", *RUN, forced=is_group)
     assert again.callback.config == config
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lora.rank_schedule=cubic", "--lora.rank=1"],
+        ["--lora.rank_schedule.max_rank=3", "--lora.rank_schedule.score=energy", "--lora.rank=1"],
+        ["--lora.rank_schedule={max_rank: 3, score: energy}", "--lora.rank=1"],
+        [*CALLBACK, "--trainer.callbacks.rank=1", "--trainer.callbacks.rank_schedule.max_rank=3"],
+    ],
+)
+def test_a_rank_schedule_is_given_in_flags(flags: list[str], run: Run, tmp_path: Path) -> None:
+    is_group = flags[0].startswith("--lora")
+    outcome = run("fit", *RUN, *flags, forced=is_group)
+    schedule = outcome.callback.rank_schedule
+    assert schedule.start_rank(outcome.callback.config) == (2 if flags[0].endswith("cubic") else 3)
+    assert schedule.score == ("energy" if "energy" in "".join(flags) else "gate")
+    printed = run("fit", *flags, "--print_config", forced=is_group)
+    (tmp_path / "printed.yaml").write_text(printed.output)
+    again = run("fit", "--config=printed.yaml", *RUN, forced=is_group)
+    assert again.callback.rank_schedule == schedule
+
+
+def test_help_explains_the_options_of_a_rank_schedule(run: Run) -> None:
+    text = " ".join(run("fit", "--lora.rank_schedule.help", forced=True).output.split())
+    for option in RankSchedule.__dataclass_fields__:
+        assert f"--lora.rank_schedule.{option}" in text
+    assert "Share of the training before the budget begins to shrink" in text
 
 
 def test_help_explains_the_options_of_a_start(run: Run) -> None:

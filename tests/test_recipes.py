@@ -320,9 +320,14 @@ def test_remedies_run_when_it_does_not_learn(names: dict[str, Any]) -> None:
 class Ill(LitModel):
     """A model that does not learn, in one of several ways."""
 
-    def __init__(self, lr: float = 1e-2, *, unused: bool = False, conv: bool = False) -> None:
+    def __init__(self, lr: float = 1e-2, *, unused: bool = False, conv: bool = False, new: bool = False) -> None:
         super().__init__()
         self.lr = lr
+        if new:  # a head beside a body with other values than those of new layers
+            body = [nn.Linear(FEATURES, 64), nn.Linear(64, 64)]
+            for layer in body:
+                nn.init.normal_(layer.weight)
+            self.net = nn.Sequential(*body, nn.Linear(64, FEATURES))
         self.spare = nn.Linear(FEATURES, FEATURES) if unused else None
         self.conv = nn.Conv1d(FEATURES, 8 * FEATURES, 3) if conv else None
 
@@ -335,6 +340,7 @@ ILL: dict[str, tuple[Ill, dict[str, Any]]] = {
     "looks like one for full fine-tuning": (Ill(1e-5), {}),
     "of the weights that could carry one": (Ill(conv=True), {}),
     "no part of": (Ill(), {"rank": 16}),
+    "look random": (Ill(new=True), {}),
     "No gradient reached the adapters of": (Ill(unused=True), {}),
     "No LoRA adapter was trained in": (Ill(0.0), {}),
     "Training diverged": (Ill(1e30), {}),

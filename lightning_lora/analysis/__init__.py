@@ -8,6 +8,7 @@ from __future__ import annotations
 from lightning_lora.analysis.adapters import AdapterMatrix, read_matrices
 from lightning_lora.analysis.budget import BudgetPlan, MemoryForecast, adapter_size, forecast_memory, plan_budget
 from lightning_lora.analysis.comparison import AdapterComparison, compare, layer_similarity
+from lightning_lora.analysis.components import Loadings, loadings
 from lightning_lora.analysis.summary import AdapterAnalysis, analyze, findings, suggest_ranks
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterComparison",
     "AdapterMatrix",
     "BudgetPlan",
+    "Loadings",
     "MemoryForecast",
     "adapter_size",
     "analyze",
@@ -22,6 +24,7 @@ __all__ = [
     "findings",
     "forecast_memory",
     "layer_similarity",
+    "loadings",
     "plan_budget",
     "read_matrices",
     "suggest_ranks",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from lightning_lora.peft_format.names import matching_root
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged
-from lightning_lora.storage.adapter_file import StoredLayer
+from lightning_lora.storage.adapter_file import StoredLayer, StoredWeight
 from lightning_lora.storage.checkpoint import CheckpointFile, adapters_in
 from lightning_lora.storage.safetensors import StoredTensor
 
@@ -50,6 +51,10 @@ class AdapterMatrix:
         scaling: Factor of ``B @ A``.
         weight: The frozen matrix, ``(out, in)``, or None if unknown; it shares memory with the model.
         is_rescaled: Whether DoRA also rescales the rows of the sum, which the factors do not show.
+        kernel: What the columns of ``A`` are flattened from, ``(channels, *positions)`` of a convolution's kernel;
+            empty if there is none, or the file does not tell.
+        writes_kernel: Whether these columns are of the layer's outputs, and the rows of ``B`` of its inputs, as in a
+            transposed convolution.
     """
 
     name: str
@@ -58,6 +63,8 @@ class AdapterMatrix:
     scaling: float
     weight: Tensor | None = None
     is_rescaled: bool = False
+    kernel: tuple[int, ...] = ()
+    writes_kernel: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,6 +154,13 @@ def in_order(name: str) -> tuple[tuple[int, int, str], ...]:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
 
 
+def evenly(items: Sequence[Any], most: int) -> list[Any]:
+    """Return at most ``most`` of the items, from the first to the last in even steps."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
+
+
 # --- matrices
 
 
@@ -177,7 +191,10 @@ def _of_layer(layer: StoredLayer, weight: Tensor | None) -> Iterator[AdapterMatr
         raise ValueError(f"{name}: the update is {shape}, the model's weight {tuple(weight.shape)}.")
     is_rescaled = layer.magnitude is not None
     if A.ndim == 2:
-        yield AdapterMatrix(name, A, B, scaling, weight, is_rescaled)
+        stored = layer.weight
+        kernel = stored.shape[1:] if stored.kind == "conv" else stored.kernel
+        kernel = kernel if math.prod(kernel) == A.shape[1] else ()
+        yield AdapterMatrix(name, A, B, scaling, weight, is_rescaled, kernel, stored.writes_kernel)
         return
     for expert in range(A.shape[0]):
         part = None if weight is None else weight[expert]
@@ -239,7 +256,8 @@ def _of_adapter(name: str, adapter: Adapter, weight: Tensor, *, tokens: bool) ->
     if isinstance(adapter, LowRankAdapter):
         magnitude = adapter.magnitude if adapter.spec.use_dora else None
         A, B = (factor.detach() for factor in adapter.whole_factors())
-        layer = StoredLayer(name, A, B, A.shape[-2], adapter.spec.scaling, magnitude)
+        stored = StoredWeight(kernel=adapter.kernel_shape, writes_kernel=adapter.writes_kernel)
+        layer = StoredLayer(name, A, B, A.shape[-2], adapter.spec.scaling, magnitude, weight=stored)
         yield from _of_layer(layer, _frozen_matrix(adapter, weight))
     elif isinstance(adapter, TokenAdapter) and tokens:
         yield from _of_rows(name, whole(adapter.rows).detach(), _frozen_matrix(adapter, weight))
@@ -267,8 +285,14 @@ def _with_weights(
         root = next(name for name, (part, _) in module_names(base).items() if part is module)
         content = make_import(module, file)
         configs = {root: content.config}
-        found = [(join(root, layer.label), layer.factors) for layer in content.layers]
-        layers = [StoredLayer(name, f.A, f.B, f.rank, f.scaling, f.magnitude) for name, f in found]
+        found = [(layer.label, layer.factors) for layer in content.layers]
+        kernels = {each.label: each.weight for each in file.layers.values()}
+        layers = [
+            StoredLayer(
+                join(root, name), f.A, f.B, f.rank, f.scaling, f.magnitude, weight=kernels.get(name, StoredWeight())
+            )
+            for name, f in found
+        ]
         rows = {join(root, name): values for name, (_, values) in content.tokens.items()}
     weights = {name: weight for root, config in configs.items() for name, weight in _planned(base, root, config)}
     if unknown := [name for name in (*(layer.label for layer in layers), *rows) if name not in weights]:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lightning_lora.analysis.adapters import place
+from lightning_lora.analysis.adapters import evenly, place
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, LayerComparison, kind_names
+from lightning_lora.analysis.components import Component
 from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis, metric_of
 
 Metric = Literal["effective_rank", "stable_rank", "suggested_rank", "norm", "ratio", "amplification", "alignment"]
@@ -259,6 +260,55 @@ def _by_place(
         if len(columns) <= _WIDEST and len(rows) <= _TALLEST and table.numel() <= _MOST_NUMBERS:
             _write_numbers(axes, image, table, decimals)
     return figure
+
+
+# --- what components read
+
+
+def plot_loadings(analysis: AdapterAnalysis, most: int = 8) -> Any:
+    """Return how the leading components of convolutions lie in their kernels: a row for each layer.
+
+    Zero is white, and gray where three channels are drawn as colors. Each picture has its own scale.
+
+    Args:
+        analysis: Of the adapter.
+        most: Layers to draw at most, evenly spaced.
+
+    Raises:
+        ValueError: No layer has a kernel.
+    """
+    layers = evenly(with_pictures(analysis), most)
+    if not layers:
+        raise ValueError("There is nothing to draw: no update has a kernel of several positions.")
+    names = shortened([layer.name for layer in layers], _LONGEST)
+    columns = max(len(layer.components) for layer in layers)
+    widest = max(_width(name, 8) for name in names) / 72
+    with new_figure(widest + 0.3 + 1.05 * columns, 0.2 + 1.2 * len(layers), len(layers), columns) as (figure, grid):
+        for row, name, layer in zip(grid, names, layers, strict=True):
+            row[0].set_ylabel(name, fontsize=8, rotation=0, horizontalalignment="right", verticalalignment="center")
+            for axes in row[len(layer.components) :]:
+                axes.set_axis_off()
+            for axes, component in zip(row, layer.components, strict=False):
+                _draw_loadings(axes, component)
+        for axes in grid.flat:
+            axes.set(xticks=(), yticks=())
+    return figure
+
+
+def with_pictures(analysis: AdapterAnalysis) -> list[LayerAnalysis]:
+    """Return the layers that ``plot_loadings`` can draw."""
+    return [layer for layer in analysis.layers if any(each.picture is not None for each in layer.components)]
+
+
+def _draw_loadings(axes: Any, component: Component) -> None:
+    assert component.picture is not None
+    picture = component.picture / component.picture.abs().max()
+    aspect = "auto" if 1 in picture.shape[:2] else "equal"
+    if picture.ndim == 3:
+        axes.imshow((0.5 + picture / 2).numpy(), aspect=aspect, interpolation="nearest")
+    else:
+        axes.imshow(picture.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect=aspect, interpolation="nearest")
+    axes.set_title("" if math.isnan(component.share) else f"{component.share:.0%}", fontsize=8)
 
 
 # --- figures

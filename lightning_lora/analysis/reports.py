@@ -10,9 +10,11 @@ from string import Template
 from typing import Any, get_args
 
 from lightning_lora.analysis import plots
+from lightning_lora.analysis.adapters import evenly
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, likeness, similarity_rows
 from lightning_lora.analysis.plots import as_svg, can_draw
 from lightning_lora.analysis.summary import AdapterAnalysis, RankSuggestion, findings, suggest_ranks
+from lightning_lora.calibration.report import CalibrationReport
 from lightning_lora.storage.atomic import check_new, replace_file
 
 NO_PLOTS = "Pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
@@ -26,6 +28,17 @@ _COLUMNS = (
 )
 _ABOVE_CHANCE = "0 is chance, 1 means the same directions; gray is unknown."
 _MOST_PANELS = 12
+_MOST_KERNELS = 8
+_LEADING = 2  # directions of an update in the table of what they read
+_STARTS = {
+    "explained": "Explained is the share of the variance of the layer's inputs that lies in the chosen directions.",
+    "suggested": "Suggested is the number of directions that stand out from chance.",
+}
+_COMPONENTS = (
+    "An update is a sum of components: each reads one direction of the layer's inputs and writes one of its outputs. "
+    "The numbers are those of features, of convolutions those of channels, and of embeddings' inputs those of tokens; "
+    "in brackets the feature's share of the direction. An update that is still zero writes nothing."
+)
 _Figure = tuple[str, Any, str, str]  # name of a file, figure, its description, its caption
 
 
@@ -57,12 +70,57 @@ def analysis_page(
             "rank: keep that quotient by setting alpha and alpha_pattern."
         )
         page.code(next_run(pattern))
+    if analysis.start is not None:
+        _add_start(page, analysis.start)
+    _add_components(page, analysis)
     if similarities:
         _add_similarities(page, similarities)
     page.heading("All updates")
     page.table(analysis.rows(), "Every update in numbers")
     page.text(_COLUMNS)
     return page
+
+
+def _add_start(page: Page, start: CalibrationReport) -> None:
+    page.heading("Where it started")
+    rows = start.rows()
+    page.table(rows, start.title.capitalize())
+    if said := [text for column, text in _STARTS.items() if column in rows[0]]:
+        page.text(" ".join(said))
+    if notes := start.notes():
+        page.points(notes)
+
+
+def _add_components(page: Page, analysis: AdapterAnalysis) -> None:
+    known = [layer for layer in analysis.layers if layer.components]
+    if not known:
+        return
+    page.heading("What it reads and writes")
+    _add(page, _loading_figures(analysis))
+    shown = f"{_MOST_PANELS} of the {len(known)} updates, evenly spaced" if len(known) > _MOST_PANELS else "All updates"
+    page.table(
+        analysis.component_rows(_MOST_PANELS, leading=_LEADING),
+        f"{shown}: the features that the leading directions read and write most",
+    )
+    page.text(_COMPONENTS)
+
+
+def _loading_figures(analysis: AdapterAnalysis) -> Iterator[_Figure]:
+    count = len(plots.with_pictures(analysis))
+    if not count:
+        return
+    which = f", in {_MOST_KERNELS} of {count} layers" if count > _MOST_KERNELS else ""
+    caption = (
+        f"What the leading directions look for in the kernels of convolutions{which}: red against blue, white is zero. "
+        "Several channels are shown by the pattern that they share most, three by their colors, where gray is zero. "
+        "Above each is its share of the update's squared norm, once there is one."
+    )
+    yield (
+        "loadings",
+        plots.plot_loadings(analysis, _MOST_KERNELS),
+        f"A row of small pictures per layer. {caption}",
+        caption,
+    )
 
 
 def _metric_figures(analysis: AdapterAnalysis, metrics: Sequence[plots.Metric]) -> Iterator[_Figure]:
@@ -157,13 +215,6 @@ def _phi_figures(comparison: AdapterComparison) -> Iterator[_Figure]:
         phis = {layer.name: getattr(layer, side) for layer in shown}
         figure = plots.plot_similarities(phis, labels=("i (first)", "j (second)"))
         yield f"phi_{side}", figure, f"One heat map per layer, on one scale from 0 to 1. {caption}", caption
-
-
-def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """Return at most ``most`` of the items, from the first to the last in even steps."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(at * (len(items) - 1) / (most - 1))] for at in range(most)]
 
 
 # --- the page of the layers of one adapter

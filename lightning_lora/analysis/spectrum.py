@@ -123,7 +123,7 @@ def known_median(values: Iterable[float]) -> float:
 def plain(found: Any) -> Any:
     """Return results as plain values, for JSON: unknown numbers are None, tensors are lists with four decimals."""
     if isinstance(found, Tensor):
-        return plain([[round(value, 4) for value in row] for row in found.tolist()])
+        return plain([plain(row) for row in found] if found.ndim > 1 else [round(value, 4) for value in found.tolist()])
     if isinstance(found, tuple) and hasattr(found, "_asdict"):
         return plain(found._asdict())
     if is_dataclass(found):

@@ -16,17 +16,21 @@ from lightning_lora.analysis import spectrum
 from lightning_lora.analysis.adapters import (
     AdapterMatrix,
     Progress,
+    evenly,
     kind_of,
     read_matrices,
     stored_matrices,
     which_of_several,
 )
+from lightning_lora.analysis.components import Component, component_rows, components_of, loadings_of
 from lightning_lora.analysis.spectrum import Relation, known_median, plain
 from lightning_lora.attachment import table_lines
+from lightning_lora.calibration.report import CalibrationReport, start_in
 from lightning_lora.names import listed
 
 _HEADER = ("layer", "shape", "rank", "|dW|", "|dW|/|W|", "effective", "stable", "suggested", "amplification", "aligned")
 _MOST_NAMED = 3
+_MOST_READ = 12  # updates whose leading direction is shown in words
 _USED_UP = 0.8  # of the rank: an update that uses this much may benefit from more
 _BEYOND_CHANCE = 1.5  # times the projection on random directions
 
@@ -49,6 +53,8 @@ class LayerAnalysis:
         relation: Relation to the weight, if that is known.
         intruders: Number of the adapted weight's 10 leading directions that are absent from the weight, if requested.
         is_rescaled: Whether DoRA also rescales the rows of the sum, which no number here includes.
+        components: What the leading directions read and write. Of an update that is zero, only those of a start from
+            data.
     """
 
     name: str
@@ -64,6 +70,7 @@ class LayerAnalysis:
     relation: Relation | None = None
     intruders: int | None = None
     is_rescaled: bool = False
+    components: tuple[Component, ...] = ()
 
 
 METRICS = ("rank", "norm", "ratio", "effective_rank", "stable_rank", "suggested_rank", "amplification", "alignment")
@@ -82,11 +89,13 @@ class AdapterAnalysis:
         layers: One entry for each matrix.
         energy: The share of the squared norm that a suggested rank holds.
         adapter: The adapter's name, if the source has several.
+        start: What the data or the weights said of its start, if they decided it and the source has a record of that.
     """
 
     layers: tuple[LayerAnalysis, ...]
     energy: float
     adapter: str | None = None
+    start: CalibrationReport | None = None
 
     @property
     def idle(self) -> list[str]:
@@ -96,12 +105,18 @@ class AdapterAnalysis:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""
         named = {} if self.adapter is None else {"adapter": self.adapter}
-        return {**named, "energy": self.energy, "idle": self.idle, "layers": plain(self.layers)}
+        start = {} if self.start is None else {"start": self.start.plain()}
+        return {**named, **start, "energy": self.energy, "idle": self.idle, "layers": plain(self.layers)}
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table as text: a header, a row for each update, and the medians."""
         medians = ("median", "", *(_cell(_median(self.layers, metric)) for metric in METRICS))
         return [_HEADER, *(_row(layer) for layer in self.layers), medians]
+
+    def component_rows(self, most: int = _MOST_READ, *, leading: int = 1) -> list[tuple[str, ...]]:
+        """Return what the leading directions of the updates read and write as text, of at most so many updates."""
+        shown = evenly([layer for layer in self.layers if layer.components], most)
+        return list(component_rows([(layer.name, layer.components) for layer in shown], leading))
 
     @override
     def __str__(self) -> str:
@@ -115,6 +130,12 @@ class AdapterAnalysis:
             lines.append(f"intruder dimensions: {listed(found)}")
         if rescaled := [layer.name for layer in self.layers if layer.is_rescaled]:
             lines.append(f"also rescaled by DoRA's magnitudes, which is not included here: {listed(rescaled)}")
+        header, *rows = self.component_rows()
+        if rows:
+            of = "" if len(rows) == count else f"; of {len(rows)} of the {count} updates"
+            lines += ["", f"the features that the leading direction reads and writes most, and their shares of it{of}"]
+            lines += table_lines([header, *rows, ("",) * len(header)])[:-2]
+        lines += [] if self.start is None else ["", str(self.start)]
         return "\n".join(lines)
 
 
@@ -151,12 +172,15 @@ def analyze(
         raise ValueError("An adapted module contains its base; leave base out.")
     else:
         matrices = stored_matrices(source, base, tokens=tokens, progress=progress, check_base=check_base)
-    layers = tuple(_analyzed(matrix, energy, intruders) for matrix in matrices)
-    return AdapterAnalysis(layers, energy, which_of_several(source))
+    start = start_in(source)
+    told = {each.label for each in start.layers if not each.note} if start is not None else set()
+    layers = tuple(_analyzed(matrix, energy, intruders, is_told=matrix.name in told) for matrix in matrices)
+    return AdapterAnalysis(layers, energy, which_of_several(source), start)
 
 
-def _analyzed(matrix: AdapterMatrix, energy: float, intruders: bool) -> LayerAnalysis:
+def _analyzed(matrix: AdapterMatrix, energy: float, intruders: bool, *, is_told: bool) -> LayerAnalysis:
     weight, svd = matrix.weight, matrix.svd()
+    rank = spectrum.numerical_rank(svd.values)
     count = None
     if intruders:
         if weight is None:
@@ -171,11 +195,12 @@ def _analyzed(matrix: AdapterMatrix, energy: float, intruders: bool) -> LayerAna
         singular_values=tuple(svd.values.tolist()),
         effective_rank=spectrum.effective_rank(svd.values),
         stable_rank=spectrum.stable_rank(svd.values),
-        numerical_rank=spectrum.numerical_rank(svd.values),
+        numerical_rank=rank,
         suggested_rank=spectrum.energy_rank(svd.values, energy),
         relation=None if weight is None else spectrum.relate(weight, svd),
         intruders=count,
         is_rescaled=matrix.is_rescaled,
+        components=components_of(loadings_of(matrix, svd)) if rank or is_told else (),
     )
 
 

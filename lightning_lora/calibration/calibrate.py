@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -24,7 +22,6 @@ from lightning_lora.calibration.collector import (
     Place,
     unshare_unless_equal,
 )
-from lightning_lora.calibration.ranks import allocate
 from lightning_lora.calibration.report import CalibratedLayer, CalibrationReport
 from lightning_lora.calibration.starts import NEEDS, Start
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, InitOptions, LoRAConfig
@@ -34,6 +31,7 @@ from lightning_lora.modes import disabled
 from lightning_lora.names import listed
 from lightning_lora.option_checks import bytes_of, parse_budget
 from lightning_lora.probe import RandomState, arguments_for, left_as_it_was
+from lightning_lora.ranks.allocation import allocate, with_ranks
 from lightning_lora.sharding import is_sharded
 from lightning_lora.surgery import attach, detach
 from lightning_lora.switching import in_place_of
@@ -104,7 +102,7 @@ def calibrate(
     model.have_values()
     report = CalibrationReport([layer for _, layer in found], run.batches, run.share)
     for root in model.roots:
-        root.attachment.calibration = {each.label: each.plain() for each in report.layers}
+        root.attachment.calibration = report.plain()
     return report
 
 
@@ -343,7 +341,7 @@ def _at_allocated_ranks(model: AdaptedModel, config: LoRAConfig, run: _Run) -> l
     scalings = {place.label: config.scaling(uniform, config.alpha) for place in run.places}
     if not config.is_auto:
         scalings = {place.label: place.adapter.spec.scaling for place in run.places}
-    _attach_instead(root, _with_ranks(config, uniform, ranks, scalings))
+    _attach_instead(root, with_ranks(config, uniform, ranks, scalings))
     record = get_attachment(root.module)
     assert record is not None
     record.asked = config
@@ -386,22 +384,6 @@ def _budget(root: Root, config: LoRAConfig, places: list[Place]) -> tuple[int, i
         return sum(place.adapter.spec.rank * place.experts * sum(place.shape) for place in places), config.first_rank
     budget = parse_budget(config.rank_budget, root.attachment.report.base_parameters)
     return budget, max(1, round(budget / cost))
-
-
-def _with_ranks(
-    config: LoRAConfig, uniform: int, ranks: Mapping[str, int], scalings: Mapping[str, float]
-) -> LoRAConfig:
-    """Return a config with these ranks, in which a layer of rank 0 is left out and scalings are as before."""
-    kept = {name: ranks[name] for name in sorted(ranks, key=lambda name: (-len(name), name)) if ranks[name]}
-    alphas = {name: scalings[name] * (rank**0.5 if config.use_rslora else rank) for name, rank in kept.items()}
-    return replace(
-        config,
-        rank=uniform,
-        rank_budget=None,
-        rank_pattern={**kept, **config.rank_pattern},
-        alpha_pattern={**alphas, **config.alpha_pattern},
-        exclude_modules=_excluding(config, [name for name, rank in ranks.items() if not rank]),
-    )
 
 
 _RHO_OF_AUTO = 2.0
@@ -462,11 +444,3 @@ def _from_first_process(tensors: Iterable[Tensor]) -> None:
             if is_sharded(tensor):
                 continue  # each process has a part of its own, of the same values
             torch.distributed.broadcast(tensor.data, 0)
-
-
-def _excluding(config: LoRAConfig, names: list[str]) -> str | tuple[str, ...]:
-    """Return ``exclude_modules`` with more modules, by their full names."""
-    excluded = config.exclude_modules
-    if not names:
-        return excluded if isinstance(excluded, str) else tuple(excluded)
-    return "|".join([f"({excluded})", *map(re.escape, names)]) if isinstance(excluded, str) else (*excluded, *names)

@@ -39,7 +39,7 @@ class Start(NamedTuple):
         A: ``(r, in)``, float32.
         B: ``(out, r)``, float32; None for zero.
         values: What the directions are worth, the best first: shares of the variance (``eva``), or singular values. In
-            general there are more than ``r``, for ``ranks.allocate``.
+            general there are more than ``r``, for ``ranks.allocation.allocate``.
         suggested_rank: How many directions stand out from chance; None if that is not known.
     """
 

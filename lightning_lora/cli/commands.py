@@ -179,7 +179,7 @@ def scale(options: argparse.Namespace) -> Result:
 @command(ADAPTER, one_of(_RANK, _ENERGY), _INTO, OVERWRITE)
 def truncate(options: argparse.Namespace) -> Result:
     """Write the best approximation of an adapter by one of lower rank."""
-    from lightning_lora.ranks.truncation import truncate_file
+    from lightning_lora.several.truncation import truncate_file
 
     kept = {"energy": options.energy, "rank": options.rank}
     return _written(options, truncate_file(options.adapter, options.out, overwrite=options.overwrite, **kept))

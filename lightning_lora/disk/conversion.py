@@ -112,6 +112,8 @@ def _skeleton_of_checkpoint(file: CheckpointFile) -> nn.Module:
     if problems := record_problems(skeleton, file.record) + mismatches(AdaptedModel(skeleton).trained, known):
         raise ValueError("The record and the tensors of the file contradict each other: " + "; ".join(problems))
     fill(skeleton, known)
+    for root in AdaptedModel(skeleton).roots[:1]:
+        root.attachment.moved |= set(file.record.get("buffers", ()))
     return skeleton
 
 

@@ -221,7 +221,9 @@ def _fit_checkpoint(file: CheckpointFile, layouts: Layouts) -> Fitted:
     if problems := record_problems(skeleton, file.record) + _misfits(skeleton, file):
         raise ValueError("The checkpoint does not fit this base:\n" + "\n".join(f"  - {each}" for each in problems))
     known = {name: value for name, value in file.tensors.items() if ".lora." in name or name in mine}
-    return _fitted(skeleton, known, names, {}, sorted(file.tensors.keys() - known.keys()))
+    moved = file.record.get("buffers", {})  # such as running statistics that averaging the weights has set anew
+    known |= {name: each for name, each in moved.items() if name in mine and mine[name].shape == tuple(each.shape)}
+    return _fitted(skeleton, known, names, {}, sorted((file.tensors.keys() | moved.keys()) - known.keys()))
 
 
 def _misfits(skeleton: nn.Module, file: CheckpointFile) -> list[str]:

@@ -171,6 +171,10 @@ class Adapter(nn.Module, ABC):
         """Whether the update is ``scaling * (B @ A - B0 @ A0)``."""
         return "A0" in self._buffers
 
+    def have_values(self) -> None:
+        """Record that all tensors have got their values from somewhere."""
+        self.is_waiting = False
+
     def delta_weight(self, weight: Tensor) -> Tensor:
         """Return what is added to a base weight, in its shape; float32, or float64 if the factors are."""
         return self.combined(weight) - weight

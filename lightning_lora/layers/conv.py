@@ -44,6 +44,7 @@ class _KernelAdapter(LowRankAdapter):
     def prepare(self, module: nn.Module, parameter: str) -> None:
         assert isinstance(module, _ConvNd)
         self.kernel = tuple(base_weight(module).shape)
+        self.kernel_shape = self.kernel[1:]
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.padding = module.padding
         self.trailing_dimensions = len(self.kernel) - 2
@@ -76,6 +77,13 @@ class _KernelAdapter(LowRankAdapter):
         inputs = self.padded(self.dropped(inputs))
         down, up = self.kernels(*as_computed(A, B, inputs))
         return composed(composed(inputs, down, first) * scaling, up, second)
+
+    @override
+    def record(self, layer: nn.Module) -> dict[str, Any]:
+        found = super().record(layer)
+        if found["kind"] is None:  # what else would tell how to read the factors
+            found |= {"kernel": list(self.kernel_shape), "writes_kernel": self.writes_kernel}
+        return found
 
     @override
     def as_matrix(self, weight: Tensor) -> Tensor:
@@ -200,6 +208,7 @@ class ConvTransposeAdapter(_KernelAdapter):
     """
 
     has_output_rows = False
+    writes_kernel = True
 
     @classmethod
     @override

@@ -38,6 +38,8 @@ class LowRankAdapter(Adapter):
 
     trailing_dimensions: int = 0  # of the output, after the one that holds the features
     takes_starts: ClassVar[bool] = True  # the start may be computed from weights or data; embeddings keep theirs
+    kernel_shape: tuple[int, ...] = ()  # what the columns of `A` flatten, (channels, *positions), if it is a kernel
+    writes_kernel: ClassVar[bool] = False  # these columns are of the outputs, and the rows of `B` of the inputs
     is_plain: bool  # nothing but the factors
     A: nn.Parameter
     B: nn.Parameter
@@ -45,6 +47,8 @@ class LowRankAdapter(Adapter):
     bias: nn.Parameter
     A0: Tensor  # where the factors started, if `B0 @ A0` is not zero: what is added is the difference
     B0: Tensor
+    mask: Tensor  # (rank,): 1 for components in use, 0 for those that are left out; only where that changes
+    kept: Tensor | None = None  # their numbers; None for all
 
     # --- the start
 
@@ -94,6 +98,8 @@ class LowRankAdapter(Adapter):
             raise RuntimeError("use_dora starts from the norms of the weights: attach after the weights are loaded.")
         A, B = self.start(self.B.shape[-2], self.A.shape[-1])
         self.put_start(A, B)
+        if "mask" in self._buffers:
+            self.keep(torch.ones_like(self.mask))
         if self.spec.lora_bias:
             self.bias.zero_()
         if self.spec.rows:
@@ -116,14 +122,57 @@ class LowRankAdapter(Adapter):
         """
         if self.is_waiting:
             self.refuse_to_train()
-        if "A0" not in self._buffers:
-            return self.A, self.B
-        return difference(self.A, self.B, self.A0, self.B0)
+        if "A0" in self._buffers:
+            return difference(self.A, self.B, self.A0, self.B0)
+        return (self.A, self.B) if self.kept is None else components(self.A, self.B, self.kept)
 
     def whole_factors(self) -> tuple[Tensor, Tensor]:
         """Return the same, gathered where sharding divides them; then every process must call this."""
         A, B = whole(self.A), whole(self.B)
-        return difference(A, B, whole(self.A0), whole(self.B0)) if self.is_difference else (A, B)
+        if self.is_difference:
+            return difference(A, B, whole(self.A0), whole(self.B0))
+        return (A, B) if self.kept is None else components(A, B, self.kept)
+
+    # --- the rank
+
+    @property
+    def rank(self) -> int:
+        """The rank that is in use."""
+        return self.spec.rank if self.kept is None else len(self.kept)
+
+    @property
+    def in_use(self) -> Tensor:
+        """A flag for each component of the factors."""
+        return self.mask != 0
+
+    @torch.no_grad()
+    def keep(self, mask: Tensor) -> None:
+        """Use these components of the factors, a flag for each, and leave the others out; no shape changes."""
+        if "mask" not in self._buffers:  # numbers, because averages of modules cannot take flags
+            self.register_buffer("mask", torch.ones(self.spec.rank, device=self.A.device))
+        self.mask.copy_(mask)
+        self._follow_mask()
+
+    def forget_mask(self) -> None:
+        """Use all components, and have no mask any more."""
+        del self.mask
+        self._follow_mask()
+
+    def _follow_mask(self) -> None:
+        mask = self._buffers.get("mask")
+        kept = None if mask is None or mask.is_meta else mask.nonzero().squeeze(1)
+        vars(self)["kept"] = None if kept is None or len(kept) == self.spec.rank else kept
+
+    @override
+    def have_values(self) -> None:
+        super().have_values()
+        self._follow_mask()
+
+    @override
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
+        found = super()._apply(fn, recurse)
+        self._follow_mask()  # to the other device
+        return found
 
     def refuse_to_train(self) -> None:
         """Raise if a pass is for training, while this waits for its start."""
@@ -135,9 +184,11 @@ class LowRankAdapter(Adapter):
 
     @override
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if (mask := state_dict.get(f"{prefix}mask")) is not None and "mask" not in self._buffers:
+            self.keep(torch.ones_like(mask))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}A" in state_dict:  # not those of the base alone
-            self.is_waiting = False
+            self.have_values()
 
     def zero_factor(self) -> nn.Parameter:
         """Return the factor that starts at zero, so that the model starts unchanged."""
@@ -299,6 +350,11 @@ def as_computed(A: Tensor, B: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     if A.dtype == inputs.dtype or torch.is_autocast_enabled(inputs.device.type):
         return A, B
     return A.to(inputs.dtype), B.to(inputs.dtype)
+
+
+def components(A: Tensor, B: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors of some of the rank's components."""
+    return A.index_select(-2, numbers), B.index_select(-1, numbers)
 
 
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,7 @@ class Export:
         refused: Name -> why PEFT cannot hold it.
         is_partial: Whether the model has other modules, so that only full names mean these.
         spellings: The path in PEFT's model -> the path in the files from which PEFT makes it.
+        moved: Buffers of the base that training has changed by itself.
     """
 
     root: nn.Module
@@ -75,6 +76,7 @@ class Export:
     refused: dict[str, str] = field(default_factory=dict)
     is_partial: bool = False
     spellings: dict[str, str] = field(default_factory=dict)
+    moved: list[str] = field(default_factory=list)
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -152,6 +154,11 @@ class Export:
         by_name = {layer.name: layer for layer in self.layers}
         doubled = [layer.name for layer in self.layers if layer.name != layer.target and not layer.by_parameter]
         found = []
+        if self.moved:
+            found.append(
+                f"Training has changed buffers of the base, for which PEFT has no place: {listed(self.moved)}. On the "
+                "base as it was, the adapter may compute something else; a .ckpt holds them."
+            )
         if any(by_name[name].factors.B.count_nonzero() for name in doubled):
             found.append(
                 f"PEFT up to {LAST_KNOWN_PEFT_TEXT} adds the update of attention's output projection twice, so the "
@@ -281,8 +288,8 @@ class ExportCollector:
                 continue
             if name.rpartition(".")[2] in self.expert_names:
                 target = join(name, parameter)
-            factors = _whole_update(layer, parameter)
-            self.result.layers.append(PeftLayer(name, target, layer, adapter, parameter, factors))
+            if (factors := _whole_update(layer, parameter)).rank:
+                self.result.layers.append(PeftLayer(name, target, layer, adapter, parameter, factors))
 
     def _obstacle(self, layer: nn.Module, adapter: type[Adapter], parameter: str) -> str | None:
         reader = self.readers.get(id(layer))
@@ -332,7 +339,7 @@ class ExportCollector:
             if place[0] != name:
                 updates[place] = factors._replace(scaling=factors.scaling / TIMES_PEFT_ADDS_OUT_PROJ)
         first, rank = next(iter(updates.values())), max(factors.rank for factors in updates.values())
-        for (path, parameter), projection in parts.items():
+        for (path, parameter), projection in parts.items() if rank else ():
             height, width = base_parameter(projection, parameter).shape
             zero = Factors(first.A.new_zeros(rank, width), first.A.new_zeros(height, rank), first.scaling)
             factors = updates.get((path, parameter), zero).padded(rank).rescaled(first.scaling)

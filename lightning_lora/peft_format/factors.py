@@ -156,7 +156,7 @@ def factors_of(adapter: LowRankAdapter) -> Factors:
     """Return copies of an adapter's factors, on the CPU."""
     kept = {name: tensor.detach().cpu().clone() for name, tensor in adapter.named_parameters()}
     A, B = kept["A"], kept["B"]
-    if adapter.is_difference:
+    if adapter.is_difference or adapter.kept is not None:
         A, B = (factor.detach().cpu() for factor in adapter.whole_factors())
     return Factors(A, B, adapter.spec.scaling, kept.get("magnitude"), kept.get("bias"))
 

@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.named_adapters import active_adapter, adapter_names
-from lightning_lora.names import listed
+from lightning_lora.names import is_below, listed
 from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import (
     CARD_FILE,
@@ -166,7 +166,10 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
         return trained <= {id(tensor) for tensor in AdaptedModel(part).tensors.values()}
 
     root = found_root(module, holds_all) if export_root is None else chosen_root(module, export_root)
-    return ExportCollector(module, *root).collect()
+    export = ExportCollector(module, *root).collect()
+    moved = sorted(name for each in model.roots for name in each.attachment.moved)
+    export.moved = [name for name in moved if not export.root_name or is_below(name, (export.root_name,))]
+    return export
 
 
 def _base_name(root: nn.Module) -> str | None:

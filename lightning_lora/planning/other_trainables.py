@@ -18,7 +18,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.names import first_match, is_below, is_glob, join, listed, matches, selected
 from lightning_lora.planning.obstacles import instance_obstacle
-from lightning_lora.planning.plan import Plan, PlannedLayer
+from lightning_lora.planning.plan import Plan, PlannedLayer, sizes_once
 from lightning_lora.sharding import is_sharded
 
 _TOKENS = "trainable_token_indices"
@@ -80,7 +80,7 @@ def plan_biases(plan: Plan) -> Iterator[str]:
         for key, parameter in part._parameters.items()
         if parameter is not None and "bias" in key
     }
-    plan.biases |= {name: parameter.numel() for name, parameter in found.items()}
+    plan.biases |= sizes_once({name: [parameter] for name, parameter in found.items()})
     if on_meta := [name for name, parameter in found.items() if parameter.is_meta]:
         yield (
             f"bias={bias!r}: {listed(on_meta)} are on the meta device and have no values for detach to put "

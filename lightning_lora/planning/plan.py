@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -60,7 +60,7 @@ class Plan:
         base_parameters: Number of parameters without adapters.
         layers: The layers to adapt.
         saved: The modules to train in full.
-        biases: Biases of the base that train -> their sizes.
+        biases: Biases of the base that train -> their sizes; a shared one has its size under its first name.
         untied: Weights that get a copy of their own -> what they are tied to.
         left_out: Layers that the targets cover but that get no adapter -> the reason.
         wasteful: Adapters that are at least as large as the weights they adapt.
@@ -97,6 +97,17 @@ class Plan:
         reached = [layer.names[0] for layer in self.layers if layer.pattern in FAMILIES]
         outermost = (next((prefix for prefix in _prefixes(name) if prefix not in moving), None) for name in reached)
         return list(dict.fromkeys(name for name in outermost if name is not None))
+
+
+def sizes_once(groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, int]:
+    """Return the number of elements under each name; a parameter that several names share counts for the first."""
+    counted: set[nn.Parameter] = set()
+    sizes = {}
+    for name, parameters in groups.items():
+        new = [each for each in parameters if each not in counted]
+        sizes[name] = sum(each.numel() for each in new)
+        counted |= set(new)
+    return sizes
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -1,1 +1,1 @@
-"""What rank each layer has: cutting it, and deciding it while training."""
+"""Which rank each layer has: sharing a budget out, and deciding anew while training."""

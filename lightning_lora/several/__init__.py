@@ -1,1 +1,1 @@
-"""Several adapters at work together: one per sample of a batch, and sums of adapters."""
+"""Several adapters at work together, one per sample of a batch and sums of adapters; and one cut to lower rank."""

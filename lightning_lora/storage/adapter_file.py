@@ -23,12 +23,16 @@ class StoredWeight(NamedTuple):
         kind: The kind of its layer, by the name that the adapter classes give it; None where the file is not enough.
         shape: Its shape; empty if unknown.
         order: Its place among the parameters of its module.
+        kernel: What the matrix of a convolution flattens, ``(channels, *positions)``, where there is no shape.
+        writes_kernel: Whether these are of the layer's outputs, as in a transposed convolution.
     """
 
     name: str | None = None
     kind: str | None = None
     shape: tuple[int, ...] = ()
     order: int = 0
+    kernel: tuple[int, ...] = ()
+    writes_kernel: bool = False
 
 
 class StoredLayer(NamedTuple):

@@ -30,6 +30,7 @@ from lightning_lora.config import LoRAConfig
 from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.layers.low_rank import difference
 from lightning_lora.names import join, listed, near_names, without_points
+from lightning_lora.ranks.compaction import compacted
 from lightning_lora.state import FORMAT_VERSION
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 
@@ -37,6 +38,7 @@ RECORD_KEY = "lightning_lora"
 _OF_A_LAYER = ("A", "B", "A0", "B0", "magnitude", "bias")
 SWEEP_KEY = "sweep"  # of the record: what a LoRASweep has compared, and what came out
 OTHERS_KEY = "lightning_lora_others"  # adapters beside the trained one: name -> their tensors
+SCORES_KEY = "lightning_lora_scores"  # of a rank schedule, the averages that the next decision rests on
 
 
 def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, Any]:
@@ -153,7 +155,8 @@ class CheckpointFile(AdapterFile):
 
 def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
     if (kind := said.get("kind")) is None:
-        return StoredWeight(said.get("weight"))
+        kernel = tuple(said.get("kernel", ()))
+        return StoredWeight(said.get("weight"), kernel=kernel, writes_kernel=said.get("writes_kernel", False))
     shape = said["shape"]
     if not (isinstance(shape, list) and 1 < len(shape) < 6 and all(type(s) is int and 0 < s < 2**31 for s in shape)):
         raise ValueError(f"The record of {name!r} holds the shape {shape!r}; the file was damaged.")
@@ -161,9 +164,11 @@ def _weight(name: str, said: Mapping[str, Any]) -> StoredWeight:
 
 
 def read_checkpoint(
-    path: str | PathLike[str], adapter: str | None = None, *, like: str | None = None
+    path: str | PathLike[str], adapter: str | None = None, *, like: str | None = None, is_compact: bool = True
 ) -> CheckpointFile:
     """Return an adapter in a ``.ckpt``: the one of this name; by default that named ``like``, else the trained one.
+
+    It comes without the components that a rank schedule has left out, or, unless ``is_compact``, as it trains.
 
     Raises:
         ValueError: It cannot be read, or holds no adapter, or none of this name.
@@ -184,6 +189,8 @@ def read_checkpoint(
             adapter = like
         if adapter is not None or "others" in record:
             record, state = _one_of(path, adapter, record, checkpoint)
+        if is_compact:
+            record, state = compacted(record, state)
         entries = record["adapters"]
         options = entries[0]["config"] if len(entries) == 1 else {"adapters": list(entries)}
     tensors = {name: each for name, each in state.items() if isinstance(each, Tensor)}  # metrics may hold other objects

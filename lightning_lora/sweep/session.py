@@ -21,6 +21,7 @@ from lightning_lora.loading import add_adapter
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import unpack_configured
+from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.storage.checkpoint import SWEEP_KEY, adapters_in
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.sweep.checks import check_possible, check_same_sweep
@@ -78,6 +79,7 @@ class _Options:
     allow_untrained: tuple[str, ...] = ()
     lr_ratio: float = 1.0
     diagnostics_every_n_steps: int | None = None
+    rank_schedule: RankSchedule | None = None
 
 
 class SweepSession:

@@ -37,8 +37,16 @@ from lightning_lora.state import (
     other_shapes,
     record_problems,
     tensors_of_others,
+    with_masks,
 )
-from lightning_lora.storage.checkpoint import OTHERS_KEY, RECORD_KEY, SWEEP_KEY, checked_checkpoint, recorded_base
+from lightning_lora.storage.checkpoint import (
+    OTHERS_KEY,
+    RECORD_KEY,
+    SCORES_KEY,
+    SWEEP_KEY,
+    checked_checkpoint,
+    recorded_base,
+)
 from lightning_lora.trainer.checks import check_same_adapters
 from lightning_lora.trainer.lightning_patches import with_twins
 from lightning_lora.trainer.strategies import layout_of
@@ -72,6 +80,8 @@ class AdapterCheckpoints:
         self.check_base, self.keeps_all = True, False
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
         self.buffers: BufferWatch | None = None  # of the base, from when training began
+        self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
+        self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
         self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
@@ -125,6 +135,8 @@ class AdapterCheckpoints:
             checkpoint[OTHERS_KEY] = self._others_state(model.module)
         if self.buffers is not None and (moved := self.buffers.moved()):
             record["buffers"] = {name: buffer.detach().clone() for name, buffer in moved.items()}
+        if self.ranks is not None:
+            record["rank_schedule"], checkpoint[SCORES_KEY] = self.ranks()
         checkpoint[RECORD_KEY] = record
         with written_at_once(self.strategy, filepath) as place:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
@@ -171,6 +183,8 @@ class AdapterCheckpoints:
         model, state, record = self._model, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
         if record is not None or any(name in state for name in _factor_names(model)):
             self._load_adapter(model, state, record, strict, checkpoint.get(OTHERS_KEY, {}))
+            if record is not None and "rank_schedule" in record:
+                self.loaded_ranks = record["rank_schedule"], checkpoint[SCORES_KEY]
         elif model.layers:
             _load_base(self.layout, model, state, strict=strict)
             # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
@@ -191,7 +205,7 @@ class AdapterCheckpoints:
         strict: bool,
         others: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
-        module = model.module
+        model, module = with_masks(model, state), model.module
         check_not_merged(module, (record or {}).get("merges", {}))
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})

@@ -128,15 +128,17 @@ def export_fit(
     if not layout.strategy.is_global_zero:
         return
     if checkpoint:
-        state = dict(read_checkpoint(checkpoint).tensors)
+        state = dict(read_checkpoint(checkpoint, is_compact=False).tensors)
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"export_dir={str(directory)!r}: training diverged; NaN or infinity in {listed(broken)}. Nothing was "
             "written."
         )
     with _replaced(model.module, {**_hidden_parameters(layout, model), **state}):
+        model.have_values()
         save_adapter(model.module, directory, overwrite=overwrite, base=base)
         _verify(model.module, Path(directory))
+    model.have_values()  # with the masks of before
 
 
 def _hidden_parameters(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
@@ -27,6 +27,7 @@ HIGHEST_RATIO = 64.0  # LoRA+ recommends about 16
 SMALLEST_SHARE = 0.05
 # Whoever names no layer expects most of the model to learn; a convolutional net's linear layers are its head alone.
 SMALLEST_SHARE_UNNAMED = 0.5
+_FEWEST, _SAMPLE = 256, 4096  # values of a weight that tell a uniform distribution, and that are enough
 _RATES = ("lr", "initial_lr", "max_lr")  # of a group: during warm-up "lr" alone says little
 
 # Words of torch's errors
@@ -87,7 +88,7 @@ def warn_of_suspicious_settings(
     """
     model = AdaptedModel(module)
     found = [*_rates(model, optimizers, list(schedulers)), *_scalings(model), *_ratio(lr_ratio), *_targets(reach)]
-    found += [*_small_layers(model), *_new_layers(model)]
+    found += [*_small_layers(model), *_new_layers(model), *_first_values(model)]
     if found:
         lines = "\n".join(f"  - {each}" for each in found)
         rank_zero_warn(f"LoRA: this run may learn little, or diverge:\n{lines}")
@@ -249,20 +250,77 @@ def _small_layers(model: AdaptedModel) -> Iterator[str]:
 
 
 def _new_layers(model: AdaptedModel) -> Iterator[str]:
-    """Yield the layers to which transformers gave random values, because the pretrained files had none for them."""
+    """Yield the frozen layers to which transformers gave random values, as the pretrained files had none for them."""
+    said, seen = _too_small(model), set[nn.Module]()
     for name, part in model.parts:
-        if not hasattr(part, "base_model_prefix") or not hasattr(part, "get_output_embeddings"):
+        if part in seen or not _is_of_transformers(part):
             continue
+        layers = {join(name, key): layer for key, layer in walk(part)}
+        seen |= set(layers.values())
         if not any(map(_is_pretrained, part.parameters())):
             continue  # not loaded from files
-        layers = [(join(name, key), layer) for key, layer in walk(part) if isinstance(layer, LoRALayer)]
-        weights = [(key, layer, layer._parameters.get("weight")) for key, layer in layers]
         head = part.get_output_embeddings()  # type: ignore[operator]
-        if new := [key for key, layer, w in weights if w is not None and not _is_pretrained(w) and layer is not head]:
+        new = [
+            key
+            for key, layer in layers.items()
+            if layer is not head  # which is new after the vocabulary was resized
+            if (weight := layer._parameters.get("weight")) is not None and not weight.requires_grad
+            if not _is_pretrained(weight) and key not in said
+        ]
+        if new:
             yield (
-                f"the pretrained files have no values for {listed(new)}, so random ones stay, with adapters. Train new "
-                f"heads in full: set modules_to_save={new} or 'auto'."
+                f"the pretrained files have no values for {listed(new)}, so random ones stay, which no checkpoint "
+                "holds: another process has other ones, and loading will refuse it. Train new heads in full: set "
+                f"modules_to_save={new} or 'auto'."
             )
+
+
+def _first_values(model: AdaptedModel) -> Iterator[str]:
+    """Yield the frozen linear layers that seem to have their first values still, in a model whose others were trained.
+
+    Which layers of a transformers model are new is known (``_new_layers``); of others, only the values can say it.
+    """
+    linear = {name: part for name, part in model.parts if isinstance(part, nn.Linear)}
+    verdicts = {name: verdict for name, part in linear.items() if (verdict := _looks_new(part)) is not None}
+    if 2 * sum(verdicts.values()) >= len(verdicts):
+        return  # nothing was trained here, or much was built anew on purpose
+    known = {each for _, part in model.parts if _is_of_transformers(part) for each in part.modules()}
+    frozen = {name for name, part in linear.items() if not part.weight.requires_grad and part not in known}
+    if new := [name for name, verdict in verdicts.items() if verdict and name in frozen - _too_small(model)]:
+        yield (
+            f"the values of {listed(new)} look random, as those of a new layer. No checkpoint holds them: another "
+            f"process has other ones, and loading will refuse it. Train new heads in full: set modules_to_save={new}."
+        )
+
+
+def _too_small(model: AdaptedModel) -> set[str]:
+    """Return the layers that ``_small_layers`` speaks of."""
+    reports = [(root.name, root.attachment.report) for root in model.roots]
+    return {join(root, name) for root, report in reports for name, why in report.left_out.items() if TOO_SMALL in why}
+
+
+def _is_of_transformers(part: nn.Module) -> bool:
+    return hasattr(part, "base_model_prefix") and hasattr(part, "get_output_embeddings")
+
+
+def _looks_new(layer: nn.Linear) -> bool | None:
+    """Return whether a layer has the values of a new one; None if its values cannot say it.
+
+    A new layer of torch is uniform within ``1 / sqrt(inputs)``; timm and others start biases at zero instead.
+    """
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    plain = [each for each in (weight, bias) if each is not None]
+    if weight is None or weight.shape != (layer.out_features, layer.in_features):
+        return None  # divided by a strategy, or computed
+    if any(each.is_meta or type(each.data) is not Tensor for each in plain):
+        return None  # without values, or with those of another format
+    if bias is not None and not bias.any():
+        return True
+    sample = weight.detach()[: math.ceil(_SAMPLE / layer.in_features)].float()
+    if sample.numel() < _FEWEST:
+        return None
+    largest, square = sample.abs().max() * layer.in_features**0.5, 3 * layer.in_features * sample.square().mean()
+    return bool(0.98 < largest < 1.01 and 0.7 < square < 1.3)  # five standard deviations of the fewest values
 
 
 def _is_pretrained(parameter: nn.Parameter) -> bool:

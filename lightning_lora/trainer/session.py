@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_lora.adapted_model import AdaptedModel, Root
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
@@ -21,6 +22,8 @@ from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
+from lightning_lora.ranks.compaction import compact
+from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, fill_buffers
 from lightning_lora.storage.checkpoint import saved_options, saved_request, stored_adapters
@@ -52,6 +55,7 @@ from lightning_lora.trainer.lightning_patches import (
     overrides,
 )
 from lightning_lora.trainer.precision import convert_layers
+from lightning_lora.trainer.ranks import FitRanks, check_undecided, schedule_of, widened
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 from lightning_lora.trainer.warm_start import start_from
 
@@ -74,6 +78,7 @@ class Options(Protocol):
     allow_untrained: tuple[str, ...]
     lr_ratio: float
     diagnostics_every_n_steps: int | None
+    rank_schedule: RankSchedule | None
 
 
 class FitSession:
@@ -83,6 +88,7 @@ class FitSession:
         layout: How the strategy distributes what is trained.
         gradients: The check that gradients reach the adapters, made anew when a training begins.
         diagnostics: What measures the adapters, once training has begun and if asked for.
+        ranks: What lets the ranks follow their need, likewise.
 
     Args:
         options: The callback.
@@ -105,12 +111,19 @@ class FitSession:
         self.layout = self._checkpoints.layout
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
-        self._config, self._seed = options.config, int(os.environ.get(_SEED, "0")) if seed is None else seed
+        self._seed = int(os.environ.get(_SEED, "0")) if seed is None else seed
+        self._has_saved_options = False
         self._name, self._stored = self._to_train()
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._asked, self._calibration = cast("LoRAConfig | None", None), dict[str, Any]()
+        self._schedule = options.rank_schedule
+        if is_fit:
+            self._schedule = schedule_of(self._schedule, chosen_record(trainer), takes_any=self._takes_any)
+        self._config = widened(options.rank_schedule, options.config)
+        self.ranks: FitRanks | None = None
+        self._checkpoints.ranks = self._checkpoints.loaded_ranks = None
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
         self._averages = ExitStack()  # keeps the base as it is where callbacks average it
@@ -148,20 +161,12 @@ class FitSession:
         """Attach, or arrange to attach once the layers exist; to train, also prepare ``configure_optimizers``."""
         module = self.module
         if self._is_fit:
-            self.layout.check_fit(with_diagnostics=bool(self.options.diagnostics_every_n_steps))
-            self._wraps.after(module, "configure_optimizers", self._repair_optimizers)
-            # Before DDP and the optimizers see the parameters, and before a tuner saves them.
-            if self._config.start.name in STARTS_FROM_DATA and chosen_checkpoint(self.trainer) is None:
-                if self._config.has_ranks_from_data:
-                    check_ranks_can_change(self.options.init_from)
-                self._wraps.after(self.trainer.strategy, "model_to_device", self._calibrate_early)
-            if self.options.fresh and not self._is_new and chosen_checkpoint(self.trainer) is None:
-                self._start_anew()
+            self._prepare_fit()
         model = AdaptedModel(module)
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
         self._asked, self._calibration = saved_request(chosen_record(self.trainer))
-        if self._takes_any or is_same_request(self._config, self._asked):
+        if self._takes_any or is_same_request(self.options.config, self._asked):
             self._take_saved_options()
         elif self._is_fit:
             self._say_changed_dropout()
@@ -174,6 +179,21 @@ class FitSession:
             self._wraps.after(module, "setup", self._attach_now)  # it may build layers or load base weights
         else:
             self._attach_now()
+
+    def _prepare_fit(self) -> None:
+        diagnostics = bool(self.options.diagnostics_every_n_steps)
+        self.layout.check_fit(with_diagnostics=diagnostics, with_schedule=self._schedule is not None)
+        self._wraps.after(self.module, "configure_optimizers", self._repair_optimizers)
+        # Before DDP and the optimizers see the parameters, and before a tuner saves them.
+        if self._config.start.name in STARTS_FROM_DATA and chosen_checkpoint(self.trainer) is None:
+            if self._config.has_ranks_from_data:
+                check_ranks_can_change(self.options.init_from)
+            self._wraps.after(self.trainer.strategy, "model_to_device", self._calibrate_early)
+        if chosen_checkpoint(self.trainer) is None and (before := self._before) is not None:
+            if self.options.fresh:
+                self._start_anew()
+            elif self._schedule is not None:
+                check_undecided(before, self.options.config, self._config)
 
     def _start_anew(self) -> None:
         """Remove the adapters of an earlier fit, and put back what it trained in full."""
@@ -200,7 +220,6 @@ class FitSession:
         others = [name for name in adapter_names(self.module) if name != adapter.name]
         if adapter.name is None or not others:
             detach(self.module)
-            Root("", self.module, adapter).put(adapter.starts)
             fill_buffers(AdaptedModel(self.module), adapter.buffers)
         else:
             set_adapter(self.module, others[0])
@@ -212,11 +231,15 @@ class FitSession:
         if saved is None:
             return
         is_wrapped = any(is_fully_sharded(part) for part in self.module.modules())
-        if before is not None and before.config == self._config != saved[0] and not is_wrapped:
-            self._remove(before)  # what an earlier stage attached by default
-        self._config, self._seed = saved
+        if before is not None and before.config != saved[0] and not is_wrapped and self._is_ours(before):
+            self._remove(before)  # what an earlier stage attached by default, or has decided
+        (self._config, self._seed), self._has_saved_options = saved, True
         what = "rank, targets and all other options come" if self._takes_any else "the ranks of the layers come"
         rank_zero_info(f"LoRA: {what} from the checkpoint.")
+
+    def _is_ours(self, before: Attachment) -> bool:
+        """Return whether adapters were attached for the options of this run."""
+        return before.config == self._config or is_same_request(self.options.config, before.asked)
 
     def _say_changed_dropout(self) -> None:
         """Dropout is no part of the adapter's state, so a run may go on with another one: not by accident."""
@@ -232,7 +255,8 @@ class FitSession:
         before = self._before
         if before is None:
             return self._config, self._seed
-        return before.config if self._takes_any else settled(self._config, before), before.seed
+        has_decided = is_same_request(self.options.config, before.asked) and not self._has_saved_options
+        return before.config if self._takes_any or has_decided else settled(self._config, before), before.seed
 
     def _attach_before_wrapping(self) -> None:
         if get_attachment(self.module) is None:
@@ -257,8 +281,7 @@ class FitSession:
         self._others.enter_context(others_frozen(module))
         self._coverage = coverage(module)
         self.layout.attached(module)
-        if (self._asked is not None or self._calibration) and (record := get_attachment(module)) is not None:
-            record.asked, record.calibration = self._asked, self._calibration
+        self._remember_request(get_attachment(module))
         if self._is_first:
             self._is_first = False
             check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
@@ -267,6 +290,15 @@ class FitSession:
             if self._is_fit and self._is_new:
                 warn_of_missing_heads(self._config, report)
             self._begin()
+
+    def _remember_request(self, record: Attachment | None) -> None:
+        """Write into the record what was asked for, where the ranks are decided later."""
+        if record is None:
+            return
+        if self._asked is not None or self._calibration:
+            record.asked, record.calibration = self._asked, self._calibration
+        elif self.options.rank_schedule is not None and not self._has_saved_options:
+            record.asked = replace(self.options.config, modules_to_save=record.config.modules_to_save)
 
     def _begin(self) -> None:
         """Start from another adapter, and refuse what could not be exported later."""
@@ -365,11 +397,21 @@ class FitSession:
         self._checkpoints.buffers = BufferWatch(self.module)
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
+        if self._schedule is not None and not self._is_trial:
+            self._start_schedule(self._schedule)
         if self.options.lr_ratio != 1.0 and callbacks_of(self.trainer, LearningRateFinder):
             rank_zero_warn(
                 "LearningRateFinder sets one learning rate for all parameter groups, so "
                 f"lr_ratio={self.options.lr_ratio} has no effect. Find the rate without lr_ratio first."
             )
+
+    def _start_schedule(self, schedule: RankSchedule) -> None:
+        if self.ranks is not None:
+            self.ranks.close()
+        record = get_attachment(self.module)
+        asked = self.options.config if record is None or record.asked is None else record.asked
+        self.ranks = FitRanks(schedule, asked, self.trainer, self.module, self._checkpoints.loaded_ranks)
+        self._checkpoints.ranks = self.ranks.state
 
     def begin_batch(self, batch: Any) -> None:
         """Before the first batch of a training, check that the adapters are still there, and probe them if asked to."""
@@ -399,6 +441,8 @@ class FitSession:
         check_finite(self.layout, self.module, self.gradients.broken_at())
         self.gradients.finish()
         check_trained(self.layout, self.trainer, self.module)
+        if self.ranks is not None:
+            self.ranks.succeed()
         self._has_succeeded = True
         if (buffers := self._checkpoints.buffers) is not None and (moved := buffers.moved()):
             rank_zero_info(
@@ -412,6 +456,8 @@ class FitSession:
         self._others.close()
         self._averages.close()
         self.gradients.close()
+        if self.ranks is not None:
+            self.ranks.close()
         self._load_hook.remove()
         request(self.module, None)
 
@@ -425,6 +471,9 @@ class FitSession:
         elif directory is not None:
             best = export_best(self.layout, self.trainer, directory, overwrite=self.options.overwrite)
             rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
+        if self.ranks is not None and not self.layout.divides_weights:
+            compact(self.module, self.trainer.optimizers)
+            self._checkpoints.ranks = None
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
             rank_zero_info(f"LoRA: adapter{named} merged into the weights.")

@@ -9,9 +9,9 @@ import pytest
 from lightning_lora import analysis
 
 NAMES = {
-    *("AdapterAnalysis", "AdapterComparison", "AdapterMatrix", "BudgetPlan", "MemoryForecast"),
+    *("AdapterAnalysis", "AdapterComparison", "AdapterMatrix", "BudgetPlan", "Loadings", "MemoryForecast"),
     *("adapter_size", "analyze", "compare", "findings", "forecast_memory", "layer_similarity"),
-    *("plan_budget", "read_matrices", "suggest_ranks"),
+    *("loadings", "plan_budget", "read_matrices", "suggest_ranks"),
 }
 
 

@@ -22,6 +22,7 @@ from lightning_lora.analysis.plots import (
     plot_comparison,
     plot_energy,
     plot_layers,
+    plot_loadings,
     plot_similarities,
     plot_similarity,
     plot_spectra,
@@ -146,6 +147,45 @@ def test_many_experts_stay_narrow():
     assert figure.axes[0].images[0].get_array().shape == (1, 200)
     assert figure.get_figwidth() < 15
     assert len(figure.axes[0].get_xticklabels()) <= 24
+
+
+def convolutions(count: int) -> nn.Module:
+    """A model of convolutions with long names, and of other layers."""
+    model = nn.ModuleDict({"patches": nn.Conv2d(3, 8, 4), "neck": nn.Linear(8, 8), "time": nn.Conv1d(4, 4, 7)})
+    model["a_tower_of_many_convolutions"] = nn.ModuleList(nn.Conv2d(8, 8, 3) for _ in range(count))
+    attach(model, LoRAConfig(rank=3, target_modules="all"))
+    train_all(model, torch.Generator().manual_seed(0))
+    return model
+
+
+@pytest.mark.parametrize("count", [2, 30])
+def test_loadings_have_a_row_of_pictures_for_each_layer_with_a_kernel_or_for_some(count: int):
+    pytest.importorskip("matplotlib")
+    found = analyze(convolutions(count))
+    figure = plot_loadings(found)
+    rows = [figure.axes[at : at + 3] for at in range(0, len(figure.axes), 3)]
+    assert len(rows) == min(8, count + 2)
+    names = [row[0].get_ylabel() for row in rows]
+    assert names[0] == "patches"
+    assert ("time" in names) == (count == 2)
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) <= 36
+    by_name = {layer.name: layer for layer in found.layers}
+    for axes, component in zip(rows[0], by_name["patches"].components, strict=True):
+        colors = torch.from_numpy(axes.images[0].get_array().copy())
+        assert colors.shape == (4, 4, 3)
+        assert component.picture is not None
+        torch.testing.assert_close(2 * colors - 1, component.picture / component.picture.abs().max())
+        assert axes.get_title() == f"{component.share:.0%}"
+    assert rows[1][0].images[0].get_array().shape == ((1, 7) if count == 2 else (3, 3))
+    assert rows[1][0].images[0].get_clim() == (-1, 1)
+    assert figure.get_figheight() < 12
+    assert drawn(figure) > 5000
+
+
+def test_loadings_without_a_kernel_are_not_drawn(rng: torch.Generator):
+    with pytest.raises(ValueError, match="no update has a kernel of several positions"):
+        plot_loadings(analysis(1, rng))
 
 
 def test_unknown_metric_raises(rng: torch.Generator):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRAConfig, attach
+from lightning_lora import LoRAConfig, attach, calibrate
 from lightning_lora.analysis import analyze, compare, findings, layer_similarity
 from lightning_lora.analysis.comparison import likeness
 from lightning_lora.analysis.reports import (
@@ -191,6 +191,34 @@ def test_pages_of_untrained_adapter():
     comparison = compare(model, model)
     html = comparison_page(comparison, ("new", "new")).html()
     assert "nothing to compare" in html
+
+
+def started(convolutions: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(convolutions)), nn.ConvTranspose2d(4, 4, 3))
+    attach(model, LoRAConfig(rank=2, init="eva", target_modules="all"))
+    calibrate(model, [torch.randn(4, 4, 6, 6) for _ in range(3)])
+    return model
+
+
+@pytest.mark.parametrize(("convolutions", "said"), [(2, "All updates"), (20, "12 of the 20 updates, evenly spaced")])
+def test_a_page_shows_the_start_and_what_it_reads(convolutions: int, said: str):
+    pytest.importorskip("matplotlib")
+    analysis = analyze(started(convolutions))
+    page = analysis_page(analysis, "started")
+    assert "loadings" in page.pictures
+    found = Outline(page.html())
+    words = set(found.words)
+    assert {"Where it started", "What it reads and writes"} <= words
+    assert "Starts computed from 3 batches, 100 % of their tokens" in words
+    assert f"{said}: the features that the leading directions read and write most" in words
+    assert analysis.start is not None
+    assert {cell for row in analysis.start.rows() for cell in row} <= words | {""}
+    assert {cell for row in analysis.component_rows(12, leading=2) for cell in row} <= words | {""}
+    assert any(word.startswith("random start: ") and "cannot be seen" in word for word in words)
+    [caption] = {word for word in words if word.startswith("What the leading directions look for")}
+    assert ("in 8 of 20 layers" in caption) == (convolutions == 20)
+    assert not any("Suggested is" in word for word in words)
 
 
 def test_many_layers_are_thinned_evenly():

@@ -720,8 +720,9 @@ def test_ranks_from_data_are_those_of_the_adapter_alone_also_beside_others(
     assert ranks_in(model) == ranks_in(alone)  # the request is known
 
 
-def test_detaching_after_ranks_from_data_leaves_the_base_as_it_was():
-    model, batches = named("a", "b")
+@pytest.mark.parametrize("names", [("a",), ("a", "b")], ids=len)
+def test_detaching_after_ranks_from_data_leaves_the_base_as_it_was(names: tuple[str, ...]):
+    model, batches = named(*names)
     plain = nn.Sequential(Planted(), nn.Linear(16, 16))
     flags = {name: parameter.requires_grad for name, parameter in plain.named_parameters()}
     base = copy.deepcopy(model)
@@ -730,6 +731,13 @@ def test_detaching_after_ranks_from_data_leaves_the_base_as_it_was():
     ll.detach(base)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_keep_their_order_when_ranks_come_from_data():
+    model, batches = named("a")
+    ll.add_adapter(model, "b", ll.LoRAConfig(rank=1))
+    ll.calibrate(model, batches)
+    assert (ll.adapter_names(model), ll.active_adapter(model)) == (["a", "b"], "a")
 
 
 def test_a_failure_to_attach_again_leaves_named_adapters_as_they_were(monkeypatch: pytest.MonkeyPatch):

@@ -152,8 +152,9 @@ def test_the_table_is_logged_and_the_record_holds_what_was_found(caplog: pytest.
     [path] = tmp_path.rglob("*.ckpt")
     record = torch.load(path, weights_only=False)["lightning_lora"]
     [entry] = record["adapters"]
-    assert entry["calibration"].keys() == {"net.0", "net.3"}
-    assert 0 < entry["calibration"]["net.0"]["explained"] < 1
+    assert entry["calibration"]["layers"].keys() == {"net.0", "net.3"}
+    assert (entry["calibration"]["batches"], entry["calibration"]["tokens"]) == (3, 1.0)
+    assert 0 < entry["calibration"]["layers"]["net.0"]["explained"] < 1
 
 
 def test_resuming_does_not_calibrate_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):

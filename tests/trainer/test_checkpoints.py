@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, detach, load_adapter, lora_layers
+from lightning_lora import LoRACallback, detach, load_adapter, lora_layers, merge, save_adapter
 from lightning_lora.storage.checkpoint import RECORD_KEY
+from tests.files import run
 from tests.toys import FEATURES, BuiltInConfigureModel, Toy, digest, loader, network, snapshot, trainer
 
 ADAPTER = {f"net.{layer}.lora.{factor}" for layer in (0, 2, 4) for factor in "AB"}
@@ -173,6 +176,30 @@ def test_buffers_that_the_module_changes_itself_resume_bit_for_bit(tmp_path: Pat
     again = Centered()  # the file of a resumed run holds them, too
     load_adapter(again, checkpoint.last_model_path)
     assert kept(again) == kept(whole)
+
+
+@pytest.mark.filterwarnings("always:Training has changed buffers")  # the command prints it
+def test_saving_without_the_buffers_that_training_changed_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, module, path = fitted(tmp_path, Centered())
+    load_adapter(again := Centered(), path)
+    inside = "buffers of the base, for which PEFT has no place: net.2.calls. "  # the others are not in what is saved
+    for each in (module, again):
+        with pytest.warns(UserWarning, match=re.escape(inside)):
+            save_adapter(each, tmp_path / "adapter", overwrite=True)
+    assert run("export", path, tmp_path / "exported") == 0
+    assert inside in capsys.readouterr().err
+
+
+def test_merging_on_disk_writes_the_buffers_that_training_changed(tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, Centered())
+    save_file(dict(Centered().state_dict()), tmp_path / "base.safetensors")
+    assert run("merge", path, tmp_path / "base.safetensors", tmp_path / "whole") == 0
+    load_adapter(expected := Centered(), path)
+    merge(expected)
+    found, state = load_file(tmp_path / "whole" / "model.safetensors"), expected.state_dict()
+    assert {name for name in state if not torch.equal(found[name], state[name])} == {"queue"}  # it has grown
 
 
 def test_second_fit_still_saves_buffers_that_the_first_one_changed(tmp_path: Path) -> None:

@@ -222,20 +222,108 @@ def test_coverage_ignores_token_training():
     assert warning(model, reach=coverage(model)) is None
 
 
-def test_heads_that_transformers_made_up_are_named(tmp_path):
+@pytest.mark.parametrize("targets", ["all-linear", ["query", "value"]], ids=str)
+def test_heads_that_transformers_made_up_are_named(targets, tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     config = transformers.BertConfig(**sizes, vocab_size=30, num_labels=20)
     transformers.BertModel(config).save_pretrained(tmp_path)
     model = transformers.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=20)
-    attach(nested := nn.ModuleDict({"bert": model}), LoRAConfig(rank=2))
+    attach(nested := nn.ModuleDict({"bert": model}), LoRAConfig(rank=2, target_modules=targets))
     message = str(warning(nested))
-    assert "no values for bert.classifier, so random ones stay" in message
-    assert "modules_to_save=['bert.classifier'] or 'auto'" in message
+    assert "no values for bert.classifier, so random ones stay, which no checkpoint holds" in message
+    assert message.count("modules_to_save=['bert.classifier'] or 'auto'") == message.count("modules_to_save") == 1
     detach(nested)
-    attach(nested, LoRAConfig(rank=2, modules_to_save="auto"))
+    attach(nested, LoRAConfig(rank=2, target_modules=targets, modules_to_save="auto"))
     assert model.classifier.weight.requires_grad
     assert warning(nested) is None
+
+
+def test_small_head_that_transformers_made_up_is_named_once(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    transformers.BertModel(transformers.BertConfig(**sizes, vocab_size=30)).save_pretrained(tmp_path)
+    model = transformers.BertForSequenceClassification.from_pretrained(tmp_path, num_labels=4)
+    attach(model, LoRAConfig(rank=8))
+    assert str(warning(model)).count("modules_to_save=['classifier'] or 'auto'") == 1
+
+
+def test_embeddings_that_were_resized_are_not_called_new(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    sizes["tie_word_embeddings"] = False
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, vocab_size=30)).save_pretrained(tmp_path)
+    model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    model.resize_token_embeddings(34)
+    attach(model, LoRAConfig(rank=2, trainable_token_indices=[30, 31, 32, 33]))
+    assert warning(model) is None
+
+
+def trained_body(width: int = 64) -> nn.Module:
+    """Return a model whose body has other values than a new one, as after training, and whose head is new."""
+    model = nn.ModuleDict(
+        {"body": nn.Sequential(*(nn.Linear(width, width) for _ in range(3))), "head": nn.Linear(width, 20)}
+    )
+    with torch.no_grad():
+        for parameter in model["body"].parameters():
+            parameter.normal_(0, 0.1)
+    return model
+
+
+def timm_start(head: nn.Linear) -> None:
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [lambda head: None, timm_start], ids=["torch", "timm"])
+def test_wide_new_head_is_named_before_it_trains_on_random_weights(start, dtype):
+    model = trained_body()
+    start(model["head"])
+    attach(model.to(dtype), LoRAConfig(rank=2))
+    message = str(warning(model))
+    assert "the values of head look random" in message
+    assert "modules_to_save=['head']" in message
+    detach(model)
+    attach(model, LoRAConfig(rank=2, modules_to_save=["head"]))
+    assert warning(model) is None
+
+
+def trained_head(model: nn.Module) -> None:
+    with torch.no_grad():
+        model["head"].weight.mul_(1.1)  # leaves the range of a new layer
+
+
+def new_body(model: nn.Module) -> None:
+    for part in model["body"]:
+        part.reset_parameters()
+
+
+@pytest.mark.parametrize("change", [trained_head, new_body])
+def test_layers_are_called_new_only_beside_a_trained_body(change):
+    model = trained_body()
+    change(model)
+    attach(model, LoRAConfig(rank=2))
+    assert warning(model) is None
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["body.0"]}, {"exclude_modules": ["head"]}], ids=str)
+def test_new_head_that_stays_frozen_is_named_too(options):
+    attach(model := trained_body(), LoRAConfig(rank=2, **options))
+    assert "modules_to_save=['head']" in str(warning(model))
+
+
+def test_new_head_that_is_too_small_for_the_rank_is_named_once():
+    model = trained_body()
+    attach(model, LoRAConfig(rank=24))
+    assert str(warning(model)).count("'head'") == 1
+
+
+def test_layer_without_values_is_not_called_new():
+    model = trained_body()
+    model["head"].to("meta")
+    attach(model, LoRAConfig(rank=2))
+    assert warning(model) is None
 
 
 def test_weights_of_a_layer_too_small_for_the_rank_are_not_suggested_for_training_in_full():

@@ -309,3 +309,10 @@ def test_fresh_needs_the_first_values_of_what_trains_in_full() -> None:
     trainer(LoRACallback(rank=2, modules_to_save=["net.4"])).fit(module, loader())
     with pytest.raises(MisconfigurationException, match=r"first values of net\.4 were not kept"):
         trainer(LoRACallback(rank=2, modules_to_save=["net.4"], fresh=True)).fit(module, loader())
+
+
+def test_detach_after_a_fresh_fit_puts_back_what_trained_in_full() -> None:
+    module, base = Toy(), digest(Toy())
+    trainer(LoRACallback(rank=2, modules_to_save=["net.4"], fresh=True)).fit(module, loader())
+    detach(module)
+    assert digest(module) == base

@@ -68,8 +68,8 @@ class Layout:
         self.noted_gradients: dict[int, GradientNote] | None = None
         self.before_wrapping: Callable[[], None] | None = None
 
-    def check_fit(self, *, with_diagnostics: bool) -> None:
-        """Refuse to train, or to measure while training, with the strategy's settings."""
+    def check_fit(self, *, with_diagnostics: bool, with_schedule: bool) -> None:
+        """Refuse to train, to measure or to change ranks while training, with the strategy's settings."""
 
     def attached(self, module: LightningModule) -> None:
         """Record newly attached adapters before the strategy wraps the module; reject what it cannot train."""
@@ -144,6 +144,11 @@ class ModelParallelLayout(Layout):
     """FSDP2 and tensor parallelism: ``configure_model`` itself makes parameters ``DTensor``."""
 
     divides_weights = True
+    _with_schedule = False
+
+    @override
+    def check_fit(self, *, with_diagnostics: bool, with_schedule: bool) -> None:
+        self._with_schedule = with_schedule
 
     @override
     def configured(self, module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
@@ -167,7 +172,14 @@ class ModelParallelLayout(Layout):
                 "what fully_shard has sharded is synchronized. In configure_model call "
                 'fully_shard(..., mesh=self.device_mesh["data_parallel"]) on these layers, or last on the whole model.'
             )
-        if tensor.size() > 1 and not any(_spans(parameter, tensor) for parameter in divided):
+        is_parallel = tensor.size() > 1 and any(_spans(parameter, tensor) for parameter in divided)
+        if is_parallel and self._with_schedule:
+            raise MisconfigurationException(
+                f"rank_schedule: ModelParallelStrategy({sizes}) with parallelize_module divides each layer in its own "
+                "way, and the components of its factors with it. Use fully_shard alone or DDP, or train at a fixed "
+                "rank and call truncate_adapter."
+            )
+        if tensor.size() > 1 and not is_parallel:
             rank_zero_warn(
                 f"LoRA: ModelParallelStrategy({sizes}), but no parameter is sharded for tensor parallelism, so groups "
                 f"of {tensor.size()} processes train on the same data. Call parallelize_module in configure_model, or "

@@ -55,7 +55,7 @@ class DeepSpeedLayout(Layout):
             )
 
     @override
-    def check_fit(self, *, with_diagnostics: bool) -> None:
+    def check_fit(self, *, with_diagnostics: bool, with_schedule: bool) -> None:
         if (own := self._config.get("optimizer")) is not None:
             raise MisconfigurationException(
                 f"DeepSpeedStrategy(config={{'optimizer': {own!r}}}): with it Lightning never calls "
@@ -67,6 +67,12 @@ class DeepSpeedLayout(Layout):
                 "diagnostics_every_n_steps: DeepSpeed removes gradients as soon as they are computed, and its stage "
                 "3 shards the factors. Leave it out and look at checkpoints with lightning_lora.analysis.analyze, or "
                 "use DDP or ModelParallelStrategy (FSDP2)."
+            )
+        if with_schedule:
+            raise MisconfigurationException(
+                "rank_schedule: DeepSpeed removes gradients as soon as they are computed, and steps copies of the "
+                "factors of its own. Use DDP or ModelParallelStrategy (FSDP2), or train at a fixed rank and call "
+                "truncate_adapter."
             )
 
     @override

@@ -54,12 +54,18 @@ class FSDPLayout(Layout):
         self._fsdp.model_sharded_context = context  # type: ignore[method-assign]
 
     @override
-    def check_fit(self, *, with_diagnostics: bool) -> None:
+    def check_fit(self, *, with_diagnostics: bool, with_schedule: bool) -> None:
         if with_diagnostics:
             raise MisconfigurationException(
                 "diagnostics_every_n_steps: under FSDPStrategy a process holds flat slices of the factors and weights, "
                 "which do not give ranks and norms. Leave it out and look at checkpoints with "
                 "lightning_lora.analysis.analyze, or use DDP or ModelParallelStrategy (FSDP2)."
+            )
+        if with_schedule:
+            raise MisconfigurationException(
+                "rank_schedule: under FSDPStrategy a process holds flat slices of the factors, in which their "
+                "components cannot be told apart. Use ModelParallelStrategy (FSDP2) or DDP, or train at a fixed rank "
+                "and call truncate_adapter."
             )
 
     @override

@@ -43,6 +43,20 @@ def test_spawn_launcher_is_refused() -> None:
     assert not lora_layers(module)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        (FSDPStrategy, "under FSDPStrategy a process holds flat slices"),
+        (DeepSpeedStrategy, "DeepSpeed removes gradients as soon as they are computed"),
+    ],
+)
+def test_rank_schedules_are_refused_where_components_cannot_be_seen(strategy: type[Strategy], reason: str) -> None:
+    if strategy is DeepSpeedStrategy:
+        strategy = CPUDeepSpeedStrategy  # the same without a GPU
+    with pytest.raises(MisconfigurationException, match=f"rank_schedule: {reason}.*call truncate_adapter"):
+        layout_of(strategy()).check_fit(with_diagnostics=False, with_schedule=True)
+
+
 # --- FSDP
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -22,6 +24,7 @@ from lightning_lora import (
     add_adapter,
     attach,
     calibrate,
+    combine,
     detach,
     disabled,
     load_adapter,
@@ -32,8 +35,9 @@ from lightning_lora import (
     truncate_adapter,
     using,
 )
+from lightning_lora.attachment import get_attachment
 from lightning_lora.layers import LoRALayer
-from lightning_lora.ranks import truncation
+from lightning_lora.several import truncation
 from tests.contract import assert_same_bits, learn, raises_and_changes_nothing
 from tests.files import files_of, run, write_checkpoint
 from tests.peft_format.models import CLOSE, QUIET, bert, distance, gpt2, in_peft, llama, logits, mixtral, trained
@@ -198,6 +202,15 @@ def test_an_adapter_without_any_update_is_refused():
         truncate_adapter(module, rank=1)
 
 
+def test_a_head_stays_where_no_layer_has_an_update():
+    module = base()
+    attach(module, CONFIGS["head"])
+    module.head.weight.data.mul_(2)
+    expected = module.eval()(tokens())
+    assert {layer.rank for layer in truncate_adapter(module, rank=1)} == {0}
+    assert torch.equal(module(tokens()), expected)
+
+
 # --- an adapter like any other
 
 
@@ -234,8 +247,11 @@ def test_options_stay():
     module = base()
     attach(module, LoRAConfig(rank=4, target_modules=["fc"], dropout=0.3, frozen_norm="track", use_rslora=True), seed=7)
     learn(module, 0)
+    before = get_attachment(module)
+    before.moved, before.buffers = {"queue"}, {"queue": torch.ones(2)}
     truncate_adapter(module, rank=1)
-    record = vars(module)["_lora_attachment"]
+    record = get_attachment(module)
+    assert (record.moved, record.buffers) == (before.moved, before.buffers)
     assert (record.config.dropout, record.config.frozen_norm, record.seed, record.name) == (0.3, "track", 7, None)
     assert lora_layers(module)["fc"].lora.spec.scaling == 1.0
 
@@ -319,10 +335,19 @@ def test_a_fresh_fit_starts_anew_after_a_cut():
     assert lora_layers(module)["net.0"].lora.spec.rank == 6
 
 
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_a_fresh_fit_does_not_take_trained_values_for_the_first_ones(is_cut: bool, monkeypatch: pytest.MonkeyPatch):
+    module = Toy()
+    trainer(LoRACallback(**OPTIONS)).fit(module, loader())
+    if not is_cut:
+        monkeypatch.setattr(truncation, "attach_sum", None)
+    with nullcontext() if is_cut else pytest.raises(TypeError):
+        truncate_adapter(module, rank=2)
+    with pytest.raises(MisconfigurationException, match=r"the first values of net\.4 were not kept"):
+        trainer(LoRACallback(**OPTIONS, fresh=True)).fit(module, loader())
+
+
 # --- what is refused
-
-
-NO = "Nothing was changed"
 
 
 @pytest.mark.parametrize(
@@ -357,8 +382,6 @@ def test_several_adapters_are_refused_with_the_way_that_keeps_both():
         learn(module, 0)
     with raises_and_changes_nothing(module, ValueError, "several adapters, 'a', 'b'") as caught:
         truncate_adapter(module, energy=0.99)
-    from lightning_lora import combine
-
     call = re.search(r"combine\(module, .*?\)", str(caught.value))
     assert call is not None
     eval(call[0], {"combine": combine, "module": module})

@@ -8,8 +8,8 @@ from itertools import product
 import pytest
 import torch
 
-from lightning_lora.calibration.ranks import allocate
 from lightning_lora.option_checks import parse_budget
+from lightning_lora.ranks.allocation import allocate
 
 SPECTRA = {"a": [9.0, 4.0, 1.0], "b": [8.0, 7.0, 0.5], "c": [2.0, 1.0, 0.0]}
 COSTS = {"a": 10, "b": 20, "c": 5}

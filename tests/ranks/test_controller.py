@@ -1,0 +1,249 @@
+"""The engine of a rank schedule in a plain training loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_lora import LoRAConfig, attach
+from lightning_lora.layers import LowRankAdapter
+from lightning_lora.ranks.controller import RankController, cost_of, scheduled
+from lightning_lora.ranks.schedule import Plan, RankSchedule
+
+Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+WIDTH, RANKS = 24, (6, 0, 2, 0)
+
+OPTIMIZERS: dict[str, Make] = {
+    "AdamW with decay": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "fused AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, fused=True),
+    "Adam with L2": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.05, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+}
+
+
+class Parallel(nn.Module):
+    """Linear layers side by side, which should become those of ``targets``: each differs by its own rank."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH, bias=False) for _ in RANKS])
+        self.targets = []
+        for layer, rank in zip(self.layers, RANKS, strict=True):
+            change = torch.randn(WIDTH, rank) @ torch.randn(rank, WIDTH) / WIDTH**0.5
+            self.targets.append(layer.weight.detach() + change)
+
+    def loss(self) -> Tensor:
+        x = torch.randn(64, WIDTH)
+        pairs = zip(self.layers, self.targets, strict=True)
+        return 10 * torch.stack([(layer(x) - x @ target.T).square().mean() for layer, target in pairs]).mean()
+
+
+def controlled(module: nn.Module, steps: int, rank: int = 2, **options: Any) -> RankController:
+    schedule, config = RankSchedule(**{"max_rank": 8, **options}), LoRAConfig(rank=rank, alpha=2.0 * rank)
+    attach(module, schedule.widened(config))
+    costs = [cost_of(adapter) for adapter in scheduled(module)[0].values()]
+    controller = RankController(
+        module,
+        schedule,
+        Plan.of(schedule, steps, full=schedule.start_rank(config) * sum(costs), budget=rank * sum(costs)),
+    )
+    controller.begin()
+    return controller
+
+
+def optimizer_of(module: nn.Module, make: Make = OPTIMIZERS["SGD with momentum"]) -> torch.optim.Optimizer:
+    return make([parameter for parameter in module.parameters() if parameter.requires_grad])
+
+
+def train(
+    module: Parallel, controller: RankController, optimizer: torch.optim.Optimizer, steps: Iterable[int]
+) -> Iterable[bool]:
+    """Yield after each step whether the ranks were decided; the data of a step follow from its number."""
+    for step in steps:
+        torch.manual_seed(1000 + step)
+        optimizer.zero_grad()
+        module.loss().backward()  # type: ignore[no-untyped-call]
+        controller.before_step(optimizer)
+        optimizer.step()
+        controller.after_step(optimizer)
+        yield controller.end_step([optimizer])
+
+
+@pytest.mark.parametrize(("score", "seed"), [("gate", 0), ("gate", 1), ("adalora", 0), ("energy", 0), ("energy", 1)])
+def test_planted_ranks_are_found(score: str, seed: int) -> None:
+    module = Parallel(seed)
+    controller = controlled(module, 400, score=score)
+    # AdaLoRA's own scores depend on the basis, which Adam spreads over all components: not every time with it.
+    kind = torch.optim.SGD if score == "adalora" else torch.optim.AdamW
+    options = {"lr": 0.1, "momentum": 0.9} if score == "adalora" else {"lr": 0.01}
+    optimizer = optimizer_of(module, lambda p: kind(p, **options))  # type: ignore[arg-type]
+    for is_event in train(module, controller, optimizer, range(400)):
+        if is_event:
+            assert controller.parameters() <= controller.plan.budget_at(controller.steps)
+    assert tuple(controller.ranks().values()) == RANKS
+    assert float(module.loss().detach()) < 1e-3
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_what_is_out_of_use_stays_zero_after_every_step(make: Make, regrow: bool) -> None:
+    module = Parallel()
+    controller = controlled(module, 40, regrow=regrow)
+    optimizer, masked = optimizer_of(module, make), 0
+    for _ in train(module, controller, optimizer, range(40)):
+        for adapter in controller.adapters.values():
+            out = ~adapter.in_use
+            masked += int(out.sum())
+            assert not adapter.B[:, out].any()
+            for state in optimizer.state[adapter.B].values():
+                if torch.is_tensor(state) and state.ndim == 2 and state.shape[1] == adapter.B.shape[1]:
+                    assert not state[:, out].any()
+            assert (adapter.A[out] != 0).any(1).all()  # it could come back
+    assert masked > 100
+
+
+def test_components_out_of_use_cost_no_multiplications() -> None:
+    module = nn.Linear(32, 32)
+    attach(module, LoRAConfig(rank=8))
+    adapter = scheduled(module)[0][""]
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            module(torch.randn(16, 32)).sum().backward()
+        return counter.get_total_flops()
+
+    full = flops()
+    adapter.keep(torch.arange(8) < 2)
+    assert full - flops() == (8 - 2) * (full - flops_of_base(module, flops)) // 8
+
+
+def flops_of_base(module: nn.Module, flops: Callable[[], int]) -> int:
+    """Return the operations with no component at all."""
+    adapter, kept = scheduled(module)[0][""], scheduled(module)[0][""].in_use
+    adapter.keep(torch.zeros(8, dtype=torch.bool))
+    found = flops()
+    adapter.keep(kept)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (nn.Linear(16, 15), torch.randn(3, 16)),
+        (nn.Conv2d(3, 6, 3), torch.randn(2, 3, 5, 5)),
+        (nn.Embedding(9, 6), torch.arange(9)),
+        (nn.LSTM(16, 16), torch.randn(4, 2, 16)),
+        (nn.MultiheadAttention(16, 2), torch.randn(4, 2, 16)),
+        (nn.ConvTranspose1d(4, 6, 3), torch.randn(2, 4, 5)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_every_kind_of_layer_computes_what_is_in_use(module: nn.Module, inputs: Tensor) -> None:
+    module.eval()
+    attach(module, LoRAConfig(rank=3, target_modules="all"))
+    adapters, _ = scheduled(module)
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.A)
+        nn.init.normal_(adapter.B)
+
+    def output() -> Tensor:
+        arguments = (inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
+        found = module(*arguments)
+        return found[0] if isinstance(found, tuple) else found
+
+    for adapter in adapters.values():
+        adapter.keep(torch.tensor([True, False, True]))
+        zero_component(adapter, 1)
+    masked = output()
+    for adapter in adapters.values():
+        adapter.forget_mask()
+    assert torch.allclose(masked, output(), atol=1e-5)
+
+
+@torch.no_grad()
+def zero_component(adapter: LowRankAdapter, number: int) -> None:
+    adapter.zero_factor().select(-2 if adapter.zero_factor() is adapter.A else -1, number).zero_()
+
+
+def test_a_training_that_is_cut_in_two_goes_on_bit_for_bit() -> None:
+    whole, steps = Parallel(), range(60)
+    controller, optimizer = controlled(whole, 60, score="adalora"), optimizer_of(whole, OPTIMIZERS["AdamW with decay"])
+    saved: tuple[Any, ...] = ()
+    for step, _ in enumerate(train(whole, controller, optimizer, steps)):
+        if step == 20:  # two steps after an event, and one before the next
+            saved = copied((whole.state_dict(), optimizer.state_dict(), controller.state(), controller.scores()))
+    again = Parallel()
+    second, other = controlled(again, 60, score="adalora"), optimizer_of(again, OPTIMIZERS["AdamW with decay"])
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    second.load(*saved[2:])
+    second.begin()
+    assert sum(train(again, second, other, steps[21:])) > 5
+    assert second.history == controller.history
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def copied(value: Any) -> Any:
+    return copy.deepcopy(value)
+
+
+def test_equal_scores_are_decided_by_name_and_number() -> None:
+    module = Parallel()
+    controller = controlled(module, 10)
+    optimizer = optimizer_of(module)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    while not controller.is_done:
+        controller.before_step(optimizer)
+        controller.after_step(optimizer)
+        controller.end_step([optimizer])
+    assert list(controller.ranks().values()) == [8, 0, 0, 0]
+    assert controller.adapters["layers.0"].in_use.all()
+
+
+def test_lowest_ranks_are_kept() -> None:
+    module = Parallel()
+    controller = controlled(module, 100, min_rank=1)
+    optimizer = optimizer_of(module, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    assert sum(train(module, controller, optimizer, range(100))) > 5
+    assert min(controller.ranks().values()) == 1
+    assert sum(controller.ranks().values()) == 8
+
+
+def test_what_would_be_lost_with_the_last_component_keeps_one() -> None:
+    module = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    attach(module, LoRAConfig(rank=4, use_dora=True))
+    schedule = RankSchedule(max_rank=4)
+    plan = Plan.of(schedule, 10, full=256, budget=96)
+    assert set(RankController(module, schedule, plan).floors.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [(10**6, "leaves nothing to decide, since all components together have"), (3, "is too small: the lowest ranks")],
+)
+def test_a_budget_that_decides_nothing_is_refused(budget: int, message: str) -> None:
+    module = Parallel()
+    schedule = RankSchedule(max_rank=4)
+    attach(module, schedule.widened(LoRAConfig(rank=2)))
+    with pytest.raises(ValueError, match=message):
+        RankController(module, schedule, Plan.of(schedule, 10, full=768, budget=budget))
+
+
+def test_steps_without_scores_are_refused_at_the_first_decision() -> None:
+    controller = controlled(Parallel(), 10)
+    controller.after_step(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+    assert not controller.end_step([])
+    controller.after_step(torch.optim.SGD([nn.Parameter(torch.ones(1))]))
+    with pytest.raises(RuntimeError, match=r"optimizers were stepped past Lightning.*self.optimizers\(\)"):
+        controller.end_step([])
