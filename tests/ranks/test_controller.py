@@ -48,7 +48,7 @@ class Parallel(nn.Module):
 
 
 def controlled(module: nn.Module, steps: int, rank: int = 2, **options: Any) -> RankController:
-    schedule, config = RankSchedule(**{"max_rank": 8, **options}), LoRAConfig(rank=rank, alpha=2.0 * rank)
+    schedule, config = RankSchedule(**{"max_rank": 8, **options}), LoRAConfig(rank=rank, alpha=2.0 * rank, target_modules="all")
     attach(module, schedule.widened(config))
     costs = [cost_of(adapter) for adapter in scheduled(module)[0].values()]
     controller = RankController(
@@ -109,6 +109,29 @@ def test_what_is_out_of_use_stays_zero_after_every_step(make: Make, regrow: bool
                     assert not state[:, out].any()
             assert (adapter.A[out] != 0).any(1).all()  # it could come back
     assert masked > 100
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_of_embeddings_the_rows_of_a_stay_zero_with_their_states(regrow: bool) -> None:
+    module = nn.Embedding(30, 20)
+    controller = controlled(module, 60, regrow=regrow)
+    [adapter] = controller.adapters.values()
+    optimizer, target, masked = optimizer_of(module, OPTIMIZERS["AdamW with decay"]), torch.randn(30, 20), 0
+    for step in range(60):
+        torch.manual_seed(step)
+        tokens = torch.randint(30, (64,))
+        optimizer.zero_grad()
+        (module(tokens) - target[tokens]).square().mean().backward()
+        controller.before_step(optimizer)
+        optimizer.step()
+        controller.after_step(optimizer)
+        controller.end_step([optimizer])
+        out = ~adapter.in_use
+        masked += int(out.sum())
+        for tensor in (adapter.A, optimizer.state[adapter.A]["exp_avg"], optimizer.state[adapter.A]["exp_avg_sq"]):
+            assert not tensor[out].any()
+    assert masked > 100
+    assert adapter.rank == 2
 
 
 def test_components_out_of_use_cost_no_multiplications() -> None:
