@@ -253,6 +253,17 @@ def check_rates_differ(module: LightningModule, rates: Mapping[str, float], want
         )
 
 
+def step_together(optimizers: Sequence[Optimizer]) -> None:
+    """Have torch's optimizers update all tensors of a group at once, unless the user has said how they do it.
+
+    Many adapters have many small factors, and on a CPU torch would update one after the other.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if group.get("foreach", False) is None and not group.get("fused") and not group.get("differentiable"):
+                group["foreach"] = True
+
+
 @torch.no_grad()
 def drop_gradients(parameters: Parameters) -> None:
     """Leave an adapter out of the next optimizer step, weight decay included."""
