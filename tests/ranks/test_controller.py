@@ -48,7 +48,8 @@ class Parallel(nn.Module):
 
 
 def controlled(module: nn.Module, steps: int, rank: int = 2, **options: Any) -> RankController:
-    schedule, config = RankSchedule(**{"max_rank": 8, **options}), LoRAConfig(rank=rank, alpha=2.0 * rank, target_modules="all")
+    schedule = RankSchedule(**{"max_rank": 8, **options})
+    config = LoRAConfig(rank=rank, alpha=2.0 * rank, target_modules="all")
     attach(module, schedule.widened(config))
     costs = [cost_of(adapter) for adapter in scheduled(module)[0].values()]
     controller = RankController(
