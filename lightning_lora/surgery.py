@@ -441,6 +441,7 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
         record.moved, record.buffers = old.moved, old.buffers
         record.untied |= old.untied
         record.name, record.asked, record.calibration = old.name, old.asked, old.calibration
+        record.rank_history = old.rank_history
     return record
 
 

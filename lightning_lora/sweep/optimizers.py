@@ -227,13 +227,15 @@ def only_gradients_of(parameters: Mapping[str, Parameters], name: str) -> Iterat
             parameter.grad = gradient
 
 
-def learning_rates(optimizers: Sequence[Optimizer], owned: Mapping[str, Parameters]) -> dict[str, float]:
-    """Return the largest learning rate of each adapter's groups now."""
+def learning_rates(
+    optimizers: Sequence[Optimizer], owned: Mapping[str, Parameters], *, peak: bool = False
+) -> dict[str, float]:
+    """Return the largest learning rate of each adapter's groups now, or the one that its schedule is built on."""
     owners, found = _owners(owned), dict[str, float]()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if group["params"] and (owner := owners.get(id(group["params"][0]))) is not None:
-                found[owner] = max(found.get(owner, 0.0), float(group["lr"]))
+                found[owner] = max(found.get(owner, 0.0), float(_peak(group) if peak else group["lr"]))
     return found
 
 

@@ -22,7 +22,6 @@ from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
-from lightning_lora.ranks.compaction import compact
 from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, fill_buffers
@@ -478,7 +477,7 @@ class FitSession:
             best = export_best(self.layout, self.trainer, directory, overwrite=self.options.overwrite)
             rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
         if self.ranks is not None and not self.layout.divides_weights:
-            compact(self.module, self.trainer.optimizers)
+            self.ranks.compact(self.module)
             self._checkpoints.ranks = None
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
