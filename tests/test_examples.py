@@ -148,6 +148,15 @@ def cli(command: str, *arguments: str, folder: Path) -> str:
     return execute("digits_cli.py", command, "--config", str(EXAMPLES / "digits.yaml"), *arguments, folder=folder)
 
 
+def test_a_sweep_finds_settings_and_draws_its_page(tmp_path):
+    printed = execute("digits_sweep.py", "--fast", "--output", str(tmp_path), folder=tmp_path)
+    table, results = printed.partition("% of the test images")[::2]
+    assert table.count("rank=16") > 3
+    assert "digits.py (lr=0.01, rank=4)" in results
+    assert "The sweep" in (tmp_path / "sweep.html").read_text()
+    assert (tmp_path / "pictures" / "sweep_rates.png").exists()
+
+
 def test_yaml_trains_adapter_for_second_run(digits, tmp_path):
     base = f"--model.base={digits.folder / 'base'}"
     printed = cli("fit", base, "--data.steps=150", folder=tmp_path)

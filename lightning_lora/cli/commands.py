@@ -280,6 +280,8 @@ def report(options: argparse.Namespace) -> Result:
     from lightning_lora.analysis import analyze, findings, layer_similarity, suggest_ranks
     from lightning_lora.analysis.reports import analysis_page, rank_pattern
     from lightning_lora.analysis.spectrum import plain
+    from lightning_lora.sweep.picture import add_sweep
+    from lightning_lora.sweep.standings import sweep_in
 
     if options.intruders and options.base is None:
         raise ValueError("--intruders needs the weights: give --base.")
@@ -300,9 +302,14 @@ def report(options: argparse.Namespace) -> Result:
             say("warning:", WARNING, f"layers are not compared with each other: {error}")
     named = "" if analysis.adapter is None else f" ({analysis.adapter!r})"
     facts = [f"Adapter: {options.adapter}{named}"] + ([f"Base: {options.base}"] if options.base else [])
-    _write_outputs(
-        options, lambda: analysis_page(analysis, options.adapter.name, similarities=similarities, facts=facts)
-    )
+
+    def page() -> Page:
+        made = analysis_page(analysis, options.adapter.name, similarities=similarities, facts=facts)
+        if (sweep := sweep_in(options.adapter)) is not None:
+            add_sweep(made, *sweep)
+        return made
+
+    _write_outputs(options, page)
     suggestions, found = suggest_ranks(analysis), findings(analysis)
     content = analysis.to_dict() | {
         "findings": found,

@@ -14,6 +14,7 @@ from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable
 from lightning_lora.fingerprint import digest, to_plain
 from lightning_lora.names import join, with_equal_roots
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer
+from lightning_lora.sweep.standings import Table, sweep_in
 
 
 class LayerSummary(NamedTuple):
@@ -55,12 +56,14 @@ class Summary(NamedTuple):
         kind: ``"PEFT directory"`` or ``"Lightning checkpoint"``.
         layers: The low-rank updates.
         others: All other trained tensors.
+        sweep: What a sweep has compared, if one wrote the file; else empty.
     """
 
     file: AdapterFile
     kind: str
     layers: list[LayerSummary]
     others: dict[str, Tensor]
+    sweep: Table = Table()
 
     @property
     def parameters(self) -> int:
@@ -79,6 +82,7 @@ class Summary(NamedTuple):
             "trained_in_full": {name: list(tensor.shape) for name, tensor in self.others.items()},
             "base": {"fingerprint": digest(base), "tensors": to_plain(base)} if base else None,
             "config": self.file.options,
+            **({"sweep": list(self.sweep)} if self.sweep else {}),
         }
 
 
@@ -93,7 +97,9 @@ def summarize(file: AdapterFile) -> Summary:
     is_peft = file.path.is_dir()
     names = sorted(file.layers, key=in_order) if is_peft else list(file.layers)
     kind = "PEFT directory" if is_peft else "Lightning checkpoint"
-    return Summary(file, kind, [_summary(name, file.layers[name]) for name in names], _others(file))
+    sweep = sweep_in(file.path)
+    table = Table() if sweep is None else sweep[0].table()
+    return Summary(file, kind, [_summary(name, file.layers[name]) for name in names], _others(file), table)
 
 
 def _summary(name: str, layer: StoredLayer) -> LayerSummary:

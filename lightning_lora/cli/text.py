@@ -82,6 +82,13 @@ def summary_lines(summary: Summary) -> list[str]:
     ]
     if file.base:
         lines.append(f"base: fingerprint {digest(file.base)}, of {len(file.base)} tensors")
+    if summary.sweep:
+        lines += [
+            "",
+            f"a sweep of {len(summary.sweep)} adapters, the best first:",
+            *repr(summary.sweep).splitlines(),
+            "",
+        ]
     said = {key: value for key, value in sorted(file.options.items()) if value not in (None, False, "", [], {}, ())}
     return lines + [f"{key}: {_shortened(value)}" for key, value in said.items()]
 

@@ -227,13 +227,15 @@ def only_gradients_of(parameters: Mapping[str, Parameters], name: str) -> Iterat
             parameter.grad = gradient
 
 
-def learning_rates(optimizers: Sequence[Optimizer], owned: Mapping[str, Parameters]) -> dict[str, float]:
-    """Return the largest learning rate of each adapter's groups now."""
+def learning_rates(
+    optimizers: Sequence[Optimizer], owned: Mapping[str, Parameters], *, peak: bool = False
+) -> dict[str, float]:
+    """Return the largest learning rate of each adapter's groups now, or the one that its schedule is built on."""
     owners, found = _owners(owned), dict[str, float]()
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if group["params"] and (owner := owners.get(id(group["params"][0]))) is not None:
-                found[owner] = max(found.get(owner, 0.0), float(group["lr"]))
+                found[owner] = max(found.get(owner, 0.0), float(_peak(group) if peak else group["lr"]))
     return found
 
 
@@ -251,6 +253,17 @@ def check_rates_differ(module: LightningModule, rates: Mapping[str, float], want
             f"{max(rates.values()):g}, so their own ones have no effect. Use a scheduler that scales each group's "
             "rate, such as LambdaLR."
         )
+
+
+def step_together(optimizers: Sequence[Optimizer]) -> None:
+    """Have torch's optimizers update all tensors of a group at once, unless the user has said how they do it.
+
+    Many adapters have many small factors, and on a CPU torch would update one after the other.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if group.get("foreach", False) is None and not group.get("fused") and not group.get("differentiable"):
+                group["foreach"] = True
 
 
 @torch.no_grad()

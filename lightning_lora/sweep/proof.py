@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import LowRankAdapter
+from lightning_lora.names import parameters_of
 from lightning_lora.probe import RandomState, left_as_it_was
+from lightning_lora.sweep.forecast import bytes_kept
 from lightning_lora.sweep.optimizers import Parameters
 from lightning_lora.sweep.steps import Call, Outcome, Step, UnfitError, run_one
 from lightning_lora.switching import using
@@ -40,14 +44,27 @@ class Proof:
     ) -> None:
         self.module, self.step, self.calls, self.owned = module, step, calls, owned
         self._is_random = False
+        self._flops = self._flops_of_way = 0
+
+    @cached_property
+    def _expected(self) -> Found:
+        """What running the batch for each adapter in turn gives."""
         with self._effects():
-            self._expected = self._in_turn()
-            again = self._in_turn(shift=1)
+            with FlopCounterMode(display=False) as counter:
+                found = self._in_turn()
+            again = self._in_turn(shift=1, most=1)
+        self._flops = counter.get_total_flops()
         # What draws random numbers would differ from run to run: such modules are compared in evaluation mode.
-        self._is_random = any(not torch.equal(again[name][0], loss) for name, (loss, _) in self._expected.items())
+        self._is_random = any(not torch.equal(loss, found[name][0]) for name, (loss, _) in again.items())
         if self._is_random:
             with self._effects():
-                self._expected = self._in_turn()
+                found = self._in_turn()
+        return found
+
+    @property
+    def flops(self) -> float | None:
+        """The operations of the way that was checked last over those of running in turn; None if nothing is known."""
+        return self._flops_of_way / self._flops if self._flops and self._flops_of_way else None
 
     def check(self, way: Way) -> None:
         """Raise if a way gives other losses or gradients.
@@ -56,9 +73,11 @@ class Proof:
             UnfitError: It does; the message names the adapter.
             Exception: Whatever the way itself raises.
         """
-        with self._effects(), self._same_draws():
+        expected = self._expected
+        with self._effects(), self._same_draws(), FlopCounterMode(display=False) as counter:
             found = self._gradients(way(self.step, self.calls))
-        for name, (loss, gradients) in self._expected.items():
+        self._flops_of_way = counter.get_total_flops()
+        for name, (loss, gradients) in expected.items():
             own_loss, own = found[name]
             low = loss.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(loss.device.type)
             close = _CLOSE_IN_LOW_PRECISION if low else _CLOSE
@@ -67,9 +86,16 @@ class Proof:
             if not _near(own, gradients, close):
                 raise UnfitError(f"the gradients of {name!r} are not those of its own loss")
 
-    def _in_turn(self, shift: int = 0) -> Found:
+    def bytes_kept(self, name: str) -> int:
+        """Return the bytes that the step of an adapter keeps for its backward pass."""
+        shared = [*parameters_of(self.module), *(p for own in self.owned.values() for p in own.values())]
+        with self._effects(), self._same_draws(), bytes_kept(shared) as kept:
+            run_one(self.module, self.step, self.calls[name], name)
+        return kept[0]
+
+    def _in_turn(self, shift: int = 0, most: int | None = None) -> Found:
         found: Found = {}
-        for name, call in self.calls.items():
+        for name, call in list(self.calls.items())[:most]:
             with self._same_draws(shift):
                 found |= self._gradients({name: run_one(self.module, self.step, call, name)})
         return found

@@ -199,7 +199,7 @@ class SweepSession:
         refuse_coupling(optimizers, schedulers)
         split_groups(self.module, optimizers, schedulers, self.chosen, template)
         self._rates = learning_rates(optimizers, self.owned)
-        for name, rate in self._rates.items():
+        for name, rate in learning_rates(optimizers, self.owned, peak=True).items():
             self.standings.results[name].lr = rate
         return configured
 

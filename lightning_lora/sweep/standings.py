@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
 from lightning_lora.attachment import table_lines
+from lightning_lora.storage.adapter_file import damage_named
+from lightning_lora.storage.checkpoint import RECORD_KEY, SWEEP_KEY, plain_values
 from lightning_lora.sweep.candidates import Candidate
 
 LOST, DIVERGED = "lost", "diverged"
@@ -24,7 +27,7 @@ class Result:
         rank: The rank of most of its layers.
         curve: Step and value of the metric at each validation.
         losses: Step and training loss, thinned out.
-        lr: The learning rate that its optimizer groups began with.
+        lr: Its learning rate: the largest of its optimizer groups, at the peak of a cycle.
         stopped_at: The step after which it stopped; None while it trains.
         why: ``"lost"`` or ``"diverged"`` if it stopped.
     """
@@ -46,14 +49,15 @@ class Result:
 class Table(list[dict[str, Any]]):
     """The results of a sweep as rows, best first; shown as a table."""
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table as texts, the header first."""
+        header = tuple(self[0]) if self else ()
+        return [header, *(tuple(_cell(row[key]) for key in header) for row in self)]
+
     @override
     def __repr__(self) -> str:
-        if not self:
-            return "no adapters"
-        header = tuple(self[0])
-        rows = [tuple(_cell(row[key]) for key in header) for row in self]
-        lines = table_lines([header, *rows, ("",) * len(header)])
-        return "\n".join(lines[:-2])
+        rows = self.rows()
+        return "\n".join(table_lines([*rows, ("",) * len(rows[0])])[:-2])
 
 
 class Standings:
@@ -193,6 +197,19 @@ def standings_of(record: Mapping[str, Any]) -> Standings:
     standings = Standings({}, record["direction"])
     standings.restore(record)
     return standings
+
+
+def sweep_in(path: Path) -> tuple[Standings, str] | None:
+    """Return what a checkpoint says of its sweep, and the metric that decided; None if it holds no sweep."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        record = plain_values(stream).get(RECORD_KEY)
+    said = record.get(SWEEP_KEY) if isinstance(record, Mapping) else None
+    if said is None:
+        return None
+    with damage_named(path):
+        return standings_of(said), str(said["monitor"])
 
 
 def _cell(value: Any) -> str:

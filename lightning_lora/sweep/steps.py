@@ -26,6 +26,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.names import join
+from lightning_lora.sweep.batched import batched_linears
 from lightning_lora.switching import using
 
 Step = Callable[..., Any]
@@ -257,7 +258,7 @@ class Mapped:
             extra = [value for value in outcome.extra.values() if isinstance(value, Tensor)]
             return loss, held, extra
 
-        with using(self.module, self.template):
+        with using(self.module, self.template), batched_linears(self.module):
             stacks = [slot.stacked(names, self.template) for slot in slots]
             with warnings.catch_warnings():  # of operations that run once for each adapter: slower, not wrong
                 warnings.filterwarnings("ignore", "There is a performance drop")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torchmetrics import Metric
 
 from lightning_lora.names import listed
 from lightning_lora.sweep.candidates import Candidate
+from lightning_lora.sweep.forecast import forecast
 from lightning_lora.sweep.meeting import Meeting
-from lightning_lora.sweep.optimizers import Parameters, drop_gradients
-from lightning_lora.sweep.proof import Proof
+from lightning_lora.sweep.optimizers import Parameters, drop_gradients, step_together
+from lightning_lora.sweep.proof import Proof, Way
 from lightning_lora.sweep.standings import DIVERGED, Standings
 from lightning_lora.sweep.steps import Call, Mapped, Outcome, OwnMetrics, Step, UnfitError, failure, run_one
 
@@ -65,17 +67,24 @@ class Training:
     # --- which way
 
     def choose(self, step: Step, args: tuple[Any, ...]) -> None:
-        """Decide how the step runs, by the first batch; every process must call this."""
-        if self.mode != "auto":
-            return
-        calls = self._calls(args, {})
-        proof = None
+        """Decide how the step runs, by the first batch, and say what it needs; every process must call this."""
+        proof = Proof(self.module, step, self._calls(args, {}), self.owned)
+        with self.trainer.precision_plugin.train_step_context():
+            if self.mode == "auto":
+                self._choose(proof)
+            with suppress(Exception):  # of a module that cannot be measured, or that fails anyway
+                kept = proof.bytes_kept(next(iter(proof.calls)))
+                flops = proof.flops if self.mode == VMAP else None
+                rank_zero_info(f"LoRASweep: {forecast(self.module, self.owned, kept, flops)}")
+        self._mapped = None
+        if self.mode != LOOP:  # which alone promises equal bits
+            step_together(self.trainer.optimizers)
+
+    def _choose(self, proof: Proof) -> None:
         for mode in (VMAP, MEET):
             try:
                 self._check_possible(mode)
-                with self.trainer.precision_plugin.train_step_context():
-                    proof = proof or Proof(self.module, step, calls, self.owned)
-                    proof.check(lambda step, calls, mode=mode: self._together(mode, step, calls))  # type: ignore[misc]
+                proof.check(self._way(mode))
             except Exception as error:  # whatever the module's own code raises under a transform
                 self.why[mode] = failure(error)
             if not self._anywhere(mode in self.why):
@@ -84,10 +93,12 @@ class Training:
             self.why.setdefault(mode, "it does not fit in another process")
         else:
             self.mode = LOOP
-        self._mapped = None
         reasons = "".join(f" {mode}: {reason}." for mode, reason in self.why.items())
         what = "which always fits" if self.mode == LOOP else "which the first batch has proved"
         rank_zero_info(f"LoRASweep: mode {self.mode!r}, {what}.{reasons}")
+
+    def _way(self, mode: str) -> Way:
+        return lambda step, calls: self._together(mode, step, calls)
 
     def _check_possible(self, mode: str) -> None:
         if torch.is_anomaly_enabled():
