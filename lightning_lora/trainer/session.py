@@ -154,6 +154,10 @@ class FitSession:
         is_other = self._name not in (None, active_adapter(self.module))
         return None if is_other else get_attachment(self.module)
 
+    def _is_in_parts(self, model: AdaptedModel) -> bool:
+        """Return whether the module has adapters that were attached to parts of it."""
+        return self._name in (None, active_adapter(self.module)) and bool(model.layers) and self._before is None
+
     # --- attaching: late enough for the module's layers, early enough for the strategy
 
     def attach(self) -> None:
@@ -164,6 +168,8 @@ class FitSession:
         model = AdaptedModel(module)
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
+        if self._takes_any and chosen_checkpoint(self.trainer) is None and self._is_in_parts(model):
+            return  # evaluating what load_adapter has read from a directory
         self._asked, self._calibration = saved_request(chosen_record(self.trainer))
         if self._takes_any or is_same_request(self.options.config, self._asked):
             self._take_saved_options()
