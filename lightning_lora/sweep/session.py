@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -248,6 +249,10 @@ class SweepSession:
         assert self.training is not None
         return self.standings.to_record() | {"mode": self.training.mode, "monitor": self.wanted.monitor}
 
+    @cached_property
+    def _clips(self) -> bool:
+        return overrides(self.module, "configure_gradient_clipping") or bool(self.trainer.gradient_clip_val)
+
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Before the first batch, check the adapters and choose how the step runs; later, look at losses."""
         self.session.begin_batch(batch)
@@ -267,6 +272,8 @@ class SweepSession:
 
     def _clip(self, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Clip each adapter's gradients by their own norm."""
+        if not self._clips:
+            return
         for name in self.standings.live:
             with only_gradients_of(self.owned, name):
                 clip(*args, **kwargs)
