@@ -44,6 +44,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         "scaling",
         "quality",
         "starts",
+        "sweep",
         "switch",
         "gpu",
     ],

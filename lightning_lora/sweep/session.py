@@ -368,12 +368,9 @@ class SweepSession:
         rank_zero_info(f"LoRASweep, by {self.wanted.monitor}:\n{self.standings.table()}")
 
     def close(self) -> None:
-        """Remove every wrap, hook and request; adapters train again if they are asked to."""
+        """Remove every wrap, hook and request."""
         self._wraps.remove()
         self._checkpoints.sweep = None
-        for own in self.owned.values():
-            for parameter in own.values():
-                parameter.requires_grad_(True)
         self.session.close()
 
     def finish(self) -> None:
