@@ -139,6 +139,7 @@ class Attachment:
         name: Its name among several adapters; None while it is the only one.
         asked: The request as it was, if data or a truncation have decided the ranks in ``config``.
         calibration: What the data said of each adapter, as plain values, if they decided its start.
+        rank_history: The decisions of a rank schedule, as plain values, once it has ended.
     """
 
     config: LoRAConfig
@@ -153,6 +154,7 @@ class Attachment:
     name: str | None = None
     asked: LoRAConfig | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
+    rank_history: dict[str, Any] = field(default_factory=dict)
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:

@@ -175,6 +175,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         "adapters": [
             {"root": name, "config": attachment.config.to_dict(), "seed": attachment.seed}
             | ({"calibration": attachment.calibration} if attachment.calibration else {})
+            | ({"rank_history": attachment.rank_history} if attachment.rank_history else {})
             | ({"asked": attachment.asked.to_dict()} if attachment.asked is not None else {})
             for name, _, attachment in model.roots
         ],

@@ -72,6 +72,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         A report of what was adapted and left out; ``print`` it for a table.
 
     Raises:
+        TypeError: The config is no LoRAConfig.
         ValueError: The config and the model do not fit, the module is already adapted with another config, or the
             probe found adapters without effect. Nothing was changed.
         RuntimeError: The module is already wrapped for several processes. Nothing was changed.
@@ -83,6 +84,8 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
         config, seed, name, stored = requested(module) or (LoRAConfig(), seed, None, NONE_STORED)
         if name is not None:
             return attach_named(module, name, config, seed=seed, stored=stored)
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(f"attach: config must be a LoRAConfig, got a {type(config).__name__}.")
     old = get_attachment(module)
     if old is not None:
         config = settled(config, old)
@@ -257,9 +260,10 @@ def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig
             for key in {**before, **after}
             if before.get(key) != after.get(key)
         ]
-        remedy = "Call detach(module) first, or use the same config."
+        remedy = "Call detach(module) first, which removes what they have learned, or use the same config."
         if old.name is not None:  # detach would remove the others too
             remedy = f"Use the same config for {old.name!r}, or another name; remove_adapter(module, name) removes one."
+        remedy += " LoRACallback(init_from=...) goes on from a saved adapter with other options."
         raise ValueError(
             f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). {remedy}"
         )
@@ -268,6 +272,15 @@ def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig
 def _check(plan: Plan, new: list[PlannedLayer], old: Attachment | None) -> None:
     """Reject models that cannot take the planned adapters, and warn about wasteful and surprising ones."""
     is_adapted = old is not None
+    names = [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]
+    if not is_adapted and names:
+        owners = [name for name, part in plan.modules.items() if get_attachment(part) is not None]
+        where = f"its {listed(owners)}, as load_adapter does with a directory" if owners else "a module above it"
+        raise ValueError(
+            f"{len(names)} layers of {plan.root} already carry adapters, such as {names[0]!r}, attached to {where}. To "
+            "go on from a saved adapter, let LoRACallback(init_from=...) load it instead. To start anew, call detach "
+            "on that module first, which removes what it has learned."
+        )
     if not is_adapted and not keeps_starts() and any(OTHERS in part._modules for part in plan.modules.values()):
         raise ValueError(
             f"{plan.root} has several adapters, and is the bare base now, inside using(module, None). Leave that "
@@ -277,11 +290,6 @@ def _check(plan: Plan, new: list[PlannedLayer], old: Attachment | None) -> None:
         raise ValueError(
             f"{plan.root} has several adapters, and layers that {old.name!r} does not know: "
             f"{listed([layer.label for layer in new])}. Build all layers before the first adapter is added."
-        )
-    if not is_adapted and (names := [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]):
-        raise ValueError(
-            f"{len(names)} layers of {plan.root} already carry adapters, such as {names[0]!r}, attached to another "
-            "module. Call detach on that module first."
         )
     if new and torch.distributed.is_available() and torch.distributed.is_initialized():
         _refuse_wrapped(plan.root, plan.modules.values())
@@ -433,6 +441,7 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
         record.moved, record.buffers = old.moved, old.buffers
         record.untied |= old.untied
         record.name, record.asked, record.calibration = old.name, old.asked, old.calibration
+        record.rank_history = old.rank_history
     return record
 
 

@@ -142,17 +142,20 @@ def beside(module: nn.Module, name: str) -> Iterator[None]:
     try:
         with keeping_starts():
             yield
-        register(several, AdaptedModel(home), name)
+        if len((whole := AdaptedModel(module)).roots) > len(AdaptedModel(home).roots):  # the earlier ones are in a part
+            several.home = whole.module
+        register(several, AdaptedModel(several.home), name)
     except BaseException:
+        several.home = home
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
         raise
     finally:
         if several.adapters:
-            vars(home)[SEVERAL] = several
+            vars(several.home)[SEVERAL] = several
         if before is not None:
             switch_to(several, before)
-            freeze_norms(home)
+            freeze_norms(several.home)
 
 
 @contextmanager

@@ -110,6 +110,12 @@ def test_attach_with_other_seed_is_rejected(trained):
         attach(trained, CONFIG, seed=1)
 
 
+@pytest.mark.parametrize("config", [{"rank": 2}, 8])
+def test_options_of_another_type_are_rejected(config: object, tiny):
+    with raises_and_changes_nothing(tiny, TypeError, f"config must be a LoRAConfig, got a {type(config).__name__}"):
+        attach(tiny, config)
+
+
 @pytest.mark.parametrize("first", ["part", "whole"])
 def test_part_and_whole_cannot_both_be_adapted(first: str, tiny):
     config = LoRAConfig(rank=2)

@@ -421,6 +421,46 @@ def test_a_part_of_the_module_is_refused():
     set_adapter(whole, "two")
 
 
+@pytest.mark.parametrize("in_part", [["default"], ["plain", "rows"]], ids=["one", "several"])
+def test_adapters_of_the_whole_live_beside_those_of_a_part(in_part: list[str], alone: dict[str, nn.Module]):
+    whole = nn.Sequential(base())  # a directory's adapter belongs to the part that its names are relative to
+    source = {"default": "plain"}
+    if in_part == ["default"]:
+        attach(whole[0], CONFIGS["plain"])
+        load_adapter_state_dict(whole[0], adapter_state_dict(alone["plain"]))
+    of_whole = [name for name in CONFIGS if name not in in_part]
+    for name in (*(name for name in in_part if name != "default"), *of_whole):
+        add_adapter(whole[0] if name in in_part else whole, name, CONFIGS[name])
+        with using(whole, name):
+            state = adapter_state_dict(alone[name])
+            load_adapter_state_dict(whole, {f"0.{key}": value for key, value in state.items()})
+    assert adapter_names(whole) == in_part + of_whole
+    for name in [*reversed(adapter_names(whole)), *of_whole]:
+        expected = copy.deepcopy(alone[source.get(name, name)]).eval()
+        set_adapter(whole, name)
+        assert torch.equal(whole.eval()(tokens()), expected(tokens()))
+        assert [key.removeprefix("0.") for key in adapter_state_dict(whole)] == list(adapter_state_dict(expected))
+    with using(whole, None):
+        assert torch.equal(whole(tokens()), base().eval()(tokens()))
+    set_adapter(whole, in_part[0])
+    for name in of_whole:
+        remove_adapter(whole, name)
+    detach(whole)
+    assert whole.state_dict().keys() == nn.Sequential(base()).state_dict().keys()
+    assert torch.equal(whole(tokens()), base().eval()(tokens()))
+
+
+def test_an_adapter_of_the_whole_that_cannot_be_added_leaves_those_of_a_part():
+    whole = nn.Sequential(base())
+    attach(whole[0], CONFIGS["plain"])
+    before = whole.state_dict()
+    with pytest.raises(ValueError, match="matched no module"):
+        add_adapter(whole, "second", LoRAConfig(target_modules=["missing"]))
+    assert adapter_names(whole[0]) == ["default"]
+    assert all(torch.equal(value, before[name]) for name, value in whole.state_dict().items())
+    set_adapter(whole[0], "default")
+
+
 def test_a_module_without_adapters_is_named():
     with pytest.raises(ValueError, match="set_adapter: Mixed has no adapters"):
         set_adapter(base(), "a")

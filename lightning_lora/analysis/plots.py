@@ -22,6 +22,7 @@ from lightning_lora.analysis.adapters import evenly, place
 from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity, LayerComparison, kind_names
 from lightning_lora.analysis.components import Component
 from lightning_lora.analysis.summary import AdapterAnalysis, LayerAnalysis, metric_of
+from lightning_lora.ranks.history import History
 
 Metric = Literal["effective_rank", "stable_rank", "suggested_rank", "norm", "ratio", "amplification", "alignment"]
 Likeness = Literal["cosine", "inputs", "outputs"]
@@ -259,6 +260,34 @@ def _by_place(
             label.set(rotation=30, horizontalalignment="right", rotation_mode="anchor")
         if len(columns) <= _WIDEST and len(rows) <= _TALLEST and table.numel() <= _MOST_NUMBERS:
             _write_numbers(axes, image, table, decimals)
+    return figure
+
+
+# --- ranks over time
+
+
+def plot_ranks(history: History, most: int = 40) -> Any:
+    """Return how a rank schedule has changed the rank of each layer: a row for each layer, a column for each decision.
+
+    Args:
+        history: The decisions, from ``AdapterAnalysis.ranks``.
+        most: Layers to draw at most, evenly spaced.
+    """
+    layers = evenly(list(history.ranks.items()), most)
+    table = torch.tensor([ranks for _, ranks in layers], dtype=torch.float64)
+    names = shortened([name for name, _ in layers], _LONGEST)
+    across, down = min(max(6, len(history.steps)), 2 * _WIDEST), max(5, len(layers))
+    width = 1.3 + 0.075 * max(map(len, names)) + 0.3 * across
+    with new_figure(width, 0.8 + 0.19 * down) as (figure, panels):
+        axes = panels[0, 0]
+        figure.suptitle("rank in use", fontsize=10)
+        image = _heat_map(axes, table, lowest=0.0, highest=float(table.max()))
+        _scale(figure, image, axes)
+        _name_ticks(axes.yaxis, names, most=most)
+        _name_ticks(axes.xaxis, [f"{step:,}" for step in history.steps], most=6)
+        axes.set_xlabel("after step")
+        if table.numel() <= _MOST_NUMBERS:
+            _write_numbers(axes, image, table, decimals=0)
     return figure
 
 

@@ -15,6 +15,8 @@ from lightning_lora.analysis.comparison import AdapterComparison, KindSimilarity
 from lightning_lora.analysis.plots import as_svg, can_draw
 from lightning_lora.analysis.summary import AdapterAnalysis, RankSuggestion, findings, suggest_ranks
 from lightning_lora.calibration.report import CalibrationReport
+from lightning_lora.names import listed
+from lightning_lora.ranks.history import History
 from lightning_lora.storage.atomic import check_new, replace_file
 
 NO_PLOTS = "Pictures are left out: they need matplotlib, pip install 'lightning-lora[plots]'."
@@ -29,6 +31,7 @@ _COLUMNS = (
 _ABOVE_CHANCE = "0 is chance, 1 means the same directions; gray is unknown."
 _MOST_PANELS = 12
 _MOST_KERNELS = 8
+_MOST_HISTORIES = 40
 _LEADING = 2  # directions of an update in the table of what they read
 _STARTS = {
     "explained": "Explained is the share of the variance of the layer's inputs that lies in the chosen directions.",
@@ -70,6 +73,8 @@ def analysis_page(
             "rank: keep that quotient by setting alpha and alpha_pattern."
         )
         page.code(next_run(pattern))
+    if analysis.ranks is not None:
+        _add_ranks(page, analysis.ranks)
     if analysis.start is not None:
         _add_start(page, analysis.start)
     _add_components(page, analysis)
@@ -79,6 +84,22 @@ def analysis_page(
     page.table(analysis.rows(), "Every update in numbers")
     page.text(_COLUMNS)
     return page
+
+
+def _add_ranks(page: Page, history: History) -> None:
+    page.heading("How the ranks came about")
+    page.text(
+        f"A rank schedule decided {len(history.steps) - 1} times, the last time after step {history.steps[-1]:,}. The "
+        f"factors could have {history.budgets[0]:,} parameters at first and {history.budgets[-1]:,} then."
+    )
+    which = f", {_MOST_HISTORIES} of {len(history.ranks)} layers" if len(history.ranks) > _MOST_HISTORIES else ""
+    caption = f"Rank in use of each layer after each decision{which}."
+    if can_draw():
+        figure = plots.plot_ranks(history, _MOST_HISTORIES)
+        _add(page, [("ranks", figure, f"Heat map. {caption}", caption)])
+    ends = {name: ranks[-1] for name, ranks in history.ranks.items()}
+    if empty := [name for name, rank in ends.items() if not rank]:
+        page.text(f"Without an adapter in the end: {listed(empty, _MOST_PANELS)}.")
 
 
 def _add_start(page: Page, start: CalibrationReport) -> None:

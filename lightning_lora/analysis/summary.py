@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
 from torch import nn
 from typing_extensions import override
 
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis import spectrum
 from lightning_lora.analysis.adapters import (
     AdapterMatrix,
@@ -27,6 +28,9 @@ from lightning_lora.analysis.spectrum import Relation, known_median, plain
 from lightning_lora.attachment import table_lines
 from lightning_lora.calibration.report import CalibrationReport, start_in
 from lightning_lora.names import listed
+from lightning_lora.ranks.history import History, history_of
+from lightning_lora.storage.adapter_file import damage_named
+from lightning_lora.storage.checkpoint import plain_record
 
 _HEADER = ("layer", "shape", "rank", "|dW|", "|dW|/|W|", "effective", "stable", "suggested", "amplification", "aligned")
 _MOST_NAMED = 3
@@ -90,12 +94,14 @@ class AdapterAnalysis:
         energy: The share of the squared norm that a suggested rank holds.
         adapter: The adapter's name, if the source has several.
         start: What the data or the weights said of its start, if they decided it and the source has a record of that.
+        ranks: The decisions of a rank schedule, if one decided the ranks and the source has a record of that.
     """
 
     layers: tuple[LayerAnalysis, ...]
     energy: float
     adapter: str | None = None
     start: CalibrationReport | None = None
+    ranks: History | None = None
 
     @property
     def idle(self) -> list[str]:
@@ -106,7 +112,8 @@ class AdapterAnalysis:
         """Return plain values, for JSON."""
         named = {} if self.adapter is None else {"adapter": self.adapter}
         start = {} if self.start is None else {"start": self.start.plain()}
-        return {**named, **start, "energy": self.energy, "idle": self.idle, "layers": plain(self.layers)}
+        ranks = {} if self.ranks is None else {"rank_history": asdict(self.ranks)}
+        return {**named, **start, **ranks, "energy": self.energy, "idle": self.idle, "layers": plain(self.layers)}
 
     def rows(self) -> list[tuple[str, ...]]:
         """Return the table as text: a header, a row for each update, and the medians."""
@@ -175,7 +182,15 @@ def analyze(
     start = start_in(source)
     told = {each.label for each in start.layers if not each.note} if start is not None else set()
     layers = tuple(_analyzed(matrix, energy, intruders, is_told=matrix.name in told) for matrix in matrices)
-    return AdapterAnalysis(layers, energy, which_of_several(source), start)
+    return AdapterAnalysis(layers, energy, which_of_several(source), start, _rank_history(source))
+
+
+def _rank_history(source: nn.Module | str | PathLike[str]) -> History | None:
+    if isinstance(source, nn.Module):
+        entries = [{"rank_history": root.attachment.rank_history} for root in AdaptedModel(source).roots]
+        return history_of({"adapters": entries})
+    with damage_named(source):
+        return history_of(plain_record(source))
 
 
 def _analyzed(matrix: AdapterMatrix, energy: float, intruders: bool, *, is_told: bool) -> LayerAnalysis:

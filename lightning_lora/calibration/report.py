@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -14,7 +13,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import table_lines
 from lightning_lora.names import listed
 from lightning_lora.storage.adapter_file import damage_named
-from lightning_lora.storage.checkpoint import RECORD_KEY, plain_values
+from lightning_lora.storage.checkpoint import plain_record
 
 
 class CalibratedLayer(NamedTuple):
@@ -101,12 +100,9 @@ def start_in(source: nn.Module | str | PathLike[str]) -> CalibrationReport | Non
     """
     if isinstance(source, nn.Module):
         entries = [root.attachment.calibration for root in AdaptedModel(source).roots]
-    elif Path(source).is_file():
-        with Path(source).open("rb") as stream, damage_named(source):
-            record = plain_values(stream).get(RECORD_KEY) or {"adapters": []}
-            entries = [each.get("calibration") for each in record["adapters"]]
     else:
-        return None
+        with damage_named(source):
+            entries = [each.get("calibration") for each in plain_record(source).get("adapters", [])]
     found = [each for each in entries if each]
     if not found:
         return None

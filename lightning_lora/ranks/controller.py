@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
@@ -15,33 +14,12 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import AdapterGroup, LoRALayer, LowRankAdapter
 from lightning_lora.ranks.allocation import allocate
 from lightning_lora.ranks.basis import has_turnable_states, to_singular_directions, turn_factors, turn_states
+from lightning_lora.ranks.history import History
 from lightning_lora.ranks.schedule import Plan, RankSchedule
 from lightning_lora.ranks.scores import scores_of
 from lightning_lora.sharding import is_sharded, local, numbers_held
 
 WINDOW = 10  # steps before an event in which forward passes are watched, and components out of use are computed
-
-
-@dataclass
-class History:
-    """The decisions of a training so far, as plain values: one row for each event, and one for the beginning.
-
-    Attributes:
-        steps: Optimizer steps before it.
-        budgets: Parameters that could be in use.
-        ranks: By name of the adapter, its rank.
-    """
-
-    steps: list[int] = field(default_factory=list)
-    budgets: list[int] = field(default_factory=list)
-    ranks: dict[str, list[int]] = field(default_factory=dict)
-
-    def add(self, step: int, budget: int, ranks: Mapping[str, int]) -> None:
-        """Add a row."""
-        self.steps.append(step)
-        self.budgets.append(budget)
-        for name, rank in ranks.items():
-            self.ranks.setdefault(name, []).append(rank)
 
 
 class RankController:
@@ -95,7 +73,7 @@ class RankController:
         if not self.history.steps:
             self.history.add(self.steps, self.plan.budget_at(self.steps), self.ranks())
         self._apply(None)
-        self._watch_if_near()
+        self._watch_if_near(has_decided=True)
 
     def close(self) -> None:
         """Leave nothing but the masks on the module."""
@@ -150,16 +128,19 @@ class RankController:
             self._apply(optimizers)
         if self._scores.needs_directions and (is_event or self.steps == self.plan.first):
             self._turn([*optimizers])
-        self._watch_if_near()
+        self._watch_if_near(has_decided=is_event)
         return is_event
 
-    def _watch_if_near(self) -> None:
+    def _watch_if_near(self, *, has_decided: bool) -> None:
         event = self.plan.next_event(self.steps)
         is_near = event is not None and event - self.steps <= WINDOW
-        if is_near and not self._is_watching:
-            self._scores.watch(self._layers)
-        elif not is_near and self._is_watching:
-            self._scores.rest()
+        if is_near == self._is_watching and not has_decided:
+            return
+        if is_near != self._is_watching:
+            if is_near:
+                self._scores.watch(self._layers)
+            else:
+                self._scores.rest()
         self._is_watching = is_near
         for name in self._dropped:
             if is_near and self.schedule.regrow:
@@ -257,7 +238,7 @@ class RankController:
 
     def load(self, state: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
         """Go on from what ``state`` and ``scores`` returned."""
-        self.steps, self.history = int(state["steps"]), History(**copy.deepcopy(dict(state["history"])))
+        self.steps, self.history = int(state["steps"]), History.of(state["history"])
         self._scores.load(scores)
 
 

@@ -263,6 +263,15 @@ def saved_request(record: Mapping[str, Any] | None) -> tuple[LoRAConfig | None, 
     return None, {}
 
 
+def plain_record(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return the record in a file without reading a tensor; empty if there is none."""
+    if not Path(path).is_file():
+        return {}
+    with Path(path).open("rb") as stream:
+        found = plain_values(stream).get(RECORD_KEY)
+    return found if isinstance(found, dict) else {}
+
+
 def stored_adapters(record: Mapping[str, Any] | None) -> tuple[str | None, Stored]:
     """Return which adapter was trained, and the entries of all in their order; None and nothing if there is but one."""
     if record is None or "others" not in record:
@@ -277,10 +286,7 @@ def stored_adapters(record: Mapping[str, Any] | None) -> tuple[str | None, Store
 
 def adapters_in(path: Path) -> tuple[str | None, Stored]:
     """Return the same of a file, without reading a tensor; None and nothing if it is no checkpoint."""
-    if not path.is_file():
-        return None, NONE_STORED
-    with path.open("rb") as stream:
-        return stored_adapters(plain_values(stream).get(RECORD_KEY))
+    return stored_adapters(plain_record(path))
 
 
 # --- without running code of the file, whatever objects it holds

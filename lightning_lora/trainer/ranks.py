@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +18,7 @@ from lightning_lora.attachment import Attachment, is_same_request, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed
 from lightning_lora.option_checks import parse_budget
+from lightning_lora.ranks.compaction import compact
 from lightning_lora.ranks.controller import RankController, cost_of, scheduled
 from lightning_lora.ranks.schedule import Plan, RankSchedule
 from lightning_lora.trainer.checks import AVERAGING, callbacks_of
@@ -161,6 +163,12 @@ class FitRanks:
             )
         elif empty := [name for name, rank in controller.ranks().items() if not rank]:
             rank_zero_info(f"LoRA: rank_schedule has left no rank to {listed(empty)}; the base remains there.")
+
+    def compact(self, module: LightningModule) -> None:
+        """Give the adapters the shapes of the ranks in use, and record how these came about."""
+        compact(module, self.trainer.optimizers)
+        for root in AdaptedModel(module).roots:
+            root.attachment.rank_history = asdict(self.controller.history)
 
     def _log(self) -> None:
         """Write to the loggers at once: ``self.log`` would skip steps that are no multiple of log_every_n_steps."""

@@ -22,7 +22,6 @@ from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
-from lightning_lora.ranks.compaction import compact
 from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, fill_buffers
@@ -155,6 +154,10 @@ class FitSession:
         is_other = self._name not in (None, active_adapter(self.module))
         return None if is_other else get_attachment(self.module)
 
+    def _is_in_parts(self, model: AdaptedModel) -> bool:
+        """Return whether the module has adapters that were attached to parts of it."""
+        return self._name in (None, active_adapter(self.module)) and bool(model.layers) and self._before is None
+
     # --- attaching: late enough for the module's layers, early enough for the strategy
 
     def attach(self) -> None:
@@ -165,6 +168,8 @@ class FitSession:
         model = AdaptedModel(module)
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
+        if self._takes_any and chosen_checkpoint(self.trainer) is None and self._is_in_parts(model):
+            return  # evaluating what load_adapter has read from a directory
         self._asked, self._calibration = saved_request(chosen_record(self.trainer))
         if self._takes_any or is_same_request(self.options.config, self._asked):
             self._take_saved_options()
@@ -472,7 +477,7 @@ class FitSession:
             best = export_best(self.layout, self.trainer, directory, overwrite=self.options.overwrite)
             rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
         if self.ranks is not None and not self.layout.divides_weights:
-            compact(self.module, self.trainer.optimizers)
+            self.ranks.compact(self.module)
             self._checkpoints.ranks = None
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)

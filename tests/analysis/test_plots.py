@@ -23,6 +23,7 @@ from lightning_lora.analysis.plots import (
     plot_energy,
     plot_layers,
     plot_loadings,
+    plot_ranks,
     plot_similarities,
     plot_similarity,
     plot_spectra,
@@ -30,6 +31,7 @@ from lightning_lora.analysis.plots import (
 )
 from lightning_lora.analysis.reports import analysis_page, comparison_page
 from lightning_lora.analysis.spectrum import subspace_similarity
+from lightning_lora.ranks.history import History
 from tests.contract import train_all
 
 
@@ -381,3 +383,17 @@ def test_every_label_takes_the_ink_of_the_page(rng: torch.Generator):
         cells = {text for axes in figure.axes if axes.images for text in axes.texts}
         for text in drawn_texts(figure):
             assert text in cells or to_hex(text.get_color()) == INK, f"{text} in {name}"
+
+
+def test_ranks_over_time_are_a_row_for_each_layer_and_a_column_for_each_decision() -> None:
+    pytest.importorskip("matplotlib")
+    ranks = {f"blocks.{block}.attention.{'projection_' * 5}{block}": [8, 6, block % 3] for block in range(100)}
+    figure = plot_ranks(History([0, 1200, 2400], [10, 8, 5], ranks))
+    axes = figure.axes[0]
+    cells = axes.images[0].get_array()
+    assert cells.shape == (40, 3)
+    assert (cells[:, :2] == [8, 6]).all()
+    assert set(cells[:, 2].tolist()) <= {0, 1, 2}
+    assert axes.images[0].get_clim() == (0, 8)
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "1,200", "2,400"]
+    assert drawn(figure)

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.layers import LowRankAdapter
-from lightning_lora.ranks.basis import to_singular_directions, turn_factors, turn_states
+from lightning_lora.ranks.basis import has_turnable_states, to_singular_directions, turn_factors, turn_states
 from lightning_lora.ranks.controller import scheduled
 
 
@@ -82,3 +82,11 @@ def test_squares_of_gradients_become_their_mean() -> None:
     assert torch.allclose(after[:, [0, 2]], before[:, [0, 2]].mean().expand(8, 2))
     assert torch.equal(after[:, [1, 3]], before[:, [1, 3]])
     assert optimizer.state[adapter.B]["step"] == 1
+
+
+def test_codes_of_quantized_states_are_not_taken_for_numbers() -> None:
+    adapter = adapter_of(nn.Linear(9, 8))
+    optimizer = torch.optim.SGD([adapter.A, adapter.B], lr=0.1)
+    assert has_turnable_states(adapter, optimizer)
+    optimizer.state[adapter.B]["state1"] = torch.zeros(adapter.B.shape, dtype=torch.uint8)
+    assert not has_turnable_states(adapter, optimizer)

@@ -48,7 +48,8 @@ class Parallel(nn.Module):
 
 
 def controlled(module: nn.Module, steps: int, rank: int = 2, **options: Any) -> RankController:
-    schedule, config = RankSchedule(**{"max_rank": 8, **options}), LoRAConfig(rank=rank, alpha=2.0 * rank)
+    schedule = RankSchedule(**{"max_rank": 8, **options})
+    config = LoRAConfig(rank=rank, alpha=2.0 * rank, target_modules="all")
     attach(module, schedule.widened(config))
     costs = [cost_of(adapter) for adapter in scheduled(module)[0].values()]
     controller = RankController(
@@ -89,6 +90,8 @@ def test_planted_ranks_are_found(score: str, seed: int) -> None:
     for is_event in train(module, controller, optimizer, range(400)):
         if is_event:
             assert controller.parameters() <= controller.plan.budget_at(controller.steps)
+            if score == "gate":  # the components are others now
+                assert not any(any(values) for values in controller._scores.values().values())
     assert tuple(controller.ranks().values()) == RANKS
     assert float(module.loss().detach()) < 1e-3
 
@@ -109,6 +112,69 @@ def test_what_is_out_of_use_stays_zero_after_every_step(make: Make, regrow: bool
                     assert not state[:, out].any()
             assert (adapter.A[out] != 0).any(1).all()  # it could come back
     assert masked > 100
+
+
+class Noisy(torch.optim.SGD):
+    """Moves every parameter, whatever its gradient is, as Langevin dynamics do."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        return super().step(closure)
+
+
+def test_an_optimizer_that_moves_everything_brings_nothing_back() -> None:
+    module = Parallel()
+    controller, masked = controlled(module, 40), 0
+    for _ in train(module, controller, optimizer_of(module, lambda p: Noisy(p, lr=0.05)), range(40)):
+        for adapter in controller.adapters.values():
+            masked += int((~adapter.in_use).sum())
+            assert not adapter.B[:, ~adapter.in_use].any()
+    assert masked > 100
+
+
+def test_a_step_that_is_skipped_does_not_count() -> None:
+    module = Parallel()
+    controller, optimizer = controlled(module, 40), optimizer_of(module)
+    module.loss().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    for adapter in controller.adapters.values():
+        adapter.B.grad = torch.full_like(adapter.B, torch.inf)  # overflow, so that a scaler leaves the step out
+    controller.before_step(optimizer)
+    assert not controller.end_step([optimizer])
+    assert controller.steps == 0
+    assert not any(any(values) for values in controller._scores.values().values())
+    optimizer.zero_grad()
+    module.loss().backward()  # type: ignore[no-untyped-call]
+    controller.before_step(optimizer)
+    controller.after_step(optimizer)
+    controller.end_step([optimizer])
+    assert controller.steps == 1
+    assert all(value > 0 for value in controller._scores.values()["layers.0"])
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_of_embeddings_the_rows_of_a_stay_zero_with_their_states(regrow: bool) -> None:
+    module = nn.Embedding(30, 20)
+    controller = controlled(module, 60, regrow=regrow)
+    [adapter] = controller.adapters.values()
+    optimizer, target, masked = optimizer_of(module, OPTIMIZERS["AdamW with decay"]), torch.randn(30, 20), 0
+    for step in range(60):
+        torch.manual_seed(step)
+        tokens = torch.randint(30, (64,))
+        optimizer.zero_grad()
+        (module(tokens) - target[tokens]).square().mean().backward()
+        controller.before_step(optimizer)
+        optimizer.step()
+        controller.after_step(optimizer)
+        controller.end_step([optimizer])
+        out = ~adapter.in_use
+        masked += int(out.sum())
+        for tensor in (adapter.A, optimizer.state[adapter.A]["exp_avg"], optimizer.state[adapter.A]["exp_avg_sq"]):
+            assert not tensor[out].any()
+    assert masked > 100
+    assert adapter.rank == 2
 
 
 def test_components_out_of_use_cost_no_multiplications() -> None:

@@ -75,6 +75,19 @@ def test_others_stay_bit_equal_and_outside_of_the_optimizer():
     assert len(held) == 6  # two factors in each of two layers, weight and bias of the head
 
 
+def test_one_trains_beside_another_that_was_loaded_from_a_directory(tmp_path: Path):
+    source, module, alone = Toy(), Toy(), Toy()
+    fit(source, LoRACallback(rank=1))
+    save_adapter(source, tmp_path / "saved")  # its names are relative to source.net
+    load_adapter(module, tmp_path / "saved")
+    for each in (module, alone):
+        fit(each, LoRACallback(adapter="second", **OPTIONS))
+    assert same(state(module, "second"), state(alone, "second"))
+    assert same(state(module, "default"), adapter_state_dict(source))
+    with using(module, None):
+        assert all(torch.equal(value, Toy().state_dict()[name]) for name, value in AdaptedModel(module).base.items())
+
+
 def test_checkpoint_holds_the_trained_adapter_alone_and_resumes(tmp_path: Path):
     whole = Toy()
     add_adapter(whole, "other", LoRAConfig(rank=1))

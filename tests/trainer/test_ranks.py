@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from pathlib import Path
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRACallback, adapter_state_dict, load_adapter, lora_layers, save_adapter
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.analysis import analyze
+from lightning_lora.analysis.plots import can_draw
+from lightning_lora.analysis.reports import analysis_page
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.ops import linear as ops
 from tests.toys import Toy, loader, snapshot, trainer
@@ -190,7 +194,7 @@ def test_an_average_equals_that_of_the_products_of_a_training_at_fixed_ranks() -
                 for adapter in adapters(each).values():
                     torch.manual_seed(0)
                     with torch.no_grad():
-                        adapter.B[:, :1].normal_()
+                        adapter.B[:, 1:2].normal_()
 
     products: dict[str, Tensor] = {}
 
@@ -199,7 +203,7 @@ def test_an_average_equals_that_of_the_products_of_a_training_at_fixed_ranks() -
             if trainer.global_step == 1:
                 products.update({n: (a.B @ a.A).detach().clone() for n, a in adapters(pl_module).items()})
 
-    run_of(callback(allow_untrained=["*"]), Fill(), Keep(), EMAWeightAveraging(decay=0.5)).fit(module, loader())
+    run_of(callback(allow_untrained=["*"]), Fill(), Keep(), EMAWeightAveraging(decay=0.999)).fit(module, loader())
     for name, adapter in adapters(module).items():
         torch.testing.assert_close((adapter.B @ adapter.A).detach(), products[name], rtol=1e-4, atol=1e-5)
 
@@ -387,6 +391,28 @@ def test_loggers_get_the_ranks_at_each_decision(tmp_path: Path) -> None:
         ranks = watch.ranks[max(0, step)]
         assert float(row[header.index("lora/budget")]) == parameters(ranks)
         assert [float(row[header.index(f"lora/rank/{name}")]) for name in ranks] == list(ranks.values())
+
+
+@pytest.mark.parametrize("step", [20, None])
+def test_analysis_and_report_show_how_the_ranks_came_about(step: int | None, files: Path, tmp_path: Path) -> None:
+    watch, lora = Watch(), callback()
+    run = run_of(lora, watch)
+    run.fit(module := Slow(), ONE_BATCH)
+    run.save_checkpoint(tmp_path / "final.ckpt")
+    found = analyze(at(files, step) if step else tmp_path / "final.ckpt")
+    assert found.ranks is not None
+    assert found.ranks.steps[0] == 0
+    assert found.ranks.steps[-1] == (step or 28)
+    for number, decided in enumerate(found.ranks.steps):
+        ranks = {name: each[number] for name, each in found.ranks.ranks.items()}
+        assert ranks == watch.ranks[max(0, decided - 1)]
+        assert parameters(ranks) <= found.ranks.budgets[number]
+    assert json.loads(json.dumps(found.to_dict()))["rank_history"]["steps"] == found.ranks.steps
+    page = analysis_page(found, "mine")
+    assert "How the ranks came about" in page.html()
+    assert not can_draw() or "ranks" in page.pictures
+    if step is None:
+        assert analyze(module).ranks == found.ranks
 
 
 def test_a_training_that_ends_early_says_what_is_missing() -> None:

@@ -17,7 +17,18 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_names, adapter_state_dict, attach, detach, lora_layers
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_names,
+    adapter_state_dict,
+    add_adapter,
+    attach,
+    detach,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+)
 from lightning_lora.attachment import get_attachment
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_same_bits
@@ -235,6 +246,36 @@ def test_without_file_default_attaches_and_warns_untrained() -> None:
     with pytest.warns(UserWarning, match="bare base model"):
         trainer(LoRACallback()).test(module, loader(), verbose=False)
     assert {layer.lora.spec.rank for layer in lora_layers(module).values()} == {16}
+
+
+@pytest.mark.filterwarnings("error:No LoRA adapter:UserWarning")
+def test_evaluation_without_options_uses_what_was_loaded_from_a_directory(tmp_path: Path) -> None:
+    trained = Toy()
+    run = trainer(LoRACallback(rank=2, modules_to_save=["net.4"]), max_epochs=1)
+    run.fit(trained, loader())
+    save_adapter(trained, tmp_path / "saved")  # its names are relative to trained.net
+    expected = run.test(trained, loader(), verbose=False)
+    module = Toy()
+    load_adapter(module, tmp_path / "saved")
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    assert trainer(LoRACallback()).test(module, loader(), verbose=False) == expected
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_training_on_what_was_loaded_from_a_directory_is_refused_with_the_way_to_do_it(tmp_path: Path) -> None:
+    trained = Toy()
+    attach(trained, LoRAConfig(rank=2))
+    save_adapter(trained, tmp_path / "saved")
+    loaded, named, other = Toy(), Toy(), Toy()
+    load_adapter(loaded, tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"attached to its net.*init_from.*detach on that module"):
+        trainer(LoRACallback(rank=2)).fit(loaded, loader())
+    add_adapter(named, "saved", tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"attached to its net.*init_from"):
+        trainer(LoRACallback(rank=2, adapter="saved")).fit(named, loader())
+    add_adapter(other, "saved", LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match=r"rank: 2 -> 3.*init_from"):
+        trainer(LoRACallback(rank=3, adapter="saved")).fit(other, loader())
 
 
 # --- several fits of one module
