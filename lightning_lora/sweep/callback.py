@@ -39,7 +39,8 @@ class LoRASweep(Callback):
         grid: Values of options instead, ``{"lr": [1e-4, 1e-3], "rank": [4, 16]}``: each combination is an adapter, with
             a name such as ``"lr=1e-4,rank=4"``.
         monitor: The metric that decides, as the module logs it.
-        direction: Whether a smaller value is better (``"min"``) or a larger one (``"max"``).
+        direction: Whether a smaller value is better (``"min"``) or a larger one (``"max"``). May be left out for a
+            loss, that is, if ``monitor`` has ``loss`` in its name: the smallest is the best.
         keep: Share of the adapters that go on after each halving, at least one; 1 stops none. By default a half, and
             all if they have data of their own, whose metrics do not compare. The first tenth of the steps stops none.
         every_n_val: How many validations there are from one halving to the next.
@@ -73,7 +74,7 @@ class LoRASweep(Callback):
         adapters: Mapping[str, Mapping[str, Any]] | None = None,
         grid: Mapping[str, Sequence[Any]] | None = None,
         monitor: str = "val_loss",
-        direction: Literal["min", "max"] = "min",
+        direction: Literal["min", "max"] | None = None,
         keep: PositiveFloat | None = None,
         every_n_val: PositiveInt = 1,
         mode: Literal["auto", "vmap", "meet", "loop"] = "auto",
@@ -88,7 +89,7 @@ class LoRASweep(Callback):
         check_positive("LoRASweep.lr_ratio", lr_ratio)
         self.candidates: dict[str, Candidate] = candidates(self.config, adapters, grid, float(lr_ratio))
         self.monitor = monitor
-        self.direction = check_choice("LoRASweep.direction", direction, of=Literal["min", "max"])
+        self.direction = _direction(monitor, direction)
         self.mode = check_choice("LoRASweep.mode", mode, of=Literal["auto", "vmap", "meet", "loop"])
         has_tasks = any(each.data is not None for each in self.candidates.values())
         self.keep = _share(keep, has_tasks)
@@ -203,6 +204,17 @@ class LoRASweep(Callback):
         if session is not None:
             session.close()
         return session
+
+
+def _direction(monitor: str, direction: str | None) -> str:
+    if direction is not None:
+        return check_choice("LoRASweep.direction", direction, of=Literal["min", "max"])
+    if "loss" not in monitor.lower():  # a wrong guess would keep and export the worst adapter
+        raise ValueError(
+            f"LoRASweep.monitor={monitor!r} does not say which values are better. Set direction='max' if larger ones "
+            "are, as of an accuracy, or 'min'."
+        )
+    return "min"
 
 
 def _share(keep: float | None, has_tasks: bool) -> float:

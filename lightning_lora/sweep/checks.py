@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
@@ -41,6 +41,18 @@ def check_possible(trainer: Trainer, module: LightningModule) -> None:
         raise MisconfigurationException(
             f"{type(others[0]).__name__} treats all adapters of a LoRASweep as one. Remove it from the callbacks."
         )
+
+
+def check_direction(trainer: Trainer, monitor: str, direction: str) -> None:
+    """Refuse a callback that watches the sweep's metric and takes the opposite values for the better ones."""
+    for each in callbacks_of(trainer, ModelCheckpoint, EarlyStopping):
+        watched, mode = str(getattr(each, "monitor", None)), getattr(each, "mode", direction)
+        if (watched == monitor or watched.startswith(f"{monitor}/")) and mode != direction:
+            raise MisconfigurationException(
+                f"LoRASweep(monitor={monitor!r}, direction={direction!r}) and "
+                f"{type(each).__name__}(monitor={watched!r}, mode={mode!r}) disagree on which values are better. Give "
+                "both the same."
+            )
 
 
 def check_same_sweep(

@@ -25,7 +25,7 @@ from lightning_lora.optimizers import unpack_configured
 from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.storage.checkpoint import SWEEP_KEY, adapters_in
 from lightning_lora.sweep.candidates import Candidate
-from lightning_lora.sweep.checks import check_possible, check_same_sweep
+from lightning_lora.sweep.checks import check_direction, check_possible, check_same_sweep
 from lightning_lora.sweep.optimizers import (
     Parameters,
     check_rates_differ,
@@ -109,6 +109,7 @@ class SweepSession:
         self._saved: Mapping[str, Any] | None = None if record is None else record.get(SWEEP_KEY)
         if is_fit:
             check_possible(trainer, module)
+            check_direction(trainer, wanted.monitor, wanted.direction)
             check_same_sweep(self._saved, record, self.chosen)
         resumed = None if record is None else record.get("adapter", next(iter(self.chosen)))
         first = self.chosen.get(str(resumed)) or next(iter(self.chosen.values()))

@@ -572,7 +572,33 @@ def test_early_stopping_watches_the_best():
 
 def test_a_metric_that_nobody_logs_is_an_error_that_lists_the_others():
     with pytest.raises(MisconfigurationException, match=r"monitor='val_acc'.*logged were val_loss"):
-        fit(Quiet(), swept(grid={"lr": [1e-2, 1e-3]}, monitor="val_acc"))
+        fit(Quiet(), swept(grid={"lr": [1e-2, 1e-3]}, monitor="val_acc", direction="max"))
+
+
+class Scored(Quiet):
+    """A toy with a metric of which larger values are better."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_score", -self.loss(batch))
+
+
+def test_a_metric_that_is_no_loss_needs_a_direction():
+    with pytest.raises(ValueError, match=r"monitor='val_score'.*direction='max'"):
+        swept(grid={"lr": [1e-2, 1e-3]}, monitor="val_score")
+
+
+def test_the_largest_value_wins_where_larger_is_better():
+    sweep = swept(grid={"lr": [1e-4, 1e-2]}, monitor="val_score", direction="max")
+    fit(Scored(), sweep)
+    assert sweep.best == "lr=1e-2"
+
+
+@pytest.mark.parametrize("kind", [ModelCheckpoint, EarlyStopping])
+@pytest.mark.parametrize("metric", ["val_score", "val_score/lr=1e-2"])
+def test_a_callback_that_prefers_the_opposite_values_is_refused(kind: Any, metric: str):
+    sweep = swept(grid={"lr": [1e-2, 1e-3]}, monitor="val_score", direction="min")
+    with pytest.raises(MisconfigurationException, match=rf"direction='min'.*{kind.__name__}.*mode='max'"):
+        fit(Scored(), sweep, kind(monitor=metric, mode="max"))
 
 
 # --- tasks
