@@ -45,6 +45,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
         "quality",
         "ranks",
         "starts",
+        "sweep",
         "switch",
         "gpu",
     ],

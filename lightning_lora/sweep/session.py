@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -249,6 +250,10 @@ class SweepSession:
         assert self.training is not None
         return self.standings.to_record() | {"mode": self.training.mode, "monitor": self.wanted.monitor}
 
+    @cached_property
+    def _clips(self) -> bool:
+        return overrides(self.module, "configure_gradient_clipping") or bool(self.trainer.gradient_clip_val)
+
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Before the first batch, check the adapters and choose how the step runs; later, look at losses."""
         self.session.begin_batch(batch)
@@ -268,6 +273,8 @@ class SweepSession:
 
     def _clip(self, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Clip each adapter's gradients by their own norm."""
+        if not self._clips:
+            return
         for name in self.standings.live:
             with only_gradients_of(self.owned, name):
                 clip(*args, **kwargs)
@@ -362,12 +369,9 @@ class SweepSession:
         rank_zero_info(f"LoRASweep, by {self.wanted.monitor}:\n{self.standings.table()}")
 
     def close(self) -> None:
-        """Remove every wrap, hook and request; adapters train again if they are asked to."""
+        """Remove every wrap, hook and request."""
         self._wraps.remove()
         self._checkpoints.sweep = None
-        for own in self.owned.values():
-            for parameter in own.values():
-                parameter.requires_grad_(True)
         self.session.close()
 
     def finish(self) -> None:

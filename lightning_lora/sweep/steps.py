@@ -6,6 +6,7 @@ adapter. ``vmap`` runs it once, mapped over stacked factors. ``meeting.py`` has 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 import os
@@ -60,12 +61,15 @@ def outcome_of(returned: Any, logged: list[tuple[str, Any, dict[str, Any]]]) -> 
     return Outcome(returned, {}, logged)
 
 
+_signature_of = functools.cache(inspect.signature)
+
+
 @contextmanager
 def recorded_logs(module: LightningModule) -> Iterator[list[tuple[str, Any, dict[str, Any]]]]:
     """Record calls of ``self.log`` inside the block instead of making them."""
     calls: list[tuple[str, Any, dict[str, Any]]] = []
     before = vars(module).get("log")
-    signature = inspect.signature(type(module).log)
+    signature = _signature_of(type(module).log)
 
     def log(*args: Any, **kwargs: Any) -> None:
         given = dict(signature.bind(module, *args, **kwargs).arguments)

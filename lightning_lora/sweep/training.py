@@ -275,11 +275,8 @@ class Training:
         """Take adapters that have stopped out of the training."""
         live = self.standings.live
         for name, own in self.owned.items():
-            if name not in live:
-                for parameter in own.values():
-                    self._waiting.pop(parameter, None)
-                    if self.is_single:
-                        parameter.requires_grad_(False)
+            for parameter in own.values() if name not in live else ():
+                self._waiting.pop(parameter, None)
         self.drop_idle()
 
     def drop_idle(self) -> None:

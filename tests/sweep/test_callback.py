@@ -217,6 +217,7 @@ def test_an_adapter_that_diverges_leaves_the_others_bit_equal(mode: Any):
         fit(beside, sweep, data=loader())
     assert all(distance(state(beside, name), state(without, name)) == EXACT for name in sane)
     assert [row["why"] for row in sweep.table()] == [None, None, "diverged"]
+    assert all(value.isfinite().all() for value in state(beside, "wild").values())  # it made no step after that
     assert sweep.best == active_adapter(beside) == "a"
 
 
