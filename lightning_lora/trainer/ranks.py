@@ -123,8 +123,9 @@ class FitRanks:
             raise MisconfigurationException(f"LoRACallback: {error}") from error
         if saved is not None:
             self.controller.load(*saved)
-        averages = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer, *AVERAGING)]
-        self.controller.followers = [AdaptedModel(getattr(each, "module", each)) for each in averages if each]
+        averages = (getattr(callback, "_average_model", None) for callback in callbacks_of(trainer, *AVERAGING))
+        models = (getattr(each, "module", each) for each in averages if each is not None)
+        self.controller.followers = [AdaptedModel(model) for model in models]
         self._hooks = [each.register_step_post_hook(self._after_step) for each in trainer.optimizers]
         self.controller.begin()
         plan = self.controller.plan

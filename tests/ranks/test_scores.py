@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_lora import LoRAConfig, attach
 from lightning_lora.layers import LowRankAdapter
+from lightning_lora.ranks import scores
 from lightning_lora.ranks.allocation import allocate
 from lightning_lora.ranks.controller import scheduled
 from lightning_lora.ranks.scores import BETA, AdaLoRAScores, EnergyScores, GateScores
@@ -142,6 +143,16 @@ def test_energy_names_layers_whose_inputs_it_cannot_see() -> None:
     module(torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match=r"score='energy' cannot see the inputs of .*weight_hh_l0.*Use score='gate'"):
         scores.values()
+
+
+@pytest.mark.parametrize("score", ["adalora", "energy"])
+def test_scores_that_need_whole_factors_are_refused_where_processes_have_parts(
+    score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, adapters = adapted()
+    monkeypatch.setattr(scores, "is_sharded", lambda tensor: True)
+    with pytest.raises(ValueError, match=f"score='{score}' .* parts of.*Use score='gate'"):
+        scores.scores_of(score, adapters, regrows=False)
 
 
 def test_adalora_scores_give_the_masks_of_peft_for_fifty_steps() -> None:
