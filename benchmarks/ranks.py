@@ -33,7 +33,8 @@ One training for many ranks. Arms of rank 8, each with the scaling 2, of which t
 is plain training, then ``truncate_adapter(rank=...)``. *nested* trains in each step a random prefix of the components, 1,
 2, 4 or 8 of them, as DyLoRA does (the others get gradients of zero); then the prefix is the adapter. One training must
 serve all ranks, so the rate is that of the lowest mean of the four losses on validation data. The rest is as above, and
-``nested`` was to be built only if, in both studies, its loss is lower than that of *cut* at some rank and higher at none.
+``nested`` was to be built only if, in both studies, its loss is lower than that of *cut* at some rank and higher at
+none.
 """
 
 from __future__ import annotations
@@ -253,7 +254,7 @@ def nested_run(study: Study, rate: float, seed: int) -> nn.Module:
 def use_first(model: nn.Module, rank: int) -> None:
     """Use only so many components of each adapter."""
     for layer in lora_layers(model).values():
-        layer.lora.keep(torch.arange(layer.lora.spec.rank) < rank)
+        layer.lora.keep(rank)
 
 
 def of_rank(study: Study, arm: str, model: nn.Module, rank: int) -> nn.Module:
@@ -304,7 +305,7 @@ def step_of(
         controller = controller_of(model, schedule, config.first_rank, steps=10**6)  # so that no event is near
         if masked == MASKED[1]:
             for adapter in controller.adapters.values():
-                adapter.keep(torch.arange(adapter.spec.rank) % 2 == 0)
+                adapter.keep(adapter.spec.rank // 2)
             controller.begin()
         for name, times in zip(CALLS, spent, strict=True):
             setattr(controller, name, clocked(getattr(controller, name), times))
