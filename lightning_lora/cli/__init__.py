@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 on success, 1 if a problem was found, 2 if the command line is wrong.
     """
     try:
-        options = _parser().parse_args(arguments)
+        options = parser().parse_args(arguments)
     except SystemExit as stop:  # argparse has printed the reason or the help
         return int(stop.code or OK)
     with warnings.catch_warnings():
@@ -48,15 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result.code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line, from which the reference of the site is made, too."""
+    top = argparse.ArgumentParser(
         prog="lightning-lora",
         description="Plan, inspect, compare, verify, convert and merge LoRA adapters: PEFT directories, and .ckpt "
         "files written under LoRACallback.",
         epilog="Exit codes: 0 success, 1 a problem was found, 2 the command line is wrong.",
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {lightning_lora.__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    top.add_argument("--version", action="version", version=f"%(prog)s {lightning_lora.__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for name, (run, added) in COMMANDS.items():
         text = run.__doc__ or ""
         own = commands.add_parser(name, help=text.removesuffix("."), description=text)
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         for add_option in added:
             add_option(own)
         own.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    return parser
+    return top
 
 
 def _tell_of_several(options: Mapping[str, Any]) -> None:
