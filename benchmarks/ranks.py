@@ -29,12 +29,12 @@ Outcome. The loss on the test data after all steps; accuracy is reported, too. A
 interval (Student's t, five pairs) contains zero is a tie. A way is recommended over *fixed* for its result only if its
 loss is lower in both studies.
 
-One training for many ranks. Arms of rank 8, each with the scaling 2, of which the ranks 1, 2, 4 and 8 are measured. *cut*
-is plain training, then ``truncate_adapter(rank=...)``. *nested* trains in each step a random prefix of the components, 1,
-2, 4 or 8 of them, as DyLoRA does (the others get gradients of zero); then the prefix is the adapter. One training must
-serve all ranks, so the rate is that of the lowest mean of the four losses on validation data. The rest is as above, and
-``nested`` was to be built only if, in both studies, its loss is lower than that of *cut* at some rank and higher at
-none.
+One training for many ranks. Arms of rank 8, each with the scaling 2, of which the ranks 1, 2, 4 and 8 are measured.
+*cut* is plain training, then ``truncate_adapter(rank=...)``. *nested* trains in each step a random prefix of the
+components, 1, 2, 4 or 8 of them, as DyLoRA does (the others get gradients of zero); then the prefix is the adapter. One
+training must serve all ranks, so the rate is that of the lowest mean of the four losses on validation data. The rest is
+as above, and ``nested`` was to be built only if, in both studies, its loss is lower than that of *cut* at some rank and
+higher at none.
 """
 
 from __future__ import annotations
@@ -437,7 +437,7 @@ def elastic_section(content: dict[str, Any]) -> str:
             found = [difference(runs, name, NESTED, CUT, mark, which) for mark in PREFIXES.values()]
             lines.append([f"{name}, {outcome}: {NESTED}", rate_of(runs, name, NESTED), *map(str, found)])
     verdict = "is to be built" if nested_wins(runs, names) else "is left out"
-    return f"{markdown(lines)}\n\nBy the rule that was fixed before the runs, training that is nested {verdict}."
+    return f"{markdown(lines)}\n\nBy the rule that was fixed before the runs, nested training {verdict}."
 
 
 def nested_wins(runs: Runs, names: Sequence[str]) -> bool:
@@ -469,10 +469,9 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     file = Path(args.json) if args.json else None
     runs = read_runs(file)
     if args.page:
-        write_section(PAGE, RESULTS.with_suffix(".py").name, section({"runs": runs}))
-        write_section(
-            PAGE, f"{RESULTS.with_suffix('.py').name} (one training for many ranks)", elastic_section({"runs": runs})
-        )
+        script, content = RESULTS.with_suffix(".py").name, {"runs": runs}
+        write_section(PAGE, script, section(content))
+        write_section(PAGE, f"{script} nested", elastic_section(content))
         return []
 
     rows: list[measuring.Row] = overhead(args) if args.smoke else []

@@ -33,8 +33,8 @@ WINDOW = 10  # steps before an event in which forward passes are watched, and co
 class RankController:
     """Lets the ranks of a module's adapters follow their need while it trains, without changing a shape.
 
-    The components in use come first, so that the forward pass takes views: a decision moves the others behind them, with
-    what the optimizers know of them. One that is out of use has a column of ``B`` (a row of ``A``, of embeddings) that is
+    The components in use come first, so that the forward pass takes views. A decision moves the others behind them,
+    with what the optimizers know. One that is out of use has a column of ``B`` (a row of ``A``, of embeddings) that is
     zero, and the forward pass leaves it out. Its optimizer states are zero, so that it stays so; the other factor keeps
     its values.
 
