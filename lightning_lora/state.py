@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
 from lightning_lora.fingerprint import Fingerprint, base_problems, samples
 from lightning_lora.layers import LowRankAdapter
+from lightning_lora.layers.norm import has_running_statistics
 from lightning_lora.named_adapters import of_others
 from lightning_lora.names import OTHERS, clean_name, join, listed, near_names
 from lightning_lora.sharding import copy_whole, whole
@@ -251,17 +252,18 @@ def allow_missing_base(module: nn.Module, incompatible: Any) -> None:
 
 
 class BufferWatch:
-    """Finds the buffers of the base that the module's own code changes in training, such as a queue or a codebook.
+    """Finds the buffers of the base that the module's own code changes, such as a queue, or the mean of the data.
 
-    They belong to no adapter, but a resumed run needs them. Buffers that are not persistent are left out, as from
-    every checkpoint. Their values are compared by checksums, because DDP writes even to buffers that stay the same.
+    They belong to no adapter, but a resumed or loaded model needs them. Buffers that are not persistent are left out,
+    as from every checkpoint. Values are compared by checksums, because DDP writes even to buffers that stay the same.
 
     Args:
-        module: The adapted module, before its training begins.
+        module: The module, before the code that may change them runs; adapters may come later.
+        changed: The buffers that had changed beside earlier adapters of the module.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, changed: Collection[str] = ()) -> None:
+        self.module, self._changed = module, changed
         buffers = base_buffers(AdaptedModel(module))
         self._before = {name: (buffer, _version(buffer), _checksum(buffer)) for name, buffer in buffers.items()}
 
@@ -274,6 +276,23 @@ class BufferWatch:
             root.attachment.moved |= changed
             changed = root.attachment.moved
         return {name: buffer for name, buffer in buffers.items() if name in changed}
+
+    def note_set(self) -> None:
+        """Count what hooks of the module have set before training begins as changed.
+
+        New buffers come with the layers that are built, and the statistics of norms with weights that are loaded: these
+        belong to the base.
+        """
+        model = AdaptedModel(self.module)
+        places = _buffer_places(model)
+        for root in model.roots[:1]:
+            root.attachment.moved |= set(self._changed) | {
+                name
+                for name, buffer in base_buffers(model).items()
+                if name in self._before and not self._before[name][0].is_meta
+                if not has_running_statistics(places[name][0])
+                if not self._is_same(name, buffer)
+            }
 
     def _is_same(self, name: str, buffer: Tensor) -> bool:
         before, version, checksum = self._before.get(name, (None, None, None))

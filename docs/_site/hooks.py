@@ -23,7 +23,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".tsv": "text", 
 LARGEST_PAGE = 100_000  # bytes; a larger file is offered as it is
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 CODE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", flags=re.M | re.S)
-INCLUDE = re.compile(r"^<!-- README: (.+) -->$", flags=re.M)
+INCLUDE = re.compile(r"^<!-- README( text)?: (.+) -->$", flags=re.M)
 NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list; Python-Markdown wants four spaces
 COMMAND = "<!-- the options of the command -->"
 
@@ -82,15 +82,17 @@ def page_of(path: str) -> str:
 
 
 def with_readme(markdown: str, source: str) -> str:
-    """Replace each line ``<!-- README: Title -->`` by that section of README.md, with its heading."""
+    """Replace each line ``<!-- README: Title -->`` by that section of README.md; ``README text``: without heading."""
     sections = {"": ""}
     for part in re.split(r"^(?=##? )", (ROOT / "README.md").read_text(), flags=re.M):
         sections[part.partition("\n")[0].lstrip("# ")] = part
 
     def section(found: re.Match[str]) -> str:
-        if found[1] not in sections:
-            raise PluginError(f"{source}: README.md has no section {found[1]!r}; it has {', '.join(sections)}")
-        return with_links_of_site(sections[found[1]], "README.md", page_of(source), to=source).strip()
+        without_heading, title = found.groups()
+        if title not in sections:
+            raise PluginError(f"{source}: README.md has no section {title!r}; it has {', '.join(sections)}")
+        text = sections[title].partition("\n")[2] if without_heading else sections[title]
+        return with_links_of_site(text, "README.md", page_of(source), to=source).strip()
 
     return INCLUDE.sub(section, markdown)
 
