@@ -203,11 +203,12 @@ def flops_of_base(module: nn.Module, flops: Callable[[], int]) -> int:
     return found
 
 
-@pytest.mark.parametrize(
+each_kind = pytest.mark.parametrize(
     ("module", "inputs"),
     [
         (nn.Linear(16, 15), torch.randn(3, 16)),
         (nn.Conv2d(3, 6, 3), torch.randn(2, 3, 5, 5)),
+        (nn.Conv1d(8, 12, 3, groups=2, padding=1, padding_mode="reflect"), torch.randn(2, 8, 5)),
         (nn.Embedding(9, 6), torch.arange(9)),
         (nn.LSTM(16, 16), torch.randn(4, 2, 16)),
         (nn.MultiheadAttention(16, 2), torch.randn(4, 2, 16)),
@@ -215,26 +216,51 @@ def flops_of_base(module: nn.Module, flops: Callable[[], int]) -> int:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
+
+
+def output_of(module: nn.Module, inputs: Tensor) -> Tensor:
+    found = module(*(inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1))
+    return found[0] if isinstance(found, tuple) else found
+
+
+@each_kind
 def test_every_kind_of_layer_computes_what_is_in_use(module: nn.Module, inputs: Tensor) -> None:
-    module.eval()
+    module = copy.deepcopy(module).eval()
     attach(module, LoRAConfig(rank=3, target_modules="all"))
     adapters, _ = scheduled(module)
     for adapter in adapters.values():
         nn.init.normal_(adapter.A)
         nn.init.normal_(adapter.B)
-
-    def output() -> Tensor:
-        arguments = (inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
-        found = module(*arguments)
-        return found[0] if isinstance(found, tuple) else found
-
-    for adapter in adapters.values():
         adapter.keep(torch.tensor([True, False, True]))
         zero_component(adapter, 1)
-    masked = output()
+    masked = output_of(module, inputs)
     for adapter in adapters.values():
         adapter.forget_mask()
-    assert torch.allclose(masked, output(), atol=1e-5)
+    assert torch.allclose(masked, output_of(module, inputs), atol=1e-5)
+
+
+@each_kind
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["float32", "mixed"])
+def test_every_kind_of_layer_may_have_no_component_in_use_and_trains_on(
+    module: nn.Module, inputs: Tensor, is_mixed: bool
+) -> None:
+    module = copy.deepcopy(module)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        base = output_of(module, inputs).detach()
+    attach(module, LoRAConfig(rank=3, target_modules="all"))
+    adapters, _ = scheduled(module)
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.A)
+        nn.init.normal_(adapter.B)
+        adapter.keep(torch.zeros(3, dtype=torch.bool))
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        output = output_of(module, inputs)
+    assert output.dtype == base.dtype
+    assert torch.allclose(output, base)
+    output.sum().backward()
+    for adapter in adapters.values():  # zero, and not missing: every process of DDP waits for them
+        assert adapter.A.grad.eq(0).all()
+        assert adapter.B.grad.eq(0).all()
 
 
 @torch.no_grad()
