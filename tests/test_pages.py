@@ -48,6 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     monkeypatch.setattr("lightning.pytorch.Trainer", QuietTrainer)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # pages change it
 
     def run(page: str, **names: Any) -> None:
         for code, promised in BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text()):

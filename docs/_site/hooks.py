@@ -7,10 +7,12 @@ the repository; on the site it leads to a page that shows the file.
 from __future__ import annotations
 
 import argparse
+import json
 import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -18,8 +20,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-OWN_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".tsv": "text", ".txt": "text"}
+OWN_PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/quickstart.ipynb": "tutorials/quickstart.md",
+}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".ipynb": "json", ".json": "json", ".tsv": "text", ".txt": "text"}
 LARGEST_PAGE = 100_000  # bytes; a larger file is offered as it is
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 CODE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", flags=re.M | re.S)
@@ -141,11 +148,26 @@ def _add(source: str, page: str, files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
         return
     text = (ROOT / source).read_text()
-    if not source.endswith(".md"):
+    if source.endswith(".ipynb"):
+        text = "\n\n".join(_cell(cell) for cell in json.loads(text)["cells"])
+    elif not source.endswith(".md"):
         language = LANGUAGES[Path(source).suffix]
         text = f"---\nsearch:\n  exclude: true\n---\n# {source}\n\n``````{language}\n{text}\n``````\n"
     files.append(File.generated(config, page, content=text))
     _source_of[page] = source
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    text = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return text
+    shown = [f"```python\n{text}\n```"]
+    for output in cell["outputs"]:
+        if "text" in output:
+            shown.append(f"```text\n{''.join(output['text'])}```")
+        if picture := output.get("data", {}).get("image/png"):
+            shown.append(f"![what the cell draws](data:image/png;base64,{picture})")
+    return "\n\n".join(shown)
 
 
 def _is_shown(path: str) -> bool:
