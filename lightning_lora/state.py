@@ -83,7 +83,7 @@ def with_masks(model: AdaptedModel, state: Mapping[str, Tensor]) -> AdaptedModel
         and "mask" not in adapter._buffers
     ]
     for adapter in masked:
-        adapter.keep(torch.ones(adapter.spec.rank))
+        adapter.keep(adapter.spec.rank)
     return AdaptedModel(model.module) if masked else model
 
 
