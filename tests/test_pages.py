@@ -95,3 +95,10 @@ class Wide(Toy):
 
 def test_checkpoint_holds_what_the_page_says(run: Any) -> None:
     run("checkpoints", model=Wide(), train_loader=DataLoader(torch.randn(8, 64), 4))
+
+
+def test_comparison_cites_the_benchmarks() -> None:
+    page, benchmarks = ((ROOT / "docs" / name).read_text() for name in ("comparison.md", "benchmarks.md"))
+    cited = re.findall(r"^\| [^|]+ \| ([\d.]+(?: to [\d.]+)?) \|$", page, flags=re.M)
+    assert len(cited) == 9
+    assert [number for cell in cited for number in cell.split(" to ") if number not in benchmarks] == []

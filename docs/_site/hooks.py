@@ -34,6 +34,7 @@ INCLUDE = re.compile(r"^<!-- README( text)?: (.+) -->$", flags=re.M)
 NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list; Python-Markdown wants four spaces
 COMMAND = "<!-- the options of the command -->"
 
+RANKING = {"reference/": 2.0, "models.md": 0.3, "benchmarks.md": 0.3, "decisions.md": 0.3, "changelog.md": 0.3}  # in search
 PLANNED = {"quality.md"}  # in the nav as soon as the page exists
 
 _source_of: dict[str, str] = {}  # page on the site -> file in the repository
@@ -71,6 +72,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put in what a page includes, and point its links to pages of the site."""
     source = _source_of[page.file.src_uri]
+    for start, boost in RANKING.items():
+        if page.file.src_uri.startswith(start):
+            page.meta["search"] = {"boost": boost}
     if source.endswith(".md"):
         markdown = with_links_of_site(with_readme(markdown, source), source, page.file.src_uri)
         markdown = NESTED.sub("    ", markdown)
