@@ -34,7 +34,8 @@ INCLUDE = re.compile(r"^<!-- README( text)?: (.+) -->$", flags=re.M)
 NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list; Python-Markdown wants four spaces
 COMMAND = "<!-- the options of the command -->"
 
-RANKING = {"reference/": 2.0, "models.md": 0.3, "benchmarks.md": 0.3, "decisions.md": 0.3, "changelog.md": 0.3}  # in search
+# How the search ranks pages: answers before records.
+RANKING = {"reference/": 2.0} | dict.fromkeys(("models.md", "benchmarks.md", "decisions.md", "changelog.md"), 0.3)
 PLANNED = {"quality.md"}  # in the nav as soon as the page exists
 
 _source_of: dict[str, str] = {}  # page on the site -> file in the repository
