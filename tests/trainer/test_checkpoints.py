@@ -258,6 +258,21 @@ def test_buffers_that_hooks_set_before_training_come_back_from_the_file(
         assert torch.equal(each(x), module(x))
 
 
+def test_student_trained_beside_an_excluded_teacher_loads_without_it(tmp_path: Path) -> None:
+    class Distilled(Toy):
+        def build(self) -> None:
+            super().build()
+            self.teacher = network()
+
+    for excluded in (["teacher"], r"teacher.*"):
+        module = Distilled()
+        (run := trainer(LoRACallback(rank=4, exclude_modules=excluded))).fit(module, loader())
+        run.save_checkpoint(path := tmp_path / "adapter.ckpt")
+        load_adapter(student := Toy(), path, check_base=False)
+        x = torch.ones(2, FEATURES)
+        assert torch.equal(student.net(x), module.net(x))
+
+
 def test_file_of_an_adapted_module_that_was_fitted_without_the_callback_is_told_apart(tmp_path: Path) -> None:
     _, module, _ = fitted(tmp_path)
     (run := trainer()).fit(module, loader())
