@@ -27,19 +27,7 @@ INCLUDE = re.compile(r"^<!-- README: (.+) -->$", flags=re.M)
 NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list; Python-Markdown wants four spaces
 COMMAND = "<!-- the options of the command -->"
 
-PLANNED = {"quality.md"}  # in the nav as soon as the page exists
-
 _source_of: dict[str, str] = {}  # page on the site -> file in the repository
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave planned pages out of the nav until they exist."""
-    missing = {page for page in PLANNED if not (ROOT / "docs" / page).exists()}
-    for section in config.nav or []:
-        for title, pages in section.items():
-            if isinstance(pages, list):
-                section[title] = [each for each in pages if not missing & {*each.values()}]
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
