@@ -168,6 +168,30 @@ def test_a_way_to_decide_ranks_is_recommended_if_it_beats_a_fixed_rank_in_both_s
 
 
 @pytest.mark.parametrize("benchmark", ["ranks"], indirect=True)
+def test_nested_training_is_built_only_if_it_is_better_at_some_rank_and_worse_at_none_in_both_studies(benchmark):
+    def found(*changes):
+        return {
+            f"{study}/{arm}/{rate}/{seed}": {"validation": abs(math.log(rate / 0.01))}
+            if seed < 2
+            else {
+                mark: [seed + (change if arm == "nested" else 0.0), 0.5]
+                for mark, change in zip(marks, own, strict=True)
+            }
+            for study, own in zip(studies, changes, strict=True)
+            for arm in ("cut", "nested")
+            for rate in (0.005, 0.01, 0.02)
+            for seed in (0, 1, *range(10, 15))
+            if seed < 2 or rate == 0.01
+        }
+
+    studies, marks = ("digits", "sentences"), list(benchmark.PREFIXES.values())
+    better, tied, mixed = (-0.1, -0.1, 0.0, 0.0), (0.0,) * 4, (-0.1, 0.0, 0.0, 0.1)
+    assert benchmark.nested_wins(found(better, better), studies)
+    for other in (tied, mixed):
+        assert not benchmark.nested_wins(found(better, other), studies)
+
+
+@pytest.mark.parametrize("benchmark", ["ranks"], indirect=True)
 def test_the_cut_by_energy_has_the_number_of_parameters_nearest_to_that_of_the_rank(benchmark):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Linear(20, 20))

@@ -7,10 +7,12 @@ the repository; on the site it leads to a page that shows the file.
 from __future__ import annotations
 
 import argparse
+import json
 import posixpath
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -18,14 +20,23 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-OWN_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".tsv": "text", ".txt": "text"}
+OWN_PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/quickstart.ipynb": "tutorials/quickstart.md",
+}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".ipynb": "json", ".json": "json", ".tsv": "text", ".txt": "text"}
 LARGEST_PAGE = 100_000  # bytes; a larger file is offered as it is
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 CODE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", flags=re.M | re.S)
-INCLUDE = re.compile(r"^<!-- README: (.+) -->$", flags=re.M)
+INCLUDE = re.compile(r"^<!-- README( text)?: (.+) -->$", flags=re.M)
 NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list; Python-Markdown wants four spaces
 COMMAND = "<!-- the options of the command -->"
+
+# How the search ranks pages: answers before records.
+RECORDS = ("models.md", "quality.md", "benchmarks.md", "decisions.md", "changelog.md")
+RANKING = {"reference/": 2.0} | dict.fromkeys(RECORDS, 0.3)
 
 _source_of: dict[str, str] = {}  # page on the site -> file in the repository
 
@@ -52,6 +63,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put in what a page includes, and point its links to pages of the site."""
     source = _source_of[page.file.src_uri]
+    for start, boost in RANKING.items():
+        if page.file.src_uri.startswith(start):
+            page.meta["search"] = {"boost": boost}
     if source.endswith(".md"):
         markdown = with_links_of_site(with_readme(markdown, source), source, page.file.src_uri)
         markdown = NESTED.sub("    ", markdown)
@@ -70,15 +84,17 @@ def page_of(path: str) -> str:
 
 
 def with_readme(markdown: str, source: str) -> str:
-    """Replace each line ``<!-- README: Title -->`` by that section of README.md, with its heading."""
+    """Replace each line ``<!-- README: Title -->`` by that section of README.md; ``README text``: without heading."""
     sections = {"": ""}
     for part in re.split(r"^(?=##? )", (ROOT / "README.md").read_text(), flags=re.M):
         sections[part.partition("\n")[0].lstrip("# ")] = part
 
     def section(found: re.Match[str]) -> str:
-        if found[1] not in sections:
-            raise PluginError(f"{source}: README.md has no section {found[1]!r}; it has {', '.join(sections)}")
-        return with_links_of_site(sections[found[1]], "README.md", page_of(source), to=source).strip()
+        without_heading, title = found.groups()
+        if title not in sections:
+            raise PluginError(f"{source}: README.md has no section {title!r}; it has {', '.join(sections)}")
+        text = sections[title].partition("\n")[2] if without_heading else sections[title]
+        return with_links_of_site(text, "README.md", page_of(source), to=source).strip()
 
     return INCLUDE.sub(section, markdown)
 
@@ -127,11 +143,26 @@ def _add(source: str, page: str, files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
         return
     text = (ROOT / source).read_text()
-    if not source.endswith(".md"):
+    if source.endswith(".ipynb"):
+        text = "\n\n".join(_cell(cell) for cell in json.loads(text)["cells"])
+    elif not source.endswith(".md"):
         language = LANGUAGES[Path(source).suffix]
         text = f"---\nsearch:\n  exclude: true\n---\n# {source}\n\n``````{language}\n{text}\n``````\n"
     files.append(File.generated(config, page, content=text))
     _source_of[page] = source
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    text = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return text
+    shown = [f"```python\n{text}\n```"]
+    for output in cell["outputs"]:
+        if "text" in output:
+            shown.append(f"```text\n{''.join(output['text'])}```")
+        if picture := output.get("data", {}).get("image/png"):
+            shown.append(f"![what the cell draws](data:image/png;base64,{picture})")
+    return "\n\n".join(shown)
 
 
 def _is_shown(path: str) -> bool:

@@ -71,6 +71,8 @@ class _KernelAdapter(LowRankAdapter):
         first, second = self.convolutions(inputs, output)
         dropout, scaling = self.dropout_now(), self.spec.scaling
         A, B = self.factors()
+        if self.rank == 0:  # a convolution needs a channel; in the graph, so that gradients are zero and not missing
+            return (A.sum() + B.sum()).to(output.dtype).expand_as(output)
         if self.is_explicit and keeps_less(inputs, A, B, dropout, self.trailing_dimensions):
             down, up = self.kernels(A, B)
             return conv_update(inputs, down, up, (first, second), scaling=scaling, dropout=dropout)

@@ -151,8 +151,7 @@ class LoRASweep(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after each backward pass: add the gradients of earlier ones."""
-        if self._run.training is not None:
-            self._run.training.after_backward()
+        self._run.after_backward()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

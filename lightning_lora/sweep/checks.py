@@ -17,7 +17,7 @@ from lightning_lora.trainer.checks import AVERAGING, callbacks_of
 from lightning_lora.trainer.lightning_patches import with_twins
 
 
-def check_possible(trainer: Trainer, module: LightningModule) -> None:
+def check_possible(trainer: Trainer, module: LightningModule, mode: str) -> None:
     """Refuse strategies, precisions, modules and callbacks with which adapters would not train independently."""
     strategy, precision = trainer.strategy, trainer.precision_plugin
     is_known = isinstance(strategy, with_twins(SingleDeviceStrategy, DDPStrategy))
@@ -32,14 +32,25 @@ def check_possible(trainer: Trainer, module: LightningModule) -> None:
             "step of all. Use precision='bf16-mixed' or '32-true'."
         )
     if not module.automatic_optimization:
-        raise MisconfigurationException(
-            f"LoRASweep does not train {type(module).__name__}, which optimizes manually: its training_step, run for "
-            "each adapter, would step the optimizers of all. Use automatic optimization, or one LoRACallback after the "
-            "other."
-        )
+        _check_manual(trainer, module, mode)
     if others := callbacks_of(trainer, *AVERAGING, LearningRateFinder, BatchSizeFinder):
         raise MisconfigurationException(
             f"{type(others[0]).__name__} treats all adapters of a LoRASweep as one. Remove it from the callbacks."
+        )
+
+
+def _check_manual(trainer: Trainer, module: LightningModule, mode: str) -> None:
+    """Refuse what a step that steps the optimizers itself does not fit: it can only run for each adapter in turn."""
+    if mode not in ("auto", "loop"):
+        raise MisconfigurationException(
+            f"LoRASweep(mode={mode!r}) does not fit {type(module).__name__}, which optimizes manually: its "
+            "training_step has to run for each adapter. Use mode='loop', or leave it out."
+        )
+    if not isinstance(trainer.strategy, with_twins(SingleDeviceStrategy)):
+        raise MisconfigurationException(
+            f"LoRASweep does not train {type(module).__name__}, which optimizes manually, under "
+            f"{type(trainer.strategy).__name__}: each of its backward passes reaches one adapter, and all processes "
+            "would wait for the others. Use one device, or automatic optimization."
         )
 
 
@@ -50,8 +61,8 @@ def check_direction(trainer: Trainer, monitor: str, direction: str) -> None:
         if (watched == monitor or watched.startswith(f"{monitor}/")) and mode != direction:
             raise MisconfigurationException(
                 f"LoRASweep(monitor={monitor!r}, direction={direction!r}) and "
-                f"{type(each).__name__}(monitor={watched!r}, mode={mode!r}) disagree on which values are better. Give "
-                "both the same."
+                f"{type(each).__name__}(monitor={watched!r}, mode={mode!r}) disagree on which values are better. Set "
+                f"direction={mode!r}, or mode={direction!r}."
             )
 
 

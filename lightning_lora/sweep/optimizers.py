@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -225,6 +225,42 @@ def only_gradients_of(parameters: Mapping[str, Parameters], name: str) -> Iterat
     finally:
         for parameter, gradient in zip(others, hidden, strict=True):
             parameter.grad = gradient
+
+
+class Turns:
+    """What a step that steps the optimizers itself finds and leaves, when it runs once for each adapter of a batch.
+
+    Each adapter begins with the learning rates, schedules and step count that the batch began with, and sees no
+    gradients but its own, which it may gather over several batches.
+
+    Args:
+        trainer: The Trainer, whose module optimizes manually.
+        owned: What each adapter trains.
+    """
+
+    def __init__(self, trainer: Trainer, owned: Mapping[str, Parameters]) -> None:
+        self._owned = owned
+        self._groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        self._progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+        self._begun = self._state()
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Let the step of one adapter run inside the block, as if it were the batch's first."""
+        groups, schedules, progress = copy.deepcopy(self._begun)
+        for group, options in zip(self._groups, groups, strict=True):
+            group.update(options)
+        for scheduler, state in zip(self._schedulers, schedules, strict=True):
+            scheduler.load_state_dict(state)
+        self._progress.load_state_dict(progress)
+        with only_gradients_of(self._owned, name):
+            yield
+
+    def _state(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+        options = [{key: each for key, each in group.items() if key != "params"} for group in self._groups]
+        schedules = [scheduler.state_dict() for scheduler in self._schedulers]
+        return copy.deepcopy((options, schedules, self._progress.state_dict()))
 
 
 def learning_rates(

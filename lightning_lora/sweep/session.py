@@ -103,12 +103,13 @@ class SweepSession:
         self.owned: dict[str, Parameters] = {}
         self._wraps, self._rates = MethodWraps(), dict[str, float]()
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
+        self._watched: str | None = None  # the adapter that stands for all where gradients are checked
         self._has_begun = self._has_succeeded = False
         self._is_single = isinstance(trainer.strategy, with_twins(SingleDeviceStrategy))
         record = chosen_record(trainer)
         self._saved: Mapping[str, Any] | None = None if record is None else record.get(SWEEP_KEY)
         if is_fit:
-            check_possible(trainer, module)
+            check_possible(trainer, module, wanted.mode)
             check_direction(trainer, wanted.monitor, wanted.direction)
             check_same_sweep(self._saved, record, self.chosen)
         resumed = None if record is None else record.get("adapter", next(iter(self.chosen)))
@@ -211,6 +212,7 @@ class SweepSession:
         """Check that exactly what was asked for will train, and take up where a checkpoint has stopped."""
         self._calibrate(early=False)
         self.session.check_fit()
+        self._watched = active_adapter(self.module)
         self._wraps.around(self.trainer.fit_loop.epoch_loop.val_loop, "run", self._validation.run)
         if self._has_tasks and overrides(self.module, "validation_step"):
             self._wraps.around(self.module, "validation_step", self._validation_step)
@@ -279,11 +281,18 @@ class SweepSession:
             with only_gradients_of(self.owned, name):
                 clip(*args, **kwargs)
 
+    def after_backward(self) -> None:
+        """After a backward pass: add the gradients of earlier ones, which manual optimization has not postponed."""
+        if self.training is not None:
+            self.training.after_backward()
+            self.session.gradients.after_backward()
+
     def before_step(self, optimizer: Optimizer) -> None:
-        """Before an optimizer step: leave out what has stopped, and note gradients."""
+        """Before an optimizer step: leave out what has stopped, and note gradients, once for all adapters."""
         assert self.training is not None
         self.training.drop_idle()
-        self.session.gradients.before_step(optimizer)
+        if self.module.automatic_optimization or active_adapter(self.module) == self._watched:
+            self.session.gradients.before_step(optimizer)
 
     def after_batch(self, outputs: Any) -> None:
         """After a batch: check that learning rates are still the adapters' own."""
@@ -369,9 +378,10 @@ class SweepSession:
         rank_zero_info(f"LoRASweep, by {self.wanted.monitor}:\n{self.standings.table()}")
 
     def close(self) -> None:
-        """Remove every wrap, hook and request."""
+        """Remove every wrap, hook and request; checkpoints saved by hand after a fit still hold its results."""
         self._wraps.remove()
-        self._checkpoints.sweep = None
+        record = self._record() if self._has_succeeded else {}
+        self._checkpoints.sweep = record.copy if record else None
         self.session.close()
 
     def finish(self) -> None:

@@ -17,7 +17,7 @@ from lightning_lora.names import listed
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.sweep.forecast import forecast
 from lightning_lora.sweep.meeting import Meeting
-from lightning_lora.sweep.optimizers import Parameters, drop_gradients, step_together
+from lightning_lora.sweep.optimizers import Parameters, Turns, drop_gradients, step_together
 from lightning_lora.sweep.proof import Proof, Way
 from lightning_lora.sweep.standings import DIVERGED, Standings
 from lightning_lora.sweep.steps import Call, Mapped, Outcome, OwnMetrics, Step, UnfitError, failure, run_one
@@ -68,6 +68,10 @@ class Training:
 
     def choose(self, step: Step, args: tuple[Any, ...]) -> None:
         """Decide how the step runs, by the first batch, and say what it needs; every process must call this."""
+        if not self.module.automatic_optimization:  # a trial would step the optimizers
+            self.mode = LOOP
+            rank_zero_info(f"LoRASweep: mode {LOOP!r}, since {type(self.module).__name__} optimizes manually.")
+            return
         proof = Proof(self.module, step, self._calls(args, {}), self.owned)
         with self.trainer.precision_plugin.train_step_context():
             if self.mode == "auto":
@@ -116,7 +120,9 @@ class Training:
     def training_step(self, step: Step, *args: Any, **kwargs: Any) -> Any:
         """Run the step for every adapter that trains; called in place of the module's own."""
         calls = self._calls(args, kwargs)
-        if self.mode == LOOP:
+        if not self.module.automatic_optimization:
+            outcomes = self._manually(step, calls)
+        elif self.mode == LOOP:
             outcomes = self._in_turn(step, calls)
         else:
             try:
@@ -134,7 +140,7 @@ class Training:
             return None
         self._note(losses)
         shown = next((name for name in self.standings.ranked(outcomes) if name in losses), next(iter(losses)))
-        loss = self._total(losses)
+        loss = self._total(losses) if self.module.automatic_optimization else losses[shown]
         return {"loss": loss, **outcomes[shown].extra} if outcomes[shown].extra else loss
 
     def _calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Call]:
@@ -166,6 +172,14 @@ class Training:
             if self._mapped is None:
                 self._mapped = Mapped(self.module, list(self.chosen), self.template)
             return self._mapped.run(step, calls)
+
+    def _manually(self, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
+        """Run a step that steps the optimizers itself with each adapter."""
+        outcomes, turns = dict[str, Outcome](), Turns(self.trainer, self.owned)
+        for name, call in calls.items():
+            with turns.of(name), self._metrics.of(name, next(iter(self.chosen))):
+                outcomes[name] = run_one(self.module, step, call, name)
+        return outcomes
 
     def _in_turn(self, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
         """Run the step with each adapter, and on a single device its backward pass before the next one's step."""

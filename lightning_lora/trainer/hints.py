@@ -155,6 +155,11 @@ def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
             f"{text}\nLoRA: parallelize_module cannot divide layers that carry adapters already. Call attach(self) "
             "and, for other adapters, add_adapter(self, ...) after it in configure_model.",
         )
+    elif _CUT in text and _is_evaluating(module):
+        exception.args = (
+            f"{text}\nLightning validates, tests and predicts without gradients. Where a step computes derivatives of "
+            "its own, such as forces, set Trainer(inference_mode=False) and compute them under torch.enable_grad().",
+        )
     elif _CUT in text and model.adapters:
         exception.args = (
             f"{text}\nLoRA: the loss depends on no adapter. If everything it depends on is frozen (for example one of "
@@ -162,6 +167,11 @@ def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
             "Reentrant activation checkpointing over frozen inputs also cuts gradients: set use_reentrant=False, or "
             "let the first block's input require a gradient.",
         )
+
+
+def _is_evaluating(module: nn.Module) -> bool:
+    trainer = getattr(module, "_trainer", None)
+    return trainer is not None and not trainer.training
 
 
 # --- suspicious settings

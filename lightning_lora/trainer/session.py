@@ -123,6 +123,7 @@ class FitSession:
         self._config = widened(options.rank_schedule, options.config)
         self.ranks: FitRanks | None = None
         self._checkpoints.ranks = self._checkpoints.loaded_ranks = None
+        self._set = BufferWatch(module)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
         self._averages = ExitStack()  # keeps the base as it is where callbacks average it
@@ -184,6 +185,8 @@ class FitSession:
             self._wraps.after(module, "setup", self._attach_now)  # it may build layers or load base weights
         else:
             self._attach_now()
+            if overrides(module, "setup"):
+                self._wraps.after(module, "setup", lambda _: self._set.note_set())
 
     def _prepare_fit(self) -> None:
         diagnostics = bool(self.options.diagnostics_every_n_steps)
@@ -216,6 +219,7 @@ class FitSession:
                 f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
             )
         self._remove(before)
+        self._set = BufferWatch(module, before.moved)  # hooks that set them may find them set already
         self._is_new = True
         if _SEED not in os.environ:
             self._seed = before.seed
@@ -289,6 +293,7 @@ class FitSession:
         self._remember_request(get_attachment(module))
         if self._is_first:
             self._is_first = False
+            self._set.note_set()
             check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
@@ -372,6 +377,7 @@ class FitSession:
 
     def check_fit(self) -> None:
         """Check that exactly what was asked for will train."""
+        self._set = BufferWatch(self.module)  # anew, since a precision may have converted the module
         if self.options.export_dir is not None and not self._is_trial:
             check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
         if not (chosen_checkpoint(self.trainer) and self.trainer.strategy.restore_checkpoint_after_setup):
@@ -399,6 +405,7 @@ class FitSession:
         self.gradients.close()
         self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
         self._checkpoints.untrained = self.gradients.untrained
+        self._set.note_set()
         self._checkpoints.buffers = BufferWatch(self.module)
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from lightning_lora import LoRAConfig, attach
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.ranks.controller import RankController, cost_of, scheduled
 from lightning_lora.ranks.schedule import Plan, RankSchedule
+from lightning_lora.ranks.scores import AdaLoRAScores
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 WIDTH, RANKS = 24, (6, 0, 2, 0)
@@ -116,6 +117,43 @@ def test_what_is_out_of_use_stays_zero_after_every_step(make: Make, regrow: bool
     assert masked > 100
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_decision_moves_what_stays_to_the_front_with_all_that_is_known_of_it(make: Make) -> None:
+    module, moved = Parallel(), 0
+    controller = controlled(module, 40, score="adalora")
+    optimizer, scores = optimizer_of(module, make), cast(AdaLoRAScores, controller._scores)
+
+    def known(name: str) -> list[Tensor]:
+        """Return all that has the components of an adapter, with these as the first dimension."""
+        adapter = controller.adapters[name]
+        mine = scores.averages[name]
+        found = [(t, 0) for t in (adapter.A, mine[0].mean, mine[0].uncertainty)]
+        found += [(t, 1) for t in (adapter.B, mine[1].mean, mine[1].uncertainty)]
+        for factor, dimension in ((adapter.A, 0), (adapter.B, 1)):
+            states = [t for t in optimizer.state[factor].values() if torch.is_tensor(t) and t.ndim == 2]
+            found += [(t, dimension) for t in states if t.shape[dimension] == factor.shape[dimension]]
+        return [tensor.detach().movedim(dimension, 0).clone() for tensor, dimension in found]
+
+    decide = controller._decide
+
+    def decide_and_compare(optimizers: Any) -> None:
+        nonlocal moved
+        before = {name: (known(name), adapter.rank) for name, adapter in controller.adapters.items()}
+        values = scores.values()
+        decide(optimizers)
+        for name, adapter in controller.adapters.items():
+            was, rank = before[name]
+            best = sorted(range(rank), key=lambda n, own=values[name]: (-own[n], n))[: adapter.rank]  # type: ignore[misc]
+            moved += sorted(best) != list(range(adapter.rank))
+            for old, new in zip(was, known(name), strict=True):
+                assert torch.equal(new[: adapter.rank], old[sorted(best)])
+                assert sorted(new.tolist()) == sorted(old.tolist())  # nothing is lost
+
+    controller._decide = decide_and_compare  # type: ignore[method-assign]
+    assert sum(train(module, controller, optimizer, range(40))) > 5
+    assert moved > 2
+
+
 class Noisy(torch.optim.SGD):
     """Moves every parameter, whatever its gradient is, as Langevin dynamics do."""
 
@@ -190,24 +228,25 @@ def test_components_out_of_use_cost_no_multiplications() -> None:
         return counter.get_total_flops()
 
     full = flops()
-    adapter.keep(torch.arange(8) < 2)
+    adapter.keep(2)
     assert full - flops() == (8 - 2) * (full - flops_of_base(module, flops)) // 8
 
 
 def flops_of_base(module: nn.Module, flops: Callable[[], int]) -> int:
     """Return the operations with no component at all."""
-    adapter, kept = scheduled(module)[0][""], scheduled(module)[0][""].in_use
-    adapter.keep(torch.zeros(8, dtype=torch.bool))
+    adapter, kept = scheduled(module)[0][""], scheduled(module)[0][""].rank
+    adapter.keep(0)
     found = flops()
     adapter.keep(kept)
     return found
 
 
-@pytest.mark.parametrize(
+each_kind = pytest.mark.parametrize(
     ("module", "inputs"),
     [
         (nn.Linear(16, 15), torch.randn(3, 16)),
         (nn.Conv2d(3, 6, 3), torch.randn(2, 3, 5, 5)),
+        (nn.Conv1d(8, 12, 3, groups=2, padding=1, padding_mode="reflect"), torch.randn(2, 8, 5)),
         (nn.Embedding(9, 6), torch.arange(9)),
         (nn.LSTM(16, 16), torch.randn(4, 2, 16)),
         (nn.MultiheadAttention(16, 2), torch.randn(4, 2, 16)),
@@ -215,26 +254,51 @@ def flops_of_base(module: nn.Module, flops: Callable[[], int]) -> int:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
+
+
+def output_of(module: nn.Module, inputs: Tensor) -> Tensor:
+    found = module(*(inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1))
+    return found[0] if isinstance(found, tuple) else found
+
+
+@each_kind
 def test_every_kind_of_layer_computes_what_is_in_use(module: nn.Module, inputs: Tensor) -> None:
-    module.eval()
+    module = copy.deepcopy(module).eval()
     attach(module, LoRAConfig(rank=3, target_modules="all"))
     adapters, _ = scheduled(module)
     for adapter in adapters.values():
         nn.init.normal_(adapter.A)
         nn.init.normal_(adapter.B)
-
-    def output() -> Tensor:
-        arguments = (inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
-        found = module(*arguments)
-        return found[0] if isinstance(found, tuple) else found
-
-    for adapter in adapters.values():
-        adapter.keep(torch.tensor([True, False, True]))
-        zero_component(adapter, 1)
-    masked = output()
+        adapter.keep(2)
+        zero_component(adapter, 2)
+    masked = output_of(module, inputs)
     for adapter in adapters.values():
         adapter.forget_mask()
-    assert torch.allclose(masked, output(), atol=1e-5)
+    assert torch.allclose(masked, output_of(module, inputs), atol=1e-5)
+
+
+@each_kind
+@pytest.mark.parametrize("is_mixed", [False, True], ids=["float32", "mixed"])
+def test_every_kind_of_layer_may_have_no_component_in_use_and_trains_on(
+    module: nn.Module, inputs: Tensor, is_mixed: bool
+) -> None:
+    module = copy.deepcopy(module)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        base = output_of(module, inputs).detach()
+    attach(module, LoRAConfig(rank=3, target_modules="all"))
+    adapters, _ = scheduled(module)
+    for adapter in adapters.values():
+        nn.init.normal_(adapter.A)
+        nn.init.normal_(adapter.B)
+        adapter.keep(0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
+        output = output_of(module, inputs)
+    assert output.dtype == base.dtype
+    assert torch.allclose(output, base)
+    output.sum().backward()
+    for adapter in adapters.values():  # zero, and not missing: every process of DDP waits for them
+        assert adapter.A.grad.eq(0).all()
+        assert adapter.B.grad.eq(0).all()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from lightning_lora import (
     using,
 )
 from lightning_lora.sweep.candidates import Candidate
+from lightning_lora.sweep.checks import check_possible
 from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, network, trainer
 
 pytestmark = [
@@ -305,6 +306,16 @@ def test_a_killed_run_resumes_in_the_middle_of_a_halving(mode: Any, close: float
     assert again.table()[0]["steps"] == STEPS
 
 
+def test_a_checkpoint_saved_by_hand_after_the_fit_resumes_the_sweep(tmp_path: Path):
+    whole, sweep = Quiet(), swept(adapters=FOUR, keep=1, mode="loop")
+    fit(whole, sweep)
+    fit(Quiet(), swept(adapters=FOUR, keep=1, mode="loop"), max_steps=8).save_checkpoint(tmp_path / "half.ckpt")
+    resumed, again = Quiet(), swept(adapters=FOUR, keep=1, mode="loop")
+    fit(resumed, again, path=tmp_path / "half.ckpt")
+    assert again.table() == sweep.table()
+    assert all(distance(state(resumed, name), state(whole, name)) == EXACT for name in FOUR)
+
+
 def test_a_checkpoint_holds_all_adapters_and_the_best_is_the_one_that_loads(tmp_path: Path):
     module, grid = Quiet(), {"lr": [1e-4, 0.03], "rank": [2]}
     sweep = swept(grid=grid, keep=1.0)
@@ -520,12 +531,7 @@ def test_what_couples_adapters_is_refused():
             for group in self.optimizers().param_groups:
                 group["lr"] = 0.5
 
-    class Manual(Quiet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
-
-    refusals = {Plateau: "ReduceLROnPlateau", Whole: "LBFGS", Leveling: "own ones have no effect", Manual: "manually"}
+    refusals = {Plateau: "ReduceLROnPlateau", Whole: "LBFGS", Leveling: "own ones have no effect"}
     for kind, message in refusals.items():
         with pytest.raises(MisconfigurationException, match=message):
             fit(kind(), swept(grid={"lr": [1e-2, 1e-3]}))
@@ -534,6 +540,88 @@ def test_what_couples_adapters_is_refused():
         fit(Quiet(), swept(grid=grid), StochasticWeightAveraging(1e-2))
     with pytest.raises(MisconfigurationException, match="a LoRASweep and a LoRACallback"):
         fit(Quiet(), LoRACallback(), swept(grid=grid))
+
+
+# --- precision
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_in_bfloat16_autocast_each_adapter_trains_as_alone_within_rounding(mode: Any):
+    module, sweep = Quiet(), swept(adapters={name: FOUR[name] for name in "ab"}, keep=1, mode=mode)
+    fit(module, sweep, precision="bf16-mixed")
+    for name, candidate in sweep.candidates.items():
+        own = alone(Quiet, candidate, precision="bf16-mixed")
+        moved = distance(own, alone(Quiet, candidate, precision="bf16-mixed", max_steps=1))
+        assert distance(state(module, name), own) <= (EXACT if mode == "loop" else 0.1 * moved), (name, moved)
+
+
+# --- manual optimization
+
+
+class Manual(Quiet):
+    """A toy with two optimizers and schedules, that gathers gradients over two batches and steps them itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.lr, self.decay = 1e-2, 0.1
+
+    def configure_optimizers(self) -> Any:
+        parts = self.net[0], self.net[1:]
+        optimizers = [torch.optim.AdamW(p.parameters(), lr=self.lr, weight_decay=self.decay) for p in parts]
+        return optimizers, [torch.optim.lr_scheduler.CosineAnnealingLR(each, 100) for each in optimizers]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = self.loss(batch) / 2
+        self.manual_backward(loss)
+        if batch_idx % 2:
+            for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+                self.clip_gradients(optimizer, gradient_clip_val=0.05)
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+        self.log("train_loss", loss, on_epoch=True, on_step=False)
+        return loss
+
+
+def alone_manually(candidate: Candidate, **options: Any) -> State:
+    rate = Rate(candidate)
+    module = Manual()
+    module.lr, module.decay = rate.lr, rate.decay
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PL_GLOBAL_SEED", str(candidate.seed or 0))
+        fit(module, LoRACallback(candidate.config, lr_ratio=candidate.lr_ratio), **options)
+    return adapter_state_dict(module)
+
+
+def test_manual_optimization_trains_each_adapter_bit_for_bit_as_alone():
+    module, sweep = Manual(), swept(adapters=FOUR, keep=1)
+    run = fit(module, sweep)
+    assert run.global_step == STEPS  # as in a fit of one adapter: a step of either optimizer counts
+    for name, candidate in sweep.candidates.items():
+        assert distance(state(module, name), alone_manually(candidate)) == EXACT, name
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")
+def test_manual_optimization_resumes_bit_for_bit_and_losers_stay_as_they_stopped(tmp_path):
+    whole, sweep = Manual(), swept(adapters=FOUR, keep=0.5)
+    fit(whole, sweep, data=Resumable())
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=6, filename="{step}")
+    fit(Manual(), swept(adapters=FOUR, keep=0.5), saves, max_steps=6, data=Resumable())
+    resumed, again = Manual(), swept(adapters=FOUR, keep=0.5)
+    fit(resumed, again, path=tmp_path / "step=6.ckpt", data=Resumable())
+    assert again.best == sweep.best
+    assert [row["steps"] for row in again.table()] == [row["steps"] for row in sweep.table()] != [STEPS] * len(FOUR)
+    for name in FOUR:
+        assert distance(state(resumed, name), state(whole, name)) == EXACT, name
+
+
+def test_manual_optimization_runs_one_adapter_after_the_other_or_is_refused():
+    for mode in ("vmap", "meet"):
+        with pytest.raises(MisconfigurationException, match=f"mode='{mode}'.*Manual, which optimizes manually"):
+            fit(Manual(), swept(grid={"lr": [1e-2, 1e-3]}, mode=mode))
+    with pytest.raises(MisconfigurationException, match=r"under DDPStrategy.*Use one device"):
+        check_possible(trainer(strategy="ddp"), Manual(), "auto")
 
 
 # --- validation and other callbacks

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, OnExceptionCheckpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, detach, load_adapter, lora_layers, merge, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, attach, detach, load_adapter, lora_layers, merge, save_adapter
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.files import run
 from tests.toys import FEATURES, BuiltInConfigureModel, Toy, digest, loader, network, snapshot, trainer
@@ -217,6 +217,98 @@ def test_fresh_fit_starts_from_the_first_buffers() -> None:
     trainer(LoRACallback(rank=4, fresh=True)).fit(new, loader())
     assert module.losses == new.losses
     assert kept(module) == kept(new)
+
+
+class Standardized(Centered):
+    """Takes the mean of its inputs from the data before training begins, and changes no buffer in training."""
+
+    def standardize(self, stage: str = "") -> None:
+        self.center.copy_(loader().dataset[:][0].mean(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x - self.center)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        return ((self(x) - y) ** 2).mean()
+
+
+@pytest.mark.parametrize(
+    ("hook", "fits", "others"),
+    [
+        ("setup", 1, []),
+        ("setup", 2, []),
+        ("setup", 1, [EMAWeightAveraging()]),  # its copies are made in its own setup, which comes before the module's
+        ("on_fit_start", 1, []),
+        ("on_train_start", 1, []),
+    ],
+)
+def test_buffers_that_hooks_set_before_training_come_back_from_the_file(
+    tmp_path: Path, hook: str, fits: int, others: list[Callback]
+) -> None:
+    module = type("Standardizes", (Standardized,), {hook: Standardized.standardize})()
+    for _ in range(fits):
+        (run := trainer(LoRACallback(rank=4, fresh=True), *others)).fit(module, loader())
+    run.save_checkpoint(path := tmp_path / "adapter.ckpt")
+    assert module.center.any()
+    load_adapter(loaded := Standardized(), path)
+    trainer(LoRACallback()).validate(tested := Standardized(), loader(), ckpt_path=path, weights_only=False)
+    x = torch.ones(2, FEATURES)
+    for each in (loaded, tested):
+        assert torch.equal(each(x), module(x))
+
+
+def test_student_trained_beside_an_excluded_teacher_loads_without_it(tmp_path: Path) -> None:
+    class Distilled(Toy):
+        def build(self) -> None:
+            super().build()
+            self.teacher = network()
+
+    for excluded in (["teacher"], r"teacher.*"):
+        module = Distilled()
+        (run := trainer(LoRACallback(rank=4, exclude_modules=excluded))).fit(module, loader())
+        run.save_checkpoint(path := tmp_path / "adapter.ckpt")
+        load_adapter(student := Toy(), path, check_base=False)
+        x = torch.ones(2, FEATURES)
+        assert torch.equal(student.net(x), module.net(x))
+
+
+def test_file_of_an_adapted_module_that_was_fitted_without_the_callback_is_told_apart(tmp_path: Path) -> None:
+    _, module, _ = fitted(tmp_path)
+    (run := trainer()).fit(module, loader())
+    run.save_checkpoint(path := tmp_path / "whole.ckpt")
+    with pytest.raises(ValueError, match="holds the weights of an adapter, but not its options"):
+        load_adapter(Toy(), path)
+    attach(loaded := Toy(), LoRAConfig(rank=4))
+    loaded.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    x = torch.ones(2, FEATURES)
+    assert torch.equal(loaded.net(x), module.net(x))
+
+
+def test_loading_without_buffers_that_were_set_before_the_fit_warns_of_them(tmp_path: Path) -> None:
+    module = Standardized()
+    module.standardize()
+    (run := trainer(LoRACallback(rank=4))).fit(module, loader())
+    run.save_checkpoint(path := tmp_path / "adapter.ckpt")
+    with pytest.warns(UserWarning, match="other values in the buffers center of this Standardized"):
+        load_adapter(Standardized(), path)
+    (right := Standardized()).standardize()
+    load_adapter(right, path)
+    assert torch.equal(right(x := torch.ones(2, FEATURES)), module(x))
+    with pytest.warns(UserWarning, match="other values in the buffers center"):
+        trainer(LoRACallback()).validate(Standardized(), loader(), ckpt_path=path, weights_only=False)
+
+
+def test_statistics_of_norms_in_weights_that_setup_loads_belong_to_the_base(tmp_path: Path) -> None:
+    class Pretrained(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.Linear(16, FEATURES))
+
+        def setup(self, stage: str) -> None:
+            self.net[1].running_mean.fill_(2.0)
+
+    _, _, path = fitted(tmp_path, Pretrained())
+    assert "buffers" not in read(path)[RECORD_KEY]
 
 
 def test_unchanged_buffers_are_not_saved_even_if_written_to(tmp_path: Path) -> None:

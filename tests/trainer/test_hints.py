@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
 
@@ -441,6 +441,18 @@ def test_loss_without_gradient_suggests_remedy() -> None:
     assert "the loss depends on no adapter" in str(caught.value)
     assert "modules_to_save" in str(caught.value)
     assert "use_reentrant=False" in str(caught.value)
+
+
+def test_validation_that_computes_derivatives_is_told_how():
+    class Forces(Toy):
+        def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            positions = batch[0].clone().requires_grad_()
+            torch.autograd.grad(self.net(positions).sum(), positions)
+
+    for options in ({}, {"num_sanity_val_steps": 0}):
+        run = trainer(LoRACallback(rank=2), limit_val_batches=1, max_steps=4, **options)
+        with pytest.raises(RuntimeError, match=r"inference_mode=False\) and compute .* torch.enable_grad\(\)"):
+            run.fit(Forces(), loader(), loader())
 
 
 @pytest.mark.parametrize("message", ["CUDA out of memory", "", "Expected to have finished reduction"])
