@@ -338,6 +338,7 @@ def draw_rates(runs: Runs, studies: Sequence[str]) -> Any:
             axes.set(
                 xscale="log", title=study, xlabel="learning rate", ylim=(lowest - 0.05 * (ceiling - lowest), ceiling)
             )
+            axes.minorticks_off()
         grid[0][0].set_ylabel("validation loss, mean of two pilots")
         handles, names = grid[0][0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8)
