@@ -68,6 +68,16 @@ def test_every_command_and_its_options_are_shown(site: Path) -> None:
         assert f"lightning-lora {name} [-h]" in text
 
 
+def test_every_section_of_the_readme_is_shown_whole(site: Path) -> None:
+    shown = " ".join(text_of(site / page / "index.html") for page in ("", "tour", "how_it_works"))
+    for section in re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.M)[1:]:
+        title = section.partition("\n")[0]
+        if title not in ("How it works", "More"):
+            assert f" {title}\u00b6 " in shown
+        for code in re.findall(r"```\w+\n(.*?)```", section, flags=re.S):
+            assert " ".join(code.split()) in shown, title
+
+
 def test_site_needs_no_other_host(site: Path) -> None:
     for page in site.rglob("*.html"):
         loaded = re.findall(r'<(?:script|img|link|iframe)\b[^>]*(?:src|href)="?(?:https?:)?//[^>]*', page.read_text())

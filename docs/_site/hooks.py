@@ -10,6 +10,7 @@ import argparse
 import json
 import posixpath
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ OWN_PAGES = {
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".ipynb": "json", ".json": "json", ".tsv": "text", ".txt": "text"}
 LARGEST_PAGE = 100_000  # bytes; a larger file is offered as it is
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
+LABEL = re.compile(r"\[`[\w./]+\.md`\]\(([^)#\s]+)")  # a link that shows the path of its page
 CODE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", flags=re.M | re.S)
 INCLUDE = re.compile(r"^<!-- README( text)?: (.+) -->$", flags=re.M)
 NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list; Python-Markdown wants four spaces
@@ -77,7 +79,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if page.file.src_uri.startswith(start):
             page.meta["search"] = {"boost": boost}
     if source.endswith(".md"):
-        markdown = with_links_of_site(with_readme(markdown, source), source, page.file.src_uri)
+        markdown = with_titles(with_readme(markdown, source), source)
+        markdown = with_links_of_site(markdown, source, page.file.src_uri)
         markdown = NESTED.sub("    ", markdown)
     return markdown.replace(COMMAND, command_options()) if COMMAND in markdown else markdown
 
@@ -95,9 +98,8 @@ def page_of(path: str) -> str:
 
 def with_readme(markdown: str, source: str) -> str:
     """Replace each line ``<!-- README: Title -->`` by that section of README.md; ``README text``: without heading."""
-    sections = {"": ""}
-    for part in re.split(r"^(?=##? )", (ROOT / "README.md").read_text(), flags=re.M):
-        sections[part.partition("\n")[0].lstrip("# ")] = part
+    parts = re.split(r"^(?=## )", (ROOT / "README.md").read_text(), flags=re.M)
+    sections = {part.partition("\n")[0].lstrip("# "): part for part in parts}
 
     def section(found: re.Match[str]) -> str:
         without_heading, title = found.groups()
@@ -107,6 +109,17 @@ def with_readme(markdown: str, source: str) -> str:
         return with_links_of_site(text, "README.md", page_of(source), to=source).strip()
 
     return INCLUDE.sub(section, markdown)
+
+
+def with_titles(markdown: str, source: str) -> str:
+    """Return Markdown whose links to pages show their titles where they showed paths, which the site does not have."""
+
+    def label(found: re.Match[str]) -> str:
+        page = ROOT / _resolved(found[1], source)
+        title = page.read_text().partition("\n")[0].lstrip("# ") if page.exists() else ""
+        return f"[{title}]({found[1]}" if title and not title.startswith("<!--") else found[0]
+
+    return _outside_code(lambda text: LABEL.sub(label, text), markdown)
 
 
 def with_links_of_site(markdown: str, source: str, page: str, to: str | None = None) -> str:
@@ -131,7 +144,7 @@ def command_options() -> str:
 
 def _command(name: str, parser: argparse.ArgumentParser) -> str:
     usage = parser.format_usage().removeprefix("usage: ").strip()
-    usage = re.sub(r"\s+", " ", usage)
+    usage = textwrap.fill(re.sub(r"\s+", " ", usage), 90, subsequent_indent="    ")
     rows = [f"- {_names(action)}: {_meaning(action)}" for action in parser._actions if action.dest != "help"]
     return "\n".join([f"## {name}", "", parser.description or "", "", "```text", usage, "```", "", *rows])
 
