@@ -33,7 +33,7 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
 LABEL = re.compile(r"\[`[\w./]+\.md`\]\(([^)#\s]+)")  # a link that shows the path of its page
 CODE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", flags=re.M | re.S)
 INCLUDE = re.compile(r"^<!-- README( text)?: (.+) -->$", flags=re.M)
-NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list; Python-Markdown wants four spaces
+NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list
 COMMAND = "<!-- the options of the command -->"
 
 # How the search ranks pages: answers before records.
@@ -81,7 +81,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if source.endswith(".md"):
         markdown = with_titles(with_readme(markdown, source), source)
         markdown = with_links_of_site(markdown, source, page.file.src_uri)
-        markdown = NESTED.sub("    ", markdown)
+        markdown = with_deep_lists(markdown)
     return markdown.replace(COMMAND, command_options()) if COMMAND in markdown else markdown
 
 
@@ -132,6 +132,17 @@ def with_links_of_site(markdown: str, source: str, page: str, to: str | None = N
         return posixpath.relpath(target, folder or ".") + (found[2] or "")
 
     return _outside_code(lambda text: LINK.sub(link, text), markdown)
+
+
+def with_deep_lists(markdown: str) -> str:
+    """Return Markdown with four spaces before what is inside of a list, as Python-Markdown wants it."""
+    parts = CODE.split(markdown)
+    for index, part in enumerate(parts):
+        if index % 2 == 0:
+            parts[index] = NESTED.sub("    ", part)
+        elif NESTED.match(part):
+            parts[index] = textwrap.indent(part, " " * (4 - len(part) + len(part.lstrip(" "))))
+    return "".join(parts)
 
 
 def command_options() -> str:
