@@ -195,6 +195,32 @@ class AdaptedModel:
         return {name: count for name, part in self.parts if (count := merge_count(part))}
 
 
+class HeldAdapters:
+    """The adapters that a training began with, to notice if they are merged or detached while it runs."""
+
+    def __init__(self, module: nn.Module) -> None:
+        model = AdaptedModel(module)
+        self._module, self._roots = module, model.roots
+        self._factors = [p for adapter in model.adapters.values() for p in adapter.parameters()]
+
+    def check(self) -> None:
+        """Raise if they are gone; looks at the records alone while these are the same, so it costs nothing.
+
+        Raises:
+            RuntimeError: The module no longer holds what the optimizers train.
+        """
+        if all(get_attachment(root.module) is root.attachment for root in self._roots):
+            return
+        held = {id(parameter) for parameter in self._module.parameters()}  # also those of adapters that wait
+        if not all(id(factor) in held for factor in self._factors):
+            raise RuntimeError(
+                f"The adapters of {type(self._module).__name__} were merged or detached while it trains, so its "
+                "optimizers no longer train anything of it. Merge at the end, with merge_on_teardown=True or in "
+                "on_train_end. To merge and go on with new adapters, start another fit."
+            )
+        self._roots = AdaptedModel(self._module).roots
+
+
 def base_parameters(module: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the parameters of a module that do not train, by each of their names.
 

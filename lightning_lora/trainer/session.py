@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import AdaptedModel, HeldAdapters
 from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
@@ -131,7 +131,8 @@ class FitSession:
             set_adapter(module, self._name)
         self._is_new = self._before is None
         self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
-        self._has_begun = self._has_succeeded = False
+        self._held: HeldAdapters | None = None  # from the first batch of a training on
+        self._has_succeeded = False
         self._wraps = MethodWraps()
         self._load_hook: Any = module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
@@ -400,7 +401,7 @@ class FitSession:
                 f"come from ckpt_path after {strategy} has divided them. Load them in __init__ or configure_model, or "
                 "use init='kaiming'."
             )
-        before, self._has_begun = self._checkpoints.untrained, False
+        before, self._held = self._checkpoints.untrained, None
         reached = set() if before is None else AdaptedModel(self.module).adapters.keys() - before()
         self.gradients.close()
         self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
@@ -426,10 +427,11 @@ class FitSession:
         self._checkpoints.ranks = self.ranks.state
 
     def begin_batch(self, batch: Any) -> None:
-        """Before the first batch of a training, check that the adapters are still there, and probe them if asked to."""
-        if self._has_begun:
+        """Before each batch, check that the adapters are still there; before the first, probe them if asked to."""
+        if self._held is not None:
+            self._held.check()
             return
-        self._has_begun = True
+        self._held = HeldAdapters(self.module)
         check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))
         warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader
@@ -27,7 +28,9 @@ from lightning_lora import (
     detach,
     load_adapter,
     lora_layers,
+    merge,
     save_adapter,
+    set_adapter,
 )
 from lightning_lora.attachment import get_attachment
 from lightning_lora.storage.checkpoint import RECORD_KEY
@@ -357,3 +360,46 @@ def test_detach_after_a_fresh_fit_puts_back_what_trained_in_full() -> None:
     trainer(LoRACallback(rank=2, modules_to_save=["net.4"], fresh=True)).fit(module, loader())
     detach(module)
     assert digest(module) == base
+
+
+class AtEpoch(Callback):
+    """Does something to the module at the end of an epoch."""
+
+    def __init__(self, epoch: int, act: Callable[[LightningModule], object]) -> None:
+        self.epoch, self.act = epoch, act
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            self.act(pl_module)
+
+
+def merge_and_attach(module: LightningModule) -> None:
+    merge(module)
+    attach(module, LoRAConfig(rank=2))
+
+
+@pytest.mark.parametrize("act", [merge, detach, merge_and_attach])
+def test_adapters_that_go_while_a_fit_runs_end_it(act: Callable[[LightningModule], object]) -> None:
+    run = trainer(LoRACallback(rank=2), AtEpoch(0, act), max_epochs=3, max_steps=-1)
+    with pytest.raises(RuntimeError, match="merged or detached while it trains"):
+        run.fit(Toy(), loader())
+
+
+def test_adapters_may_be_merged_after_the_last_step() -> None:
+    merged_inside, merged_after = Toy(), Toy()
+    trainer(LoRACallback(rank=2), AtEpoch(1, merge), max_epochs=2, max_steps=-1).fit(merged_inside, loader())
+    trainer(LoRACallback(rank=2), max_epochs=2, max_steps=-1).fit(merged_after, loader())
+    merge(merged_after)
+    assert_same_bits(merged_inside.state_dict(), merged_after.state_dict())
+
+
+def test_adapters_may_be_switched_while_a_fit_runs() -> None:
+    def there_and_back(module: LightningModule) -> None:
+        add_adapter(module, "two", LoRAConfig(rank=4))
+        set_adapter(module, "two")
+        set_adapter(module, "one")
+
+    switched, plain = Toy(), Toy()
+    trainer(LoRACallback(rank=2, adapter="one"), AtEpoch(0, there_and_back), max_steps=8).fit(switched, loader())
+    trainer(LoRACallback(rank=2, adapter="one"), max_steps=8).fit(plain, loader())
+    assert_same_bits(adapter_state_dict(switched), adapter_state_dict(plain))
