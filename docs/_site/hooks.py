@@ -37,20 +37,10 @@ NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list
 COMMAND = "<!-- the options of the command -->"
 
 # How the search ranks pages: answers before records.
-RANKING = {"reference/": 2.0} | dict.fromkeys(("models.md", "benchmarks.md", "decisions.md", "changelog.md"), 0.3)
-PLANNED = {"quality.md"}  # in the nav as soon as the page exists
+RECORDS = ("models.md", "quality.md", "benchmarks.md", "decisions.md", "changelog.md")
+RANKING = {"reference/": 2.0} | dict.fromkeys(RECORDS, 0.3)
 
 _source_of: dict[str, str] = {}  # page on the site -> file in the repository
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave planned pages out of the nav until they exist."""
-    missing = {page for page in PLANNED if not (ROOT / "docs" / page).exists()}
-    for section in config.nav or []:
-        for title, pages in section.items():
-            if isinstance(pages, list):
-                section[title] = [each for each in pages if not missing & {*each.values()}]
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
