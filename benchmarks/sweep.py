@@ -95,15 +95,15 @@ def sentences() -> tuple[Callable[[], nn.Module], TensorDataset, int, dict[str, 
 class Case:
     """Fits of one model, alone and as a sweep."""
 
-    def __init__(self, name: str, steps: int) -> None:
+    def __init__(self, name: str, steps: int, accelerator: str = "cpu") -> None:
         torch.manual_seed(0)
-        self.name, self.steps = name, steps
+        self.name, self.steps, self.accelerator = name, steps, accelerator
         make, self.data, self.batch, self.options = {"digits": digits, "sentences": sentences}[name]()
         self.network = make()
 
     def fit(self, callback: Any, lr: float = RATES[0], validations: int = 0) -> Trainer:
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator=self.accelerator,
             max_steps=self.steps,
             max_epochs=-1,
             logger=False,

@@ -163,8 +163,9 @@ def _adopt_unheld(module: nn.Module, optimizers: Sequence[Optimizer], names: dic
             adopt(*places[index], parameter, names[id(parameter)])
             place_of[id(parameter)] = index
     if unheld:
+        names_of_unheld = listed([*dict.fromkeys(unheld)])  # factors are met in the layer, and by themselves
         raise ValueError(
-            f"No optimizer holds the trainable {listed(unheld)}, and it is unclear which of the {len(places)} "
+            f"No optimizer holds the trainable {names_of_unheld}, and it is unclear which of the {len(places)} "
             "parameter groups they belong to. Add them in configure_optimizers."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters
-from lightning_lora.fingerprint import Fingerprint, base_problems, samples
+from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, samples
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.layers.norm import has_running_statistics
 from lightning_lora.named_adapters import of_others
@@ -83,7 +84,7 @@ def with_masks(model: AdaptedModel, state: Mapping[str, Tensor]) -> AdaptedModel
         and "mask" not in adapter._buffers
     ]
     for adapter in masked:
-        adapter.keep(torch.ones(adapter.spec.rank))
+        adapter.keep(adapter.spec.rank)
     return AdaptedModel(model.module) if masked else model
 
 
@@ -166,6 +167,19 @@ def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Modul
         base = model.base if part is None else base_parameters(part, model.trained)
         if problems := base_problems(recorded, samples(base, recorded), type(part or model.module).__name__):
             raise ValueError(f"{problems[0]} Nothing was changed.")
+        warn_of_other_buffers(model, recorded, part)
+
+
+def warn_of_other_buffers(model: AdaptedModel, recorded: Fingerprint, part: nn.Module | None = None) -> None:
+    """Warn if buffers of the base, which no adapter's file holds, are not those that an adapter was trained with."""
+    if differing := differing_tensors(recorded, samples(unsaved_buffers(model, part), recorded)):
+        warnings.warn(
+            f"The adapter was trained with other values in the buffers {listed(differing)} of this "
+            f"{type(model.module).__name__}, so it may compute something else. Buffers that are set before fit belong "
+            "to the base and are in no adapter's file: set them before loading, too, or set them in setup, whose "
+            "changes are saved.",
+            stacklevel=2,
+        )
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
@@ -307,6 +321,22 @@ def base_buffers(model: AdaptedModel) -> dict[str, Tensor]:
         for name, (part, key) in _buffer_places(model).items()
         if name not in model.trained and type(buffer := part._buffers[key]) is Tensor
     }
+
+
+def unsaved_buffers(model: AdaptedModel, part: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return the persistent buffers of the base that are not saved, since training has not changed them.
+
+    Args:
+        model: The model.
+        part: The part of it to look at, to which names are then relative; all of it if left out.
+    """
+    moved = {name for root in model.roots for name in root.attachment.moved}
+    found = {name: buffer for name, buffer in base_buffers(model).items() if name not in moved}
+    if part is None:
+        return found
+    known = {id(buffer) for buffer in found.values()}
+    own = part.named_buffers(remove_duplicate=False)
+    return {clean_name(name): buffer for name, buffer in own if id(buffer) in known}
 
 
 def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -43,7 +44,7 @@ from lightning_lora.layers import (
 )
 from lightning_lora.modes import check_mergeable, fold, freeze_norms, set_mode
 from lightning_lora.named_adapters import adapter_names, forget, recorded, switch_to
-from lightning_lora.names import OTHERS, clean_name, listed, module_names, parameters_of
+from lightning_lora.names import OTHERS, clean_name, listed, module_names, parameters_of, unmatched
 from lightning_lora.planning.plan import Plan, PlannedLayer, sizes_once
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
@@ -169,10 +170,12 @@ def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -
             "into a module of the trained kind."
         )
     target = modules[entry["root"]][0]
-    before = get_attachment(target)
-    report = attach(
-        target, LoRAConfig.from_dict(entry["config"]), seed=entry["seed"] if before is None else before.seed
-    )
+    before, config = get_attachment(target), LoRAConfig.from_dict(entry["config"])
+    if excluded := config.exclude_modules:  # what is not there, such as the teacher of a training, needs no exclusion
+        idle = unmatched(excluded, [names for _, names in module_names(target).values()])
+        each = [excluded] if isinstance(excluded, str) else excluded
+        config = replace(config, exclude_modules=[entry for entry in each if entry not in idle]) if idle else config
+    report = attach(target, config, seed=entry["seed"] if before is None else before.seed)
     if before is None:
         undo.callback(detach, target)
     return report

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy import stats
 
 from lightning_lora import LoRAConfig, attach, lora_layers
 
@@ -86,7 +87,7 @@ def runs(losses: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, Any]
     return found
 
 
-@pytest.mark.parametrize("benchmark", ["starts", "ranks"], indirect=True)
+@pytest.mark.parametrize("benchmark", ["starts", "ranks", "quality_page"], indirect=True)
 def test_the_page_shows_the_results_of_the_study(benchmark):
     content = json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))
     assert benchmark.section(content) in benchmark.PAGE.read_text(encoding="utf-8")
@@ -167,6 +168,30 @@ def test_a_way_to_decide_ranks_is_recommended_if_it_beats_a_fixed_rank_in_both_s
 
 
 @pytest.mark.parametrize("benchmark", ["ranks"], indirect=True)
+def test_nested_training_is_built_only_if_it_is_better_at_some_rank_and_worse_at_none_in_both_studies(benchmark):
+    def found(*changes):
+        return {
+            f"{study}/{arm}/{rate}/{seed}": {"validation": abs(math.log(rate / 0.01))}
+            if seed < 2
+            else {
+                mark: [seed + (change if arm == "nested" else 0.0), 0.5]
+                for mark, change in zip(marks, own, strict=True)
+            }
+            for study, own in zip(studies, changes, strict=True)
+            for arm in ("cut", "nested")
+            for rate in (0.005, 0.01, 0.02)
+            for seed in (0, 1, *range(10, 15))
+            if seed < 2 or rate == 0.01
+        }
+
+    studies, marks = ("digits", "sentences"), list(benchmark.PREFIXES.values())
+    better, tied, mixed = (-0.1, -0.1, 0.0, 0.0), (0.0,) * 4, (-0.1, 0.0, 0.0, 0.1)
+    assert benchmark.nested_wins(found(better, better), studies)
+    for other in (tied, mixed):
+        assert not benchmark.nested_wins(found(better, other), studies)
+
+
+@pytest.mark.parametrize("benchmark", ["ranks"], indirect=True)
 def test_the_cut_by_energy_has_the_number_of_parameters_nearest_to_that_of_the_rank(benchmark):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.Linear(20, 20))
@@ -197,3 +222,54 @@ def test_the_random_control_has_other_directions_but_eva_s_sizes_of_features(ben
     eva, other = features.values()
     torch.testing.assert_close(eva.square().mean(0), other.square().mean(0))
     assert not torch.allclose(eva, other, atol=0.1)
+
+
+# --- the study of quality
+
+
+@pytest.mark.parametrize("benchmark", ["quality"], indirect=True)
+def test_runs_of_another_plan_are_not_mixed(benchmark, tmp_path):
+    assert json.loads(benchmark.RESULTS.read_text(encoding="utf-8"))["plan"] == benchmark.digest()
+    other = tmp_path / "runs.json"
+    other.write_text(json.dumps({"plan": "other", "commits": [], "runs": {}}))
+    with pytest.raises(SystemExit, match="another plan"):
+        benchmark.read(other)
+
+
+@pytest.mark.parametrize("benchmark", ["quality_page"], indirect=True)
+def test_the_claims_of_the_study_rest_on_these_tests(benchmark):
+    values = [0.3, -0.1, 0.5, 0.2, 0.0, 0.4, -0.2, 0.1]
+    assert benchmark.two_sided(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)
+    above, below = (stats.ttest_1samp(values, at, alternative=side).pvalue for at, side in MARGINS.items())
+    assert benchmark.equivalence(values) == pytest.approx(max(above, below))
+    assert benchmark.equivalence([0.0] * 8) < 0.05 < benchmark.equivalence([0.5, 0.6] * 4)
+    assert benchmark.holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "b": 0.06, "c": 0.06})
+
+
+MARGINS = {-0.5: "greater", 0.5: "less"}
+
+
+@pytest.mark.parametrize("benchmark", ["quality_page"], indirect=True)
+def test_a_difference_that_is_called_detectable_is_found_four_times_in_five(benchmark):
+    generator = torch.Generator().manual_seed(0)
+    samples = benchmark.detectable(2.0) + 2.0 * torch.randn(20_000, 8, generator=generator, dtype=torch.float64)
+    found = stats.ttest_1samp(samples.numpy(), 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.01)
+
+
+@pytest.mark.parametrize("benchmark", ["quality_page"], indirect=True)
+def test_the_best_rate_and_the_rates_near_it_are_interpolated(benchmark):
+    curve = {rate: (math.log(rate) - math.log(0.013)) ** 2 for rate in (0.0025, 0.005, 0.01, 0.02, 0.04)}
+    assert benchmark.vertex(curve) == pytest.approx(0.013)
+    assert benchmark.vertex({1.0: 0.1, 2.0: 0.2, 4.0: 0.3}) == 1.0
+    width, inside = benchmark.robustness({1.0: 0.1, 2.0: 0.0, 4.0: 0.1})
+    assert (width, inside) == (pytest.approx(2.0), True)  # half a step on either side: 0.05 is half of 0.1
+    assert benchmark.robustness({1.0: 0.01, 2.0: 0.0, 4.0: 0.1})[1] is False
+
+
+@pytest.mark.parametrize("benchmark", ["quality"], indirect=True)
+def test_peft_learns_the_same_as_ours_from_the_same_factors(benchmark):
+    study = next(benchmark.tasks(benchmark.argparse.Namespace(smoke=True)))
+    ours, other = (benchmark.run(study, arm, 0.01, 0)["validation"] for arm in (benchmark.LORA, benchmark.PEFT))
+    assert ours == pytest.approx(other, abs=1e-5)
+    assert ours != benchmark.run(study, benchmark.OTHER, 0.01, 0)["validation"]

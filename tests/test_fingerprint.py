@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from string import ascii_letters
@@ -229,6 +230,24 @@ def test_warm_start_checks_base(adapter: str) -> None:
     with pytest.raises(ValueError, match="a different base than this"):
         trainer(LoRACallback(rank=6, init_from=adapter)).fit(Other(), loader())
     trainer(LoRACallback(rank=6, init_from=adapter, check_base=False)).fit(module, loader())
+
+
+def test_a_directory_knows_the_buffers_of_its_base(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self, scale: float) -> None:
+            super().__init__()
+            self.net = network()
+            self.register_buffer("scale", torch.full((3,), scale))
+            self.register_buffer("passing", torch.rand(2), persistent=False)
+
+    attach(module := Scaled(2.0), LoRAConfig(rank=2))
+    save_adapter(module, tmp_path)
+    load_adapter(Scaled(2.0), tmp_path)
+    with pytest.warns(UserWarning, match="other values in the buffers scale of this Scaled"):
+        load_adapter(Scaled(1.0), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(Scaled(1.0), tmp_path, check_base=False)
 
 
 @pytest.mark.parametrize("stage", ["fit", "test", "predict"])

@@ -123,7 +123,7 @@ def test_parameter_without_group_is_named() -> None:
     model = network()
     optimizers = [SGD(model[0].parameters(), lr=0.1), SGD(model[2].parameters(), lr=0.1)]
     attach(model, LoRAConfig(rank=4))
-    with pytest.raises(ValueError, match=r"No optimizer holds the trainable 4\.lora\.A, 4\.lora\.B"):
+    with pytest.raises(ValueError, match=r"No optimizer holds the trainable 4\.lora\.A, 4\.lora\.B, and it is"):
         repair_optimizers(model, optimizers)
 
 

@@ -48,6 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
     monkeypatch.setattr("lightning.pytorch.Trainer", QuietTrainer)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # pages change it
 
     def run(page: str, **names: Any) -> None:
         for code, promised in BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text()):
@@ -94,3 +95,10 @@ class Wide(Toy):
 
 def test_checkpoint_holds_what_the_page_says(run: Any) -> None:
     run("checkpoints", model=Wide(), train_loader=DataLoader(torch.randn(8, 64), 4))
+
+
+def test_comparison_cites_the_benchmarks() -> None:
+    page, benchmarks = ((ROOT / "docs" / name).read_text() for name in ("comparison.md", "benchmarks.md"))
+    cited = re.findall(r"^\| [^|]+ \| ([\d.]+(?: to [\d.]+)?) \|$", page, flags=re.M)
+    assert len(cited) == 9
+    assert [number for cell in cited for number in cell.split(" to ") if number not in benchmarks] == []

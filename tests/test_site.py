@@ -37,9 +37,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def text_of(page: Path) -> str:
+def lines_of(page: Path) -> str:
     """Return what a page says, without tags."""
-    return " ".join(unescape(re.sub(r"<[^>]+>", "", page.read_text())).split())
+    return unescape(re.sub(r"<[^>]+>", "", page.read_text()))
+
+
+def text_of(page: Path) -> str:
+    """Return what a page says, without tags and line breaks."""
+    return " ".join(lines_of(page).split())
 
 
 def test_every_public_name_has_a_place(site: Path) -> None:
@@ -66,6 +71,17 @@ def test_every_command_and_its_options_are_shown(site: Path) -> None:
     for name, (run, _) in COMMANDS.items():
         assert f"{name}¶ {run.__doc__}" in text
         assert f"lightning-lora {name} [-h]" in text
+
+
+def test_every_section_of_the_readme_is_shown_whole(site: Path) -> None:
+    pages = [site / page / "index.html" for page in ("", "tour", "how_it_works")]
+    text, lines = ("".join(read(page) for page in pages) for read in (text_of, lines_of))
+    for section in re.split(r"^## ", (ROOT / "README.md").read_text(), flags=re.M)[1:]:
+        title = section.partition("\n")[0]
+        if title not in ("How it works", "More"):
+            assert f" {title}\u00b6 " in text
+        for code in re.findall(r"```\w+\n(.*?)```", section, flags=re.S):
+            assert code.strip() in lines, title
 
 
 def test_site_needs_no_other_host(site: Path) -> None:

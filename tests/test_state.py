@@ -303,7 +303,7 @@ def state_missing(content: dict[str, Any]) -> None:
         (tensor_missing, "missing from the state: head.bias"),
         (tensor_unknown, "unknown to the model: tail.lora.A"),
         (tensor_of_another_shape, r"head.bias: file \(9,\), model \(8,\)"),
-        (record_missing, "holds no adapter"),
+        (record_missing, "holds the weights of an adapter, but not its options"),
         (state_missing, "no 'state_dict'"),
     ],
 )

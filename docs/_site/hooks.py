@@ -7,10 +7,13 @@ the repository; on the site it leads to a page that shows the file.
 from __future__ import annotations
 
 import argparse
+import json
 import posixpath
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -18,28 +21,26 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-OWN_PAGES = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".tsv": "text", ".txt": "text"}
+OWN_PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/quickstart.ipynb": "tutorials/quickstart.md",
+}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".ipynb": "json", ".json": "json", ".tsv": "text", ".txt": "text"}
 LARGEST_PAGE = 100_000  # bytes; a larger file is offered as it is
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?(?=\))")
+LABEL = re.compile(r"\[`[\w./]+\.md`\]\(([^)#\s]+)")  # a link that shows the path of its page
 CODE = re.compile(r"(^ *```.*?^ *```[^\n]*$)", flags=re.M | re.S)
 INCLUDE = re.compile(r"^<!-- README( text)?: (.+) -->$", flags=re.M)
-NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list; Python-Markdown wants four spaces
+NESTED = re.compile(r"^ {2,3}(?=\S)", flags=re.M)  # inside of a list
 COMMAND = "<!-- the options of the command -->"
 
-PLANNED = {"quality.md"}  # in the nav as soon as the page exists
+# How the search ranks pages: answers before records.
+RECORDS = ("models.md", "quality.md", "benchmarks.md", "decisions.md", "changelog.md")
+RANKING = {"reference/": 2.0} | dict.fromkeys(RECORDS, 0.3)
 
 _source_of: dict[str, str] = {}  # page on the site -> file in the repository
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave planned pages out of the nav until they exist."""
-    missing = {page for page in PLANNED if not (ROOT / "docs" / page).exists()}
-    for section in config.nav or []:
-        for title, pages in section.items():
-            if isinstance(pages, list):
-                section[title] = [each for each in pages if not missing & {*each.values()}]
-    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -64,9 +65,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put in what a page includes, and point its links to pages of the site."""
     source = _source_of[page.file.src_uri]
+    for start, boost in RANKING.items():
+        if page.file.src_uri.startswith(start):
+            page.meta["search"] = {"boost": boost}
     if source.endswith(".md"):
-        markdown = with_links_of_site(with_readme(markdown, source), source, page.file.src_uri)
-        markdown = NESTED.sub("    ", markdown)
+        markdown = with_titles(with_readme(markdown, source), source)
+        markdown = with_links_of_site(markdown, source, page.file.src_uri)
+        markdown = with_deep_lists(markdown)
     return markdown.replace(COMMAND, command_options()) if COMMAND in markdown else markdown
 
 
@@ -83,9 +88,8 @@ def page_of(path: str) -> str:
 
 def with_readme(markdown: str, source: str) -> str:
     """Replace each line ``<!-- README: Title -->`` by that section of README.md; ``README text``: without heading."""
-    sections = {"": ""}
-    for part in re.split(r"^(?=##? )", (ROOT / "README.md").read_text(), flags=re.M):
-        sections[part.partition("\n")[0].lstrip("# ")] = part
+    parts = re.split(r"^(?=## )", (ROOT / "README.md").read_text(), flags=re.M)
+    sections = {part.partition("\n")[0].lstrip("# "): part for part in parts}
 
     def section(found: re.Match[str]) -> str:
         without_heading, title = found.groups()
@@ -95,6 +99,17 @@ def with_readme(markdown: str, source: str) -> str:
         return with_links_of_site(text, "README.md", page_of(source), to=source).strip()
 
     return INCLUDE.sub(section, markdown)
+
+
+def with_titles(markdown: str, source: str) -> str:
+    """Return Markdown whose links to pages show their titles where they showed paths, which the site does not have."""
+
+    def label(found: re.Match[str]) -> str:
+        page = ROOT / _resolved(found[1], source)
+        title = page.read_text().partition("\n")[0].lstrip("# ") if page.exists() else ""
+        return f"[{title}]({found[1]}" if title and not title.startswith("<!--") else found[0]
+
+    return _outside_code(lambda text: LABEL.sub(label, text), markdown)
 
 
 def with_links_of_site(markdown: str, source: str, page: str, to: str | None = None) -> str:
@@ -109,6 +124,17 @@ def with_links_of_site(markdown: str, source: str, page: str, to: str | None = N
     return _outside_code(lambda text: LINK.sub(link, text), markdown)
 
 
+def with_deep_lists(markdown: str) -> str:
+    """Return Markdown with four spaces before what is inside of a list, as Python-Markdown wants it."""
+    parts = CODE.split(markdown)
+    for index, part in enumerate(parts):
+        if index % 2 == 0:
+            parts[index] = NESTED.sub("    ", part)
+        elif NESTED.match(part):
+            parts[index] = textwrap.indent(part, " " * (4 - len(part) + len(part.lstrip(" "))))
+    return "".join(parts)
+
+
 def command_options() -> str:
     """Return a section for each command of ``lightning-lora``, from its own parser."""
     from lightning_lora.cli import parser
@@ -119,7 +145,7 @@ def command_options() -> str:
 
 def _command(name: str, parser: argparse.ArgumentParser) -> str:
     usage = parser.format_usage().removeprefix("usage: ").strip()
-    usage = re.sub(r"\s+", " ", usage)
+    usage = textwrap.fill(re.sub(r"\s+", " ", usage), 90, subsequent_indent="    ")
     rows = [f"- {_names(action)}: {_meaning(action)}" for action in parser._actions if action.dest != "help"]
     return "\n".join([f"## {name}", "", parser.description or "", "", "```text", usage, "```", "", *rows])
 
@@ -141,11 +167,26 @@ def _add(source: str, page: str, files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
         return
     text = (ROOT / source).read_text()
-    if not source.endswith(".md"):
+    if source.endswith(".ipynb"):
+        text = "\n\n".join(_cell(cell) for cell in json.loads(text)["cells"])
+    elif not source.endswith(".md"):
         language = LANGUAGES[Path(source).suffix]
         text = f"---\nsearch:\n  exclude: true\n---\n# {source}\n\n``````{language}\n{text}\n``````\n"
     files.append(File.generated(config, page, content=text))
     _source_of[page] = source
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    text = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return text
+    shown = [f"```python\n{text}\n```"]
+    for output in cell["outputs"]:
+        if "text" in output:
+            shown.append(f"```text\n{''.join(output['text'])}```")
+        if picture := output.get("data", {}).get("image/png"):
+            shown.append(f"![what the cell draws](data:image/png;base64,{picture})")
+    return "\n\n".join(shown)
 
 
 def _is_shown(path: str) -> bool:

@@ -85,7 +85,7 @@ class EmbeddingAdapter(LowRankAdapter):
         hidden = F.embedding(inputs, self.A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         B: Tensor = self.B
         if self.kept is not None:  # of the looked-up rows, not of the whole table
-            hidden, B = hidden.index_select(-1, self.kept), B.index_select(-1, self.kept)
+            hidden, B = hidden.narrow(-1, 0, self.kept), B.narrow(-1, 0, self.kept)
         if B.dtype != output.dtype and not torch.is_autocast_enabled(output.device.type):
             hidden, B = hidden.to(output.dtype), B.to(output.dtype)  # the looked-up rows, not the whole table
         return F.linear(hidden * self.spec.scaling, B)  # (..., rank) -> (..., features)

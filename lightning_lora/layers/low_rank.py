@@ -47,8 +47,8 @@ class LowRankAdapter(Adapter):
     bias: nn.Parameter
     A0: Tensor  # where the factors started, if `B0 @ A0` is not zero: what is added is the difference
     B0: Tensor
-    mask: Tensor  # (rank,): 1 for components in use, 0 for those that are left out; only where that changes
-    kept: Tensor | None = None  # their numbers; None for all
+    mask: Tensor  # (rank,): 1 for components in use, which come first, 0 for the others; only where that changes
+    kept: int | None = None  # how many are in use; None for all
 
     # --- the start
 
@@ -99,7 +99,7 @@ class LowRankAdapter(Adapter):
         A, B = self.start(self.B.shape[-2], self.A.shape[-1])
         self.put_start(A, B)
         if "mask" in self._buffers:
-            self.keep(torch.ones_like(self.mask))
+            self.keep(self.spec.rank)
         if self.spec.lora_bias:
             self.bias.zero_()
         if self.spec.rows:
@@ -138,7 +138,7 @@ class LowRankAdapter(Adapter):
     @property
     def rank(self) -> int:
         """The rank that is in use."""
-        return self.spec.rank if self.kept is None else len(self.kept)
+        return self.spec.rank if self.kept is None else self.kept
 
     @property
     def in_use(self) -> Tensor:
@@ -146,11 +146,11 @@ class LowRankAdapter(Adapter):
         return self.mask != 0
 
     @torch.no_grad()
-    def keep(self, mask: Tensor) -> None:
-        """Use these components of the factors, a flag for each, and leave the others out; no shape changes."""
+    def keep(self, count: int) -> None:
+        """Use the first components of the factors, and leave the others out; no shape changes."""
         if "mask" not in self._buffers:  # numbers, because averages of modules cannot take flags
             self.register_buffer("mask", torch.ones(self.spec.rank, device=self.A.device))
-        self.mask.copy_(mask)
+        self.mask.copy_(torch.arange(self.spec.rank, device=self.mask.device) < count)
         self._follow_mask()
 
     def forget_mask(self) -> None:
@@ -160,19 +160,13 @@ class LowRankAdapter(Adapter):
 
     def _follow_mask(self) -> None:
         mask = self._buffers.get("mask")
-        kept = None if mask is None or mask.is_meta else mask.nonzero().squeeze(1)
-        vars(self)["kept"] = None if kept is None or len(kept) == self.spec.rank else kept
+        kept = None if mask is None or mask.is_meta else int(mask.count_nonzero())
+        vars(self)["kept"] = None if kept == self.spec.rank else kept
 
     @override
     def have_values(self) -> None:
         super().have_values()
         self._follow_mask()
-
-    @override
-    def _apply(self, fn: Any, recurse: bool = True) -> Adapter:
-        found = super()._apply(fn, recurse)
-        self._follow_mask()  # to the other device
-        return found
 
     def refuse_to_train(self) -> None:
         """Raise if a pass is for training, while this waits for its start."""
@@ -184,8 +178,8 @@ class LowRankAdapter(Adapter):
 
     @override
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if (mask := state_dict.get(f"{prefix}mask")) is not None and "mask" not in self._buffers:
-            self.keep(torch.ones_like(mask))
+        if f"{prefix}mask" in state_dict and "mask" not in self._buffers:
+            self.keep(self.spec.rank)
         super()._load_from_state_dict(state_dict, prefix, *args)
         if f"{prefix}A" in state_dict:  # not those of the base alone
             self.have_values()
@@ -352,9 +346,9 @@ def as_computed(A: Tensor, B: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
     return A.to(inputs.dtype), B.to(inputs.dtype)
 
 
-def components(A: Tensor, B: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the factors of some of the rank's components."""
-    return A.index_select(-2, numbers), B.index_select(-1, numbers)
+def components(A: Tensor, B: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return views of the factors' first components."""
+    return A.narrow(-2, 0, count), B.narrow(-1, 0, count)
 
 
 def difference(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,6 +31,7 @@ from lightning_lora.peft_format.export import Export, ExportCollector
 from lightning_lora.peft_format.factors import PeftLayer
 from lightning_lora.peft_format.names import chosen_root, found_root
 from lightning_lora.sharding import is_sharded
+from lightning_lora.state import unsaved_buffers
 from lightning_lora.storage.atomic import replace_directory
 
 
@@ -178,7 +179,8 @@ def _base_name(root: nn.Module) -> str | None:
 
 
 def _fingerprint(module: nn.Module, root: nn.Module) -> Fingerprint:
-    tensors = base_parameters(root, AdaptedModel(module).trained)
+    model = AdaptedModel(module)
+    tensors = base_parameters(root, model.trained) | unsaved_buffers(model, root)
     # Reading values that are divided takes all processes, and here is one.
     return {} if any(map(is_sharded, tensors.values())) else fingerprint(tensors)
 

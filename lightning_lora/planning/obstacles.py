@@ -204,13 +204,17 @@ def missed_entries(plan: Plan) -> Iterator[str]:
         for entry in unmatched(entries, everything) if entries else ():
             yield _miss(plan, option, entry, everything)
     if config.target_parameters:
-        parameters = [[join(n, key) for n in plan.names[p]] for p, m in plan.modules.items() for key in m._parameters]
+        parameters = _names_of_parameters(plan)
         for entry in unmatched(config.target_parameters, parameters):
             yield _miss(plan, "target_parameters", entry, parameters)
     if config.modules_to_save:
         yield from _empty_saves(plan)
     if config.rank_pattern or config.alpha_pattern:
         yield from _missed_patterns(plan)
+
+
+def _names_of_parameters(plan: Plan) -> list[list[str]]:
+    return [[join(n, key) for n in plan.names[p]] for p, m in plan.modules.items() for key in m._parameters]
 
 
 def _missed_targets(plan: Plan) -> Iterator[str]:
@@ -270,5 +274,7 @@ def _miss(plan: Plan, option: str, entry: str, pool: Sequence[Sequence[str]], la
         hint = f" Its layers are {listed(layers)}."
     if option == "target_modules" and plan.config.target_modules == entry:
         hint += " A string is one regular expression over full names; pass names as a list."
+    if option == "modules_to_save" and any(entry in names for names in _names_of_parameters(plan)):
+        hint = " It is a parameter, and modules_to_save takes modules: put it into one, such as a ParameterDict."
     what = {"rank_pattern": "adapted layer", "alpha_pattern": "adapted layer", "target_parameters": "parameter"}
     return f"{option}={entry!r} matched no {what.get(option, 'module')} of {plan.root}.{hint}"

@@ -1,5 +1,6 @@
 """The basis of the components: ``B @ A`` equals ``(B @ T^-1) @ (T @ A)`` for any ``T``, and scores depend on it.
 
+Those in use come first, so that the forward pass takes views of the factors: what is left out moves behind them.
 Before they are compared, the components in use become the singular directions of their product. Then each of them is
 needed as little by the others as possible: a rank that would do is not spread over more components than it has.
 """
@@ -19,15 +20,13 @@ _WORST = 1e6  # condition of the random factor; above it, the rounding of T woul
 
 
 class Turn(NamedTuple):
-    """A change of basis of some components.
+    """A change of basis of the first ``r`` components.
 
     Attributes:
-        numbers: The components.
         forward: ``T``, ``(r, r)``, or a stack of them.
         backward: ``T^-1``.
     """
 
-    numbers: Tensor
     forward: Tensor
     backward: Tensor
 
@@ -40,13 +39,16 @@ class Turn(NamedTuple):
         return self._times(self.backward.mT, factor, dimension)
 
     def _times(self, matrix: Tensor, factor: Tensor, dimension: int) -> Tensor:
-        rows = factor.movedim(dimension, -2)
-        turned = matrix.to(rows.device) @ rows.index_select(-2, self.numbers).to(matrix.dtype)
-        return rows.index_copy(-2, self.numbers, turned.to(rows.dtype)).movedim(-2, dimension)
+        rows, count = factor.movedim(dimension, -2), matrix.shape[-1]
+        turned = matrix.to(rows.device) @ rows.narrow(-2, 0, count).to(matrix.dtype)
+        rest = rows.narrow(-2, count, rows.shape[-2] - count)
+        return torch.cat([turned.to(rows.dtype), rest], -2).movedim(-2, dimension)
 
 
-def to_singular_directions(adapter: LowRankAdapter, numbers: Tensor) -> Turn | None:
-    """Return the change that makes components singular directions, in descending order; None if rounding forbids it.
+def to_singular_directions(adapter: LowRankAdapter, count: int) -> Turn | None:
+    """Return the change that makes the first components singular directions, in descending order.
+
+    None if rounding forbids it.
 
     The rows of ``A`` become orthogonal, of the mean length that they have, and the columns of ``B`` as long as the
     singular values then ask for. Of embeddings, it is the other way round. Every process must call this, and all get
@@ -56,7 +58,7 @@ def to_singular_directions(adapter: LowRankAdapter, numbers: Tensor) -> Turn | N
     if random.isfinite().all() and zero.isfinite().all():
         across = random if adapter.zero_factor() is adapter.B else random.mT  # (r, n)
         along = zero.mT if adapter.zero_factor() is adapter.B else zero  # (r, m)
-        across, along = across.index_select(-2, numbers), along.index_select(-2, numbers)
+        across, along = across.narrow(-2, 0, count), along.narrow(-2, 0, count)
         r = torch.linalg.qr(across.mT).R
         product = torch.linalg.qr(along.mT).R @ r.mT
         _, _, V = torch.linalg.svd(product)
@@ -67,7 +69,7 @@ def to_singular_directions(adapter: LowRankAdapter, numbers: Tensor) -> Turn | N
             pair = torch.stack([forward, backward])
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.broadcast(pair, 0)  # decompositions may differ in their last bits
-            return Turn(numbers, *pair)
+            return Turn(*pair)
     return None
 
 
@@ -98,17 +100,47 @@ def turn_states(adapter: LowRankAdapter, turn: Turn, optimizer: Optimizer) -> No
     random, zero = factors_by_start(adapter)
     for factor, turned in ((random, turn.of_zero), (zero, turn.of_random)):
         dimension = _dimension(adapter, factor)
-        for state in optimizer.state.get(factor, {}).values():
-            has_components = isinstance(state, Tensor) and state.ndim == factor.ndim
-            if not has_components or state.shape[dimension] != factor.shape[dimension]:
-                continue
+        for state in states_of(optimizer, factor, dimension):
             values = whole(state)
-            part = values.index_select(dimension, turn.numbers)
+            part = values.narrow(dimension, 0, turn.forward.shape[-1])
             if bool((part >= 0).all()):  # squares, which do not transform
-                values = values.index_copy(dimension, turn.numbers, part.mean().expand_as(part))
+                part.fill_(part.mean())
             else:
                 values = turned(values, dimension)
             copy_whole(state, values)
+
+
+@torch.no_grad()
+def reorder_factors(adapter: LowRankAdapter, order: Tensor) -> None:
+    """Put the components of an adapter, or of an average of it, into another order, given by their numbers."""
+    for factor in (adapter.A, adapter.B):
+        copy_whole(factor, _reordered(factor.detach(), _dimension(adapter, factor), order))
+
+
+@torch.no_grad()
+def reorder_states(adapter: LowRankAdapter, order: Tensor, optimizer: Optimizer) -> None:
+    """Put the states of an optimizer into another order of the components; codes of quantized states begin anew."""
+    if not has_turnable_states(adapter, optimizer):  # blocks of codes share a scale, so they cannot be moved
+        for factor in (adapter.A, adapter.B):
+            optimizer.state.pop(factor, None)
+    for factor in (adapter.A, adapter.B):
+        dimension = _dimension(adapter, factor)
+        for state in states_of(optimizer, factor, dimension):
+            copy_whole(state, _reordered(state, dimension, order))
+
+
+def _reordered(tensor: Tensor, dimension: int, order: Tensor) -> Tensor:
+    values = whole(tensor)
+    return values.index_select(dimension, order.to(values.device))
+
+
+def states_of(optimizer: Optimizer, factor: nn.Parameter, dimension: int) -> list[Tensor]:
+    """Return the states of a factor that have its components in a dimension, which of Adafactor one of two has."""
+    return [
+        state
+        for state in optimizer.state.get(factor, {}).values()
+        if isinstance(state, Tensor) and state.ndim == factor.ndim and state.shape[dimension] == factor.shape[dimension]
+    ]
 
 
 def has_turnable_states(adapter: LowRankAdapter, optimizer: Optimizer) -> bool:

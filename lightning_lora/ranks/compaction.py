@@ -44,7 +44,7 @@ def compact(module: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
                 _cut_states(optimizer, adapter.A, -2, kept)
                 _cut_states(optimizer, adapter.B, -1, kept)
             adapter.A.grad = adapter.B.grad = None
-            adapter.A.data, adapter.B.data = (factor.clone() for factor in components(adapter.A, adapter.B, kept))
+            adapter.A.data, adapter.B.data = _copies(adapter.A, adapter.B, kept)
         adapter.spec = adapter.spec._replace(rank=adapter.rank)
         adapter.forget_mask()
     gone = {id(adapter): adapter for adapter in masked.values() if not adapter.spec.rank}
@@ -81,12 +81,18 @@ def _compact_config(config: LoRAConfig, ranks: Mapping[str, int], scalings: Mapp
     return with_ranks(config, config.first_rank, ranks, scalings)
 
 
-def _cut_states(optimizer: Optimizer, factor: nn.Parameter, dimension: int, kept: Tensor) -> None:
+def _cut_states(optimizer: Optimizer, factor: nn.Parameter, dimension: int, kept: int) -> None:
     state = optimizer.state.get(factor, {})
     for key, value in state.items():
         is_cut = isinstance(value, Tensor) and value.ndim == factor.ndim
         if is_cut and value.shape[dimension] == factor.shape[dimension]:
-            state[key] = value.index_select(dimension, kept.to(value.device))
+            state[key] = value.narrow(dimension, 0, kept).clone(memory_format=torch.contiguous_format)
+
+
+def _copies(A: Tensor, B: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of the first components, in memory of their own."""
+    A, B = components(A, B, count)
+    return A.clone(), B.clone(memory_format=torch.contiguous_format)
 
 
 def _forget(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -109,17 +115,17 @@ def compacted(record: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[Mapp
     places = {name: place for name in record["layers"] if (place := _place_of(name, state)) is not None}
     if not places:
         return record, state
-    kept = {name: state[place + MASK].nonzero().squeeze(1) for name, place in places.items()}
-    gone = [place.removesuffix(".") for name, place in places.items() if not len(kept[name])]
+    kept = {name: int(state[place + MASK].count_nonzero()) for name, place in places.items()}
+    gone = [place.removesuffix(".") for name, place in places.items() if not kept[name]]
     found = {key: value for key, value in state.items() if not is_below(key, gone)}
     for name, place in places.items():
         found.pop(place + MASK, None)
-        if len(kept[name]):
-            found[f"{place}A"], found[f"{place}B"] = components(state[f"{place}A"], state[f"{place}B"], kept[name])
+        if kept[name]:
+            found[f"{place}A"], found[f"{place}B"] = _copies(state[f"{place}A"], state[f"{place}B"], kept[name])
     layers = {
-        name: {**said, "rank": len(kept[name])} if name in kept else said
+        name: {**said, "rank": kept[name]} if name in kept else said
         for name, said in record["layers"].items()
-        if name not in kept or len(kept[name])
+        if kept.get(name, 1)
     }
     adapters = [_compact_entry(entry, record["layers"], kept) for entry in record["adapters"]]
     return {**record, "layers": layers, "adapters": adapters}, found
@@ -133,12 +139,12 @@ def _place_of(name: str, state: Mapping[str, Any]) -> str | None:
 
 
 def _compact_entry(
-    entry: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], kept: Mapping[str, Tensor]
+    entry: Mapping[str, Any], layers: Mapping[str, Mapping[str, Any]], kept: Mapping[str, int]
 ) -> Mapping[str, Any]:
     begin = f"{entry['root']}." if entry["root"] else ""
     own = {name.removeprefix(begin): name for name in kept if name.startswith(begin)}
     if not own:
         return entry
-    ranks = {short: len(kept[name]) for short, name in own.items()}
+    ranks = {short: kept[name] for short, name in own.items()}
     scalings = {short: float(layers[name]["scaling"]) for short, name in own.items()}
     return {**entry, "config": _compact_config(LoRAConfig.from_dict(entry["config"]), ranks, scalings).to_dict()}

@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import AdapterGroup, LoRALayer, LowRankAdapter
 from lightning_lora.ranks.allocation import allocate
-from lightning_lora.ranks.basis import has_turnable_states, to_singular_directions, turn_factors, turn_states
+from lightning_lora.ranks.basis import (
+    has_turnable_states,
+    reorder_factors,
+    reorder_states,
+    states_of,
+    to_singular_directions,
+    turn_factors,
+    turn_states,
+)
 from lightning_lora.ranks.history import History
 from lightning_lora.ranks.schedule import Plan, RankSchedule
 from lightning_lora.ranks.scores import scores_of
@@ -25,8 +33,10 @@ WINDOW = 10  # steps before an event in which forward passes are watched, and co
 class RankController:
     """Lets the ranks of a module's adapters follow their need while it trains, without changing a shape.
 
-    A component that is out of use has a column of ``B`` (a row of ``A``, of embeddings) that is zero, and the forward
-    pass leaves it out. Its optimizer states are zero, so that it stays so; the other factor keeps its values.
+    The components in use come first, so that the forward pass takes views. A decision moves the others behind them,
+    with what the optimizers know. One that is out of use has a column of ``B`` (a row of ``A``, of embeddings) that is
+    zero, and the forward pass leaves it out. Its optimizer states are zero, so that it stays so; the other factor keeps
+    its values.
 
     Call ``before_step`` and ``after_step`` around each optimizer step, and ``end_step`` once all optimizers have made
     theirs. Every process must do so.
@@ -54,11 +64,11 @@ class RankController:
         self._scores = scores_of(schedule.score, self.adapters, regrows=schedule.regrow)
         self.steps, self.history = 0, History()
         self._has_stepped = self._has_noted = self._is_watching = False
-        self._dropped: dict[str, Tensor] = {}
+        self._dropped: dict[str, int] = {}  # where the components begin, in this process's part, that are out of use
         self.followers: list[AdaptedModel] = []  # averages of the module, which must lose the same components
         for adapter in self.adapters.values():
             if "mask" not in adapter._buffers:
-                adapter.keep(torch.ones(adapter.spec.rank))
+                adapter.keep(adapter.spec.rank)
 
     def _is_part(self, name: str) -> bool:
         return isinstance(self._layers[name].lora, AdapterGroup)
@@ -72,7 +82,7 @@ class RankController:
         """Begin to train, or go on from a loaded state."""
         if not self.history.steps:
             self.history.add(self.steps, self.plan.budget_at(self.steps), self.ranks())
-        self._apply(None)
+        self._apply([])
         self._watch_if_near(has_decided=True)
 
     def close(self) -> None:
@@ -89,21 +99,21 @@ class RankController:
         self._has_noted = True
         if not self.is_done:
             self._scores.note(held)
-        for name, dropped in self._dropped.items():
+        for name, first in self._dropped.items():
             adapter = self.adapters[name]
             factor, dimension = _zero_factor(adapter)
             if adapter.kept is None and factor.grad is not None and id(factor) in held:  # it was computed in full
-                local(factor.grad).index_fill_(dimension, dropped, 0.0)
+                _zero_from(factor.grad, dimension, first)
 
     @torch.no_grad()
     def after_step(self, optimizer: Optimizer) -> None:
         """Keep components that are out of use at zero, whatever the optimizer has made of them."""
         self._has_stepped = True
         held = _held(optimizer)
-        for name, dropped in self._dropped.items():
+        for name, first in self._dropped.items():
             factor, dimension = _zero_factor(self.adapters[name])
             if id(factor) in held:
-                local(factor.detach()).index_fill_(dimension, dropped, 0.0)
+                _zero_from(factor, dimension, first)
 
     def end_step(self, optimizers: Iterable[Optimizer]) -> bool:
         """Count a step if one was made, and decide the ranks if it is time.
@@ -117,7 +127,7 @@ class RankController:
         if not self._has_stepped:
             return False
         self._scores.commit()
-        self.steps, self._has_stepped = self.steps + 1, False
+        self.steps, self._has_stepped, optimizers = self.steps + 1, False, [*optimizers]
         is_event = self.plan.is_event(self.steps)
         if is_event:
             if not self._has_noted:
@@ -125,10 +135,10 @@ class RankController:
                     "rank_schedule: optimizers were stepped past Lightning, so that no gradient was seen. Step those "
                     "that self.optimizers() returns."
                 )
-            self._decide()
+            self._decide(optimizers)
             self._apply(optimizers)
         if self._scores.needs_directions and (is_event or self.steps == self.plan.first):
-            self._turn([*optimizers])
+            self._turn(optimizers)
         self._watch_if_near(has_decided=is_event)
         return is_event
 
@@ -152,7 +162,7 @@ class RankController:
 
     # --- events
 
-    def _decide(self) -> None:
+    def _decide(self, optimizers: Sequence[Optimizer]) -> None:
         """Choose which components stay, the same in every process."""
         budget = self.plan.budget_at(self.steps)
         scores, order = self._scores.values(), dict[str, list[int]]()
@@ -168,53 +178,55 @@ class RankController:
             for name, adapter in self.adapters.items()
         }
         for name, mask in _as_first_process(masks, self._device).items():
-            self.adapters[name].keep(mask)
+            self._put_first(name, mask, optimizers)
         self.history.add(self.steps, budget, self.ranks())
 
+    def _put_first(self, name: str, mask: Tensor, optimizers: Sequence[Optimizer]) -> None:
+        """Use the components of a mask, and move the others behind them; each part stays in its order."""
+        used, out = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
+        self.adapters[name].keep(len(used))
+        order = torch.cat([used, out])
+        if torch.equal(order, order.sort().values):
+            return
+        for each in (self.adapters[name], *self._twins(name)):
+            reorder_factors(each, order)
+        for optimizer in optimizers:
+            reorder_states(self.adapters[name], order, optimizer)
+        self._scores.reorder(name, order)
+
+    def _twins(self, name: str) -> list[LowRankAdapter]:
+        return [cast(LowRankAdapter, model.adapters[name]) for model in self.followers]
+
     @torch.no_grad()
-    def _apply(self, optimizers: Iterable[Optimizer] | None) -> None:
-        """Make what the masks leave out zero, in the factors, in the optimizers' states and in averages."""
+    def _apply(self, optimizers: Sequence[Optimizer]) -> None:
+        """Make what is out of use zero, in the factors, in the optimizers' states and in averages."""
         self._dropped, known = {}, dict[Any, Tensor]()
         for name, adapter in self.adapters.items():
-            if adapter.kept is not None:
-                factor, dimension = _zero_factor(adapter)
-                self._dropped[name] = _places(factor, dimension, ~adapter.in_use, known)
-                local(factor.detach()).index_fill_(dimension, self._dropped[name], 0.0)
-        for optimizer in optimizers or ():
-            self._clear_states(optimizer)
-        for model in self.followers:
-            for name, adapter in self.adapters.items():
-                twin = cast(LowRankAdapter, model.adapters[name])
-                twin.keep(adapter.in_use)
-                if name in self._dropped:
-                    factor, dimension = _zero_factor(twin)
-                    factor.detach().index_fill_(dimension, (~twin.in_use).nonzero().squeeze(1), 0.0)
+            for twin in self._twins(name):
+                twin.keep(adapter.rank)
+            if adapter.kept is None:
+                continue
+            factor, dimension = _zero_factor(adapter)
+            first = self._dropped[name] = _held_before(factor, dimension, adapter.kept, known)
+            _zero_from(factor, dimension, first)
+            for optimizer in optimizers:
+                for state in states_of(optimizer, factor, dimension):
+                    if state.is_floating_point():  # codes of quantized states mean other numbers
+                        _zero_from(state, dimension, first)
+            for twin in self._twins(name):
+                _zero_from(*_zero_factor(twin), adapter.kept)
 
     def _turn(self, optimizers: Sequence[Optimizer]) -> None:
         """Make the components in use singular directions, and value them anew."""
         for name, adapter in self.adapters.items():
-            numbers = adapter.in_use.nonzero().squeeze(1)
-            if not len(numbers) or not all(has_turnable_states(adapter, optimizer) for optimizer in optimizers):
+            if not adapter.rank or not all(has_turnable_states(adapter, optimizer) for optimizer in optimizers):
                 continue
-            if (turn := to_singular_directions(adapter, numbers)) is not None:
-                twins = [cast(LowRankAdapter, model.adapters[name]) for model in self.followers]
-                for each in (adapter, *twins):
+            if (turn := to_singular_directions(adapter, adapter.rank)) is not None:
+                for each in (adapter, *self._twins(name)):
                     turn_factors(each, turn)
                 for optimizer in optimizers:
                     turn_states(adapter, turn, optimizer)
         self._scores.reset()
-
-    def _clear_states(self, optimizer: Optimizer) -> None:
-        for name, dropped in self._dropped.items():
-            factor, dimension = _zero_factor(self.adapters[name])
-            for state in optimizer.state.get(factor, {}).values():
-                if (
-                    isinstance(state, Tensor)
-                    and state.is_floating_point()  # codes of quantized states mean other numbers
-                    and state.ndim == factor.ndim
-                    and state.shape[dimension] == factor.shape[dimension]  # of Adafactor, it is one row
-                ):
-                    local(state).index_fill_(dimension, dropped, 0.0)
 
     @property
     def _device(self) -> torch.device:
@@ -287,11 +299,17 @@ def _zero_factor(adapter: LowRankAdapter) -> tuple[nn.Parameter, int]:
     return factor, -2 if factor is adapter.A else -1
 
 
-def _places(factor: Tensor, dimension: int, dropped: Tensor, known: dict[Any, Tensor]) -> Tensor:
-    """Return where this process's part of a factor has the components that are dropped."""
-    if is_sharded(factor):
-        dropped = dropped[numbers_held(factor, dimension % factor.ndim, known).to(dropped.device)]
-    return dropped.nonzero().squeeze(1).to(local(factor).device)
+def _held_before(factor: Tensor, dimension: int, number: int, known: dict[Any, Tensor]) -> int:
+    """Return how many of the components before a number this process's part of a factor has."""
+    if not is_sharded(factor):
+        return number
+    return int((numbers_held(factor, dimension % factor.ndim, known) < number).sum())
+
+
+def _zero_from(tensor: Tensor, dimension: int, first: int) -> None:
+    """Make this process's components zero from one on."""
+    part = local(tensor.detach())
+    part.narrow(dimension, first, part.shape[dimension] - first).zero_()
 
 
 def _as_first_process(masks: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -47,6 +47,11 @@ class Averages:
         """Their product, AdaLoRA's eq. 11."""
         return self.mean * self.uncertainty
 
+    def reorder(self, dimension: int, order: Tensor) -> None:
+        """Put the numbers of one dimension into another order."""
+        order = order.to(self.mean.device)
+        self.mean, self.uncertainty = (t.index_select(dimension, order) for t in (self.mean, self.uncertainty))
+
     def state(self) -> list[Tensor]:
         """Return copies of both."""
         return [self.mean.cpu().clone(), self.uncertainty.cpu().clone()]
@@ -85,6 +90,9 @@ class Scores:
 
     def reset(self) -> None:
         """Begin anew, with other components."""
+
+    def reorder(self, name: str, order: Tensor) -> None:
+        """Follow the components of an adapter into another order, if the averages outlive an event."""
 
     def values(self) -> dict[str, list[float]]:
         """Return the worth of each component, by the names of the adapters."""
@@ -269,6 +277,11 @@ class AdaLoRAScores(Scores):
             for average, importance in zip(self.averages[name], found, strict=True):
                 average.update(importance)
         self._noted = {}
+
+    @override
+    def reorder(self, name: str, order: Tensor) -> None:
+        for average, (_, dimension) in zip(self.averages[name], self.factors_of(self.adapters[name]), strict=True):
+            average.reorder(dimension, order)
 
     @override
     def values(self) -> dict[str, list[float]]:

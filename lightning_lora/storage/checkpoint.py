@@ -181,7 +181,7 @@ def read_checkpoint(
     checkpoint = checked_checkpoint(path, lambda: _loaded(Path(path)))
     record = checkpoint.get(RECORD_KEY)
     if record is None:
-        raise ValueError(f"{str(path)!r} holds no adapter: it was not written under a LoRACallback.")
+        raise ValueError(_without_record(path, checkpoint.get("state_dict", {})))
     _check_record(record, path)
     state = checkpoint["state_dict"]
     with damage_named(path):
@@ -195,6 +195,16 @@ def read_checkpoint(
         options = entries[0]["config"] if len(entries) == 1 else {"adapters": list(entries)}
     tensors = {name: each for name, each in state.items() if isinstance(each, Tensor)}  # metrics may hold other objects
     return CheckpointFile(Path(path), tensors, options, record["merges"], record)
+
+
+def _without_record(path: str | PathLike[str], state: Mapping[str, Any]) -> str:
+    if any(".lora." in str(name) for name in state):
+        return (
+            f"{str(path)!r} holds the weights of an adapter, but not its options: the fit that wrote it had no "
+            "LoRACallback. Attach an adapter with the same options, attach(model, LoRAConfig(...)), then call "
+            "model.load_state_dict(torch.load(path)['state_dict'])."
+        )
+    return f"{str(path)!r} holds no adapter: it was not written under a LoRACallback."
 
 
 def _one_of(

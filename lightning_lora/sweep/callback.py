@@ -46,8 +46,8 @@ class LoRASweep(Callback):
         every_n_val: How many validations there are from one halving to the next.
         mode: How the step runs. ``"vmap"`` maps it over all adapters at once. ``"meet"`` runs it for each, with one
             forward pass of the network for all. ``"loop"`` runs it for one adapter after the other: it always fits, and
-            needs the memory of one fit. ``"auto"`` takes the first that gives the right gradients on the first batch,
-            and says which and why.
+            needs the memory of one fit. ``"auto"`` takes the first that gives the right gradients on the first batch
+            and, on a CPU, saves a quarter of the arithmetic, and says which and why.
         export_dir: Where to write the best adapter as a PEFT directory when the fit has succeeded: that of the best
             checkpoint, if a ModelCheckpoint watched ``monitor``, else of the last state. Adapters with data of their
             own are all written, into ``<export_dir>/<name>``.

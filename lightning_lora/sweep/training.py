@@ -23,6 +23,7 @@ from lightning_lora.sweep.standings import DIVERGED, Standings
 from lightning_lora.sweep.steps import Call, Mapped, Outcome, OwnMetrics, Step, UnfitError, failure, run_one
 
 LOOP, VMAP, MEET = "loop", "vmap", "meet"
+_WORTHWHILE = 0.75  # of the FLOPs; stacked factors compute slower than single ones (docs/benchmarks.md)
 _LOOK_EVERY = 50  # steps: how often a GPU is waited for, to see whether losses are finite
 
 
@@ -89,6 +90,7 @@ class Training:
             try:
                 self._check_possible(mode)
                 proof.check(self._way(mode))
+                self._check_worthwhile(proof)
             except Exception as error:  # whatever the module's own code raises under a transform
                 self.why[mode] = failure(error)
             if not self._anywhere(mode in self.why):
@@ -109,6 +111,11 @@ class Training:
             raise UnfitError("detect_anomaly=True must not see an adapter whose loss is not finite")
         if mode == VMAP and any(each.data is not None for each in self.chosen.values()):
             raise UnfitError("every adapter has data of its own")
+
+    def _check_worthwhile(self, proof: Proof) -> None:
+        """Refuse a way that has no less to compute where computing takes the time, and not launching kernels."""
+        if self.trainer.strategy.root_device.type == "cpu" and (proof.flops or 0) > _WORTHWHILE:
+            raise UnfitError(f"it takes {proof.flops:.2f} of the FLOPs of {LOOP!r}, too many to be faster on a CPU")
 
     def _anywhere(self, flag: bool) -> bool:
         strategy = self.trainer.strategy

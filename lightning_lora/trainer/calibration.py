@@ -53,8 +53,13 @@ def calibrate_fit(trainer: Trainer, module: LightningModule, start: str, batches
         mask = getattr(module, OWN_MASK, None)
         with _training_batches(trainer, batches) as found:
             return calibrate(module, found, _step_of(trainer, module), mask=mask)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         raise MisconfigurationException(f"LoRACallback: {error}") from error
+    except RuntimeError as error:
+        raise MisconfigurationException(
+            f"LoRACallback: init={start!r} cannot be computed: {error}\nIt runs training_step before training, in "
+            f"evaluation mode. If that is the reason, define {OWN_STEP}(self, batch, batch_idx), which returns a loss."
+        ) from error
 
 
 def check_ranks_can_change(init_from: str | None) -> None:

@@ -37,6 +37,8 @@ from lightning_lora.state import (
     other_shapes,
     record_problems,
     tensors_of_others,
+    unsaved_buffers,
+    warn_of_other_buffers,
     with_masks,
 )
 from lightning_lora.storage.checkpoint import (
@@ -250,6 +252,8 @@ class AdapterCheckpoints:
             found: Fingerprint = samples(model.base, names)  # every process must call this
         else:
             found = {name: base[name] for name in names if name in base}
+        if names:
+            warn_of_other_buffers(model, recorded)
         return base_problems(recorded, found, type(model.module).__name__)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -306,7 +310,7 @@ def trained_state(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:
 
 def base_fingerprint(layout: Layout, model: AdaptedModel) -> Fingerprint:
     """Return the fingerprint of the frozen base; every process must call this."""
-    return fingerprint(model.base) if layout.base is None else layout.base
+    return {**(fingerprint(model.base) if layout.base is None else layout.base), **fingerprint(unsaved_buffers(model))}
 
 
 def _as_sets(names: list[list[list[str]]]) -> list[list[set[str]]]:

@@ -39,6 +39,13 @@ def test_misspelled_word_suggests_the_word(tiny):
         report(tiny, target_modules="all_linear")
 
 
+def test_a_parameter_is_no_module_to_save() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.log_variance = nn.Parameter(torch.zeros(1))
+    with raises_and_changes_nothing(model, ValueError, "'log_variance' matched no module .* It is a parameter, and"):
+        report(model, modules_to_save=["log_variance"])
+
+
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
 @pytest.mark.parametrize(("entry", "near"), [("q_porj", "'q_proj'"), ("blocks.0.q_porj", "'blocks.0.q_proj'")])
 def test_unmatched_pattern_suggests_near_names(option: str, entry: str, near: str, tiny):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from lightning_lora import LoRAConfig, attach
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.ranks.controller import RankController, cost_of, scheduled
 from lightning_lora.ranks.schedule import Plan, RankSchedule
+from lightning_lora.ranks.scores import AdaLoRAScores
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 WIDTH, RANKS = 24, (6, 0, 2, 0)
@@ -116,6 +117,43 @@ def test_what_is_out_of_use_stays_zero_after_every_step(make: Make, regrow: bool
     assert masked > 100
 
 
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_decision_moves_what_stays_to_the_front_with_all_that_is_known_of_it(make: Make) -> None:
+    module, moved = Parallel(), 0
+    controller = controlled(module, 40, score="adalora")
+    optimizer, scores = optimizer_of(module, make), cast(AdaLoRAScores, controller._scores)
+
+    def known(name: str) -> list[Tensor]:
+        """Return all that has the components of an adapter, with these as the first dimension."""
+        adapter = controller.adapters[name]
+        mine = scores.averages[name]
+        found = [(t, 0) for t in (adapter.A, mine[0].mean, mine[0].uncertainty)]
+        found += [(t, 1) for t in (adapter.B, mine[1].mean, mine[1].uncertainty)]
+        for factor, dimension in ((adapter.A, 0), (adapter.B, 1)):
+            states = [t for t in optimizer.state[factor].values() if torch.is_tensor(t) and t.ndim == 2]
+            found += [(t, dimension) for t in states if t.shape[dimension] == factor.shape[dimension]]
+        return [tensor.detach().movedim(dimension, 0).clone() for tensor, dimension in found]
+
+    decide = controller._decide
+
+    def decide_and_compare(optimizers: Any) -> None:
+        nonlocal moved
+        before = {name: (known(name), adapter.rank) for name, adapter in controller.adapters.items()}
+        values = scores.values()
+        decide(optimizers)
+        for name, adapter in controller.adapters.items():
+            was, rank = before[name]
+            best = sorted(range(rank), key=lambda n, own=values[name]: (-own[n], n))[: adapter.rank]  # type: ignore[misc]
+            moved += sorted(best) != list(range(adapter.rank))
+            for old, new in zip(was, known(name), strict=True):
+                assert torch.equal(new[: adapter.rank], old[sorted(best)])
+                assert sorted(new.tolist()) == sorted(old.tolist())  # nothing is lost
+
+    controller._decide = decide_and_compare  # type: ignore[method-assign]
+    assert sum(train(module, controller, optimizer, range(40))) > 5
+    assert moved > 2
+
+
 class Noisy(torch.optim.SGD):
     """Moves every parameter, whatever its gradient is, as Langevin dynamics do."""
 
@@ -190,14 +228,14 @@ def test_components_out_of_use_cost_no_multiplications() -> None:
         return counter.get_total_flops()
 
     full = flops()
-    adapter.keep(torch.arange(8) < 2)
+    adapter.keep(2)
     assert full - flops() == (8 - 2) * (full - flops_of_base(module, flops)) // 8
 
 
 def flops_of_base(module: nn.Module, flops: Callable[[], int]) -> int:
     """Return the operations with no component at all."""
-    adapter, kept = scheduled(module)[0][""], scheduled(module)[0][""].in_use
-    adapter.keep(torch.zeros(8, dtype=torch.bool))
+    adapter, kept = scheduled(module)[0][""], scheduled(module)[0][""].rank
+    adapter.keep(0)
     found = flops()
     adapter.keep(kept)
     return found
@@ -231,8 +269,8 @@ def test_every_kind_of_layer_computes_what_is_in_use(module: nn.Module, inputs: 
     for adapter in adapters.values():
         nn.init.normal_(adapter.A)
         nn.init.normal_(adapter.B)
-        adapter.keep(torch.tensor([True, False, True]))
-        zero_component(adapter, 1)
+        adapter.keep(2)
+        zero_component(adapter, 2)
     masked = output_of(module, inputs)
     for adapter in adapters.values():
         adapter.forget_mask()
@@ -252,7 +290,7 @@ def test_every_kind_of_layer_may_have_no_component_in_use_and_trains_on(
     for adapter in adapters.values():
         nn.init.normal_(adapter.A)
         nn.init.normal_(adapter.B)
-        adapter.keep(torch.zeros(3, dtype=torch.bool))
+        adapter.keep(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=is_mixed):
         output = output_of(module, inputs)
     assert output.dtype == base.dtype

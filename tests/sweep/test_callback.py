@@ -167,7 +167,7 @@ def test_layers_may_be_built_late(kind: type[Toy]):
 
 
 class TestTransformer:
-    def test_a_model_with_the_loss_inside_its_forward(self, caplog: pytest.LogCaptureFixture):
+    def test_a_model_with_the_loss_inside_its_forward(self):
         transformers = pytest.importorskip("transformers")
         config = transformers.BertConfig(
             vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
@@ -192,10 +192,8 @@ class TestTransformer:
         data = DataLoader(rows, batch_size=4)
         options: dict[str, Any] = {"target_modules": ["query", "value"]}
         both = {"a": {"lr": 1e-2, "rank": 2}, "b": {"lr": 1e-3, "rank": 4}}
-        module, sweep = Bert(), swept(adapters=both, keep=1.0, monitor="train_loss", **options)
-        with caplog.at_level("INFO"):
-            fit(module, sweep, data=data, limit_val_batches=0, max_steps=8)
-        assert "mode 'vmap'" in said_mode(caplog)
+        module, sweep = Bert(), swept(adapters=both, keep=1.0, monitor="train_loss", mode="vmap", **options)
+        fit(module, sweep, data=data, limit_val_batches=0, max_steps=8)
         assert_each_is_alone(Bert, sweep, module, 1e-5, data=data, limit_val_batches=0, max_steps=8)
 
 
@@ -363,6 +361,18 @@ def test_layers_before_the_first_adapted_one_compute_once():
     prefix, adapted = 2 * 8 * (8 * 16 + 16 * 16), 2 * 8 * 16 * 8  # of a batch of 8: frozen layers have no backward pass
     saved = flops(4, "loop") - flops(4, "vmap")
     assert 3 * prefix < saved < 3 * (prefix + adapted)  # the adapted layer's own product is the same for all, too
+
+
+@pytest.mark.parametrize(("layers", "mode"), [(["net.4"], "vmap"), (["net.0", "net.2", "net.4"], "loop")])
+def test_on_a_cpu_adapters_train_together_only_where_that_saves_arithmetic(
+    layers: list[str], mode: str, caplog: pytest.LogCaptureFixture
+):
+    sweep = swept(grid={"seed": [0, 1, 2, 3]}, keep=1.0, target_modules=layers)
+    with caplog.at_level("INFO"):
+        fit(Quiet(), sweep, max_steps=1)
+    said = said_mode(caplog)
+    assert f"mode {mode!r}" in said
+    assert ("too many to be faster on a CPU" in said) == (mode == "loop")
 
 
 # --- 8: what vmap cannot do

@@ -338,6 +338,20 @@ class Manual(Module):
         optimizer.step()
 
 
+def test_a_step_that_fails_in_evaluation_mode_is_told_of_its_own_step():
+    class OnlyInTraining(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x = batch[1].clone().requires_grad_()
+            energy = self.net(x).square().sum()
+            (forces,) = torch.autograd.grad(energy, x, create_graph=self.training)
+            return energy + forces.square().mean()
+
+    with pytest.raises(
+        MisconfigurationException, match=r"(?s)in evaluation mode.*define calibration_step\(self, batch"
+    ):
+        fitted(LoRACallback(rank=2, init="lora_ga"), module=OnlyInTraining())
+
+
 def test_manual_optimization_needs_a_step_of_its_own():
     with pytest.raises(MisconfigurationException, match=r"optimizes manually. Define calibration_step\(self, batch"):
         fitted(LoRACallback(rank=2, init="eva"), module=Manual())

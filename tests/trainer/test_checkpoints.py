@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, detach, load_adapter, lora_layers, merge, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, attach, detach, load_adapter, lora_layers, merge, save_adapter
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.files import run
 from tests.toys import FEATURES, BuiltInConfigureModel, Toy, digest, loader, network, snapshot, trainer
@@ -256,6 +256,47 @@ def test_buffers_that_hooks_set_before_training_come_back_from_the_file(
     x = torch.ones(2, FEATURES)
     for each in (loaded, tested):
         assert torch.equal(each(x), module(x))
+
+
+def test_student_trained_beside_an_excluded_teacher_loads_without_it(tmp_path: Path) -> None:
+    class Distilled(Toy):
+        def build(self) -> None:
+            super().build()
+            self.teacher = network()
+
+    for excluded in (["teacher"], r"teacher.*"):
+        module = Distilled()
+        (run := trainer(LoRACallback(rank=4, exclude_modules=excluded))).fit(module, loader())
+        run.save_checkpoint(path := tmp_path / "adapter.ckpt")
+        load_adapter(student := Toy(), path, check_base=False)
+        x = torch.ones(2, FEATURES)
+        assert torch.equal(student.net(x), module.net(x))
+
+
+def test_file_of_an_adapted_module_that_was_fitted_without_the_callback_is_told_apart(tmp_path: Path) -> None:
+    _, module, _ = fitted(tmp_path)
+    (run := trainer()).fit(module, loader())
+    run.save_checkpoint(path := tmp_path / "whole.ckpt")
+    with pytest.raises(ValueError, match="holds the weights of an adapter, but not its options"):
+        load_adapter(Toy(), path)
+    attach(loaded := Toy(), LoRAConfig(rank=4))
+    loaded.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    x = torch.ones(2, FEATURES)
+    assert torch.equal(loaded.net(x), module.net(x))
+
+
+def test_loading_without_buffers_that_were_set_before_the_fit_warns_of_them(tmp_path: Path) -> None:
+    module = Standardized()
+    module.standardize()
+    (run := trainer(LoRACallback(rank=4))).fit(module, loader())
+    run.save_checkpoint(path := tmp_path / "adapter.ckpt")
+    with pytest.warns(UserWarning, match="other values in the buffers center of this Standardized"):
+        load_adapter(Standardized(), path)
+    (right := Standardized()).standardize()
+    load_adapter(right, path)
+    assert torch.equal(right(x := torch.ones(2, FEATURES)), module(x))
+    with pytest.warns(UserWarning, match="other values in the buffers center"):
+        trainer(LoRACallback()).validate(Standardized(), loader(), ckpt_path=path, weights_only=False)
 
 
 def test_statistics_of_norms_in_weights_that_setup_loads_belong_to_the_base(tmp_path: Path) -> None:
