@@ -22,6 +22,7 @@ from lightning_lora.state import (
     check_not_merged,
     copy_adapter_state,
     fill_buffers,
+    has_base_values,
     load_adapter_state_dict,
     record_problems,
 )
@@ -155,7 +156,7 @@ def load_adapter(
 def _load(module: nn.Module, file: PeftFile | CheckpointFile, *, check_base: bool) -> AttachReport:
     if (model := AdaptedModel(module)).layers:
         module = model.module  # without its wrappers, which an unadapted one must not have
-    check_not_merged(module, file.merges)
+    check_not_merged(module, file.merges, lambda: not check_base or has_base_values(module, file.base))
     if isinstance(file, PeftFile):
         return _load_directory(module, file, check_base=check_base)
     return _load_checkpoint(module, file, check_base=check_base)

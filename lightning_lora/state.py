@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -128,18 +128,21 @@ def mismatch_message(what: str, problems: Iterable[str]) -> str:
     )
 
 
-def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> None:
+def check_not_merged(
+    module: nn.Module, merged_before: Mapping[str, int], is_its_base: Callable[[], bool] = lambda: False
+) -> None:
     """Refuse to load an adapter over one that is already in the weights.
 
     Args:
         module: The module to load into.
         merged_before: The merges that the adapter was trained on top of.
+        is_its_base: Says whether a module without merges holds the merged weights nevertheless, such as from a file.
 
     Raises:
         RuntimeError: The module has other merges.
     """
     found = AdaptedModel(module).merges
-    if found == dict(merged_before):
+    if found == dict(merged_before) or (not found and is_its_base()):
         return
     if found:
         raise RuntimeError(
@@ -150,6 +153,15 @@ def check_not_merged(module: nn.Module, merged_before: Mapping[str, int]) -> Non
         f"This adapter was trained on a base with another adapter merged into {listed(list(merged_before))}, and this "
         f"{type(module).__name__} has none. Load the merged weights as the base first, or train without merging."
     )
+
+
+def has_base_values(module: nn.Module, recorded: Fingerprint) -> bool:
+    """Return whether a module holds the values of a fingerprint, which must not be empty.
+
+    Where the tensors are sharded over processes, every one must call this.
+    """
+    found = samples(AdaptedModel(module).base, recorded)
+    return bool(found) and not differing_tensors(recorded, found)
 
 
 def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Module | None = None) -> None:

@@ -514,6 +514,30 @@ def test_merged_model_can_be_adapted_again(tmp_path: Any) -> None:
         trainer(LoRACallback(rank=4)).test(Toy(), loader(), ckpt_path=checkpoint.last_model_path, verbose=False)
 
 
+def test_adapter_on_a_merged_base_loads_onto_the_saved_merged_weights(tmp_path: Any) -> None:
+    module = Toy()
+    trainer(LoRACallback(rank=4, merge_on_teardown=True)).fit(module, loader())
+    torch.save(module.state_dict(), tmp_path / "merged.pt")
+    second = trainer(LoRACallback(rank=4))
+    second.fit(module, loader())
+    second.save_checkpoint(path := tmp_path / "second.ckpt")
+    x = torch.randn(3, FEATURES)
+
+    def merged_base() -> Toy:
+        base = Toy()
+        base.load_state_dict(torch.load(tmp_path / "merged.pt"))
+        return base
+
+    load_adapter(loaded := merged_base(), path)
+    assert torch.equal(loaded.net(x), module.net(x))
+    trainer(LoRACallback()).test(tested := merged_base(), loader(), ckpt_path=path, verbose=False)
+    assert torch.equal(tested.net(x), module.net(x))
+    trainer(LoRACallback(rank=4, init_from=path), max_steps=1).fit(merged_base(), loader())
+    with pytest.raises(RuntimeError, match="trained on a base with another adapter merged"):
+        load_adapter(Toy(), path)
+    load_adapter(Toy(), path, check_base=False)
+
+
 # --- other callbacks
 
 

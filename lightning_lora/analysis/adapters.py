@@ -27,7 +27,7 @@ from lightning_lora.peft_format.importing import make_import
 from lightning_lora.peft_format.names import matching_root
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
-from lightning_lora.state import check_not_merged
+from lightning_lora.state import check_not_merged, has_base_values
 from lightning_lora.storage.adapter_file import StoredLayer, StoredWeight
 from lightning_lora.storage.checkpoint import CheckpointFile, adapters_in
 from lightning_lora.storage.safetensors import StoredTensor
@@ -118,7 +118,7 @@ def read_matrices(
         raise ValueError("tokens=True needs the base: a file holds the trained rows, not how they changed.")
     file = read_adapter(source)
     if base is not None:
-        check_not_merged(base, file.merges)
+        check_not_merged(base, file.merges, lambda: has_base_values(base, file.base))
         layers, rows, weights = _with_weights(file, base)
         return _matrices(layers, rows if tokens else {}, weights)
     names = sorted(file.layers, key=in_order) if isinstance(file, PeftFile) else file.layers

@@ -208,7 +208,10 @@ class AdapterCheckpoints:
         others: Mapping[str, Mapping[str, Tensor]],
     ) -> None:
         model, module = with_masks(model, state), model.module
-        check_not_merged(module, (record or {}).get("merges", {}))
+        recorded = recorded_base(record or {})
+        other_base = self._other_base(model, recorded, state)
+        is_its_base = not self.check_base or bool(recorded and not other_base)
+        check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
         known = [*untrained, *_metric_states(model)]
@@ -216,7 +219,7 @@ class AdapterCheckpoints:
         problems += mismatches(mine, state, known=known if strict else [*known, *state])
         brought = {name: tensor for name, tensor in untrained.items() if name in state}
         problems += other_shapes(_whole_shapes(self.layout, brought), state)
-        problems += self._other_base(model, recorded_base(record or {}), state)
+        problems += other_base
         beside, values, misfits = self._of_others(module, others, record or {})
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))

@@ -43,8 +43,8 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.state import check_not_merged
-from lightning_lora.storage.checkpoint import RECORD_KEY, plain_values
+from lightning_lora.state import check_not_merged, has_base_values
+from lightning_lora.storage.checkpoint import RECORD_KEY, plain_values, recorded_base
 
 _IMPORT_NAMES = ("lightning.pytorch", "pytorch_lightning")
 _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
@@ -181,7 +181,8 @@ def _guard_trainers(connectors: ModuleType) -> None:
 def _refuse_without_adapters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     if RECORD_KEY not in checkpoint or AdaptedModel(module).layers:
         return
-    check_not_merged(module, checkpoint[RECORD_KEY].get("merges", {}))
+    record = checkpoint[RECORD_KEY]
+    check_not_merged(module, record.get("merges", {}), lambda: has_base_values(module, recorded_base(record)))
     raise RuntimeError(
         f"This checkpoint holds an adapter, but this {type(module).__name__} has no adapters to load it into. Add "
         "LoRACallback to the Trainer's callbacks; to evaluate, LoRACallback() takes all options from the file."

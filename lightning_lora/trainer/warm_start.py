@@ -18,7 +18,7 @@ from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import check_base_values, check_not_merged
+from lightning_lora.state import check_base_values, check_not_merged, has_base_values
 from lightning_lora.storage.checkpoint import CheckpointFile
 
 _STARTS = ("A0", "B0")
@@ -97,7 +97,7 @@ def _content(
     check_base: bool,
 ) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
     """Return the source's tensors under the names of this module, and the scalings of its adapters."""
-    check_not_merged(model.module, file.merges)
+    check_not_merged(model.module, file.merges, lambda: not check_base or has_base_values(model.module, file.base))
     if not isinstance(file, PeftFile):
         if check_base:
             check_base_values(model, file.base)
