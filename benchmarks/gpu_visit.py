@@ -36,6 +36,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_lora import LoRACallback, LoRAConfig, attach
+from lightning_lora.ops import dropout as masks
+from lightning_lora.ops import linear as ops
 
 PACKAGES = ("torch", "triton", "lightning", "pytorch-lightning", "transformers", "peft", "bitsandbytes")
 ON_GPU = torch.cuda.is_available()
@@ -58,6 +60,7 @@ TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 128,
 }
+LARGEST_ERROR = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 LORA = {"rank": 16, "alpha": 32.0}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QUIET = {
@@ -99,6 +102,68 @@ def layers(args: argparse.Namespace) -> Iterator[Row]:
         for dropout in gpu.DROPOUTS:
             for k, n in args.shapes:
                 yield from gpu.layer_rows(k, n, rank, dropout, args, DEVICE)
+
+
+def kernels(args: argparse.Namespace) -> Iterator[Row]:
+    """Triton kernels: their errors next to float64, whether the same call gives the same bits, and their speed."""
+    if not find_spec("triton"):
+        print("triton is absent")
+        return
+    from lightning_lora.ops import triton_kernels as found
+
+    if args.smoke:
+        found._seconds, found._ROWS, found._CHUNK = measuring.wall_seconds, 32, 64
+    for dtype in found.DTYPES:
+        for rows, width, rank in ((300, 264, 8), (1000, 520, 64), (257, 1030, 128)) if ON_GPU else ((20, 40, 3),):
+            yield from error_rows(found, rows, width, rank, dtype)
+    for rank in args.ranks:
+        for width in dict.fromkeys(width for shape in args.shapes for width in shape):
+            yield from speed_rows(found, args.tokens, width, rank)
+
+
+def error_rows(found: Any, rows: int, width: int, rank: int, dtype: torch.dtype) -> Iterator[Row]:
+    x, A = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((rows, width), (rank, width)))
+    B, h = (torch.randn(shape, device=DEVICE).to(dtype) for shape in ((width, rank), (rows, rank)))
+    keep, seed = 0.9, found.new_seed(x)
+    mask = masks.alive(found.mask_bits(x.shape, dtype, keep, seed), width, torch.float64)
+    exact = x.double() * mask
+    calls: dict[str, tuple[Callable[[], Sequence[Tensor]], Sequence[Tensor]]] = {
+        "dropout and down": (lambda: [found.dropped_product(x, A, keep, seed)], [exact @ A.double().T]),
+        "gradient of A": (lambda: [found.factor_gradient(h, x, keep, seed)], [h.double().T @ exact]),
+        "g and dB": (lambda: found.gradients(x, B, h), [x.double() @ B.double(), x.double().T @ h.double()]),
+        "adding": (
+            lambda: [found.add_product(x.clone(), h, A, 2.0, keep, seed)],
+            [x.double() + 2.0 * mask * (h.double() @ A.double())],
+        ),
+    }
+    for name, (call, truth) in calls.items():
+        once, again = call(), call()
+        error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(once, truth, strict=True))
+        what = f"{name}, {rows} x {width}, rank {rank}, {dtype}"
+        yield Row(f"{what}: relative error", error, reach=LARGEST_ERROR[dtype])
+        yield Row(f"{what}: bits differ between two calls", float(not all(map(torch.equal, once, again))), reach=0.0)
+
+
+def speed_rows(found: Any, tokens: int, width: int, rank: int) -> Iterator[Row]:
+    """Ask as the operations do, and report what the answer was made of."""
+    x, h = (torch.randn(tokens, size, device=DEVICE, dtype=torch.bfloat16) for size in (width, rank))
+    A, B = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for shape in ((rank, width), (width, rank)))
+    asks = {
+        "dropout": lambda: ops._drops(x, A, 0.1),
+        "pair": lambda: ops._pairs(x, B, h),
+        "add": lambda: ops._adds(x, h, B),
+    }
+    for what, ask in asks.items():
+        times: list[float] = []
+        with mock.patch.object(found, "_seconds", lambda job, kept=times, clock=found._seconds: note(kept, clock(job))):
+            ask()
+        yield Row(f"{what}, {tokens} x {width}, rank {rank}: kernel, ms", 1e3 * times[0])
+        yield Row(f"{what}, {tokens} x {width}, rank {rank}: kernel / torch", times[0] / times[1])
+
+
+def note(kept: list[float], seconds: float) -> float:
+    kept.append(seconds)
+    return seconds
 
 
 # --- a language model under a Trainer
@@ -343,6 +408,7 @@ def quantized(args: argparse.Namespace) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "environment": environment,
+    "kernels": kernels,
     "layers": layers,
     "profile": profile,
     "trainer": trainer,

@@ -39,6 +39,7 @@ wanted() { [ $# -eq 1 ] || case " ${*:2} " in *" $1 "*) ;; *) false ;; esac; }
 measured() { wanted "$1" "${@:3}" && part "$1" "$2" "$PYTHON" benchmarks/gpu_visit.py $SMOKE "$1"; }
 
 measured environment 25 "$@"
+measured kernels 80 "$@"
 measured layers 60 "$@"
 measured profile 20 "$@"
 measured trainer 90 "$@"

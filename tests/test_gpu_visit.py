@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from tests.processes import ROOT, run
 
 FOLDER = ROOT / "benchmarks"
-MEASURED = ["environment", "layers", "profile", "trainer", "strategies", "sweep", "quantized", "compile"]
+MEASURED = ["environment", "kernels", "layers", "profile", "trainer", "strategies", "sweep", "quantized", "compile"]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -25,13 +26,15 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_part_measures_and_writes_its_rows(tmp_path: Path) -> None:
-    for needed in ("transformers", "sklearn", "bitsandbytes"):
+    for needed in ("transformers", "sklearn", "bitsandbytes", "triton"):
         pytest.importorskip(needed)
-    printed = run(FOLDER / "gpu_visit.py", "--smoke", *MEASURED, OUT=tmp_path)
+    printed = run(FOLDER / "gpu_visit.py", "--smoke", *MEASURED, OUT=tmp_path, TRITON_INTERPRET=1)
     assert list(dict.fromkeys(row["part"] for row in rows(tmp_path))) == MEASURED
     assert [row["quantity"] for row in rows(tmp_path) if row["quantity"] not in printed] == []
     apart = [row["value"] for row in rows(tmp_path) if "relative difference" in row["quantity"]]
     assert max(apart) < 1e-5
+    wrong = [row for row in rows(tmp_path) if row["part"] == "kernels" and row["value"] > (row["reach"] or math.inf)]
+    assert wrong == []
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def visit(tmp_path: Path) -> Any:
 def test_script_goes_on_after_a_failure_and_ends_with_its_budget(visit: Any) -> None:
     codes = visit(budget=2)
     assert {*codes} == {*MEASURED, "tests"}
-    assert (codes.pop("environment"), codes.pop("layers"), codes.pop("profile")) == (0, 3, 124)
+    assert (codes.pop("environment"), codes.pop("kernels"), codes.pop("layers"), codes.pop("profile")) == (0, 0, 3, 124)
     assert {*codes.values()} == {-1}
 
 

@@ -9,8 +9,12 @@ Letters: x is ``(..., k)``, W ``(n, k)`` and frozen, b ``(n,)``, A ``(r, k)``, B
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -37,6 +41,9 @@ _AUTOCAST_TAKES = (torch.float32, torch.float16, torch.bfloat16)
 _FEW, _FEW_TO_DROP = 1 << 14, 1 << 18
 # Elements of x whose mask is unpacked at a time: on the CPU what fits its caches, elsewhere what keeps a GPU busy.
 _AT_ONCE_ON_CPU, _AT_ONCE = 1 << 19, 1 << 24
+
+# Off until a GPU has shown that they are right and faster; benchmarks/gpu_visit.sh turns them on (docs/decisions.md).
+_MAY_USE_KERNELS = os.environ.get("LIGHTNING_LORA_KERNELS") == "1"
 
 
 def lora_linear(
@@ -185,10 +192,13 @@ def _add_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, how: _How) -> tuple[
     rows, A = x.flatten(0, -2), A.to(how.dtype)
     h, bits = _dropped_product(rows, A, how.dropout) if how.dropout else (rows @ A.T, None)
     # The factor goes into sums and small results, never into h or g: one rounding less in bfloat16.
-    if y.dtype is how.dtype:
-        y.flatten(0, -2).addmm_(h, B.to(how.dtype).T, alpha=how.alpha)
+    seen, B = y.flatten(0, -2), B.to(how.dtype)
+    if y.dtype is not how.dtype:
+        seen.add_(h @ B.T, alpha=how.alpha)
+    elif _uses_kernels(seen, h) and _adds(seen, h, B):
+        _kernels().add_product(seen, h, B.T, how.alpha)
     else:
-        y.flatten(0, -2).add_(h @ B.to(how.dtype).T, alpha=how.alpha)
+        seen.addmm_(h, B.T, alpha=how.alpha)
     return h, bits
 
 
@@ -253,19 +263,29 @@ class _Backward(NamedTuple):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return dx, dA and dB, each where it is asked for; ``frozen`` makes the dx that ``g A`` is added to."""
         dtype = self.how.dtype
+        if torch.is_grad_enabled() and self.bits is not None and self.bits.dtype is torch.int64:
+            # Autograd cannot look into kernels, so gradients of gradients see the mask itself.
+            bits = _kernels().mask_bits((dy.shape[0], self.A.shape[1]), dtype, kept(self.how.dropout), self.bits)
+            return self._replace(bits=bits).of(dy, frozen, for_x, for_A, for_B)
         A, x = self.A.to(dtype), None if self.x is None else self.x.flatten(0, -2)
         dx = dA = dB = None
+        g, B = None, self.B.to(dtype)
         if for_B:
             h = self._hidden_again(A, x, for_x) if torch.is_grad_enabled() else self.h
             assert h is not None
-            dB = self.how.alpha * (h.T @ dy).T.to(self.B.dtype)  # as (r, n), several times as fast on a CPU as (n, r)
+            if (for_x or for_A) and not torch.is_grad_enabled() and _uses_kernels(dy, h) and _pairs(dy, B, h):
+                g, dB = _kernels().gradients(dy, B, h)
+                dB = (self.how.alpha * dB).to(self.B.dtype)
+            else:
+                dB = self.how.alpha * (h.T @ dy).T.to(self.B.dtype)  # (r, n): on a CPU several times as fast as (n, r)
         if for_x or for_A:
-            g = dy @ self.B.to(dtype)
+            g = dy @ B if g is None else g
             dx = None if frozen is None else frozen()  # now, so that it is in the caches when it is added to
             x = x if for_A else None
             if self.bits is not None:
                 dx = dy.new_zeros(dy.shape[0], A.shape[1]) if for_x and dx is None else dx
-                dA = self._through_mask(g, A, x, dx, self.bits)
+                through = self._through_seed if self.bits.dtype is torch.int64 else self._through_mask
+                dA = through(g, A, x, dx, self.bits)
             else:
                 if for_x:
                     dx = self.how.alpha * (g @ A) if dx is None else dx.addmm_(g, A, alpha=self.how.alpha)
@@ -284,6 +304,13 @@ class _Backward(NamedTuple):
                 dA = dA + g[part].T @ seen
         return None if x is None else (self.how.alpha * dA).to(self.A.dtype)
 
+    def _through_seed(self, g: Tensor, A: Tensor, x: Tensor | None, dx: Tensor | None, seed: Tensor) -> Tensor | None:
+        """Do the same with the mask that a kernel makes from its seed."""
+        kernels, keep = _kernels(), kept(self.how.dropout)
+        if dx is not None:
+            kernels.add_product(dx, g, A, self.how.alpha, keep, seed)
+        return None if x is None else (self.how.alpha * kernels.factor_gradient(g, x, keep, seed)).to(self.A.dtype)
+
     def _hidden_again(self, A: Tensor, x: Tensor | None, depends_on_x: bool) -> Tensor | None:
         """Return h as a function of x and A, for gradients of gradients; the saved one is a constant."""
         if x is None:
@@ -298,7 +325,14 @@ class _Backward(NamedTuple):
 
 
 def _dropped_product(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
-    """Return ``mask(x) A^T``, not scaled, and the mask's bits."""
+    """Return ``mask(x) A^T``, not scaled, and the mask's bits, or the seed from which a kernel made it."""
+    if _uses_kernels(x, A.T) and _drops(x, A, dropout):
+        seed = _kernels().new_seed(x)
+        return _kernels().dropped_product(x, A, kept(dropout), seed), seed
+    return _composed_dropped_product(x, A, dropout)
+
+
+def _composed_dropped_product(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
     rows, width = x.shape
     h = x.new_empty(rows, A.shape[0])
     bits = torch.empty(rows, (width + 7) // 8, dtype=torch.uint8, device=x.device)
@@ -313,3 +347,59 @@ def _parts(bits: Tensor, width: int) -> Iterator[slice]:
     step = max(1, (_AT_ONCE_ON_CPU if bits.is_cpu else _AT_ONCE) // max(width, 1))
     for start in range(0, bits.shape[0], step):
         yield slice(start, start + step)
+
+
+# --- kernels
+
+
+def _kernels() -> ModuleType:
+    from lightning_lora.ops import triton_kernels
+
+    return triton_kernels
+
+
+def _uses_kernels(large: Tensor, thin: Tensor) -> bool:
+    """Return whether kernels may be used for these tensors at all."""
+    if not (_MAY_USE_KERNELS and large.is_cuda and _has_triton()):
+        return False
+    return large.dtype in _kernels().DTYPES and thin.shape[1] <= _kernels().HIGHEST_RANK
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _drops(x: Tensor, A: Tensor, dropout: float) -> bool:
+    """Return whether dropout is faster with a mask from a seed, forward and backward together."""
+    keep, how = kept(dropout), _How(1.0, dropout, x.dtype)
+
+    def with_kernels() -> None:
+        seed = _kernels().new_seed(x)
+        h = _kernels().dropped_product(x, A, keep, seed)
+        _Backward(how, x, A, A, h, seed)._through_seed(h, A, x, torch.empty_like(x), seed)
+
+    def composed() -> None:
+        h, bits = _composed_dropped_product(x, A, dropout)
+        _Backward(how, x, A, A, h, bits)._through_mask(h, A, x, torch.empty_like(x), bits)
+
+    return bool(_kernels().is_faster("dropout", x, A.shape[0], with_kernels, composed))
+
+
+def _pairs(dy: Tensor, B: Tensor, h: Tensor) -> bool:
+    """Return whether g and dB are faster in one read of dy."""
+    return bool(
+        _kernels().is_faster(
+            "pair", dy, h.shape[1], lambda: _kernels().gradients(dy, B, h), lambda: (dy @ B, (h.T @ dy).T)
+        )
+    )
+
+
+def _adds(y: Tensor, h: Tensor, B: Tensor) -> bool:
+    """Return whether the update is added to y faster by a kernel than by cuBLAS."""
+    place = torch.empty_like(y)  # a measurement must leave y as it is
+    return bool(
+        _kernels().is_faster(
+            "add", y, h.shape[1], lambda: _kernels().add_product(place, h, B.T, 1.0), lambda: place.addmm_(h, B.T)
+        )
+    )
