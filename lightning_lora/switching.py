@@ -26,6 +26,7 @@ from lightning_lora.named_adapters import (
     several_of,
     switch_to,
     take_out,
+    undone_on_failure,
 )
 from lightning_lora.names import listed, walk
 
@@ -47,8 +48,9 @@ def set_adapter(module: nn.Module, name: str) -> None:
         RuntimeError: The active adapter is merged or disabled now, or samples are being routed, or it trains modules
             in full that FSDP has flattened. Nothing was changed.
     """
-    several = several_of(module, "set_adapter")
-    switch_to(several, checked(several, name, "set_adapter"))
+    with undone_on_failure(module):
+        several = several_of(module, "set_adapter")
+        switch_to(several, checked(several, name, "set_adapter"))
 
 
 @contextmanager
@@ -70,9 +72,10 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
             kept. Nothing was changed.
         RuntimeError: As in ``set_adapter``.
     """
-    several = several_of(module, "using")
-    before = several.active
-    switch_to(several, None if name is None else checked(several, name, "using"))
+    with undone_on_failure(module):
+        several = several_of(module, "using")
+        before = several.active
+        switch_to(several, None if name is None else checked(several, name, "using"))
     try:
         yield
     finally:
@@ -87,12 +90,13 @@ def remove_adapter(module: nn.Module, name: str) -> None:
     Raises:
         ValueError: The module has no adapter of this name, or it is the active one. Nothing was changed.
     """
-    several = several_of(module, "remove_adapter")
-    checked(several, name, "remove_adapter")
-    if name == several.active:
-        others = [other for other in several.adapters if other != name]
-        now = f"call set_adapter(module, {others[0]!r}) first" if others else "call detach(module) to remove the last"
-        raise ValueError(f"remove_adapter: {name!r} is the active adapter; {now}. Nothing was changed.")
+    with undone_on_failure(module):
+        several = several_of(module, "remove_adapter")
+        name = checked(several, name, "remove_adapter")
+        if name == several.active:
+            others = [other for other in several.adapters if other != name]
+            first = f"set_adapter(module, {others[0]!r}) first" if others else "detach(module) to remove the last"
+            raise ValueError(f"remove_adapter: {name!r} is the active adapter; call {first}. Nothing was changed.")
     take_out(several.adapters.pop(name), name)
 
 
@@ -109,16 +113,18 @@ def chosen(module: nn.Module, name: str | None, caller: str) -> Iterator[None]:
     names = adapter_names(module)
     if name is None and len(names) > 1:
         raise ValueError(f"{caller}: there are several adapters, {listed([*map(repr, names)])}; say which one.")
-    several = None if name is None or name == active_adapter(module) else several_of(module, caller)
-    before = None if several is None else several.active
-    if several is not None:
-        switch_to(several, checked(several, name, caller))
-    try:
+    if name is None or name == active_adapter(module):
         yield
-    except BaseException:
-        if several is not None:
+        return
+    with undone_on_failure(module):
+        several = several_of(module, caller)
+        before = several.active
+        switch_to(several, checked(several, name, caller))
+        try:
+            yield
+        except BaseException:
             switch_to(several, before)
-        raise
+            raise
 
 
 @contextmanager
@@ -130,6 +136,12 @@ def beside(module: nn.Module, name: str) -> Iterator[None]:
     Raises:
         ValueError: The name cannot be used, or nothing can be added. Nothing was changed.
     """
+    with undone_on_failure(module), _beside(module, name):
+        yield
+
+
+@contextmanager
+def _beside(module: nn.Module, name: str) -> Iterator[None]:
     home = home_of(module)
     _check_new_name(adapter_names(home), name)
     is_first = SEVERAL not in vars(home) and not AdaptedModel(home).layers

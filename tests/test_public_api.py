@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 import lightning_lora
+from lightning_lora import analysis
 
 PUBLIC = [
     "AttachReport",
@@ -86,3 +89,37 @@ def test_unknown_name_raises_attribute_error():
 
 def test_package_has_version():
     assert [int(part) for part in lightning_lora.__version__.split(".")[:2]]
+
+
+def signatures() -> Iterator[str]:
+    """Yield a line for each public name and each public method, with its signature."""
+    for module in (lightning_lora, analysis):
+        for name in sorted(module.__all__):
+            thing = getattr(module, name)
+            yield f"{module.__name__}.{name}{signature(thing)}"
+            own = vars(thing).items() if inspect.isclass(thing) else ()
+            for key, value in sorted(own):
+                if not key.startswith("_") and inspect.isfunction(value):
+                    yield f"{module.__name__}.{name}.{key}{signature(value)}"
+
+
+def signature(thing: object) -> str:
+    """Return the names, kinds and defaults of a callable's parameters; not the types, which tools spell differently."""
+    if not callable(thing):
+        return ""
+    found = inspect.signature(thing)
+    plain = [each.replace(annotation=each.empty) for each in found.parameters.values()]
+    return str(found.replace(parameters=plain, return_annotation=found.empty))
+
+
+def test_signatures_are_those_that_were_released() -> None:
+    path = Path(__file__).parent / "public_api.txt"
+    found = list(signatures())
+    assert found == path.read_text().splitlines(), (
+        "A public signature has changed. If that is meant, see Releases in CONTRIBUTING.md, and write the file anew: "
+        "python -m tests.test_public_api"
+    )
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "public_api.txt").write_text("\n".join(signatures()) + "\n")

@@ -22,6 +22,7 @@ from lightning_lora import (
     adapter_state_dict,
     add_adapter,
     attach,
+    combine,
     detach,
     disabled,
     load_adapter,
@@ -36,7 +37,7 @@ from lightning_lora import (
     set_adapter,
     using,
 )
-from tests.contract import Case, each_case, learn, train_all
+from tests.contract import Case, each_case, learn, raises_and_changes_nothing, train_all
 
 WIDTH = 48
 Twin = Callable[[nn.Module], nn.Module]
@@ -234,6 +235,48 @@ def test_state_dict_of_the_module_holds_all(model: nn.Module, alone: dict[str, n
 
 
 # --- the first adapter, and adding
+
+
+ALONE_REFUSED = {
+    "an unknown name": lambda m: set_adapter(m, "x"),
+    "an unknown name to use": lambda m: using(m, "x").__enter__(),
+    "an unknown name to remove": lambda m: remove_adapter(m, "x"),
+    "removing the only one": lambda m: remove_adapter(m, "default"),
+    "merging an unknown one": lambda m: merge(m, "x"),
+    "targets that match nothing": lambda m: add_adapter(m, "new", LoRAConfig(target_modules=["no"])),
+    "routing to an unknown one": lambda m: routed(m, ["x", None]).__enter__(),
+    "a sum with an unknown one": lambda m: combine(m, {"x": 1.0}, name="sum"),
+    "a sum that is zero": lambda m: combine(m, {"default": 0.0}, name="sum"),
+}
+
+
+@pytest.mark.parametrize("what", ALONE_REFUSED)
+def test_a_refused_call_leaves_a_single_adapter_without_a_name(what: str):
+    module = base()
+    attach(module, CONFIGS["plain"])
+    with raises_and_changes_nothing(module, ValueError):
+        ALONE_REFUSED[what](module)
+
+
+def test_every_function_finds_an_adapter_that_is_named_by_a_number():
+    module = base()
+    for name in ("other", "lr=3e-4"):
+        add_adapter(module, name, CONFIGS["plain"])
+    learn(module, 0)
+    assert combine(module, {"lr=0.0003": 1.0, "other": 1.0}, name="sum")
+    remove_adapter(module, "lr=0.0003")
+    assert adapter_names(module) == ["other", "sum"]
+
+
+@pytest.mark.parametrize("first", [attach, lambda m, config: add_adapter(m, "first", config)])
+def test_detach_thaws_a_tied_weight_after_several_adapters(first: Callable[..., Any]):
+    module = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8))
+    module[2].weight = module[0].weight
+    config = LoRAConfig(rank=1, target_modules=["1"])
+    first(module, config)
+    add_adapter(module, "second", config)
+    detach(module)
+    assert all(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_an_adapter_without_a_name_is_the_default():

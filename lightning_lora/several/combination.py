@@ -28,7 +28,7 @@ from lightning_lora.analysis.spectrum import NUMERICAL_ZERO, energy_rank, numeri
 from lightning_lora.disk.conversion import imported_together, read_as_peft
 from lightning_lora.disk.skeleton import fill
 from lightning_lora.fingerprint import Sample, differing_tensors
-from lightning_lora.named_adapters import checked, several_of
+from lightning_lora.named_adapters import checked, several_of, undone_on_failure
 from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile
 from lightning_lora.peft_format.factors import Factors, stacked
@@ -95,9 +95,13 @@ def combine(
     """
     cut = Cut("combine", method, rank, energy)
     _check_weights("combine", weights)
+    with undone_on_failure(module):
+        return _combine(module, weights, name, cut)
+
+
+def _combine(module: nn.Module, weights: Mapping[str, float], name: str, cut: Cut) -> list[CombinedLayer]:
     several = several_of(module, "combine")
-    for each in weights:
-        checked(several, each, "combine")
+    weights = {checked(several, each, "combine"): weight for each, weight in weights.items()}
     home = several.home
     roots = {root.module for each in weights for root in several.adapters[each].roots}
     target = roots.pop() if len(roots) == 1 else home
@@ -109,7 +113,7 @@ def combine(
         tokens_as_updates(summands, target)
     layers = add(summands, cut)
     with beside(home, name), ExitStack() as undo:
-        attach_sum(target, layers, summands, "combine", undo, is_exact=method == "cat")
+        attach_sum(target, layers, summands, "combine", undo, is_exact=cut.method == "cat")
         model = AdaptedModel(target)
         copy_adapter_state(model, state_of_sum(model, layers, summands))
         undo.pop_all()

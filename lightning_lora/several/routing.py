@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers import LoRALayer, Swapped, WeightLoRALayer, swap_in, swap_out
-from lightning_lora.named_adapters import Kept, Several, checked, several_of, switch_to
+from lightning_lora.named_adapters import Kept, Several, checked, several_of, switch_to, undone_on_failure
 from lightning_lora.names import OTHERS, listed, walk
 from lightning_lora.ops.eager import is_unheld
 from lightning_lora.switching import using
@@ -38,9 +38,15 @@ def routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         RuntimeError: The adapters cannot be switched now, as in ``set_adapter``. In a forward pass: the first dimension
             of a layer's input is not the batch.
     """
-    several = several_of(module, "routed")
     if isinstance(names, str) or not names:
         raise ValueError(f"routed: name one adapter for each sample of the batch, in a list; got {names!r}.")
+    with undone_on_failure(module), _routed(module, names):
+        yield
+
+
+@contextmanager
+def _routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    several = several_of(module, "routed")
     used = dict.fromkeys(name if name is None else checked(several, name, "routed") for name in names)
     if len(used) == 1:
         with using(module, names[0]):
