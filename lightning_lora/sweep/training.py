@@ -86,7 +86,8 @@ class Training:
             step_together(self.trainer.optimizers)
 
     def _choose(self, proof: Proof) -> None:
-        for mode in (VMAP, MEET):
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"  # where one forward pass for all saves no time
+        for mode in () if len(self.chosen) == 1 else (VMAP,) if on_cpu else (VMAP, MEET):
             try:
                 self._check_possible(mode)
                 proof.check(self._way(mode))
