@@ -77,6 +77,11 @@ def composed(c: Case) -> Tensor:
         return ours(c)
 
 
+def without_kernels(c: Case) -> Tensor:
+    with mock.patch.object(ops, "_MAY_USE_KERNELS", False):
+        return ours(c)
+
+
 def peft(c: Case) -> Tensor:
     """PEFT's Linear.forward: casts x to the factors' precision, sums in the output's size, casts back."""
     result = F.linear(c.x, c.W)
@@ -123,6 +128,7 @@ VARIANTS: dict[str, tuple[Callable[[Case], Tensor], bool]] = {  # True: factors 
     "full fine-tuning": (full, False),
     "ours": (ours, False),
     "ours, composed": (composed, False),
+    "ours, without Triton": (without_kernels, False),
     "PEFT": (peft, False),
     "PEFT, bf16 adapters": (peft, True),
     "torchtune": (torchtune, True),

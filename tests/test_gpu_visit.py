@@ -41,7 +41,10 @@ def test_every_part_measures_and_writes_its_rows(tmp_path: Path) -> None:
 def visit(tmp_path: Path) -> Any:
     """Run the script with a Python that fails in one part, never ends in the next, and does nothing in the others."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *layers) exit 3 ;; *profile) exec sleep 60 ;; esac\n')
+    python.write_text(
+        '#!/bin/sh\necho "$@ $LIGHTNING_LORA_KERNELS" >>"$OUT/calls"\n'
+        'case "$*" in *layers) exit 3 ;; *profile) exec sleep 60 ;; esac\n'
+    )
     python.chmod(0o755)
 
     def run_script(*arguments: str, budget: int = 100) -> dict[str, int]:
@@ -61,6 +64,13 @@ def test_script_goes_on_after_a_failure_and_ends_with_its_budget(visit: Any) -> 
 
 def test_script_runs_the_parts_that_are_named(visit: Any) -> None:
     assert visit("--smoke", "sweep", "tests") == {"sweep": 0, "tests": 0}
+
+
+@pytest.mark.parametrize(("part", "are_used"), [("kernels", True), ("layers", False)])
+def test_script_uses_kernels_once_they_are_right(part: str, are_used: bool, visit: Any, tmp_path: Path) -> None:
+    visit(part, "sweep")
+    *_, last = (tmp_path / "out" / "calls").read_text().splitlines()
+    assert last.split()[-2:] == (["sweep", "1"] if are_used else ["benchmarks/gpu_visit.py", "sweep"])
 
 
 def test_limits_add_up_to_at_most_eight_minutes() -> None:
