@@ -28,6 +28,7 @@ from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import DEFAULT, get_attachment, set_attachment
 from lightning_lora.layers import LoRALayer, swap_in, swap_out
 from lightning_lora.layers.lora_layer import Behavior
+from lightning_lora.layers.weight import renew_weight_list
 from lightning_lora.modes import freeze_norms
 from lightning_lora.names import OTHERS, listed, near_names, walk, without_points
 from lightning_lora.ops.checkpointing import Context, restore_in_recomputation
@@ -350,6 +351,8 @@ def _put_away(base: dict[nn.Module, Kept], adapter: Named) -> None:
             vars(part).pop("lora_mode", None)  # left by disabled and merged; the bare base has none
             place._modules["lora"] = part._modules.pop("lora")
             swap_out(part)
+        if place.own:
+            renew_weight_list(part)
     # Attaching again has made new records.
     adapter.roots = [root._replace(attachment=get_attachment(root.module) or root.attachment) for root in adapter.roots]
     for root in adapter.roots:
@@ -364,6 +367,8 @@ def _put_in_place(base: dict[nn.Module, Kept], adapter: Named) -> None:
         if place.behavior is not None:
             swap_in(part, *place.behavior)
             part._modules["lora"] = place._modules.pop("lora")
+        if place.own:
+            renew_weight_list(part)
     for root in adapter.roots:
         set_attachment(root.module, root.attachment)
 

@@ -632,3 +632,39 @@ def test_every_kind_of_layer_takes_a_second_adapter(case: Case, rng: torch.Gener
             assert torch.equal(model(x), outputs[name])
     with using(model, None):
         assert torch.equal(model(x), bare(x))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.rnn, self.up = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.rnn(x)[0])
+
+
+@torch.no_grad()
+def test_recurrent_layer_without_an_adapter_computes_with_the_biases_of_the_active_one() -> None:
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+    base, model = Recurrent(), Recurrent()
+    biases = [name for name, _ in base.named_parameters() if "bias" in name]
+    expected = {}
+    for name in ("one", "two"):
+        add_adapter(model, name, LoRAConfig(rank=2, bias="all"))
+        set_adapter(model, name)
+        for key in biases:
+            parameter = model.get_parameter(key)
+            parameter.data += len(expected) + 1.0
+        plain = Recurrent()
+        for key in biases:
+            plain.get_parameter(key).data += len(expected) + 1.0
+        expected[name] = plain(x)
+    for name, output in expected.items():
+        with using(model, name):
+            torch.testing.assert_close(model(x), output)
+    with using(model, None):
+        assert torch.equal(model.rnn(x)[0], base.rnn(x)[0])
+    with pytest.raises(ValueError, match="routed: the weight of rnn"), routed(model, ["one", "two"]):
+        model(x)

@@ -287,9 +287,14 @@ class RecurrentLoRALayer(WeightLoRALayer):
 
     @override
     def restored(self) -> None:
-        module = cast(Any, self)
+        renew_weight_list(cast(Any, self))
+        cast(Any, self).flatten_parameters()
+
+
+def renew_weight_list(module: nn.Module) -> None:
+    """Let a recurrent layer compute with the parameters that it has now: torch keeps a list of them besides."""
+    if isinstance(module, nn.RNNBase):
         module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-        module.flatten_parameters()
 
 
 def swapped_as(module: nn.Module, parameters: Iterable[str]) -> Behavior:

@@ -242,5 +242,5 @@ def _batch_first(part: nn.Module) -> object:
 
 def _reads_weight(part: nn.Module, place: Kept) -> bool:
     mixin = part.mixin if isinstance(part, LoRALayer) else place.behavior and place.behavior[0]
-    has_children = any(key not in (OTHERS, "lora") for key in part._modules)
+    has_children = any(key not in (OTHERS, "lora") for key in part._modules) or isinstance(part, nn.RNNBase)
     return bool(mixin and issubclass(mixin, WeightLoRALayer)) or bool(place.own and has_children)
