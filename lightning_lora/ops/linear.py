@@ -397,9 +397,12 @@ def _pairs(dy: Tensor, B: Tensor, h: Tensor) -> bool:
 
 def _adds(y: Tensor, h: Tensor, B: Tensor) -> bool:
     """Return whether the update is added to y faster by a kernel than by cuBLAS."""
-    place = torch.empty_like(y)  # a measurement must leave y as it is
+
+    def place() -> Tensor:  # a measurement must leave y as it is, and once it is made nothing is allocated
+        return torch.empty_like(y)
+
     return bool(
         _kernels().is_faster(
-            "add", y, h.shape[1], lambda: _kernels().add_product(place, h, B.T, 1.0), lambda: place.addmm_(h, B.T)
+            "add", y, h.shape[1], lambda: _kernels().add_product(place(), h, B.T, 1.0), lambda: place().addmm_(h, B.T)
         )
     )
