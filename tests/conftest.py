@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,24 @@ def _environment_restored() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Return a function after which modules of a folder can be imported, until the test ends.
+
+    Examples have modules of equal names: one that stayed behind would be imported instead of another's.
+    """
+    folders = []
+
+    def importable(folder: Path) -> None:
+        monkeypatch.syspath_prepend(folder)
+        folders.append(folder)
+
+    yield importable
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").parent in folders:
+            del sys.modules[name]
 
 
 @pytest.fixture

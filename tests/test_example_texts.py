@@ -86,11 +86,10 @@ def test_compare_three_methods_on_user_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"), [("no label here", "line 1: expected sentence<TAB>label"), ("a\tb\nc\tb", "at least two")]
 )
-def test_invalid_sentence_file_is_rejected(text, message, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES / "text_classification"))
+def test_invalid_sentence_file_is_rejected(text, message, tmp_path, importable):
+    importable(EXAMPLES / "text_classification")
     import data
 
-    monkeypatch.delitem(__import__("sys").modules, "data")  # another example has a module of that name
     file = tmp_path / "bad.tsv"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -134,8 +134,8 @@ def test_picture_is_large_png(digits):
     assert height > 900
 
 
-def test_no_label_of_the_picture_lies_on_another(digits, monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
+def test_no_label_of_the_picture_lies_on_another(digits, importable, monkeypatch):
+    importable(EXAMPLES)
     images = torch.utils.data.TensorDataset(torch.rand(20, 8, 8), torch.arange(20) % 10)
     drawn = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))

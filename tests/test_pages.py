@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,18 +63,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("page", TUTORIALS)
-def test_tutorial_prints_what_it_says(page: str, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tutorial_prints_what_it_says(page: str, run: Any, importable: Callable[[Path], None]) -> None:
     folder, needed = TUTORIALS[page]
     for package in needed:
         pytest.importorskip(package)
-    monkeypatch.syspath_prepend(ROOT / folder)
-    before = set(sys.modules)
-    try:
-        run(f"tutorials/{page}")
-    finally:
-        for name in set(sys.modules) - before:  # two examples have modules of the same names
-            if str(ROOT / "examples") in str(getattr(sys.modules[name], "__file__", "")):
-                del sys.modules[name]
+    importable(ROOT / folder)
+    run(f"tutorials/{page}")
 
 
 def test_every_tutorial_is_tested() -> None:
