@@ -35,6 +35,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     "benchmark",
     [
         "step",
+        "shared_input",
         "memory",
         "weights",
         "attach",
