@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_lora import LoRAConfig, add_adapter, attach, routed, using
 from lightning_lora.ops import linear as ops
 from lightning_lora.ops.dropout import alive, kept
 from lightning_lora.ops.linear import lora_add, lora_linear
@@ -176,6 +177,24 @@ def test_activation_checkpointing_replays_the_mask(used: list[str]) -> None:
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
     assert "dropout" in used
+
+
+def test_a_routed_batch_uses_kernels_for_the_samples_of_each_adapter(used: list[str]) -> None:
+    layer, x = nn.Linear(20, 24), torch.randn(3, 9, 20)
+    model = nn.Sequential(layer)
+    attach(model, LoRAConfig(rank=3, alpha=3 * ALPHA, target_modules="0"))
+    add_adapter(model, "b", LoRAConfig(rank=5, alpha=5 * ALPHA, target_modules="0"))
+    expected = F.linear(x, layer.weight, layer.bias).detach().double()
+    names = ["b", None, "default"]
+    for sample, name in enumerate(names):
+        if name is not None:
+            with using(model, name):
+                nn.init.normal_(layer.lora.B)
+                expected[sample] += ALPHA * x[sample].double() @ (layer.lora.B @ layer.lora.A).double().T
+    with routed(model, names):
+        found = model(x)
+    assert_near(found.detach(), expected.detach(), torch.float32)
+    assert used.count("add") == 2
 
 
 # --- which path
