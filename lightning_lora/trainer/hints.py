@@ -14,7 +14,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of
-from lightning_lora.names import clean_name, join, listed, walk
+from lightning_lora.names import OTHERS, clean_name, join, listed, walk
 from lightning_lora.option_checks import AUTO
 from lightning_lora.planning.obstacles import EXCLUDED, TOO_SMALL, wider_targets
 
@@ -54,6 +54,19 @@ class Coverage(NamedTuple):
     rest: tuple[str, ...]
     expected: float = SMALLEST_SHARE
     remedy: str | list[str] | None = None
+
+
+def warn_of_unfrozen(module: nn.Module) -> None:
+    """Warn of base parameters that were unfrozen during training: no optimizer holds them, so they stayed the same."""
+    model = AdaptedModel(module)
+    trained = {id(parameter) for parameter in model.trained.values()}
+    named = ((clean_name(name), parameter) for name, parameter in module.named_parameters())
+    unfrozen = [name for name, p in named if p.requires_grad and id(p) not in trained and f"{OTHERS}." not in name]
+    if unfrozen and model.layers:  # merging and detaching unfreeze, too
+        rank_zero_warn(
+            f"LoRA: {listed(unfrozen)} were unfrozen during training, but no optimizer holds them, so they stayed as "
+            "they are. To train them, name their modules in modules_to_save."
+        )
 
 
 def warn_of_missing_heads(config: LoRAConfig, report: AttachReport) -> None:

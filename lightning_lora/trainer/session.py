@@ -28,6 +28,7 @@ from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, 
 from lightning_lora.storage.checkpoint import own_name, saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
+from lightning_lora.trainer import hints
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit, check_ranks_can_change
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
@@ -44,7 +45,6 @@ from lightning_lora.trainer.checks import (
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_best
-from lightning_lora.trainer.hints import Coverage, coverage, warn_of_missing_heads, warn_of_suspicious_settings
 from lightning_lora.trainer.hyperparameters import log_options
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
@@ -130,7 +130,7 @@ class FitSession:
         if self._name is not None and self._name in adapter_names(module):
             set_adapter(module, self._name)
         self._is_new = self._before is None
-        self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
+        self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
         self._has_succeeded, self._wraps = False, MethodWraps()
         self._load_hook: Any = module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
@@ -291,7 +291,7 @@ class FitSession:
             report = attach_named(module, name, config, seed=seed, stored=self._stored)
         self._others.close()
         self._others.enter_context(others_frozen(module))
-        self._coverage = coverage(module)
+        self._coverage = hints.coverage(module)
         self.layout.attached(module)
         self._remember_request(get_attachment(module))
         if self._is_first:
@@ -301,7 +301,7 @@ class FitSession:
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             if self._is_fit and self._is_new:
-                warn_of_missing_heads(self._config, report)
+                hints.warn_of_missing_heads(self._config, report)
             self._begin()
 
     def _remember_request(self, record: Attachment | None) -> None:
@@ -354,7 +354,7 @@ class FitSession:
         now = get_attachment(self.module)
         if now is not None and now is not record:  # with the ranks that the data ask for
             self.layout.attached(self.module)
-            self._coverage = coverage(self.module)
+            self._coverage = hints.coverage(self.module)
             for average in callbacks_of(self.trainer, *AVERAGING):  # their copies have the ranks of before
                 average.setup(self.trainer, self.module, "fit")
             rank_zero_info(f"{now.report}")
@@ -392,7 +392,7 @@ class FitSession:
         check_allowed(self.options.allow_untrained, AdaptedModel(self.module))
         log_options(self.trainer, self.module)
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
+        hints.warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""
@@ -431,9 +431,10 @@ class FitSession:
     def begin_batch(self, batch: Any) -> None:
         """Before each batch, check that the adapters are still there; before the first, probe them if asked to."""
         if self._held is not None:
-            self._held.check()
+            self._held.check(self.trainer.optimizers)
             return
-        self._held = HeldAdapters(self.module)
+        self._held = HeldAdapters(self.module, self.trainer.optimizers)
+        self._checkpoints.note_base()
         check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))
         warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
@@ -457,6 +458,7 @@ class FitSession:
         check_finite(self.layout, self.module, self.gradients.broken_at())
         self.gradients.finish()
         check_trained(self.layout, self.trainer, self.module)
+        hints.warn_of_unfrozen(self.module)
         if self.ranks is not None:
             self.ranks.succeed()
         self._has_succeeded = True

@@ -5,6 +5,7 @@ The environment variable that turns the interpreter on is set in conftest.py, be
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_lora.ops import linear as ops
 from lightning_lora.ops.dropout import alive, kept
 from lightning_lora.ops.linear import lora_add, lora_linear
 
-pytest.importorskip("triton")
+pytest.importorskip("triton.knobs")  # Triton 3.4
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="no interpreter beside a GPU; benchmarks/gpu_visit.sh checks the kernels there"
 )
@@ -274,6 +275,12 @@ def test_kernels_are_off_by_default_and_for_what_they_do_not_know(
     assert not ops._uses_kernels(large, random(4, kernels.HIGHEST_RANK + 1))
     large.dtype = torch.float64
     assert not ops._uses_kernels(large, random(4, 3))
+
+
+@pytest.mark.parametrize(("missing", "has"), [("nothing", True), ("triton", False), ("triton.knobs", False)])
+def test_kernels_need_triton_as_new_as_they_are(missing: str, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else "found")
+    assert ops._has_triton.__wrapped__() is has
 
 
 def test_rate_of_the_mask_is_that_of_the_scaling(kernels: ModuleType) -> None:
