@@ -111,13 +111,12 @@ class FitSession:
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
         self._seed = int(os.environ.get(_SEED, "0")) if seed is None else seed
-        self._has_saved_options = False
         self._name, self._stored = self._to_train()
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._asked, self._calibration = cast("LoRAConfig | None", None), dict[str, Any]()
-        self._schedule = options.rank_schedule
+        self._has_saved_options, self._schedule = False, options.rank_schedule
         if is_fit:
             self._schedule = schedule_of(self._schedule, chosen_record(trainer), takes_any=self._takes_any)
         self._config = widened(options.rank_schedule, options.config)
@@ -144,8 +143,7 @@ class FitSession:
         if own in names and (name in names or (name is None and own != active_adapter(self.module))):
             saved = own  # never into another adapter that the module has
         if saved is not None and name not in (None, saved):
-            held = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)])}"
-            there = held if stored else "this module has both"
+            there = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)]) or 'it alone'}"
             raise MisconfigurationException(
                 f"LoRACallback(adapter={name!r}): this run loads a checkpoint that has trained {saved!r} and {there}. "
                 f"Leave adapter out to go on with {saved!r}, or load it by load_adapter(..., name=...), not ckpt_path."
