@@ -41,7 +41,6 @@ from lightning_lora.trainer.checks import (
     check_same_adapters,
     check_trained,
     check_unchanged,
-    warn_of_eval_mode,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_best
@@ -435,7 +434,7 @@ class FitSession:
         self._checkpoints.note_base()
         check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))
-        warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
+        hints.warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
         if self.options.probe:
             self._probe(batch)
         self.gradients.watch()
