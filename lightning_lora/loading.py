@@ -15,6 +15,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, TokenAdapter
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile, read_directory
 from lightning_lora.peft_format.importing import Import, import_into, import_state
@@ -27,7 +28,7 @@ from lightning_lora.state import (
     load_adapter_state_dict,
     record_problems,
 )
-from lightning_lora.storage.checkpoint import CheckpointFile, read_checkpoint
+from lightning_lora.storage.checkpoint import CheckpointFile, own_name, read_checkpoint
 from lightning_lora.surgery import attach, attach_entry, detach
 from lightning_lora.switching import beside
 
@@ -146,13 +147,21 @@ def load_adapter(
         A report of what was adapted.
 
     Raises:
-        ValueError: The file cannot be read, holds no such adapter, or does not fit the module or its base. Nothing was
-            changed.
+        ValueError: The file cannot be read, holds no such adapter, or does not fit the module or its base; or the
+            module has an adapter of its name, and another one is active. Nothing was changed.
         RuntimeError: Another adapter was merged into this module for good.
     """
     if name is not None:
         return add_adapter(module, name, path, adapter=adapter, check_base=check_base)
-    return _load(module, read_adapter(path, adapter), check_base=check_base)
+    file, active = read_adapter(path, adapter), active_adapter(module)
+    own = own_name(file.record) if isinstance(file, CheckpointFile) else None
+    if own != active and own in adapter_names(module):
+        raise ValueError(
+            f"{str(path)!r} holds {own!r}, which this {type(module).__name__} has beside {active!r}, the active one, "
+            f"whose values would be lost. Nothing was changed. Call set_adapter(module, {own!r}) first to load into "
+            f"{own!r}, or give a new name: load_adapter(module, path, name=...)."
+        )
+    return _load(module, file, check_base=check_base)
 
 
 def _load(module: nn.Module, file: PeftFile | CheckpointFile, *, check_base: bool) -> AttachReport:

@@ -300,6 +300,12 @@ def stored_adapters(record: Mapping[str, Any] | None) -> tuple[str | None, Store
     return None, NONE_STORED
 
 
+def own_name(record: Mapping[str, Any] | None) -> str | None:
+    """Return the name that the adapter of a record had in its module; None if the record does not say it."""
+    name = None if record is None else record.get("adapter", record.get("name"))
+    return name if isinstance(name, str) else None
+
+
 def adapters_in(path: Path) -> tuple[str | None, Stored]:
     """Return the same of a file, without reading a tensor; None and nothing if it is no checkpoint."""
     return stored_adapters(plain_record(path))

@@ -136,8 +136,9 @@ class AdapterCheckpoints:
         record |= {} if self.untrained is None else {"untrained": self.untrained()}
         record |= {} if self.sweep is None else {SWEEP_KEY: self.sweep()}
         others = of_others(model.module, describe) if self.keeps_all else {}
+        record["name"] = active_adapter(model.module)
         if others:
-            record |= {"adapter": active_adapter(model.module), "names": adapter_names(model.module), "others": others}
+            record |= {"adapter": record["name"], "names": adapter_names(model.module), "others": others}
             checkpoint[OTHERS_KEY] = self._others_state(model.module)
         if moved:
             record["buffers"] = {name: buffer.detach().clone() for name, buffer in moved.items()}

@@ -25,7 +25,7 @@ from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.sharding import is_fully_sharded
 from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, fill_buffers
-from lightning_lora.storage.checkpoint import saved_options, saved_request, stored_adapters
+from lightning_lora.storage.checkpoint import own_name, saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
 from lightning_lora.trainer import hints
@@ -110,13 +110,12 @@ class FitSession:
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
         self._seed = int(os.environ.get(_SEED, "0")) if seed is None else seed
-        self._has_saved_options = False
         self._name, self._stored = self._to_train()
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._asked, self._calibration = cast("LoRAConfig | None", None), dict[str, Any]()
-        self._schedule = options.rank_schedule
+        self._has_saved_options, self._schedule = False, options.rank_schedule
         if is_fit:
             self._schedule = schedule_of(self._schedule, chosen_record(trainer), takes_any=self._takes_any)
         self._config = widened(options.rank_schedule, options.config)
@@ -131,21 +130,22 @@ class FitSession:
         self._is_new = self._before is None
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
-        self._has_succeeded = False
-        self._wraps = MethodWraps()
+        self._has_succeeded, self._wraps = False, MethodWraps()
         self._load_hook: Any = module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
             allow_missing_base
         )
 
     def _to_train(self) -> tuple[str | None, Stored]:
         """Return the name of the adapter of this run, None for the active one; and all that a checkpoint holds."""
-        name, (saved, stored) = self.options.adapter, stored_adapters(chosen_record(self.trainer))
+        name, names, record = self.options.adapter, adapter_names(self.module), chosen_record(self.trainer)
+        (saved, stored), own = stored_adapters(record), own_name(record)
+        if own in names and (name in names or (name is None and own != active_adapter(self.module))):
+            saved = own  # never into another adapter that the module has
         if saved is not None and name not in (None, saved):
-            there = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)])}"
+            there = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)]) or 'it alone'}"
             raise MisconfigurationException(
                 f"LoRACallback(adapter={name!r}): this run loads a checkpoint that has trained {saved!r} and {there}. "
-                f"Leave adapter out to go on with {saved!r}; or add what you need by load_adapter(module, path, "
-                "adapter=..., name=...), and run without ckpt_path."
+                f"Leave adapter out to go on with {saved!r}, or load it by load_adapter(..., name=...), not ckpt_path."
             )
         return name or saved, stored
 

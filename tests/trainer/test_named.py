@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lightning_lora.callback import LoRAConfig
 from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
 
 OPTIONS: dict[str, Any] = {"rank": 2, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
+HEADLESS: dict[str, Any] = OPTIONS | {"modules_to_save": []}
 
 
 def state(module: Toy, name: str) -> dict[str, torch.Tensor]:
@@ -411,3 +413,58 @@ def test_exporting_and_merging_after_a_fit_name_the_adapter(tmp_path: Path, capl
         )
     assert "adapter 'mine' exported to" in caplog.text
     assert "adapter 'mine' merged into the weights" in caplog.text
+
+
+# --- a checkpoint of one, and a module that has several
+
+
+@pytest.fixture(scope="module")
+def two_saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Toy, dict[str, Path]]:
+    """A module with two trained adapters of the same shapes, the second of which is active; and a file of each."""
+    module, paths = Toy(), {name: tmp_path_factory.mktemp("two") / f"{name}.ckpt" for name in ("default", "second")}
+    for name, callback in {
+        "default": LoRACallback(**HEADLESS),
+        "second": LoRACallback(adapter="second", **HEADLESS),
+    }.items():
+        fit(module, callback, max_steps=4).save_checkpoint(paths[name])
+    return module, paths
+
+
+@pytest.mark.parametrize("is_bare", [True, False])
+@pytest.mark.parametrize("stage", ["test", "fit"])
+def test_a_checkpoint_goes_into_the_adapter_that_it_was_saved_from(
+    stage: str, is_bare: bool, two_saved: tuple[Toy, dict[str, Path]]
+):
+    module, paths = copy.deepcopy(two_saved[0]), two_saved[1]
+    before = {name: state(module, name) for name in adapter_names(module)}
+    callback = LoRACallback() if is_bare else LoRACallback(**HEADLESS)
+    if stage == "test":
+        trainer(callback).test(module, loader(), ckpt_path=str(paths["default"]), verbose=False)
+        assert same(state(module, "default"), before["default"])
+    else:
+        fit(module, callback, path=str(paths["default"]), max_steps=8)
+        assert not same(state(module, "default"), before["default"])
+    assert active_adapter(module) == "default"
+    assert same(state(module, "second"), before["second"])
+
+
+def test_a_checkpoint_of_another_adapter_of_the_module_is_not_put_into_the_one_that_is_named(
+    two_saved: tuple[Toy, dict[str, Path]],
+):
+    module, paths = copy.deepcopy(two_saved[0]), two_saved[1]
+    before = {name: state(module, name) for name in adapter_names(module)}
+    with pytest.raises(MisconfigurationException, match=r"has trained 'default' and holds it alone\. Leave adapter"):
+        trainer(LoRACallback(adapter="second", **HEADLESS)).test(module, loader(), ckpt_path=str(paths["default"]))
+    assert all(same(state(module, name), before[name]) for name in before)
+    assert active_adapter(module) == "second"
+
+
+def test_load_adapter_replaces_the_adapter_of_the_same_name_alone(two_saved: tuple[Toy, dict[str, Path]]):
+    module, paths = copy.deepcopy(two_saved[0]), two_saved[1]
+    before = {name: state(module, name) for name in adapter_names(module)}
+    with pytest.raises(ValueError, match=r"holds 'default', which this Toy has beside 'second'.*set_adapter"):
+        load_adapter(module, paths["default"])
+    load_adapter(module, paths["second"])
+    set_adapter(module, "default")
+    load_adapter(module, paths["default"])
+    assert all(same(state(module, name), before[name]) for name in before)
