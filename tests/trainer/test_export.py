@@ -137,6 +137,21 @@ def test_unusable_export_dir_is_refused_before_training(tmp_path: Path, monkeypa
     assert tree(tmp_path) == before
 
 
+def test_a_home_is_where_a_shell_would_look_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    module = exporting("~/fit")
+    save_adapter(module, "~/saved")
+    with pytest.raises(MisconfigurationException, match="exists already"):
+        exporting("~/fit")
+    for place in ("~/fit", "~/saved", tmp_path / "home" / "fit"):
+        load_adapter(loaded := Toy(), place)
+        assert_same_bits(adapter_state_dict(loaded), adapter_state_dict(module))
+    assert not list((tmp_path / "work").iterdir())
+
+
 def test_remote_export_dir_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # a folder called "s3:" would appear here
     monkeypatch.setattr(Toy, "training_step", lambda *_: pytest.fail("it trained"))
