@@ -8,10 +8,12 @@ a layer is stored is known to its adapter class, which also makes the stand-in f
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import permutations, product
+from functools import partial
+from itertools import permutations, product, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ from lightning_lora.fingerprint import Fingerprint, base_problems, places, sampl
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.loading import read_adapter
-from lightning_lora.names import join, listed
+from lightning_lora.names import join, listed, selected
 from lightning_lora.peft_format.config import KNOWN_ORDER
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_state, make_import
@@ -194,7 +196,28 @@ def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
     attach(skeleton, content.config)
     model = AdaptedModel(skeleton)
     state = import_state(content, model)
-    return _fitted(skeleton, state, names, {name: name.removeprefix(before) for name in added}, [])
+    return _fitted(skeleton, state, names, _names_of_added(added, before, names), [])
+
+
+def _names_of_added(added: Sequence[str], before: str, names: Mapping[str, str]) -> dict[str, str]:
+    """Return what tensors that the base lacks will be called there; raise if it calls something else so.
+
+    Of ``model.bert.``, which only the adapter's names have, ``model.classifier`` loses the part that it shares.
+    """
+    renamed = {name: name.removeprefix(_shared_parts(name, before)) for name in added}
+    uses = Counter([*names.values(), *renamed.values()])
+    if taken := [name for name, new in renamed.items() if uses[new] > 1]:
+        raise ValueError(
+            f"{listed(taken)}: trained in full and not in the base, where another tensor would have the same name; "
+            "load the model and merge it in memory."
+        )
+    return renamed
+
+
+def _shared_parts(name: str, before: str) -> str:
+    """Return the modules that a name and a prefix have in common, from the outermost."""
+    pairs = zip(name.split(".")[:-1], before.split(".")[:-1], strict=False)
+    return "".join(f"{mine}." for mine, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _new_modules(file: PeftFile, mine: Collection[str]) -> list[str]:
@@ -213,8 +236,10 @@ def _fit_checkpoint(file: CheckpointFile, layouts: Layouts) -> Fitted:
         raise ValueError("The adapter was trained on a base with another adapter merged into it; merge it in memory.")
     if not file.paths:
         raise ValueError("The checkpoint holds no adapter.")
-    names, _ = find_names(file.paths, layouts)
+    names, before = find_names(file.paths, layouts)
     mine = {name: layouts[each] for name, each in names.items()}
+    added = _new_modules_of_checkpoint(file, mine)
+    mine |= {name: Layout(file.tensors[name].dtype, tuple(file.tensors[name].shape)) for name in added}
     skeleton = build_skeleton(mine, _kinds_of_checkpoint(file, mine))
     for entry in file.record["adapters"]:
         attach_entry(skeleton, entry, ExitStack())
@@ -223,7 +248,22 @@ def _fit_checkpoint(file: CheckpointFile, layouts: Layouts) -> Fitted:
     known = {name: value for name, value in file.tensors.items() if ".lora." in name or name in mine}
     moved = file.record.get("buffers", {})  # such as running statistics that averaging the weights has set anew
     known |= {name: each for name, each in moved.items() if name in mine and mine[name].shape == tuple(each.shape)}
-    return _fitted(skeleton, known, names, {}, sorted((file.tensors.keys() | moved.keys()) - known.keys()))
+    ignored = sorted((file.tensors.keys() | moved.keys()) - known.keys())
+    return _fitted(skeleton, known, names, _names_of_added(added, before, names), ignored)
+
+
+def _new_modules_of_checkpoint(file: CheckpointFile, mine: Collection[str]) -> list[str]:
+    """Return the tensors of modules trained in full that the base lacks."""
+    found = list[str]()
+    for entry in file.record["adapters"]:
+        root, saved = join(entry["root"], ""), entry["config"]["modules_to_save"]
+        lacking = [name for name in file.tensors if name not in mine and ".lora." not in name and name.startswith(root)]
+        found += [name for name in lacking if any(map(partial(_selects, saved), module_paths([name[len(root) :]])))]
+    return found
+
+
+def _selects(entries: str | Sequence[str], path: str) -> bool:
+    return selected(entries, (path,)) is not None
 
 
 def _misfits(skeleton: nn.Module, file: CheckpointFile) -> list[str]:

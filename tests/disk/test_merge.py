@@ -151,6 +151,29 @@ def test_new_head_is_added(tmp_path: Path) -> None:
     assert torch.equal(written[name], tuned.bert.get_parameter(name))
 
 
+@pytest.mark.parametrize("saved_modules", [["classifier"], ["model.classifier"], "auto", ["*.class*"]], ids=str)
+def test_new_head_of_checkpoint_is_added(saved_modules: Any, tmp_path: Path) -> None:
+    model = bert()
+    base = saved(model.bert, tmp_path / "base")
+    inside = nn.ModuleDict({"model": model})  # as in a LightningModule
+    tuned = trained(inside, target_modules=["query"], modules_to_save=saved_modules)
+    write_checkpoint(tuned, tmp_path / "last.ckpt")
+    assert run("verify", tmp_path / "last.ckpt", base) == 0
+    assert run("merge", tmp_path / "last.ckpt", base, tmp_path / "out") == 0
+    merge(tuned)
+    expected = {name.removeprefix("bert."): tensor for name, tensor in model.state_dict().items()}
+    assert_same(tensors_of(tmp_path / "out"), expected)
+
+
+def test_new_head_with_name_of_base_tensor_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = saved(bert(), tmp_path / "base")
+    inside = nn.ModuleDict({"model": bert(), "classifier": nn.Linear(4, 2)})
+    write_checkpoint(trained(inside, target_modules=["query"], modules_to_save=["classifier"]), tmp_path / "last.ckpt")
+    assert run("merge", tmp_path / "last.ckpt", base, tmp_path / "out") != 0
+    assert "classifier.weight, classifier.bias: trained in full and not in the base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_dtype_rounds_once(tmp_path: Path) -> None:
     base = saved(llama(), tmp_path / "base")
     save_adapter(trained(llama()), tmp_path / "adapter")
