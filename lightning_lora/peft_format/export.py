@@ -393,7 +393,8 @@ class ExportCollector:
             if id(tensor) not in self.place:
                 self._refuse(
                     name,
-                    f"it is outside the exported model, {self.result.root_name!r}; choose another export_root",
+                    f"it is outside the exported model, {self.result.root_name!r}; choose another export_root, which "
+                    "leaves out what trains in full elsewhere",
                 )
             else:
                 self._refuse(name, "PEFT does not save running statistics of frozen norms (frozen_norm='track')")

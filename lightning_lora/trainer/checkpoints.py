@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names, of_others
@@ -31,6 +31,7 @@ from lightning_lora.state import (
     check_not_merged,
     describe,
     fill_buffers,
+    grown_buffers,
     mismatch_message,
     mismatches,
     other_name,
@@ -216,7 +217,8 @@ class AdapterCheckpoints:
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
         known = [*untrained, *_metric_states(model)]
-        mine = _whole_shapes(self.layout, model.trained)
+        grown = grown_buffers(model, state)
+        mine = _whole_shapes(self.layout, model.trained) | grown
         problems += mismatches(mine, state, known=known if strict else [*known, *state])
         brought = {name: tensor for name, tensor in untrained.items() if name in state}
         problems += other_shapes(_whole_shapes(self.layout, brought), state)
@@ -224,7 +226,9 @@ class AdapterCheckpoints:
         beside, values, misfits = self._of_others(module, others, record or {})
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
-        self.layout.fill(model.trained | brought, state)
+        replace_buffers(module, grown)
+        trained = {name: tensor for name, tensor in model.trained.items() if name not in grown}
+        self.layout.fill(trained | brought, state)
         model.have_values()
         self.layout.fill(beside, values)
         fill_buffers(model, (record or {}).get("buffers", {}))
