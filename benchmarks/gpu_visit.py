@@ -26,6 +26,7 @@ from unittest import mock
 
 import gpu
 import measuring
+import shared_input
 import step
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -411,6 +412,12 @@ def quantized(args: argparse.Namespace) -> Iterator[Row]:
         yield measuring.spread(f"four layers in {name}: ms a step", [1e3 * t for t in times[name]])
 
 
+def shared(args: argparse.Namespace) -> Iterator[Row]:
+    """What q, k and v (gate and up) could gain from one product with all their factors A."""
+    size = argparse.Namespace(**vars(args) | {"batch": 4, "length": args.tokens // 4, "device": DEVICE})
+    yield from shared_input.rows(size, torch.bfloat16)
+
+
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "environment": environment,
     "kernels": kernels,
@@ -419,6 +426,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {
     "trainer": trainer,
     "strategies": strategies,
     "sweep": sweep,
+    "shared": shared,
     "quantized": quantized,
     "compile": compiled,
 }

@@ -46,6 +46,7 @@ measured profile 20 "$@"
 measured trainer 90 "$@"
 measured strategies 40 "$@"
 measured sweep 35 "$@"
+measured shared 30 "$@"
 measured quantized 20 "$@"
 wanted tests "$@" && part tests 110 "$PYTHON" -m pytest -q -p no:cacheprovider -k "not deepspeed" tests/gpu
 measured compile 75 "$@"

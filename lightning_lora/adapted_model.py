@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_lora.attachment import Attachment, get_attachment, merge_count
 from lightning_lora.layers import Adapter, AdapterGroup, FrozenNorm, LoRALayer, LowRankAdapter
-from lightning_lora.names import OTHERS, join, listed, module_names, walk
+from lightning_lora.names import OTHERS, clean_name, join, listed, module_names, walk
 from lightning_lora.sharding import unwrapped
 
 
@@ -199,19 +200,26 @@ class AdaptedModel:
 
 
 class HeldAdapters:
-    """The adapters that a training began with, to notice if they are merged or detached while it runs."""
+    """What a training began with, to notice if adapters are merged or detached, or the base is trained, while it runs.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: The adapted module.
+        optimizers: Those of the training.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         model = AdaptedModel(module)
-        self._module, self._roots = module, model.roots
+        self._module, self._roots, self._sizes = module, model.roots, _group_sizes(optimizers)
         self._factors = [p for adapter in model.adapters.values() for p in adapter.parameters()]
 
-    def check(self) -> None:
-        """Raise if they are gone; looks at the records alone while these are the same, so it costs nothing.
+    def check(self, optimizers: Sequence[Optimizer]) -> None:
+        """Raise if that has changed; looks at records and sizes alone while these are the same, so it costs nothing.
 
         Raises:
-            RuntimeError: The module no longer holds what the optimizers train.
+            RuntimeError: The module no longer holds what the optimizers train, or they train more than will be saved.
         """
+        if _group_sizes(optimizers) != self._sizes:
+            self._check_optimizers(optimizers)
         if all(get_attachment(root.module) is root.attachment for root in self._roots):
             return
         held = {id(parameter) for parameter in self._module.parameters()}  # also those of adapters that wait
@@ -222,6 +230,23 @@ class HeldAdapters:
                 "on_train_end. To merge and go on with new adapters, start another fit."
             )
         self._roots = AdaptedModel(self._module).roots
+
+    def _check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        base = base_parameters(self._module, AdaptedModel(self._module).trained).items()
+        added = {clean_name(name): p for name, p in base if id(p) in held and f"{OTHERS}." not in name}
+        if trained := [name for name, parameter in added.items() if parameter.requires_grad]:
+            raise RuntimeError(
+                f"{listed(trained)} were unfrozen and given to an optimizer during training, but belong to no adapter, "
+                "so no checkpoint would hold what they learn. Name their modules in modules_to_save, which trains and "
+                "saves them from the first step on."
+            )
+        if not added:  # else they may be unfrozen later
+            self._sizes = _group_sizes(optimizers)
+
+
+def _group_sizes(optimizers: Sequence[Optimizer]) -> list[int]:
+    return [len(group["params"]) for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def base_parameters(module: nn.Module, trained: dict[str, Tensor]) -> dict[str, Tensor]:

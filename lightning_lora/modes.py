@@ -36,7 +36,9 @@ from lightning_lora.sharding import copy_whole, is_sharded
 def merged(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
     """Compute with the adapters merged into the weights, and restore the exact weights afterwards.
 
-    Keeps a copy of the adapted weights meanwhile. Disabled adapters stay disabled.
+    Keeps a copy of the adapted weights meanwhile. Disabled adapters stay disabled. What shares the weights with the
+    module, such as its ``state_dict()`` or what ``torch.export`` and ``torch.jit.trace`` return, has the base's again
+    afterwards: write files inside the block, or use ``merge``.
 
     Args:
         module: An adapted module.

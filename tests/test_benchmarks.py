@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import logging
@@ -27,7 +28,9 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     pytest.importorskip("peft")
     monkeypatch.syspath_prepend(str(FOLDER))
     level = logging.getLogger("lightning.pytorch").level
-    yield importlib.import_module(request.param)
+    module = importlib.import_module(request.param)
+    gc.freeze()  # benchmarks collect garbage in every round
+    yield module
     logging.getLogger("lightning.pytorch").setLevel(level)  # a benchmark may have changed it
 
 
@@ -35,6 +38,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     "benchmark",
     [
         "step",
+        "shared_input",
         "memory",
         "weights",
         "attach",

@@ -17,7 +17,8 @@ import pytest
 from tests.processes import ROOT, run
 
 FOLDER = ROOT / "benchmarks"
-MEASURED = ["environment", "kernels", "layers", "profile", "trainer", "strategies", "sweep", "quantized", "compile"]
+MEASURED = ["environment", "kernels", "layers", "profile", "trainer", "strategies", "sweep", "shared", "quantized"]
+MEASURED += ["compile"]
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -70,6 +70,19 @@ def test_attaching_again_leaves_out_the_same_weights_of_a_layer(layer: nn.Module
     assert_same_bits(adapter_state_dict(model), before)
 
 
+@pytest.mark.parametrize("options", [{}, {"rank": 9}, {"lora_bias": True}], ids=str)
+def test_attaching_again_leaves_out_an_embedding_whose_tokens_train(options: dict[str, Any]):
+    model = nn.ModuleDict({"words": nn.Embedding(20, 8), "up": nn.Linear(32, 32), "head": nn.Linear(8, 20)})
+    if not options:  # a reason of the model instead
+        model["head"].weight = model["words"].weight
+    config = LoRAConfig(**{"rank": 2} | options, target_modules="all", trainable_token_indices=[1, 3])
+    first, before = attach(model, config).left_out, snapshot(model)
+    second = attach(model, config).left_out
+    assert second.keys() == first.keys()
+    assert second["words"] == first["words"]
+    assert_unchanged(model, before)
+
+
 def test_default_config_adapts_all_linear_layers():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     attach(model)

@@ -74,7 +74,7 @@ def _tell_of_several(options: Mapping[str, Any]) -> None:
 
     given = [each for value in options.values() for each in (value if isinstance(value, list) else [value])]
     for path in given if options["command"] != "inspect" else ():  # which says it itself
-        trained, stored = adapters_in(path) if isinstance(path, Path) else (None, {})
+        trained, stored = adapters_in(path) if isinstance(path, Path) and path.is_file() else (None, {})
         if trained is not None:
             names = listed([*map(repr, stored)])
             say("note:", WARNING, f"{path} holds the adapters {names}; this is about {trained!r}, the trained one")

@@ -367,7 +367,7 @@ def _uses_kernels(large: Tensor, thin: Tensor) -> bool:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec("triton.knobs") is not None
 
 
 def _drops(x: Tensor, A: Tensor, dropout: float) -> bool:

@@ -344,6 +344,8 @@ class ExportCollector:
             zero = Factors(first.A.new_zeros(rank, width), first.A.new_zeros(height, rank), first.scaling)
             factors = updates.get((path, parameter), zero).padded(rank).rescaled(first.scaling)
             self.result.layers.append(PeftLayer(path, name, projection, ParameterAdapter, parameter, factors))
+        if rank and self.result.bias == "lora_only" and (bias := attention.out_proj.bias) is not None:
+            self.result.biases[self.place[id(bias)]] = bias  # PEFT trains and saves it, whatever was adapted here
 
     def _add_tokens(self, name: str, layer: LoRALayer, adapter: TokenAdapter) -> None:
         followers = [other for other, each in self.layers.items() if each.lora is adapter and other != name]
@@ -370,8 +372,7 @@ class ExportCollector:
                     self.result.saved[first_names[id(part)]] = part
                     self._mark(part)
             tensors = AdaptedModel(owner).tensors if attachment.base_values else {}
-            for name in attachment.base_values:
-                tensor = tensors[name]
+            for tensor in map(tensors.__getitem__, attachment.base_values):
                 if isinstance(tensor, nn.Parameter) and id(tensor) in self.place:
                     self.result.biases[self.place[id(tensor)]] = tensor
                     self.done.add(id(tensor))
@@ -387,9 +388,7 @@ class ExportCollector:
                 self.result.namesakes.append(name)
 
     def _refuse_what_is_left(self) -> None:
-        for name, tensor in self.model.trained.items():
-            if id(tensor) in self.done:
-                continue
+        for name, tensor in ((name, each) for name, each in self.model.trained.items() if id(each) not in self.done):
             if id(tensor) not in self.place:
                 self._refuse(
                     name,

@@ -182,8 +182,8 @@ def _leave_out(export: Export, model: AdaptedModel) -> None:
     if outside := [name for name, tensor in model.in_full.items() if id(tensor) not in inside]:
         export.refused = {name: reason for name, reason in export.refused.items() if name not in outside}
         warnings.warn(
-            f"The directory leaves out {listed(outside)}: trained in full, outside of export_root={export.root_name!r}. "
-            "A .ckpt holds everything.",
+            f"The directory leaves out {listed(outside)}: trained in full, outside of export_root="
+            f"{export.root_name!r}. A .ckpt holds everything.",
             stacklevel=4,
         )
 

@@ -57,8 +57,10 @@ class Obstacles:
     def of(self, layer: PlannedLayer, rank: int, shape: tuple[int, int]) -> str | None:
         """Return why an adapter cannot be made, or None."""
         module = layer.module
-        if isinstance(module, LoRALayer):  # the layer was judged when it was adapted, but may have parts left out
-            if not layer.key or layer.key in module.adapters():
+        if isinstance(module, LoRALayer):
+            # The layer was judged when it was adapted, but parts may have been left out, and all but chosen tokens.
+            there = module.adapters().values() if not layer.key else [module.adapters().get(layer.key)]
+            if any(isinstance(each, layer.adapter) for each in there):
                 return None
         elif reason := layer.adapter.obstacle(module) or instance_obstacle(module):
             return reason
@@ -94,10 +96,10 @@ class Obstacles:
                 return f"{where} use_dora and lora_bias are not supported"
         if carried and config.dropout and adapter.drops_input:
             return f"{carried}; that needs dropout=0"
+        if config.lora_bias and not adapter.takes_bias:
+            return f"lora_bias does not apply to a {getattr(module, 'base_class', type(module)).__name__}"
         if carried and config.lora_bias:
             return f"{carried}; that needs lora_bias=False"
-        if config.lora_bias and not adapter.takes_bias:
-            return f"lora_bias does not apply to a {type(module).__name__}"
         return _obstacle_to_dora(layer, weight) if config.use_dora else None
 
     def carried_by_weight(self, layer: PlannedLayer) -> str | None:

@@ -1,13 +1,25 @@
-"""Atomic writes: a file or a directory is always complete, the old one or the new one."""
+"""Atomic writes to local disks: a file or a directory is always complete, the old one or the new one."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from os import PathLike
 from pathlib import Path
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.DOTALL)  # one letter is a drive of Windows
+
+
+def remote_address(path: str | PathLike[str]) -> str | None:
+    """Return the address that a path is, such as ``s3://bucket/run.ckpt``, also where ``Path`` dropped a slash."""
+    found = _ADDRESS.fullmatch(text := str(path))
+    if found is None or "://" in text:
+        return None if found is None else text
+    return "://".join(found.groups())
 
 
 def replace_directory(
@@ -26,10 +38,11 @@ def replace_directory(
         overwrite: Whether an old directory may be replaced.
 
     Raises:
-        ValueError: The place holds something else, or an old directory that may not be replaced.
+        ValueError: The place is not on a local disk, or holds something else, or an old directory that may not be
+            replaced.
         OSError: Something could not be written; the old directory is unchanged.
     """
-    place = Path(os.path.realpath(directory))  # a link stays, its target is replaced
+    place = _local(directory)  # a link stays, its target is replaced
     _check_place(place, marker, overwrite=overwrite)
     with _beside(place) as new:
         new.mkdir()
@@ -50,7 +63,7 @@ def check_directory(directory: Path, *, marker: str, overwrite: bool) -> None:
         ValueError: As ``replace_directory`` would.
         OSError: Nothing can be written there.
     """
-    place = Path(os.path.realpath(directory))
+    place = _local(directory)
     _check_place(place, marker, overwrite=overwrite)
     with _beside(place) as new:
         new.mkdir()
@@ -62,9 +75,9 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     """Refuse to replace a file or folder, unless that was asked for.
 
     Raises:
-        ValueError: It exists.
+        ValueError: It exists, or is not on a local disk.
     """
-    if path.exists() and not overwrite:
+    if _local(path).exists() and not overwrite:
         raise ValueError(
             f"{str(path)!r} exists already; nothing was written. Choose another name, or replace it with "
             "overwrite=True, on the command line --overwrite."
@@ -87,8 +100,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place, and move it there when it is complete on disk.
 
     Raises:
+        ValueError: The place is not on a local disk.
         OSError: It could not be written; an old file is unchanged.
     """
+    _local(path)
     with _beside(path) as new:
         write(new)
         _flush(new)
@@ -108,6 +123,15 @@ def _beside(place: Path) -> Iterator[Path]:
         raise
     with suppress(OSError):  # it is done: a disk that cannot confirm the new name leaves the old or the new one
         _flush(place.parent)
+
+
+def _local(place: Path) -> Path:
+    """Return where a place really is, and refuse a remote one, which would become a folder of that name."""
+    if (address := remote_address(place)) is not None:
+        raise ValueError(
+            f"{address!r} is not on a local disk; nothing was written. Write to a local place, and copy it there."
+        )
+    return Path(os.path.realpath(place))
 
 
 def _check_place(place: Path, marker: str, *, overwrite: bool) -> None:

@@ -13,8 +13,8 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -33,6 +33,7 @@ from lightning_lora.names import join, listed, near_names, without_points
 from lightning_lora.ranks.compaction import compacted
 from lightning_lora.state import FORMAT_VERSION
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
+from lightning_lora.storage.atomic import remote_address
 
 RECORD_KEY = "lightning_lora"
 _OF_A_LAYER = ("A", "B", "A0", "B0", "magnitude", "bias")
@@ -41,15 +42,22 @@ OTHERS_KEY = "lightning_lora_others"  # adapters beside the trained one: name ->
 SCORES_KEY = "lightning_lora_scores"  # of a rank schedule, the averages that the next decision rests on
 
 
-def checked_checkpoint(path: object, read: Callable[[], object]) -> dict[str, Any]:
+def checked_checkpoint(
+    path: object, read: Callable[[], object], source: Path | io.BytesIO | None = None
+) -> dict[str, Any]:
     """Return what a reader makes of a checkpoint, and turn whatever it raises into one clear error.
+
+    Args:
+        path: What the error calls the file.
+        read: The reader.
+        source: What it reads, if that is not at ``path``.
 
     Raises:
         ValueError: The file cannot be read, or Lightning did not write it.
         FileNotFoundError: It does not exist.
     """
     try:
-        _check_sums(path)
+        _check_sums(Path(str(path)) if source is None else source)
         checkpoint = read()
     except (FileNotFoundError, PermissionError, ImportError):
         raise
@@ -74,10 +82,9 @@ def _first_sentence(error: Exception) -> str:
     return str(error).partition(". ")[0].removesuffix(".") + "."
 
 
-def _check_sums(path: object) -> None:
+def _check_sums(file: Path | io.BytesIO) -> None:
     """Refuse a file with flipped bits: torch's reader does not compare tensors with their checksums."""
-    file = Path(str(path))
-    if file.is_file() and zipfile.is_zipfile(file):
+    if (isinstance(file, io.BytesIO) or file.is_file()) and zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the bytes of {damaged!r} do not match their checksum")
@@ -168,17 +175,16 @@ def read_checkpoint(
 ) -> CheckpointFile:
     """Return an adapter in a ``.ckpt``: the one of this name; by default that named ``like``, else the trained one.
 
+    The file may be remote, at an address such as ``s3://bucket/run.ckpt``, where ModelCheckpoint writes too.
+
     It comes without the components that a rank schedule has left out, or, unless ``is_compact``, as it trains.
 
     Raises:
         ValueError: It cannot be read, or holds no adapter, or none of this name.
         FileNotFoundError: It does not exist.
     """
-    if not Path(path).exists():
-        raise FileNotFoundError(
-            f"{str(path)!r} does not exist; name a PEFT directory, or the .ckpt of a LoRACallback run."
-        )
-    checkpoint = checked_checkpoint(path, lambda: _loaded(Path(path)))
+    source = _source(path)
+    checkpoint = checked_checkpoint(path, lambda: _loaded(source), source)
     record = checkpoint.get(RECORD_KEY)
     if record is None:
         raise ValueError(_without_record(path, checkpoint.get("state_dict", {})))
@@ -275,9 +281,9 @@ def saved_request(record: Mapping[str, Any] | None) -> tuple[LoRAConfig | None, 
 
 def plain_record(path: str | PathLike[str]) -> dict[str, Any]:
     """Return the record in a file without reading a tensor; empty if there is none."""
-    if not Path(path).is_file():
+    if remote_address(path) is None and not Path(path).is_file():
         return {}
-    with Path(path).open("rb") as stream:
+    with _opened(path) as stream:
         found = plain_values(stream).get(RECORD_KEY)
     return found if isinstance(found, dict) else {}
 
@@ -308,16 +314,47 @@ def adapters_in(path: Path) -> tuple[str | None, Stored]:
 # --- without running code of the file, whatever objects it holds
 
 
-def _loaded(path: Path) -> Any:
+@contextmanager
+def _opened(path: str | PathLike[str]) -> Iterator[IO[bytes]]:
+    if (address := remote_address(path)) is None:
+        with Path(path).open("rb") as stream:
+            yield stream
+    else:
+        import fsspec  # type: ignore[import-untyped]  # torch and Lightning need it
+
+        try:
+            with fsspec.open(address, "rb") as stream:
+                yield stream
+        except ImportError as error:
+            raise ValueError(f"{address!r} cannot be read here: {error}.") from error
+
+
+def _source(path: str | PathLike[str]) -> Path | io.BytesIO:
+    """Return a file that exists; a remote one in memory, since reading it in small steps would take long."""
+    is_remote = remote_address(path) is not None
+    with suppress(FileNotFoundError):
+        if is_remote:
+            with _opened(path) as stream:
+                return io.BytesIO(stream.read())
+        if Path(path).exists():
+            return Path(path)
+    directory = "PEFT directory on a local disk" if is_remote else "PEFT directory"
+    raise FileNotFoundError(f"{str(path)!r} does not exist; name a {directory}, or the .ckpt of a LoRACallback run.")
+
+
+def _loaded(source: Path | io.BytesIO) -> Any:
     """Load a checkpoint; hyper-parameters of any class, which no adapter needs, become placeholders."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        with path.open("rb") as file:
-            if file.read(4) != b"PK\x03\x04":  # Lightning writes no other format; torch's readers of older ones do more
-                raise
+        with io.BytesIO(source.getvalue()) if isinstance(source, io.BytesIO) else source.open("rb") as file:
+            start = file.read(4)
+        if start != b"PK\x03\x04":  # Lightning writes no other format; torch's readers of older ones do more
+            raise
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
     reader = SimpleNamespace(__name__="pickle", Unpickler=_TensorUnpickler)
-    content = torch.load(path, map_location="cpu", weights_only=False, pickle_module=reader)
+    content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=reader)
     json.dumps(content.get(RECORD_KEY))  # raises if there is a placeholder in it
     return content
 

@@ -7,11 +7,12 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,7 +21,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
-from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
+from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names, of_others
 from lightning_lora.names import clean_name, join, listed, walk
@@ -82,6 +83,7 @@ class AdapterCheckpoints:
         self.strategy, self.layout = strategy, layout_of(strategy)
         self.check_base, self.keeps_all = True, False
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
+        self._began: Fingerprint = {}  # the base, when training did
         self.buffers: BufferWatch | None = None  # of the base, from when training began
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
@@ -128,8 +130,10 @@ class AdapterCheckpoints:
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 checkpoint[key] = _only_trained(model, checkpoint[key])
-        base = to_plain(base_fingerprint(self.layout, model))
-        record = describe(model.module) | {"base": base, "optimizers": self._optimizer_names()}
+        moved = {} if self.buffers is None else self.buffers.moved()  # first, since the fingerprint leaves these out
+        base = base_fingerprint(self.layout, model)
+        self._warn_of_moved(base)
+        record = describe(model.module) | {"base": to_plain(base), "optimizers": self._optimizer_names()}
         record |= {} if self.untrained is None else {"untrained": self.untrained()}
         record |= {} if self.sweep is None else {SWEEP_KEY: self.sweep()}
         others = of_others(model.module, describe) if self.keeps_all else {}
@@ -137,7 +141,7 @@ class AdapterCheckpoints:
         if others:
             record |= {"adapter": record["name"], "names": adapter_names(model.module), "others": others}
             checkpoint[OTHERS_KEY] = self._others_state(model.module)
-        if self.buffers is not None and (moved := self.buffers.moved()):
+        if moved:
             record["buffers"] = {name: buffer.detach().clone() for name, buffer in moved.items()}
         if self.ranks is not None:
             record["rank_schedule"], checkpoint[SCORES_KEY] = self.ranks()
@@ -145,6 +149,20 @@ class AdapterCheckpoints:
         with written_at_once(self.strategy, filepath) as place:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
             Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
+
+    def note_base(self) -> None:
+        """Remember the base that training begins with; every process must call this."""
+        self._began = base_fingerprint(self.layout, self._model)
+
+    def _warn_of_moved(self, base: Fingerprint) -> None:
+        """Warn once if training moves the base, such as a teacher that is a running mean: no checkpoint holds it."""
+        if moved := differing_tensors(self._began, base):
+            self._began = {}
+            rank_zero_warn(
+                f"LoRA: code of this module has changed the base since training began: {listed(moved)}. Checkpoints "
+                "hold only what LoRA trains, so they will not fit the base as it was. Change these before the fit, or "
+                "name their modules in modules_to_save, which saves them with the adapter."
+            )
 
     def _others_state(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
         """Return what adapters beside the trained one hold: adapter -> name -> the whole tensor."""
@@ -216,19 +234,16 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        known = [*untrained, *_metric_states(model)]
+        known = [*untrained, *_metric_states(model), *(() if strict else state)]
         grown = grown_buffers(model, state)
-        mine = _whole_shapes(self.layout, model.trained) | grown
-        problems += mismatches(mine, state, known=known if strict else [*known, *state])
+        problems += mismatches(_whole_shapes(self.layout, model.trained) | grown, state, known)
         brought = {name: tensor for name, tensor in untrained.items() if name in state}
-        problems += other_shapes(_whole_shapes(self.layout, brought), state)
-        problems += other_base
+        problems += [*other_shapes(_whole_shapes(self.layout, brought), state), *other_base]
         beside, values, misfits = self._of_others(module, others, record or {})
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
         replace_buffers(module, grown)
-        trained = {name: tensor for name, tensor in model.trained.items() if name not in grown}
-        self.layout.fill(trained | brought, state)
+        self.layout.fill(AdaptedModel(module).trained | brought, state)
         model.have_values()
         self.layout.fill(beside, values)
         fill_buffers(model, (record or {}).get("buffers", {}))
@@ -277,11 +292,14 @@ class AdapterCheckpoints:
             return
         theirs, ours = record["optimizers"], self._optimizer_names()
         if _as_sets(theirs) != _as_sets(ours):
+            saved, mine = ({*chain(*chain(*names))} for names in (theirs, ours))
+            only = {"the checkpoint": saved - mine, "this run": mine - saved}
+            differing = "".join(f"; only in {where}: {listed(sorted(names))}" for where, names in only.items() if names)
             raise ValueError(
                 "The checkpoint's optimizers hold different parameters from this run's, so optimizer state would "
                 f"be assigned to the wrong parameters: {_group_sizes(theirs)} in the checkpoint, "
-                f"{_group_sizes(ours)} here. Use the same configure_optimizers and lr_ratio, or start from the weights "
-                "alone."
+                f"{_group_sizes(ours)} here{differing}. Use the same {'modules_to_save, ' if differing else ''}"
+                "configure_optimizers and lr_ratio, or start from the weights alone."
             )
         for optimizer, state, their_groups, our_groups in zip(
             self.strategy.optimizers, states, theirs, ours, strict=True

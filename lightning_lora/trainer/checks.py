@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import FAMILIES
-from lightning_lora.layers import Adapter, base_parameter, has_running_statistics
+from lightning_lora.layers import Adapter, base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
@@ -359,6 +359,8 @@ class GradientCheck:
 
     def _cause(self, name: str, zeros: list[str]) -> str:
         layer, witness = self._layers[name], self._witness
+        if (adapter := self._unseen.get(name)) and not any(p.requires_grad for p in adapter.parameters()):
+            return "frozen, as after freeze(). Call unfreeze() before the fit, which freezes the base again."
         if name in self._zero:
             if zeros:
                 return (
@@ -407,30 +409,6 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
 
 
 # --- afterwards, and before evaluating: adapters that were never trained
-
-
-def warn_of_eval_mode(module: LightningModule) -> None:
-    """Warn of options that do nothing in eval mode, which Lightning keeps: ``frozen_norm="track"`` and ``dropout``."""
-    for root in AdaptedModel(module).roots:
-        trained = {id(part) for part in root.trained_modules()}
-        still = [
-            clean_name(name)
-            for name, norm in root.module.named_modules()
-            if has_running_statistics(norm) and not norm.training and id(norm) not in trained
-        ]
-        if still and root.attachment.config.frozen_norm == "track":
-            rank_zero_warn(
-                f"LoRA: frozen_norm='track' moves no statistics of {listed(still)}, which are in eval mode, and "
-                "Lightning keeps the mode. Call model.train() before the fit."
-            )
-    adapters = AdaptedModel(module).adapters.items()
-    dropping = {name: each for name, each in adapters if each.spec.dropout and each.drops_input}
-    if idle := [name for name, each in dropping.items() if not each.training]:
-        rank_zero_warn(
-            f"LoRA: dropout={dropping[idle[0]].spec.dropout:g} drops nothing in the adapters of {listed(idle)}, which "
-            "are in eval mode, as from_pretrained leaves a model, and Lightning keeps the mode. Call model.train() "
-            "before the fit, or set dropout=0."
-        )
 
 
 def warn_if_untrained(layout: Layout, module: LightningModule) -> None:

@@ -120,6 +120,7 @@ def export_fit(
         overwrite: Replace an adapter that is there.
 
     Raises:
+        FileNotFoundError: The checkpoint is gone. Nothing was written.
         ValueError: It holds NaN or infinity, or PEFT cannot express it. Nothing was written.
         RuntimeError: The written files differ from the adapter.
     """
@@ -128,7 +129,7 @@ def export_fit(
     if not layout.strategy.is_global_zero:
         return
     if checkpoint:
-        state = dict(read_checkpoint(checkpoint, is_compact=False).tensors)
+        state = _read(checkpoint, directory)
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"export_dir={str(directory)!r}: training diverged; NaN or infinity in {listed(broken)}. Nothing was "
@@ -139,6 +140,17 @@ def export_fit(
         save_adapter(model.module, directory, overwrite=overwrite, base=base)
         _verify(model.module, Path(directory))
     model.have_values()  # with the masks of before
+
+
+def _read(checkpoint: str, directory: str | PathLike[str]) -> dict[str, Tensor]:
+    try:
+        return dict(read_checkpoint(checkpoint, is_compact=False).tensors)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"export_dir={str(directory)!r}: {checkpoint!r}, the best checkpoint, is gone; it may be on the machine on "
+            "which this run began. Nothing was written. Training is done: `lightning-lora export` makes a directory of "
+            "any checkpoint."
+        ) from error
 
 
 def _hidden_parameters(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
-from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of
-from lightning_lora.names import clean_name, join, listed, walk
+from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of, has_running_statistics
+from lightning_lora.names import OTHERS, clean_name, join, listed, walk
 from lightning_lora.option_checks import AUTO
 from lightning_lora.planning.obstacles import EXCLUDED, TOO_SMALL, wider_targets
 
@@ -54,6 +54,43 @@ class Coverage(NamedTuple):
     rest: tuple[str, ...]
     expected: float = SMALLEST_SHARE
     remedy: str | list[str] | None = None
+
+
+def warn_of_unfrozen(module: nn.Module) -> None:
+    """Warn of base parameters that were unfrozen during training: no optimizer holds them, so they stayed the same."""
+    model = AdaptedModel(module)
+    trained = {id(parameter) for parameter in model.trained.values()}
+    named = ((clean_name(name), parameter) for name, parameter in module.named_parameters())
+    unfrozen = [name for name, p in named if p.requires_grad and id(p) not in trained and f"{OTHERS}." not in name]
+    if unfrozen and model.layers:  # merging and detaching unfreeze, too
+        rank_zero_warn(
+            f"LoRA: {listed(unfrozen)} were unfrozen during training, but no optimizer holds them, so they stayed as "
+            "they are. To train them, name their modules in modules_to_save."
+        )
+
+
+def warn_of_eval_mode(module: nn.Module) -> None:
+    """Warn of options that do nothing in eval mode, which Lightning keeps: ``frozen_norm="track"`` and ``dropout``."""
+    for root in AdaptedModel(module).roots:
+        trained = {id(part) for part in root.trained_modules()}
+        still = [
+            clean_name(name)
+            for name, norm in root.module.named_modules()
+            if has_running_statistics(norm) and not norm.training and id(norm) not in trained
+        ]
+        if still and root.attachment.config.frozen_norm == "track":
+            rank_zero_warn(
+                f"LoRA: frozen_norm='track' moves no statistics of {listed(still)}, which are in eval mode, and "
+                "Lightning keeps the mode. Call model.train() before the fit."
+            )
+    adapters = AdaptedModel(module).adapters.items()
+    dropping = {name: each for name, each in adapters if each.spec.dropout and each.drops_input}
+    if idle := [name for name, each in dropping.items() if not each.training]:
+        rank_zero_warn(
+            f"LoRA: dropout={dropping[idle[0]].spec.dropout:g} drops nothing in the adapters of {listed(idle)}, which "
+            "are in eval mode, as from_pretrained leaves a model, and Lightning keeps the mode. Call model.train() "
+            "before the fit, or set dropout=0."
+        )
 
 
 def warn_of_missing_heads(config: LoRAConfig, report: AttachReport) -> None:

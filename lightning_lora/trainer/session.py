@@ -28,6 +28,7 @@ from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, 
 from lightning_lora.storage.checkpoint import own_name, saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
+from lightning_lora.trainer import hints
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit, check_ranks_can_change
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
@@ -40,11 +41,9 @@ from lightning_lora.trainer.checks import (
     check_same_adapters,
     check_trained,
     check_unchanged,
-    warn_of_eval_mode,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_best
-from lightning_lora.trainer.hints import Coverage, coverage, warn_of_missing_heads, warn_of_suspicious_settings
 from lightning_lora.trainer.hyperparameters import log_options
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
@@ -111,13 +110,12 @@ class FitSession:
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
         self._seed = int(os.environ.get(_SEED, "0")) if seed is None else seed
-        self._has_saved_options = False
         self._name, self._stored = self._to_train()
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
         is_bare = options.config == LoRAConfig()
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._asked, self._calibration = cast("LoRAConfig | None", None), dict[str, Any]()
-        self._schedule = options.rank_schedule
+        self._has_saved_options, self._schedule = False, options.rank_schedule
         if is_fit:
             self._schedule = schedule_of(self._schedule, chosen_record(trainer), takes_any=self._takes_any)
         self._config = widened(options.rank_schedule, options.config)
@@ -130,7 +128,7 @@ class FitSession:
         if self._name is not None and self._name in adapter_names(module):
             set_adapter(module, self._name)
         self._is_new = self._before is None
-        self._coverage: Coverage | None = None  # from when the module was whole: FSDP hides sizes
+        self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
         self._has_succeeded, self._wraps = False, MethodWraps()
         self._load_hook: Any = module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
@@ -144,8 +142,7 @@ class FitSession:
         if own in names and (name in names or (name is None and own != active_adapter(self.module))):
             saved = own  # never into another adapter that the module has
         if saved is not None and name not in (None, saved):
-            held = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)])}"
-            there = held if stored else "this module has both"
+            there = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)]) or 'it alone'}"
             raise MisconfigurationException(
                 f"LoRACallback(adapter={name!r}): this run loads a checkpoint that has trained {saved!r} and {there}. "
                 f"Leave adapter out to go on with {saved!r}, or load it by load_adapter(..., name=...), not ckpt_path."
@@ -291,7 +288,7 @@ class FitSession:
             report = attach_named(module, name, config, seed=seed, stored=self._stored)
         self._others.close()
         self._others.enter_context(others_frozen(module))
-        self._coverage = coverage(module)
+        self._coverage = hints.coverage(module)
         self.layout.attached(module)
         self._remember_request(get_attachment(module))
         if self._is_first:
@@ -301,7 +298,7 @@ class FitSession:
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             if self._is_fit and self._is_new:
-                warn_of_missing_heads(self._config, report)
+                hints.warn_of_missing_heads(self._config, report)
             self._begin()
 
     def _remember_request(self, record: Attachment | None) -> None:
@@ -354,7 +351,7 @@ class FitSession:
         now = get_attachment(self.module)
         if now is not None and now is not record:  # with the ranks that the data ask for
             self.layout.attached(self.module)
-            self._coverage = coverage(self.module)
+            self._coverage = hints.coverage(self.module)
             for average in callbacks_of(self.trainer, *AVERAGING):  # their copies have the ranks of before
                 average.setup(self.trainer, self.module, "fit")
             rank_zero_info(f"{now.report}")
@@ -392,7 +389,7 @@ class FitSession:
         check_allowed(self.options.allow_untrained, AdaptedModel(self.module))
         log_options(self.trainer, self.module)
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
+        hints.warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
 
     def start_training(self) -> None:
         """Begin the checks and measurements of a training; a tuner's training comes before the real one."""
@@ -431,12 +428,13 @@ class FitSession:
     def begin_batch(self, batch: Any) -> None:
         """Before each batch, check that the adapters are still there; before the first, probe them if asked to."""
         if self._held is not None:
-            self._held.check()
+            self._held.check(self.trainer.optimizers)
             return
-        self._held = HeldAdapters(self.module)
+        self._held = HeldAdapters(self.module, self.trainer.optimizers)
+        self._checkpoints.note_base()
         check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))
-        warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
+        hints.warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
         if self.options.probe:
             self._probe(batch)
         self.gradients.watch()
@@ -457,6 +455,7 @@ class FitSession:
         check_finite(self.layout, self.module, self.gradients.broken_at())
         self.gradients.finish()
         check_trained(self.layout, self.trainer, self.module)
+        hints.warn_of_unfrozen(self.module)
         if self.ranks is not None:
             self.ranks.succeed()
         self._has_succeeded = True

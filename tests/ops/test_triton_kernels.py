@@ -5,6 +5,7 @@ The environment variable that turns the interpreter on is set in conftest.py, be
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -12,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_lora import LoRAConfig, add_adapter, attach, routed, using
 from lightning_lora.ops import linear as ops
 from lightning_lora.ops.dropout import alive, kept
 from lightning_lora.ops.linear import lora_add, lora_linear
 
-pytest.importorskip("triton")
+pytest.importorskip("triton.knobs")  # Triton 3.4
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="no interpreter beside a GPU; benchmarks/gpu_visit.sh checks the kernels there"
 )
@@ -178,6 +180,24 @@ def test_activation_checkpointing_replays_the_mask(used: list[str]) -> None:
     assert "dropout" in used
 
 
+def test_a_routed_batch_uses_kernels_for_the_samples_of_each_adapter(used: list[str]) -> None:
+    layer, x = nn.Linear(20, 24), torch.randn(3, 9, 20)
+    model = nn.Sequential(layer)
+    attach(model, LoRAConfig(rank=3, alpha=3 * ALPHA, target_modules="0"))
+    add_adapter(model, "b", LoRAConfig(rank=5, alpha=5 * ALPHA, target_modules="0"))
+    expected = F.linear(x, layer.weight, layer.bias).detach().double()
+    names = ["b", None, "default"]
+    for sample, name in enumerate(names):
+        if name is not None:
+            with using(model, name):
+                nn.init.normal_(layer.lora.B)
+                expected[sample] += ALPHA * x[sample].double() @ (layer.lora.B @ layer.lora.A).double().T
+    with routed(model, names):
+        found = model(x)
+    assert_near(found.detach(), expected.detach(), torch.float32)
+    assert used.count("add") == 2
+
+
 # --- which path
 
 
@@ -255,6 +275,12 @@ def test_kernels_are_off_by_default_and_for_what_they_do_not_know(
     assert not ops._uses_kernels(large, random(4, kernels.HIGHEST_RANK + 1))
     large.dtype = torch.float64
     assert not ops._uses_kernels(large, random(4, 3))
+
+
+@pytest.mark.parametrize(("missing", "has"), [("nothing", True), ("triton", False), ("triton.knobs", False)])
+def test_kernels_need_triton_as_new_as_they_are(missing: str, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else "found")
+    assert ops._has_triton.__wrapped__() is has
 
 
 def test_rate_of_the_mask_is_that_of_the_scaling(kernels: ModuleType) -> None:

@@ -110,6 +110,11 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], dict[str, 
         sequences,
         {"target_modules": [], "target_slices": {"layer": {"q": "0:8", "v": "16:24"}}},
     ),
+    "attention, slices of its inputs, with their bias": (
+        lambda: Holder(nn.MultiheadAttention(8, 2, batch_first=True), attend),
+        sequences,
+        {"target_modules": [], "target_slices": {"layer": {"q": "0:8"}}, "bias": "lora_only"},
+    ),
     "experts": (lambda: Holder(Experts()), vectors, {"target_modules": [], "target_parameters": ["up", "down"]}),
     "transposed experts": (
         lambda: Holder(Experts(True)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,36 @@ def test_buffers_that_hooks_set_before_training_come_back_from_the_file(
     x = torch.ones(2, FEATURES)
     for each in (loaded, tested):
         assert torch.equal(each(x), module(x))
+
+
+def test_resuming_without_what_trained_in_full_names_it(tmp_path: Path) -> None:
+    *_, path = fitted(tmp_path, modules_to_save=["net.4"])
+    run_again = trainer(LoRACallback(rank=4, exclude_modules=["net.4"]), max_epochs=3, max_steps=-1)
+    with pytest.raises(ValueError, match=r"only in the checkpoint: net\.4\.bias, net\.4\.weight\. .*modules_to_save"):
+        run_again.fit(Toy(), loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_saving_names_once_what_code_of_the_module_has_moved_in_the_base(
+    is_saved: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    class WithMean(Toy):
+        def build(self) -> None:
+            super().build()
+            self.teacher = nn.Linear(8, 8)
+            self.register_buffer("count", torch.zeros(1))
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.count += 1  # a buffer is saved, so it is none of these
+            with torch.no_grad():
+                self.teacher.weight.lerp_(self.net[0].weight[:8], 0.1)
+            return super().training_step(batch, batch_idx) + 0 * self.teacher(batch[0]).mean()
+
+    warnings.simplefilter("always")
+    fitted(tmp_path, WithMean(), **{"modules_to_save" if is_saved else "exclude_modules": ["teacher"]})
+    found = [str(each.message) for each in recwarn if "has changed the base" in str(each.message)]
+    assert len(found) == (0 if is_saved else 1)
+    assert all("training began: teacher.weight. Checkpoints hold" in each for each in found)
 
 
 def test_student_trained_beside_an_excluded_teacher_loads_without_it(tmp_path: Path) -> None:

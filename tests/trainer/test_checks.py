@@ -300,6 +300,16 @@ def test_cut_gradients_are_told_apart(kind: type[Cut], cause: str) -> None:
     assert ("checkpointing" in message) == (kind is Reentrant)
 
 
+def test_adapters_that_an_earlier_freeze_has_frozen_are_told_apart() -> None:
+    module, options = Toy(), {"rank": 2, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
+    trainer(LoRACallback(**options)).fit(module, loader())
+    module.freeze()
+    assert "net.0, net.2: frozen, as after freeze(). Call unfreeze()" in refused(LoRACallback(**options), module)
+    module.unfreeze()
+    trainer(LoRACallback(**options)).fit(module, loader())
+    assert not module.net[0].weight.requires_grad
+
+
 def test_watching_ends_with_the_first_batch() -> None:
     class Looks(Callback):
         def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_lora import LoRACallback, adapter_state_dict, load_adapter
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, load_adapter, save_adapter
 from lightning_lora.cli import main
+from lightning_lora.storage.checkpoint import adapters_in, plain_record
 from lightning_lora.trainer import export
 from tests.contract import assert_same_bits
 from tests.toys import Toy, loader, trainer
@@ -82,7 +83,7 @@ def test_export_takes_the_best_checkpoint_from_memory_if_it_is_the_last_state(
     assert_same_bits(adapter_state_dict(exported), adapter_state_dict(module))
 
 
-def exporting(target: Path, **options: Any) -> Toy:
+def exporting(target: Path | str, **options: Any) -> Toy:
     """Fit a module whose adapter is exported."""
     module = Toy()
     callback = LoRACallback(rank=4, export_dir=str(target), overwrite=options.pop("overwrite", False))
@@ -134,6 +135,63 @@ def test_unusable_export_dir_is_refused_before_training(tmp_path: Path, monkeypa
         with pytest.raises(MisconfigurationException, match=message):
             exporting(place, overwrite=True)
     assert tree(tmp_path) == before
+
+
+def test_remote_export_dir_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # a folder called "s3:" would appear here
+    monkeypatch.setattr(Toy, "training_step", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(MisconfigurationException, match=r"'s3://bucket/peft' is not on a local disk.*copy it there"):
+        exporting("s3://bucket/peft")
+    attach(module := Toy(), LoRAConfig(rank=2))
+    with pytest.raises(ValueError, match=r"'s3://bucket/peft' is not on a local disk"):
+        save_adapter(module, "s3://bucket/peft")
+    assert not list(tmp_path.iterdir())
+
+
+class WorseAfterFirstEpoch(Toy):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", float(self.current_epoch))
+
+
+def test_best_of_remote_checkpoints_is_exported(tmp_path: Path) -> None:
+    place = f"memory://{tmp_path.name}"
+    best = ModelCheckpoint(place, filename="best", monitor="val_loss")
+    callbacks = [LoRACallback(rank=4, export_dir=str(tmp_path / "peft")), best, ModelCheckpoint(tmp_path, filename="0")]
+    run = trainer(*callbacks, max_epochs=2, max_steps=-1, limit_val_batches=1)
+    run.fit(WorseAfterFirstEpoch(), loader(), loader())
+    assert best.best_model_path == f"{place}/best.ckpt"
+    exported, expected, started = Toy(), Toy(), Toy()
+    load_adapter(exported, tmp_path / "peft")
+    load_adapter(expected, best.best_model_path)
+    again = LoRACallback(rank=4, init_from=best.best_model_path, allow_untrained=["*"])
+    trainer(again, max_epochs=0).fit(started, loader())
+    first = Toy()
+    trainer(LoRACallback(rank=4), max_epochs=1, max_steps=-1).fit(first, loader())
+    for module in (exported, expected, started):
+        assert_same_bits(adapter_state_dict(module), adapter_state_dict(first))
+    assert main(["inspect", best.best_model_path]) == 0
+    assert adapters_in(Path(best.best_model_path)) == (None, {})
+    assert plain_record(Path(best.best_model_path))["layers"].keys() == {"net.0", "net.2", "net.4"}
+
+
+def test_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:
+    class Loses(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            (tmp_path / "best.ckpt").unlink()
+
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val_loss")
+    callbacks = [LoRACallback(rank=4, export_dir=str(tmp_path / "peft")), best, Loses()]
+    with pytest.raises(FileNotFoundError, match=r"best\.ckpt', the best checkpoint, is gone.*lightning-lora export"):
+        trainer(*callbacks, max_epochs=2, max_steps=-1, limit_val_batches=1).fit(
+            WorseAfterFirstEpoch(), loader(), loader()
+        )
+
+
+def test_missing_remote_checkpoint_is_an_error_that_names_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"'memory://none/a\.ckpt' does not exist; name a PEFT directory on a local"
+    ):
+        load_adapter(Toy(), "memory://none/a.ckpt")
 
 
 WRITERS = {  # what writes into the folder of the export, or below it

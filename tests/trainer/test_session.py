@@ -385,6 +385,42 @@ def test_adapters_that_go_while_a_fit_runs_end_it(act: Callable[[LightningModule
         run.fit(Toy(), loader())
 
 
+def unfreeze(module: LightningModule) -> None:
+    module.net[0].requires_grad_(True)
+
+
+def train(module: LightningModule) -> None:
+    module.trainer.optimizers[0].add_param_group({"params": [module.net[0].weight, module.net[0].bias]})
+
+
+def replace_optimizer(module: LightningModule) -> None:
+    module.trainer.optimizers = [torch.optim.SGD(module.parameters(), lr=1e-3)]
+
+
+@pytest.mark.parametrize("add", [train, replace_optimizer])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_base_that_begins_to_train_while_a_fit_runs_ends_it(
+    is_first: bool, add: Callable[[LightningModule], object]
+) -> None:
+    hooks = [AtEpoch(0, add), AtEpoch(0 if is_first else 1, unfreeze)]
+    run = trainer(LoRACallback(rank=2), *hooks, max_epochs=4, max_steps=-1)
+    with pytest.raises(RuntimeError, match=r"net\.0\.weight, net\.0\.bias were unfrozen and .*modules_to_save"):
+        run.fit(module := Toy(), loader())
+    assert torch.equal(module.net[0].weight, Toy().net[0].weight)
+
+
+def test_optimizer_may_be_replaced_while_a_fit_runs() -> None:
+    module, base = Toy(), Toy().state_dict()
+    trainer(LoRACallback(rank=2), AtEpoch(0, replace_optimizer), max_epochs=2, max_steps=-1).fit(module, loader())
+    assert_same_bits({name: module.state_dict()[name] for name in base}, base)
+
+
+def test_frozen_layers_that_are_unfrozen_in_vain_while_a_fit_runs_are_named() -> None:
+    run = trainer(LoRACallback(rank=2), AtEpoch(0, unfreeze), max_epochs=2, max_steps=-1)
+    with pytest.warns(UserWarning, match=r"net\.0\.weight, net\.0\.bias were unfrozen .*modules_to_save"):
+        run.fit(Toy(), loader())
+
+
 def test_adapters_may_be_merged_after_the_last_step() -> None:
     merged_inside, merged_after = Toy(), Toy()
     trainer(LoRACallback(rank=2), AtEpoch(1, merge), max_epochs=2, max_steps=-1).fit(merged_inside, loader())
