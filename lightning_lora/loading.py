@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from os import PathLike
@@ -46,6 +47,7 @@ def read_adapter(
         ValueError: It cannot be read, or holds no adapter, or none of this name.
         FileNotFoundError: It does not exist.
     """
+    path = os.path.expanduser(path)  # Path would drop a slash of an address
     if Path(path).is_dir():
         if adapter is not None:
             raise ValueError(

@@ -85,7 +85,13 @@ def save_adapter(
     name = base_model_name_or_path or _base_name(export.root)
     base = _fingerprint(module, export.root) if base is None else below(base, export.root_name)
     write_export(
-        export, Path(directory), name, base, uniform_rank=uniform_rank, overwrite=overwrite, task_type=task_type
+        export,
+        Path(directory).expanduser(),
+        name,
+        base,
+        uniform_rank=uniform_rank,
+        overwrite=overwrite,
+        task_type=task_type,
     )
 
 

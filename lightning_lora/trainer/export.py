@@ -51,7 +51,7 @@ def check_export_dir(layout: Layout, directory: str | PathLike[str], *, overwrit
     problem = None
     if layout.strategy.is_global_zero:
         try:
-            check_directory(Path(directory), marker=CONFIG_FILE, overwrite=overwrite)
+            check_directory(Path(directory).expanduser(), marker=CONFIG_FILE, overwrite=overwrite)
         except ValueError as error:
             problem = str(error)
         except OSError as error:
@@ -65,7 +65,7 @@ def check_export_place(layout: Layout, directory: str | PathLike[str], trainer: 
 
     A callback that was given no folder knows it only after its ``setup``.
     """
-    place, problem = Path(os.path.realpath(directory)), None
+    place, problem = Path(os.path.realpath(os.path.expanduser(directory))), None
     for writer, folder in _written(trainer) if layout.strategy.is_global_zero else ():
         if Path(os.path.realpath(folder)).is_relative_to(place):
             problem = f"{writer} writes into {folder!r}. Name a directory that only the export uses."
@@ -138,7 +138,7 @@ def export_fit(
     with _replaced(model.module, {**_hidden_parameters(layout, model), **state}):
         model.have_values()
         save_adapter(model.module, directory, overwrite=overwrite, base=base)
-        _verify(model.module, Path(directory))
+        _verify(model.module, Path(directory).expanduser())
     model.have_values()  # with the masks of before
 
 

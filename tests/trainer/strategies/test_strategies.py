@@ -52,6 +52,7 @@ def test_spawn_launcher_is_refused() -> None:
 )
 def test_rank_schedules_are_refused_where_components_cannot_be_seen(strategy: type[Strategy], reason: str) -> None:
     if strategy is DeepSpeedStrategy:
+        pytest.importorskip("deepspeed")
         strategy = CPUDeepSpeedStrategy  # the same without a GPU
     with pytest.raises(MisconfigurationException, match=f"rank_schedule: {reason}.*call truncate_adapter"):
         layout_of(strategy()).check_fit(with_diagnostics=False, with_schedule=True)
