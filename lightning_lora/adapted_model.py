@@ -32,10 +32,13 @@ class Root(NamedTuple):
 
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
-        """Copy values into the parameters and buffers of these names."""
+        """Copy values into the parameters and buffers of these names; buffers may have grown."""
         tensors = AdaptedModel(self.module).tensors if values else {}
+        grown = {name: value for name, value in values.items() if tensors[name].shape != value.shape}
+        replace_buffers(self.module, grown)
         for name, value in values.items():
-            tensors[name].copy_(value)
+            if name not in grown:
+                tensors[name].copy_(value)
 
 
 class AdaptedModel:
@@ -263,6 +266,15 @@ def base_parameters(module: nn.Module, trained: dict[str, Tensor]) -> dict[str, 
             if tensor is not None and id(tensor) not in apart:
                 found[join(path, key)] = tensor
     return found
+
+
+def replace_buffers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put values of other shapes in place of the buffers of these names, some of which may be None."""
+    for path, part in walk(module, every_name=True) if values else ():
+        for key in part._buffers.keys() & {name.rpartition(".")[2] for name in values}:
+            if (value := values.get(join(path, key))) is not None:
+                buffer = part._buffers[key]
+                part._buffers[key] = value.clone() if buffer is None else value.to(buffer, copy=True)
 
 
 def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

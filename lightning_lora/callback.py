@@ -44,7 +44,7 @@ class LoRACallback(Callback):
             default the active one is trained, or the only one.
         save_adapters: What a checkpoint holds: the adapter that is ``"trained"``, or ``"all"``; resuming restores them.
         merge_on_teardown: When a fit has succeeded, fold the adapters of its last step into the weights, and leave an
-            ordinary model; ``export_dir`` still writes the best checkpoint's.
+            ordinary model; ``export_dir`` still writes the best checkpoint's. A fast dev run merges nothing.
         export_dir: Where to write the adapter as a PEFT directory when a fit has succeeded: the best checkpoint's, if
             a ModelCheckpoint kept one, else the last state. A fast dev run writes nothing.
         overwrite: Let ``export_dir`` replace an adapter that is there; otherwise one there is an error before training.

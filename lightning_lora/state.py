@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapted_model import AdaptedModel, base_parameters
+from lightning_lora.adapted_model import AdaptedModel, base_parameters, replace_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, samples
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.layers.norm import has_running_statistics
@@ -65,11 +65,14 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
     model = with_masks(model, state)
     if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
-    if problems := mismatches(model.trained, state, known):
+    grown = grown_buffers(model, state)
+    if problems := mismatches(model.trained | grown, state, known):
         raise ValueError(mismatch_message(type(model.module).__name__, problems))
+    replace_buffers(model.module, grown)
     with torch.no_grad():
         for name, tensor in model.trained.items():
-            copy_whole(tensor, state[name])
+            if name not in grown:
+                copy_whole(tensor, state[name])
     model.have_values()
 
 
@@ -366,6 +369,21 @@ def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
                 part._buffers[key] = value.to(buffer).clone() if buffer is not None else value.clone()
     for root in model.roots[:1]:
         root.attachment.moved |= values.keys() & places.keys()
+
+
+def grown_buffers(model: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the values in a state for buffers of what trains in full that have another shape in the model, or none.
+
+    Such a buffer holds what its module has seen, as the inputs that a Gaussian process predicts from, and may have
+    grown in training. The statistics of a norm cannot.
+    """
+    whole = {id(part) for root in model.roots for part in root.trained_modules()}
+    return {
+        name: state[name]
+        for name, (part, key) in (_buffer_places(model).items() if whole else ())
+        if id(part) in whole and name in state and not has_running_statistics(part)
+        if (buffer := part._buffers[key]) is None or buffer.shape != state[name].shape
+    }
 
 
 def _buffer_places(model: AdaptedModel) -> dict[str, tuple[nn.Module, str]]:

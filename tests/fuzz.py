@@ -65,9 +65,9 @@ from lightning_lora import (
 from tests.contract import learn, snapshot
 
 DEFAULT = "default"  # the name of the only adapter, if it was given none
-NAMES = ["first", "second"]
+NAMES = ["first", "second", "third"]
 STARTS_FROM_WEIGHTS = ("pissa", "olora")
-ROWS, WIDTH, WORDS = 3, 8, 20
+ROWS, WIDTH, WORDS = 4, 8, 20  # three rows, put in order, could not show all mistakes of routing
 
 # --- the models
 
@@ -106,6 +106,7 @@ class Perceptron(Network):
         "target_slices": [{}, {"fc1": {"q": "0:4", "v": "8:12"}}],
         "layers": [(), [0], [-1]],
         "exclude_modules": [(), ["blocks.0"]],
+        "dropout": [0.0, 0.25],
     }
 
     def build(self) -> None:
@@ -146,7 +147,7 @@ class TiedWords(Network):
     options = {
         "target_modules": ["all-linear", "all", ["up"], ["words"], ["head"]],
         "trainable_token_indices": [(), [1, 3]],
-        "untie_weights": [False, True],
+        "untie_weights": [False, True, True],
     }
 
     def build(self) -> None:
@@ -214,7 +215,7 @@ COMMON = {
     "rank": [1, 2, 3],
     "alpha": [1.0, 3.0],
     "dropout": [0.0, 0.0, 0.25],
-    "modules_to_save": [(), ["head"]],
+    "modules_to_save": [(), (), ["head"]],
     "bias": ["none", "lora_only", "all"],
     "use_rslora": [False, True],
     "use_dora": [False, False, True],
@@ -228,11 +229,13 @@ COMMON = {
 
 @st.composite
 def options_for(draw: Any, kind: type[Network]) -> dict[str, Any]:
-    """Draw options: the targets, and up to four others that differ from the defaults."""
+    """Draw options: the targets, what few kinds have or few operations show, and up to four others."""
     options = COMMON | kind.options
     targets = [name for name in kind.options if name.startswith("target_")]
-    others = draw(st.lists(st.sampled_from([name for name in options if name not in targets]), max_size=4, unique=True))
-    drawn = {name: draw(st.sampled_from(options[name])) for name in [*targets, *others]}
+    always = [*targets, "modules_to_save", *({"untie_weights", "frozen_norm", "dropout"} & kind.options.keys())]
+    always.sort()
+    others = draw(st.lists(st.sampled_from([name for name in options if name not in always]), max_size=4, unique=True))
+    drawn = {name: draw(st.sampled_from(options[name])) for name in [*always, *others]}
     if not any(drawn[name] for name in targets):
         drawn["target_modules"] = "all-linear"
     return {"rank": 2} | drawn
@@ -254,6 +257,21 @@ class Expected:
     config: LoRAConfig
     values: dict[str, Tensor]
     is_computed: bool = False
+
+
+@dataclass
+class Saved:
+    """What was in place when a file was written.
+
+    Attributes:
+        expected: The adapter.
+        base: The bits of the base.
+        merges: How often an adapter had been merged into it.
+    """
+
+    expected: Expected
+    base: dict[str, Tensor]
+    merges: int
 
 
 def is_factor(name: str) -> bool:
@@ -359,7 +377,8 @@ class Sequences(RuleBasedStateMachine):
         self.active: str | None = None
         self.is_named = False  # the base's own values of what trains in full are kept
         self.files = 0
-        self.saved: dict[Path, Expected] = {}
+        self.merges = 0
+        self.saved: dict[Path, Saved] = {}
 
     def teardown(self) -> None:
         shutil.rmtree(self.folder)
@@ -399,30 +418,30 @@ class Sequences(RuleBasedStateMachine):
             if before is not None:
                 assert_unchanged(model, before)
 
-    def attached(self, name: str, config: LoRAConfig) -> None:
-        self.adapters[name] = Expected(config, started(self.model, name, config))
+    def attached(self, name: str, config: LoRAConfig, *, learns: bool) -> None:
+        self.adapters[name] = Expected(config, started(self.model, name, config, learns=learns))
         self.active = self.active or name
 
     # --- operations
 
     @precondition(lambda self: len(self.adapters) < 2)
-    @rule(data=st.data())
-    def attach(self, data: Any) -> None:
+    @rule(data=st.data(), learns=st.booleans())
+    def attach(self, data: Any, learns: bool) -> None:
         config = LoRAConfig(**data.draw(options_for(self.kind)))
         with self.attempt(*NOT_ATTACHED, *(OTHER_OPTIONS if self.adapters else ())) as refused:
             attach(self.model, config)
         if not refused and not self.adapters:
-            self.attached(DEFAULT, config)
+            self.attached(DEFAULT, config, learns=learns)
 
-    @rule(data=st.data(), name=st.sampled_from(NAMES))
-    def add(self, data: Any, name: str) -> None:
+    @rule(data=st.data(), name=st.sampled_from(NAMES), learns=st.booleans())
+    def add(self, data: Any, name: str, learns: bool) -> None:
         config = LoRAConfig(**data.draw(options_for(self.kind)))
         kinds = (*NOT_ATTACHED, *(["There is an adapter"] if name in self.adapters else ()), *self.not_kept())
         with self.attempt(*kinds) as refused:
             add_adapter(self.model, name, config, seed=1)
         if not refused:
             self.is_named = True
-            self.attached(name, config)
+            self.attached(name, config, learns=learns)
 
     def not_kept(self) -> tuple[str, ...]:
         return () if self.is_named else ("base's own values were not kept",)
@@ -453,6 +472,7 @@ class Sequences(RuleBasedStateMachine):
             remove_adapter(self.model, name)
         if not refused:
             del self.adapters[name]
+            assert not any(f"lora_others.{name}." in key for key in self.model.state_dict())
 
     @precondition(lambda self: self.adapters)
     @rule(name=st.sampled_from([None, DEFAULT, *NAMES]))
@@ -474,9 +494,12 @@ class Sequences(RuleBasedStateMachine):
     def scale(self, factor: float) -> None:
         before = snapshot(self.model)
         truth = dense(self.base, self.model, self.expected, factor)
-        with self.attempt("is not proportional to its scaling"), scaled(self.model, factor):
+        with self.attempt("is not proportional to its scaling") as refused, scaled(self.model, factor):
             if factor:
                 assert self.error(self.output(), truth) < self.tolerance
+        parts = adapters_of(self.model)
+        is_odd = any(hasattr(part, "rows") or "magnitude" in part._parameters for _, part in parts)
+        assert bool(refused) == bool(factor and is_odd)
         assert_unchanged(self.model, before)
 
     @precondition(lambda self: self.adapters)
@@ -492,8 +515,9 @@ class Sequences(RuleBasedStateMachine):
     @rule()
     def fold(self) -> None:
         before = snapshot(self.model)
-        with self.attempt(*NOT_MERGEABLE), merged(self.model):
+        with self.attempt(*NOT_MERGEABLE) as refused, merged(self.model):
             assert self.error(self.output(), dense(self.base, self.model, self.expected)) < self.tolerance
+        assert bool(refused) == self.has_no_place()
         assert_unchanged(self.model, before)
 
     @precondition(lambda self: self.adapters)
@@ -503,10 +527,16 @@ class Sequences(RuleBasedStateMachine):
         truth = dense(self.base, self.model, self.expected)
         with self.attempt(*NOT_MERGEABLE, *kinds) as refused:
             merge(self.model)
+        assert bool(refused) == bool(kinds or self.has_no_place())
         if not refused:
             self.forget()
+            self.merges += 1
             self.base = copy.deepcopy(self.model)
             assert self.error(self.output(), truth) < self.tolerance
+
+    def has_no_place(self) -> bool:
+        """Return whether the active adapter has a bias where the layer has none to merge it into."""
+        return any("bias" in part._parameters and layer.bias is None for layer, part in adapters_of(self.model))
 
     @precondition(lambda self: self.adapters)
     @rule()
@@ -523,6 +553,7 @@ class Sequences(RuleBasedStateMachine):
         for key in ("classes", "keys", "flags", "modes"):
             assert found[key] == plain[key], key
         assert ours(found) == ours(plain)
+        assert names_of_tensors(self.model) == names_of_tensors(self.base)
 
     def forget(self) -> None:
         self.adapters, self.active, self.is_named = {}, None, False
@@ -593,7 +624,8 @@ class Sequences(RuleBasedStateMachine):
         self.expected.values = trained(self.model, self.expected.config)
         if refused:  # it has trained before it found out
             return
-        self.saved[path] = copy.deepcopy(self.expected)
+        base = {name: value.clone() for name, value in self.base.state_dict().items()}
+        self.saved[path] = Saved(copy.deepcopy(self.expected), base, self.merges)
         other = copy.deepcopy(self.base)
         load_adapter(other, path)
         assert_bits(trained(other, self.expected.config), self.expected.values)
@@ -643,7 +675,7 @@ class Sequences(RuleBasedStateMachine):
     def load(self, data: Any, name: str, is_damaged: bool) -> None:
         """Add the adapter in a file to those that are there."""
         path = data.draw(st.sampled_from(sorted(self.saved)))
-        expected = copy.deepcopy(self.saved[path])
+        saved = self.saved[path]
         kinds = ["There is an adapter"] if name in self.adapters else []
         kinds += ["already merged into", "with another adapter merged", "trained on a different base"]
         if is_damaged:
@@ -651,11 +683,15 @@ class Sequences(RuleBasedStateMachine):
             path = self.new_file(".ckpt")
             path.write_bytes(content[: len(content) // 2])
             kinds.append("cannot be read as a Lightning checkpoint")
+        must_fail = is_damaged or name in self.adapters or saved.merges != self.merges
+        is_same = all(torch.equal(value, saved.base[each]) for each, value in self.base.state_dict().items())
+        may_fail = must_fail or not is_same or (self.adapters and not self.is_named)
         with self.attempt(*kinds, *self.not_kept()) as refused:
             load_adapter(self.model, path, name=name)
+        assert may_fail if refused else not must_fail
         if not refused:
             self.is_named = True
-            self.adapters[name] = expected
+            self.adapters[name] = copy.deepcopy(saved.expected)
             self.active = self.active or name
 
     # --- arithmetic
@@ -685,6 +721,10 @@ class Sequences(RuleBasedStateMachine):
                 for key, update in updates(self.base, self.model, self.adapters[each]).items():
                     truth[key] = truth.get(key, 0) + weight * update
         kinds = ["There is an adapter"] if name in self.adapters else []
+        summands = [self.adapters[each] for each in used]
+        saves_head = any("head" in each.config.modules_to_save for each in summands)
+        if saves_head and any(value.startswith("head.lora.") for each in summands for value in each.values):
+            kinds.append("is trained in full by .*, and adapted by another adapter")
         with self.attempt(*NOT_SUMMABLE, *kinds) as refused:
             combine(self.model, used, name=name)
         if refused:
@@ -695,12 +735,19 @@ class Sequences(RuleBasedStateMachine):
             config,
             modules_to_save=tuple({name for each in merged_options for name in each.modules_to_save}),
             bias=max((each.bias for each in merged_options), key=["none", "lora_only", "all"].index),
+            dropout=config.dropout if len({each.dropout for each in merged_options}) == 1 else 0.0,
+            frozen_norm=max((each.frozen_norm for each in merged_options), key=["eval", "track"].index),
         )
         with using(self.model, name):
             made = Expected(config, trained(self.model, config), is_computed=True)
             for key, update in updates(self.base, self.model, made).items():
                 scale = max(1.0, truth[key].abs().max().item())
                 assert (update - truth[key]).abs().max() < 1e-5 * scale, key
+            for key in in_full(self.model, config):
+                terms = [(w, self.adapters[each].values.get(key)) for each, w in used.items()]
+                base = self.base.state_dict()[key].double()
+                total = base + sum(w * (value.double() - base) for w, value in terms if value is not None)
+                assert (made.values[key].double() - total).abs().max() < 1e-5 * max(1.0, total.abs().max()), key
         self.adapters[name] = made
 
     @precondition(lambda self: self.is_named)
@@ -712,11 +759,12 @@ class Sequences(RuleBasedStateMachine):
         for name in rows:
             with using(self.model, name):
                 alone.append(self.output())
-        with self.attempt("carries the update|may see the batch"), routed(self.model, rows):
+        with self.attempt("carries the update|may see the batch") as refused, routed(self.model, rows):
             found = self.output()
             for i in range(ROWS):
                 assert (found[i] - alone[i][i]).abs().max() <= self.tolerance * alone[i].abs().max()
         assert_unchanged(self.model, before)
+        assert not refused or self.kind not in (Perceptron, Images)  # there every update is added to an output
 
     @precondition(lambda self: self.adapters)
     @rule(how=st.sampled_from([copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]))
@@ -761,19 +809,36 @@ class Sequences(RuleBasedStateMachine):
             return
         assert_bits(trained(self.model, expected.config), values)
         assert self.error(self.output(), dense(self.base, self.model, expected)) < self.tolerance
+        for _, part in adapters_of(self.model):
+            assert hasattr(part, "rows") or part.spec.dropout == expected.config.dropout
 
 
-def started(model: nn.Module, name: str, config: LoRAConfig) -> dict[str, Tensor]:
+def adapters_of(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the parts of the active adapter, each with its layer."""
+    return [(layer, part) for layer in lora_layers(model).values() for part in layer.adapters().values()]
+
+
+def started(model: nn.Module, name: str, config: LoRAConfig, *, learns: bool) -> dict[str, Tensor]:
     """Return what a new adapter trains, after its start from the weights if it has one; it may not be active."""
     with nullcontext() if active_adapter(model) == name else using(model, name):
-        if any(adapter.is_waiting for layer in lora_layers(model).values() for adapter in layer.adapters().values()):
+        if any(part.is_waiting for _, part in adapters_of(model)):
             calibrate(model)
+        if learns:
+            learn(model, 6)
         return trained(model, config)
 
 
 def ours(found: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the attributes in a snapshot that this package has set; Lightning sets others, and leaves them."""
     return {name: [each for each in each_of if "lora" in each] for name, each_of in found["attributes"].items()}
+
+
+def names_of_tensors(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter, which has several where layers share it."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return [*found.values()]
 
 
 def assert_unchanged(model: nn.Module, before: Mapping[str, Any]) -> None:

@@ -7,17 +7,23 @@ import importlib
 import json
 import logging
 import math
+import shutil
+import signal
 import statistics
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
 from scipy import stats
 
-from lightning_lora import LoRAConfig, attach, lora_layers
+from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers
+from tests.toys import Toy, loader, trainer
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -277,3 +283,161 @@ def test_peft_learns_the_same_as_ours_from_the_same_factors(benchmark):
     ours, other = (benchmark.run(study, arm, 0.01, 0)["validation"] for arm in (benchmark.LORA, benchmark.PEFT))
     assert ours == pytest.approx(other, abs=1e-5)
     assert ours != benchmark.run(study, benchmark.OTHER, 0.01, 0)["validation"]
+
+
+# --- reliability
+
+reliability = pytest.mark.parametrize("benchmark", ["reliability"], indirect=True)
+SEEDS = 3
+
+
+class Machine(RuleBasedStateMachine):
+    """Stands in for the random sequences: it fails at a multiple of ``wrong``."""
+
+    wrong: int | None = None
+
+    @rule(number=st.integers(1, 9))
+    def step(self, number: int) -> None:
+        assert self.wrong is None or number % self.wrong, number
+
+
+def fuzz(benchmark: ModuleType, results: Path) -> dict[str, Any]:
+    benchmark.main(["--fuzz", str(SEEDS * benchmark.AT_ONCE), "--results", str(results)])
+    return json.loads(results.read_text())["fuzz"]
+
+
+@reliability
+def test_a_failure_of_the_sequences_is_kept_and_ends_the_command_with_an_error(benchmark, tmp_path, monkeypatch):
+    broken = type("Broken", (Machine,), {"wrong": 2})
+    monkeypatch.setattr(benchmark.fuzz, "Sequences", broken)
+    results = tmp_path / "results.json"
+    with pytest.raises(SystemExit, match="Seed 0: AssertionError") as stop:
+        fuzz(benchmark, results)
+    kept = json.loads(results.read_text())["fuzz"]
+    assert [*kept] == ["0"]
+    assert "step(number=2)" in " ".join(kept["0"]["failure"])  # the shortest sequence
+    assert "step(number=2)" in stop.value.code
+    content = json.loads(benchmark.RESULTS.read_text()) | {"fuzz": kept}
+    assert "**Failed: Seed 0" in benchmark.page(content)
+    assert "**0**, of 0 seeds" in benchmark.page(content)
+    monkeypatch.setattr(benchmark.fuzz, "Sequences", Machine)  # it was fixed
+    assert [*fuzz(benchmark, results)] == ["0", "1", "2"]
+
+
+@reliability
+def test_the_sequences_go_on_where_they_stopped(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.fuzz, "Sequences", Machine)
+    seen: list[int] = []
+    whole = benchmark.fuzzed
+    monkeypatch.setattr(benchmark, "fuzzed", lambda number: seen.append(number) or whole(number))
+    benchmark.main(["--fuzz", str(2 * benchmark.AT_ONCE), "--results", str(tmp_path / "results.json")])
+    found = fuzz(benchmark, tmp_path / "results.json")
+    assert seen == [0, 1, 2]
+    assert found == {str(number): {"sequences": benchmark.AT_ONCE, "refused": 0} for number in range(SEEDS)}
+
+
+@reliability
+def test_the_page_of_reliability_is_that_of_its_results(benchmark):
+    content = json.loads(benchmark.RESULTS.read_text())
+    assert benchmark.page(content) == benchmark.PAGE.read_text()
+    assert benchmark.failures(content) == []
+
+
+@reliability
+def test_a_fit_that_was_stopped_goes_on_and_writes_down_every_epoch(benchmark, tmp_path, monkeypatch):
+    for epochs in (2, 5):
+        monkeypatch.setattr(benchmark, "EPOCHS", epochs)
+        benchmark.fit_to_the_end(tmp_path)
+    assert (tmp_path / benchmark.TRAINED).read_text().split() == ["0", "1", "2", "3", "4"]
+    assert (tmp_path / benchmark.LAST).exists()
+
+
+class Fit:
+    """Stands in for the process of a fit, of which a kill lets three more epochs through.
+
+    Args:
+        benchmark: The benchmark.
+        folder: Where the checkpoints are.
+        goes_on: Whether it goes on from the last checkpoint, or starts anew.
+        end: The adapter that it ends with.
+    """
+
+    def __init__(self, benchmark: ModuleType, folder: Path, goes_on: bool, end: Path) -> None:
+        self.names, self.folder, self.end, self.is_killed = benchmark, folder, end, False
+        self.first = len([*folder.glob("epoch=*.ckpt")]) if goes_on else 0
+
+    def send_signal(self, number: int) -> None:
+        self.is_killed = True
+
+    def wait(self) -> int:
+        last = self.first + 3 if self.is_killed else self.names.EPOCHS
+        for epoch in range(self.first, last):
+            (self.folder / f"epoch={epoch}.ckpt").touch()
+            self.names._append(self.folder / self.names.TRAINED, f"{epoch}\n")
+        if not self.is_killed:
+            shutil.copy(self.end, self.folder / self.names.LAST)
+        return -signal.SIGKILL if self.is_killed else 0
+
+
+@reliability
+@pytest.mark.parametrize("loses", ["nothing", "epochs", "bits"])
+def test_kills_that_lose_work_are_seen(benchmark, loses, tmp_path, monkeypatch):
+    ends = {}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        run = trainer(LoRACallback(rank=2), max_steps=1 + seed)
+        run.fit(Toy(), loader())
+        run.save_checkpoint(tmp_path / f"{seed}.ckpt")
+        ends[seed] = tmp_path / f"{seed}.ckpt"
+    monkeypatch.setattr(benchmark, "LONGEST", 0.0)
+    monkeypatch.setattr(
+        benchmark,
+        "_start",
+        lambda folder: Fit(benchmark, folder, loses != "epochs", ends[loses == "bits" and folder.name == "broken"]),
+    )
+    arguments = ["--kills", "2", "--results", str(tmp_path / "results.json")]
+    message = {"epochs": "2 kills have lost 6 epochs", "bits": "ends with other bits"}
+    with pytest.raises(SystemExit, match=message[loses]) if loses in message else nullcontext():
+        benchmark.main(arguments)
+    found = json.loads((tmp_path / "results.json").read_text())["kills"]
+    assert (found["equal_bits"], found["epochs_again"]) == (loses != "bits", 6 if loses == "epochs" else 0)
+    assert found["checkpoints_at_each"] == ([3, 3] if loses == "epochs" else [3, 6])
+
+
+@reliability
+def test_many_fits_in_one_process_are_measured(benchmark):
+    found = benchmark.soaked(2)
+    assert found["fits"] == 2
+    assert found["open_files_more"] == 0
+
+
+# --- mistakes made on purpose
+
+
+@pytest.mark.parametrize("benchmark", ["mutants"], indirect=True)
+def test_every_mistake_can_still_be_made_and_stands_on_the_page(benchmark, tmp_path):
+    content = json.loads((FOLDER / "reliability.json").read_text())["mutants"]["found"]
+    assert [*content] == [mutant.mistake for mutant in benchmark.MUTANTS]
+    for number, mutant in enumerate(benchmark.MUTANTS):
+        text = benchmark.mutated(mutant, tmp_path / str(number)).read_text()
+        compile(text, mutant.file, "exec")
+        assert text != (benchmark.ROOT / benchmark.PACKAGE / mutant.file).read_text()
+
+
+@pytest.mark.parametrize("benchmark", ["mutants"], indirect=True)
+def test_a_mistake_whose_lines_are_gone_is_an_error(benchmark, tmp_path):
+    gone = benchmark.MUTANTS[0]._replace(old="no such line")
+    with pytest.raises(ValueError, match="'no such line' 0 times, not once"):
+        benchmark.mutated(gone, tmp_path)
+
+
+@reliability
+@pytest.mark.parametrize("wrong", [None, 2, 1])
+def test_sequences_are_counted_until_a_mistake_is_seen(benchmark, wrong, monkeypatch):
+    monkeypatch.setattr(benchmark.fuzz, "Sequences", type("Broken", (Machine,), {"wrong": wrong}))
+    found = benchmark.first_failure(2 * benchmark.AT_ONCE)
+    if wrong is None:
+        assert found == {"sequences": None, "seen": None}
+    else:
+        assert "AssertionError" in found["seen"]
+        assert 1 <= found["sequences"] <= (benchmark.AT_ONCE if wrong > 1 else 1)

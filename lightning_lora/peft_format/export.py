@@ -388,13 +388,12 @@ class ExportCollector:
                 self.result.namesakes.append(name)
 
     def _refuse_what_is_left(self) -> None:
-        for name, tensor in self.model.trained.items():
-            if id(tensor) in self.done:
-                continue
+        for name, tensor in ((name, each) for name, each in self.model.trained.items() if id(each) not in self.done):
             if id(tensor) not in self.place:
                 self._refuse(
                     name,
-                    f"it is outside the exported model, {self.result.root_name!r}; choose another export_root",
+                    f"it is outside the exported model, {self.result.root_name!r}; choose another export_root, which "
+                    "leaves out what trains in full elsewhere",
                 )
             else:
                 self._refuse(name, "PEFT does not save running statistics of frozen norms (frozen_norm='track')")

@@ -56,7 +56,8 @@ def save_adapter(
         directory: Where to write: a new or an empty directory.
         export_root: Name of the submodule that PEFT will wrap, to which the names in the files are relative. If left
             out it is the one transformers model inside, or of a LightningModule the one child that holds all
-            adapters, or the module itself (``""``).
+            adapters, or the module itself (``""``). What trains in full outside of a named one is left out, with a
+            warning.
         base_model_name_or_path: Name of the base model to record; the model's own ``name_or_path`` if left out.
         uniform_rank: Pad all layers with zeros to the highest rank and give them one scaling, for loaders such as vLLM
             that ignore patterns of ranks and alphas. The adapter computes the same.
@@ -174,9 +175,23 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
 
     root = found_root(module, holds_all) if export_root is None else chosen_root(module, export_root)
     export = ExportCollector(module, *root).collect()
+    if export_root is not None:
+        _leave_out(export, model)
     moved = sorted(name for each in model.roots for name in each.attachment.moved)
     export.moved = [name for name in moved if not export.root_name or is_below(name, (export.root_name,))]
     return export
+
+
+def _leave_out(export: Export, model: AdaptedModel) -> None:
+    """Export the named model without what trains in full elsewhere, such as the value head of a policy."""
+    inside = {id(tensor) for tensor in AdaptedModel(export.root).tensors.values()}
+    if outside := [name for name, tensor in model.in_full.items() if id(tensor) not in inside]:
+        export.refused = {name: reason for name, reason in export.refused.items() if name not in outside}
+        warnings.warn(
+            f"The directory leaves out {listed(outside)}: trained in full, outside of export_root="
+            f"{export.root_name!r}. A .ckpt holds everything.",
+            stacklevel=4,
+        )
 
 
 def _base_name(root: nn.Module) -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names, of_others
@@ -32,6 +32,7 @@ from lightning_lora.state import (
     check_not_merged,
     describe,
     fill_buffers,
+    grown_buffers,
     mismatch_message,
     mismatches,
     other_name,
@@ -233,16 +234,16 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        known = [*untrained, *_metric_states(model)]
-        mine = _whole_shapes(self.layout, model.trained)
-        problems += mismatches(mine, state, known=known if strict else [*known, *state])
+        known = [*untrained, *_metric_states(model), *(() if strict else state)]
+        grown = grown_buffers(model, state)
+        problems += mismatches(_whole_shapes(self.layout, model.trained) | grown, state, known)
         brought = {name: tensor for name, tensor in untrained.items() if name in state}
-        problems += other_shapes(_whole_shapes(self.layout, brought), state)
-        problems += other_base
+        problems += [*other_shapes(_whole_shapes(self.layout, brought), state), *other_base]
         beside, values, misfits = self._of_others(module, others, record or {})
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
-        self.layout.fill(model.trained | brought, state)
+        replace_buffers(module, grown)
+        self.layout.fill(AdaptedModel(module).trained | brought, state)
         model.have_values()
         self.layout.fill(beside, values)
         fill_buffers(model, (record or {}).get("buffers", {}))

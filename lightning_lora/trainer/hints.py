@@ -359,7 +359,7 @@ def _looks_new(layer: nn.Linear) -> bool | None:
     plain = [each for each in (weight, bias) if each is not None]
     if weight is None or weight.shape != (layer.out_features, layer.in_features):
         return None  # divided by a strategy, or computed
-    if any(each.is_meta or type(each.data) is not Tensor for each in plain):
+    if any(each.is_meta or type(each.data) is not Tensor or each.is_complex() for each in plain):
         return None  # without values, or with those of another format
     if bias is not None and not bias.any():
         return True

@@ -480,10 +480,11 @@ class FitSession:
         """Export and merge the adapters of a successful fit, if asked to."""
         if not self._has_succeeded:
             return
+        if self._is_trial:
+            rank_zero_info("LoRA: a fast dev run exports and merges nothing.")
+            return
         named = f" {active_adapter(self.module)!r}" if len(adapter_names(self.module)) > 1 else ""
-        if (directory := self.options.export_dir) is not None and self._is_trial:
-            rank_zero_info(f"LoRA: nothing is exported to {directory} in a fast dev run.")
-        elif directory is not None:
+        if (directory := self.options.export_dir) is not None:
             best = export_best(self.layout, self.trainer, directory, overwrite=self.options.overwrite)
             rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
         if self.ranks is not None and not self.layout.divides_weights:

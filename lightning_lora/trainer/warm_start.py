@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
 from lightning_lora.named_adapters import recorded
@@ -18,7 +18,7 @@ from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import check_base_values, check_not_merged, has_base_values
+from lightning_lora.state import check_base_values, check_not_merged, grown_buffers, has_base_values
 from lightning_lora.storage.checkpoint import CheckpointFile
 
 _STARTS = ("A0", "B0")
@@ -81,8 +81,10 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"init_from={str(path)!r} does not fit; nothing was changed:\n{lines}")
+    replace_buffers(model.module, grown_buffers(model, source))
+    trained = AdaptedModel(module).trained
     for name, value in start.values.items():
-        copy_whole(model.trained[name], value.to(model.trained[name].dtype))
+        copy_whole(trained[name], value.to(trained[name].dtype))
     for label in (*start.kept, *start.grown):
         if label in model.adapters:
             model.adapters[label].is_waiting = False
@@ -136,6 +138,7 @@ def _resolved(
     """Return how each tensor that trains starts, and the problems: tensors that do not fit."""
     start, problems = WarmStart(), list[str]()
     owner_of = {name: key for key, name in full_names.items()}
+    grown = grown_buffers(model, source)
     for name, tensor in model.trained.items():
         label, key = owner_of.get(name, (name, ""))
         if name not in source:
@@ -148,7 +151,7 @@ def _resolved(
         adapter = model.adapters.get(label)
         if isinstance(adapter, LowRankAdapter):
             value = _rescaled(value, key, adapter, scalings.get(label))
-        if value.shape == own.shape:
+        if value.shape == own.shape or name in grown:
             start.values[name] = value
             start.kept.append(label)
         elif adapter is not None and (padded := _padded(value, own, key, adapter)) is not None:

@@ -251,6 +251,19 @@ def test_unknown_or_ambiguous_root_is_refused(tiny, rng, tmp_path):
         save_adapter(model, tmp_path, export_root="student")
 
 
+def test_a_named_root_is_exported_without_what_trains_in_full_elsewhere(tiny, rng, tmp_path):
+    config = LoRAConfig(rank=1, target_modules=["q_proj"], modules_to_save=["value"])
+    model = trained_from(nn.ModuleDict({"policy": Pretrained(tiny), "value": nn.Linear(2, 1)}), rng, config)
+    with pytest.raises(ValueError, match=r"value\.weight: it is outside .*, which leaves out what trains in full"):
+        save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"leaves out value\.weight, value\.bias: .* export_root='policy'"):
+        save_adapter(model, tmp_path, export_root="policy")
+    load_adapter(alone := Pretrained(again(tiny)), tmp_path)
+    state = adapter_state_dict(model)
+    factors = {name.removeprefix("policy."): each for name, each in state.items() if name.startswith("policy.")}
+    assert_same_bits(adapter_state_dict(alone), factors)
+
+
 def test_adapted_model_among_several_is_exported(tiny, rng, tmp_path):
     model = nn.ModuleDict({"teacher": Pretrained(type(tiny)()), "student": Pretrained(tiny)})
     trained_from(model, rng, LoRAConfig(rank=1, target_modules=["student.inner.blocks.0.q_proj"]))

@@ -18,8 +18,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, LoRAConfig, attach, detach, load_adapter, lora_layers, merge, save_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    detach,
+    load_adapter,
+    load_adapter_state_dict,
+    lora_layers,
+    merge,
+    save_adapter,
+)
 from lightning_lora.storage.checkpoint import RECORD_KEY
+from lightning_lora.trainer.warm_start import start_from
 from tests.files import run
 from tests.toys import FEATURES, BuiltInConfigureModel, Toy, digest, loader, network, snapshot, trainer
 
@@ -201,6 +213,63 @@ def test_merging_on_disk_writes_the_buffers_that_training_changed(tmp_path: Path
     merge(expected)
     found, state = load_file(tmp_path / "whole" / "model.safetensors"), expected.state_dict()
     assert {name for name in state if not torch.equal(found[name], state[name])} == {"queue"}  # it has grown
+
+
+class Remembers(Toy):
+    """A head that keeps what it has seen, as a Gaussian process keeps the inputs that it predicts from."""
+
+    def build(self) -> None:
+        super().build()
+        head = self.net[4]
+        head.register_buffer("inputs", torch.zeros(0, FEATURES))
+        head.register_buffer("targets", None)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        head = self.net[4]
+        head.inputs, head.targets = x.clone(), y.clone()
+        return ((self.net(x) - y) ** 2).mean() + head.inputs.mean()
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "resume", "init_from"])
+def test_buffers_of_a_head_in_full_may_have_grown(way: str, tmp_path: Path) -> None:
+    options = {"rank": 4, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
+    whole, again, saved = Remembers(), Remembers(), ModelCheckpoint(tmp_path, filename="saved")
+    trainer(LoRACallback(**options), saved, max_epochs=1, max_steps=-1).fit(whole, loader())
+    before = digest(whole)
+    if way == "load_adapter":
+        load_adapter(again, saved.best_model_path)
+    elif way == "resume":
+        trainer(LoRACallback(), max_epochs=1, max_steps=-1).fit(again, loader(), ckpt_path=saved.best_model_path)
+    else:
+        attach(again, LoRAConfig(**options))
+        start_from(again, saved.best_model_path)
+    assert digest(again) == before
+    assert again.net[4].inputs.shape == again.net[4].targets.shape
+
+
+def test_parameters_and_statistics_of_other_shapes_are_refused_beside_buffers_that_have_grown() -> None:
+    module = Remembers()
+    module.net[4].register_module("norm", nn.BatchNorm1d(3, affine=False))
+    attach(module, LoRAConfig(rank=2, target_modules=["net.0"], modules_to_save=["net.4"]))
+    state = adapter_state_dict(module) | {"net.4.inputs": torch.ones(5, FEATURES), "net.4.targets": torch.ones(5)}
+    load_adapter_state_dict(module, state)
+    assert torch.equal(module.net[4].inputs, state["net.4.inputs"])
+    before = digest(module)
+    for name in ("net.4.norm.running_mean", "net.4.weight"):
+        with pytest.raises(ValueError, match=re.escape(f"shape mismatch: {name}")):
+            load_adapter_state_dict(module, state | {name: torch.ones(7), "net.4.inputs": torch.ones(9, FEATURES)})
+    assert digest(module) == before
+
+
+def test_fresh_fit_starts_with_the_first_buffers_of_a_head_in_full() -> None:
+    module, shapes = Remembers(), []
+    module.on_fit_start = lambda: shapes.append(module.net[4].inputs.shape)
+    for _ in range(2):
+        trainer(LoRACallback(rank=2, target_modules=["net.0"], modules_to_save=["net.4"], fresh=True)).fit(
+            module, loader()
+        )
+    assert shapes == [(0, FEATURES)] * 2
 
 
 def test_second_fit_still_saves_buffers_that_the_first_one_changed(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, load_adapter, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, detach, load_adapter, save_adapter
 from lightning_lora.cli import main
 from lightning_lora.storage.checkpoint import adapters_in, plain_record
 from lightning_lora.trainer import export
 from tests.contract import assert_same_bits
-from tests.toys import Toy, loader, trainer
+from tests.toys import Toy, digest, loader, trainer
 
 
 class Color(enum.Enum):
@@ -117,6 +117,14 @@ def test_fast_dev_run_exports_nothing(occupied: bool, tmp_path: Path) -> None:
     exporting(tmp_path / "peft", fast_dev_run=True, overwrite=True)
     exporting(tmp_path / "peft", fast_dev_run=True)
     assert tree(tmp_path) == before
+
+
+def test_fast_dev_run_leaves_the_base_as_it_was_for_the_real_run() -> None:
+    module, callback = Toy(), LoRACallback(rank=4, merge_on_teardown=True)
+    before = digest(module)
+    trainer(callback, fast_dev_run=True).fit(module, loader())
+    detach(module)
+    assert digest(module) == before
 
 
 def test_unusable_export_dir_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,6 +289,14 @@ def test_wide_new_head_is_named_before_it_trains_on_random_weights(start, dtype)
     assert warning(model) is None
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+def test_complex_layers_are_not_asked_whether_they_are_new():
+    model = trained_body()
+    model["head"].to(torch.cfloat)
+    attach(model, LoRAConfig(rank=2))
+    assert warning(model) is None
+
+
 def trained_head(model: nn.Module) -> None:
     with torch.no_grad():
         model["head"].weight.mul_(1.1)  # leaves the range of a new layer
