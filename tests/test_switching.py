@@ -7,13 +7,14 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from lightning_lora import (
     LoRAConfig,
@@ -37,6 +38,7 @@ from lightning_lora import (
     set_adapter,
     using,
 )
+from lightning_lora.ops import checkpointing
 from tests.contract import Case, each_case, learn, raises_and_changes_nothing, train_all
 
 WIDTH = 48
@@ -569,6 +571,28 @@ def test_recomputation_uses_the_adapter_of_the_forward_pass(is_reentrant: bool, 
     assert results[None].keys() == results[is_reentrant].keys()
     for name, gradient in results[None].items():
         torch.testing.assert_close(results[is_reentrant][name], gradient)
+
+
+@pytest.mark.parametrize("takes_tuples", [False, True])
+def test_recomputation_is_restored_in_older_and_newer_torch(takes_tuples: bool, monkeypatch: pytest.MonkeyPatch):
+    """Torch 2.14 hands a block's inputs as a tuple and a dictionary to a function of another name."""
+    newer, older = "_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator"
+    kept = []
+
+    def keep(function: Callable[..., Any], inputs: Any, named: Any) -> None:
+        kept.append(lambda: function(*inputs, **named))
+
+    known = SimpleNamespace(CheckpointFunction=CheckpointFunction)
+    setattr(known, older, lambda function, *inputs, **named: keep(function, inputs, named))
+    if takes_tuples:
+        setattr(known, newer, keep)
+    monkeypatch.setattr(checkpointing, "checkpoint", known)
+    module = checkpointed(None)
+    with using(module, "b"):
+        called = getattr(known, newer if takes_tuples else older)
+        called(lambda: active_adapter(module), *([(), {}] if takes_tuples else []))
+    assert active_adapter(module) == "a"
+    assert [block() for block in kept] == ["b"]
 
 
 def compiled_graphs(ranks: tuple[int, ...], *, with_gradients: bool) -> int:

@@ -15,6 +15,8 @@ from torch.utils import checkpoint
 Context: TypeAlias = Callable[[], AbstractContextManager[None]]
 States: TypeAlias = Callable[[], Iterable[Context]]
 _PATCHED = "_lora_patched"
+# Torch's function that keeps a block without reentrant autograd: since torch 2.14, and before.
+_GENERATORS = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
 _states: list[States] = []
 
 
@@ -93,7 +95,8 @@ def restore_in_recomputation(states: States, *, first: bool = False) -> None:
         _states.insert(0 if first else len(_states), states)
     if hasattr(checkpoint, _PATCHED):
         return
-    keep, keep_reentrant = checkpoint._checkpoint_without_reentrant_generator, checkpoint.CheckpointFunction
+    generator = next((name for name in _GENERATORS if hasattr(checkpoint, name)), _GENERATORS[0])
+    keep, keep_reentrant = getattr(checkpoint, generator), checkpoint.CheckpointFunction
 
     def with_state(fn: Callable[..., Any]) -> Callable[..., Any]:
         contexts = [context for states in _states for context in states()]
@@ -114,6 +117,6 @@ def restore_in_recomputation(states: States, *, first: bool = False) -> None:
         def apply(cls, fn: Callable[..., Any], *args: Any) -> Any:
             return keep_reentrant.apply(with_state(fn), *args)  # type: ignore[no-untyped-call]
 
-    checkpoint._checkpoint_without_reentrant_generator = kept
+    setattr(checkpoint, generator, kept)
     checkpoint.CheckpointFunction = Kept  # type: ignore[misc]
     setattr(checkpoint, _PATCHED, True)
