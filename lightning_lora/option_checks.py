@@ -248,8 +248,10 @@ def slices(name: str, values: Any) -> dict[str, dict[str, str]]:
 
 
 def tokens(name: str, values: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    """Return the tokens in ascending order."""
+    """Return the tokens in ascending order; no embedding is the same request as no token."""
     if isinstance(values, Mapping):
+        if not values:
+            return ()
         for key, tokens in values.items():
             if isinstance(tokens, Sequence) and not tokens:
                 raise ValueError(f"LoRAConfig.{name}[{key!r}] names no token, got {tokens!r}.")

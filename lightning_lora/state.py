@@ -188,11 +188,12 @@ def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Modul
 def warn_of_other_buffers(model: AdaptedModel, recorded: Fingerprint, part: nn.Module | None = None) -> None:
     """Warn if buffers of the base, which no adapter's file holds, are not those that an adapter was trained with."""
     if differing := differing_tensors(recorded, samples(unsaved_buffers(model, part), recorded)):
+        moves = " Running statistics move in every forward pass in training mode: call eval() to try the base."
         warnings.warn(
             f"The adapter was trained with other values in the buffers {listed(differing)} of this "
             f"{type(model.module).__name__}, so it may compute something else. Buffers that are set before fit belong "
             "to the base and are in no adapter's file: set them before loading, too, or set them in setup, whose "
-            "changes are saved.",
+            f"changes are saved.{moves if any('running_' in name for name in differing) else ''}",
             stacklevel=2,
         )
 

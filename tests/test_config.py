@@ -215,6 +215,10 @@ def test_number_subclasses_become_plain_numbers():
     assert [type(value) for value in kept] == [int, int, float, float, float]
 
 
+def test_no_embedding_and_no_token_are_the_same_request():
+    assert LoRAConfig(trainable_token_indices={}) == LoRAConfig()
+
+
 def test_lists_and_tuples_make_equal_configs():
     assert LoRAConfig(target_modules=["a"]) == LoRAConfig(target_modules=("a",))
 

@@ -52,11 +52,10 @@ from lightning_lora.storage.checkpoint import (
     recorded_base,
 )
 from lightning_lora.trainer.checks import check_same_adapters
-from lightning_lora.trainer.lightning_patches import with_twins
+from lightning_lora.trainer.lightning_patches import INSTALLED, with_twins
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
 
-_INSTALLED = "_lora_checkpoints"
 _PART = ".part"  # of a name while the file is being written
 _OLD = 3600.0  # seconds
 
@@ -91,7 +90,7 @@ class AdapterCheckpoints:
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
             setattr(strategy, name, getattr(self, name))
-        setattr(strategy, _INSTALLED, self)
+        setattr(strategy, INSTALLED, self)
 
     @property
     def _model(self) -> AdaptedModel:
@@ -325,7 +324,7 @@ def install_adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
     Raises:
         MisconfigurationException: The strategy is not supported, or not with these settings.
     """
-    found: AdapterCheckpoints | None = vars(strategy).get(_INSTALLED)
+    found: AdapterCheckpoints | None = vars(strategy).get(INSTALLED)
     return AdapterCheckpoints(strategy) if found is None else found
 
 

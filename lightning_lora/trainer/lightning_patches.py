@@ -5,6 +5,7 @@ Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.p
 
 1. ``_CheckpointConnector.restore_model`` refuses an adapter checkpoint if the module has no adapters. With
    ``strict_loading=False`` Lightning would drop the adapter silently, and no hook of ours runs without the callback.
+   For the same reason, it says what a fit without the callback trains if the module has adapters.
 2. ``_CheckpointConnector._select_ckpt_path`` remembers the path that it chose. Sharding strategies read the file only
    after the module is wrapped, too late to attach what the file holds.
 3. ``core.saving._load_state``, the end of ``load_from_checkpoint``, refuses adapter checkpoints: it would return the
@@ -36,6 +37,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -50,6 +52,7 @@ _IMPORT_NAMES = ("lightning.pytorch", "pytorch_lightning")
 _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
 _PATCHED = "_lora_patched"
 _CHOSEN = "_lora_chosen"
+INSTALLED = "_lora_checkpoints"  # the attribute of a strategy whose Trainer has, or had, the callback
 
 
 def install() -> None:
@@ -164,6 +167,7 @@ def _guard_trainers(connectors: ModuleType) -> None:
     def guarded(original: Any) -> Callable[..., Any]:
         def restore_model(connector: Any) -> None:
             module, checkpoint = connector.trainer.lightning_module, connector._loaded_checkpoint
+            _say_what_trains(connector.trainer, module)
             try:
                 if not overrides(module, "on_load_checkpoint"):  # which may attach
                     _refuse_without_adapters(module, checkpoint)
@@ -176,6 +180,18 @@ def _guard_trainers(connectors: ModuleType) -> None:
         return restore_model
 
     _replace(connectors._CheckpointConnector, "restore_model", guarded)
+
+
+def _say_what_trains(trainer: Trainer, module: nn.Module) -> None:
+    """Say that a fit without the callback trains adapters, and not the whole model as it may seem to."""
+    is_ours = hasattr(trainer.strategy, INSTALLED)
+    if trainer.state.fn == "fit" and not is_ours and (layers := AdaptedModel(module).layers):
+        rank_zero_info(
+            f"LoRA: {len(layers)} layers of this {type(module).__name__} carry adapters, and the Trainer has no "
+            "LoRACallback: only what requires gradients trains, and checkpoints hold the whole model, without the "
+            "adapters' options. Add the callback to train and save the adapters. For full fine-tuning, call "
+            "detach(model) first, or build the model anew."
+        )
 
 
 def _refuse_without_adapters(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

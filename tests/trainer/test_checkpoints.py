@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import time
@@ -397,6 +398,18 @@ def test_loading_without_buffers_that_were_set_before_the_fit_warns_of_them(tmp_
     assert torch.equal(right(x := torch.ones(2, FEATURES)), module(x))
     with pytest.warns(UserWarning, match="other values in the buffers center"):
         trainer(LoRACallback()).validate(Standardized(), loader(), ckpt_path=path, weights_only=False)
+
+
+def test_running_statistics_that_a_forward_pass_before_the_fit_moved_are_found_at_loading(tmp_path: Path) -> None:
+    class Normed(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(nn.Linear(FEATURES, 16), nn.BatchNorm1d(16), nn.Linear(16, FEATURES))
+
+    module = copy.deepcopy(base := Normed())
+    module.net(torch.ones(2, FEATURES))  # a look at the shape, in training mode
+    _, _, path = fitted(tmp_path, module)
+    with pytest.warns(UserWarning, match=r"net\.1\.running_mean.*every forward pass in training mode: call eval\(\)"):
+        load_adapter(base, path)
 
 
 def test_statistics_of_norms_in_weights_that_setup_loads_belong_to_the_base(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,23 @@ def test_trainer_without_callback_refuses_adapter(stage: str, strict: bool, tmp_
     with pytest.raises(RuntimeError, match=r"this Toy has no adapters.*LoRACallback\(\) takes all options"):
         getattr(trainer(), stage)(module, loader(), ckpt_path=path)
     assert not module.losses
+
+
+def test_trainer_without_callback_says_that_a_fit_of_an_adapted_module_is_no_full_fine_tuning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    message = "3 layers of this Toy carry adapters, and the Trainer has no LoRACallback"
+    module = Toy()
+    with caplog.at_level(logging.INFO):
+        trainer(LoRACallback(rank=4)).fit(module, loader())
+        trainer().validate(module, loader(), verbose=False)
+        assert message not in caplog.text
+        (run := trainer()).fit(module, loader())
+        assert message in caplog.text
+        caplog.clear()
+        detach(module)
+        run.fit(module, loader())
+    assert message not in caplog.text
 
 
 @pytest.mark.parametrize("strict", [True, False])

@@ -17,6 +17,7 @@ from lightning_lora import (
     adapter_names,
     adapter_state_dict,
     add_adapter,
+    combine,
     load_adapter,
     load_adapter_state_dict,
     lora_layers,
@@ -60,6 +61,16 @@ def test_each_task_trains_as_it_does_alone(kind: type[Toy]):
         alone = kind()
         fit(alone, LoRACallback(**options))
         assert same(state(module, name), adapter_state_dict(alone))
+
+
+def test_a_sum_trains_on_with_its_own_options():
+    module, options = Toy(), HEADLESS | {"target_modules": ["net.0"]}
+    for name in ("first", "second"):
+        fit(module, LoRACallback(adapter=name, **options))
+    combine(module, {"first": 0.5, "second": 0.5}, name="sum")
+    before = state(module, "sum")
+    fit(module, LoRACallback(adapter="sum", **options | {"rank": 4, "alpha": 4}))
+    assert not same(state(module, "sum"), before)
 
 
 def test_others_stay_bit_equal_and_outside_of_the_optimizer():
