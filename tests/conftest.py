@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -48,13 +47,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put files with slow tests first, so that processes that take whole files end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _imported_is_not_collected() -> None:
-    """Spare the garbage collector what earlier files have imported: half a million objects that never go."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -35,8 +35,9 @@ def benchmark(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -
     monkeypatch.syspath_prepend(str(FOLDER))
     level = logging.getLogger("lightning.pytorch").level
     module = importlib.import_module(request.param)
-    gc.freeze()  # benchmarks collect garbage in every round
+    gc.freeze()  # benchmarks collect garbage in every round, among all that has been imported
     yield module
+    gc.unfreeze()
     logging.getLogger("lightning.pytorch").setLevel(level)  # a benchmark may have changed it
 
 
