@@ -77,8 +77,8 @@ MUTANTS = [
     Mutant(
         "loading skips the last tensor",
         "state.py",
-        "        for name, tensor in model.trained.items():\n            copy_whole(tensor, state[name])\n",
-        "        for name, tensor in [*model.trained.items()][:-1]:\n            copy_whole(tensor, state[name])\n",
+        "        for name, tensor in model.trained.items():\n            if name not in grown:\n",
+        "        for name, tensor in [*model.trained.items()][:-1]:\n            if name not in grown:\n",
     ),
     Mutant(
         "loading takes a state with tensors missing",
