@@ -21,7 +21,7 @@ from tests.contract import train_all
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"),
-    reason="this torch, such as 2.6, cannot say whose hooks are set, so weights are kept",
+    reason="this torch, such as 2.7, cannot say whose hooks are set, so weights are kept",
 )
 E, T = 8, 5
 
