@@ -17,6 +17,9 @@ ModuleNames = dict[str, tuple[nn.Module, tuple[str, ...]]]  # first name of a mo
 # Names that torch.compile, FSDP and activation checkpointing insert for the modules they wrap.
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+# Modules that only hold others. They compute nothing, so none of them is a model.
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+
 # The child of a module with what it has under adapters that are not active (``named_adapters.py``).
 OTHERS = "lora_others"
 

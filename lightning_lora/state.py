@@ -14,7 +14,7 @@ from lightning_lora.fingerprint import Fingerprint, base_problems, differing_ten
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.layers.norm import has_running_statistics
 from lightning_lora.named_adapters import of_others
-from lightning_lora.names import OTHERS, clean_name, join, listed, near_names
+from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, near_names
 from lightning_lora.sharding import copy_whole, whole
 
 FORMAT_VERSION = 1
@@ -201,6 +201,8 @@ def warn_of_other_buffers(model: AdaptedModel, recorded: Fingerprint, part: nn.M
 def describe(module: nn.Module) -> dict[str, Any]:
     """Return the plain record that is saved with an adapter: everything needed to understand and load it."""
     model = AdaptedModel(module)
+    # None of them can be the model that an export of the file is about.
+    containers = [name for name, part in module.named_children() if isinstance(part, CONTAINERS)]
     return {
         "format_version": FORMAT_VERSION,
         "adapters": [
@@ -212,7 +214,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         ],
         "layers": _described_layers(model),
         "merges": model.merges,
-    }
+    } | ({"containers": containers} if containers else {})
 
 
 def _described_layers(model: AdaptedModel) -> dict[str, dict[str, Any]]:

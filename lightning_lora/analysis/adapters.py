@@ -23,8 +23,7 @@ from lightning_lora.loading import read_adapter
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import join, listed, module_names
 from lightning_lora.peft_format.directory import PeftFile
-from lightning_lora.peft_format.importing import make_import
-from lightning_lora.peft_format.names import matching_root
+from lightning_lora.peft_format.importing import make_import, matching_root
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import whole
 from lightning_lora.state import check_not_merged, has_base_values
@@ -281,7 +280,7 @@ def _with_weights(
         layers = list(file.layers.values())
         rows = {name: stored.rows for name, stored in file.tokens.items()}
     else:
-        module = matching_root(base, file.paths)
+        module = matching_root(base, file)
         root = next(name for name, (part, _) in module_names(base).items() if part is module)
         content = make_import(module, file)
         configs = {root: content.config}

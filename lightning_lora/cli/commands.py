@@ -128,9 +128,9 @@ def export(options: argparse.Namespace) -> Result:
     option("checkpoint", type=Path, metavar="CKPT", help="the .ckpt to write"),
     option(
         "--root",
-        default="model",
         metavar="NAME",
-        help='attribute of the LightningModule that holds the model (default: model); "" if it is the module itself',
+        help='attribute of the LightningModule that holds the model, "" if it is the module itself (default: the one '
+        "that DIR records, else model)",
     ),
     OVERWRITE,
 )

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_lora.names import listed, near_names
 from lightning_lora.peft_format.directory import CONFIG_FILE
-from lightning_lora.peft_format.names import without_wrappers
+from lightning_lora.peft_format.names import tails, without_wrappers
 from lightning_lora.storage.safetensors import StoredTensor, TensorFile, read_table
 
 SINGLE_FILE = "model.safetensors"
@@ -147,29 +147,75 @@ def _check_index(where: Mapping[str, str], shards: Mapping[str, TensorFile]) -> 
 # --- names
 
 
-def find_names(paths: Collection[str], names: Collection[str]) -> tuple[dict[str, str], str]:
-    """Return the adapter's name of every tensor -> its name in the base, and the prefix that only the adapter uses.
+class Renaming(NamedTuple):
+    """One way to read the names of a base as an adapter's.
+
+    Attributes:
+        names: The adapter's name of every tensor -> its name in the base; of the part alone if the file names it.
+        before: The prefix that only the adapter uses.
+        part: The prefix that only the base uses.
+        level: How many of the two are not empty; -1 for the part that the adapter's file names.
+    """
+
+    names: dict[str, str]
+    before: str
+    part: str
+    level: int
+
+
+def find_names(
+    paths: Collection[str],
+    names: Collection[str],
+    root: str | None = None,
+    has_values: Callable[[Mapping[str, str]], bool] | None = None,
+) -> Renaming:
+    """Return how to read the names of a base as the adapter's.
 
     An adapter may have been trained on the base inside another module: a model with a head calls ``h.0`` of its body
     ``transformer.h.0``, and a LightningModule calls it ``model.h.0``. So names may lose a first part and gain others.
+    A base may also hold several models alike, such as an encoder and a decoder: then the values decide.
+
+    Args:
+        paths: The adapted modules.
+        names: The base's tensors.
+        root: What the adapter's file calls the model that its names are relative to, as ``PeftFile.root``.
+        has_values: Whether a base so renamed has the values that the adapter was trained with; None if unknown.
 
     Raises:
-        ValueError: No such renaming finds all paths in the base.
+        ValueError: No renaming finds all paths in the base, or several equally simple ones do.
     """
-    most, missing = -1, list[str]()
-    for without, before in _affixes(paths, names):
-        renamed = {before + name.removeprefix(without): name for name in names}
-        if len(renamed) < len(names):
+    most, missing, found = -1, list[str](), list[Renaming]()
+    for without, before, level in _affixes(paths, names, root):
+        if has_values is None and found and level > found[0].level:
+            break
+        inside = [name for name in names if level >= 0 or name.startswith(without)]
+        renamed = {before + name.removeprefix(without): name for name in inside}
+        if len(renamed) < len(inside):
             continue
         modules = module_paths(renamed)
         unresolved = sorted(path for path in paths if without_wrappers(path, modules) is None)
         if not unresolved:
-            return renamed, before
-        if len(paths) - len(unresolved) > most:
+            found.append(Renaming(renamed, before, without, level))
+            if has_values is not None and has_values(renamed):
+                return found[-1]
+        elif len(paths) - len(unresolved) > most:
             most, missing = len(paths) - len(unresolved), unresolved
+    if not found:
+        raise ValueError(_no_modules(missing, names))
+    alike = [each.part.removesuffix(".") for each in found if each.level == found[0].level]
+    if found[0].level > 0 and len(alike) > 1:
+        raise ValueError(
+            f"The adapter fits several parts of the base: {listed(alike)}. Neither names nor values tell for which one "
+            "it was trained. Give its layers their full names with lightning-lora import ADAPTER FILE.ckpt --root "
+            f"{alike[0]}, and use that file."
+        )
+    return found[0]
+
+
+def _no_modules(missing: Sequence[str], names: Collection[str]) -> str:
     near = near_names(missing[0], module_paths(names))
     hint = f" Closest names: {', '.join(map(repr, near))}." if near else ""
-    raise ValueError(
+    return (
         f"The base has no modules {listed(missing)}, which the adapter targets.{hint} Either it is a different "
         "model, or its library renames tensors on loading; in that case load the model, then use "
         "lightning_lora.load_adapter and merge."
@@ -187,9 +233,11 @@ def module_paths(names: Collection[str]) -> set[str]:
     return found
 
 
-def _affixes(paths: Collection[str], names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield what to take from the front of the base's names, and what to put there; the simplest pairs first."""
+def _affixes(paths: Collection[str], names: Collection[str], root: str | None) -> Iterator[tuple[str, str, int]]:
+    """Yield what to take from the front of the base's names, what to put there, and their level; the simplest first."""
     parts = min(paths, default="").split(".")
     before = ["", *(".".join(parts[:depth]) + "." for depth in range(1, min(_MOST_PARTS, len(parts) - 1) + 1))]
     without = ["", *sorted({name.partition(".")[0] + "." for name in names if "." in name})[:16]]
-    yield from sorted(product(without, before), key=lambda pair: (bool(pair[0]) + bool(pair[1]), pair))
+    yield from ((f"{name}.", "", -1) for name in tails(root or "") if name)
+    for pair in sorted(product(without, before), key=lambda pair: (bool(pair[0]) + bool(pair[1]), pair)):
+        yield *pair, bool(pair[0]) + bool(pair[1])

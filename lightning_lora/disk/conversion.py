@@ -67,11 +67,11 @@ def _export_of(file: CheckpointFile, root: str | None = None) -> tuple[Export, F
         _check_exportable(file)
         skeleton = _skeleton_of_checkpoint(file)
         trained = list(AdaptedModel(skeleton).trained)
-        root = _common_root(trained) if root is None else root
+        root = _common_root(trained, file.record.get("containers", ())) if root is None else root
         if root and not any(is_below(name, (root,)) for name in trained):
             raise ValueError(f"root={root!r} holds nothing of the adapter, which trains {listed(trained, 3)}.")
         export = exported(skeleton, root)
-        export.is_partial = True
+        export.is_partial, export.recorded_root = True, root
         return export, below(file.base, export.root_name)
 
 
@@ -89,7 +89,8 @@ def read_as_peft(path: Path) -> PeftFile:
     check_expressible(export)
     options = export.config(None)
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in export.tensors().items()}
-    return PeftFile(path, tensors, options, {}, parse_config(options)[0], base_text=json.dumps(to_plain(base)))
+    config, known = parse_config(options)[0], json.dumps(to_plain(base))
+    return PeftFile(path, tensors, options, {}, config, base_text=known, root=export.recorded_root)
 
 
 def _check_exportable(file: CheckpointFile) -> None:
@@ -117,18 +118,21 @@ def _skeleton_of_checkpoint(file: CheckpointFile) -> nn.Module:
     return skeleton
 
 
-def _common_root(names: Collection[str]) -> str:
-    """Return the child that holds everything, unless it is itself a layer."""
+def _common_root(names: Collection[str], containers: Collection[str]) -> str:
+    """Return the child that holds everything, unless it is itself a layer, or a list of modules."""
     paths = {name.partition(".lora.")[0] if ".lora." in name else name.rpartition(".")[0] for name in names}
     first = {path.partition(".")[0] for path in paths}
-    return first.pop() if len(first) == 1 and all("." in path for path in paths) else ""
+    is_model = len(first) == 1 and not first & {*containers} and all("." in path for path in paths)
+    return first.pop() if is_model else ""
 
 
-def import_directory(directory: Path, checkpoint: Path, *, root: str = "model", overwrite: bool = False) -> list[str]:
+def import_directory(
+    directory: Path, checkpoint: Path, *, root: str | None = None, overwrite: bool = False
+) -> list[str]:
     """Write a PEFT directory as a ``.ckpt`` for ``load_adapter`` and ``trainer.test(ckpt_path=...)``.
 
-    All names begin with ``root``, the name of the model inside the LightningModule, ``""`` if it is the module itself.
-    The names of the layers are returned.
+    All names begin with ``root``, the name of the model inside the LightningModule, ``""`` if it is the module itself;
+    by default the one that the directory records, else ``"model"``. The names of the layers are returned.
 
     Raises:
         ValueError: The files do not describe the adapter well enough, or use unsupported options. Nothing was written.
@@ -138,6 +142,8 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model", 
         raise ValueError(f"{str(directory)!r} is a file, not a PEFT directory; import writes a .ckpt from a directory.")
     check_new(checkpoint, overwrite=overwrite)
     file = read_directory(directory)
+    if root is None:
+        root = "model" if file.root is None else file.root
     with damage_named(directory):
         skeleton = _bare_skeleton(file, root)
         part = skeleton.get_submodule(root)
@@ -153,12 +159,14 @@ def import_directory(directory: Path, checkpoint: Path, *, root: str = "model", 
             raise ValueError("; ".join(problems))
         fill(skeleton, state)
     model = AdaptedModel(skeleton)
+    # Where the module itself is the model, none of its children is, so that an export gives the same names again.
+    containers = {} if root else {"containers": sorted({name.partition(".")[0] for name in model.trained})}
     checkpoint_content = {
         "epoch": 0,
         "global_step": 0,
         "pytorch-lightning_version": importlib.metadata.version("lightning"),
         "state_dict": {name: tensor.detach() for name, tensor in model.trained.items()},
-        RECORD_KEY: describe(skeleton) | {"base": to_plain(base), "optimizers": []},
+        RECORD_KEY: describe(skeleton) | containers | {"base": to_plain(base), "optimizers": []},
     }
     replace_file(checkpoint, lambda place: torch.save(checkpoint_content, place))
     return sorted(model.adapters)

@@ -7,6 +7,7 @@ a layer is stored is known to its adapter class, which also makes the stand-in f
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.disk.base_folder import WIDE, BaseFolder, find_names, module_paths, open_base
-from lightning_lora.fingerprint import Fingerprint, base_problems, places, sample
+from lightning_lora.disk.base_folder import WIDE, BaseFolder, Renaming, find_names, module_paths, open_base
+from lightning_lora.fingerprint import Fingerprint, Sample, base_problems, differing_tensors, places, sample
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.loading import read_adapter
@@ -34,7 +35,7 @@ from lightning_lora.peft_format.names import without_wrappers
 from lightning_lora.state import mismatches, record_problems
 from lightning_lora.storage.adapter_file import StoredLayer, damage_named
 from lightning_lora.storage.checkpoint import CheckpointFile
-from lightning_lora.storage.safetensors import Layout, StoredTensor
+from lightning_lora.storage.safetensors import Layout
 from lightning_lora.surgery import attach, attach_entry
 
 Layouts = Mapping[str, Layout]
@@ -158,31 +159,45 @@ def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fit
             and ``check_base`` is set.
         FileNotFoundError: The adapter does not exist.
     """
-    file = read_adapter(path)
+    file, sampled = read_adapter(path), functools.cache(partial(_sampled, base))
     layouts: dict[str, Layout] = dict(base.tensors)
     layouts |= {head: layouts[source] for head, source in base.tied_heads.items()}
+
+    def values(names: Mapping[str, str]) -> Fingerprint:
+        """Return the fingerprint of the base under the names that the adapter uses."""
+        found = {name: sampled(names[name]) for name in file.base if name in names}
+        return {name: each for name, each in found.items() if each is not None}
+
+    def has_values(names: Mapping[str, str]) -> bool:
+        return bool(found := values(names)) and not differing_tensors(file.base, found)
+
     with warnings.catch_warnings(), damage_named(path):
         warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank
-        fit = _fit_peft(file, base, layouts) if isinstance(file, PeftFile) else _fit_checkpoint(file, layouts)
+        if isinstance(file, PeftFile):
+            renaming = find_names(file.paths, layouts, file.root, has_values if file.base else None)
+            fit = _fit_peft(file, base, layouts, renaming)
+        else:
+            _check_mergeable(file)
+            renaming = find_names(file.paths, layouts, None, has_values if file.base else None)
+            fit = _fit_checkpoint(file, layouts, renaming)
     if check_base:
-        fit.compared = _compared(file.base, {n: base.tensors[b] for n, b in fit.names.items() if b in base.tensors})
+        found = values(fit.names)
+        if problems := base_problems(file.base, found, "folder or file", override="--any-base"):
+            raise ValueError(problems[0])
+        fit.compared = len(found)
     return fit
 
 
-def _compared(recorded: Fingerprint, stored: Mapping[str, StoredTensor]) -> int:
-    """Return how many tensors match a fingerprint; raise if any does not."""
-    found = {
-        name: sample(tensor.shape, tensor.dtype, tensor.read().reshape(-1)[places(tensor.shape)])
-        for name in recorded
-        if (tensor := stored.get(name)) is not None and tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
-    }
-    if problems := base_problems(recorded, found, "folder or file", override="--any-base"):
-        raise ValueError(problems[0])
-    return len(found)
+def _sampled(base: BaseFolder, name: str) -> Sample | None:
+    """Return the sample of a tensor of a base; None if it is missing, or no plain numbers."""
+    tensor = base.tensors.get(name)
+    if tensor is None or not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+        return None
+    return sample(tensor.shape, tensor.dtype, tensor.read().reshape(-1)[places(tensor.shape)])
 
 
-def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
-    names, before = find_names(file.paths, layouts)
+def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts, renaming: Renaming) -> Fitted:
+    names = renaming.names
     mine = {name: layouts[each] for name, each in names.items()}
     added = _new_modules(file, mine)
     mine |= {name: Layout(file.tensors[name].dtype, tuple(file.tensors[name].shape)) for name in added}
@@ -196,16 +211,17 @@ def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts) -> Fitted:
     attach(skeleton, content.config)
     model = AdaptedModel(skeleton)
     state = import_state(content, model)
-    return _fitted(skeleton, state, names, _names_of_added(added, before, names), [])
+    return _fitted(skeleton, state, names, _names_of_added(added, renaming), [])
 
 
-def _names_of_added(added: Sequence[str], before: str, names: Mapping[str, str]) -> dict[str, str]:
+def _names_of_added(added: Sequence[str], renaming: Renaming) -> dict[str, str]:
     """Return what tensors that the base lacks will be called there; raise if it calls something else so.
 
     Of ``model.bert.``, which only the adapter's names have, ``model.classifier`` loses the part that it shares.
     """
-    renamed = {name: name.removeprefix(_shared_parts(name, before)) for name in added}
-    uses = Counter([*names.values(), *renamed.values()])
+    above = renaming.part if renaming.level < 0 else ""
+    renamed = {name: above + name.removeprefix(_shared_parts(name, renaming.before)) for name in added}
+    uses = Counter([*renaming.names.values(), *renamed.values()])
     if taken := [name for name, new in renamed.items() if uses[new] > 1]:
         raise ValueError(
             f"{listed(taken)}: trained in full and not in the base, where another tensor would have the same name; "
@@ -231,12 +247,15 @@ def _new_modules(file: PeftFile, mine: Collection[str]) -> list[str]:
     ]
 
 
-def _fit_checkpoint(file: CheckpointFile, layouts: Layouts) -> Fitted:
+def _check_mergeable(file: CheckpointFile) -> None:
     if file.merges:
         raise ValueError("The adapter was trained on a base with another adapter merged into it; merge it in memory.")
     if not file.paths:
         raise ValueError("The checkpoint holds no adapter.")
-    names, before = find_names(file.paths, layouts)
+
+
+def _fit_checkpoint(file: CheckpointFile, layouts: Layouts, renaming: Renaming) -> Fitted:
+    names = renaming.names
     mine = {name: layouts[each] for name, each in names.items()}
     added = _new_modules_of_checkpoint(file, mine)
     mine |= {name: Layout(file.tensors[name].dtype, tuple(file.tensors[name].shape)) for name in added}
@@ -249,7 +268,7 @@ def _fit_checkpoint(file: CheckpointFile, layouts: Layouts) -> Fitted:
     moved = file.record.get("buffers", {})  # such as running statistics that averaging the weights has set anew
     known |= {name: each for name, each in moved.items() if name in mine and mine[name].shape == tuple(each.shape)}
     ignored = sorted((file.tensors.keys() | moved.keys()) - known.keys())
-    return _fitted(skeleton, known, names, _names_of_added(added, before, names), ignored)
+    return _fitted(skeleton, known, names, _names_of_added(added, renaming), ignored)
 
 
 def _new_modules_of_checkpoint(file: CheckpointFile, mine: Collection[str]) -> list[str]:

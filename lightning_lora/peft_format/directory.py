@@ -37,6 +37,7 @@ PICKLED_FILE = "adapter_model.bin"
 CARD_FILE = "README.md"
 CARD_MARK = "<!-- written by lightning_lora; without this line the file is never replaced -->"
 _BASE_KEY = "lightning_lora_base"
+_ROOT_KEY = "lightning_lora_root"
 _LARGEST_CONFIG = 64 * 2**20
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _ATTENTION_OUTPUT = ".base_layer.out_proj"
@@ -55,11 +56,13 @@ class PeftFile(AdapterFile):
         config: The parsed options.
         alien: Names in the file that do not begin as PEFT's do.
         base_text: The fingerprint of the base, as the file holds it.
+        root: Name, in the module that was saved, of the model that the names are relative to; None if unknown.
     """
 
     config: PeftConfig
     alien: tuple[str, ...] = ()
     base_text: str = ""
+    root: str | None = None
 
     @functools.cached_property
     @override
@@ -185,10 +188,11 @@ def read_directory(directory: str | PathLike[str]) -> PeftFile:
     """
     path = Path(directory)
     options, config = _read_config(path / CONFIG_FILE)
-    tensors, base = _read_tensors(path)
+    tensors, metadata = _read_tensors(path)
     alien = tuple(key for key in tensors if not key.startswith(PREFIX))
     named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
-    return PeftFile(path, named, options, {}, config, alien, base)
+    base, root = metadata.get(_BASE_KEY, ""), metadata.get(_ROOT_KEY)
+    return PeftFile(path, named, options, {}, config, alien, base, root)
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], PeftConfig]:
@@ -210,12 +214,11 @@ def _read_config(path: Path) -> tuple[dict[str, Any], PeftConfig]:
     return options, config
 
 
-def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors under the names that they have in the file, and the text of the base's fingerprint."""
+def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Return the tensors under the names that they have in the file, and the file's metadata."""
     path = directory / TENSORS_FILE
     if path.is_file():
-        tensors, metadata = read_file(path)
-        return tensors, metadata.get(_BASE_KEY, "")
+        return read_file(path)
     path = directory / PICKLED_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{str(directory)!r} holds neither {TENSORS_FILE} nor {PICKLED_FILE}.")
@@ -229,14 +232,15 @@ def _read_tensors(directory: Path) -> tuple[dict[str, Tensor], str]:
             f"failed with {type(error).__name__}: {error}"
         ) from error
     if isinstance(found, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()):
-        return found, ""
+        return found, {}
     raise ValueError(f"{str(path)!r} does not contain a mapping of names to tensors. Nothing was changed.")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, base: Fingerprint) -> None:
-    """Write the tensors, with the base's fingerprint; the same ones always give the same bytes."""
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, base: Fingerprint, root: str | None = None) -> None:
+    """Write the tensors, with the base's fingerprint and the root; the same ones always give the same bytes."""
     # Not in the config: PEFT warns of options that it does not know, and reads no metadata.
     known = {_BASE_KEY: json.dumps(to_plain(base), separators=(",", ":"))} if base else {}
+    known |= {} if root is None else {_ROOT_KEY: root}
     # As the library orders them, so that each lies at a multiple of its size.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     layouts = {name: Layout(tensors[name].dtype, tuple(tensors[name].shape)) for name in names}
@@ -246,12 +250,13 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, base: Fingerprint) 
             writer.write(name, tensors[name])
 
 
-def model_card(options: Mapping[str, Any], parameters: int) -> str:
+def model_card(options: Mapping[str, Any], parameters: int, root: str | None = None) -> str:
     """Return the model card that the users of a hub expect: the base, the options, and how to load the adapter.
 
     Args:
         options: The content of ``adapter_config.json``.
         parameters: The number of trained parameters.
+        root: As ``PeftFile.root``.
     """
     base, kind = options["base_model_name_or_path"], options["auto_mapping"] or {}
     head = ["library_name: peft", "tags:", "- lora", "- lightning-lora"]
@@ -263,7 +268,8 @@ def model_card(options: Mapping[str, Any], parameters: int) -> str:
     base_text = f"`{base}`" if base else kind.get("base_model_class", "unknown; add its name here")
     lines = ["---", *head, "---", "", CARD_MARK, "", "# LoRA adapter", "", f"Base model: {base_text}", ""]
     lines += ["| option | value |", "| --- | --- |", *rows, f"| parameters | {parameters:,} |", "", "## Loading", ""]
-    lines += ["With the base model as `model`:", "", "```python", "from peft import PeftModel", ""]
+    what = f"the module `{root}` of what was trained" if root else "the base model"
+    lines += [f"With {what} as `model`:", "", "```python", "from peft import PeftModel", ""]
     lines += ['model = PeftModel.from_pretrained(model, "path/to/this/folder")', "```", "", "or", "", "```python"]
     lines += ["from lightning_lora import load_adapter", "", 'load_adapter(model, "path/to/this/folder")', "```", ""]
     return "\n".join(lines)

@@ -25,7 +25,7 @@ from lightning_lora.layers import (
     weight_readers,
 )
 from lightning_lora.layers.linear import Conv1DAdapter, LinearAdapter
-from lightning_lora.names import is_below, join, listed, module_names
+from lightning_lora.names import CONTAINERS, is_below, join, listed, module_names
 from lightning_lora.peft_format.config import (
     HEADS_OF_TASKS,
     LAST_KNOWN_PEFT_TEXT,
@@ -45,7 +45,6 @@ from lightning_lora.peft_format.names import (
 )
 
 _FUSED_IN_EVAL = "TransformerEncoderLayer"  # calls its layers whenever gradients flow
-_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # PEFT saves none whole
 
 
 @dataclass
@@ -64,6 +63,7 @@ class Export:
         is_partial: Whether the model has other modules, so that only full names mean these.
         spellings: The path in PEFT's model -> the path in the files from which PEFT makes it.
         moved: Buffers of the base that training has changed by itself.
+        recorded_root: As ``PeftFile.root``.
     """
 
     root: nn.Module
@@ -77,6 +77,7 @@ class Export:
     is_partial: bool = False
     spellings: dict[str, str] = field(default_factory=dict)
     moved: list[str] = field(default_factory=list)
+    recorded_root: str | None = None
     use_rslora: bool = False
     use_dora: bool = False
     lora_bias: bool = False
@@ -383,7 +384,7 @@ class ExportCollector:
         for name, (part, aliases) in self.names.items():
             own = {id(tensor) for tensor in (*part.parameters(), *part.buffers())}
             is_like = bool(saved) and name.endswith(saved) and not is_below(name, saved)
-            if is_like and len(aliases) == 1 and not own & trained and not isinstance(part, _CONTAINERS):
+            if is_like and len(aliases) == 1 and not own & trained and not isinstance(part, CONTAINERS):
                 self.result.saved[name] = part
                 self.result.namesakes.append(name)
 

@@ -29,7 +29,7 @@ from lightning_lora.peft_format.directory import (
 )
 from lightning_lora.peft_format.export import Export, ExportCollector
 from lightning_lora.peft_format.factors import PeftLayer
-from lightning_lora.peft_format.names import chosen_root, found_root
+from lightning_lora.peft_format.names import chosen_root, found_root, is_lightning_module
 from lightning_lora.sharding import is_sharded
 from lightning_lora.state import unsaved_buffers
 from lightning_lora.storage.atomic import replace_directory
@@ -120,10 +120,11 @@ def write_export(
     config, tensors = export.config(base_name, task_type), export.tensors()
 
     def write(new: Path) -> None:
-        write_tensors(tensors, new / TENSORS_FILE, base)
+        write_tensors(tensors, new / TENSORS_FILE, base, export.recorded_root)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if not (card := directory / CARD_FILE).is_file() or CARD_MARK in card.read_text("utf-8", errors="replace"):
-            (new / CARD_FILE).write_text(model_card(config, sum(map(Tensor.numel, tensors.values()))), encoding="utf-8")
+            parameters = sum(map(Tensor.numel, tensors.values()))
+            (new / CARD_FILE).write_text(model_card(config, parameters, export.recorded_root), encoding="utf-8")
 
     replace_directory(directory, write, marker=CONFIG_FILE, stale=(PICKLED_FILE,), overwrite=overwrite)
 
@@ -175,6 +176,8 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
 
     root = found_root(module, holds_all) if export_root is None else chosen_root(module, export_root)
     export = ExportCollector(module, *root).collect()
+    # Of a model that is saved by itself, nobody knows what it is called elsewhere.
+    export.recorded_root = export.root_name if export.root_name or is_lightning_module(module) else None
     if export_root is not None:
         _leave_out(export, model)
     moved = sorted(name for each in model.roots for name in each.attachment.moved)

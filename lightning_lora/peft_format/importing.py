@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,14 @@ from lightning_lora.peft_format.factors import Geometry, PeftLayer, from_file, s
 from lightning_lora.peft_format.names import (
     PREFIX,
     expert_names,
-    matching_root,
+    likely_roots,
     parameters_named,
     paths_in_model,
+    tails,
     tensors_in_full,
     without_wrappers,
 )
-from lightning_lora.state import check_base_values
+from lightning_lora.state import check_base_values, has_base_values
 from lightning_lora.storage.adapter_file import StoredTokens
 
 
@@ -57,7 +59,7 @@ def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -
         ValueError: The file does not fit the module, or its base.
     """
     names_of = functools.cache(module_names)
-    root = matching_root(module, file.paths, names_of)
+    root = matching_root(module, file, names_of)
     names = names_of(root)
     try:
         with weights_only_read(part for part, _ in names.values()):
@@ -69,6 +71,48 @@ def import_into(module: nn.Module, file: PeftFile, *, check_base: bool = True) -
     if check_base:
         check_base_values(AdaptedModel(module), file.base, root)
     return content
+
+
+def matching_root(
+    module: nn.Module, file: PeftFile, names_of: Callable[[nn.Module], ModuleNames] = module_names
+) -> nn.Module:
+    """Return the model inside a module that a file is for: it has a module at each path, and the recorded values.
+
+    If none has those values, or the file records none, the model is found by its recorded name, then as for an export.
+
+    Args:
+        module: The module.
+        file: The adapter.
+        names_of: As ``module_names``.
+
+    Raises:
+        ValueError: Several models fit equally well.
+    """
+
+    @functools.cache
+    def has_all(part: nn.Module) -> bool:
+        names = {alias for _, aliases in names_of(part).values() for alias in aliases}
+        return file.paths <= names or all(without_wrappers(path, names) for path in file.paths)
+
+    inside = {alias: part for part, aliases in names_of(module).values() for alias in aliases}
+    recorded = [(name, inside[name]) for name in tails(file.root) if name in inside] if file.root is not None else []
+    likely, itself = likely_roots(module, has_all), ("", module)
+    # Whoever wrote the file may have wrapped the model at another depth.
+    ranked = [*([each] for each in recorded), likely, [itself], list(module.named_children())]
+    fitting = [[(name, part) for name, part in each if has_all(part)] for each in ranked]
+    if file.base:
+        for _, part in chain(*fitting):
+            if has_base_values(part, file.base):
+                return part
+    best = next(filter(None, fitting), [*likely, itself][:1])
+    if len(best) > 1:
+        raise ValueError(
+            f"The adapter in {str(file.path)!r} fits several parts of this {type(module).__name__}: "
+            f"{listed([name for name, _ in best])}. Nothing was changed. Load it into one of them, as in "
+            f"load_adapter(model.{best[0][0]}, ...), or give its layers their full names: lightning-lora import "
+            f"DIRECTORY FILE.ckpt --root {best[0][0]}."
+        )
+    return best[0][1]
 
 
 def make_import(root: nn.Module, file: PeftFile, names: ModuleNames | None = None) -> Import:

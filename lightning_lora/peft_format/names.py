@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.names import OTHERS, ModuleNames, clean_name, join, listed, module_names, near_names, walk
+from lightning_lora.names import (
+    CONTAINERS,
+    OTHERS,
+    clean_name,
+    join,
+    listed,
+    module_names,
+    near_names,
+    walk,
+)
 
 PREFIX = "base_model.model."
 TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # of the key of an embedding's trained rows
@@ -45,7 +53,7 @@ def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tup
     """Return the model that PEFT would wrap, with its name: the one to which names in the files are relative.
 
     That is the one transformers model inside, or of a LightningModule the one child that holds everything, or the
-    module itself.
+    module itself. A list of modules is no model: it computes nothing, so nobody could wrap it.
 
     Args:
         module: The module.
@@ -54,15 +62,7 @@ def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tup
     Raises:
         ValueError: Several qualify.
     """
-    models = list(_pretrained_models(module))
-    if len(models) > 1:
-        models = [(name, model) for name, model in models if holds_all(model)]
-    if not models and _is_lightning_module(module):
-        models = [
-            (name, child)
-            for name, child in module.named_children()
-            if not isinstance(child, LoRALayer) and holds_all(child)
-        ]
+    models = likely_roots(module, holds_all)
     if len(models) > 1:
         raise ValueError(
             f"{type(module).__name__} holds several models: {listed([name for name, _ in models])}. "
@@ -71,24 +71,23 @@ def found_root(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> tup
     return models[0] if models else ("", module)
 
 
-def matching_root(
-    module: nn.Module,
-    paths: set[str],
-    names_of: Callable[[nn.Module], ModuleNames] = module_names,
-) -> nn.Module:
-    """Return the model that has a module at each of these paths of a file; ValueError if several do."""
+def likely_roots(module: nn.Module, holds_all: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
+    """Return the models inside a module that ``found_root`` chooses from, with their names."""
+    models = list(_pretrained_models(module))
+    if len(models) > 1:
+        models = [(name, model) for name, model in models if holds_all(model)]
+    if models or not is_lightning_module(module):
+        return models
+    children = [
+        (name, child) for name, child in module.named_children() if not isinstance(child, (LoRALayer, *CONTAINERS))
+    ]
+    return [(name, child) for name, child in children if holds_all(child)]
 
-    @functools.cache
-    def has_all(part: nn.Module) -> bool:
-        names = {alias for _, aliases in names_of(part).values() for alias in aliases}
-        return paths <= names or all(without_wrappers(path, names) for path in paths)
 
-    _, found = found_root(module, has_all)
-    if has_all(found):
-        return found
-    # Whoever wrote the file may have wrapped the model at another depth.
-    others = [part for part in (module, *module.children()) if has_all(part)]
-    return others[0] if len(others) == 1 else found
+def tails(name: str) -> list[str]:
+    """Return a dotted name, and what is left of it without its first parts: ``a.b.c``, ``b.c``, ``c``."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _pretrained_models(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -100,12 +99,13 @@ def _pretrained_models(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, part in parts:
         if type(part) not in kinds or any(not outer or name.startswith(f"{outer}.") for outer in found):
             continue
-        if hasattr(part, "config") and not _is_lightning_module(part):
+        if hasattr(part, "config") and not is_lightning_module(part):
             found.append(name)
             yield name, part
 
 
-def _is_lightning_module(module: nn.Module) -> bool:
+def is_lightning_module(module: nn.Module) -> bool:
+    """Return whether a module is made to be trained by a Trainer."""
     return hasattr(type(module), "training_step") and hasattr(type(module), "configure_optimizers")
 
 

@@ -192,7 +192,7 @@ def write_sum(
     check_needs_no_base(model, summands, cut.caller)
     fill(skeleton, state_of_sum(model, layers, summands))
     export = exported(skeleton, "")
-    export.is_partial = True
+    export.is_partial, export.recorded_root = True, _common(file.root for file in files)
     task, base_name = (_common(file.options.get(key) for file in files) for key in ("task_type", _BASE_NAME))
     write_export(export, Path(out), base_name, base, overwrite=overwrite, task_type=task)
     return [layer.summary for layer in layers.values()]
