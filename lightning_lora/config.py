@@ -202,11 +202,14 @@ class LoRAConfig:
         for option in fields(self):
             value = getattr(self, option.name)
             if value is not option.default:  # defaults need no check
+                if value is None:
+                    raise TypeError(f"LoRAConfig.{option.name}=None is not possible; leave the option out instead.")
                 object.__setattr__(self, option.name, _CHECKS[option.name](option.name, value))
         if not (self.target_modules or self.target_parameters or self.target_slices or self.trainable_token_indices):
             raise ValueError(
                 f"No target given (LoRAConfig.target_modules={self.target_modules!r}): set target_modules, "
-                "target_parameters, target_slices or trainable_token_indices."
+                "target_parameters, target_slices or trainable_token_indices. To train only a head, without adapters, "
+                "leave LoRA out and freeze the rest of the model."
             )
         if self.is_auto and (self.rank_budget is None or self.start.name not in STARTS_FROM_DATA):
             raise ValueError(

@@ -68,13 +68,13 @@ WRONG_VALUE = {
     "target_parameters": [[""]],
     "target_slices": [{"a": {}}, *({"a": {"q": text}} for text in ("", "3", ":,", "a:b", "0:4:0", "0:1:2:3"))],
     "trainable_token_indices": [[-1], [1, 1], {"a": []}, {"a": [-2]}, {"a": [3, 5, 3]}],
-    "bias": ["", "lora", True, None],
+    "bias": ["", "lora", True],
     "rank_pattern": [{"a": 0}, {"a": -3}],
     "alpha_pattern": [{"a": 0}, {"a": math.nan}, {"a": math.inf}, {"a": -1.0}],
-    "init": ["", "pisa", "Kaiming", 3, None, True],
+    "init": ["", "pisa", "Kaiming", 3, True],
     "rank_budget": [0, -1, True, 1.5, "0%", "-1%", "1 percent", "8XB", "0MB"],
-    "adapter_dtype": ["", "fp32", "torch.float32", "int8", torch.float32, None],
-    "frozen_norm": ["", "frozen", True, None],
+    "adapter_dtype": ["", "fp32", "torch.float32", "int8", torch.float32],
+    "frozen_norm": ["", "frozen", True],
 }
 
 
@@ -107,6 +107,12 @@ def test_invalid_value_names_option_and_value(option: str, value: Any):
 def test_every_option_is_checked(option: str):
     with pytest.raises((TypeError, ValueError), match=option):
         LoRAConfig(**{option: object()})
+
+
+@pytest.mark.parametrize("option", [each.name for each in dataclasses.fields(LoRAConfig) if each.default is not None])
+def test_none_is_answered_by_leaving_the_option_out(option: str):
+    with pytest.raises(TypeError, match=rf"LoRAConfig\.{option}=None is not possible; leave the option out instead"):
+        LoRAConfig(**{option: None})
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])

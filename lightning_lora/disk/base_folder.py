@@ -84,6 +84,11 @@ def open_base(path: Path) -> BaseFolder:
         ValueError: The files cannot be read, contradict each other, or name files outside the folder.
         FileNotFoundError: They do not exist.
     """
+    if path.is_file() and path.suffix in _WEIGHTS and path.suffix != ".safetensors":
+        raise ValueError(
+            f"{str(path)!r} is a {path.suffix} file, and only safetensors are read. Write the base's state_dict() with "
+            "safetensors.torch.save_model or, for a model of transformers, with save_pretrained, and name that."
+        )
     if path.is_file():
         return BaseFolder({SINGLE_FILE: read_table(path)})
     if not path.is_dir():
@@ -93,8 +98,8 @@ def open_base(path: Path) -> BaseFolder:
         raise FileNotFoundError(f"{str(path)!r} holds an adapter ({CONFIG_FILE}), not a base; name the model's folder.")
     if index is None and not (path / SINGLE_FILE).is_file():
         raise FileNotFoundError(
-            f"{str(path)!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}. Only safetensors are read: save the model "
-            "with save_pretrained(..., safe_serialization=True)."
+            f"{str(path)!r} holds neither {SINGLE_FILE} nor {INDEX_FILE}, and only safetensors are read: save a model "
+            "of transformers with save_pretrained(..., safe_serialization=True), or name the safetensors file itself."
         )
     names = [SINGLE_FILE] if index is None else _shard_names(path, index)
     shards = {name: read_table(path / name) for name in names}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.files import run
 from tests.peft_format.kinds import WARNED
@@ -96,3 +97,12 @@ def test_changed_bytes_give_no_traceback(
         path.write_bytes(changed)
         assert run("verify", *files) in (0, 1)
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
+def test_base_in_another_format_gets_the_way_to_safetensors(
+    suffix: str, files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({}, base := files[1] / f"base{suffix}")
+    assert run("verify", files[0], base) == 1
+    assert f"is a {suffix} file, and only safetensors are read. Write the base's" in capsys.readouterr().err
