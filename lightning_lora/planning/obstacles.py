@@ -35,6 +35,9 @@ from lightning_lora.sharding import is_sharded
 
 TOO_SMALL = "the highest rank of its weight"
 EXCLUDED = "in exclude_modules"
+UNKNOWN_MATRIX = (
+    "held by no layer of a known kind; name it in target_parameters, or call register_adapter for its class"
+)
 
 
 class Obstacles:
@@ -231,9 +234,8 @@ def _missed_targets(plan: Plan) -> Iterator[str]:
     for word in () if is_default else config.families:
         if word not in there and not (word == EVERYTHING and there):
             what = {ALL_LINEAR: "linear layer", ALL_CONV: "convolution"}.get(word, f"layer of these kinds: {SUPPORTED}")
-            others = f" Its matrices are {listed([*plan.left_out])}; name them in target_parameters." * bool(
-                plan.left_out
-            )
+            matrices = [name for name, reason in plan.left_out.items() if reason == UNKNOWN_MATRIX]
+            others = f" Its matrices are {listed(matrices)}; name them in target_parameters." if matrices else ""
             yield f"target_modules={word!r}: {plan.root} has no {what}.{others}"
     adaptable = [plan.names[name] for name, module in plan.modules.items() if adapter_type(module)]
     unknown = unmatched(targets, everything)

@@ -43,7 +43,14 @@ from lightning_lora.names import (
     tied_names,
 )
 from lightning_lora.option_checks import AUTO
-from lightning_lora.planning.obstacles import EXCLUDED, Obstacles, adapters_of_peft, missed_entries, other_kinds
+from lightning_lora.planning.obstacles import (
+    EXCLUDED,
+    UNKNOWN_MATRIX,
+    Obstacles,
+    adapters_of_peft,
+    missed_entries,
+    other_kinds,
+)
 from lightning_lora.planning.other_trainables import heads, plan_biases, plan_saved_modules, plan_token_rows
 from lightning_lora.planning.plan import Plan, PlannedLayer
 from lightning_lora.sharding import is_sharded
@@ -149,8 +156,8 @@ class _Planner:
             pattern = self._choosing_entry(names, module, adapter)
             key = self._slicing_key(names) if config.target_slices else None
             if pattern is None and key is None:
-                if adapter is None and module._parameters and self.wants_matrices:
-                    self._name_matrices(module, names, excluded)
+                if adapter is None and module._parameters:
+                    self._name_parameters(module, names, excluded)
                 continue
             if isinstance(module, LoRALayer) and not module.adapters():
                 plan.left_out[name] = "it shares its weight with an embedding that has trained tokens"
@@ -199,15 +206,22 @@ class _Planner:
                 option = _option(pattern)
                 self.problems.append(f"{option} reaches no layer in {self._layers_option()}; {name!r} is not in these.")
 
-    def _name_matrices(self, module: nn.Module, names: tuple[str, ...], excluded: set[str]) -> None:
-        """Name the matrices of a module that no kind of adapter knows: whoever says "all" may mean them too."""
+    def _name_parameters(self, module: nn.Module, names: tuple[str, ...], excluded: set[str]) -> None:
+        """Name parameters that no layer holds: matrices, which "all" may mean, and those that the user has made."""
         plan = self.plan
+        is_own = not names[0] or isinstance(module, (nn.ParameterDict, nn.ParameterList))
+        if not (self.wants_matrices or is_own) or any_below(names, plan.saved) or any_below(names, excluded):
+            return
         for key, parameter in module._parameters.items():
-            if parameter is None or parameter.ndim < 2 or min(parameter.shape) < 2 or not parameter.is_floating_point():
+            if parameter is None or not parameter.is_floating_point():
                 continue
-            full, left_alone = join(names[0], key), any_below(names, plan.saved) or any_below(names, excluded)
-            if not (left_alone or full in plan.tied or selected(self.config.target_parameters, [full])):
-                plan.left_out[full] = _UNKNOWN_MATRIX
+            full, is_matrix = join(names[0], key), parameter.ndim > 1 and min(parameter.shape) > 1
+            if full in plan.tied or selected(self.config.target_parameters, [full]):
+                continue
+            if is_matrix and self.wants_matrices:
+                plan.left_out[full] = UNKNOWN_MATRIX
+            elif is_own and parameter.requires_grad:
+                plan.left_out[full] = _OWN_PARAMETER
 
     def _choosing_entry(self, names: tuple[str, ...], module: nn.Module, adapter: type[Adapter] | None) -> str | None:
         pattern = selected(self.named_targets, names)
@@ -353,9 +367,7 @@ class _Planner:
 
 
 _MINUTE = 60  # YAML's numbers may have colons, as times do
-_UNKNOWN_MATRIX = (
-    "held by no layer of a known kind; name it in target_parameters, or call register_adapter for its class"
-)
+_OWN_PARAMETER = "held by no layer, so frozen; to train it in full, name a ParameterDict with it in modules_to_save"
 
 
 def _option(pattern: str) -> str:

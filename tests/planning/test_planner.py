@@ -427,3 +427,28 @@ def test_compiled_layer_keeps_its_name():
 @compiling
 def test_compiled_model_keeps_its_names(tiny):
     assert reached(torch.compile(tiny), target_modules=["blocks.0.q_proj", "head"]) == ["blocks.0.q_proj", "head"]
+
+
+class Scaled(nn.Module):
+    """A model with parameters of its own: some in a ParameterDict, one of them frozen, one of a layer's norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.still = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.shifts = nn.ParameterDict({"first": nn.Parameter(torch.zeros(8)), "second": nn.Parameter(torch.zeros(8))})
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["body.0"]])
+def test_parameters_of_the_module_itself_are_said_to_stay_frozen(targets: str | list[str]):
+    report = attach(model := Scaled(), LoRAConfig(rank=2, target_modules=targets))
+    assert list(report.left_out) == ["temperature", "shifts.first", "shifts.second"]
+    assert not any(model.get_parameter(name).requires_grad for name in report.left_out)
+    assert "left out: temperature, shifts.first, shifts.second (held by no layer, so frozen" in str(report)
+
+
+def test_parameters_that_train_or_are_excluded_are_not_said_to_be_left_out():
+    config = LoRAConfig(rank=2, modules_to_save=["shifts"])
+    assert list(attach(Scaled(), config).left_out) == ["temperature"]
+    assert list(attach(Scaled(), LoRAConfig(rank=2, exclude_modules=["shifts"])).left_out) == ["temperature"]
