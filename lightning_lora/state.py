@@ -127,7 +127,7 @@ def mismatch_message(what: str, problems: Iterable[str]) -> str:
     lines = "\n".join(f"  - {problem}" for problem in problems)
     return (
         f"The adapter state does not fit this {what}; nothing was changed:\n{lines}\nAttach with the adapter's config; "
-        "to evaluate in a Trainer, LoRACallback() without options takes it from the file."
+        "to resume or evaluate in a Trainer, LoRACallback() without options takes it from the file."
     )
 
 
