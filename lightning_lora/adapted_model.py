@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,12 @@ from torch.optim import Optimizer
 from lightning_lora.attachment import Attachment, get_attachment, merge_count
 from lightning_lora.layers import Adapter, AdapterGroup, FrozenNorm, LoRALayer, LowRankAdapter
 from lightning_lora.names import OTHERS, clean_name, join, listed, module_names, walk
+from lightning_lora.ops.turns import turn
 from lightning_lora.sharding import unwrapped
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SEVERAL = "_lora_several"  # the record of several adapters (``named_adapters.py``), on one module
 
 
 class Root(NamedTuple):
@@ -285,3 +291,29 @@ def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if tensor is not None and id(tensor) not in seen:
             seen.add(id(tensor))
             yield key, tensor
+
+
+def home_of(module: nn.Module) -> nn.Module:
+    """Return the module that has the record, or would have it: the one with the adapters if they are in one part."""
+    module = unwrapped(module)
+    if SEVERAL in vars(module):
+        return module
+    found = [part for _, part in walk(module) if SEVERAL in vars(part)]
+    found = found or [root.module for root in AdaptedModel(module).roots]
+    return found[0] if len(found) == 1 else module
+
+
+def in_turn(function: F) -> F:
+    """Have a function that reads or changes the adapters of its first argument wait for the blocks of other threads."""
+
+    @functools.wraps(function)
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with taking_turns(module):
+            return function(module, *args, **kwargs)
+
+    return cast(F, run)
+
+
+def taking_turns(module: nn.Module) -> AbstractContextManager[None]:
+    """Have other threads wait that would change this model's adapters, or how it computes with them."""
+    return turn(home_of(module))

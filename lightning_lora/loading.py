@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import AdaptedModel, in_turn
 from lightning_lora.attachment import AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, TokenAdapter
@@ -62,6 +62,7 @@ def read_adapter(
     return read_checkpoint(path, adapter, like=like)
 
 
+@in_turn
 def add_adapter(
     module: nn.Module,
     name: str,
@@ -122,6 +123,7 @@ def add_adapter(
         return report
 
 
+@in_turn
 def load_adapter(
     module: nn.Module,
     path: str | PathLike[str],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_lora.adapted_model import AdaptedModel, Root
+from lightning_lora.adapted_model import AdaptedModel, Root, taking_turns
 from lightning_lora.attachment import get_attachment
 from lightning_lora.layers import (
     Adapter,
@@ -49,13 +49,14 @@ def merged(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
             update is too large for the weight's precision.
         RuntimeError: A weight cannot take an update.
     """
-    model = AdaptedModel(module)
-    if not missing_ok:
-        model.check_adapted("merged")
-    layers = model.layers
-    check_mergeable(layers)
-    with _modes(layers, lambda mode: "merged" if mode == "active" else mode):
-        yield
+    with taking_turns(module):
+        model = AdaptedModel(module)
+        if not missing_ok:
+            model.check_adapted("merged")
+        layers = model.layers
+        check_mergeable(layers)
+        with _modes(layers, lambda mode: "merged" if mode == "active" else mode):
+            yield
 
 
 @contextmanager
@@ -72,11 +73,11 @@ def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
     Raises:
         ValueError: The module has no adapters, or they were merged, so that nothing could be switched off.
     """
-    model = AdaptedModel(module)
-    if not missing_ok:
-        model.check_adapted("disabled")
-    with entered(partial(_switched_off, module)):
-        yield
+    with taking_turns(module):
+        if not missing_ok:
+            AdaptedModel(module).check_adapted("disabled")
+        with entered(partial(_switched_off, module)):
+            yield
 
 
 @contextmanager
@@ -104,22 +105,25 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
     """
     if not math.isfinite(factor):
         raise ValueError(f"scaled: the factor must be a finite number, got {factor!r}.")
-    model = AdaptedModel(module)
-    model.check_adapted("scaled")
-    if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
-        raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
-    if factor == 0:
-        with disabled(module):
+    with taking_turns(module):
+        model = AdaptedModel(module)
+        model.check_adapted("scaled")
+        if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
+            raise RuntimeError(
+                f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first."
+            )
+        if factor == 0:
+            with disabled(module):
+                yield
+            return
+        odd = [n for n, each in model.adapters.items() if not isinstance(each, LowRankAdapter) or each.spec.use_dora]
+        if odd and factor != 1:
+            raise ValueError(
+                f"scaled: the update of {listed(odd)} is not proportional to its scaling (DoRA, or tokens trained in "
+                "full), so only 0 and 1 are possible."
+            )
+        with entered(partial(_multiplied, module, factor)):
             yield
-        return
-    odd = [n for n, each in model.adapters.items() if not isinstance(each, LowRankAdapter) or each.spec.use_dora]
-    if odd and factor != 1:
-        raise ValueError(
-            f"scaled: the update of {listed(odd)} is not proportional to its scaling (DoRA, or tokens trained in "
-            "full), so only 0 and 1 are possible."
-        )
-    with entered(partial(_multiplied, module, factor)):
-        yield
 
 
 @contextmanager

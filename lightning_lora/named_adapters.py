@@ -24,18 +24,17 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from lightning_lora.adapted_model import AdaptedModel, Root
+from lightning_lora.adapted_model import SEVERAL, AdaptedModel, Root, home_of
 from lightning_lora.attachment import DEFAULT, get_attachment, set_attachment
 from lightning_lora.layers import LoRALayer, swap_in, swap_out
 from lightning_lora.layers.lora_layer import Behavior
 from lightning_lora.layers.weight import renew_weight_list
 from lightning_lora.modes import freeze_norms
-from lightning_lora.names import OTHERS, listed, near_names, walk, without_points
+from lightning_lora.names import OTHERS, listed, near_names, without_points
 from lightning_lora.ops.checkpointing import Context, restore_in_recomputation
-from lightning_lora.sharding import is_fully_sharded, unwrapped
+from lightning_lora.sharding import is_fully_sharded
 
 BASE = "base"  # in ``lora_others``, what a module has under no adapter
-SEVERAL = "_lora_several"
 _TABLES = ("_parameters", "_buffers")
 
 T = TypeVar("T")
@@ -206,16 +205,6 @@ def put_back(adapter: Named, name: str) -> None:
     """Undo ``take_out``."""
     for part, place in adapter.kept.items():
         _others(part)[name] = place
-
-
-def home_of(module: nn.Module) -> nn.Module:
-    """Return the module that has the record, or would have it: the one with the adapters if they are in one part."""
-    module = unwrapped(module)
-    if SEVERAL in vars(module):
-        return module
-    found = [part for _, part in walk(module) if SEVERAL in vars(part)]
-    found = found or [root.module for root in AdaptedModel(module).roots]
-    return found[0] if len(found) == 1 else module
 
 
 # --- what an adapter changes

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapted_model import AdaptedModel, base_parameters, replace_buffers
+from lightning_lora.adapted_model import AdaptedModel, base_parameters, in_turn, replace_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, samples
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.layers.norm import has_running_statistics
@@ -20,6 +20,7 @@ from lightning_lora.sharding import copy_whole, whole
 FORMAT_VERSION = 1
 
 
+@in_turn
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """Return a copy of everything that was trained: name -> tensor.
 
@@ -39,6 +40,7 @@ def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return {name: whole(tensor.detach()).clone() for name, tensor in model.trained.items()}
 
 
+@in_turn
 def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy an adapter's state into an adapted module: swaps the task on one base.
 

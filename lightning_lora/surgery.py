@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_lora.adapted_model import AdaptedModel, Root
+from lightning_lora.adapted_model import AdaptedModel, Root, in_turn
 from lightning_lora.attachment import (
     NONE_STORED,
     AdaptedLayer,
@@ -181,6 +181,7 @@ def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -
     return report
 
 
+@in_turn
 def detach(module: nn.Module) -> None:
     """Remove every adapter and restore the exact base model, with its classes, keys and gradient flags.
 
@@ -207,6 +208,7 @@ def detach(module: nn.Module) -> None:
     _thaw(model, model.roots)
 
 
+@in_turn
 def merge(
     module: nn.Module,
     name: str | None = None,
@@ -225,10 +227,9 @@ def merge(
         whole: Context in which a layer's tensors are whole, for modules sharded by FSDP.
 
     Raises:
-        ValueError: An adapter holds NaN or infinity, the module has none, or it has several and none was named. Nothing
-            was changed.
-        RuntimeError: A weight cannot take the update, or adapted layers have been replaced or resized. Nothing was
-            changed.
+        ValueError: An adapter holds NaN or infinity, the module has none, or it has several and none was named.
+        RuntimeError: A weight cannot take the update, or adapted layers have been replaced or resized. As after a
+            ValueError, nothing was changed.
     """
     with chosen(module, name, "merge"):
         model = AdaptedModel(module)
@@ -236,15 +237,14 @@ def merge(
         model.check_adapted("merge")
         model.check_unchanged()
         model.check_started()
-        layers = model.layers
-        for path, layer in layers.items():
+        for path, layer in model.layers.items():
             with whole(layer):
                 check_mergeable({path: layer})
-    for layer in layers.values():
+    for layer in model.layers.values():
         with whole(layer):
             set_mode(layer, "active")
             fold(layer)
-    for layer in layers.values():
+    for layer in model.layers.values():
         restore_layer(layer)
         count_merge(layer)
     if (several := recorded(module)) is not None:

@@ -7,19 +7,17 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import SEVERAL, AdaptedModel, home_of, in_turn, taking_turns
 from lightning_lora.attachment import keeping_starts
 from lightning_lora.layers import release_statistics
 from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import (
-    SEVERAL,
     Several,
     active_adapter,
     adapter_names,
     check_name,
     checked,
     forget,
-    home_of,
     put_back,
     recorded,
     register,
@@ -33,6 +31,7 @@ from lightning_lora.names import listed, walk
 # --- what users call
 
 
+@in_turn
 def set_adapter(module: nn.Module, name: str) -> None:
     """Make another adapter the active one, which computes, trains, is saved and is merged.
 
@@ -60,8 +59,10 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
     A frozen adapter serves as the reference of DPO or GRPO beside the one that is trained. What a module trained in
     full switches with its adapter.
 
-    Threads share the active adapter: let them take turns, or use ``routed``. A backward pass after the block that
-    computes layers again (activation checkpointing) does so with the adapter of their forward pass.
+    Blocks of several threads take turns, those of ``routed``, ``disabled``, ``scaled`` and ``merged`` included, so a
+    service enters one for each request or batch; a forward pass outside of a block must not run meanwhile. A backward
+    pass after the block that computes layers again (activation checkpointing) does so with the adapter of their
+    forward pass.
 
     Args:
         module: An adapted module.
@@ -72,18 +73,20 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
             kept. Nothing was changed.
         RuntimeError: As in ``set_adapter``.
     """
-    with undone_on_failure(module):
-        several = several_of(module, "using")
-        before = several.active
-        switch_to(several, None if name is None else checked(several, name, "using"))
-    try:
-        yield
-    finally:
-        is_there = before is None or before in several.adapters
-        if is_there and vars(several.home).get(SEVERAL) is several:  # not removed, merged or detached meanwhile
-            switch_to(several, before)
+    with taking_turns(module):
+        with undone_on_failure(module):
+            several = several_of(module, "using")
+            before = several.active
+            switch_to(several, None if name is None else checked(several, name, "using"))
+        try:
+            yield
+        finally:
+            is_there = before is None or before in several.adapters
+            if is_there and vars(several.home).get(SEVERAL) is several:  # not removed, merged or detached meanwhile
+                switch_to(several, before)
 
 
+@in_turn
 def remove_adapter(module: nn.Module, name: str) -> None:
     """Remove an adapter that is not active, with everything it has learned.
 

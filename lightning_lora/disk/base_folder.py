@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -23,6 +25,7 @@ MODEL_CONFIG_FILE = "config.json"
 TIE_OPTION = "tie_word_embeddings"
 WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # any other precision of a weight is quantized
 _WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")  # as transformers calls them
 _LARGEST_JSON = 256 * 2**20
 _MOST_PARTS = 3  # of a prefix
 
@@ -108,6 +111,14 @@ def open_base(path: Path) -> BaseFolder:
     config = read_json(path / MODEL_CONFIG_FILE) if (path / MODEL_CONFIG_FILE).is_file() else {}
     carried = tuple(sorted(each for each in path.iterdir() if each.is_file() and not each.name.endswith(_WEIGHTS)))
     return BaseFolder(shards, index, config, carried)
+
+
+def model_files(folder: Path) -> tuple[str, ...]:
+    """Return the names of the files in a folder that hold a model's tensors, or list them."""
+    found = {SINGLE_FILE, INDEX_FILE} | {path.name for path in folder.glob("model-*") if _SHARD.fullmatch(path.name)}
+    with suppress(ValueError, OSError):
+        found |= {*_shard_names(folder, read_json(folder / INDEX_FILE))}
+    return tuple(sorted(name for name in found if (folder / name).is_file()))
 
 
 def read_json(path: Path) -> dict[str, Any]:

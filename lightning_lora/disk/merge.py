@@ -14,11 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.disk.base_folder import INDEX_FILE, MODEL_CONFIG_FILE, TIE_OPTION, WIDE, BaseFolder, open_base
+from lightning_lora.disk.base_folder import (
+    INDEX_FILE,
+    MODEL_CONFIG_FILE,
+    TIE_OPTION,
+    WIDE,
+    BaseFolder,
+    model_files,
+    open_base,
+)
 from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import LoRALayer, TokenAdapter
 from lightning_lora.names import join, listed
-from lightning_lora.peft_format.directory import TENSORS_FILE
 from lightning_lora.storage.atomic import check_apart, check_directory, replace_directory
 from lightning_lora.storage.safetensors import Layout, TensorWriter
 
@@ -79,7 +86,8 @@ def merge_files(
     """Write a base with an adapter merged into it: the same bits as loading both and calling ``merge``.
 
     Floating point tensors keep their own precision unless ``dtype`` is given. ``overwrite`` lets it replace a model in
-    the folder, never the base or an adapter. ``progress`` is called with the bytes done and the total.
+    the folder, never the base or an adapter; other files there stay. ``progress`` is called with the bytes done and the
+    total.
 
     Raises:
         ValueError: The files do not fit each other, cannot be merged without the model, or the adapter was trained on
@@ -88,7 +96,7 @@ def merge_files(
         OSError: The folder could not be written; it was removed.
     """
     check_apart(out, adapter, base)
-    stale = tuple(path.name for path in out.glob("*.safetensors*") if path.name != TENSORS_FILE)
+    stale = model_files(out)
     marker = next(iter(stale), MODEL_CONFIG_FILE)  # a single file as the base has no config
     check_directory(out, marker=marker, overwrite=overwrite)
     folder = open_base(base)

@@ -113,6 +113,10 @@ class PeftFile(AdapterFile):
         A, B = self._matrices(found["A"].flatten(1), found["B"].flatten(1), rank)
         if A.shape[-2] != B.shape[-1]:
             raise ValueError(f"{str(self.path)!r}: the factors of {path!r} do not fit each other.")
+        if rank not in (None, A.shape[-2]):
+            raise ValueError(
+                f"{str(self.path)!r}: the factors of {path!r} have rank {A.shape[-2]}, and {CONFIG_FILE} says {rank}."
+            )
         label = path.replace(_ATTENTION_OUTPUT, ".out_proj")
         if f"{path}{_ATTENTION_OUTPUT}" in self.keys_by_path:
             label = f"{path}.in_proj_weight"

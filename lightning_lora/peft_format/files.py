@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.adapted_model import AdaptedModel, base_parameters
+from lightning_lora.adapted_model import AdaptedModel, base_parameters, in_turn
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import is_below, listed
@@ -35,6 +35,7 @@ from lightning_lora.state import unsaved_buffers
 from lightning_lora.storage.atomic import replace_directory
 
 
+@in_turn
 def save_adapter(
     module: nn.Module,
     directory: str | PathLike[str],

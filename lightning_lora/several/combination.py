@@ -156,8 +156,9 @@ def combine_adapters(
     caller = "combine_adapters"
     cut = Cut(caller, method, rank, energy)
     if isinstance(paths, (str, PathLike)) or isinstance(weights, Mapping) or len(paths) != len(weights):
+        shown = str(paths) if isinstance(paths, (str, PathLike)) else [*map(str, paths)]
         raise ValueError(
-            f"{caller}: paths={paths!r} and weights={weights!r} must be two lists of the same length: one weight for "
+            f"{caller}: paths={shown!r} and weights={weights!r} must be two lists of the same length: one weight for "
             "each adapter."
         )
     _check_weights(caller, {str(path): weight for path, weight in zip(paths, weights, strict=True)})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_lora.adapted_model import taking_turns
 from lightning_lora.layers import LoRALayer, Swapped, WeightLoRALayer, swap_in, swap_out
 from lightning_lora.named_adapters import Kept, Several, checked, several_of, switch_to, undone_on_failure
 from lightning_lora.names import OTHERS, listed, walk
@@ -26,7 +27,8 @@ def routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
     Each layer runs once for the whole batch, and then adds each adapter's update to its samples; heads that train in
     full run once for each adapter. Samples of one adapter that are neighbors in the batch are not copied, so a sorted
-    batch is fastest. Gradients reach every adapter from its own samples, also with activation checkpointing.
+    batch is fastest. Gradients reach every adapter from its own samples, also with activation checkpointing. Blocks of
+    several threads take turns, as those of ``using`` do: batches of all requests together are faster.
 
     Args:
         module: An adapted module.
@@ -40,7 +42,7 @@ def routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     if isinstance(names, str) or not names:
         raise ValueError(f"routed: name one adapter for each sample of the batch, in a list; got {names!r}.")
-    with undone_on_failure(module), _routed(module, names):
+    with taking_turns(module), undone_on_failure(module), _routed(module, names):
         yield
 
 

@@ -71,6 +71,17 @@ def test_inspect_fails_on_nonfinite_values(files: tuple[Path, Path]) -> None:
     assert run("inspect", files[0]) == 1
 
 
+def test_rank_that_the_tensors_do_not_have_is_refused(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((files[0] / "adapter_config.json").read_text())
+    (files[0] / "adapter_config.json").write_text(json.dumps(config | {"r": 2 * config["r"]}))
+    for command in (("inspect", files[0]), ("diff", files[0], files[0]), ("verify", *files)):
+        assert run(*command) == 1
+    errors = capsys.readouterr().err
+    assert errors.count(f"have rank {config['r']}, and adapter_config.json says {2 * config['r']}.") == 2
+
+
 def test_diff_lists_differences(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other"
     shutil.copytree(files[0], other)

@@ -353,3 +353,35 @@ def test_overwrite_replaces_a_merged_model(files: tuple[Path, Path], tmp_path: P
     (tmp_path / "out" / "README.md").write_text("kept")
     assert run("merge", *files, tmp_path / "out", "--overwrite") == 0
     assert files_of(tmp_path / "out") == expected | {"README.md": b"kept"}
+
+
+def test_overwrite_keeps_tensors_that_belong_to_no_model(files: tuple[Path, Path], tmp_path: Path) -> None:
+    assert run("merge", *files, tmp_path / "out") == 0
+    expected = files_of(tmp_path / "out")
+    mine = {"my_head.safetensors": b"of another project", "notes.safetensors.txt": b"mine"}
+    for name, content in mine.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    assert run("merge", *files, tmp_path / "out", "--overwrite") == 0
+    assert files_of(tmp_path / "out") == expected | mine
+
+
+def test_folder_with_other_tensors_and_no_model_is_no_place_for_one(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (out := tmp_path / "out").mkdir()
+    (out / "embeddings.safetensors").write_bytes(b"of another project")
+    for flags in ([], ["--overwrite"]):
+        assert run("merge", *files, out, *flags) == 1
+        assert "holds other files and no config.json; nothing was written" in capsys.readouterr().err
+        assert files_of(out) == {"embeddings.safetensors": b"of another project"}
+
+
+def test_merging_anew_leaves_no_shard_of_another_division(tmp_path: Path) -> None:
+    adapter = trained(gpt2(), rank=2)
+    save_adapter(adapter, tmp_path / "adapter")
+    few, many = tmp_path / "few", saved(gpt2(), tmp_path / "many")
+    gpt2().save_pretrained(few)
+    assert len(list(many.glob("*.safetensors"))) > 1
+    assert run("merge", tmp_path / "adapter", many, tmp_path / "out") == 0
+    assert run("merge", tmp_path / "adapter", few, tmp_path / "out", "--overwrite") == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]

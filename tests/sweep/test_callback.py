@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -464,19 +465,19 @@ def test_the_export_loads_in_peft(tmp_path: Path):
 
     class Inner(Quiet):
         def build(self) -> None:
-            self.model = nn.ModuleDict({"net": network()})
+            self.model = nn.Sequential(OrderedDict(net=network()))
 
         @property
         def net(self) -> nn.Module:  # type: ignore[override]
-            return self.model["net"]
+            return self.model.net
 
     module, sweep = Inner(), swept(grid={"lr": [1e-4, 3e-2]}, export_dir=str(tmp_path / "best"), keep=1.0)
     fit(module, sweep)
     [directory] = [path.parent for path in (tmp_path / "best").rglob("adapter_config.json")]
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
-    loaded = peft.PeftModel.from_pretrained(nn.ModuleDict({"net": network()}), directory)
+    loaded = peft.PeftModel.from_pretrained(nn.Sequential(OrderedDict(net=network())), directory)
     with torch.no_grad():
-        assert torch.allclose(loaded.base_model.model["net"](x), module.net(x), atol=1e-6)
+        assert torch.allclose(loaded(x), module.net(x), atol=1e-6)
     assert active_adapter(module) == sweep.best == "lr=3e-2"
 
 
