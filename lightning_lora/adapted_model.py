@@ -298,8 +298,8 @@ def home_of(module: nn.Module) -> nn.Module:
     module = unwrapped(module)
     if SEVERAL in vars(module):
         return module
-    found = [part for _, part in walk(module) if SEVERAL in vars(part)]
-    found = found or [root.module for root in AdaptedModel(module).roots]
+    parts = [part for _, part in walk(module)]
+    found = [part for part in parts if SEVERAL in vars(part)] or [part for part in parts if get_attachment(part)]
     return found[0] if len(found) == 1 else module
 
 
