@@ -87,12 +87,13 @@ def open_base(path: Path) -> BaseFolder:
         ValueError: The files cannot be read, contradict each other, or name files outside the folder.
         FileNotFoundError: They do not exist.
     """
-    if path.is_file() and path.suffix in _WEIGHTS and path.suffix != ".safetensors":
-        raise ValueError(
-            f"{str(path)!r} is a {path.suffix} file, and only safetensors are read. Write the base's state_dict() with "
-            "safetensors.torch.save_model or, for a model of transformers, with save_pretrained, and name that."
-        )
     if path.is_file():
+        if path.suffix in _WEIGHTS and path.suffix != ".safetensors":
+            raise ValueError(
+                f"{str(path)!r} is a {path.suffix} file, and only safetensors are read. Load the base, write it with "
+                "safetensors.torch.save_model(model, 'base.safetensors') or, if it is a model of transformers, with "
+                "save_pretrained, and name that."
+            )
         return BaseFolder({SINGLE_FILE: read_table(path)})
     if not path.is_dir():
         raise FileNotFoundError(f"{str(path)!r} does not exist; name a model folder, or a safetensors file.")
@@ -201,7 +202,7 @@ def find_names(
         ValueError: No renaming finds all paths in the base, or several equally simple ones do.
     """
     most, missing, found = -1, list[str](), list[Renaming]()
-    for without, before, level in _affixes(paths, names, root):
+    for level, without, before in _affixes(paths, names, root):
         if has_values is None and found and level > found[0].level:
             break
         inside = [name for name in names if level >= 0 or name.startswith(without)]
@@ -249,11 +250,10 @@ def module_paths(names: Collection[str]) -> set[str]:
     return found
 
 
-def _affixes(paths: Collection[str], names: Collection[str], root: str | None) -> Iterator[tuple[str, str, int]]:
-    """Yield what to take from the front of the base's names, what to put there, and their level; the simplest first."""
+def _affixes(paths: Collection[str], names: Collection[str], root: str | None) -> Iterator[tuple[int, str, str]]:
+    """Yield a level, what to take from the front of the base's names, and what to put there; the simplest first."""
     parts = min(paths, default="").split(".")
     before = ["", *(".".join(parts[:depth]) + "." for depth in range(1, min(_MOST_PARTS, len(parts) - 1) + 1))]
     without = ["", *sorted({name.partition(".")[0] + "." for name in names if "." in name})[:16]]
-    yield from ((f"{name}.", "", -1) for name in tails(root or "") if name)
-    for pair in sorted(product(without, before), key=lambda pair: (bool(pair[0]) + bool(pair[1]), pair)):
-        yield *pair, bool(pair[0]) + bool(pair[1])
+    yield from ((-1, f"{name}.", "") for name in tails(root or "") if name)
+    yield from sorted((bool(mine) + bool(theirs), mine, theirs) for mine, theirs in product(without, before))

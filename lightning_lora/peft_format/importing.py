@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -99,12 +98,16 @@ def matching_root(
     likely, itself = likely_roots(module, has_all), ("", module)
     # Whoever wrote the file may have wrapped the model at another depth.
     ranked = [*([each] for each in recorded), likely, [itself], list(module.named_children())]
-    fitting = [[(name, part) for name, part in each if has_all(part)] for each in ranked]
-    if file.base:
-        for _, part in chain(*fitting):
+    best: list[tuple[str, nn.Module]] = []
+    for parts in ranked:
+        fitting = [(name, part) for name, part in parts if has_all(part)]
+        for _, part in fitting if file.base else ():
             if has_base_values(part, file.base):
                 return part
-    best = next(filter(None, fitting), [*likely, itself][:1])
+        best = best or fitting
+        if best and not file.base:
+            break
+    best = best or [*likely, itself][:1]
     if len(best) > 1:
         raise ValueError(
             f"The adapter in {str(file.path)!r} fits several parts of this {type(module).__name__}: "

@@ -9,16 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.layers import LoRALayer
-from lightning_lora.names import (
-    CONTAINERS,
-    OTHERS,
-    clean_name,
-    join,
-    listed,
-    module_names,
-    near_names,
-    walk,
-)
+from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, module_names, near_names, walk
 
 PREFIX = "base_model.model."
 TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # of the key of an embedding's trained rows

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_model
+from torch import nn
 
+from lightning_lora import LoRAConfig, attach, save_adapter
 from tests.files import run
 from tests.peft_format.kinds import WARNED
 
@@ -105,4 +108,11 @@ def test_base_in_another_format_gets_the_way_to_safetensors(
 ) -> None:
     torch.save({}, base := files[1] / f"base{suffix}")
     assert run("verify", files[0], base) == 1
-    assert f"is a {suffix} file, and only safetensors are read. Write the base's" in capsys.readouterr().err
+    assert f"is a {suffix} file, and only safetensors are read. Load the base, write it" in capsys.readouterr().err
+
+
+def test_base_that_was_written_as_the_message_says_is_read(tiny: nn.Module, tmp_path: Path) -> None:
+    save_model(tiny, str(tmp_path / "base.safetensors"))
+    attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"]))
+    save_adapter(tiny, tmp_path / "adapter")
+    assert run("verify", tmp_path / "adapter", tmp_path / "base.safetensors") == 0
