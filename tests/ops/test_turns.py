@@ -93,7 +93,8 @@ CALLS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "adapter_state_dict": lambda model, path: adapter_state_dict(model),
     "load_adapter_state_dict": lambda model, path: load_adapter_state_dict(model, torch.load(path / "state.pt")),
     "save_adapter": lambda model, path: save_adapter(model, path / "new"),
-    "load_adapter": lambda model, path: load_adapter(model, path / "a", name="again"),
+    "load_adapter": lambda model, path: load_adapter(model, path / "a"),
+    "load_adapter, as another": lambda model, path: load_adapter(model, path / "a", name="again"),
     "merge": lambda model, path: merge(model, "a"),
     "detach": lambda model, path: detach(model),
 }
