@@ -49,8 +49,9 @@ def save_adapter(
 ) -> None:
     """Write the adapter as a PEFT directory, which PEFT, vLLM and ``load_adapter`` read.
 
-    The same adapter gives the same bytes. The directory is complete or not there: it is written beside its place and
-    then renamed. Of several processes only one may call this.
+    The same adapter gives the same bytes. The directory is complete or not there: the files are moved into it when all
+    are written. One that exists stays, also a mount point, with its mode and its other files. Of several processes only
+    one may call this.
 
     Args:
         module: An adapted module, such as a LightningModule.

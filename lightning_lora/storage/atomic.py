@@ -1,17 +1,21 @@
-"""Atomic writes to local disks: a file or a directory is always complete, the old one or the new one."""
+"""Atomic writes to local disks: a file or a directory is the old one or the new one, never half of two."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.DOTALL)  # one letter is a drive of Windows
+_HIDDEN = re.compile(r"\..*\.[0-9a-f]{12}\.(new|old)", re.DOTALL)  # what a kill leaves
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def remote_address(path: str | PathLike[str]) -> str | None:
@@ -25,16 +29,18 @@ def remote_address(path: str | PathLike[str]) -> str | None:
 def replace_directory(
     directory: Path, write: Callable[[Path], None], *, marker: str, stale: tuple[str, ...], overwrite: bool
 ) -> None:
-    """Write files into a new directory, and let it replace an old one when it is complete.
+    """Write files into a hidden directory, and move them into place when they are complete.
 
-    Other files of the old directory are copied. If the machine dies between the last two renames, the old directory
-    remains under a hidden name beside its place; nothing is lost.
+    A new directory appears by one rename. One that is there stays, with its mode, its group and its other files: it may
+    be a mount point or the current directory. Its files are exchanged one by one; the marker goes first and comes last.
+    If the machine dies in between, there is no marker, which is obvious, and the old files remain in a hidden folder
+    there, until the directory is replaced again.
 
     Args:
         directory: Where to write; parents are created.
         write: Writes the files into the directory that it receives.
         marker: The file that identifies an old directory of this kind.
-        stale: Files of an old directory that are not copied.
+        stale: Files of an old directory that go, too.
         overwrite: Whether an old directory may be replaced.
 
     Raises:
@@ -44,20 +50,25 @@ def replace_directory(
     """
     place = _local(directory)  # a link stays, its target is replaced
     _check_place(place, marker, overwrite=overwrite)
-    with _beside(place) as new:
+    with _beside(place, directory) as new:
         new.mkdir()
         write(new)
-        if place.exists():
-            _bring_along(place, new, {*stale, *(path.name for path in new.iterdir())})
         for path in [*new.iterdir(), new]:
             _flush(path)
-        old = new.with_suffix(".old")
-        _exchange(place, new, old)
-    shutil.rmtree(old, ignore_errors=True)
+        if new.parent == place:
+            _exchange(place, new, marker, stale)
+        else:
+            new.rename(place)
+    for path in _left_behind(place, "old"):
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            warnings.warn(
+                f"The files of before could not be removed from {str(path)!r}; remove that folder.", stacklevel=2
+            )
 
 
 def check_directory(directory: Path, *, marker: str, overwrite: bool) -> None:
-    """Check by writing beside it that ``replace_directory`` will be able to write a directory.
+    """Check by writing where it will write first that ``replace_directory`` will be able to write a directory.
 
     Raises:
         ValueError: As ``replace_directory`` would.
@@ -65,7 +76,7 @@ def check_directory(directory: Path, *, marker: str, overwrite: bool) -> None:
     """
     place = _local(directory)
     _check_place(place, marker, overwrite=overwrite)
-    with _beside(place) as new:
+    with _beside(place, directory) as new:
         new.mkdir()
         (new / marker).touch()
         shutil.rmtree(new)
@@ -104,25 +115,43 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         OSError: It could not be written; an old file is unchanged.
     """
     _local(path)
-    with _beside(path) as new:
+    with _beside(path, path) as new:
+        new.touch()  # or torch.save would raise an error without the reason
         write(new)
         _flush(new)
         new.replace(path)
 
 
 @contextmanager
-def _beside(place: Path) -> Iterator[Path]:
-    """Give a hidden path beside a place, to be moved there; on an error whatever was written is removed."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new = place.with_name(f".{place.name}.{uuid.uuid4().hex[:12]}.new")
+def _beside(place: Path, given: Path) -> Iterator[Path]:
+    """Give a hidden path beside a place, or in a directory that is there, from where to move things into place.
+
+    On an error whatever was written is removed, and the error names the place as it was given.
+    """
+    folder = place if place.is_dir() else place.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    new = folder / f".{place.name}.{uuid.uuid4().hex[:12]}.new"
     try:
         yield new
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             shutil.rmtree(new) if new.is_dir() else new.unlink()
+        if isinstance(error, OSError):
+            _name_place(error, given, new, new.with_suffix(".old"), place)
         raise
     with suppress(OSError):  # it is done: a disk that cannot confirm the new name leaves the old or the new one
-        _flush(place.parent)
+        _flush(folder)
+
+
+def _name_place(error: OSError, given: Path, *places: Path) -> None:
+    """Let an error name what the user knows, not our hidden files."""
+    if error.filename is None and error.errno in _FULL:
+        error.filename = str(given)
+    for place in places:
+        if isinstance(error.filename, (str, PathLike)) and (path := Path(error.filename)).is_relative_to(place):
+            error.filename = str(given / path.relative_to(place))
+            del error.filename2
+            return
 
 
 def _local(place: Path) -> Path:
@@ -137,34 +166,45 @@ def _local(place: Path) -> Path:
 def _check_place(place: Path, marker: str, *, overwrite: bool) -> None:
     if place.exists() and not place.is_dir():
         raise ValueError(f"{str(place)!r} is a file; name a directory.")
-    if place.is_dir() and any(place.iterdir()) and not (place / marker).is_file():
+    if not place.is_dir() or {*place.iterdir()} == {*_left_behind(place, "new")}:
+        return
+    # The second is what a kill while files were exchanged leaves.
+    if not any((folder / marker).is_file() for folder in (place, *_left_behind(place, "old"))):
         raise ValueError(
             f"{str(place)!r} holds other files and no {marker}; nothing was written. Name a new directory, an empty "
             f"one, or one with {marker} to replace."
         )
-    if place.is_dir() and any(place.iterdir()):
-        check_new(place, overwrite=overwrite)
+    check_new(place, overwrite=overwrite)
 
 
-def _bring_along(old: Path, new: Path, but: set[str]) -> None:
-    for path in old.iterdir():
-        if path.name in but:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.copytree(path, new / path.name, symlinks=True)
-        else:
-            shutil.copy2(path, new / path.name, follow_symlinks=False)
+def _left_behind(place: Path, suffix: str) -> list[Path]:
+    """Return the hidden folders of other writes in a directory."""
+    return [path for path in place.glob(f".*.{suffix}") if _HIDDEN.fullmatch(path.name) and path.is_dir()]
 
 
-def _exchange(place: Path, new: Path, old: Path) -> None:
-    had_one = place.exists()
-    if had_one:
-        place.rename(old)
+def _exchange(place: Path, new: Path, marker: str, stale: tuple[str, ...]) -> None:
+    """Move old files out of a directory and new ones into it, or leave everything as it was."""
+    old = new.with_suffix(".old")
+    names = sorted((path.name for path in new.iterdir()), key=lambda name: (name == marker, name))
+    gone = sorted({*names, *stale}, key=lambda name: (name != marker, name))
+    moves = [(place / name, old / name) for name in gone if os.path.lexists(place / name)]
+    moves += [(new / name, place / name) for name in names]
+    old.mkdir()
     try:
-        new.rename(place)
+        for source, target in moves:
+            if target.parent == place:
+                _flush(place)  # in this order on the disk, too: old files out, new ones in, the marker last
+            source.rename(target)
+        new.rmdir()
     except BaseException:
-        if had_one:
-            old.rename(place)
+        for source, target in reversed(moves):
+            with suppress(OSError):
+                if not os.path.lexists(source):
+                    target.rename(source)
+        with suppress(OSError):
+            old.rmdir()
+        if old.exists():
+            warnings.warn(f"Files of before could not be moved back; they are in {str(old)!r}.", stacklevel=3)
         raise
 
 

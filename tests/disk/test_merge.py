@@ -351,8 +351,10 @@ def test_overwrite_replaces_a_merged_model(files: tuple[Path, Path], tmp_path: P
     expected = files_of(tmp_path / "out")
     (tmp_path / "out" / "model-00001-of-00002.safetensors").write_text("of an earlier merge")
     (tmp_path / "out" / "README.md").write_text("kept")
+    before = (tmp_path / "out").stat().st_ino
     assert run("merge", *files, tmp_path / "out", "--overwrite") == 0
     assert files_of(tmp_path / "out") == expected | {"README.md": b"kept"}
+    assert (tmp_path / "out").stat().st_ino == before
 
 
 def test_overwrite_keeps_tensors_that_belong_to_no_model(files: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
+import errno
 import functools
+import os
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -107,6 +109,29 @@ def test_existing_export_is_replaced_only_if_asked_for(tmp_path: Path, monkeypat
     module = exporting(target, max_steps=5, overwrite=True)
     load_adapter(exported := Toy(), target)
     assert_same_bits(adapter_state_dict(exported), adapter_state_dict(module))
+
+
+@pytest.mark.parametrize("occupied", [False, True])
+def test_export_fills_a_folder_that_cannot_be_renamed(
+    occupied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As mount points are; a shell may be in it, too."""
+    (target := tmp_path / "peft").mkdir(0o750)
+    if occupied:
+        exporting(target)
+    before, rename = target.stat(), Path.rename
+
+    def move(self: Path, to: Path) -> Path:
+        if self == target:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", move)
+    monkeypatch.chdir(target)
+    module = exporting(".", max_steps=5, overwrite=True)
+    load_adapter(exported := Toy(), ".")
+    assert_same_bits(adapter_state_dict(exported), adapter_state_dict(module))
+    assert (target.stat().st_mode, target.stat().st_ino) == (before.st_mode, before.st_ino)
 
 
 @pytest.mark.parametrize("occupied", [False, True])
