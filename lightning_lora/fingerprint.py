@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.names import listed
-from lightning_lora.sharding import elements, is_sharded, local
+from lightning_lora.sharding import elements, in_parts, is_sharded, local
 
 T = TypeVar("T", int, float)
 
@@ -27,7 +27,8 @@ _MOST_TENSORS = 4096  # that a file may claim
 _NUMBER = re.compile(r"\d+")
 _GOLDEN = (math.sqrt(5) - 1) / 2
 _PRECISIONS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # from coarse to fine
-_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in _PRECISIONS}
+SAMPLED = (*_PRECISIONS, torch.complex64, torch.complex128)  # what a fingerprint looks at; others are quantized
+_BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in SAMPLED}
 _LEAST_FLOAT16 = 2.0**-24
 
 
@@ -37,7 +38,7 @@ class Sample(NamedTuple):
     Attributes:
         shape: The tensor's.
         dtype: Its precision.
-        values: The elements at ``places(shape)``.
+        values: The elements at ``places(shape)``; of complex numbers the real and the imaginary part in turn.
     """
 
     shape: tuple[int, ...]
@@ -87,7 +88,8 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
 
 
 def sample(shape: Collection[int], dtype: torch.dtype, values: Tensor) -> Sample:
-    """Return the values at ``places(shape)``; NaN and infinity count as zero."""
+    """Return the values at ``places(shape)``, which may be in parts already; NaN and infinity count as zero."""
+    values = in_parts(values).flatten()
     return Sample(tuple(shape), dtype, tuple([each if math.isfinite(each) else 0.0 for each in values.tolist()]))
 
 
@@ -134,8 +136,10 @@ def differing_tensors(recorded: Fingerprint, found: Fingerprint) -> list[str]:
 
 def _is_same(one: Sample, other: Sample) -> bool:
     """Return whether both may be the same weights, after rounding to other precisions."""
-    if one.shape != other.shape or one.values == other.values:
-        return one.shape == other.shape
+    if one.shape != other.shape or one.dtype.is_complex != other.dtype.is_complex:
+        return False
+    if one.values == other.values:
+        return True
     precisions = [_precision(each.values) for each in (one, other)]
     if one.dtype == other.dtype and precisions[0] == precisions[1]:
         return False
@@ -156,7 +160,7 @@ def _is_readable(tensor: Tensor) -> bool:
     """Return whether a tensor holds plain numbers: quantized weights have their own classes or narrow types."""
     part = local(tensor)
     plain = type(part) in (Tensor, nn.Parameter) and not part.is_meta
-    return plain and tensor.dtype in _PRECISIONS
+    return plain and tensor.dtype in SAMPLED
 
 
 def _mixed(text: str) -> bytes:
@@ -210,7 +214,8 @@ def _read_sample(name: str, content: object) -> Sample:
     dtype = _BY_NAME.get(str(options.get("dtype")))
     if shape is None or values is None or dtype is None:
         raise ValueError(f"The fingerprint of {name!r} in the adapter's file is invalid; the file is damaged.")
-    if math.prod(shape) >= 2**62 or len(values) != min(math.prod(shape), _ELEMENTS):
+    parts = 2 if dtype.is_complex else 1
+    if math.prod(shape) >= 2**62 or len(values) != parts * min(math.prod(shape), _ELEMENTS):
         raise ValueError(f"The fingerprint of {name!r} in the adapter's file is incomplete; the file was damaged.")
     return Sample(shape, dtype, values)
 

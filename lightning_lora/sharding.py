@@ -47,7 +47,7 @@ def elements(chosen: Mapping[str, tuple[Tensor, tuple[Tensor, ...]]]) -> dict[st
         chosen: Name -> a ``DTensor``, and the indices of the elements, one vector for each dimension.
 
     Returns:
-        Name -> the elements, float64, on the CPU.
+        Name -> the elements, float64, on the CPU; of complex numbers the real and the imaginary part in turn.
     """
     numbers: dict[Any, Tensor] = {}
     held = [_held(tensor, index, numbers) for tensor, index in chosen.values()]
@@ -64,9 +64,9 @@ def elements(chosen: Mapping[str, tuple[Tensor, tuple[Tensor, ...]]]) -> dict[st
 
 def _held(tensor: Tensor, index: tuple[Tensor, ...], numbers: dict[Any, Tensor]) -> Tensor:
     """Return those elements that this process holds, and minus infinity for the others."""
-    part = local(tensor.detach())
+    part = in_parts(local(tensor.detach()))
     if not tensor.ndim:
-        return part.reshape(1).cpu().double()
+        return part.reshape(-1).cpu().double()
     is_here, at = torch.ones(len(index[0]), dtype=torch.bool), []
     for dimension, wanted in enumerate(index):
         held = numbers_held(tensor, dimension, numbers)  # ascending, since dividing keeps the order
@@ -74,9 +74,14 @@ def _held(tensor: Tensor, index: tuple[Tensor, ...], numbers: dict[Any, Tensor])
         place[place == len(held)] = 0
         is_here &= held[place] == wanted if len(held) else False
         at.append(place)
-    found = torch.full((len(is_here),), -torch.inf, dtype=torch.float64)
+    found = torch.full((len(is_here), *part.shape[tensor.ndim :]), -torch.inf, dtype=torch.float64)
     found[is_here] = torch.nan_to_num(part[tuple(each[is_here] for each in at)].cpu().double(), posinf=0.0, neginf=0.0)
-    return found
+    return found.flatten()
+
+
+def in_parts(tensor: Tensor) -> Tensor:
+    """Return complex numbers as pairs of their real and imaginary parts, in one more dimension; others as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def numbers_held(tensor: Tensor, dimension: int, known: dict[Any, Tensor]) -> Tensor:

@@ -93,6 +93,17 @@ def with_masks(model: AdaptedModel, state: Mapping[str, Tensor]) -> AdaptedModel
     return AdaptedModel(model.module) if masked else model
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return values in float64, or complex128, in which sums and differences of what was trained are exact enough."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """Return whether no number is NaN or infinite, on the tensor's device; the codes of quantized ones never are."""
+    is_number = tensor.is_floating_point() or tensor.is_complex()
+    return tensor.isfinite().all() if is_number else torch.ones((), dtype=torch.bool, device=tensor.device)
+
+
 def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Collection[str] = ()) -> list[str]:
     """Return the problems that keep a state from being loaded: missing, unknown and wrongly shaped entries.
 

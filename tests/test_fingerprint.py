@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, merge, merged, save_adapter
 from lightning_lora.adapted_model import AdaptedModel
@@ -22,7 +23,8 @@ from lightning_lora.fingerprint import base_problems, digest, fingerprint, from_
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from lightning_lora.trainer.warm_start import start_from
 from tests.contract import raises_and_changes_nothing, train_all
-from tests.toys import Toy, loader, network, trainer
+from tests.files import write_checkpoint
+from tests.toys import Spectral, Toy, loader, network, trainer
 from tests.toys import digest as bits
 from tests.trainer.test_checkpoints import fitted, read
 
@@ -56,12 +58,17 @@ def test_fingerprint_holds_sampled_values(rng: torch.Generator) -> None:
         "vector": torch.randn(3, generator=rng, dtype=torch.float64),
         "scalar": torch.tensor(2.5),
         "image": torch.randn(2, 3, 4, 4, generator=rng).to(memory_format=torch.channels_last),
+        "spectrum": torch.randn(2, 3, 5, generator=rng, dtype=torch.complex64),
+        "conjugate": torch.randn(2, generator=rng, dtype=torch.complex128).conj(),
     }
     found = fingerprint(tensors)
     assert list(found) == list(tensors)
     for name, tensor in tensors.items():
         flat = tensor.contiguous().flatten().tolist()
-        assert list(found[name].values) == [flat[place] for place in places(tensor.shape)]
+        values = [flat[place] for place in places(tensor.shape)]
+        if tensor.is_complex():
+            values = [part for value in values for part in (value.real, value.imag)]
+        assert list(found[name].values) == values
         assert (found[name].shape, found[name].dtype) == (tuple(tensor.shape), tensor.dtype)
 
 
@@ -116,6 +123,7 @@ def test_fingerprint_round_trips_through_json() -> None:
         {"x": {"shape": [-2], "dtype": "float32", "values": []}},
         {"x": {"shape": [2**40] * 12, "dtype": "float32", "values": [0.0] * 4}},
         {"x": {"shape": [1], "dtype": "int8", "values": [1.0]}},
+        {"x": {"shape": [2], "dtype": "complex64", "values": [1.0, 1.0]}},
         {"x": {"shape": [1], "dtype": ["float32"], "values": [1.0]}},
         {"x": {"shape": [1], "dtype": "float32", "values": [float("nan")]}},
         {"x": {"shape": "1", "dtype": "float32", "values": [1.0]}},
@@ -195,6 +203,48 @@ def test_fingerprint_inside_merged_is_that_of_base() -> None:
         assert of(model) == recorded
     merge(model)
     assert "3 of 6" in str(refusal(model, recorded))
+
+
+@pytest.mark.parametrize("second", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("first", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("part", ["real", "imag"])
+def test_other_complex_weights_are_detected(part: str, first: torch.dtype, second: torch.dtype) -> None:
+    recorded = from_plain(json.loads(json.dumps(to_plain(of(in_precision(first))))))
+    other = in_precision(second)
+    assert refusal(other, recorded) is None
+    with torch.no_grad():
+        getattr(other.spec.weight, part).mul_(1.02)
+    assert "1 of 3 compared tensors differ, first spec.weight." in str(refusal(other, recorded))
+
+
+def in_precision(dtype: torch.dtype) -> Spectral:
+    module = Spectral()
+    module.spec.weight = nn.Parameter(module.spec.weight.detach().to(dtype))
+    return module
+
+
+def test_real_weights_are_not_complex_ones() -> None:
+    module = Spectral()
+    recorded = of(module)
+    module.spec.weight = nn.Parameter(module.spec.weight.detach().real.clone())
+    assert "first spec.weight." in str(refusal(module, recorded))
+    one, other = (fingerprint({"x": torch.ones(1, dtype=dtype)}) for dtype in (torch.complex64, torch.float32))
+    assert "first x." in str(base_problems(one, other, "model"))
+    assert "first x." in str(base_problems(other, one, "model"))
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (6, 5)], ids=str)
+def test_sharding_does_not_change_complex_samples(shape: tuple[int, ...]) -> None:
+    whole = torch.randn(shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+        placed = distribute_tensor(whole, mesh, [Shard(0) if shape else Replicate()])
+        found = fingerprint({"x": placed})
+        assert len(found["x"].values) == 2 * min(4, whole.numel())
+        assert found == fingerprint({"x": whole})
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # --- loading
@@ -317,6 +367,32 @@ def test_base_from_full_checkpoint_is_recorded(tmp_path: Path) -> None:
     load_adapter(Other(), tmp_path / "adapter.ckpt")
     with raises_and_changes_nothing(Toy(), ValueError, "different base"):
         load_adapter(Toy(), tmp_path / "adapter.ckpt")
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "directory"])
+def test_another_complex_base_is_refused_unless_the_file_is_from_before(kind: str, tmp_path: Path) -> None:
+    module = Spectral()
+    attach(module, LoRAConfig(rank=2, target_modules=["lin"]))
+    path, record = tmp_path / "adapter", to_plain(of(module))
+    if kind == "directory":
+        save_adapter(module, path)
+    else:
+        write_checkpoint(module, path)
+    load_adapter(Spectral(), path)
+    other = Spectral()
+    with torch.no_grad():
+        other.spec.weight.imag.mul_(2)
+    with raises_and_changes_nothing(other, ValueError, r"1 of \d compared tensors differ, first spec\.weight\."):
+        load_adapter(other, path)
+    del record["spec.weight"]  # as it was recorded before complex weights were compared
+    if kind == "directory":
+        file = path / "adapter_model.safetensors"
+        save_file(load_file(file), file, metadata={"lightning_lora_base": json.dumps(record)})
+    else:
+        content = read(str(path))
+        content[RECORD_KEY]["base"] = record
+        torch.save(content, path)
+    load_adapter(other, path)
 
 
 # --- the command

@@ -124,3 +124,16 @@ def digest(module: nn.Module) -> dict[str, str]:
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+class Spectral(nn.Module):
+    """Complex weights and statistics, as in Fourier neural operators, beside a layer to adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(4)
+            self.lin = nn.Linear(4, 4)
+            self.spec = nn.Module()
+            self.spec.weight = nn.Parameter(torch.randn(2, 2, 3, dtype=torch.complex64))
+            self.spec.register_buffer("mean", torch.randn(3, dtype=torch.complex64))

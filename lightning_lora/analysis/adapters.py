@@ -331,7 +331,7 @@ def stored_matrices(
     The adapter is put on a skeleton of the base, as ``lightning-lora merge`` does, so that both read it alike.
 
     Raises:
-        ValueError: The files do not fit each other, or the base is quantized. Nothing was yielded yet.
+        ValueError: The files do not fit each other, or the base is quantized or complex. Nothing was yielded yet.
         FileNotFoundError: The adapter or the base does not exist.
     """
     folder = open_base(Path(base))
@@ -357,6 +357,11 @@ def _stored_weights(placed: Mapping[str, _Placed], fitted: Fitted, base: BaseFol
     if missing := [own for own in names.values() if stored_as.get(own) not in base.tensors]:
         raise ValueError(f"The base does not contain {listed(missing)}, which the adapter updates.")
     found = {name: base.tensors[stored_as[own]] for name, own in names.items()}
+    if complex_ones := [names[name] for name, tensor in found.items() if tensor.dtype.is_complex]:
+        raise ValueError(
+            f"The base is complex in {listed(complex_ones)}, and updates can only be compared with real weights. Leave "
+            "the base out."
+        )
     if quantized := [names[name] for name, tensor in found.items() if tensor.dtype not in WIDE]:
         raise ValueError(f"The base is quantized ({listed(quantized)}); give the unquantized one.")
     return found

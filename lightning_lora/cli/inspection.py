@@ -13,6 +13,7 @@ from lightning_lora.analysis.adapters import in_order
 from lightning_lora.analysis.spectrum import effective_rank, energy_rank, stable_rank, thin_svd
 from lightning_lora.fingerprint import digest, to_plain
 from lightning_lora.names import join, with_equal_roots
+from lightning_lora.state import wide
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer
 from lightning_lora.sweep.standings import Table, sweep_in
 
@@ -164,5 +165,5 @@ def _largest_differences(first: Mapping[str, Tensor], second: Mapping[str, Tenso
         a, b = first[name], second[name]
         if a.shape != b.shape:
             yield f"{name}: shape {tuple(a.shape)} and {tuple(b.shape)}"
-        elif not torch.equal(a.double(), b.double()):
-            yield f"{name}: largest difference {float((a.double() - b.double()).abs().max()):.3g}"
+        elif bool((wide(a) != wide(b)).any()):
+            yield f"{name}: largest difference {float((wide(a) - wide(b)).abs().max()):.3g}"

@@ -211,6 +211,11 @@ def _check_weights(path: str, layer: LoRALayer) -> None:
         parameter = layer._parameters.get(key)
         if parameter is None:
             raise ValueError(f"{path!r} has no {key} that could take the update.")
+        if parameter.is_complex():
+            raise ValueError(
+                f"The weight of {path!r} is complex ({parameter.dtype}) and its update is real, so nothing can be "
+                "merged into it. Load the adapter with load_adapter, and keep it unmerged."
+            )
         if parameter.dtype not in WIDE:
             raise ValueError(
                 f"The weight of {path!r} is quantized ({parameter.dtype}); merge into an unquantized base."

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.disk.base_folder import WIDE, BaseFolder, Renaming, find_names, module_paths, open_base
-from lightning_lora.fingerprint import Fingerprint, Sample, base_problems, differing_tensors, places, sample
+from lightning_lora.fingerprint import SAMPLED, Fingerprint, Sample, base_problems, differing_tensors, places, sample
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.loading import read_adapter
@@ -32,7 +32,7 @@ from lightning_lora.peft_format.config import KNOWN_ORDER
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_state, make_import
 from lightning_lora.peft_format.names import without_wrappers
-from lightning_lora.state import mismatches, record_problems
+from lightning_lora.state import all_finite, mismatches, record_problems
 from lightning_lora.storage.adapter_file import StoredLayer, damage_named
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import Layout
@@ -93,7 +93,8 @@ def _stand_in(path: str, kind: str, layouts: Layouts) -> nn.Module:
 
 def _register(module: nn.Module, key: str, layout: Layout) -> None:
     is_mask = "bias" in key and len(layout.shape) != 1  # GPT-2's attention has one of this name
-    if is_mask or not (layout.dtype.is_floating_point or key in module._parameters):
+    is_number = layout.dtype.is_floating_point or layout.dtype.is_complex
+    if is_mask or not (is_number or key in module._parameters):
         module.register_buffer(key, _placeholder(layout))
     else:
         module.register_parameter(key, nn.Parameter(_placeholder(layout), requires_grad=False))
@@ -191,7 +192,7 @@ def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fit
 def _sampled(base: BaseFolder, name: str) -> Sample | None:
     """Return the sample of a tensor of a base; None if it is missing, or no plain numbers."""
     tensor = base.tensors.get(name)
-    if tensor is None or not tensor.dtype.is_floating_point or tensor.dtype.itemsize == 1:
+    if tensor is None or tensor.dtype not in SAMPLED:
         return None
     return sample(tensor.shape, tensor.dtype, tensor.read().reshape(-1)[places(tensor.shape)])
 
@@ -310,17 +311,13 @@ def _fitted(
     factors = {name: state[name] for name in model.trained if name in state and name not in model.in_full}
     fill(skeleton, factors)
     values = {name: value for name, value in state.items() if name not in factors}
-    broken = [name for name, adapter in model.adapters.items() if not _is_finite(*adapter.state_dict().values())]
-    broken += [name for name, value in values.items() if not _is_finite(value)]
-    if broken:
+    brought = {name: [*adapter.state_dict().values()] for name, adapter in model.adapters.items()}
+    brought |= {name: [value] for name, value in values.items()}
+    if broken := [name for name, each in brought.items() if not all(map(all_finite, each))]:
         raise ValueError(
             f"The adapter holds NaN or infinity in {listed(broken)}; merging it would destroy the weights."
         )
     return Fitted(skeleton, names, values, added, ignored)
-
-
-def _is_finite(*tensors: Tensor) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor.is_floating_point())
 
 
 # --- the kinds of the adapted layers, told from the shapes
@@ -465,7 +462,8 @@ def model_of_shapes(path: Path) -> ShapedModel:
     """Return a base as far as its files describe it without its code; no tensor is read.
 
     A weight of two dimensions counts as a linear layer, unless its name, or a row for each word of the vocabulary,
-    marks it as an embedding or an output layer. Whether a layer is stored transposed does not change its size.
+    marks it as an embedding or an output layer. Whether a layer is stored transposed does not change its size. Complex
+    weights of more dimensions are spectral ones, not convolutions.
 
     Raises:
         ValueError: The files cannot be read, or are quantized.
@@ -474,7 +472,7 @@ def model_of_shapes(path: Path) -> ShapedModel:
     base = open_base(path)
     kinds = dict(_kinds_by_shape(base.tensors))
     weights = {name: base.tensors[f"{name}.weight"] for name, kind in kinds.items() if kind != _TORCH_ATTENTION}
-    if quantized := [name for name, weight in weights.items() if weight.dtype not in WIDE]:
+    if quantized := [name for name, weight in weights.items() if not (weight.dtype in WIDE or weight.dtype.is_complex)]:
         raise ValueError(
             f"The weights of {listed(quantized)} are quantized and do not have the shapes of their layers; give the "
             "unquantized base."
@@ -495,5 +493,5 @@ def _kinds_by_shape(layouts: Layouts) -> Iterator[tuple[str, str]]:
         if len(layout.shape) == 2:
             is_embedding = last in _EMBEDDINGS or ("embed" in last and last not in _HEADS)
             yield path, "embedding" if is_embedding else "linear"
-        elif 3 <= len(layout.shape) <= 5:
+        elif 3 <= len(layout.shape) <= 5 and not layout.dtype.is_complex:
             yield path, "conv"

@@ -407,7 +407,7 @@ def import_state(content: Import, model: AdaptedModel) -> dict[str, Tensor]:
     values |= {id(root.adapters[name].rows): rows for name, (_, rows) in content.tokens.items()}
     for name, value in content.values.items():
         before = values.setdefault(id(live[name]), value)
-        if not torch.equal(before, value):
+        if before is not value and not torch.equal(before, value):  # NaN differs from itself
             raise ValueError(f"{name!r} is tied to a tensor for which the file has a different value.")
     state = {name: values[id(tensor)] for name, tensor in model.trained.items() if id(tensor) in values}
     # PEFT trains the biases of attention's and recurrent layers' own kind, but does not save them.

@@ -18,6 +18,7 @@ from lightning_lora.layers import LowRankAdapter, TokenAdapter
 from lightning_lora.names import listed, module_names
 from lightning_lora.peft_format.config import numbers_for, targets_for
 from lightning_lora.several.summand import Summand, Update, merged_options
+from lightning_lora.state import wide
 from lightning_lora.surgery import attach, detach
 
 _SMALLEST_REST = 1e-9  # of the base's values in a sum: below it, the weights were meant to add up to 1
@@ -173,9 +174,9 @@ def _share_of_base(terms: Sequence[tuple[float, Tensor]]) -> float:
 
 
 def _moved(base: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    parts = [weight * value.double() for weight, value in terms]
+    parts = [weight * wide(value) for weight, value in terms]
     if rest := _share_of_base(terms):
-        parts.append(rest * base.detach().cpu().double())
+        parts.append(rest * wide(base.detach().cpu()))
     total = torch.stack(parts).sum(0)
     return total if base.is_floating_point() or base.is_complex() else total.round()
 

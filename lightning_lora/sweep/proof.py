@@ -15,6 +15,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.names import parameters_of
 from lightning_lora.probe import RandomState, left_as_it_was
+from lightning_lora.state import wide
 from lightning_lora.sweep.forecast import bytes_kept
 from lightning_lora.sweep.optimizers import Parameters
 from lightning_lora.sweep.steps import Call, Outcome, Step, UnfitError, run_one
@@ -152,8 +153,8 @@ def _random_effects(module: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 def _near(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], close: float) -> bool:
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None or b is not None]
-    difference = sum(float((_or_zeros(a, b) - _or_zeros(b, a)).double().square().sum()) for a, b in pairs)
-    size = sum(float(b.double().square().sum()) for _, b in pairs if b is not None)
+    difference = sum(float(wide(_or_zeros(a, b) - _or_zeros(b, a)).abs().square().sum()) for a, b in pairs)
+    size = sum(float(wide(b).abs().square().sum()) for _, b in pairs if b is not None)
     return difference <= close**2 * size
 
 

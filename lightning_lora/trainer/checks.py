@@ -27,6 +27,7 @@ from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
 from lightning_lora.sharding import anywhere, is_sharded, local, whole
+from lightning_lora.state import all_finite
 from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
@@ -422,9 +423,9 @@ def warn_if_untrained(layout: Layout, module: LightningModule) -> None:
 
 def check_finite(layout: Layout, module: LightningModule, broken_at: int | None) -> None:
     """Refuse a fit that ended with NaN or infinity in what was trained; every process must call this."""
-    trained = {name: t for name, t in AdaptedModel(module).trained.items() if t.requires_grad or t.is_floating_point()}
+    trained = AdaptedModel(module).trained
     with gathered_parameters(module):
-        sound = [local(tensor).isfinite().all() for tensor in trained.values()]
+        sound = [all_finite(local(tensor)) for tensor in trained.values()]
         broken = anywhere([not each for each in to_floats(sound)], layout.strategy.root_device)
     if names := [name for name, is_broken in zip(trained, broken, strict=True) if is_broken]:
         since = "" if broken_at is None else f" The loss was first not finite in batch {broken_at} of this fit."

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora import lora_layers, save_adapter
+from lightning_lora import LoRAConfig, attach, lora_layers, save_adapter
 from lightning_lora.analysis import analyze
 from tests.files import FACTOR, change_tensors, run, write_checkpoint
 from tests.peft_format.kinds import KINDS, WARNED, seeded
 from tests.peft_format.models import (
     trained,
 )
+from tests.toys import Spectral
 
 pytestmark = WARNED
 
@@ -98,3 +99,19 @@ def test_diff_lists_differences(files: tuple[Path, Path], tmp_path: Path, capsys
         "blocks.0.q_proj.A: largest difference 0.5",
         "blocks.1.v_proj: scaling 1.5 and 6.0",
     ]
+
+
+@pytest.mark.parametrize("part", ["real", "imag"])
+def test_diff_sees_either_part_of_complex_numbers(
+    part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = Spectral()
+    attach(module, LoRAConfig(rank=2, target_modules=["lin"], modules_to_save=["spec"]))
+    for name in ("one", "other"):
+        save_adapter(module, tmp_path / name)
+    assert run("diff", tmp_path / "one", tmp_path / "other") == 0
+    key = "base_model.model.spec.weight"
+    change_tensors(tmp_path / "other", lambda tensors: getattr(tensors[key], part)[0].add_(0.5))
+    capsys.readouterr()
+    assert run("diff", tmp_path / "one", tmp_path / "other") == 1
+    assert capsys.readouterr().out == "spec.weight: largest difference 0.5\n"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, adapter_state_dict, attach, merge
+from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter, merge, save_adapter
+from lightning_lora.disk.skeleton import model_of_shapes
 from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.files import FACTOR, change_tensors, run, tensors_of, write_checkpoint
 from tests.peft_format.kinds import WARNED
+from tests.toys import Spectral
 
 pytestmark = WARNED
 
@@ -69,3 +73,86 @@ def test_damaged_record_gives_no_traceback(
     record = describe(tiny) | {part: nonsense}
     torch.save({"state_dict": adapter_state_dict(tiny), RECORD_KEY: record}, tmp_path / "odd.ckpt")
     assert run(command, tmp_path / "odd.ckpt", *[files[1]] * (command == "verify")) in (0, 1)
+
+
+# --- complex weights
+
+
+@pytest.fixture(params=["checkpoint", "directory"])
+def spectral(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """An adapter that trains complex weights in full, by a glob, and its base."""
+    module, adapter, base = Spectral(), tmp_path / "adapter", tmp_path / "base.safetensors"
+    save_file(module.state_dict(), base)
+    attach(module, LoRAConfig(rank=2, target_modules=["lin"], modules_to_save=["sp*"]))
+    with torch.no_grad():
+        module.lin.lora.B.add_(1)
+        module.spec.weight.mul_(1j)
+        module.spec.mean.mul_(1j)
+    if request.param == "directory":
+        save_adapter(module, adapter)
+    else:
+        write_checkpoint(module, adapter)
+    return adapter, base
+
+
+def test_complex_weights_are_verified_merged_and_converted(spectral: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter, base = spectral
+    before = load_file(base)
+    assert run("verify", *spectral) == 0
+    assert run("report", adapter, "--base", base) == 0
+    assert run("merge", *spectral, tmp_path / "merged") == 0
+    folder, back = tmp_path / "peft", tmp_path / "back.ckpt"
+    if adapter.is_file():
+        assert run("export", adapter, folder) == 0
+    else:
+        assert run("import", adapter, back, "--root", "") == 0
+        assert run("export", back, folder) == 0
+    load_adapter(loaded := Spectral(), folder)
+    merged = tensors_of(tmp_path / "merged")
+    for key in ("spec.weight", "spec.mean"):
+        assert torch.equal(merged[key], before[key] * 1j)
+        assert torch.equal(loaded.state_dict()[key], before[key] * 1j)
+
+
+@pytest.mark.parametrize("part", ["real", "imag"])
+def test_complex_number_that_is_not_finite_is_found(
+    part: str, spectral: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base = spectral
+    if adapter.is_dir():
+        change_tensors(adapter, lambda t: getattr(t["base_model.model.spec.mean"], part).fill_(torch.nan))
+    else:
+        content = torch.load(adapter)
+        getattr(content["state_dict"]["spec.mean"], part).fill_(torch.nan)
+        torch.save(content, adapter)
+    assert run("verify", adapter, base) == 1
+    assert "NaN or infinity in spec.mean" in capsys.readouterr().err
+
+
+def test_plan_counts_complex_weights_as_parameters_and_as_no_convolution(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = Spectral()
+    module.turn = nn.Linear(4, 4, dtype=torch.complex64)
+    save_file(module.state_dict(), base := tmp_path / "base.safetensors")
+    assert run("plan", base, "--rank", 1, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["base_parameters"] == sum(tensor.numel() for tensor in module.state_dict().values())
+    assert max(choice["layers"] for choice in found["choices"]) == 2
+    shaped = model_of_shapes(base).module
+    assert type(shaped.get_submodule("spec")) is nn.Module
+
+
+def test_update_of_complex_weight_is_not_called_quantized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, adapter, base = (
+        nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64)),
+        tmp_path / "a",
+        tmp_path / "b.safetensors",
+    )
+    save_file(module.state_dict(), base)
+    attach(module, LoRAConfig(rank=1, target_modules=["0"]))
+    write_checkpoint(module, adapter)
+    assert run("merge", adapter, base, tmp_path / "out") == 1
+    assert "'0' is complex (torch.complex64) and its update is real" in capsys.readouterr().err
+    assert run("report", adapter, "--base", base) == 1
+    assert "complex in 0.weight" in capsys.readouterr().err

@@ -44,6 +44,7 @@ from tests.peft_format.models import (
     vit,
 )
 from tests.test_switching import CONFIGS, base, tokens
+from tests.toys import Spectral
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")]
 
@@ -618,3 +619,55 @@ def test_commands_write_sums_multiples_and_approximations(tmp_path: Path, capsys
     assert run("combine", a, "--weights", "1", "--rank", "1", "--out", tmp_path / "new") == 1
     assert run("truncate", b, "--rank", "1", "--out", tmp_path / "cut") == 1
     assert "exists already" in capsys.readouterr().err
+
+
+# --- complex numbers
+
+
+def spectral(*names: str) -> tuple[nn.Module, dict[str, dict[str, Tensor]]]:
+    """Return a model with adapters that train complex values in full, and the values of each."""
+    module, values, rng = Spectral(), {}, torch.Generator().manual_seed(2)
+    for name in names:
+        add_adapter(module, name, LoRAConfig(rank=2, target_modules=["lin"], modules_to_save=["spec"]))
+        with using(module, name), torch.no_grad():
+            for tensor in (module.spec.weight, module.spec.mean, module.lin.lora.B):
+                tensor.copy_(torch.randn(tensor.shape, dtype=tensor.dtype, generator=rng))
+            values[name] = of_spectrum(module)
+    return module, values
+
+
+def of_spectrum(module: nn.Module) -> dict[str, Tensor]:
+    return {"weight": module.spec.weight.detach().clone(), "mean": module.spec.mean.clone()}
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value)
+
+
+def test_a_sum_keeps_imaginary_parts():
+    module, values = spectral("a", "b")
+    base_values = of_spectrum(Spectral())
+    combine(module, {"a": 0.5, "b": -1.5}, name="sum")
+    expected = {
+        key: value + 0.5 * (values["a"][key] - value) - 1.5 * (values["b"][key] - value)
+        for key, value in base_values.items()
+    }
+    with using(module, "sum"):
+        assert_close(of_spectrum(module), expected)
+
+
+def test_the_commands_keep_imaginary_parts(tmp_path: Path):
+    module, values = spectral("a", "b")
+    for name in values:
+        with using(module, name):
+            save_adapter(module, tmp_path / name)
+    a, b, scaled, cut, mean = (tmp_path / name for name in ("a", "b", "scaled", "cut", "mean"))
+    assert run("scale", a, 1.0, "--out", scaled) == 0
+    assert run("truncate", a, "--rank", 1, "--out", cut) == 0
+    assert run("combine", a, b, "--weights", "0.25,0.75", "--out", mean) == 0
+    averaged = {key: 0.25 * values["a"][key] + 0.75 * values["b"][key] for key in values["a"]}
+    for folder, expected in ((scaled, values["a"]), (cut, values["a"]), (mean, averaged)):
+        load_adapter(loaded := Spectral(), folder)
+        assert_close(of_spectrum(loaded), expected)

@@ -43,7 +43,7 @@ from tests.files import files_of, run, write_checkpoint
 from tests.peft_format.models import CLOSE, QUIET, bert, distance, gpt2, in_peft, llama, logits, mixtral, trained
 from tests.several.test_combination import EXACT, RICH, ROUNDING, Rich
 from tests.test_switching import CONFIGS, base, tokens
-from tests.toys import Toy, loader, trainer
+from tests.toys import Spectral, Toy, loader, trainer
 
 pytestmark = [*QUIET, pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")]
 
@@ -465,6 +465,17 @@ def test_a_wrapped_module_is_refused(wrap: Any, how: str):
     learn(module, 0)
     with pytest.raises(RuntimeError, match=f"is wrapped in {how}"):
         truncate_adapter(wrap(module), rank=1)
+
+
+def test_cutting_keeps_imaginary_parts():
+    module, rng = Spectral(), torch.Generator().manual_seed(3)
+    attach(module, LoRAConfig(rank=2, target_modules=["lin"], modules_to_save=["spec"]))
+    with torch.no_grad():
+        for tensor in (module.spec.weight, module.spec.mean, module.lin.lora.B):
+            tensor.copy_(torch.randn(tensor.shape, dtype=tensor.dtype, generator=rng))
+    before = {key: value.clone() for key, value in module.spec.state_dict().items()}
+    truncate_adapter(module, rank=1)
+    assert all(torch.equal(value, before[key]) for key, value in module.spec.state_dict().items())
 
 
 # --- nothing is half changed

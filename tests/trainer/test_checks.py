@@ -28,7 +28,7 @@ from lightning_lora import (
 )
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from lightning_lora.trainer.checks import JUDGED_AT
-from tests.toys import FEATURES, Toy, loader, network, trainer
+from tests.toys import FEATURES, Spectral, Toy, loader, network, trainer
 from tests.trainer.test_checkpoints import read
 
 pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller.*")
@@ -258,6 +258,23 @@ def test_run_that_diverged_is_refused_with_the_batch() -> None:
     message = refused(LoRACallback(rank=2), Diverges(), max_steps=4)
     assert message.startswith("Training diverged: NaN or infinity in net.0.lora.A, net.0.lora.B")
     assert "The loss was first not finite in batch 3 of this fit." in message
+
+
+@pytest.mark.parametrize("part", ["real", "imag"])
+def test_complex_statistics_that_diverged_are_named(part: str) -> None:
+    class Diverges(Toy):
+        def build(self) -> None:
+            super().build()
+            self.spectral = Spectral()
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            getattr(self.spectral.spec.mean, part).fill_(torch.nan)
+            return super().training_step(batch, batch_idx)
+
+    callback = LoRACallback(rank=2, target_modules=["net.*"], modules_to_save=["spectral.spec"])
+    assert refused(callback, Diverges(), max_steps=2).startswith(
+        "Training diverged: NaN or infinity in spectral.spec.mean"
+    )
 
 
 # --- likely causes
