@@ -160,7 +160,7 @@ def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fit
             and ``check_base`` is set.
         FileNotFoundError: The adapter does not exist.
     """
-    file, sampled = read_adapter(path), functools.cache(partial(_sampled, base))
+    file, sampled, most = read_adapter(path), functools.cache(partial(_sampled, base)), 0
     layouts: dict[str, Layout] = dict(base.tensors)
     layouts |= {head: layouts[source] for head, source in base.tied_heads.items()}
 
@@ -170,7 +170,9 @@ def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fit
         return {name: each for name, each in found.items() if each is not None}
 
     def has_values(names: Mapping[str, str]) -> bool:
-        return bool(found := values(names)) and not differing_tensors(file.base, found)
+        nonlocal most  # leaving a part out, as one that differs, proves less than names tried before
+        most = max(most, len(found := values(names)))
+        return len(found) == most > 0 and not differing_tensors(file.base, found)
 
     with warnings.catch_warnings(), damage_named(path):
         warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank

@@ -75,6 +75,20 @@ def test_damaged_record_gives_no_traceback(
     assert run(command, tmp_path / "odd.ckpt", *[files[1]] * (command == "verify")) in (0, 1)
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_part_that_is_not_adapted_is_compared(prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(16, 16), "head": nn.Linear(16, 4)})
+    save_file(model.state_dict(), base := tmp_path / "base.safetensors")
+    module = nn.ModuleDict({"model": model}) if prefix else model
+    attach(module, LoRAConfig(rank=2, target_modules=[f"{prefix}body"]))
+    adapter = write_checkpoint(module, tmp_path / "adapter.ckpt")
+    assert run("verify", adapter, base) == 0
+    assert "samples of 4 tensors" in capsys.readouterr().out
+    save_file(load_file(base) | {"head.weight": torch.zeros(4, 16)}, base)
+    assert run("verify", adapter, base) == 1
+    assert f"1 of 4 compared tensors differ, first {prefix}head.weight" in capsys.readouterr().err
+
+
 # --- complex weights
 
 
@@ -112,6 +126,19 @@ def test_complex_weights_are_verified_merged_and_converted(spectral: tuple[Path,
     for key in ("spec.weight", "spec.mean"):
         assert torch.equal(merged[key], before[key] * 1j)
         assert torch.equal(loaded.state_dict()[key], before[key] * 1j)
+
+
+def test_other_complex_base_is_refused(spectral: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, base = spectral
+    module = Spectral()
+    attach(module, LoRAConfig(rank=2, target_modules=["lin"]))
+    write_checkpoint(module, adapter.with_name("frozen.ckpt"))
+    tensors = load_file(base)
+    tensors["spec.weight"].imag.add_(1)
+    save_file(tensors, base)
+    assert run("verify", adapter, base) == 0  # it trains them itself
+    assert run("verify", adapter.with_name("frozen.ckpt"), base) == 1
+    assert "1 of 3 compared tensors differ, first spec.weight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("part", ["real", "imag"])
