@@ -355,11 +355,22 @@ def _put_in_place(base: dict[nn.Module, Kept], adapter: Named) -> None:
             vars(place)[table][key] = None
         if place.behavior is not None:
             swap_in(part, *place.behavior)
-            part._modules["lora"] = place._modules.pop("lora")
+            part._modules["lora"] = in_mode_of(part, place._modules.pop("lora"))
         if place.own:
             renew_weight_list(part)
     for root in adapter.roots:
         set_attachment(root.module, root.attachment)
+
+
+def in_mode_of(part: nn.Module, lora: T) -> T:
+    """Put what a layer has under an adapter in the mode of the layer, and return it.
+
+    Whoever puts modes back by the names of modules, as Lightning does after a validation, misses adapters that were
+    switched in between.
+    """
+    if isinstance(lora, nn.Module) and lora.training != part.training:
+        lora.train(part.training)
+    return lora
 
 
 def _norms_of(adapter: Named | None) -> set[tuple[str, ...]]:

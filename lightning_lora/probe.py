@@ -334,7 +334,7 @@ class RandomState:
     """The state of the random generators: the same for every pass, restored at the end."""
 
     def __enter__(self) -> RandomState:
-        self._fork = torch.random.fork_rng()
+        self._fork = torch.random.fork_rng(range(torch.cuda.device_count()))
         self._fork.__enter__()
         self._numpy = sys.modules.get("numpy")  # a model that draws from it has imported it
         self._python, self._numpys = random.getstate(), self._numpy.random.get_state() if self._numpy else None

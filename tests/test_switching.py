@@ -174,6 +174,25 @@ def test_switching_keeps_parameters_and_their_gradient_flags(model: nn.Module):
     assert len({p for now in flags.values() for p, _ in now}) == sum(counts)  # no parameter belongs to two
 
 
+@pytest.mark.parametrize("context", [using, lambda model, name: routed(model, [name, None])])
+def test_an_adapter_drops_as_its_layer_does_after_modes_were_put_back_by_name(context: Callable[..., Any]):
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    for name in ("first", "second"):
+        add_adapter(model, name, LoRAConfig(rank=2, dropout=0.5))
+        set_adapter(model, name)
+        learn(model, 1)
+    modes = {name: part.training for name, part in model.named_modules()}  # as Lightning does around a validation
+    model.eval()
+    set_adapter(model, "first")
+    for name, part in model.named_modules():
+        part.training = modes.get(name, part.training)
+    with context(model, "second"):
+        x = torch.ones(2, WIDTH)
+        assert not torch.equal(model(x)[0], model(x)[0])
+        model.eval()
+        assert torch.equal(model(x)[0], model(x)[0])
+
+
 def test_training_one_adapter_leaves_the_others_bit_equal(model: nn.Module, alone: dict[str, nn.Module]):
     set_adapter(model, "head")
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1, weight_decay=0.1))

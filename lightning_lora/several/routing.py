@@ -13,7 +13,15 @@ from typing_extensions import override
 
 from lightning_lora.adapted_model import taking_turns
 from lightning_lora.layers import LoRALayer, Swapped, WeightLoRALayer, swap_in, swap_out
-from lightning_lora.named_adapters import Kept, Several, checked, several_of, switch_to, undone_on_failure
+from lightning_lora.named_adapters import (
+    Kept,
+    Several,
+    checked,
+    in_mode_of,
+    several_of,
+    switch_to,
+    undone_on_failure,
+)
 from lightning_lora.names import OTHERS, listed, walk
 from lightning_lora.ops.eager import is_unheld
 from lightning_lora.switching import using
@@ -67,6 +75,8 @@ def _routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
                 _Group(own, None if name is None else several.adapters[name].kept.get(part))
                 for name, own in rows.items()
             ]
+            for group in groups:
+                in_mode_of(part, group.lora)
             swap_in(part, RoutedLayer)
             vars(part)[_ROUTE] = _Route(paths[part], len(names), groups)
         yield

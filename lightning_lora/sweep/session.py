@@ -368,13 +368,14 @@ class SweepSession:
 
     def succeed(self) -> None:
         """Record a successful fit, and leave the best adapter in place."""
-        assert self.training is not None
+        if self.training is None:  # there was no batch
+            check_trained(self.session.layout, self.trainer, self.module, has_begun=False)
+            return
         self.training.look()
         set_adapter(self.module, self.best)
         check_finite(self.session.layout, self.module, None)
         self.session.gradients.finish()
-        check_trained(self.session.layout, self.trainer, self.module)
-        self._has_succeeded = True
+        self._has_succeeded = check_trained(self.session.layout, self.trainer, self.module)
         rank_zero_info(f"LoRASweep, by {self.wanted.monitor}:\n{self.standings.table()}")
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_lora.named_adapters import active_adapter
+from lightning_lora.probe import RandomState
 from lightning_lora.switching import set_adapter
 
 _TABLES = {"_callback_metrics": "callback", "_logged_metrics": "log", "_progress_bar_metrics": "pbar"}
@@ -57,7 +58,11 @@ class Validation:
             for name in names:
                 set_adapter(self.module, name)
                 self.adapter = name
-                with self._one_pass(is_first=name == names[0], others=names if name == names[-1] else ()):
+                is_last = name == names[-1]
+                with ExitStack() as stack:
+                    if not is_last:  # all draw the same, and training goes on as after one pass
+                        stack.enter_context(RandomState())
+                    stack.enter_context(self._one_pass(is_first=name == names[0], others=names if is_last else ()))
                     outputs = run()
         finally:
             self.adapter = None

@@ -24,6 +24,7 @@ from lightning_lora import (
     adapter_names,
     adapter_state_dict,
     load_adapter,
+    lora_layers,
     using,
 )
 from lightning_lora.sweep.candidates import Candidate
@@ -121,6 +122,36 @@ def test_each_adapter_ends_as_in_a_fit_of_its_own(mode: Any, close: float):
     fit(module, sweep, **options)
     assert adapter_names(module) == list(FOUR)
     assert_each_is_alone(Quiet, sweep, module, close, **options)
+
+
+@pytest.mark.parametrize(("mode", "close"), [("loop", EXACT), ("vmap", CLOSE), ("meet", CLOSE)])
+def test_validation_changes_no_batches_that_training_draws(mode: Any, close: float):
+    def seeded() -> Quiet:
+        torch.manual_seed(5)  # of the order of the batches
+        return Quiet()
+
+    module, options = seeded(), {"max_epochs": 3, "max_steps": -1, "num_sanity_val_steps": 1}
+    sweep = swept(grid={"lr": [1e-3, 1e-2, 3e-2]}, mode=mode, keep=1.0)
+    fit(module, sweep, data=loader(shuffle=True), **options)
+    assert_each_is_alone(seeded, sweep, module, close, data=loader(shuffle=True), **options)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_are_in_training_mode_again_after_a_validation(mode: Any):
+    modes: list[bool] = []
+
+    class Modes(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
+            for name in adapter_names(pl_module):
+                with using(pl_module, name):
+                    modes.extend(layer.lora.training for layer in lora_layers(pl_module).values())
+
+        def on_validation_batch_end(self, trainer: Any, pl_module: LightningModule, *_: Any) -> None:
+            modes.extend(not layer.lora.training for layer in lora_layers(pl_module).values())
+
+    fit(Quiet(), swept(grid={"lr": [1e-3, 1e-2, 3e-2]}, dropout=0.5, mode=mode, keep=1.0), Modes(), max_epochs=3)
+    assert modes
+    assert all(modes)
 
 
 class SumLoss(Quiet):
@@ -227,6 +258,12 @@ def test_a_fit_in_which_all_adapters_diverge_raises():
         pytest.warns(UserWarning, match="diverged"),
     ):
         fit(Quiet(), swept(grid={"lr": [1e30, 1e31]}, mode="loop"))
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+def test_a_fit_without_a_batch_raises():
+    with pytest.raises(MisconfigurationException, match=r"made no optimizer step.*Is the train_dataloader empty"):
+        fit(Quiet(), swept(grid={"lr": [1e-3, 1e-2]}), data=loader(rows=0))
 
 
 class Watch(Callback):
