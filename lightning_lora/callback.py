@@ -50,7 +50,8 @@ class LoRACallback(Callback):
         overwrite: Let ``export_dir`` replace an adapter that is there; otherwise one there is an error before training.
         init_from: A ``.ckpt`` of a LoRACallback run or a PEFT directory to start from, unless training resumes a
             checkpoint; of several adapters, the one called ``adapter``, or, if there is none, the one that was
-            trained. Ranks may have grown, layers may have been added or removed; the log says what happened.
+            trained. Ranks may have grown, layers may have been added or removed; the log says what happened. If the
+            module has an adapter that has learned something else, that is an error, unless ``fresh`` is set.
         fresh: Start every fit that resumes no checkpoint as on a new module, with adapters of the seed that
             ``seed_everything`` has set. Without it, a second fit continues from the adapters of the first.
         check_base: Reject a base whose values differ from those the adapter was trained on; the same values in another

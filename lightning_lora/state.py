@@ -14,7 +14,7 @@ from lightning_lora.fingerprint import Fingerprint, base_problems, differing_ten
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.layers.norm import has_running_statistics
 from lightning_lora.named_adapters import of_others
-from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, near_names
+from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, module_names, near_names
 from lightning_lora.sharding import copy_whole, whole
 
 FORMAT_VERSION = 1
@@ -45,7 +45,8 @@ def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> N
     """Copy an adapter's state into an adapted module: swaps the task on one base.
 
     Raises:
-        ValueError: Names or shapes do not fit, or the module has no adapters; one error lists all. Nothing was changed.
+        ValueError: Names or shapes do not fit, or the module has no adapters; one error lists all. Or the state holds
+            NaN or infinity. Nothing was changed.
         RuntimeError: Another adapter was merged into this module, for good or inside ``merged``. Nothing was changed.
     """
     check_not_merged(module, {})
@@ -61,7 +62,7 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
         known: Other names that the state may hold.
 
     Raises:
-        ValueError: Names or shapes do not fit. Nothing was changed.
+        ValueError: Names or shapes do not fit, or values are NaN or infinity. Nothing was changed.
         RuntimeError: The adapters are folded into the weights, inside ``merged``.
     """
     model = with_masks(model, state)
@@ -70,12 +71,40 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
     grown = grown_buffers(model, state)
     if problems := mismatches(model.trained | grown, state, known):
         raise ValueError(mismatch_message(type(model.module).__name__, problems))
+    check_sound({name: state[name] for name in model.trained}, "was changed")
     replace_buffers(model.module, grown)
     with torch.no_grad():
         for name, tensor in model.trained.items():
             if name not in grown:
                 copy_whole(tensor, state[name])
     model.have_values()
+
+
+def check_sound(state: Mapping[str, Tensor], done: str) -> None:
+    """Reject the state of an adapter that holds NaN, or infinity in its factors.
+
+    What trains in full may hold infinity, as masks do.
+
+    Args:
+        state: Its tensors, under the names of a checkpoint or of PEFT.
+        done: What has not been done: "was changed" or "was written".
+
+    Raises:
+        ValueError: It names the tensors.
+    """
+    factors = {name for name in state if ".lora." in name or "lora_" in name}
+    if broken := [name for name, tensor in state.items() if not is_sound(tensor, finite=name in factors)]:
+        raise ValueError(
+            f"The adapter holds NaN or infinity in {listed(broken)}; nothing {done}. Its training has diverged, or the "
+            "file is damaged: use an earlier checkpoint, or train anew with a lower learning rate."
+        )
+
+
+def is_sound(tensor: Tensor, *, finite: bool) -> Tensor:
+    """Return whether no number is NaN, or infinite where it must not be, on the tensor's device."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):  # codes of quantized numbers always are
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    return tensor.isfinite().all() if finite else ~tensor.isnan().any()
 
 
 def with_masks(model: AdaptedModel, state: Mapping[str, Tensor]) -> AdaptedModel:
@@ -96,12 +125,6 @@ def with_masks(model: AdaptedModel, state: Mapping[str, Tensor]) -> AdaptedModel
 def wide(tensor: Tensor) -> Tensor:
     """Return values in float64, or complex128, in which sums and differences of what was trained are exact enough."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def all_finite(tensor: Tensor) -> Tensor:
-    """Return whether no number is NaN or infinite, on the tensor's device; the codes of quantized ones never are."""
-    is_number = tensor.is_floating_point() or tensor.is_complex()
-    return tensor.isfinite().all() if is_number else torch.ones((), dtype=torch.bool, device=tensor.device)
 
 
 def mismatches(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], known: Collection[str] = ()) -> list[str]:
@@ -216,6 +239,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
     model = AdaptedModel(module)
     # None of them can be the model that an export of the file is about.
     containers = [name for name, part in module.named_children() if isinstance(part, CONTAINERS)]
+    optional = {"containers": containers, "aliases": _aliases(model)}
     return {
         "format_version": FORMAT_VERSION,
         "adapters": [
@@ -227,7 +251,14 @@ def describe(module: nn.Module) -> dict[str, Any]:
         ],
         "layers": _described_layers(model),
         "merges": model.merges,
-    } | ({"containers": containers} if containers else {})
+    } | {key: value for key, value in optional.items() if value}
+
+
+def _aliases(model: AdaptedModel) -> dict[str, list[str]]:
+    """Return the other names of the modules that train something and that the model reaches by several names."""
+    paths = model.layers.keys() | {name.rpartition(".")[0] for name in model.in_full}
+    every = ((name, names[1:]) for name, (_, names) in module_names(model.module).items() if len(names) > 1)
+    return {name: list(others) for name, others in every if name in paths}
 
 
 def _described_layers(model: AdaptedModel) -> dict[str, dict[str, Any]]:

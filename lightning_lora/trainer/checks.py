@@ -27,7 +27,7 @@ from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
 from lightning_lora.sharding import anywhere, is_sharded, local, whole
-from lightning_lora.state import all_finite
+from lightning_lora.state import is_sound
 from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
@@ -425,7 +425,8 @@ def check_finite(layout: Layout, module: LightningModule, broken_at: int | None)
     """Refuse a fit that ended with NaN or infinity in what was trained; every process must call this."""
     trained = AdaptedModel(module).trained
     with gathered_parameters(module):
-        sound = [all_finite(local(tensor)) for tensor in trained.values()]
+        # Buffers of what trains in full may hold infinity, as masks do.
+        sound = [is_sound(local(t), finite=isinstance(t, nn.Parameter)) for t in trained.values()]
         broken = anywhere([not each for each in to_floats(sound)], layout.strategy.root_device)
     if names := [name for name, is_broken in zip(trained, broken, strict=True) if is_broken]:
         since = "" if broken_at is None else f" The loss was first not finite in batch {broken_at} of this fit."
@@ -435,20 +436,32 @@ def check_finite(layout: Layout, module: LightningModule, broken_at: int | None)
         )
 
 
-def check_trained(layout: Layout, trainer: Trainer, module: LightningModule) -> None:
-    """Refuse a fit that left all adapters untrained, or warn if it was meant to; every process must call this."""
-    if not _is_untrained(module, layout):
-        return
-    if trainer.global_step:
-        rank_zero_warn(f"No LoRA adapter was trained in {trainer.global_step} steps. Was the learning rate zero?")
-        return
+def check_trained(layout: Layout, trainer: Trainer, module: LightningModule, *, has_begun: bool = True) -> bool:
+    """Refuse a fit that left all adapters untrained, or warn if it was meant to; every process must call this.
+
+    Args:
+        layout: How the strategy distributes what is trained.
+        trainer: The Trainer.
+        module: The adapted module.
+        has_begun: Whether the fit has seen a batch: adapters from elsewhere are not at their start without one, too.
+
+    Returns:
+        Whether there is something to export and to merge.
+    """
+    is_untrained, steps, nothing = _is_untrained(module, layout), trainer.global_step, "Nothing is exported or merged."
+    if steps and is_untrained:
+        rank_zero_warn(f"No LoRA adapter was trained in {steps} steps. Was the learning rate zero? {nothing}")
+    if steps or not (is_untrained or (not has_begun and AdaptedModel(module).layers)):
+        return not is_untrained
     message = (
         "This fit made no optimizer step, so no LoRA adapter was trained. Is the train_dataloader empty, or "
         "limit_train_batches, max_steps or max_epochs zero? With manual optimization, step the optimizers."
     )
     if 0 not in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
         raise MisconfigurationException(message)
-    rank_zero_warn(message)
+    say = rank_zero_warn if is_untrained else rank_zero_info
+    say(f"{message} {nothing}")
+    return False
 
 
 def _is_untrained(module: LightningModule, layout: Layout) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
@@ -323,16 +324,16 @@ def _new_layers(model: AdaptedModel) -> Iterator[str]:
 
 
 def _first_values(model: AdaptedModel) -> Iterator[str]:
-    """Yield the frozen linear layers that seem to have their first values still, in a model whose others were trained.
+    """Yield the frozen layers that seem to have their first values still, in a model whose others were trained.
 
     Which layers of a transformers model are new is known (``_new_layers``); of others, only the values can say it.
     """
-    linear = {name: part for name, part in model.parts if isinstance(part, nn.Linear)}
-    verdicts = {name: verdict for name, part in linear.items() if (verdict := _looks_new(part)) is not None}
+    layers = {name: part for name, part in model.parts if isinstance(part, (nn.Linear, _ConvNd))}
+    verdicts = {name: verdict for name, part in layers.items() if (verdict := _looks_new(part)) is not None}
     if 2 * sum(verdicts.values()) >= len(verdicts):
         return  # nothing was trained here, or much was built anew on purpose
     known = {each for _, part in model.parts if _is_of_transformers(part) for each in part.modules()}
-    frozen = {name for name, part in linear.items() if not part.weight.requires_grad and part not in known}
+    frozen = {name for name, part in layers.items() if not part.weight.requires_grad and part not in known}
     if new := [name for name, verdict in verdicts.items() if verdict and name in frozen - _too_small(model)]:
         yield (
             f"the values of {listed(new)} look random, as those of a new layer. No checkpoint holds them: another "
@@ -350,23 +351,24 @@ def _is_of_transformers(part: nn.Module) -> bool:
     return hasattr(part, "base_model_prefix") and hasattr(part, "get_output_embeddings")
 
 
-def _looks_new(layer: nn.Linear) -> bool | None:
+def _looks_new(layer: nn.Module) -> bool | None:
     """Return whether a layer has the values of a new one; None if its values cannot say it.
 
     A new layer of torch is uniform within ``1 / sqrt(inputs)``; timm and others start biases at zero instead.
     """
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     plain = [each for each in (weight, bias) if each is not None]
-    if weight is None or weight.shape != (layer.out_features, layer.in_features):
+    if weight is None or weight.ndim < 2 or not weight.numel():
         return None  # divided by a strategy, or computed
     if any(each.is_meta or type(each.data) is not Tensor or each.is_complex() for each in plain):
         return None  # without values, or with those of another format
     if bias is not None and not bias.any():
         return True
-    sample = weight.detach()[: math.ceil(_SAMPLE / layer.in_features)].float()
+    inputs = weight[0].numel()  # of one output; torch counts those of a transposed convolution in the same way
+    sample = weight.detach()[: math.ceil(_SAMPLE / inputs)].float()
     if sample.numel() < _FEWEST:
         return None
-    largest, square = sample.abs().max() * layer.in_features**0.5, 3 * layer.in_features * sample.square().mean()
+    largest, square = sample.abs().max() * inputs**0.5, 3 * inputs * sample.square().mean()
     return bool(0.98 < largest < 1.01 and 0.7 < square < 1.3)  # five standard deviations of the fewest values
 
 

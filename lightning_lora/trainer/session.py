@@ -313,7 +313,15 @@ class FitSession:
     def _begin(self) -> None:
         """Start from another adapter, and refuse what could not be exported later."""
         module, path, resumed = self.module, self.options.init_from, chosen_checkpoint(self.trainer)
-        if self._is_fit and not self._is_new and resumed is None:
+        if self.options.fresh and self._is_new and (attachment := get_attachment(module)) is not None:
+            model = AdaptedModel(module)
+            attachment.starts = {name: each.detach().clone() for name, each in model.in_full.items()}
+            attachment.buffers = {name: each.detach().clone() for name, each in base_buffers(model).items()}
+        if path is not None and resumed is None and (self._is_new or self._is_fit):
+            with gathered_parameters(module):
+                start = start_from(module, path, check_base=self.options.check_base, is_new=self._is_new)
+            rank_zero_info(f"LoRA: started from {path}: {start}")
+        elif self._is_fit and resumed is None and not self._is_new:
             with gathered_parameters(module):
                 norm = norm_of_updates(module)
             if norm:
@@ -321,14 +329,6 @@ class FitSession:
                     f"LoRA: continues from the adapters already attached (norm of the updates {norm:.3g}); "
                     "LoRACallback(fresh=True) starts every fit anew."
                 )
-        if self.options.fresh and self._is_new and (attachment := get_attachment(module)) is not None:
-            model = AdaptedModel(module)
-            attachment.starts = {name: each.detach().clone() for name, each in model.in_full.items()}
-            attachment.buffers = {name: each.detach().clone() for name, each in base_buffers(model).items()}
-        if path is not None and self._is_new and resumed is None:
-            with gathered_parameters(module):
-                start = start_from(module, path, check_base=self.options.check_base)
-            rank_zero_info(f"LoRA: started from {path}: {start}")
         if self._is_fit and resumed is None and self._config.start.name in STARTS_FROM_WEIGHTS:
             self._calibrate()  # while the weights are whole
         if self.options.export_dir is not None and self._is_fit:
@@ -454,11 +454,10 @@ class FitSession:
         """Record a successful fit; raise if it trained nothing, not all that was named, or to no number."""
         check_finite(self.layout, self.module, self.gradients.broken_at())
         self.gradients.finish()
-        check_trained(self.layout, self.trainer, self.module)
+        self._has_succeeded = check_trained(self.layout, self.trainer, self.module, has_begun=self._held is not None)
         hints.warn_of_unfrozen(self.module)
         if self.ranks is not None:
             self.ranks.succeed()
-        self._has_succeeded = True
         if (buffers := self._checkpoints.buffers) is not None and (moved := buffers.moved()):
             rank_zero_info(
                 f"LoRA: training has changed buffers of the base: {listed(list(moved))}. Checkpoints hold them beside "

@@ -18,8 +18,9 @@ from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import check_base_values, check_not_merged, grown_buffers, has_base_values
+from lightning_lora.state import check_base_values, check_not_merged, check_sound, grown_buffers, has_base_values
 from lightning_lora.storage.checkpoint import CheckpointFile
+from lightning_lora.trainer.diagnostics import norm_of_updates
 
 _STARTS = ("A0", "B0")
 _FACTORS = ("A", "B", "magnitude", "bias")  # of a low-rank adapter
@@ -52,7 +53,9 @@ class WarmStart:
         return said if self.adapter is None else f"its adapter {self.adapter!r}: {said}"
 
 
-def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool = True) -> WarmStart:
+def start_from(
+    module: nn.Module, path: str | PathLike[str], *, check_base: bool = True, is_new: bool = True
+) -> WarmStart:
     """Copy another adapter into an adapted module as far as they overlap; the update of each layer stays the same.
 
     If a rank has grown, the factor that starts at zero is padded with zeros and the other keeps its own start, so that
@@ -63,10 +66,11 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
         path: A ``.ckpt`` of a LoRACallback run, or a PEFT directory. Of several adapters, the one with the name of the
             active one is taken, or, if there is none, the one that was trained.
         check_base: As in ``load_adapter``.
+        is_new: Whether the module's adapter has not been trained yet, so that nothing of it is lost.
 
     Raises:
         ValueError: The source cannot be read, shares nothing with the module, trained a tensor that is frozen here, or
-            a tensor does not fit. Nothing was changed.
+            a tensor does not fit; or the module's adapter has learned something else. Nothing was changed.
         RuntimeError: Another adapter was merged into this module.
     """
     model = AdaptedModel(module)
@@ -81,6 +85,13 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
     if problems:
         lines = "\n".join(f"  - {problem}" for problem in problems)
         raise ValueError(f"init_from={str(path)!r} does not fit; nothing was changed:\n{lines}")
+    check_sound(start.values, f"was changed by init_from={str(path)!r}")
+    if not is_new and norm_of_updates(module) and not _are_there(model, start):
+        raise ValueError(
+            f"init_from={str(path)!r}: this {type(module).__name__} has an adapter already, which has learned "
+            "something else; nothing was changed. Set fresh=True to start every fit from init_from, or leave init_from "
+            "out to go on from what is there."
+        )
     replace_buffers(model.module, grown_buffers(model, source))
     trained = AdaptedModel(module).trained
     for name, value in start.values.items():
@@ -89,6 +100,12 @@ def start_from(module: nn.Module, path: str | PathLike[str], *, check_base: bool
         if label in model.adapters:
             model.adapters[label].is_waiting = False
     return start
+
+
+def _are_there(model: AdaptedModel, start: WarmStart) -> bool:
+    """Return whether a module has these values already, as after an evaluation or a search before the fit."""
+    now = {name: whole(model.trained[name].detach()).cpu() for name in start.values}
+    return all(torch.equal(now[name], value.to(now[name].dtype)) for name, value in start.values.items())
 
 
 def _content(

@@ -289,6 +289,20 @@ def test_wide_new_head_is_named_before_it_trains_on_random_weights(start, dtype)
     assert warning(model) is None
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_new_head_is_named_beside_convolutions_that_were_trained(kind):
+    body = nn.Sequential(*(kind(16, 16, 3, bias=False) for _ in range(3)))
+    model = nn.ModuleDict({"body": body, "head": nn.Linear(64, 20)})
+    attach(model, LoRAConfig(rank=2, target_modules=["body.*"]))
+    assert warning(model) is None  # all is new
+    detach(model)
+    with torch.no_grad():
+        for parameter in body.parameters():
+            parameter.normal_(0, 0.1)
+    attach(model, LoRAConfig(rank=2, target_modules=["body.*"]))
+    assert "the values of head look random" in str(warning(model))
+
+
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
 def test_complex_layers_are_not_asked_whether_they_are_new():
     model = trained_body()

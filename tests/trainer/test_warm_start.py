@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, LoRAConfig, attach, load_adapter, lora_layers, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach, load_adapter, lora_layers, save_adapter
 from lightning_lora.trainer.warm_start import start_from
 from tests.contract import raises_and_changes_nothing
 from tests.toys import Toy, loader, trainer
@@ -133,6 +134,56 @@ def test_ckpt_path_overrides_init_from(source: tuple[Toy, str], tmp_path: Path) 
     trainer(LoRACallback(rank=4, init_from=source[1]), max_steps=0).fit(module, loader(), ckpt_path=path)
     for name, update in updates(resumed).items():
         assert torch.equal(updates(module)[name], update)
+
+
+@pytest.mark.parametrize("name", [None, "ours"])
+def test_init_from_also_starts_an_adapter_that_is_there_already(source: tuple[Toy, str], name: str | None) -> None:
+    module, options = Toy(), {"rank": 4, "adapter": name}
+    if name is None:
+        attach(module, LoRAConfig(rank=4))
+    else:
+        add_adapter(module, name, LoRAConfig(rank=4))
+    trainer(LoRACallback(init_from=source[1], **options), max_steps=0).fit(module, loader())
+    for layer, update in updates(source[0]).items():
+        assert torch.equal(updates(module)[layer], update)
+    with pytest.raises((ValueError, FileNotFoundError), match="missing"):
+        trainer(LoRACallback(init_from="missing", **options)).fit(module, loader())
+
+
+def test_init_from_replaces_nothing_that_was_learned_since(source: tuple[Toy, str]) -> None:
+    module = Toy()
+    run = trainer(LoRACallback(rank=4, init_from=source[1]))
+    run.validate(module, loader(), verbose=False)
+    run.fit(module, loader())  # the values are those of the file: nothing is lost
+    assert not torch.equal(updates(module)["net.0"], updates(source[0])["net.0"])
+    run.test(module, loader(), verbose=False)  # with what the fit has learned
+    again = trainer(LoRACallback(rank=4, init_from=source[1]))
+    with raises_and_changes_nothing(module, ValueError, "has an adapter already.*fresh=True"):
+        again.fit(module, loader())
+    trainer(LoRACallback(rank=4, init_from=source[1], fresh=True), max_steps=0).fit(module, loader())
+    assert torch.equal(updates(module)["net.0"], updates(source[0])["net.0"])
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_a_fit_without_a_step_exports_nothing_and_raises_unless_wanted(
+    is_wanted: bool, source: tuple[Toy, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "exported"
+    trainer(LoRACallback(rank=4, export_dir=str(target))).fit(Toy(), loader())
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    again = LoRACallback(rank=4, init_from=source[1], export_dir=str(target), overwrite=True, merge_on_teardown=True)
+    run, module = trainer(again, **({"max_epochs": 0, "max_steps": -1} if is_wanted else {"max_steps": 4})), Toy()
+    message = r"made no optimizer step.*Is the train_dataloader empty"
+    if is_wanted:
+        with caplog.at_level(logging.INFO):
+            run.fit(module, loader())
+        assert re.search(f"{message}.*Nothing is exported or merged", caplog.text)
+    else:
+        with pytest.raises(MisconfigurationException, match=message):
+            run.fit(module, loader(rows=0))
+    assert lora_layers(module)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
 
 
 # --- export_dir
