@@ -22,6 +22,7 @@ from lightning_lora.peft_format.importing import Import, import_into, import_sta
 from lightning_lora.state import (
     check_base_values,
     check_not_merged,
+    check_sound,
     copy_adapter_state,
     fill_buffers,
     has_base_values,
@@ -195,6 +196,7 @@ def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: boo
 
 def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> AttachReport:
     """Attach and load what the files say, or nothing at all."""
+    check_sound(file.tensors, "was changed")
     content = import_into(module, file, check_base=check_base)
     root = content.root
     with ExitStack() as undo:

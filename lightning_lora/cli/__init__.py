@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import warnings
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _tell_of_several(vars(options))
             result: Result = options.run(options)
             if options.json:
-                print(json.dumps(result.content, indent=2, default=str), flush=True)
+                print(json.dumps(_as_json(result.content), indent=2, default=str, allow_nan=False), flush=True)
             else:
                 print("\n".join(highlighted(line, sys.stdout) for line in result.lines), flush=True)
         except BrokenPipeError:  # the reader has left, as `head` does
@@ -78,6 +79,15 @@ def _tell_of_several(options: Mapping[str, Any]) -> None:
         if trained is not None:
             names = listed([*map(repr, stored)])
             say("note:", WARNING, f"{path} holds the adapters {names}; this is about {trained!r}, the trained one")
+
+
+def _as_json(value: Any) -> Any:
+    """Return a value with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _as_json(each) for key, each in value.items()}
+    return [_as_json(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _in_one_line(error: Exception) -> str:

@@ -110,7 +110,9 @@ def open_base(path: Path) -> BaseFolder:
     if index is not None:
         _check_index(index["weight_map"], shards)
     config = read_json(path / MODEL_CONFIG_FILE) if (path / MODEL_CONFIG_FILE).is_file() else {}
-    carried = tuple(sorted(each for each in path.iterdir() if each.is_file() and not each.name.endswith(_WEIGHTS)))
+    # Without the config of an adapter beside the model, which libraries would apply to the merged model, too.
+    skipped = (*_WEIGHTS, CONFIG_FILE)
+    carried = tuple(sorted(each for each in path.iterdir() if each.is_file() and not each.name.endswith(skipped)))
     return BaseFolder(shards, index, config, carried)
 
 

@@ -25,7 +25,7 @@ from lightning_lora.peft_format.export import Export
 from lightning_lora.peft_format.files import below, check_expressible, exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
 from lightning_lora.peft_format.names import PREFIX
-from lightning_lora.state import describe, mismatches, record_problems
+from lightning_lora.state import check_sound, describe, mismatches, record_problems
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredWeight, damage_named
 from lightning_lora.storage.atomic import check_new, replace_file
 from lightning_lora.storage.checkpoint import RECORD_KEY, CheckpointFile, read_checkpoint
@@ -72,6 +72,10 @@ def _export_of(file: CheckpointFile, root: str | None = None) -> tuple[Export, F
             raise ValueError(f"root={root!r} holds nothing of the adapter, which trains {listed(trained, 3)}.")
         export = exported(skeleton, root)
         export.is_partial, export.recorded_root = True, root
+        for name in dict.fromkeys(file.aliases.values()):
+            names = [name, *(other for other, first in file.aliases.items() if first == name)]
+            shown = ", ".join(names)
+            export.refused[name] = f"the model reaches it by {len(names)} names ({shown}), and PEFT adapts one"
         return export, below(file.base, export.root_name)
 
 
@@ -142,6 +146,7 @@ def import_directory(
         raise ValueError(f"{str(directory)!r} is a file, not a PEFT directory; import writes a .ckpt from a directory.")
     check_new(checkpoint, overwrite=overwrite)
     file = read_directory(directory)
+    check_sound(file.tensors, "was written")
     if root is None:
         root = "model" if file.root is None else file.root
     with damage_named(directory):

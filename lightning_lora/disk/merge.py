@@ -26,6 +26,7 @@ from lightning_lora.disk.base_folder import (
 from lightning_lora.disk.skeleton import Fitted, fit_adapter
 from lightning_lora.layers import LoRALayer, TokenAdapter
 from lightning_lora.names import join, listed
+from lightning_lora.peft_format.directory import CONFIG_FILE
 from lightning_lora.storage.atomic import check_apart, check_directory, replace_directory
 from lightning_lora.storage.safetensors import Layout, TensorWriter
 
@@ -96,6 +97,11 @@ def merge_files(
         OSError: The folder could not be written; it was removed.
     """
     check_apart(out, adapter, base)
+    if (out / CONFIG_FILE).exists():
+        raise ValueError(
+            f"{str(out)!r} holds an adapter ({CONFIG_FILE}), which libraries would apply to the merged model, too. "
+            "Nothing was written. Choose another folder."
+        )
     stale = model_files(out)
     marker = next(iter(stale), MODEL_CONFIG_FILE)  # a single file as the base has no config
     check_directory(out, marker=marker, overwrite=overwrite)
@@ -117,6 +123,13 @@ class _Merger:
         self.trained = {names[name]: value for name, value in fitted.values.items() if name in names}
         adapted = {join(path, key): (each, key) for path, each in layers.items() for key in each.adapted_parameters()}
         self.adapted = {names[name]: each for name, each in adapted.items() if name in names}
+        for name, stored in fitted.names.items():
+            path, _, key = name.rpartition(".")
+            first = names.get(join(fitted.aliases.get(path, path), key), stored)
+            if first in self.trained:
+                self.trained[stored] = self.trained[first]
+            if first in self.adapted:
+                self.adapted[stored] = self.adapted[first]
         self.added = list(fitted.added.values())
         # Tied output layers that will differ from the embedding.
         heads = base.tied_heads.items()

@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import permutations, product, takewhile
 from pathlib import Path
@@ -32,7 +32,7 @@ from lightning_lora.peft_format.config import KNOWN_ORDER
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_state, make_import
 from lightning_lora.peft_format.names import without_wrappers
-from lightning_lora.state import all_finite, mismatches, record_problems
+from lightning_lora.state import is_sound, mismatches, record_problems
 from lightning_lora.storage.adapter_file import StoredLayer, damage_named
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.storage.safetensors import Layout
@@ -142,6 +142,7 @@ class Fitted:
         added: Those of ``values`` that the base does not have -> what they will be called.
         ignored: Other tensors of the adapter, which have no place in the base.
         compared: Number of base tensors that match the adapter's fingerprint.
+        aliases: As in ``CheckpointFile``: such modules are in the skeleton once, and may be in the base several times.
     """
 
     root: nn.Module
@@ -150,6 +151,7 @@ class Fitted:
     added: dict[str, str]
     ignored: list[str]
     compared: int = 0
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fitted:
@@ -259,7 +261,7 @@ def _check_mergeable(file: CheckpointFile) -> None:
 
 def _fit_checkpoint(file: CheckpointFile, layouts: Layouts, renaming: Renaming) -> Fitted:
     names = renaming.names
-    mine = {name: layouts[each] for name, each in names.items()}
+    mine = {name: layouts[each] for name, each in names.items() if name.rpartition(".")[0] not in file.aliases}
     added = _new_modules_of_checkpoint(file, mine)
     mine |= {name: Layout(file.tensors[name].dtype, tuple(file.tensors[name].shape)) for name in added}
     skeleton = build_skeleton(mine, _kinds_of_checkpoint(file, mine))
@@ -271,7 +273,7 @@ def _fit_checkpoint(file: CheckpointFile, layouts: Layouts, renaming: Renaming) 
     moved = file.record.get("buffers", {})  # such as running statistics that averaging the weights has set anew
     known |= {name: each for name, each in moved.items() if name in mine and mine[name].shape == tuple(each.shape)}
     ignored = sorted((file.tensors.keys() | moved.keys()) - known.keys())
-    return _fitted(skeleton, known, names, _names_of_added(added, renaming), ignored)
+    return replace(_fitted(skeleton, known, names, _names_of_added(added, renaming), ignored), aliases=file.aliases)
 
 
 def _new_modules_of_checkpoint(file: CheckpointFile, mine: Collection[str]) -> list[str]:
@@ -302,20 +304,16 @@ def _misfits(skeleton: nn.Module, file: CheckpointFile) -> list[str]:
 
 
 def _fitted(
-    skeleton: nn.Module,
-    state: Mapping[str, Tensor],
-    names: dict[str, str],
-    added: dict[str, str],
-    ignored: list[str],
+    skeleton: nn.Module, state: Mapping[str, Tensor], names: dict[str, str], added: dict[str, str], ignored: list[str]
 ) -> Fitted:
     """Give the adapters their values, and return everything together."""
     model = AdaptedModel(skeleton)
     factors = {name: state[name] for name in model.trained if name in state and name not in model.in_full}
     fill(skeleton, factors)
     values = {name: value for name, value in state.items() if name not in factors}
-    brought = {name: [*adapter.state_dict().values()] for name, adapter in model.adapters.items()}
-    brought |= {name: [value] for name, value in values.items()}
-    if broken := [name for name, each in brought.items() if not all(map(all_finite, each))]:
+    own = {name: adapter.state_dict().values() for name, adapter in model.adapters.items()}
+    broken = [name for name, each in own.items() if not all(is_sound(tensor, finite=True) for tensor in each)]
+    if broken := broken + [name for name, value in values.items() if not is_sound(value, finite=False)]:
         raise ValueError(
             f"The adapter holds NaN or infinity in {listed(broken)}; merging it would destroy the weights."
         )

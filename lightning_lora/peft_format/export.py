@@ -422,10 +422,11 @@ class ExportCollector:
 
     def _name_problems(self, name: str, option: str) -> Iterator[str]:
         """Yield why PEFT would misunderstand a name in an option."""
-        aliases = self.names[name][1] if name else ()
+        part, aliases = self.names[name]
         if len(aliases) > 1:
-            names = ", ".join(aliases)
-            yield f"the model reaches it by {len(aliases)} names ({names}), and PEFT would replace the first"
+            yield f"the model reaches it by {len(aliases)} names ({', '.join(aliases)}), and PEFT adapts one"
+        if option == "modules_to_save" and isinstance(part, CONTAINERS):
+            yield f"PEFT wraps no {type(part).__name__}; name the modules in it, or put its parameters into a module"
         if option == "target_modules" and not self.expert_names:
             return  # a regular expression can say it, of which PEFT keeps only last parts in models with experts
         every = (alias for _, aliases in self.names.values() for alias in aliases)
@@ -482,8 +483,7 @@ def _in_order(layer: LoRALayer) -> list[str]:
 
 
 def _adapters_of(layer: LoRALayer, parameter: str) -> list[LowRankAdapter]:
-    found = [adapter for adapter in layer.adapters().values() if adapter.parameter == parameter]
-    return cast(list[LowRankAdapter], found)
+    return cast(list[LowRankAdapter], [each for each in layer.adapters().values() if each.parameter == parameter])
 
 
 @torch.no_grad()

@@ -29,9 +29,9 @@ from lightning_lora.peft_format.directory import (
 )
 from lightning_lora.peft_format.export import Export, ExportCollector
 from lightning_lora.peft_format.factors import PeftLayer
-from lightning_lora.peft_format.names import chosen_root, found_root, is_lightning_module
+from lightning_lora.peft_format.names import PREFIX, chosen_root, found_root, is_lightning_module
 from lightning_lora.sharding import is_sharded
-from lightning_lora.state import unsaved_buffers
+from lightning_lora.state import check_sound, unsaved_buffers
 from lightning_lora.storage.atomic import replace_directory
 
 
@@ -69,8 +69,9 @@ def save_adapter(
         base: The fingerprint of the module's base, where this process does not see the base's values.
 
     Raises:
-        ValueError: PEFT cannot express what was trained; one error lists each layer with the reason. Or the directory
-            holds something else, or an adapter and ``overwrite`` is not set. Nothing was written.
+        ValueError: PEFT cannot express what was trained; one error lists each layer with the reason. Or the adapter
+            holds NaN or infinity, or the directory holds something else, or an adapter and ``overwrite`` is not set.
+            Nothing was written.
         RuntimeError: The adapters are folded into the weights, inside ``merged``, or adapted layers have been replaced
             or resized. Nothing was written.
         OSError: The files could not be written. An adapter that was there is as it was.
@@ -110,7 +111,8 @@ def write_export(
     """Write what ``exported`` gave, as ``save_adapter`` does.
 
     Raises:
-        ValueError: PEFT cannot express it, or the directory holds something else. Nothing was written.
+        ValueError: PEFT cannot express it, it holds NaN or infinity, or the directory holds something else. Nothing was
+            written.
         OSError: The files could not be written.
     """
     check_expressible(export)
@@ -120,6 +122,7 @@ def write_export(
     if uniform_rank:
         export.uniform()
     config, tensors = export.config(base_name, task_type), export.tensors()
+    check_sound({name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}, "was written")
 
     def write(new: Path) -> None:
         write_tensors(tensors, new / TENSORS_FILE, base, export.recorded_root)

@@ -367,7 +367,7 @@ class _Planner:
 
 
 _MINUTE = 60  # YAML's numbers may have colons, as times do
-_OWN_PARAMETER = "held by no layer, so frozen; to train it in full, name a ParameterDict with it in modules_to_save"
+_OWN_PARAMETER = "held by no layer, so frozen; to train it, put it into a module and name that in modules_to_save"
 
 
 def _option(pattern: str) -> str:

@@ -115,6 +115,12 @@ class CheckpointFile(AdapterFile):
     def paths(self) -> set[str]:
         return {key.partition(".lora.")[0] for key in self.tensors if ".lora." in key}
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """The other names of modules that the model reaches by several names -> the name that the file uses."""
+        with damage_named(self.path):
+            return {other: name for name, others in self.record.get("aliases", {}).items() for other in others}
+
     @functools.cached_property
     @override
     def base(self) -> dict[str, Sample]:

@@ -242,6 +242,10 @@ def test_layer_with_nan_is_named(files: Path, capsys: pytest.CaptureFixture[str]
         assert "The factors of 'h.1.up' contain NaN or infinity" in capsys.readouterr().err
     assert run("inspect", files / "one") == 1
     assert "not finite" in capsys.readouterr().out
+    assert run("inspect", files / "one", "--json") == 1
+    out = capsys.readouterr().out
+    found = json.loads(out, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+    assert {layer["name"]: layer["norm"] is None for layer in found["layers"]}["h.1.up"]
 
 
 def test_report_of_ambiguous_experts_needs_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,22 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lora import LoRACallback, load_adapter, merge, save_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    add_adapter,
+    attach,
+    load_adapter,
+    load_adapter_state_dict,
+    lora_layers,
+    merge,
+    save_adapter,
+)
 from lightning_lora.storage.checkpoint import RECORD_KEY
-from tests.files import run, write_checkpoint
+from lightning_lora.trainer.warm_start import start_from
+from tests.contract import raises_and_changes_nothing
+from tests.files import change_tensors, files_of, run, write_checkpoint
 from tests.peft_format.kinds import KINDS, WARNED, output, seeded
 from tests.peft_format.models import (
     CLOSE,
@@ -208,6 +222,41 @@ def test_overwrite_replaces_what_is_there(command: str, tmp_path: Path, capsys: 
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert run(command, *arguments, "--overwrite") == 0
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} != before
+
+
+def test_numbers_that_are_none_are_neither_written_nor_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = trained(inside(llama()), target_modules=["q_proj"], modules_to_save=["model.lm_head"])
+    save_adapter(module, tmp_path / "sound", export_root="model")
+    change_tensors(tmp_path / "sound", lambda tensors: tensors["base_model.model.lm_head.weight"][0].fill_(-torch.inf))
+    assert run("import", tmp_path / "sound", tmp_path / "mask.ckpt") == 0  # as masks are
+    before = files_of(tmp_path / "sound")
+    lora_layers(module)["model.model.layers.0.self_attn.q_proj"].lora.B.data[0, 0] = torch.nan
+    broken = write_checkpoint(module, tmp_path / "last.ckpt")
+    shutil.copytree(tmp_path / "sound", directory := tmp_path / "broken")
+    change_tensors(directory, lambda tensors: tensors["base_model.model.lm_head.weight"][0].fill_(torch.nan))
+    factor = "The adapter holds NaN or infinity in .*q_proj.*; nothing was "
+    with pytest.raises(ValueError, match=f"{factor}written"):
+        save_adapter(module, tmp_path / "sound", export_root="model", overwrite=True)
+    for is_adapted, call in (
+        (False, lambda fresh: load_adapter(fresh, broken)),
+        (False, lambda fresh: load_adapter(fresh, directory)),
+        (False, lambda fresh: add_adapter(fresh, "new", broken)),
+        (True, lambda fresh: load_adapter_state_dict(fresh, adapter_state_dict(module))),
+        (True, lambda fresh: start_from(fresh, broken)),
+    ):
+        fresh = inside(llama())
+        if is_adapted:
+            attach(fresh, LoRAConfig(rank=2, alpha=3.0, target_modules=["q_proj"], modules_to_save=["model.lm_head"]))
+        with raises_and_changes_nothing(fresh, ValueError, "The adapter holds NaN or infinity in .*; nothing was chan"):
+            call(fresh)
+    for command in (("export", broken, tmp_path / "sound"), ("import", directory, tmp_path / "mask.ckpt")):
+        kept = (tmp_path / "mask.ckpt").read_bytes()
+        assert run(*command, "--overwrite") == 1
+        assert "The adapter holds NaN or infinity in" in capsys.readouterr().err
+        assert files_of(tmp_path / "sound") == before
+        assert (tmp_path / "mask.ckpt").read_bytes() == kept
 
 
 def test_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

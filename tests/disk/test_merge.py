@@ -346,6 +346,52 @@ def test_overwrite_never_replaces_the_base_or_an_adapter(files: tuple[Path, Path
         assert [files_of(each) for each in (adapter, folder, other)] == before
 
 
+def test_no_adapter_lies_beside_a_merged_model(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, folder = files
+    assert run("merge", adapter, folder, tmp_path / "out") == 0
+    expected = files_of(tmp_path / "out")
+    for path in adapter.iterdir():  # libraries would apply it to whatever model is here
+        shutil.copy(path, folder)
+        shutil.copy(path, tmp_path / "out")
+    before = files_of(tmp_path / "out")
+    assert run("merge", adapter, folder, tmp_path / "out", "--overwrite") == 1
+    assert "holds an adapter (adapter_config.json)" in capsys.readouterr().err
+    assert files_of(tmp_path / "out") == before
+    assert run("merge", adapter, folder, tmp_path / "new") == 0
+    assert files_of(tmp_path / "new") == expected | {"README.md": (folder / "README.md").read_bytes()}
+
+
+class Shared(nn.Module):
+    """Reaches a layer, and a block with a head, by two names each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = nn.Linear(6, 6)
+        self.block = nn.ModuleDict({"fc": nn.Linear(6, 6), "head": nn.Linear(6, 6)})
+        self.second, self.twin = self.first, self.block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.twin["head"](self.block["fc"](self.second(self.first(x))))
+
+
+def test_a_layer_with_several_names_is_merged_under_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Shared()
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "base.safetensors")
+    trained(model, target_modules=["first", "fc"], modules_to_save=["block.head"])
+    checkpoint = write_checkpoint(model, tmp_path / "last.ckpt")
+    assert run("merge", checkpoint, tmp_path / "base.safetensors", tmp_path / "out") == 0
+    merge(model)
+    assert_same(tensors_of(tmp_path / "out"), model.state_dict())
+    assert run("export", checkpoint, tmp_path / "peft") == 1
+    message = capsys.readouterr().err
+    assert "first: the model reaches it by 2 names (first, second), and PEFT adapts one" in message
+    assert "block.head: the model reaches it by 2 names (block.head, twin.head)" in message
+    assert not (tmp_path / "peft").exists()
+
+
 def test_overwrite_replaces_a_merged_model(files: tuple[Path, Path], tmp_path: Path) -> None:
     assert run("merge", *files, tmp_path / "out") == 0
     expected = files_of(tmp_path / "out")

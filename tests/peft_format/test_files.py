@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -21,6 +23,7 @@ from lightning_lora import (
     load_adapter,
     lora_layers,
     merge,
+    preflight,
     save_adapter,
 )
 from lightning_lora.storage.safetensors import TensorWriter
@@ -351,3 +354,16 @@ def test_unknown_task_is_refused(tiny, rng, tmp_path):
     with pytest.raises(ValueError, match="task_type='CLS' is unknown to PEFT; choose one of 'CAUSAL_LM'"):
         save_adapter(trained_from(tiny, rng), tmp_path / "new", task_type="CLS")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList])
+def test_containers_that_peft_cannot_train_in_full_are_refused(kind, tiny, rng, tmp_path):
+    part = nn.Linear(3, 3) if kind in {nn.ModuleDict, nn.ModuleList} else nn.Parameter(torch.ones(3))
+    tiny.extra = kind([part] if kind in {nn.ModuleList, nn.ParameterList} else {"first": part})
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied"):
+        peft.get_peft_model(copy.deepcopy(tiny), peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["extra"]))
+    attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=["extra"]))
+    train_all(tiny, rng)
+    with pytest.raises(ValueError, match=f"extra: PEFT wraps no {kind.__name__}; name the modules in it"):
+        save_adapter(tiny, tmp_path / "peft")
+    assert not preflight(tiny).peft_accepts
