@@ -74,11 +74,13 @@ def _tell_of_several(options: Mapping[str, Any]) -> None:
     from lightning_lora.storage.checkpoint import adapters_in
 
     given = [each for value in options.values() for each in (value if isinstance(value, list) else [value])]
-    for path in given if options["command"] != "inspect" else ():  # which says it itself
+    is_said = options["command"] == "inspect" or options.get("named")
+    for path in () if is_said else given:
         trained, stored = adapters_in(path) if isinstance(path, Path) and path.is_file() else (None, {})
         if trained is not None:
             names = listed([*map(repr, stored)])
-            say("note:", WARNING, f"{path} holds the adapters {names}; this is about {trained!r}, the trained one")
+            way = "; --adapter chooses another" if "named" in options else ""
+            say("note:", WARNING, f"{path} holds the adapters {names}; this is about {trained!r}, the trained one{way}")
 
 
 def _as_json(value: Any) -> Any:

@@ -19,6 +19,7 @@ from lightning_lora.cli.options import (
     ANY_BASE,
     BASE,
     DTYPES,
+    NAMED,
     OUT,
     OVERWRITE,
     PICTURES,
@@ -69,13 +70,13 @@ def command(*options: Option) -> Callable[[Run], Run]:
 # --- the files of one adapter or two
 
 
-@command(ADAPTER)
+@command(ADAPTER, NAMED)
 def inspect(options: argparse.Namespace) -> Result:
     """Show the contents of an adapter: layers, ranks, scalings, norms and size."""
     from lightning_lora.cli.inspection import summarize
     from lightning_lora.loading import read_adapter
 
-    summary = summarize(read_adapter(options.adapter))
+    summary = summarize(read_adapter(options.adapter, options.named))
     code = OK if all(layer.finite for layer in summary.layers) else PROBLEM
     return Result(summary.to_dict(), summary_lines(summary), code)
 
@@ -106,6 +107,7 @@ def diff(options: argparse.Namespace) -> Result:
     ),
     option("--base-name", metavar="NAME", help="name of the base model to record"),
     option("--uniform-rank", action="store_true", help="pad all layers to one rank, for loaders that ignore patterns"),
+    NAMED,
     OVERWRITE,
 )
 def export(options: argparse.Namespace) -> Result:
@@ -115,6 +117,7 @@ def export(options: argparse.Namespace) -> Result:
     layers = export_checkpoint(
         options.checkpoint,
         options.directory,
+        adapter=options.named,
         root=options.root,
         base_model_name_or_path=options.base_name,
         uniform_rank=options.uniform_rank,
@@ -201,14 +204,14 @@ def _written(options: argparse.Namespace, layers: list[CombinedLayer]) -> Result
 # --- an adapter and its base
 
 
-@command(ADAPTER, BASE, ANY_BASE)
+@command(ADAPTER, BASE, NAMED, ANY_BASE)
 def verify(options: argparse.Namespace) -> Result:
     """Check that an adapter fits a base: names, shapes and finite values."""
     from lightning_lora.adapted_model import AdaptedModel
     from lightning_lora.disk.base_folder import open_base
     from lightning_lora.disk.skeleton import fit_adapter
 
-    fitted = fit_adapter(options.adapter, open_base(options.base), check_base=options.check_base)
+    fitted = fit_adapter(options.adapter, open_base(options.base), options.named, check_base=options.check_base)
     layers = sorted(AdaptedModel(fitted.root).adapters)
     content = {
         "fits": True,
@@ -235,6 +238,7 @@ def verify(options: argparse.Namespace) -> Result:
         choices=(*DTYPES, "float64"),
         help="precision of the floating point tensors (default: each keeps its own); short: bf16, fp16, fp32",
     ),
+    NAMED,
     ANY_BASE,
     OVERWRITE,
 )
@@ -249,6 +253,7 @@ def merge(options: argparse.Namespace) -> Result:
         options.adapter,
         options.base,
         options.out,
+        name=options.named,
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         check_base=options.check_base,
         overwrite=options.overwrite,

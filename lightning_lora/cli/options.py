@@ -89,6 +89,7 @@ def dtype_name(text: str) -> str:
 DTYPES = ("float32", "bfloat16", "float16")
 AN_ADAPTER, A_BASE = "a PEFT directory or a .ckpt", "a model folder with safetensors, or one such file"
 ADAPTER = option("adapter", type=Path, metavar="ADAPTER", help=AN_ADAPTER)
+NAMED = option("--adapter", dest="named", metavar="NAME", help="one of several in a .ckpt (default: the trained one)")
 BASE = option("base", type=Path, metavar="BASE", help=A_BASE)
 ANY_BASE = option(
     "--any-base",

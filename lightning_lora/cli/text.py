@@ -71,9 +71,7 @@ def summary_lines(summary: Summary) -> list[str]:
     file = summary.file
     lines = [f"{file.path}: {summary.kind}, {summary.parameters:,} parameters, {_size(file.size)}"]
     if file.adapters:
-        lines.append(
-            f"adapters in it: {listed([*map(repr, file.adapters)])}; this is {file.adapter!r}, the trained one"
-        )
+        lines.append(f"adapters in it: {listed([*map(repr, file.adapters)])}; this is {file.adapter!r}")
     header = ("layer", "rank", "scaling", "norm of update", "effective", "stable", "suggested", "parameters", "dtype")
     lines += table_lines([header, *rows, total])
     lines += [

@@ -40,6 +40,7 @@ def export_checkpoint(
     checkpoint: Path,
     directory: Path,
     *,
+    adapter: str | None = None,
     root: str | None = None,
     base_model_name_or_path: str | None = None,
     uniform_rank: bool = False,
@@ -48,14 +49,15 @@ def export_checkpoint(
     """Write the adapter of a ``.ckpt`` as a PEFT directory, as ``save_adapter`` of the loaded model would.
 
     Names are relative to ``root``, the model inside the LightningModule: by default the one child that holds
-    everything, or ``""``. The names of the layers are returned.
+    everything, or ``""``. Of several adapters, it is the one called ``adapter``, or the trained one. The names of the
+    layers are returned.
 
     Raises:
         ValueError: The file does not describe the adapter well enough, or PEFT cannot express it. Nothing was written.
     """
     if checkpoint.is_dir():
         raise ValueError(f"{str(checkpoint)!r} is a directory, not a .ckpt; a PEFT directory needs no export.")
-    export, base = _export_of(read_checkpoint(checkpoint), root)
+    export, base = _export_of(read_checkpoint(checkpoint, adapter), root)
     name = base_model_name_or_path
     write_export(export, directory, name, base, uniform_rank=uniform_rank, overwrite=overwrite)
     return sorted(layer.name for layer in export.layers)

@@ -79,6 +79,7 @@ def merge_files(
     base: Path,
     out: Path,
     *,
+    name: str | None = None,
     dtype: torch.dtype | None = None,
     check_base: bool = True,
     overwrite: bool = False,
@@ -86,9 +87,9 @@ def merge_files(
 ) -> MergeReport:
     """Write a base with an adapter merged into it: the same bits as loading both and calling ``merge``.
 
-    Floating point tensors keep their own precision unless ``dtype`` is given. ``overwrite`` lets it replace a model in
-    the folder, never the base or an adapter; other files there stay. ``progress`` is called with the bytes done and the
-    total.
+    ``name`` is that of one adapter in a ``.ckpt`` with several. Floating point tensors keep their own precision unless
+    ``dtype`` is given. ``overwrite`` lets it replace a model in the folder, never the base or an adapter; other files
+    there stay. ``progress`` is called with the bytes done and the total.
 
     Raises:
         ValueError: The files do not fit each other, cannot be merged without the model, or the adapter was trained on
@@ -106,7 +107,7 @@ def merge_files(
     marker = next(iter(stale), MODEL_CONFIG_FILE)  # a single file as the base has no config
     check_directory(out, marker=marker, overwrite=overwrite)
     folder = open_base(base)
-    fitted = fit_adapter(adapter, folder, check_base=check_base)
+    fitted = fit_adapter(adapter, folder, name, check_base=check_base)
     merger = _Merger(folder, fitted, dtype, progress)
     replace_directory(out, merger.write, marker=marker, stale=stale, overwrite=overwrite)
     return merger.report

@@ -154,15 +154,15 @@ class Fitted:
     aliases: Mapping[str, str] = field(default_factory=dict)
 
 
-def fit_adapter(path: Path, base: BaseFolder, *, check_base: bool = True) -> Fitted:
-    """Put the adapter of a PEFT directory or a ``.ckpt`` on the skeleton of a base.
+def fit_adapter(path: Path, base: BaseFolder, name: str | None = None, *, check_base: bool = True) -> Fitted:
+    """Put the adapter of a PEFT directory or a ``.ckpt``, of several the one of this name, on the skeleton of a base.
 
     Raises:
         ValueError: They do not fit each other, cannot be read, or the adapter was trained on a base with other values
             and ``check_base`` is set.
         FileNotFoundError: The adapter does not exist.
     """
-    file, sampled, most = read_adapter(path), functools.cache(partial(_sampled, base)), 0
+    file, sampled, most = read_adapter(path, name), functools.cache(partial(_sampled, base)), 0
     layouts: dict[str, Layout] = dict(base.tensors)
     layouts |= {head: layouts[source] for head, source in base.tied_heads.items()}
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach
 from lightning_lora.cli import main
@@ -204,7 +206,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_inspect_lists_the_adapters_of_a_checkpoint(several: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", several) == 0
-    assert "adapters in it: 'first', 'second'; this is 'second', the trained one" in capsys.readouterr().out
+    assert "adapters in it: 'first', 'second'; this is 'second'\n" in capsys.readouterr().out
     assert run("inspect", several, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["adapter"], found["adapters"]) == ("second", ["first", "second"])
@@ -224,6 +226,27 @@ def test_commands_say_which_adapter_of_a_checkpoint_they_are_about(
     }
     assert run(command, several, *more.get(command, [])) == 0
     assert f"{several} holds the adapters 'first', 'second'; this is about 'second'" in capsys.readouterr().err
+
+
+def test_one_of_several_adapters_is_chosen_by_name(
+    several: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    save_file(Toy().state_dict(), tmp_path / "base.safetensors")
+    chosen = ("--adapter", "first")
+    assert run("inspect", several, *chosen, "--json") == 0
+    assert {layer["rank"] for layer in json.loads(capsys.readouterr().out)["layers"]} == {3}
+    assert run("inspect", several, *chosen) == 0
+    assert "adapters in it: 'first', 'second'; this is 'first'\n" in capsys.readouterr().out
+    assert run("export", several, tmp_path / "peft", *chosen) == 0
+    assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["r"] == 3
+    assert run("verify", several, tmp_path / "base.safetensors", *chosen, "--any-base") == 0
+    assert run("merge", several, tmp_path / "base.safetensors", tmp_path / "out", *chosen, "--any-base") == 0
+    assert "this is about" not in capsys.readouterr().err
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == Toy().state_dict().keys()
+    for command in (("inspect",), ("export", tmp_path / "other")):
+        assert run(command[0], several, *command[1:], "--adapter", "third") == 1
+        assert "'third'" in capsys.readouterr().err
 
 
 def test_commands_say_nothing_of_a_single_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
