@@ -90,8 +90,8 @@ def check_new(path: Path, *, overwrite: bool) -> None:
     """
     if _local(path).exists() and not overwrite:
         raise ValueError(
-            f"{str(path)!r} exists already; nothing was written. Choose another name, or replace it with "
-            "overwrite=True, on the command line --overwrite."
+            f"{str(path)!r} exists already; nothing was written. Choose another name, or set overwrite=True "
+            "(--overwrite) to replace it."
         )
 
 

@@ -57,7 +57,7 @@ def check_export_dir(layout: Layout, directory: str | PathLike[str], *, overwrit
         except OSError as error:
             problem = f"it cannot be written ({error.strerror}). Name a directory in a place that can be."
     if (problem := layout.strategy.broadcast(problem)) is not None:
-        raise MisconfigurationException(f"LoRACallback.export_dir={str(directory)!r}: {problem}")
+        raise MisconfigurationException(f"export_dir={str(directory)!r}: {problem}")
 
 
 def check_export_place(layout: Layout, directory: str | PathLike[str], trainer: Trainer) -> None:
@@ -70,7 +70,7 @@ def check_export_place(layout: Layout, directory: str | PathLike[str], trainer: 
         if Path(os.path.realpath(folder)).is_relative_to(place):
             problem = f"{writer} writes into {folder!r}. Name a directory that only the export uses."
     if (problem := layout.strategy.broadcast(problem)) is not None:
-        raise MisconfigurationException(f"LoRACallback.export_dir={str(directory)!r}: {problem}")
+        raise MisconfigurationException(f"export_dir={str(directory)!r}: {problem}")
 
 
 def _written(trainer: Trainer) -> Iterator[tuple[str, str]]:
