@@ -89,8 +89,8 @@ MUTANTS = [
     Mutant(
         "`set_adapter` takes the other adapter's dropout along",
         "named_adapters.py",
-        '            part._modules["lora"] = place._modules.pop("lora")\n',
-        '            part._modules["lora"] = place._modules.pop("lora")\n'
+        '            part._modules["lora"] = in_mode_of(part, place._modules.pop("lora"))\n',
+        '            part._modules["lora"] = in_mode_of(part, place._modules.pop("lora"))\n'
         "            for other in _others(part).values():\n"
         '                for each in part.adapters().values() if "lora" in other._modules else ():\n'
         "                    if hasattr(other.lora, 'spec'):\n"

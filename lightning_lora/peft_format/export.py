@@ -35,6 +35,7 @@ from lightning_lora.peft_format.config import (
 )
 from lightning_lora.peft_format.factors import Factors, Geometry, PeftLayer, factors_of, placed, to_file
 from lightning_lora.peft_format.names import (
+    PEFTS_OWN,
     PREFIX,
     TOKENS_SUFFIX,
     expert_names,
@@ -231,9 +232,8 @@ class ExportCollector:
         self.result, self.readers = Export(root, root_name), weight_readers(list(root.modules()))
         self.names = module_names(root)
         inside = AdaptedModel(root)
-        self.layers = inside.layers
+        self.layers, self.done = inside.layers, set[int]()
         self.place = {id(tensor): name for name, tensor in reversed(inside.tensors.items())}
-        self.done: set[int] = set()
         self.model_type, self.expert_names = model_type(root), expert_names(root)
 
     def collect(self) -> Export:
@@ -353,9 +353,7 @@ class ExportCollector:
         config = getattr(self.root, "config", None)
         is_input = hasattr(self.root, "get_input_embeddings") and self.root.get_input_embeddings() is layer  # type: ignore[operator]
         if followers and not (is_input and getattr(config, "tie_word_embeddings", False)):
-            self._refuse(
-                name, f"PEFT would train the rows of the embedding alone, not of {followers}, which is tied to it"
-            )
+            self._refuse(name, f"PEFT would train the rows of the embedding alone, not of {followers}, tied to it")
         self.result.tokens[name] = adapter
 
     # --- what trains in full, and what is left
@@ -429,10 +427,12 @@ class ExportCollector:
             yield f"PEFT wraps no {type(part).__name__}; name the modules in it, or put its parameters into a module"
         if option == "target_modules" and not self.expert_names:
             return  # a regular expression can say it, of which PEFT keeps only last parts in models with experts
-        every = (alias for _, aliases in self.names.values() for alias in aliases)
+        wrapped = PEFTS_OWN if self.result.layers and option != "target_modules" else ()
+        every = (*wrapped, *(alias for _, aliases in self.names.values() for alias in aliases))
         fine = {name, *(self.result.saved if option == "modules_to_save" else ())}
         if other := next((each for each in every if each.endswith(name) and each not in fine), None):
-            yield f"PEFT matches {option} by the ends of names, and {other!r} has the same ending"
+            own = "its own " if other in wrapped else ""
+            yield f"PEFT matches {option} by the ends of names, and {own}{other!r} has the same ending"
         # PEFT leaves such layers out of target_modules.
         if option == "modules_to_save" and any(f".{name}." in f".{target}." for target in self.result.targets()):
             yield "layers inside it, or with its name, are adapted, and PEFT would skip them"

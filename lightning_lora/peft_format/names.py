@@ -14,6 +14,8 @@ from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, m
 PREFIX = "base_model.model."
 TOKENS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # of the key of an embedding's trained rows
 _WRAPPER = "base_layer"
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+PEFTS_OWN = (_WRAPPER, "lora_dropout", "lora_dropout.default", *_FACTORS)  # modules of its layers, while it loads
 
 # While PEFT 0.21 loads an adapter of a transformers model, it adapts names of transformers 4 to version 5, whatever
 # version wrote them (its ``transformers_weight_conversion``). In models whose experts became stacks, it takes entries

@@ -26,6 +26,7 @@ from lightning_lora import (
     preflight,
     save_adapter,
 )
+from lightning_lora.peft_format.export import ExportCollector
 from lightning_lora.storage.safetensors import TensorWriter
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
@@ -367,3 +368,22 @@ def test_containers_that_peft_cannot_train_in_full_are_refused(kind, tiny, rng, 
     with pytest.raises(ValueError, match=f"extra: PEFT wraps no {kind.__name__}; name the modules in it"):
         save_adapter(tiny, tmp_path / "peft")
     assert not preflight(tiny).peft_accepts
+
+
+@pytest.mark.parametrize("name", ["out", "layer", "A", "vector", "default", "head", "variant"])
+def test_names_that_end_as_peft_s_own_are_refused_where_peft_fails(name, tiny, rng, tmp_path):
+    setattr(tiny, name, nn.Linear(3, 3))
+    attach(tiny, LoRAConfig(rank=2, target_modules=["q_proj"], modules_to_save=[name]))
+    train_all(tiny, rng)
+    is_accepted = preflight(tiny).peft_accepts
+    with pytest.MonkeyPatch.context() as patch:  # written all the same
+        patch.setattr(ExportCollector, "_refuse_unclear_names", lambda self: None)
+        save_adapter(tiny, tmp_path / "peft")
+    setattr(base := again(tiny), name, nn.Linear(3, 3))
+    if is_accepted:
+        peft.PeftModel.from_pretrained(base, tmp_path / "peft")
+    else:
+        with pytest.raises((TypeError, KeyError, ValueError)):
+            peft.PeftModel.from_pretrained(base, tmp_path / "peft")
+        with pytest.raises(ValueError, match=f"{name}: PEFT matches modules_to_save by the ends of names, and its own"):
+            save_adapter(tiny, tmp_path / "refused")
