@@ -87,12 +87,23 @@ class Proof:
             if not _near(own, gradients, close):
                 raise UnfitError(f"the gradients of {name!r} are not those of its own loss")
 
-    def bytes_kept(self, name: str) -> int:
-        """Return the bytes that the step of an adapter keeps for its backward pass."""
+    def sample(self) -> tuple[int, list[str], list[str]]:
+        """Run the step of the first adapter.
+
+        Returns:
+            The bytes that it keeps for its backward pass, and the buffers that it changes: those that the adapter has
+            for itself, and others, which all adapters share.
+        """
+        name, call = next(iter(self.calls.items()))
         shared = [*parameters_of(self.module), *(p for own in self.owned.values() for p in own.values())]
-        with self._effects(), self._same_draws(), bytes_kept(shared) as kept:
-            run_one(self.module, self.step, self.calls[name], name)
-        return kept[0]
+        with using(self.module, name), self._effects(), self._same_draws():
+            trained = AdaptedModel(self.module).trained
+            before = {key: buffer.clone() for key, buffer in self.module.named_buffers()}
+            with bytes_kept(shared) as kept:
+                run_one(self.module, self.step, call, name)
+            moved = [key for key, now in self.module.named_buffers() if not torch.equal(now, before.get(key, now))]
+        own = [key for key in moved if key in trained]
+        return kept[0], own, [key for key in moved if key not in trained]
 
     def _in_turn(self, shift: int = 0, most: int | None = None) -> Found:
         found: Found = {}

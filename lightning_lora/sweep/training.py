@@ -64,6 +64,7 @@ class Training:
         self._waiting: dict[Tensor, Tensor] = {}  # gradients from before Lightning clears them
         self._broken: dict[str, Tensor] = {}  # whether a loss has not been finite since the last look
         self._mapped: Mapped | None = None
+        self._moved: list[str] = []  # buffers that the step changes
 
     # --- which way
 
@@ -75,10 +76,19 @@ class Training:
             return
         proof = Proof(self.module, step, self._calls(args, {}), self.owned)
         with self.trainer.precision_plugin.train_step_context():
+            kept = None
+            with suppress(Exception):  # of a module that cannot be measured, or that fails anyway
+                kept, own, shared = proof.sample()
+                self._moved = [*own, *shared]
+                if shared:
+                    rank_zero_warn(
+                        f"LoRASweep: training_step changes the buffers {listed(shared)}, which all adapters share, so "
+                        "none of them ends as in a fit of its own. Name their modules in modules_to_save, which gives "
+                        "each adapter its own."
+                    )
             if self.mode == "auto":
                 self._choose(proof)
-            with suppress(Exception):  # of a module that cannot be measured, or that fails anyway
-                kept = proof.bytes_kept(next(iter(proof.calls)))
+            if kept is not None:
                 flops = proof.flops if self.mode == VMAP else None
                 rank_zero_info(f"LoRASweep: {forecast(self.module, self.owned, kept, flops)}")
         self._mapped = None
@@ -175,6 +185,8 @@ class Training:
 
     def _together(self, mode: str, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
         with self._metrics.unchanged():
+            if mode == VMAP and self._moved:
+                raise UnfitError(f"training_step changes the buffers {listed(self._moved)}, which stay the same in it")
             if mode == MEET:
                 return Meeting(self.module, list(self.chosen)).run(step, calls)
             if self._mapped is None:

@@ -27,9 +27,10 @@ from lightning_lora import (
     lora_layers,
     using,
 )
+from lightning_lora.sweep import training
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.sweep.checks import check_possible
-from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, network, trainer
+from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, loader, network, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:These adapters are not smaller"),  # toys are small
@@ -152,6 +153,52 @@ def test_adapters_are_in_training_mode_again_after_a_validation(mode: Any):
     fit(Quiet(), swept(grid={"lr": [1e-3, 1e-2, 3e-2]}, dropout=0.5, mode=mode, keep=1.0), Modes(), max_epochs=3)
     assert modes
     assert all(modes)
+
+
+class Normed(Quiet):
+    """A toy with running statistics."""
+
+    def build(self) -> None:
+        self.net = network()
+        self.net.append(nn.BatchNorm1d(FEATURES))
+
+
+@pytest.mark.parametrize("options", [{"frozen_norm": "track"}, {"modules_to_save": ["net.5"]}], ids=["track", "full"])
+@pytest.mark.parametrize("mode", ["loop", "meet", "auto"])
+def test_each_adapter_has_running_statistics_of_its_own(
+    mode: Any, options: dict[str, Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(training, "_WORTHWHILE", 10.0)  # so that arithmetic does not keep auto from vmap
+    module = Normed()
+    sweep = swept(grid={"lr": [1e-3, 3e-2]}, mode=mode, keep=1.0, **options)
+    fit(module, sweep, max_steps=8)
+    assert_each_is_alone(Normed, sweep, module, EXACT if mode != "meet" else CLOSE, max_steps=8)
+    if mode == "auto":
+        assert "vmap: training_step changes the buffers net.5." in caplog.text
+
+
+def test_a_chosen_vmap_is_refused_where_statistics_move():
+    with pytest.raises(MisconfigurationException, match=r"(?s)training_step changes the buffers net\.5.*mode='loop'"):
+        fit(Normed(), swept(grid={"lr": [1e-2, 1e-3]}, mode="vmap", frozen_norm="track"))
+
+
+class Centered(Quiet):
+    """A toy whose own code moves a buffer in training."""
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(FEATURES))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.center.mul_(0.9).add_(batch[0].mean(0), alpha=0.1)
+        return super().loss([batch[0] - self.center, batch[1]])
+
+
+def test_buffers_that_all_adapters_share_are_named_where_they_move():
+    with pytest.warns(UserWarning, match="changes the buffers center, which all adapters share"):
+        fit(Centered(), swept(grid={"lr": [1e-2, 1e-3]}), max_steps=2)
 
 
 class SumLoss(Quiet):
