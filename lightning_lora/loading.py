@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, in_turn
-from lightning_lora.attachment import AttachReport, get_attachment
+from lightning_lora.attachment import DEFAULT, AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, TokenAdapter
-from lightning_lora.named_adapters import active_adapter, adapter_names
+from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile, read_directory
 from lightning_lora.peft_format.importing import Import, import_into, import_state
@@ -158,11 +158,18 @@ def load_adapter(
         return add_adapter(module, name, path, adapter=adapter, check_base=check_base)
     file, active = read_adapter(path, adapter), active_adapter(module)
     own = own_name(file.record) if isinstance(file, CheckpointFile) else None
-    if own != active and own in adapter_names(module):
+    names = adapter_names(module)
+    if own != active and own in names:
         raise ValueError(
             f"{str(path)!r} holds {own!r}, which this {type(module).__name__} has beside {active!r}, the active one, "
             f"whose values would be lost. Nothing was changed. Call set_adapter(module, {own!r}) first to load into "
             f"{own!r}, or give a new name: load_adapter(module, path, name=...)."
+        )
+    if own not in (None, DEFAULT, *names) and recorded(module) is not None:
+        raise ValueError(
+            f"{str(path)!r} holds {own!r}, and this {type(module).__name__} has {listed([*map(repr, names)])}, of "
+            f"which {active!r} is active, whose values would be lost. Nothing was changed. Load it beside: "
+            f"load_adapter(module, path, name={own!r})."
         )
     return _load(module, file, check_base=check_base)
 

@@ -190,6 +190,12 @@ def is_fully_sharded(module: nn.Module) -> bool:
     return fsdp is not None and isinstance(module, (fsdp.FullyShardedDataParallel, fsdp.FSDPModule))
 
 
+def is_flattened(module: nn.Module) -> bool:
+    """Return whether FSDP has made units in a module, so that its tensors cannot be read."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(part, fsdp.FullyShardedDataParallel) for part in module.modules())
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
     """Return the module inside wrappers of Fabric, DDP, FSDP, activation checkpointing and ``torch.compile``."""
     while (inner := _inside(module)) is not None:

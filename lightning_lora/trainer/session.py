@@ -12,18 +12,17 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_lora.adapted_model import AdaptedModel, HeldAdapters
-from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
+from lightning_lora.attachment import DEFAULT, Attachment, Stored, get_attachment, is_same_request, request, settled
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
-from lightning_lora.named_adapters import active_adapter, adapter_names
+from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.ranks.schedule import RankSchedule
-from lightning_lora.sharding import is_fully_sharded
+from lightning_lora.sharding import is_flattened, is_fully_sharded
 from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, fill_buffers
 from lightning_lora.storage.checkpoint import own_name, saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
@@ -55,7 +54,7 @@ from lightning_lora.trainer.lightning_patches import (
 from lightning_lora.trainer.precision import convert_layers
 from lightning_lora.trainer.ranks import FitRanks, check_undecided, schedule_of, widened
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
-from lightning_lora.trainer.warm_start import start_from
+from lightning_lora.trainer.warm_start import begin_from
 
 _SEED = "PL_GLOBAL_SEED"  # where seed_everything leaves the seed
 
@@ -141,6 +140,8 @@ class FitSession:
         (saved, stored), own = stored_adapters(record), own_name(record)
         if own in names and (name in names or (name is None and own != active_adapter(self.module))):
             saved = own  # never into another adapter that the module has
+        elif name is None and _goes_beside(self.module, own):
+            saved = own
         if saved is not None and name not in (None, saved):
             there = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)]) or 'it alone'}"
             raise MisconfigurationException(
@@ -208,7 +209,7 @@ class FitSession:
         module, before = self.module, self._before
         assert before is not None
         problem = None
-        if any(is_fully_sharded(part) for part in module.modules()) or _is_flattened(module):
+        if any(map(is_fully_sharded, module.modules())):
             problem = "its tensors are sharded by FSDP"
         elif before.report.saved and not before.starts:
             problem = (
@@ -278,7 +279,7 @@ class FitSession:
 
     def _attach_now(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
         module, (config, seed), before, name = self.module, self._wanted(), self._before, self._name
-        if before is not None and (before.config, before.seed) == (config, seed) and _is_flattened(module):
+        if before is not None and (before.config, before.seed) == (config, seed) and is_flattened(module):
             self.layout.attached(module)  # nothing more can be attached
             return
         convert_layers(module.trainer.precision_plugin, module)
@@ -317,18 +318,9 @@ class FitSession:
             model = AdaptedModel(module)
             attachment.starts = {name: each.detach().clone() for name, each in model.in_full.items()}
             attachment.buffers = {name: each.detach().clone() for name, each in base_buffers(model).items()}
-        if path is not None and resumed is None and (self._is_new or self._is_fit):
+        if resumed is None and (self._is_fit or self._is_new):
             with gathered_parameters(module):
-                start = start_from(module, path, check_base=self.options.check_base, is_new=self._is_new)
-            rank_zero_info(f"LoRA: started from {path}: {start}")
-        elif self._is_fit and resumed is None and not self._is_new:
-            with gathered_parameters(module):
-                norm = norm_of_updates(module)
-            if norm:
-                rank_zero_info(
-                    f"LoRA: continues from the adapters already attached (norm of the updates {norm:.3g}); "
-                    "LoRACallback(fresh=True) starts every fit anew."
-                )
+                begin_from(module, path, check_base=self.options.check_base, is_new=self._is_new)
         if self._is_fit and resumed is None and self._config.start.name in STARTS_FROM_WEIGHTS:
             self._calibrate()  # while the weights are whole
         if self.options.export_dir is not None and self._is_fit:
@@ -494,6 +486,12 @@ class FitSession:
             rank_zero_info(f"LoRA: adapter{named} merged into the weights.")
 
 
-def _is_flattened(module: nn.Module) -> bool:
-    """Return whether FSDP has made units in a module, so that its tensors cannot be read."""
-    return any(isinstance(part, FullyShardedDataParallel) for part in module.modules())
+def _goes_beside(module: nn.Module, own: str | None) -> bool:
+    """Return whether a checkpoint's adapter is none of the module's, and must not replace what those have learned."""
+    names = adapter_names(module)
+    if own in (None, DEFAULT, *names):
+        return False
+    if not names or recorded(module) is not None:
+        return True
+    with gathered_parameters(module):
+        return not any(map(is_fully_sharded, module.modules())) and norm_of_updates(module) > 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from os import PathLike
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -51,6 +52,18 @@ class WarmStart:
         parts = {"as they were": self.kept, "of grown rank": self.grown, "new": self.new, "dropped": self.dropped}
         said = "; ".join(f"{len(names)} {what} ({listed(names)})" for what, names in parts.items() if names)
         return said if self.adapter is None else f"its adapter {self.adapter!r}: {said}"
+
+
+def begin_from(module: nn.Module, path: str | PathLike[str] | None, *, check_base: bool, is_new: bool) -> None:
+    """Start from another adapter, if one is given, and say from what training starts; arguments as ``start_from``'s."""
+    if path is not None:
+        start = start_from(module, path, check_base=check_base, is_new=is_new)
+        rank_zero_info(f"LoRA: started from {path}: {start}")
+    elif not is_new and (norm := norm_of_updates(module)):
+        rank_zero_info(
+            f"LoRA: continues from the adapters already attached (norm of the updates {norm:.3g}); "
+            "LoRACallback(fresh=True) starts every fit anew."
+        )
 
 
 def start_from(

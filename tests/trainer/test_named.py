@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from lightning_lora import (
     LoRACallback,
@@ -29,6 +30,7 @@ from lightning_lora import (
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis import analyze, compare
 from lightning_lora.callback import LoRAConfig
+from tests.contract import assert_same_bits, raises_and_changes_nothing
 from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
 
 OPTIONS: dict[str, Any] = {"rank": 2, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
@@ -479,3 +481,56 @@ def test_load_adapter_replaces_the_adapter_of_the_same_name_alone(two_saved: tup
     set_adapter(module, "default")
     load_adapter(module, paths["default"])
     assert all(same(state(module, name), before[name]) for name in before)
+
+
+@pytest.mark.parametrize("reference", ["ref", None], ids=["named", "unnamed"])
+@pytest.mark.parametrize("way", ["fit", "test", "load_adapter"])
+def test_a_checkpoint_of_another_name_never_replaces_what_an_adapter_has_learned(
+    way: str, reference: str | None, tmp_path: Path
+):
+    def with_reference() -> Toy:
+        module = Toy()
+        load_adapter(module, tmp_path / "ref.ckpt", **({"name": reference} if reference else {}))
+        return module
+
+    fit(Toy(), LoRACallback(rank=2), max_steps=4).save_checkpoint(tmp_path / "ref.ckpt")
+    trained = with_reference()
+    fit(trained, LoRACallback(adapter="policy", rank=2), max_steps=8).save_checkpoint(tmp_path / "policy.ckpt")
+    module, name = with_reference(), reference or "default"
+    kept = adapter_state_dict(module)
+    if way == "fit":
+        fit(module, LoRACallback(), max_steps=8, path=tmp_path / "policy.ckpt")
+    elif way == "test":
+        trainer(LoRACallback()).test(module, loader(), ckpt_path=tmp_path / "policy.ckpt", verbose=False)
+    elif reference is None:
+        load_adapter(module, tmp_path / "policy.ckpt")  # replaces what has no name, as was asked for
+        return
+    else:
+        with raises_and_changes_nothing(module, ValueError, "has 'ref', of which 'ref' is active.*name='policy'"):
+            load_adapter(module, tmp_path / "policy.ckpt")
+        load_adapter(module, tmp_path / "policy.ckpt", name="policy")
+    assert adapter_names(module) == [name, "policy"]
+    with using(module, name):
+        assert_same_bits(adapter_state_dict(module), kept)
+    with using(module, "policy"):
+        assert_same_bits(adapter_state_dict(module), adapter_state_dict(trained))
+
+
+def test_an_adapter_resumes_under_its_own_name_in_a_fresh_module(tmp_path: Path):
+    class Compared(Toy):
+        """Compares with the bare base, for which a head's own values must be kept."""
+
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            with torch.no_grad(), using(self, None):
+                before = super().loss(batch)
+            return super().loss(batch) + 0 * before
+
+    options = {"rank": 2, "target_modules": ["net.0"], "modules_to_save": ["net.4"]}
+    whole = Compared()
+    fit(whole, LoRACallback(adapter="policy", **options), max_steps=8)
+    saved = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=4)
+    fit(Compared(), LoRACallback(adapter="policy", **options), saved, max_steps=4, root=tmp_path)
+    resumed = Compared()
+    fit(resumed, LoRACallback(), max_steps=8, path=saved.best_model_path)
+    assert adapter_names(resumed) == ["policy"]
+    assert_same_bits(adapter_state_dict(resumed), adapter_state_dict(whole))
