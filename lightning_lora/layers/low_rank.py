@@ -91,6 +91,10 @@ class LowRankAdapter(Adapter):
         norms = dora.norms(self._rows(self.as_matrix(weight)), torch.promote_types(self.A.dtype, torch.float32))
         return {"magnitude": norms.to(self.kept_dtype(norms))}
 
+    def norms_now(self, layer: nn.Module) -> Tensor:
+        """Return the norms of the rows of the layer's weight with the update, without a magnitude: ``(out,)``."""
+        return self.row_norms(self._rows(self.as_matrix(base_parameter(layer, self.parameter))))
+
     @override
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -241,7 +245,7 @@ class LowRankAdapter(Adapter):
     def with_extras(self, total: Tensor, layer: nn.Module) -> Tensor:
         """Return a sum of output and update, which may be changed, with DoRA and the bias of ``B`` applied."""
         if self.spec.use_dora:
-            norms = self.row_norms(self._rows(self.as_matrix(base_parameter(layer, self.parameter))))
+            norms = self.norms_now(layer)
             bias = layer._parameters.get("bias")
             own = None if bias is None else self._along_features(self._rows(bias))
             total = dora.rescaled(total, self._along_features(self.magnitude / norms), own)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from typing import cast
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
@@ -38,6 +39,7 @@ class WarmStart:
         grown: Adapters whose ranks have grown.
         new: Adapters and tensors that are missing from the source and start afresh.
         dropped: Tensors that only the source has.
+        plain: Adapters with DoRA whose source is plain LoRA.
     """
 
     adapter: str | None = None
@@ -46,6 +48,7 @@ class WarmStart:
     grown: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    plain: list[str] = field(default_factory=list)
 
     @override
     def __str__(self) -> str:
@@ -72,7 +75,8 @@ def start_from(
     """Copy another adapter into an adapted module as far as they overlap; the update of each layer stays the same.
 
     If a rank has grown, the factor that starts at zero is padded with zeros and the other keeps its own start, so that
-    the new part can learn. If a scaling differs, ``B`` is rescaled.
+    the new part can learn. If a scaling differs, ``B`` is rescaled. If only this module uses DoRA, the magnitudes start
+    at the norms of the updated rows.
 
     Args:
         module: An adapted module.
@@ -112,7 +116,17 @@ def start_from(
     for label in (*start.kept, *start.grown):
         if label in model.adapters:
             model.adapters[label].is_waiting = False
+    _start_magnitudes(model, start.plain)
     return start
+
+
+@torch.no_grad()
+def _start_magnitudes(model: AdaptedModel, labels: Sequence[str]) -> None:
+    """Give adapters with DoRA the magnitudes with which ``W + s * B @ A`` stays as it is."""
+    owners = {id(adapter): layer for layer in model.layers.values() for adapter in layer.adapters().values()}
+    for label in labels:
+        adapter = cast(LowRankAdapter, model.adapters[label])
+        copy_whole(adapter.magnitude, adapter.norms_now(owners[id(adapter)]).to(adapter.magnitude.dtype))
 
 
 def _are_there(model: AdaptedModel, start: WarmStart) -> bool:
@@ -172,8 +186,10 @@ def _resolved(
     for name, tensor in model.trained.items():
         label, key = owner_of.get(name, (name, ""))
         if name not in source:
-            if key in _STARTS and full_names[label, "A"] in source:
+            if key in (*_STARTS, "bias") and full_names[label, "A"] in source:
                 start.values[name] = torch.zeros_like(whole(tensor.detach()).cpu())  # it started from zero there
+            elif key == "magnitude" and full_names[label, "A"] in source:
+                start.plain.append(label)
             else:
                 start.new.append(label)
             continue
@@ -189,21 +205,27 @@ def _resolved(
             start.grown.append(label)
         else:
             problems.append(f"{name}: {tuple(value.shape)} there, {tuple(own.shape)} here")
-    if lost := [name for name in source if name in model.tensors and name not in model.trained]:
-        # The adapters were trained with these values, so without them each layer's update is not what it was.
-        problems.append(
-            f"{listed(lost)}: trained there, frozen here; train them too, with modules_to_save, bias or frozen_norm"
-        )
-    differences = [name for name in source if name.endswith(".A0") and name.removesuffix("0") in model.trained]
-    if differences := [name for name in differences if name not in model.trained]:
-        problems.append(
-            f"{listed(differences)}: the update there is a difference, scaling * (B @ A - B0 @ A0); use the same init, "
-            "or start from what save_adapter writes, which has twice the rank"
-        )
     start.dropped = [name for name in source if name not in model.trained and ".lora." in name]
     for names in (start.kept, start.grown, start.new):
         names[:] = dict.fromkeys(names)
-    return start, problems
+    start.kept = [label for label in start.kept if label not in start.grown]
+    return start, [*problems, *_losses(model, source)]
+
+
+def _losses(model: AdaptedModel, source: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield what of the source would be lost, without which the update of a layer is not what it was."""
+    absent = [name for name in source if name not in model.trained]
+    if frozen := [name for name in absent if name in model.tensors]:
+        yield f"{listed(frozen)}: trained there, frozen here; train them too, with modules_to_save, bias or frozen_norm"
+    if starts := [name for name in absent if name.endswith(".A0") and name.removesuffix("0") in model.trained]:
+        yield (
+            f"{listed(starts)}: the update there is a difference, scaling * (B @ A - B0 @ A0); use the same init, or "
+            "start from what save_adapter writes, which has twice the rank"
+        )
+    for end, option in {".magnitude": "use_dora", ".bias": "lora_bias"}.items():
+        ending = [name for name in absent if name.endswith(end)]
+        if parts := [name for name in ending if f"{name.removesuffix(end)}.A" in model.trained]:
+            yield f"{listed(parts)}: part of the update there; set {option} here, too"
 
 
 def _rescaled(value: Tensor, key: str, adapter: LowRankAdapter, scaling: float | None) -> Tensor:

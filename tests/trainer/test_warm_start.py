@@ -100,6 +100,28 @@ def test_a_head_that_trained_in_full_is_not_lost(kind: str, here: dict[str, Any]
     assert torch.equal(same.net[4].weight, module.net[4].weight)
 
 
+KINDS: dict[str, dict[str, Any]] = {"plain": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}}
+
+
+@pytest.mark.parametrize("there", KINDS)
+@pytest.mark.parametrize("here", KINDS)
+@pytest.mark.parametrize("kind", ["checkpoint", "directory"])
+def test_what_the_options_compute_stays_or_is_refused(there: str, here: str, kind: str, tmp_path: Path) -> None:
+    _, module, path = fitted(tmp_path / "source", **KINDS[there])
+    if kind == "directory":
+        save_adapter(module, tmp_path / "peft")
+        path = str(tmp_path / "peft")
+    other, x = fresh(**KINDS[here]), torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    if there not in ("plain", here):
+        option = "use_dora" if there == "dora" else "lora_bias"
+        with raises_and_changes_nothing(other, ValueError, f"part of the update there; set {option} here, too"):
+            start_from(other, path)
+        return
+    start = start_from(other, path)
+    torch.testing.assert_close(other.net(x), module.net(x), rtol=1e-5, atol=1e-6)
+    assert str(start) == "3 as they were (net.0, net.2, net.4)"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"rank": 3}, r"net\.0\.lora\.A: \(4, 8\) there, \(3, 8\) here"), ({"use_dora": False, "rank": 2}, "there")],
