@@ -29,6 +29,7 @@ from lightning_lora.peft_format.config import (
 )
 from lightning_lora.peft_format.names import PREFIX, TOKENS_SUFFIX
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight
+from lightning_lora.storage.atomic import read_directory_whole
 from lightning_lora.storage.safetensors import Layout, TensorWriter, read_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -191,8 +192,9 @@ def read_directory(directory: str | PathLike[str]) -> PeftFile:
         FileNotFoundError: They do not exist.
     """
     path = Path(directory)
-    options, config = _read_config(path / CONFIG_FILE)
-    tensors, metadata = _read_tensors(path)
+    (options, config), (tensors, metadata) = read_directory_whole(
+        path, CONFIG_FILE, lambda: (_read_config(path / CONFIG_FILE), _read_tensors(path))
+    )
     alien = tuple(key for key in tensors if not key.startswith(PREFIX))
     named = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     base, root = metadata.get(_BASE_KEY, ""), metadata.get(_ROOT_KEY)

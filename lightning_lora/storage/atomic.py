@@ -6,15 +6,20 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
+from typing import TypeVar, cast
+
+T = TypeVar("T")
 
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.DOTALL)  # one letter is a drive of Windows
 _HIDDEN = re.compile(r"\..*\.[0-9a-f]{12}\.(new|old)", re.DOTALL)  # what a kill leaves
+_ATTEMPTS, _PAUSE = 50, 0.02  # of reading what another process is replacing; seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -65,6 +70,43 @@ def replace_directory(
             warnings.warn(
                 f"The files of before could not be removed from {str(path)!r}; remove that folder.", stacklevel=2
             )
+
+
+def read_directory_whole(directory: Path, marker: str, read: Callable[[], T]) -> T:
+    """Read files of one version, also from a directory that another process is replacing meanwhile.
+
+    Since the marker goes first and comes last, what was read while it stayed the same belongs together.
+
+    Args:
+        directory: The directory.
+        marker: As in ``replace_directory``.
+        read: Reads the files; called again if they were exchanged meanwhile.
+
+    Raises:
+        Exception: Whatever ``read`` raises, except for what an exchange causes.
+    """
+    for is_last in (*[False] * _ATTEMPTS, True):
+        before, error, found = _identity(directory / marker), None, None
+        try:
+            found = read()
+        except (OSError, ValueError) as failure:
+            error = failure
+        in_exchange = before is None and bool(_left_behind(directory, "new") or _left_behind(directory, "old"))
+        is_whole = before == _identity(directory / marker) and not in_exchange
+        if error is not None and (is_whole or is_last):
+            raise error
+        if is_whole:
+            return cast(T, found)
+        time.sleep(_PAUSE)
+    raise OSError(f"{str(directory)!r} is replaced again and again; it could not be read between.")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def check_directory(directory: Path, *, marker: str, overwrite: bool) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora.storage.atomic import check_directory, replace_directory, replace_file
+from lightning_lora.storage import atomic
+from lightning_lora.storage.atomic import check_directory, read_directory_whole, replace_directory, replace_file
 
 MARKER = "record.json"  # in the middle of the alphabet
 
@@ -327,3 +328,52 @@ def test_file_in_the_place_of_a_folder_is_named(place: Path) -> None:
         replace_file(place, lambda path: path.write_text("new"))
     assert (caught.value.filename, caught.value.filename2) == (str(place), None)
     assert content(place) == OLD
+
+
+# --- reading while another process replaces
+
+
+def texts(place: Path) -> tuple[str, str]:
+    return (place / MARKER).read_text(), (place / "tensors").read_text()
+
+
+def test_what_is_read_is_of_one_version(place: Path) -> None:
+    seen = []
+
+    def read() -> tuple[str, str]:
+        first = (place / MARKER).read_text()
+        if not seen:
+            replace(place)  # between the two files
+        seen.append((first, (place / "tensors").read_text()))
+        return seen[-1]
+
+    assert read_directory_whole(place, MARKER, read) == ("new", "new")
+    assert seen == [("old", "new"), ("new", "new")]
+
+
+def test_reading_waits_for_the_end_of_an_exchange(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            (place / MARKER).write_text("new")
+
+    monkeypatch.setattr(atomic.time, "sleep", sleep)
+    (place / ".place.0123456789ab.old").mkdir()
+    (place / "tensors").write_text("new")
+    (place / MARKER).unlink()
+    assert read_directory_whole(place, MARKER, lambda: texts(place)) == ("new", "new")
+    assert len(pauses) == 3
+
+
+@pytest.mark.parametrize("in_exchange", [True, False])
+def test_reading_what_is_not_there_raises(place: Path, in_exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses = list[float]()
+    monkeypatch.setattr(atomic.time, "sleep", pauses.append)
+    (place / MARKER).unlink()
+    if in_exchange:  # which was killed
+        (place / ".place.0123456789ab.old").mkdir()
+    with pytest.raises(FileNotFoundError, match=MARKER):
+        read_directory_whole(place, MARKER, lambda: texts(place))
+    assert bool(pauses) == in_exchange
