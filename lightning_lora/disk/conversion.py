@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -175,7 +176,9 @@ def import_directory(
         "state_dict": {name: tensor.detach() for name, tensor in model.trained.items()},
         RECORD_KEY: describe(skeleton) | containers | {"base": to_plain(base), "optimizers": []},
     }
-    replace_file(checkpoint, lambda place: torch.save(checkpoint_content, place))
+    content_in_memory = io.BytesIO()  # torch's own writer hides why a disk refuses it
+    torch.save(checkpoint_content, content_in_memory)
+    replace_file(checkpoint, lambda place: place.write_bytes(content_in_memory.getbuffer()))
     return sorted(model.adapters)
 
 

@@ -128,6 +128,9 @@ class ParameterAdapter(LowRankAdapter):
         weight = base_parameter(layer, parameter)
         if weight.ndim > 3:
             return f"PEFT adapts parameters of two or three dimensions, not of {weight.ndim}"
+        kind: type[nn.Module] = getattr(layer, "base_class", type(layer))
+        if kind.forward is nn.Module.forward and kind is not nn.Module:  # as a model on disk knows modules
+            return f"PEFT adapts parameters while their module is called, and a {kind.__name__} never is"
         return None
 
 

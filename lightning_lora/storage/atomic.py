@@ -206,6 +206,8 @@ def _local(place: Path) -> Path:
 
 
 def _check_place(place: Path, marker: str, *, overwrite: bool) -> None:
+    if place.is_symlink():  # although links were followed
+        raise ValueError(f"{str(place)!r} is a link that leads to itself; name a directory.")
     if place.exists() and not place.is_dir():
         raise ValueError(f"{str(place)!r} is a file; name a directory.")
     if not place.is_dir() or {*place.iterdir()} == {*_left_behind(place, "new")}:

@@ -51,6 +51,14 @@ class ReadAttention(CheckedAttention):
         return self.attention.out_proj(nn.functional.linear(x, self.attention.in_proj_weight)[..., -8:])
 
 
+class Uncalled(nn.Module):
+    """A parameter that the parent reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(8, 8))
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "transposed convolution": (lambda: nn.ConvTranspose2d(4, 4, 3), {}, "layer: PEFT has no adapter for transposed"),
     "grouped convolution": (lambda: nn.Conv2d(4, 8, 3, groups=2), {}, "layer: groups=2"),
@@ -86,6 +94,16 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         lambda: nn.Linear(8, 8),
         {"target_modules": [], "target_parameters": ["layer.weight"]},
         "layer.weight: PEFT applies the update of a parameter only while the layer itself runs",
+    ),
+    "parameter in a dictionary": (
+        lambda: nn.ParameterDict({"mix": nn.Parameter(torch.randn(8, 8))}),
+        {"target_modules": [], "target_parameters": ["layer.mix"]},
+        "layer.mix: PEFT adapts parameters while their module is called, and a ParameterDict never is",
+    ),
+    "parameter that the parent reads": (
+        Uncalled,
+        {"target_modules": [], "target_parameters": ["layer.mix"]},
+        "layer.mix: PEFT adapts parameters while their module is called, and a Uncalled never is",
     ),
     "parameters inside each other's module": (
         Outer,

@@ -377,3 +377,12 @@ def test_reading_what_is_not_there_raises(place: Path, in_exchange: bool, monkey
     with pytest.raises(FileNotFoundError, match=MARKER):
         read_directory_whole(place, MARKER, lambda: texts(place))
     assert bool(pauses) == in_exchange
+
+
+def test_a_link_that_leads_to_itself_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ValueError, match="loop' is a link that leads to itself"):
+        check_directory(tmp_path / "loop", marker=MARKER, overwrite=True)
+    with pytest.raises(ValueError, match="leads to itself"):
+        replace(tmp_path / "loop")
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
