@@ -19,7 +19,7 @@ RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, o
 
 
 def parameter_groups(
-    module: nn.Module, lr: float, *, lr_ratio: float = 1.0, weight_decay: float = 0.0
+    module: nn.Module, lr: float, *, lr_ratio: float = 1.0, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
     """Return the optimizer groups of an adapted module: its trainable parameters, split for LoRA+ if asked for.
 
@@ -27,7 +27,7 @@ def parameter_groups(
         module: An adapted module.
         lr: Learning rate of every parameter but ``B``.
         lr_ratio: Learning rate of ``B`` over that of ``A``; LoRA+ recommends about 16.
-        weight_decay: Weight decay of all groups.
+        weight_decay: Weight decay of all groups; None leaves it to the optimizer.
 
     Returns:
         One group, or two if ``lr_ratio`` is not 1, named ``"lora"`` and ``"lora_B"``.
@@ -47,7 +47,8 @@ def parameter_groups(
         {"name": "lora", "lr": lr, "params": [p for p in trainable if id(p) not in fast]},
         {"name": "lora_B", "lr": lr * lr_ratio, "params": [p for p in trainable if id(p) in fast]},
     ]
-    return [group | {"weight_decay": weight_decay} for group in groups if group["params"]]
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    return [group | decay for group in groups if group["params"]]
 
 
 def repair_optimizers(

@@ -235,6 +235,7 @@ def test_parameter_groups_hold_all_trainable_once() -> None:
     )
     [single] = parameter_groups(model, 1e-3)
     assert len(single["params"]) == 6
+    assert AdamW([single], weight_decay=0.2).param_groups[0]["weight_decay"] == 0.2
     AdamW(groups)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
@@ -98,6 +99,8 @@ def export_best(
     """
     checkpoints = trainer.checkpoint_callback
     best = getattr(checkpoints, "best_model_path", None) or None
+    if getattr(checkpoints, "monitor", None) is None and callbacks_of(trainer, StochasticWeightAveraging):
+        best = None  # not the best, but the latest, and from before the average took its place
     is_last = (best, trainer.global_step) == (
         getattr(checkpoints, "_last_checkpoint_saved", None),
         getattr(checkpoints, "_last_global_step_saved", None),

@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_lora import LoRACallback, detach, lora_layers
+from lightning_lora import LoRACallback, detach, load_adapter, lora_layers
 from tests.contract import assert_same_bits
 from tests.toys import FEATURES, Toy, digest, loader, network, snapshot, trainer
 from tests.trainer.test_checkpoints import read
@@ -95,6 +95,21 @@ def test_swa_averages_factors_at_epoch_start() -> None:
     for name, found in factors(module).items():
         truth = torch.stack([epoch[name].double() for epoch in keeps.epochs[1:]]).mean(0)
         torch.testing.assert_close(found.double(), truth, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("monitor", [None, "train_loss"])
+def test_the_average_of_swa_is_exported_unless_a_metric_chooses(monitor: str | None, tmp_path: Path) -> None:
+    module, target = Toy(), tmp_path / "peft"
+    checkpoint = ModelCheckpoint(tmp_path / "saved", monitor=monitor)
+    averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=2)
+    options = {"max_epochs": 4, "max_steps": -1}
+    trainer(LoRACallback(rank=4, export_dir=str(target)), averaging, checkpoint, **options).fit(module, loader())
+    load_adapter(exported := Toy(), target)
+    best = read(checkpoint.best_model_path)["state_dict"]
+    truth = factors(module) if monitor is None else {name: value for name, value in best.items() if ".lora." in name}
+    for name, value in factors(exported).items():
+        assert torch.equal(value, truth[name])
+    assert any(not torch.equal(value, best[name]) for name, value in factors(module).items())
 
 
 @pytest.mark.parametrize("kind", [WeightAveraging, lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)])
