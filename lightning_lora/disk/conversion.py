@@ -291,7 +291,11 @@ def _check_described(file: AdapterFile, weights: Mapping[str, StoredWeight]) -> 
     if isinstance(file, PeftFile) and (bare := [entry for entry in file.config.target_parameters if "." not in entry]):
         raise ValueError(f"target_parameters names {listed(bare)} without the modules that hold them. {_REMEDY}")
     if unknown := [label for label, weight in weights.items() if weight.kind is None]:
-        raise ValueError(f"The file does not describe the layers {listed(unknown)} well enough. {_REMEDY}")
+        raise ValueError(
+            f"The file does not describe the layers {listed(unknown)} well enough: PEFT has no adapter for their kind, "
+            "or an early version wrote the file. Load the model, load the file into it with load_adapter, and save it "
+            "from there; preflight(model) says of each layer whether PEFT takes it."
+        )
     for label, each in file.tokens.items():
         if not each.weight.shape or max(each.weight.shape) >= 2**31:
             raise ValueError(f"The file does not tell which tokens of {label!r} were trained.")

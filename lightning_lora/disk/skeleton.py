@@ -79,8 +79,7 @@ def _module_at(path: str, modules: dict[str, nn.Module], layouts: Layouts, kinds
 
 
 def _stand_in(path: str, kind: str, layouts: Layouts) -> nn.Module:
-    layout = layouts.get(f"{path}.weight")
-    shape = layout.shape if layout else ()
+    shape = _weight_shape(path, layouts) if kind != _TORCH_ATTENTION else ()
     try:
         with torch.device("meta"):
             if kind == _TORCH_ATTENTION:
@@ -423,7 +422,10 @@ def _stack_fits(
 
 def _weight_shape(name: str, layouts: Layouts) -> tuple[int, ...]:
     if f"{name}.weight" not in layouts:
-        raise ValueError(f"{name}: the base has no weight {name + '.weight'!r}.")
+        raise ValueError(
+            f"{name}: the base has no {name + '.weight'!r}; a parametrization may compute it from other tensors, which "
+            "takes the model. Load it, and use load_adapter and merge in memory."
+        )
     return layouts[f"{name}.weight"].shape
 
 

@@ -189,8 +189,9 @@ def adapters_of_peft(plan: Plan) -> Iterator[str]:
     if found:
         yield (
             f"{plan.root} already carries adapters of PEFT, in {len(found)} modules such as {found[-1]!r}. Merge them "
-            "with PEFT's merge_and_unload() or remove them with unload() first. To continue their training, load their "
-            "directory into the bare model with lightning_lora.load_adapter. exclude_modules leaves them as they are."
+            "with PEFT's merge_and_unload() or remove them with unload() first. To continue their training, begin "
+            "with the bare model and their directory: LoRACallback(init_from=...), or load_adapter without a Trainer. "
+            "exclude_modules leaves them as they are."
         )
 
 

@@ -228,13 +228,19 @@ def chosen_checkpoint(trainer: Trainer) -> str | None:
 
 
 def chosen_record(trainer: Trainer) -> Any:
-    """Return the adapter's record in the checkpoint that this run will load, or None; every process must call this."""
+    """Return the adapter's record in the checkpoint that this run will load, or None; every process must call this.
+
+    Raises:
+        FileNotFoundError: The checkpoint does not exist; Lightning would say so when adapters are attached already.
+    """
     path = chosen_checkpoint(trainer)
     if path is None:
         return None
     files = get_filesystem(path)
+    if not files.exists(path):
+        raise FileNotFoundError(f"ckpt_path={path!r} does not exist. Nothing was changed.")
     if not files.isfile(path):
-        return None  # a directory of shards, or a missing file: loading it will raise
+        return None  # a directory of shards
     with files.open(path, "rb") as stream:
         return plain_values(stream).get(RECORD_KEY)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_lora import LoRAConfig, adapter_state_dict, attach, load_adapter, merge, save_adapter
 from lightning_lora.disk.skeleton import model_of_shapes
@@ -18,6 +19,7 @@ from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.files import FACTOR, change_tensors, run, tensors_of, write_checkpoint
 from tests.peft_format.kinds import WARNED
+from tests.peft_format.models import trained
 from tests.toys import Spectral
 
 pytestmark = WARNED
@@ -183,3 +185,18 @@ def test_update_of_complex_weight_is_not_called_quantized(tmp_path: Path, capsys
     assert "'0' is complex (torch.complex64) and its update is real" in capsys.readouterr().err
     assert run("report", adapter, "--base", base) == 1
     assert "complex in 0.weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "directory"])
+def test_a_weight_that_the_model_computes_is_named(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), weight_norm(nn.Linear(4, 4)))
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, tmp_path / "base.safetensors")
+    trained(model, target_modules=["0", "1"])
+    if kind == "checkpoint":
+        adapter = write_checkpoint(model, tmp_path / "last.ckpt")
+    else:
+        save_adapter(model, adapter := tmp_path / "peft")
+    assert run("verify", adapter, tmp_path / "base.safetensors") == 1
+    assert "1: the base has no '1.weight'; a parametrization may compute it" in capsys.readouterr().err

@@ -439,3 +439,11 @@ def test_adapters_may_be_switched_while_a_fit_runs() -> None:
     trainer(LoRACallback(rank=2, adapter="one"), AtEpoch(0, there_and_back), max_steps=8).fit(switched, loader())
     trainer(LoRACallback(rank=2, adapter="one"), max_steps=8).fit(plain, loader())
     assert_same_bits(adapter_state_dict(switched), adapter_state_dict(plain))
+
+
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_a_checkpoint_that_is_missing_is_named_before_anything_is_attached(run: str) -> None:
+    module, call = Toy(), trainer(LoRACallback())
+    with pytest.raises(FileNotFoundError, match=r"ckpt_path='.*missing.ckpt' does not exist"):
+        getattr(call, run)(module, loader(), ckpt_path="missing.ckpt")
+    assert not lora_layers(module)
