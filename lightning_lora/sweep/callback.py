@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.callback import LoRACallback
-from lightning_lora.config import OPTIONS, LoRAConfig, PositiveFloat, PositiveInt
+from lightning_lora.config import OPTIONS, LoRAConfig, PositiveFloat, PositiveInt, shown_options
 from lightning_lora.option_checks import check_choice, check_known, check_positive
 from lightning_lora.option_checks import rank as positive_integer
 from lightning_lora.sweep.candidates import Candidate, candidates
@@ -99,6 +99,13 @@ class LoRASweep(Callback):
         self.export_dir, self.overwrite, self.check_base = export_dir, overwrite, check_base
         self._session: SweepSession | None = None
         self._standings: Standings | None = None
+
+    @override
+    def __repr__(self) -> str:
+        own = {name: getattr(self, name) for name in _OWN_OPTIONS.keys() - {"adapters", "grid", "lr_ratio"}}
+        changed = {name: value for name, value in sorted(own.items()) if value != _OWN_OPTIONS[name]}
+        names = ", ".join(map(repr, self.candidates))
+        return f"{type(self).__name__}(adapters=[{names}], {shown_options(self.config.changed() | changed)})"
 
     @property
     def best(self) -> str:

@@ -113,6 +113,12 @@ def assert_each_is_alone(
         assert distance(state(module, name), alone(kind, candidate, **options)) <= close, name
 
 
+def test_its_text_names_the_adapters_and_what_is_not_a_default():
+    sweep = LoRASweep(grid={"lr": [1e-3, 1e-2]}, rank=2, keep=1.0, mode="loop")
+    expected = "adapters=['lr=1e-3', 'lr=1e-2'], rank=2, direction='min', keep=1.0, mode='loop'"
+    assert repr(sweep) == f"LoRASweep({expected})"
+
+
 # --- 1 to 3: equal to separate fits
 
 
