@@ -22,7 +22,7 @@ from lightning_lora.config import (
 from lightning_lora.named_adapters import check_name
 from lightning_lora.option_checks import check_choice, check_known, check_names, check_positive
 from lightning_lora.ranks.schedule import Kind, RankSchedule, as_schedule
-from lightning_lora.trainer import checks, lightning_patches
+from lightning_lora.trainer import checks, lightning_patches, outcome
 from lightning_lora.trainer.diagnostics import check_interval
 from lightning_lora.trainer.hints import explain_torch_error
 from lightning_lora.trainer.session import FitSession
@@ -188,17 +188,17 @@ class LoRACallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation begins: outside of a fit, warn of untrained adapters."""
         if trainer.state.fn != TrainerFn.FITTING:
-            checks.warn_if_untrained(self._run.layout, pl_module)
+            outcome.warn_if_untrained(self._run.layout, pl_module)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when testing begins."""
-        checks.warn_if_untrained(self._run.layout, pl_module)
+        outcome.warn_if_untrained(self._run.layout, pl_module)
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when predicting begins."""
-        checks.warn_if_untrained(self._run.layout, pl_module)
+        outcome.warn_if_untrained(self._run.layout, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

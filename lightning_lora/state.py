@@ -341,7 +341,7 @@ class BufferWatch:
     def __init__(self, module: nn.Module, changed: Collection[str] = ()) -> None:
         self.module, self._changed = module, changed
         buffers = base_buffers(AdaptedModel(module))
-        self._before = {name: (buffer, _version(buffer), _checksum(buffer)) for name, buffer in buffers.items()}
+        self._before = {name: (buffer, _version(buffer), checksum(buffer)) for name, buffer in buffers.items()}
 
     def moved(self) -> dict[str, Tensor]:
         """Return the buffers that have changed since, and those that an earlier training had changed."""
@@ -371,9 +371,9 @@ class BufferWatch:
             }
 
     def _is_same(self, name: str, buffer: Tensor) -> bool:
-        before, version, checksum = self._before.get(name, (None, None, None))
+        before, version, known = self._before.get(name, (None, None, None))
         is_untouched = before is buffer and version is not None and version == _version(buffer)
-        return is_untouched or checksum == _checksum(buffer)
+        return is_untouched or known == checksum(buffer)
 
 
 def base_buffers(model: AdaptedModel) -> dict[str, Tensor]:
@@ -446,8 +446,8 @@ def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def _checksum(tensor: Tensor) -> tuple[object, ...]:
-    """Return what differs between two values of a buffer, without a copy of it."""
+def checksum(tensor: Tensor) -> tuple[object, ...]:
+    """Return what differs between two values of a tensor, without a copy of it."""
     if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided or not tensor.numel():
         return tuple(tensor.shape), tensor.dtype
     octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from typing_extensions import override
 
 from lightning_lora.layers.lora_layer import Swapped, swap_in, swap_out
@@ -73,9 +75,24 @@ def release_statistics(part: nn.Module) -> None:
         part.train(mode)
 
 
+@torch.no_grad()
+def _compute_by_hooks(part: nn.Module) -> None:
+    for hook in part._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            setattr(part, hook.name, hook.compute_weight(part, do_power_iteration=False))
+        elif isinstance(hook, WeightNorm):
+            setattr(part, hook.name, hook.compute_weight(part))
+
+
 @contextmanager
 def weights_only_read(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Read weights computed by ``spectral_norm`` without moving its statistics, as a read in train mode would."""
+    """Read weights computed by ``spectral_norm`` without moving its statistics, as a read in train mode would.
+
+    Those that hooks compute before each forward pass are computed now: loading has left them as they were.
+    """
+    parts = list(parts)
+    for part in parts:
+        _compute_by_hooks(part)
     moving = [part for part in parts if isinstance(part, _SpectralNorm) and part.training]
     try:
         for part in moving:

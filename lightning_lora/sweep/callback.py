@@ -19,7 +19,7 @@ from lightning_lora.option_checks import rank as positive_integer
 from lightning_lora.sweep.candidates import Candidate, candidates
 from lightning_lora.sweep.session import SweepSession
 from lightning_lora.sweep.standings import Standings, Table
-from lightning_lora.trainer import checks, lightning_patches
+from lightning_lora.trainer import checks, lightning_patches, outcome
 from lightning_lora.trainer.hints import explain_torch_error
 
 
@@ -180,7 +180,7 @@ class LoRASweep(Callback):
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when testing begins."""
-        checks.warn_if_untrained(self._run.session.layout, pl_module)
+        outcome.warn_if_untrained(self._run.session.layout, pl_module)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

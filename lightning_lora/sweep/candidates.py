@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from lightning_lora.config import OPTIONS, LoRAConfig
 from lightning_lora.named_adapters import check_name
-from lightning_lora.names import without_points
+from lightning_lora.names import listed, without_points
 from lightning_lora.option_checks import check_known
 
 _RATES = ("lr", "lr_multiplier", "weight_decay", "lr_ratio")
@@ -42,6 +44,25 @@ class Candidate:
     lr_ratio: float = 1.0
     seed: int | None = None
     data: str | None = None
+
+    def own_part(self, batch: Any) -> Any:
+        """Return its part of a batch: all of it, unless each adapter has data of its own.
+
+        Raises:
+            MisconfigurationException: The batch is not divided so.
+        """
+        if self.data is None:
+            return batch
+        if not isinstance(batch, Mapping) or self.data not in batch:
+            found = (
+                f"has {listed([*map(repr, batch)])}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
+            )
+            raise MisconfigurationException(
+                f"LoRASweep: an adapter's data is {self.data!r}, and the batch {found}. Train with a mapping of "
+                f"dataloaders, such as {{{self.data!r}: loader}} or CombinedLoader({{{self.data!r}: loader}}, "
+                "'max_size_cycle')."
+            )
+        return batch[self.data]
 
 
 def candidates(

@@ -97,6 +97,8 @@ def split_groups(
                         own.pop(names[id(parameter)], None)
                 else:
                     held = [names[id(p)] for p in source["params"]]
+                    if len(optimizers) == count == 1:  # there is no other place
+                        held += [name for name in own if name not in held]
                     wanted = [own.pop(name) for name in held if name in own]
                     own_group = _twin(optimizer, source, wanted, labels)
                     places.append((index, scale))
@@ -106,7 +108,8 @@ def split_groups(
     if names_lost := [f"{key} of {name!r}" for name, own in lost.items() for key in own]:
         raise MisconfigurationException(
             f"LoRASweep: it is unclear which optimizer group {listed(names_lost)} belongs to, because {first!r}, which "
-            "adapts the most layers, does not train it. Let one adapter of the sweep adapt all layers that any adapts."
+            "trains the most tensors, does not train it. Let one adapter of the sweep train all that any trains, or "
+            "give the optimizer a single group."
         )
 
 

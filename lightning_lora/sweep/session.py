@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,9 +42,9 @@ from lightning_lora.sweep.validation import Seen, Validation
 from lightning_lora.switching import others_frozen, set_adapter, using
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
-from lightning_lora.trainer.checks import check_finite, check_trained
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
 from lightning_lora.trainer.lightning_patches import MethodWraps, chosen_record, overrides, with_twins
+from lightning_lora.trainer.outcome import check_finite, check_trained
 from lightning_lora.trainer.session import FitSession
 
 _WARM_UP = 0.1  # of the steps: before, small learning rates look bad, and large ones good
@@ -118,6 +119,7 @@ class SweepSession:
         if not is_fit:
             options.config = LoRAConfig()  # takes any
         self.session = FitSession(options, trainer, module, is_fit=is_fit, seed=first.seed)
+        self.session.part = first.own_part
         self._checkpoints = install_adapter_checkpoints(trainer.strategy)
         self._checkpoints.sweep = None
         self._validation = Validation(
@@ -182,11 +184,8 @@ class SweepSession:
                 continue
             with using(self.module, name):
                 if any(adapter.is_waiting for adapter in AdaptedModel(self.module).adapters.values()):
-                    if early:
-                        with before_optimizers(is_needed=False):
-                            calibrate_fit(self.trainer, self.module, start.name, start.batches)
-                    else:
-                        calibrate_fit(self.trainer, self.module, start.name, start.batches)
+                    with before_optimizers(is_needed=False) if early else nullcontext():
+                        calibrate_fit(self.trainer, self.module, start.name, start.batches, candidate.own_part)
 
     @property
     def _template(self) -> str:
@@ -369,13 +368,14 @@ class SweepSession:
     def succeed(self) -> None:
         """Record a successful fit, and leave the best adapter in place."""
         if self.training is None:  # there was no batch
-            check_trained(self.session.layout, self.trainer, self.module, has_begun=False)
+            check_trained(self.session.layout, self.trainer, self.module, None, is_awaited=False)
             return
         self.training.look()
         set_adapter(self.module, self.best)
         check_finite(self.session.layout, self.module, None)
         self.session.gradients.finish()
-        self._has_succeeded = check_trained(self.session.layout, self.trainer, self.module)
+        awaited = self.wanted.export_dir is not None and not vars(self.trainer).get("fast_dev_run")
+        self._has_succeeded = check_trained(self.session.layout, self.trainer, self.module, True, is_awaited=awaited)
         rank_zero_info(f"LoRASweep, by {self.wanted.monitor}:\n{self.standings.table()}")
 
     def close(self) -> None:

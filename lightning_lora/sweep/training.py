@@ -165,23 +165,11 @@ class Training:
         """Return the arguments of the step for each adapter: its own part of the batch, if it has one."""
         calls = {}
         for name in self.standings.live:
-            key = self.chosen[name].data
-            own = args if key is None else (self.own_part(args[0], key), *args[1:])
-            if key is None or own[0] is not None:
+            candidate = self.chosen[name]
+            own = args if candidate.data is None else (candidate.own_part(args[0]), *args[1:])
+            if candidate.data is None or own[0] is not None:
                 calls[name] = (own, kwargs)
         return calls
-
-    def own_part(self, batch: Any, key: str) -> Any:
-        """Return the part of a batch that belongs to one adapter."""
-        if not isinstance(batch, Mapping) or key not in batch:
-            found = (
-                f"has {listed([*map(repr, batch)])}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
-            )
-            raise MisconfigurationException(
-                f"LoRASweep: an adapter's data is {key!r}, and the batch {found}. Train with a mapping of dataloaders, "
-                f"such as {{{key!r}: loader}} or CombinedLoader({{{key!r}: loader}}, 'max_size_cycle')."
-            )
-        return batch[key]
 
     def _together(self, mode: str, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
         with self._metrics.unchanged():

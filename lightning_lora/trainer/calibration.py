@@ -34,7 +34,9 @@ OWN_STEP = "calibration_step"  # of a module: what runs instead of training_step
 OWN_MASK = "calibration_mask"  # of a module: which tokens of a batch count
 
 
-def calibrate_fit(trainer: Trainer, module: LightningModule, start: str, batches: int) -> CalibrationReport:
+def calibrate_fit(
+    trainer: Trainer, module: LightningModule, start: str, batches: int, part: Callable[[Any], Any] | None = None
+) -> CalibrationReport:
     """Compute the starts that the adapters wait for.
 
     Args:
@@ -42,6 +44,7 @@ def calibrate_fit(trainer: Trainer, module: LightningModule, start: str, batches
         module: The module.
         start: Name of the start.
         batches: How many batches it looks at.
+        part: Returns the adapter's own part of a batch, or None if it has none in it; by default, all of it is.
 
     Raises:
         MisconfigurationException: The start cannot be computed in this fit; the message says what to do.
@@ -52,7 +55,8 @@ def calibrate_fit(trainer: Trainer, module: LightningModule, start: str, batches
         _check(trainer, module, start)
         mask = getattr(module, OWN_MASK, None)
         with _training_batches(trainer, batches) as found:
-            return calibrate(module, found, _step_of(trainer, module), mask=mask)
+            own = found if part is None else (each for each in map(part, found) if each is not None)
+            return calibrate(module, own, _step_of(trainer, module), mask=mask)
     except ValueError as error:
         raise MisconfigurationException(f"LoRACallback: {error}") from error
     except RuntimeError as error:

@@ -245,6 +245,7 @@ class AdapterCheckpoints:
         self.layout.fill(AdaptedModel(module).trained | brought, state)
         model.have_values()
         self.layout.fill(beside, values)
+        of_others(module, lambda part: AdaptedModel(part).have_values() if active_adapter(part) in others else None)
         fill_buffers(model, (record or {}).get("buffers", {}))
         before = (record or {}).get("untrained")
         self.untrained = None if before is None else functools.partial(list, before)

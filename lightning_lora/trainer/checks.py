@@ -21,13 +21,12 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
 from lightning_lora.config import FAMILIES
-from lightning_lora.layers import Adapter, base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
-from lightning_lora.sharding import anywhere, is_sharded, local, whole
-from lightning_lora.state import is_sound
+from lightning_lora.sharding import anywhere, local
+from lightning_lora.state import checksum
 from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
@@ -205,14 +204,27 @@ class GradientCheck:
         self._steps = Counter[int]()  # by optimizer
         self._witness: Witness | None = None
         self._has_backward = self._has_warned = False
+        self._began: dict[str, tuple[object, ...]] | None = None  # checksums of what trains
         self._batches, self._broken_at = 0, torch.tensor(sys.maxsize)  # the first batch whose loss was not finite
 
     # --- gathering
 
     def watch(self) -> None:
-        """Watch the first batch, which begins now: which layers are called."""
+        """Watch the first batch, which begins now: which layers are called, and what values train from here."""
+        self._began = self._values()
         if self.silent:
             self._witness = Witness(self.module)
+
+    def has_moved(self) -> bool | None:
+        """Return whether training has changed any value; None before the first batch. Every process must call this."""
+        if self._began is None:
+            return None
+        return any(anywhere([self._values() != self._began], self.layout.strategy.root_device))
+
+    def _values(self) -> dict[str, tuple[object, ...]]:
+        with gathered_parameters(self.module):
+            trained = AdaptedModel(self.module).trained.items()
+            return {name: checksum(local(tensor)) for name, tensor in trained if tensor.requires_grad}
 
     def close(self) -> None:
         """Stop watching."""
@@ -407,86 +419,3 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
             if not is_swept or selected(plain, (layer.name,)):
                 found.add(join(root.name, layer.name))
     return found
-
-
-# --- afterwards, and before evaluating: adapters that were never trained
-
-
-def warn_if_untrained(layout: Layout, module: LightningModule) -> None:
-    """Warn of evaluating a model whose adapters are untrained; every process must call this."""
-    if _is_untrained(module, layout):
-        rank_zero_warn(
-            "No LoRA adapter has been trained yet, so this evaluates the bare base model. Pass the checkpoint of a "
-            "trained adapter as ckpt_path."
-        )
-
-
-def check_finite(layout: Layout, module: LightningModule, broken_at: int | None) -> None:
-    """Refuse a fit that ended with NaN or infinity in what was trained; every process must call this."""
-    trained = AdaptedModel(module).trained
-    with gathered_parameters(module):
-        # Buffers of what trains in full may hold infinity, as masks do.
-        sound = [is_sound(local(t), finite=isinstance(t, nn.Parameter)) for t in trained.values()]
-        broken = anywhere([not each for each in to_floats(sound)], layout.strategy.root_device)
-    if names := [name for name, is_broken in zip(trained, broken, strict=True) if is_broken]:
-        since = "" if broken_at is None else f" The loss was first not finite in batch {broken_at} of this fit."
-        raise MisconfigurationException(
-            f"Training diverged: NaN or infinity in {listed(names)}.{since} Lower the learning rate, clip gradients, "
-            "or use a wider precision. Nothing was merged or exported; an earlier checkpoint may be sound."
-        )
-
-
-def check_trained(layout: Layout, trainer: Trainer, module: LightningModule, *, has_begun: bool = True) -> bool:
-    """Refuse a fit that left all adapters untrained, or warn if it was meant to; every process must call this.
-
-    Args:
-        layout: How the strategy distributes what is trained.
-        trainer: The Trainer.
-        module: The adapted module.
-        has_begun: Whether the fit has seen a batch: adapters from elsewhere are not at their start without one, too.
-
-    Returns:
-        Whether there is something to export and to merge.
-    """
-    is_untrained, steps, nothing = _is_untrained(module, layout), trainer.global_step, "Nothing is exported or merged."
-    if steps and is_untrained:
-        rank_zero_warn(f"No LoRA adapter was trained in {steps} steps. Was the learning rate zero? {nothing}")
-    if steps or not (is_untrained or (not has_begun and AdaptedModel(module).layers)):
-        return not is_untrained
-    message = (
-        "This fit made no optimizer step, so no LoRA adapter was trained. Is the train_dataloader empty, or "
-        "limit_train_batches, max_steps or max_epochs zero? With manual optimization, step the optimizers."
-    )
-    if 0 not in (trainer.max_steps, trainer.max_epochs, trainer.limit_train_batches):
-        raise MisconfigurationException(message)
-    say = rank_zero_warn if is_untrained else rank_zero_info
-    say(f"{message} {nothing}")
-    return False
-
-
-def _is_untrained(module: LightningModule, layout: Layout) -> bool:
-    """Return whether all adapters are at their start, so that the model computes what the base does."""
-    model = AdaptedModel(module)
-    if not model.layers:
-        return False
-    names = {id(tensor): name for name, tensor in model.trained.items()}
-    with gathered_parameters(module):
-        found = [
-            _has_moved(adapter, names, layout)
-            if adapter.is_difference
-            else adapter.has_effect(base_parameter(layer, adapter.parameter))
-            for layer in model.layers.values()
-            for adapter in layer.adapters().values()
-        ]  # of all, since some are gathered from all processes
-    return not any(anywhere([any(found)], layout.strategy.root_device))  # a process may hold nothing of any B
-
-
-def _has_moved(adapter: Adapter, names: Mapping[int, str], layout: Layout) -> bool:
-    """Return whether this process's part of the factors differs from where they started."""
-    pairs = [(getattr(adapter, key), whole(getattr(adapter, f"{key}0"))) for key in ("A", "B")]
-    parts = [
-        (now, start if now.shape == start.shape and not is_sharded(now) else layout.part(start, names[id(now)], now))
-        for now, start in pairs
-    ]
-    moved = [bool(torch.any(now != start)) for now, start in parts]  # of both: every process takes part
-    return any(moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -36,9 +37,7 @@ from lightning_lora.trainer.checks import (
     callbacks_of,
     check_allowed,
     check_before_training,
-    check_finite,
     check_same_adapters,
-    check_trained,
     check_unchanged,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
@@ -51,6 +50,7 @@ from lightning_lora.trainer.lightning_patches import (
     equal_values_kept,
     overrides,
 )
+from lightning_lora.trainer.outcome import check_finite, check_trained
 from lightning_lora.trainer.precision import convert_layers
 from lightning_lora.trainer.ranks import FitRanks, check_undecided, schedule_of, widened
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
@@ -115,6 +115,7 @@ class FitSession:
         self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
         self._asked, self._calibration = cast("LoRAConfig | None", None), dict[str, Any]()
         self._has_saved_options, self._schedule = False, options.rank_schedule
+        self.part: Callable[[Any], Any] | None = None  # of a batch, as in ``calibrate_fit``
         if is_fit:
             self._schedule = schedule_of(self._schedule, chosen_record(trainer), takes_any=self._takes_any)
         self._config = widened(options.rank_schedule, options.config)
@@ -130,9 +131,8 @@ class FitSession:
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
         self._has_succeeded, self._wraps = False, MethodWraps()
-        self._load_hook: Any = module.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-            allow_missing_base
-        )
+        register: Any = module.register_load_state_dict_post_hook
+        self._load_hook = register(allow_missing_base)
 
     def _to_train(self) -> tuple[str | None, Stored]:
         """Return the name of the adapter of this run, None for the active one; and all that a checkpoint holds."""
@@ -339,7 +339,7 @@ class FitSession:
         if not any(adapter.is_waiting for adapter in model.adapters.values()):
             return
         record, start = get_attachment(self.module), self._config.start
-        rank_zero_info(f"{calibrate_fit(self.trainer, self.module, start.name, start.batches)}")
+        rank_zero_info(f"{calibrate_fit(self.trainer, self.module, start.name, start.batches, self.part)}")
         now = get_attachment(self.module)
         if now is not None and now is not record:  # with the ranks that the data ask for
             self.layout.attached(self.module)
@@ -446,14 +446,17 @@ class FitSession:
         """Record a successful fit; raise if it trained nothing, not all that was named, or to no number."""
         check_finite(self.layout, self.module, self.gradients.broken_at())
         self.gradients.finish()
-        self._has_succeeded = check_trained(self.layout, self.trainer, self.module, has_begun=self._held is not None)
+        has_moved, options = self.gradients.has_moved(), self.options
+        awaited = (options.export_dir is not None or options.merge_on_teardown) and not self._is_trial
+        self._has_succeeded = check_trained(self.layout, self.trainer, self.module, has_moved, is_awaited=awaited)
         hints.warn_of_unfrozen(self.module)
         if self.ranks is not None:
             self.ranks.succeed()
         if (buffers := self._checkpoints.buffers) is not None and (moved := buffers.moved()):
-            rank_zero_info(
-                f"LoRA: training has changed buffers of the base: {listed(list(moved))}. Checkpoints hold them beside "
-                "the adapter; PEFT directories have no place for them."
+            (rank_zero_warn if len(adapter_names(self.module)) > 1 else rank_zero_info)(
+                f"LoRA: training has changed buffers of the base: {listed(list(moved))}. Checkpoints hold them; PEFT "
+                "directories do not, and disabled, detach and other adapters see them as they are now. To have them "
+                "belong to the adapter, name modules that hold them in modules_to_save."
             )
 
     def close(self) -> None:

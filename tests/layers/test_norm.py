@@ -371,3 +371,21 @@ def test_copy_of_frozen_norm_is_frozen_and_keeps_its_mode():
     assert not twin.train().training
     swap_out(twin)
     assert twin.train().training
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_that_hooks_compute_are_those_that_were_loaded(norm, mode: bool, rng: torch.Generator):
+    """The attribute is computed when the layer runs, so after loading it holds the weight of before."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(norm(nn.Linear(4, 6)), norm(nn.Conv1d(5, 3, 1))).double().train(mode)
+
+    trained, model, x = build(), build(), torch.randn(5, 4, generator=rng, dtype=torch.float64)
+    model.load_state_dict(trained.state_dict())
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    attach(model, LoRAConfig(rank=2, use_dora=True))
+    assert_same_bits({name: b for name, b in model.named_buffers() if "lora" not in name}, buffers)
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    torch.testing.assert_close(model.eval()(x), trained.eval()(x), rtol=1e-12, atol=1e-12)

@@ -207,6 +207,33 @@ def test_buffers_that_all_adapters_share_are_named_where_they_move():
         fit(Centered(), swept(grid={"lr": [1e-2, 1e-3]}), max_steps=2)
 
 
+DIFFERENT: dict[str, dict[str, Any]] = {
+    "layers": {"a": {"target_modules": ["net.0"]}, "b": {"target_modules": ["net.2", "net.4"]}},
+    "head": {"a": {"modules_to_save": ["net.4"]}, "b": {"target_modules": ["net.*"]}},
+    "options": {"a": {"use_dora": True}, "b": {"lora_bias": True, "target_modules": ["net.2"]}},
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_adapters_of_a_single_optimizer_group_may_train_different_tensors(kind: str):
+    module, sweep = Quiet(), swept(adapters=DIFFERENT[kind], mode="loop", keep=1.0)
+    fit(module, sweep, max_steps=8)
+    assert_each_is_alone(Quiet, sweep, module, EXACT, max_steps=8)
+
+
+class Grouped(Quiet):
+    """A toy whose optimizer has two groups."""
+
+    def configure_optimizers(self) -> Any:
+        own = [{"params": self.net[0].parameters()}, {"params": self.net[2:].parameters(), "lr": 1e-3}]
+        return torch.optim.AdamW(own, lr=1e-2)
+
+
+def test_adapters_of_several_groups_need_one_that_trains_all():
+    with pytest.raises(MisconfigurationException, match=r"unclear which optimizer group.*give the optimizer a single"):
+        fit(Grouped(), swept(adapters=DIFFERENT["layers"]))
+
+
 class SumLoss(Quiet):
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
@@ -376,6 +403,18 @@ class Resumable:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.done = state["done"]
+
+
+@pytest.mark.parametrize("init", ["eva", "pissa"])
+def test_computed_starts_of_all_adapters_come_from_the_file(init: str, tmp_path: Path):
+    grid, options = {"lr": [1e-2, 3e-2, 1e-3]}, {"mode": "loop", "keep": 1.0, "init": init}
+    whole, sweep = Quiet(), swept(grid=grid, **options)
+    fit(whole, sweep, data=Resumable(), max_steps=8)
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    fit(Quiet(), swept(grid=grid, **options), saves, max_steps=4, data=Resumable())
+    resumed = Quiet()
+    fit(resumed, swept(grid=grid, **options), path=tmp_path / "step=4.ckpt", data=Resumable(), max_steps=8)
+    assert all(distance(state(resumed, name), state(whole, name)) == EXACT for name in sweep.candidates)
 
 
 @pytest.mark.parametrize(("mode", "close"), [("loop", EXACT), ("vmap", CLOSE), ("auto", CLOSE)])
@@ -795,6 +834,16 @@ def test_a_callback_that_prefers_the_opposite_values_is_refused(kind: Any, metri
 
 class Tasks(Quiet):
     pass
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "pissa"])
+def test_each_task_starts_from_its_own_batches(init: str):
+    parts = {"en": loader(32, 8), "de": loader(16, 4)}
+    module, options = Tasks(), {"rank": 2, "init": init}
+    sweep = swept(adapters={"en": {"data": "en"}, "de": {"data": "de"}}, mode="loop", monitor="train_loss", **options)
+    trainer(sweep, max_epochs=3, max_steps=-1).fit(module, parts)
+    for name, data in parts.items():
+        assert distance(state(module, name), alone(Tasks, sweep.candidates[name], data=data, max_steps=12)) == EXACT
 
 
 @pytest.mark.parametrize("mode", ["loop", "meet", "auto"])

@@ -534,3 +534,29 @@ def test_an_adapter_resumes_under_its_own_name_in_a_fresh_module(tmp_path: Path)
     fit(resumed, LoRACallback(), max_steps=8, path=saved.best_model_path)
     assert adapter_names(resumed) == ["policy"]
     assert_same_bits(adapter_state_dict(resumed), adapter_state_dict(whole))
+
+
+def test_buffers_that_adapters_share_are_named_when_one_moves_them(tmp_path: Path):
+    class Centered(Toy):
+        def build(self) -> None:
+            super().build()
+            self.register_buffer("center", torch.zeros(8))
+
+        def loss(self, batch: list[Tensor]) -> Tensor:
+            if self.training:
+                with torch.no_grad():
+                    self.center.lerp_(batch[0].mean(0), 0.1)
+            return super().loss([batch[0] - self.center, batch[1]])
+
+    module = Centered()
+    fit(module, LoRACallback(adapter="first", rank=2), max_steps=4).save_checkpoint(tmp_path / "first.ckpt")
+    with pytest.warns(UserWarning, match="has changed buffers of the base: center.*other adapters see them"):
+        run = fit(module, LoRACallback(adapter="second", rank=2), max_steps=8)
+    run.save_checkpoint(tmp_path / "second.ckpt")
+    fresh = Centered()
+    add_adapter(fresh, "first", tmp_path / "first.ckpt")
+    with pytest.warns(UserWarning, match=r"second.ckpt' replaces the buffers center, which the other adapters"):
+        add_adapter(fresh, "second", tmp_path / "second.ckpt")
+    set_adapter(fresh, "first")
+    with pytest.warns(UserWarning, match=r"first.ckpt' replaces the buffers center"):
+        load_adapter(fresh, tmp_path / "first.ckpt")

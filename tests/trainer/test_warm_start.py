@@ -208,6 +208,27 @@ def test_a_fit_without_a_step_exports_nothing_and_raises_unless_wanted(
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
 
 
+@pytest.mark.parametrize("awaited", [{}, {"merge_on_teardown": True}, {"export_dir": "peft"}], ids=str)
+def test_a_start_that_does_not_move_is_no_training(
+    awaited: dict[str, Any], source: tuple[Toy, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Still(Toy):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=0.0)
+
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    run = trainer(LoRACallback(rank=4, init_from=source[1], **awaited), max_steps=3)
+    message = "No LoRA adapter was trained in 3 steps. Was the learning rate zero"
+    if awaited:
+        with pytest.raises(MisconfigurationException, match=f"{message}.*Nothing is exported or merged"):
+            run.fit(Still(), loader())
+        assert not any(Path().iterdir())
+    else:
+        with pytest.warns(UserWarning, match=message):
+            run.fit(Still(), loader())
+
+
 # --- export_dir
 
 
