@@ -79,7 +79,7 @@ def _module_at(path: str, modules: dict[str, nn.Module], layouts: Layouts, kinds
 
 
 def _stand_in(path: str, kind: str, layouts: Layouts) -> nn.Module:
-    shape = _weight_shape(path, layouts) if kind != _TORCH_ATTENTION else ()
+    shape = layouts[weight].shape if (weight := f"{path}.weight") in layouts else ()
     try:
         with torch.device("meta"):
             if kind == _TORCH_ATTENTION:
@@ -87,6 +87,7 @@ def _stand_in(path: str, kind: str, layouts: Layouts) -> nn.Module:
                 return nn.MultiheadAttention(size, 1, 0.0, False, False, False, *others)  # kdim and vdim
             return adapter_of_kind(kind).stand_in(shape)
     except ValueError as error:
+        _weight_shape(path, layouts)  # raises if there is none
         raise ValueError(f"{path}: a weight of the shape {shape} cannot take an adapter of this kind.") from error
 
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from lightning_lora.config import OPTIONS, LoRAConfig
 from lightning_lora.named_adapters import check_name
 from lightning_lora.names import listed, without_points
@@ -54,6 +52,9 @@ class Candidate:
         if self.data is None:
             return batch
         if not isinstance(batch, Mapping) or self.data not in batch:
+            # Late, since the command reads a sweep's table without Lightning.
+            from lightning.fabric.utilities.exceptions import MisconfigurationException
+
             found = (
                 f"has {listed([*map(repr, batch)])}" if isinstance(batch, Mapping) else f"is a {type(batch).__name__}"
             )
