@@ -37,14 +37,14 @@ class Root(NamedTuple):
                 yield from modules[name][0].modules()
 
     @torch.no_grad()
-    def put(self, values: Mapping[str, Tensor]) -> None:
-        """Copy values into the parameters and buffers of these names; buffers may have grown."""
+    def put(self, values: Mapping[str, Tensor | None]) -> None:
+        """Copy values into the parameters and buffers of these names; buffers may have grown, or come since."""
         tensors = AdaptedModel(self.module).tensors if values else {}
-        grown = {name: value for name, value in values.items() if tensors[name].shape != value.shape}
-        replace_buffers(self.module, grown)
         for name, value in values.items():
-            if name not in grown:
+            if value is not None and name in tensors and tensors[name].shape == value.shape:
                 tensors[name].copy_(value)
+            else:
+                replace_buffers(self.module, {name: value})
 
 
 class AdaptedModel:
@@ -274,13 +274,14 @@ def base_parameters(module: nn.Module, trained: dict[str, Tensor]) -> dict[str, 
     return found
 
 
-def replace_buffers(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Put values of other shapes in place of the buffers of these names, some of which may be None."""
+def replace_buffers(module: nn.Module, values: Mapping[str, Tensor | None]) -> None:
+    """Put values of other shapes in place of the buffers of these names; what is there, or comes, may be None."""
     for path, part in walk(module, every_name=True) if values else ():
         for key in part._buffers.keys() & {name.rpartition(".")[2] for name in values}:
-            if (value := values.get(join(path, key))) is not None:
-                buffer = part._buffers[key]
-                part._buffers[key] = value.clone() if buffer is None else value.to(buffer, copy=True)
+            if (name := join(path, key)) in values:
+                buffer, value = part._buffers[key], values[name]
+                copy = None if value is None else value.detach().clone()
+                part._buffers[key] = copy if copy is None or buffer is None else copy.to(buffer)
 
 
 def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -135,7 +135,8 @@ class Attachment:
         untied: Weights that got a copy of their own -> what they were tied to.
         starts: Values before training of what trains in full, if it was attached inside ``keeping_starts``.
         moved: Names of buffers of the base that training has changed by itself, such as a queue of negatives.
-        buffers: Values before training of the base's buffers, if ``fresh`` fits need them.
+        buffers: Their values from before; None for one that was not there yet.
+        watched: While it trains, the values from before of all buffers of the base.
         name: Its name among several adapters; None while it is the only one.
         asked: The request as it was, if data or a truncation have decided the ranks in ``config``.
         calibration: What the data said of each adapter, as plain values, if they decided its start.
@@ -150,11 +151,17 @@ class Attachment:
     untied: dict[str, str] = field(default_factory=dict)
     starts: dict[str, Tensor] = field(default_factory=dict)
     moved: set[str] = field(default_factory=set)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor | None] = field(default_factory=dict)
+    watched: dict[str, Tensor | None] | None = None
     name: str | None = None
     asked: LoRAConfig | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
     rank_history: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def first_buffers(self) -> dict[str, Tensor | None]:
+        """The values from before training of the buffers of the base that training has changed, or may have."""
+        return {**(self.watched or {}), **self.buffers}
 
 
 def get_attachment(module: nn.Module) -> Attachment | None:

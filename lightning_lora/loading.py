@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, in_turn
@@ -105,15 +103,12 @@ def add_adapter(
             f"add_adapter(adapter={adapter!r}) chooses one of the adapters in a file, but source is a "
             f"{type(source).__name__}. Name a .ckpt, or leave adapter out."
         )
-    active, others = AdaptedModel(module).roots, adapter_names(module)
+    active = AdaptedModel(module).roots
     with beside(module, name):
         if source is None or isinstance(source, LoRAConfig):
             return attach(module, source or LoRAConfig(), seed=seed)
         if not isinstance(source, Mapping):
-            file = read_adapter(source, adapter, like=name)
-            if others:
-                _warn_of_shared_buffers(module, file)
-            return _load(module, file, check_base=check_base)
+            return _load(module, read_adapter(source, adapter, like=name), check_base=check_base)
         if not active:
             raise ValueError(
                 f"add_adapter(module, {name!r}, ...): tensors do not say their options, and no adapter is active whose "
@@ -176,23 +171,7 @@ def load_adapter(
             f"which {active!r} is active, whose values would be lost. Nothing was changed. Load it beside: "
             f"load_adapter(module, path, name={own!r})."
         )
-    if len(names) > 1:
-        _warn_of_shared_buffers(module, file)
     return _load(module, file, check_base=check_base)
-
-
-def _warn_of_shared_buffers(module: nn.Module, file: PeftFile | CheckpointFile) -> None:
-    """Warn if a file brings other values for buffers of the base, which all adapters of a module share."""
-    brought = file.record.get("buffers", {}) if isinstance(file, CheckpointFile) else {}
-    own = AdaptedModel(module).tensors if brought else {}
-    pairs = {name: (own[name].cpu(), value.cpu()) for name, value in brought.items() if name in own}
-    if differing := [name for name, (here, there) in pairs.items() if not torch.equal(here, there.to(here.dtype))]:
-        warnings.warn(
-            f"{str(file.path)!r} replaces the buffers {listed(differing)}, which the other adapters of this "
-            f"{type(module).__name__} use, too: they may compute something else now. Train each adapter with the "
-            "modules that hold them in modules_to_save, or use a model for each.",
-            stacklevel=4,
-        )
 
 
 def _load(module: nn.Module, file: PeftFile | CheckpointFile, *, check_base: bool) -> AttachReport:
@@ -236,6 +215,7 @@ def _load_directory(module: nn.Module, file: PeftFile, *, check_base: bool) -> A
             undo.callback(detach, root)
         model = AdaptedModel(module)
         copy_adapter_state(model, import_state(content, model))
+        fill_buffers(model, {})  # which a directory does not hold
         undo.pop_all()
     return (get_attachment(root) or model.roots[0].attachment).report
 

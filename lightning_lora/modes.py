@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.adapted_model import AdaptedModel, Root, taking_turns
 from lightning_lora.attachment import get_attachment
+from lightning_lora.base_buffers import before_training
 from lightning_lora.layers import (
     Adapter,
     LoRALayer,
@@ -83,7 +84,7 @@ def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
 @contextmanager
 def _switched_off(module: nn.Module) -> Iterator[None]:
     model = AdaptedModel(module)
-    with _modes(model.layers, lambda _: "disabled"), _base_values(model):
+    with _modes(model.layers, lambda _: "disabled"), _base_values(model), before_training(model):
         yield
 
 

@@ -224,40 +224,90 @@ def register(several: Several, model: AdaptedModel, name: str) -> None:
         for key, tensor in vars(part)[table].items()
         if id(tensor) in originals
     ]
-    if unknown := [path for path, tensor in originals.values() if tensor is None]:
+    if unknown := [path for path, tensor in model.in_full.items() if id(tensor) not in originals]:
         raise ValueError(
             f"{listed(unknown)} train in full, and the base's own values were not kept, which other adapters need. Add "
             f"the first adapter to a fresh base by add_adapter(module, {name!r}, ...), too, or train it by "
             f"LoRACallback(adapter={name!r}). Nothing was changed."
         )
-    kept = {part: Kept() for part in [p for _, p in model.parts if isinstance(p, LoRALayer)] + [p for p, _, _ in own]}
-    several.adapters[name], several.active = Named(list(model.roots), kept), name
+    several.adapters[name], several.active = Named(list(model.roots), {}), name
     for root in model.roots:
         root.attachment.name = name
-    for part, place in kept.items():
-        _others(part)[name] = place
+    for layer in model.layers.values():
+        _place_of(several, layer)
     for part, table, key in own:
-        base = several.base.setdefault(part, Kept())
-        _others(part)[BASE] = base
-        vars(base)[table][key] = originals[id(vars(part)[table][key])][1]
-        vars(kept[part])[table][key] = None  # it is in place
+        _own(several, part, table, key, originals[id(vars(part)[table][key])])
 
 
-def _originals(model: AdaptedModel) -> dict[int, tuple[str, Tensor | None]]:
-    """Return what the base has in place of each tensor that belongs to the adapter without being a factor.
+def _originals(model: AdaptedModel) -> dict[int, Tensor | None]:
+    """Return what the base has in place of each tensor that belongs to the adapter without being a factor, if known.
 
     Returns:
-        Identity of the tensor -> its name, and the base's own; None if that is unknown.
+        Identity of the tensor -> the base's own; None for a buffer that it has not got yet.
     """
-    found: dict[int, tuple[str, Tensor | None]] = {id(own): (name, None) for name, own in model.in_full.items()}
+    found: dict[int, Tensor | None] = {}
     for root in model.roots:
         tensors, attachment = AdaptedModel(root.module).tensors, root.attachment
-        for name, value in (attachment.starts | attachment.base_values).items():
-            own, copy = tensors[name], value.detach().clone().to(tensors[name].device)
-            found[id(own)] = (name, nn.Parameter(copy, False) if isinstance(own, nn.Parameter) else copy)
+        for name, value in (attachment.starts | attachment.base_values | attachment.first_buffers).items():
+            if (own := tensors.get(name)) is None:
+                continue
+            copy = None if value is None else value.detach().clone().to(own.device)
+            found[id(own)] = nn.Parameter(copy, False) if copy is not None and isinstance(own, nn.Parameter) else copy
         for name, other in attachment.untied.items():
-            found[id(tensors[name])] = (name, tensors[other])
+            found[id(tensors[name])] = tensors[other]
     return found
+
+
+def own_buffer(several: Several, part: nn.Module, key: str, base: Tensor | None) -> bool:
+    """Let the active adapter have what is in place of a buffer for itself, unless it does already.
+
+    Args:
+        several: The record.
+        part: The module that has the buffer.
+        key: The buffer's name there.
+        base: The base's own value.
+
+    Returns:
+        Whether it was not the adapter's before.
+    """
+    adapter = several.adapters[several.active or ""]
+    if part in adapter.kept and key in adapter.kept[part]._buffers:
+        return False
+    _own(several, part, "_buffers", key, base)
+    return True
+
+
+def disown_buffer(several: Several, part: nn.Module, key: str) -> None:
+    """Undo ``own_buffer``, where the value of the adapter is the base's."""
+    adapter = several.adapters[several.active or ""]
+    if part not in adapter.kept or key not in adapter.kept[part]._buffers:
+        return
+    del adapter.kept[part]._buffers[key]
+    if not adapter.kept[part].own and not isinstance(part, LoRALayer):
+        del adapter.kept[part], _others(part)[several.active or ""]
+    if any(part in each.kept and key in each.kept[part]._buffers for each in several.adapters.values()):
+        several.base[part]._buffers[key] = None  # it is in place
+        return
+    del several.base[part]._buffers[key]
+    if not several.base[part].own:
+        del several.base[part], _others(part)[BASE]
+    if not _others(part):
+        del part._modules[OTHERS]
+
+
+def _own(several: Several, part: nn.Module, table: str, key: str, base: Tensor | None) -> None:
+    place = several.base.setdefault(part, Kept())
+    _others(part)[BASE] = place
+    vars(place)[table][key] = base
+    vars(_place_of(several, part))[table][key] = None  # it is in place
+
+
+def _place_of(several: Several, part: nn.Module) -> Kept:
+    """Return where the active adapter keeps what a module has under it."""
+    name = several.active or ""
+    place = several.adapters[name].kept.setdefault(part, Kept())
+    _others(part)[name] = place
+    return place
 
 
 def _others(part: nn.Module) -> dict[str, nn.Module | None]:
@@ -323,7 +373,8 @@ def _exchange(several: Several, name: str | None) -> None:
 
 def _check_not_flattened(several: Several, before: Named | None, after: Named | None) -> None:
     places = [item for adapter in (before, after) if adapter is not None for item in adapter.kept.items()]
-    if (full := [part for part, place in places if place.own]) and any(map(is_fully_sharded, several.home.modules())):
+    full = [part for part, place in places if place._parameters]
+    if full and any(map(is_fully_sharded, several.home.modules())):
         raise RuntimeError(
             f"The adapters cannot be switched: one of them trains a {type(full[0]).__name__} in full, and FSDP manages "
             "its parameters. Switch before the module is wrapped, or keep such modules out of modules_to_save."

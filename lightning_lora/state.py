@@ -10,10 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters, in_turn, replace_buffers
+from lightning_lora.base_buffers import (
+    buffer_places,
+    copied,
+    grown_buffers,
+    moved_buffers,
+    note_moved,
+    own_buffers,
+    take_back,
+)
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, samples
 from lightning_lora.layers import LowRankAdapter
-from lightning_lora.layers.norm import has_running_statistics
-from lightning_lora.named_adapters import of_others
+from lightning_lora.named_adapters import of_others, own_buffer, recorded
 from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, module_names, near_names
 from lightning_lora.sharding import copy_whole, whole
 
@@ -223,7 +231,7 @@ def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Modul
 
 def warn_of_other_buffers(model: AdaptedModel, recorded: Fingerprint, part: nn.Module | None = None) -> None:
     """Warn if buffers of the base, which no adapter's file holds, are not those that an adapter was trained with."""
-    if differing := differing_tensors(recorded, samples(unsaved_buffers(model, part), recorded)):
+    if differing := differing_tensors(recorded, samples(own_buffers(model, part), recorded)):
         moves = " Running statistics move in every forward pass in training mode: call eval() to try the base."
         warnings.warn(
             f"The adapter was trained with other values in the buffers {listed(differing)} of this "
@@ -324,133 +332,28 @@ def allow_missing_base(module: nn.Module, incompatible: Any) -> None:
     missing[:] = [name for name in missing if not {clean_name(name), clean_name(name).removeprefix("module.")} & base]
 
 
-# --- buffers of the base that training changes by itself
-
-
-class BufferWatch:
-    """Finds the buffers of the base that the module's own code changes, such as a queue, or the mean of the data.
-
-    They belong to no adapter, but a resumed or loaded model needs them. Buffers that are not persistent are left out,
-    as from every checkpoint. Values are compared by checksums, because DDP writes even to buffers that stay the same.
-
-    Args:
-        module: The module, before the code that may change them runs; adapters may come later.
-        changed: The buffers that had changed beside earlier adapters of the module.
-    """
-
-    def __init__(self, module: nn.Module, changed: Collection[str] = ()) -> None:
-        self.module, self._changed = module, changed
-        buffers = base_buffers(AdaptedModel(module))
-        self._before = {name: (buffer, _version(buffer), checksum(buffer)) for name, buffer in buffers.items()}
-
-    def moved(self) -> dict[str, Tensor]:
-        """Return the buffers that have changed since, and those that an earlier training had changed."""
-        model = AdaptedModel(self.module)
-        buffers = base_buffers(model)
-        changed = {name for name, buffer in buffers.items() if not self._is_same(name, buffer)}
-        for root in model.roots[:1]:
-            root.attachment.moved |= changed
-            changed = root.attachment.moved
-        return {name: buffer for name, buffer in buffers.items() if name in changed}
-
-    def note_set(self) -> None:
-        """Count what hooks of the module have set before training begins as changed.
-
-        New buffers come with the layers that are built, and the statistics of norms with weights that are loaded: these
-        belong to the base.
-        """
-        model = AdaptedModel(self.module)
-        places = _buffer_places(model)
-        for root in model.roots[:1]:
-            root.attachment.moved |= set(self._changed) | {
-                name
-                for name, buffer in base_buffers(model).items()
-                if name in self._before and not self._before[name][0].is_meta
-                if not has_running_statistics(places[name][0])
-                if not self._is_same(name, buffer)
-            }
-
-    def _is_same(self, name: str, buffer: Tensor) -> bool:
-        before, version, known = self._before.get(name, (None, None, None))
-        is_untouched = before is buffer and version is not None and version == _version(buffer)
-        return is_untouched or known == checksum(buffer)
-
-
-def base_buffers(model: AdaptedModel) -> dict[str, Tensor]:
-    """Return the persistent buffers that belong to no adapter, nor to what trains in full."""
-    return {
-        name: buffer
-        for name, (part, key) in _buffer_places(model).items()
-        if name not in model.trained and type(buffer := part._buffers[key]) is Tensor
-    }
-
-
-def unsaved_buffers(model: AdaptedModel, part: nn.Module | None = None) -> dict[str, Tensor]:
-    """Return the persistent buffers of the base that are not saved, since training has not changed them.
-
-    Args:
-        model: The model.
-        part: The part of it to look at, to which names are then relative; all of it if left out.
-    """
-    moved = {name for root in model.roots for name in root.attachment.moved}
-    found = {name: buffer for name, buffer in base_buffers(model).items() if name not in moved}
-    if part is None:
-        return found
-    known = {id(buffer) for buffer in found.values()}
-    own = part.named_buffers(remove_duplicate=False)
-    return {clean_name(name): buffer for name, buffer in own if id(buffer) in known}
+# --- buffers of the base that training has changed
 
 
 def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
-    """Put saved values into buffers of the base; they may have grown since the module was built."""
-    places = _buffer_places(model) if values else {}
-    with torch.no_grad():
-        for name, value in values.items():
-            part, key = places.get(name, (None, ""))
-            if part is None:  # it was left out of this module
-                continue
-            buffer = part._buffers[key]
-            if buffer is not None and buffer.shape == value.shape:
-                buffer.copy_(value)
-            else:
-                part._buffers[key] = value.to(buffer).clone() if buffer is not None else value.clone()
-    for root in model.roots[:1]:
-        root.attachment.moved |= values.keys() & places.keys()
+    """Make these the values of the buffers that the active adapter has for itself; they may have grown since.
 
-
-def grown_buffers(model: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the values in a state for buffers of what trains in full that have another shape in the model, or none.
-
-    Such a buffer holds what its module has seen, as the inputs that a Gaussian process predicts from, and may have
-    grown in training. The statistics of a norm cannot.
+    The base's own values are kept, for ``detach``, ``disabled`` and other adapters. They come back where the adapter
+    had a value so far and gets none.
     """
-    whole = {id(part) for root in model.roots for part in root.trained_modules()}
-    return {
-        name: state[name]
-        for name, (part, key) in (_buffer_places(model).items() if whole else ())
-        if id(part) in whole and name in state and not has_running_statistics(part)
-        if (buffer := part._buffers[key]) is None or buffer.shape != state[name].shape
-    }
-
-
-def _buffer_places(model: AdaptedModel) -> dict[str, tuple[nn.Module, str]]:
-    """Return where the persistent buffers are: name -> module and key."""
-    return {
-        join(path, key): (part, key)
-        for path, part in model.parts
-        for key in part._buffers.keys() - part._non_persistent_buffers_set
-    }
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def checksum(tensor: Tensor) -> tuple[object, ...]:
-    """Return what differs between two values of a tensor, without a copy of it."""
-    if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided or not tensor.numel():
-        return tuple(tensor.shape), tensor.dtype
-    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    # Alternating parts, so that an exchange of values is seen.
-    sums = [int(octets[start::3].sum(dtype=torch.int64)) for start in range(3)]
-    return tuple(tensor.shape), tensor.dtype, *sums
+    model = AdaptedModel(model.module)
+    take_back(model, moved_buffers(model).keys() - values.keys())
+    places, several = buffer_places(model) if values else {}, recorded(model.module)
+    saved = {name: value for name, value in values.items() if name in places}  # others were left out of this module
+    first = {name: copied(places[name][0]._buffers[places[name][1]]) for name in saved}
+    note_moved(model, first)
+    for name, value in saved.items():
+        part, key = places[name]
+        buffer = part._buffers[key]
+        if several is not None and several.active is not None:
+            own_buffer(several, part, key, first[name])
+        if buffer is not None and buffer.shape == value.shape:
+            with torch.no_grad():
+                buffer.copy_(value)
+        else:
+            part._buffers[key] = value.to(buffer).clone() if buffer is not None else value.clone()

@@ -203,7 +203,7 @@ def detach(module: nn.Module) -> None:
         set_mode(layer, "disabled")
         restore_layer(layer)
     for root in model.roots:
-        root.put(root.attachment.base_values | root.attachment.starts)
+        root.put(root.attachment.base_values | root.attachment.starts | root.attachment.first_buffers)
         _tie_again(root)
     _thaw(model, model.roots)
 
@@ -441,7 +441,7 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
     record = Attachment(config, seed, report, untied=dict(plan.untied))
     if old is not None:
         record.required_grad, record.base_values, record.starts = old.required_grad, old.base_values, old.starts
-        record.moved, record.buffers = old.moved, old.buffers
+        record.moved, record.buffers, record.watched = old.moved, old.buffers, old.watched
         record.untied |= old.untied
         record.name, record.asked, record.calibration = old.name, old.asked, old.calibration
         record.rank_history = old.rank_history

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_lora.adapted_model import SEVERAL, AdaptedModel, home_of, in_turn, taking_turns
 from lightning_lora.attachment import keeping_starts
+from lightning_lora.base_buffers import moved_values
 from lightning_lora.layers import release_statistics
 from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import (
@@ -27,6 +28,7 @@ from lightning_lora.named_adapters import (
     undone_on_failure,
 )
 from lightning_lora.names import listed, walk
+from lightning_lora.state import fill_buffers
 
 # --- what users call
 
@@ -73,17 +75,8 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
             kept. Nothing was changed.
         RuntimeError: As in ``set_adapter``.
     """
-    with taking_turns(module):
-        with undone_on_failure(module):
-            several = several_of(module, "using")
-            before = several.active
-            switch_to(several, None if name is None else checked(several, name, "using"))
-        try:
-            yield
-        finally:
-            is_there = before is None or before in several.adapters
-            if is_there and vars(several.home).get(SEVERAL) is several:  # not removed, merged or detached meanwhile
-                switch_to(several, before)
+    with taking_turns(module), switched(module, name, "using"):
+        yield
 
 
 @in_turn
@@ -104,6 +97,21 @@ def remove_adapter(module: nn.Module, name: str) -> None:
 
 
 # --- while something else is done
+
+
+@contextmanager
+def switched(module: nn.Module, name: str | None, caller: str) -> Iterator[None]:
+    """Do what ``using`` does, in whichever thread."""
+    with undone_on_failure(module):
+        several = several_of(module, caller)
+        before = several.active
+        switch_to(several, None if name is None else checked(several, name, caller))
+    try:
+        yield
+    finally:
+        is_there = before is None or before in several.adapters
+        if is_there and vars(several.home).get(SEVERAL) is several:  # not removed, merged or detached meanwhile
+            switch_to(several, before)
 
 
 @contextmanager
@@ -177,10 +185,13 @@ def _beside(module: nn.Module, name: str) -> Iterator[None]:
 def in_place_of(module: nn.Module, name: str) -> Iterator[None]:
     """Have what is attached inside the block replace an adapter of a module with names; it becomes the active one.
 
-    Inside, the module is the bare base. If the block raises, the adapter is there as before.
+    Inside, the module is the bare base. If the block raises, the adapter is there as before. Buffers that training has
+    changed stay as they are under the adapter.
     """
     several = several_of(module, "in_place_of")
     order, before = list(several.adapters), several.active
+    with using(module, name):
+        moved = moved_values(AdaptedModel(module))
     flags = [(parameter, parameter.requires_grad) for parameter in several.home.parameters()]
     switch_to(several, None)
     _thaw_base(several)
@@ -200,6 +211,7 @@ def in_place_of(module: nn.Module, name: str) -> Iterator[None]:
         several.adapters = {each: several.adapters[each] for each in order}
         vars(several.home)[SEVERAL] = several
         switch_to(several, before)
+    fill_buffers(AdaptedModel(module), moved)
 
 
 @contextmanager
@@ -227,7 +239,7 @@ def replacing(module: nn.Module, caller: str) -> Iterator[None]:
             old.name = None
     [root] = AdaptedModel(home).roots
     new = root.attachment
-    new.seed, new.moved, new.buffers = old.seed, old.moved, old.buffers
+    new.seed = old.seed
     if not was_named:
         new.name, new.starts = None, starts
 

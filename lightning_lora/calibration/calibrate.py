@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, Root
 from lightning_lora.attachment import get_attachment
+from lightning_lora.base_buffers import moved_values
 from lightning_lora.calibration import starts
 from lightning_lora.calibration.collector import (
     FROM_GRADIENT,
@@ -33,6 +34,7 @@ from lightning_lora.option_checks import bytes_of, parse_budget
 from lightning_lora.probe import RandomState, arguments_for, left_as_it_was
 from lightning_lora.ranks.allocation import allocate, with_ranks
 from lightning_lora.sharding import is_sharded
+from lightning_lora.state import fill_buffers
 from lightning_lora.surgery import attach, detach
 from lightning_lora.switching import in_place_of
 
@@ -369,12 +371,15 @@ def _attach_instead(root: Root, config: LoRAConfig) -> None:
         with in_place_of(root.module, old.name):
             attach(root.module, config, seed=old.seed)
         return
+    moved = moved_values(AdaptedModel(root.module))
     detach(root.module)
     try:
         attach(root.module, config, seed=old.seed)
     except BaseException:
         attach(root.module, old.config, seed=old.seed)
         raise
+    finally:
+        fill_buffers(AdaptedModel(root.module), moved)
 
 
 def _budget(root: Root, config: LoRAConfig, places: list[Place]) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from lightning_lora.fingerprint import digest, to_plain
 from lightning_lora.names import join, with_equal_roots
 from lightning_lora.state import wide
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer
+from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.sweep.standings import Table, sweep_in
 
 
@@ -129,7 +130,8 @@ def _summary(name: str, layer: StoredLayer) -> LayerSummary:
 
 def _others(file: AdapterFile) -> dict[str, Tensor]:
     tokens = {each.key: each.rows for each in file.tokens.values()}
-    return dict(sorted((file.others | tokens).items()))
+    buffers = file.record.get("buffers", {}) if isinstance(file, CheckpointFile) else {}
+    return dict(sorted((file.others | tokens | buffers).items()))
 
 
 # --- two adapters

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters, in_turn
+from lightning_lora.base_buffers import moved_buffers, unsaved_buffers
 from lightning_lora.fingerprint import Fingerprint, fingerprint
 from lightning_lora.named_adapters import active_adapter, adapter_names
-from lightning_lora.names import is_below, listed
+from lightning_lora.names import listed
 from lightning_lora.peft_format.config import anchored
 from lightning_lora.peft_format.directory import (
     CARD_FILE,
@@ -31,7 +32,7 @@ from lightning_lora.peft_format.export import Export, ExportCollector
 from lightning_lora.peft_format.factors import PeftLayer
 from lightning_lora.peft_format.names import PREFIX, chosen_root, found_root, is_lightning_module
 from lightning_lora.sharding import is_sharded
-from lightning_lora.state import check_sound, unsaved_buffers
+from lightning_lora.state import check_sound
 from lightning_lora.storage.atomic import replace_directory
 
 
@@ -185,8 +186,8 @@ def exported(module: nn.Module, export_root: str | None = None) -> Export:
     export.recorded_root = export.root_name if export.root_name or is_lightning_module(module) else None
     if export_root is not None:
         _leave_out(export, model)
-    moved = sorted(name for each in model.roots for name in each.attachment.moved)
-    export.moved = [name for name in moved if not export.root_name or is_below(name, (export.root_name,))]
+    moved_buffers(model)  # so that their names are there
+    export.moved = sorted(name for root in model.roots for name in root.attachment.moved)
     return export
 
 

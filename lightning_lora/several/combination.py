@@ -33,7 +33,14 @@ from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile
 from lightning_lora.peft_format.factors import Factors, stacked
 from lightning_lora.peft_format.files import exported, write_export
-from lightning_lora.several.sum_as_adapter import CombinedLayer, Layer, attach_sum, check_needs_no_base, state_of_sum
+from lightning_lora.several.sum_as_adapter import (
+    CombinedLayer,
+    Layer,
+    attach_sum,
+    buffers_of_sum,
+    check_needs_no_base,
+    state_of_sum,
+)
 from lightning_lora.several.summand import (
     Summand,
     Update,
@@ -44,7 +51,7 @@ from lightning_lora.several.summand import (
     summand_of_module,
     tokens_as_updates,
 )
-from lightning_lora.state import copy_adapter_state
+from lightning_lora.state import copy_adapter_state, fill_buffers
 from lightning_lora.storage.atomic import check_directory
 from lightning_lora.switching import beside, using
 
@@ -115,7 +122,9 @@ def _combine(module: nn.Module, weights: Mapping[str, float], name: str, cut: Cu
     with beside(home, name), ExitStack() as undo:
         attach_sum(target, layers, summands, "combine", undo, is_exact=cut.method == "cat")
         model = AdaptedModel(target)
+        buffers = buffers_of_sum(model, summands, "combine")
         copy_adapter_state(model, state_of_sum(model, layers, summands))
+        fill_buffers(model, buffers)
         undo.pop_all()
     return [layer.summary for layer in layers.values()]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.base_buffers import base_buffers
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LowRankAdapter, TokenAdapter
 from lightning_lora.names import listed, module_names
@@ -157,6 +158,26 @@ def state_of_sum(model: AdaptedModel, layers: Mapping[str, Layer], summands: Seq
             value = getattr(layers[name].update.factors, key)
             state[place[id(tensor)]] = torch.zeros_like(tensor) if value is None else value
     return state | {name: _moved(tensor, _values(summands, name)) for name, tensor in model.in_full.items()}
+
+
+def buffers_of_sum(model: AdaptedModel, summands: Sequence[Summand], caller: str) -> dict[str, Tensor]:
+    """Return the sum of the buffers of the base that training has changed.
+
+    Raises:
+        ValueError: The adapters, or the base, have other shapes of one, so that they cannot be added.
+    """
+    base, found = base_buffers(model), dict[str, Tensor]()
+    for name in dict.fromkeys(name for each in summands for name in each.buffers):
+        terms = [(each.weight, each.buffers[name]) for each in summands if name in each.buffers]
+        value = base.get(name, terms[0][1])
+        if len({tensor.shape for _, tensor in terms} | ({value.shape} if _share_of_base(terms) else set())) > 1:
+            owners = [each.name for each in summands if name in each.buffers]
+            raise ValueError(
+                f"{caller}: training has changed the buffer {name!r}, which has other shapes under {listed(owners)} or "
+                "in the base, so its values cannot be added. Nothing was changed."
+            )
+        found[name] = _moved(value, terms)
+    return found
 
 
 def _rows(summands: Sequence[Summand], name: str, token: int) -> list[tuple[float, Tensor]]:

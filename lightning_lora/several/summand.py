@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.base_buffers import moved_values
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LowRankAdapter, ParameterAdapter, TokenAdapter, parameter_adapter
 from lightning_lora.layers.adapter import row_numbers
@@ -64,6 +65,7 @@ class Summand:
         tokens: Embedding -> token -> its row.
         values: What was trained in full: name -> value.
         saved: The modules that were trained in full.
+        buffers: The buffers of the base that training has changed by itself: name -> value.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Summand:
     tokens: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     saved: set[str] = field(default_factory=set)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
 
 def summand_of_module(target: nn.Module, name: str, weight: float, caller: str) -> Summand:
@@ -93,6 +96,7 @@ def summand_of_module(target: nn.Module, name: str, weight: float, caller: str) 
                 "bias: its changes do not add up, nor can they be cut."
             )
     found.values = {key: tensor.detach().cpu().clone() for key, tensor in model.in_full.items()}
+    found.buffers = {key: buffer.cpu() for key, buffer in moved_values(model).items()}
     found.saved = {join(root.name, key) for root in model.roots for key in root.attachment.report.saved}
     return found
 

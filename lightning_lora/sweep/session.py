@@ -223,7 +223,7 @@ class SweepSession:
 
     def start_training(self) -> None:
         """Begin the training: take over the steps of training and validation."""
-        self.session.start_training()
+        self.session.start_training(list(self.chosen))
         mode = self.wanted.mode
         if self._saved is not None:
             rates = {name: each.lr for name, each in self.standings.results.items()}

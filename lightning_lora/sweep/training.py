@@ -21,6 +21,8 @@ from lightning_lora.sweep.optimizers import Parameters, Turns, drop_gradients, s
 from lightning_lora.sweep.proof import Proof, Way
 from lightning_lora.sweep.standings import DIVERGED, Standings
 from lightning_lora.sweep.steps import Call, Mapped, Outcome, OwnMetrics, Step, UnfitError, failure, run_one
+from lightning_lora.switching import using
+from lightning_lora.trainer.buffers import claim_buffers
 
 LOOP, VMAP, MEET = "loop", "vmap", "meet"
 _WORTHWHILE = 0.75  # of the FLOPs; stacked factors compute slower than single ones (docs/benchmarks.md)
@@ -65,6 +67,7 @@ class Training:
         self._broken: dict[str, Tensor] = {}  # whether a loss has not been finite since the last look
         self._mapped: Mapped | None = None
         self._moved: list[str] = []  # buffers that the step changes
+        self._shared: list[str] = []  # those that belonged to the base
 
     # --- which way
 
@@ -79,13 +82,8 @@ class Training:
             kept = None
             with suppress(Exception):  # of a module that cannot be measured, or that fails anyway
                 kept, own, shared = proof.sample()
-                self._moved = [*own, *shared]
-                if shared:
-                    rank_zero_warn(
-                        f"LoRASweep: training_step changes the buffers {listed(shared)}, which all adapters share, so "
-                        "none of them ends as in a fit of its own. Name their modules in modules_to_save, which gives "
-                        "each adapter its own."
-                    )
+                self._moved, self._shared = [*own, *shared], shared
+                self._divide(shared)
             if self.mode == "auto":
                 self._choose(proof)
             if kept is not None:
@@ -94,6 +92,17 @@ class Training:
         self._mapped = None
         if self.mode != LOOP:  # which alone promises equal bits
             step_together(self.trainer.optimizers)
+
+    def _divide(self, shared: Sequence[str]) -> None:
+        """Give each adapter buffers of its own in place of those that the step would change for all of them."""
+        for name in self.chosen if shared else ():
+            with using(self.module, name):
+                claim_buffers(self.module, shared)
+        if shared and not self.is_single:
+            rank_zero_warn(
+                f"LoRASweep: training_step changes the buffers {listed(shared)}. Each adapter has its own, but DDP "
+                "keeps only those of the first equal in all processes, so others end a little off fits of their own."
+            )
 
     def _choose(self, proof: Proof) -> None:
         on_cpu = self.trainer.strategy.root_device.type == "cpu"  # where one forward pass for all saves no time
@@ -173,8 +182,8 @@ class Training:
 
     def _together(self, mode: str, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
         with self._metrics.unchanged():
-            if mode == VMAP and self._moved:
-                raise UnfitError(f"training_step changes the buffers {listed(self._moved)}, which stay the same in it")
+            if still := {VMAP: self._moved, MEET: self._shared}[mode]:
+                raise UnfitError(f"training_step changes the buffers {listed(still)}, which stay the same in it")
             if mode == MEET:
                 return Meeting(self.module, list(self.chosen)).run(step, calls)
             if self._mapped is None:

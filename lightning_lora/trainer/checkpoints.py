@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
+from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names, of_others
@@ -28,18 +29,15 @@ from lightning_lora.names import clean_name, join, listed, walk
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
-    BufferWatch,
     check_not_merged,
     describe,
     fill_buffers,
-    grown_buffers,
     mismatch_message,
     mismatches,
     other_name,
     other_shapes,
     record_problems,
     tensors_of_others,
-    unsaved_buffers,
     warn_of_other_buffers,
     with_masks,
 )
@@ -83,7 +81,6 @@ class AdapterCheckpoints:
         self.check_base, self.keeps_all = True, False
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
         self._began: Fingerprint = {}  # the base, when training did
-        self.buffers: BufferWatch | None = None  # of the base, from when training began
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
         self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
@@ -129,19 +126,19 @@ class AdapterCheckpoints:
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 checkpoint[key] = _only_trained(model, checkpoint[key])
-        moved = {} if self.buffers is None else self.buffers.moved()  # first, since the fingerprint leaves these out
+        moved = _moved(model.module)  # first, since the fingerprint leaves these out
         base = base_fingerprint(self.layout, model)
         self._warn_of_moved(base)
         record = describe(model.module) | {"base": to_plain(base), "optimizers": self._optimizer_names()}
         record |= {} if self.untrained is None else {"untrained": self.untrained()}
         record |= {} if self.sweep is None else {SWEEP_KEY: self.sweep()}
-        others = of_others(model.module, describe) if self.keeps_all else {}
+        others = of_others(model.module, _described) if self.keeps_all else {}
         record["name"] = active_adapter(model.module)
         if others:
             record |= {"adapter": record["name"], "names": adapter_names(model.module), "others": others}
             checkpoint[OTHERS_KEY] = self._others_state(model.module)
         if moved:
-            record["buffers"] = {name: buffer.detach().clone() for name, buffer in moved.items()}
+            record["buffers"] = moved
         if self.ranks is not None:
             record["rank_schedule"], checkpoint[SCORES_KEY] = self.ranks()
         checkpoint[RECORD_KEY] = record
@@ -245,8 +242,18 @@ class AdapterCheckpoints:
         self.layout.fill(AdaptedModel(module).trained | brought, state)
         model.have_values()
         self.layout.fill(beside, values)
-        of_others(module, lambda part: AdaptedModel(part).have_values() if active_adapter(part) in others else None)
-        fill_buffers(model, (record or {}).get("buffers", {}))
+        brought_buffers = (record or {}).get("buffers", {})
+        fill_buffers(model, brought_buffers)
+        saved = (record or {}).get("others", {})
+
+        def fill_other(part: nn.Module) -> None:
+            name = active_adapter(part)
+            if name in others:
+                AdaptedModel(part).have_values()
+            if name in saved:
+                fill_buffers(AdaptedModel(part), saved[name].get("buffers", brought_buffers))
+
+        of_others(module, fill_other)
         before = (record or {}).get("untrained")
         self.untrained = None if before is None else functools.partial(list, before)
         _load_metrics(model, state)
@@ -317,6 +324,15 @@ class AdapterCheckpoints:
     def _optimizer_names(self) -> list[list[list[str]]]:
         module = module_of(self.strategy)
         return [group_names(module, original_param_groups(self.layout, each)) for each in self.strategy.optimizers]
+
+
+def _described(module: nn.Module) -> dict[str, Any]:
+    """Return the record of an adapter beside the trained one, with the buffers of the base that it has for itself."""
+    return describe(module) | {"buffers": _moved(module)}
+
+
+def _moved(module: nn.Module) -> dict[str, Tensor]:
+    return moved_values(AdaptedModel(module))
 
 
 def install_adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
@@ -447,8 +463,8 @@ def _load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor],
     starts = _starts(model, state)
     layout.fill({name: model.trained[name] for name in starts}, starts)
     for root in model.roots:
-        for name, value in root.attachment.base_values.items():
-            if (full := join(root.name, name)) in state:
+        for name, value in (root.attachment.base_values | root.attachment.first_buffers).items():
+            if (full := join(root.name, name)) in state and value is not None and value.shape == state[full].shape:
                 copy_whole(value, state[full])
     _load_metrics(model, state)
 

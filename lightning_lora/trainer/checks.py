@@ -26,7 +26,7 @@ from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
 from lightning_lora.sharding import anywhere, local
-from lightning_lora.state import checksum
+from lightning_lora.trainer.buffers import checksum
 from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol, cast
@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_lora.adapted_model import AdaptedModel, HeldAdapters
 from lightning_lora.attachment import DEFAULT, Attachment, Stored, get_attachment, is_same_request, request, settled
+from lightning_lora.base_buffers import moved_buffers
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
@@ -24,11 +25,12 @@ from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.sharding import is_flattened, is_fully_sharded
-from lightning_lora.state import BufferWatch, allow_missing_base, base_buffers, fill_buffers
+from lightning_lora.state import allow_missing_base
 from lightning_lora.storage.checkpoint import own_name, saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
-from lightning_lora.switching import others_frozen, remove_adapter, set_adapter
+from lightning_lora.switching import others_frozen, remove_adapter, set_adapter, switched
 from lightning_lora.trainer import hints
+from lightning_lora.trainer.buffers import HookWatch, settle_buffers, watch_buffers, watch_training
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit, check_ranks_can_change
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
@@ -121,12 +123,16 @@ class FitSession:
         self._config = widened(options.rank_schedule, options.config)
         self.ranks: FitRanks | None = None
         self._checkpoints.ranks = self._checkpoints.loaded_ranks = None
-        self._set = BufferWatch(module)
+        self._bare = ExitStack()  # has hooks of the module set the base's buffers, and not those of another adapter
+        names = adapter_names(module)
+        if self._name in names and self._name is not None:
+            set_adapter(module, self._name)
+        elif self._name is not None and names:
+            self._bare.enter_context(switched(module, None, "LoRACallback"))
+        self._set = HookWatch(module)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
         self._averages = ExitStack()  # keeps the base as it is where callbacks average it
-        if self._name is not None and self._name in adapter_names(module):
-            set_adapter(module, self._name)
         self._is_new = self._before is None
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
@@ -220,7 +226,7 @@ class FitSession:
                 f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
             )
         self._remove(before)
-        self._set = BufferWatch(module, before.moved)  # hooks that set them may find them set already
+        self._set = HookWatch(module, before.moved)  # hooks that set them may find them set already
         self._is_new = True
         if _SEED not in os.environ:
             self._seed = before.seed
@@ -230,7 +236,6 @@ class FitSession:
         others = [name for name in adapter_names(self.module) if name != adapter.name]
         if adapter.name is None or not others:
             detach(self.module)
-            fill_buffers(AdaptedModel(self.module), adapter.buffers)
         else:
             set_adapter(self.module, others[0])
             remove_adapter(self.module, adapter.name)
@@ -278,6 +283,7 @@ class FitSession:
         self._attach_now()
 
     def _attach_now(self, result: Any = None) -> None:  # noqa: ARG002 - of the method after which this is called
+        self._bare.close()
         module, (config, seed), before, name = self.module, self._wanted(), self._before, self._name
         if before is not None and (before.config, before.seed) == (config, seed) and is_flattened(module):
             self.layout.attached(module)  # nothing more can be attached
@@ -315,9 +321,9 @@ class FitSession:
         """Start from another adapter, and refuse what could not be exported later."""
         module, path, resumed = self.module, self.options.init_from, chosen_checkpoint(self.trainer)
         if self.options.fresh and self._is_new and (attachment := get_attachment(module)) is not None:
-            model = AdaptedModel(module)
-            attachment.starts = {name: each.detach().clone() for name, each in model.in_full.items()}
-            attachment.buffers = {name: each.detach().clone() for name, each in base_buffers(model).items()}
+            attachment.starts = {name: each.detach().clone() for name, each in AdaptedModel(module).in_full.items()}
+        if self._is_fit:
+            watch_buffers(module)  # a tuner trains before the callback hears of it
         if resumed is None and (self._is_fit or self._is_new):
             with gathered_parameters(module):
                 begin_from(module, path, check_base=self.options.check_base, is_new=self._is_new)
@@ -369,7 +375,7 @@ class FitSession:
 
     def check_fit(self) -> None:
         """Check that exactly what was asked for will train."""
-        self._set = BufferWatch(self.module)  # anew, since a precision may have converted the module
+        self._set = HookWatch(self.module)  # anew, since a precision may have converted the module
         if self.options.export_dir is not None and not self._is_trial:
             check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
         if not (chosen_checkpoint(self.trainer) and self.trainer.strategy.restore_checkpoint_after_setup):
@@ -383,8 +389,12 @@ class FitSession:
         schedulers = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         hints.warn_of_suspicious_settings(self.module, optimizers, schedulers, ratio, self._coverage)
 
-    def start_training(self) -> None:
-        """Begin the checks and measurements of a training; a tuner's training comes before the real one."""
+    def start_training(self, together: Collection[str] = ()) -> None:
+        """Begin the checks and measurements of a training; a tuner's training comes before the real one.
+
+        Args:
+            together: The adapters that train at once, if it is not the active one alone.
+        """
         if any(adapter.is_waiting for adapter in AdaptedModel(self.module).adapters.values()):
             strategy = type(self.trainer.strategy).__name__
             raise MisconfigurationException(
@@ -398,7 +408,7 @@ class FitSession:
         self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
         self._checkpoints.untrained = self.gradients.untrained
         self._set.note_set()
-        self._checkpoints.buffers = BufferWatch(self.module)
+        watch_training(self.module, together)
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
         if self._schedule is not None and not self._is_trial:
@@ -452,16 +462,18 @@ class FitSession:
         hints.warn_of_unfrozen(self.module)
         if self.ranks is not None:
             self.ranks.succeed()
-        if (buffers := self._checkpoints.buffers) is not None and (moved := buffers.moved()):
-            (rank_zero_warn if len(adapter_names(self.module)) > 1 else rank_zero_info)(
-                f"LoRA: training has changed buffers of the base: {listed(list(moved))}. Checkpoints hold them; PEFT "
-                "directories do not, and disabled, detach and other adapters see them as they are now. To have them "
-                "belong to the adapter, name modules that hold them in modules_to_save."
+        if moved := moved_buffers(AdaptedModel(self.module)):
+            rank_zero_info(
+                f"LoRA: training has changed buffers of the base: {listed(list(moved))}. They belong to the adapter: "
+                "checkpoints hold them, and disabled, detach and other adapters see the base's own. PEFT directories "
+                "have no place for them; name modules that hold them in modules_to_save to have them there, too."
             )
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
+        settle_buffers(self.module)
         self._wraps.remove()
+        self._bare.close()
         self._others.close()
         self._averages.close()
         self.gradients.close()

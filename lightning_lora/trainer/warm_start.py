@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
+from lightning_lora.base_buffers import grown_buffers
 from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
 from lightning_lora.named_adapters import recorded
@@ -20,7 +21,7 @@ from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import check_base_values, check_not_merged, check_sound, grown_buffers, has_base_values
+from lightning_lora.state import check_base_values, check_not_merged, check_sound, fill_buffers, has_base_values
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.trainer.diagnostics import norm_of_updates
 
@@ -113,6 +114,8 @@ def start_from(
     trained = AdaptedModel(module).trained
     for name, value in start.values.items():
         copy_whole(trained[name], value.to(trained[name].dtype))
+    if isinstance(file, CheckpointFile):
+        fill_buffers(model, file.record.get("buffers", {}))
     for label in (*start.kept, *start.grown):
         if label in model.adapters:
             model.adapters[label].is_waiting = False

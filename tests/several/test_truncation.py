@@ -247,11 +247,8 @@ def test_options_stay():
     module = base()
     attach(module, LoRAConfig(rank=4, target_modules=["fc"], dropout=0.3, frozen_norm="track", use_rslora=True), seed=7)
     learn(module, 0)
-    before = get_attachment(module)
-    before.moved, before.buffers = {"queue"}, {"queue": torch.ones(2)}
     truncate_adapter(module, rank=1)
     record = get_attachment(module)
-    assert (record.moved, record.buffers) == (before.moved, before.buffers)
     assert (record.config.dropout, record.config.frozen_norm, record.seed, record.name) == (0.3, "track", 7, None)
     assert lora_layers(module)["fc"].lora.spec.scaling == 1.0
 

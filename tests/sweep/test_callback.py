@@ -75,6 +75,10 @@ def fit(module: LightningModule, *callbacks: Callback, path: Any = None, data: A
 
 def alone(kind: Callable[[], Toy], candidate: Candidate, **options: Any) -> State:
     """Return the adapter that a fit of its own trains."""
+    return adapter_state_dict(module_alone(kind, candidate, **options))
+
+
+def module_alone(kind: Callable[[], Toy], candidate: Candidate, **options: Any) -> Toy:
     module, rate = kind(), Rate(candidate)
 
     def configure_optimizers() -> Any:
@@ -84,7 +88,7 @@ def alone(kind: Callable[[], Toy], candidate: Candidate, **options: Any) -> Stat
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PL_GLOBAL_SEED", str(candidate.seed or 0))
         fit(module, LoRACallback(candidate.config, lr_ratio=candidate.lr_ratio), **options)
-    return adapter_state_dict(module)
+    return module
 
 
 def swept(**options: Any) -> LoRASweep:
@@ -198,13 +202,46 @@ class Centered(Quiet):
     def loss(self, batch: list[Tensor]) -> Tensor:
         if self.training:
             with torch.no_grad():
-                self.center.mul_(0.9).add_(batch[0].mean(0), alpha=0.1)
+                self.center.mul_(0.9).add_(self.net(batch[0]).mean(0), alpha=0.1)
         return super().loss([batch[0] - self.center, batch[1]])
 
 
-def test_buffers_that_all_adapters_share_are_named_where_they_move():
-    with pytest.warns(UserWarning, match="changes the buffers center, which all adapters share"):
-        fit(Centered(), swept(grid={"lr": [1e-2, 1e-3]}), max_steps=2)
+@pytest.mark.parametrize("mode", ["loop", "auto"])
+def test_each_adapter_has_the_buffers_that_its_steps_move(mode: str, tmp_path: Path):
+    module, sweep = Centered(), swept(adapters={"a": {"rank": 2}, "b": {"rank": 1, "lr": 1e-3}}, mode=mode, keep=1.0)
+    run = fit(module, sweep, max_steps=8)
+    assert_each_is_alone(Centered, sweep, module, EXACT, max_steps=8)
+    run.save_checkpoint(tmp_path / "sweep.ckpt")
+    trainer(LoRACallback()).validate(tested := Centered(), loader(), ckpt_path=tmp_path / "sweep.ckpt", verbose=False)
+    single = module_alone(Centered, sweep.candidates["b"], max_steps=8)
+    for each in (module, tested):
+        with using(each, "b"):
+            assert torch.equal(each.center, single.center)
+        with using(each, None):
+            assert not each.center.any()
+
+
+class Ageing(Quiet):
+    """Counts its epochs, once for all adapters, and computes with the number."""
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("epochs", torch.zeros(()))
+
+    def on_train_epoch_start(self) -> None:
+        self.epochs += 1
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return super().loss([batch[0] * self.epochs, batch[1]])
+
+
+def test_what_hooks_change_is_changed_for_all_adapters():
+    module, sweep = Ageing(), swept(adapters={"a": {"rank": 2}, "b": {"rank": 1, "lr": 1e-3}}, mode="loop", keep=1.0)
+    fit(module, sweep, max_steps=8)
+    assert_each_is_alone(Ageing, sweep, module, EXACT, max_steps=8)
+    for name, epochs in {"a": 2, "b": 2, None: 0}.items():
+        with using(module, name):
+            assert module.epochs == epochs
 
 
 DIFFERENT: dict[str, dict[str, Any]] = {

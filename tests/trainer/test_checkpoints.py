@@ -198,7 +198,7 @@ def test_saving_without_the_buffers_that_training_changed_says_so(
 ) -> None:
     _, module, path = fitted(tmp_path, Centered())
     load_adapter(again := Centered(), path)
-    inside = "buffers of the base, for which PEFT has no place: net.2.calls. "  # the others are not in what is saved
+    inside = "buffers of the base, for which PEFT has no place: center, net.2.calls, queue. "
     for each in (module, again):
         with pytest.warns(UserWarning, match=re.escape(inside)):
             save_adapter(each, tmp_path / "adapter", overwrite=True)

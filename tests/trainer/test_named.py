@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import LightningDataModule
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
 
 from lightning_lora import (
     LoRACallback,
@@ -19,10 +21,13 @@ from lightning_lora import (
     adapter_state_dict,
     add_adapter,
     combine,
+    detach,
+    disabled,
     load_adapter,
     load_adapter_state_dict,
     lora_layers,
     preflight,
+    remove_adapter,
     save_adapter,
     set_adapter,
     using,
@@ -30,6 +35,7 @@ from lightning_lora import (
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis import analyze, compare
 from lightning_lora.callback import LoRAConfig
+from lightning_lora.names import OTHERS
 from tests.contract import assert_same_bits, raises_and_changes_nothing
 from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
 
@@ -536,27 +542,221 @@ def test_an_adapter_resumes_under_its_own_name_in_a_fresh_module(tmp_path: Path)
     assert_same_bits(adapter_state_dict(resumed), adapter_state_dict(whole))
 
 
-def test_buffers_that_adapters_share_are_named_when_one_moves_them(tmp_path: Path):
-    class Centered(Toy):
-        def build(self) -> None:
-            super().build()
-            self.register_buffer("center", torch.zeros(8))
+class Centered(Toy):
+    """Keeps a running mean of its inputs, and computes with it."""
 
-        def loss(self, batch: list[Tensor]) -> Tensor:
-            if self.training:
-                with torch.no_grad():
-                    self.center.lerp_(batch[0].mean(0), 0.1)
-            return super().loss([batch[0] - self.center, batch[1]])
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(8))
+        self.register_buffer("seen", None)
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.center.lerp_(x.mean(0) + 1, 0.1)
+                self.seen = x[:1].clone()
+        return self.net(x - self.center if self.seen is None else x - self.center + self.seen)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        return ((self(x) - y) ** 2).mean()
+
+
+X = torch.linspace(-1, 1, 24).reshape(3, 8)
+
+
+def alone(module: nn.Module, adapter: str | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what a module computes under an adapter, and its buffers."""
+    with torch.no_grad(), using(module, adapter):
+        module.eval()
+        output = module(X)
+        module.train()
+        return output, module.center.clone(), module.seen
+
+
+def assert_alike(found: tuple[Tensor | None, ...], expected: tuple[Tensor | None, ...]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_buffers_that_training_moves_belong_to_the_adapter(tmp_path: Path):
+    base = Centered().eval()
+    bare = base(X).detach(), base.center, base.seen
     module = Centered()
     fit(module, LoRACallback(adapter="first", rank=2), max_steps=4).save_checkpoint(tmp_path / "first.ckpt")
-    with pytest.warns(UserWarning, match="has changed buffers of the base: center.*other adapters see them"):
-        run = fit(module, LoRACallback(adapter="second", rank=2), max_steps=8)
-    run.save_checkpoint(tmp_path / "second.ckpt")
-    fresh = Centered()
-    add_adapter(fresh, "first", tmp_path / "first.ckpt")
-    with pytest.warns(UserWarning, match=r"second.ckpt' replaces the buffers center, which the other adapters"):
-        add_adapter(fresh, "second", tmp_path / "second.ckpt")
-    set_adapter(fresh, "first")
-    with pytest.warns(UserWarning, match=r"first.ckpt' replaces the buffers center"):
-        load_adapter(fresh, tmp_path / "first.ckpt")
+    first = alone(module, "first")
+    assert first[1].all()
+    assert first[2] is not None
+    fit(module, LoRACallback(adapter="second", rank=2), max_steps=8).save_checkpoint(tmp_path / "second.ckpt")
+    fit(own := Centered(), LoRACallback(adapter="second", rank=2), max_steps=8)
+    second = alone(own, "second")  # as if there had been no first
+    assert_alike(alone(module, "second"), second)
+    assert_alike(alone(module, "first"), first)
+    assert_alike(alone(module, None), bare)
+    added = Centered()
+    for name in ("first", "second"):
+        add_adapter(added, name, tmp_path / f"{name}.ckpt")
+    add_adapter(added, "third", LoRAConfig(rank=1))
+    for each in (module, added, copy.deepcopy(added)):
+        assert_alike(alone(each, "second"), second)
+        assert_alike(alone(each, "first"), first)
+        assert_alike(alone(each, None), bare)
+    assert_alike(alone(added, "third"), bare)
+    remove_adapter(module, "first")
+    detach(module)
+    assert_alike((module.eval()(X).detach(), module.center, module.seen), bare)
+    assert OTHERS not in module._modules
+
+
+def test_buffers_of_all_adapters_are_in_a_checkpoint_of_all(tmp_path: Path):
+    module = Centered()
+    fit(module, LoRACallback(adapter="first", rank=2), max_steps=4)
+    run = fit(module, LoRACallback(adapter="second", rank=2, save_adapters="all"), max_steps=8)
+    run.save_checkpoint(path := tmp_path / "all.ckpt")
+    expected = {name: alone(module, name) for name in ("first", "second", None)}
+    trainer(LoRACallback()).validate(tested := Centered(), loader(), ckpt_path=path, verbose=False)
+    for name, values in expected.items():
+        assert_alike(alone(tested, name), values)
+    for name in ("first", "second"):
+        load_adapter(loaded := Centered(), path, adapter=name, name="a")
+        assert_alike(alone(loaded, "a"), expected[name])
+
+
+@pytest.mark.parametrize("way", ["add_adapter", "using", "detach"])
+def test_a_base_beside_a_single_adapter_gets_its_buffers_back(way: str):
+    module, bare = Centered(), Centered().eval()
+    fit(module, LoRACallback(rank=2), max_steps=4)
+    trained = alone(module, "default") if way != "detach" else None
+    if way == "add_adapter":
+        add_adapter(module, "other", LoRAConfig(rank=1))
+        set_adapter(module, "other")
+        assert_alike(alone(module, "default"), trained)
+    elif way == "using":
+        with using(module, None):
+            assert torch.equal(module.eval()(X), bare(X))
+        return
+    else:
+        detach(module)
+    assert torch.equal(module.eval()(X), bare(X))
+    assert_alike((module.center, module.seen), (bare.center, bare.seen))
+
+
+class Compares(Centered):
+    """Compares each step with the bare base, as DPO does."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        output = self(x)
+        with torch.no_grad(), self.reference():
+            self.references.append(self.net(x - self.center))
+            self.seen_there = self.seen
+        return ((output - y) ** 2).mean()
+
+
+@pytest.mark.parametrize("way", ["disabled", "using"])
+def test_the_reference_of_a_step_has_the_buffers_of_the_base(way: str):
+    module, base = Compares(), Centered()
+    module.references = []
+    module.reference = lambda: disabled(module) if way == "disabled" else using(module, None)
+    fit(module, LoRACallback(rank=2, adapter="policy" if way == "using" else None), max_steps=4)
+    assert len(module.references) == 4
+    for reference, batch in zip(module.references, loader(), strict=False):
+        assert torch.equal(reference, base.net(batch[0]))
+    assert module.seen_there is None
+    assert module.center.all()  # the adapter's own
+
+
+class Measures(Toy):
+    """Takes the mean of the task's inputs in setup."""
+
+    mean = 0.0
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(8))
+
+    def setup(self, stage: str) -> None:
+        self.center += self.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x - self.center)
+
+
+def test_what_setup_measures_for_a_task_belongs_to_its_adapter():
+    module = Measures()
+    for name, module.mean in {"first": 1.0, "second": 10.0}.items():
+        fit(module, LoRACallback(adapter=name, rank=2), max_steps=2)
+    for name, mean in {"first": 1.0, "second": 11.0}.items():  # setup adds to what the base has
+        with using(module, name):
+            assert torch.equal(module.center, torch.full((8,), mean))
+
+
+class Batches(LightningDataModule):
+    batch_size = 4
+
+    def train_dataloader(self) -> Any:
+        return loader(batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("tuner", ["lr_find", "scale_batch_size"])
+def test_a_tuner_leaves_no_buffer_moved(tuner: str):
+    tuned, plain = Centered(), Centered()
+    for module in (tuned, plain):
+        run = trainer(LoRACallback(rank=2), max_steps=4)
+        if module is tuned and tuner == "lr_find":
+            Tuner(run).lr_find(module, loader(), num_training=8, update_attr=False, early_stop_threshold=None)
+        elif module is tuned:
+            Tuner(run).scale_batch_size(module, datamodule=Batches(), max_trials=2)
+        run.fit(module, loader())
+    assert tuned.losses[-4:] == plain.losses
+    assert_alike(alone(tuned, "default"), alone(plain, "default"))
+
+
+def test_loading_an_earlier_state_takes_back_what_has_moved_since(tmp_path: Path):
+    module, best = Centered(), Centered()
+    module.eval()  # moves nothing
+    run = fit(module, LoRACallback(rank=2), max_steps=4)
+    run.save_checkpoint(path := tmp_path / "early.ckpt")
+    load_adapter(best, path)
+    module.train()
+    run = trainer(LoRACallback(rank=2), max_steps=8)
+    run.fit(module, loader())
+    assert module.center.all()
+    run.validate(module, loader(), ckpt_path=path, verbose=False)
+    assert_alike(alone(module, "default"), alone(best, "default"))
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "validate", "init_from"])
+def test_buffers_go_from_file_to_file(way: str, tmp_path: Path):
+    module, again = Centered(), Centered()
+    fit(module, LoRACallback(rank=2), max_steps=4).save_checkpoint(one := tmp_path / "one.ckpt")
+    run = trainer(LoRACallback(rank=2, init_from=one if way == "init_from" else None), limit_train_batches=0)
+    if way == "init_from":
+        run = trainer(LoRACallback(rank=2, init_from=one), max_steps=1)
+        again.on_train_start = lambda: run.save_checkpoint(tmp_path / "two.ckpt")
+        run.fit(again, loader())
+    else:
+        if way == "load_adapter":
+            load_adapter(again, one)
+        run.validate(again, loader(), ckpt_path=one if way == "validate" else None, verbose=False)
+        run.save_checkpoint(tmp_path / "two.ckpt")
+    load_adapter(last := Centered(), tmp_path / "two.ckpt")
+    assert_alike(alone(last, "default"), alone(module, "default"))
+
+
+def test_the_sum_of_adapters_has_the_sum_of_their_buffers():
+    module = Centered()
+    for name, steps in {"first": 2, "second": 6}.items():
+        fit(module, LoRACallback(adapter=name, rank=2), max_steps=steps)
+        module.seen = None
+    centers = {name: alone(module, name)[1] for name in ("first", "second")}
+    combine(module, {"first": 0.75, "second": 0.5}, name="sum")
+    expected = 0.75 * centers["first"] + 0.5 * centers["second"]
+    torch.testing.assert_close(alone(module, "sum")[1], expected)
+    fit(module, LoRACallback(adapter="first", rank=2), max_steps=2)  # has seen
+    module._buffers["seen"] = torch.ones(2, 8)
+    fit(module, LoRACallback(adapter="second", rank=2), max_steps=2)
+    with raises_and_changes_nothing(module, ValueError, "the buffer 'seen', which has other shapes under"):
+        combine(module, {"first": 0.75, "second": 0.5}, name="other")
