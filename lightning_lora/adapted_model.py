@@ -36,6 +36,21 @@ class Root(NamedTuple):
             for name in saved:
                 yield from modules[name][0].modules()
 
+    def originals(self, values: Mapping[str, Tensor | None]) -> dict[int, Tensor | None]:
+        """Return copies of values, to have them in place of what the module has under their names.
+
+        Returns:
+            Identity of a parameter or buffer -> what to have in its place; None for a buffer that had no value.
+        """
+        tensors, found = AdaptedModel(self.module).tensors if values else {}, dict[int, Tensor | None]()
+        for name, value in values.items():
+            if (own := tensors.get(name)) is not None:
+                copy = None if value is None else value.detach().to(own.device, copy=True)
+                if copy is not None and isinstance(own, nn.Parameter):
+                    copy = nn.Parameter(copy, False)
+                found[id(own)] = copy
+        return found
+
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor | None]) -> None:
         """Copy values into the parameters and buffers of these names; buffers may have grown, or come since."""

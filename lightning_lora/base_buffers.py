@@ -7,8 +7,7 @@ are not persistent are left out, as from every checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -152,22 +151,3 @@ def _names_in(root: Root, names: Iterable[str]) -> dict[str, str]:
     if not root.name:
         return {name: name for name in names}
     return {name.removeprefix(f"{root.name}."): name for name in names if is_below(name, (root.name,))}
-
-
-@contextmanager
-def before_training(model: AdaptedModel) -> Iterator[None]:
-    """Have copies of the values from before training in place inside the block."""
-    held: list[tuple[nn.Module, str, Tensor | None]] = []
-    for root in model.roots:
-        first = root.attachment.first_buffers
-        places = buffer_places(AdaptedModel(root.module)) if first else {}
-        for name in first.keys() & places.keys():
-            part, key = places[name]
-            buffer, value = part._buffers[key], copied(first[name])
-            held.append((part, key, buffer))
-            part._buffers[key] = value if value is None or buffer is None else value.to(buffer)
-    try:
-        yield
-    finally:
-        for part, key, buffer in held:
-            part._buffers[key] = buffer

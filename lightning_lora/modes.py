@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.adapted_model import AdaptedModel, Root, taking_turns
-from lightning_lora.attachment import get_attachment
-from lightning_lora.base_buffers import before_training
+from lightning_lora.attachment import get_attachment, merge_count
 from lightning_lora.layers import (
     Adapter,
     LoRALayer,
@@ -27,7 +26,8 @@ from lightning_lora.layers import (
     hold_statistics,
     release_statistics,
 )
-from lightning_lora.names import clean_name, join, listed
+from lightning_lora.layers.weight import renew_weight_list
+from lightning_lora.names import clean_name, join, listed, walk
 from lightning_lora.ops.checkpointing import entered
 from lightning_lora.ops.eager import without_autocast
 from lightning_lora.sharding import copy_whole, is_sharded
@@ -84,7 +84,7 @@ def disabled(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
 @contextmanager
 def _switched_off(module: nn.Module) -> Iterator[None]:
     model = AdaptedModel(module)
-    with _modes(model.layers, lambda _: "disabled"), _base_values(model), before_training(model):
+    with _modes(model.layers, lambda _: "disabled"), _base_values(model):
         yield
 
 
@@ -92,8 +92,9 @@ def _switched_off(module: nn.Module) -> Iterator[None]:
 def scaled(module: nn.Module, factor: float) -> Iterator[None]:
     """Compute with the update times a factor; 0 is the base, bit for bit, and a negative factor subtracts the update.
 
-    Modules trained in full are not affected. ``merge`` and ``merged`` inside the block fold the scaled update. A
-    backward pass after the block that computes layers again (activation checkpointing) does so with the same factor.
+    Modules trained in full are not affected; running statistics and buffers that training has moved have the base's
+    values at 0 and the adapter's else. ``merge`` and ``merged`` inside the block fold the scaled update. A backward
+    pass after the block that computes layers again (activation checkpointing) does so with the same factor.
 
     Args:
         module: An adapted module; of several adapters, the active one is scaled.
@@ -101,7 +102,7 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
 
     Raises:
         ValueError: The factor is no finite number, the module has no adapters, or an update is not proportional to its
-            scaling: DoRA's, and tokens trained in full. Nothing was changed.
+            scaling: DoRA's, and tokens and biases trained in full. Nothing was changed.
         RuntimeError: The adapters are merged into the weights now. Nothing was changed.
     """
     if not math.isfinite(factor):
@@ -118,10 +119,12 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
                 yield
             return
         odd = [n for n, each in model.adapters.items() if not isinstance(each, LowRankAdapter) or each.spec.use_dora]
+        odd += [join(root.name, name) for root in model.roots for name in root.attachment.report.biases]
         if odd and factor != 1:
             raise ValueError(
-                f"scaled: the update of {listed(odd)} is not proportional to its scaling (DoRA, or tokens trained in "
-                "full), so only 0 and 1 are possible."
+                f"scaled: the update of {listed(odd)} is not proportional to its scaling (DoRA, or tokens and biases "
+                "trained in full), so only 0 and 1 are possible. combine(module, {name: factor}, name=...) also scales "
+                "tokens and biases."
             )
         with entered(partial(_multiplied, module, factor)):
             yield
@@ -293,16 +296,41 @@ def _modes(layers: dict[str, LoRALayer], choose: Callable[[Mode], Mode]) -> Iter
 
 @contextmanager
 def _base_values(model: AdaptedModel) -> Iterator[None]:
-    """Put back the biases and running statistics that training moved, temporarily."""
-    moved: list[tuple[Root, dict[str, Tensor]]] = []
-    for root in model.roots:
-        names = root.attachment.base_values
-        tensors = AdaptedModel(root.module).tensors if names else {}
-        moved.append((root, {name: tensors[name].detach().clone() for name in names}))
-        root.put(names)
+    """Have the base's own biases, running statistics and other buffers in place of those that training has changed.
+
+    Pointers are exchanged, so that no gradient of the block reaches what trains, and nothing that is kept for a
+    backward pass changes.
+    """
+    merges = _merges(model)
+    held = [place for root in model.roots for place in _moved_places(root)]
+    if sharded := [key for *_, key, own, _ in held if is_sharded(own)]:
+        raise RuntimeError(
+            f"The base's own {listed(sharded)} cannot be put in place of what training has changed, since fully_shard "
+            "manages them. Train without bias=..., or compute with the base before the module is sharded."
+        )
+    for _, part, table, key, _, original in held:
+        table[key] = original
+        renew_weight_list(part)
     try:
         yield
     finally:
-        for root, values in moved:
-            if get_attachment(root.module) is root.attachment:  # not detached meanwhile
-                root.put(values)
+        for root, part, table, key, own, _ in held:
+            if get_attachment(root.module) is None and _merges(model) == merges:
+                own.data = table[key].data  # detached meanwhile
+            table[key] = own
+            renew_weight_list(part)
+
+
+def _moved_places(root: Root) -> Iterator[tuple[Root, nn.Module, dict[str, Any], str, Tensor, Tensor | None]]:
+    """Yield where a module has what training changes besides factors and heads: table, key, value, the base's own."""
+    originals = root.originals(root.attachment.base_values | root.attachment.first_buffers)
+    for _, part in walk(root.module) if originals else ():
+        tables: tuple[dict[str, Any], dict[str, Any]] = part._parameters, part._buffers
+        for table in tables:
+            for key, own in table.items():
+                if own is not None and id(own) in originals:
+                    yield root, part, table, key, own, originals[id(own)]
+
+
+def _merges(model: AdaptedModel) -> int:
+    return sum(merge_count(part) for _, part in model.parts)

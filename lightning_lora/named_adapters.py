@@ -247,14 +247,10 @@ def _originals(model: AdaptedModel) -> dict[int, Tensor | None]:
     """
     found: dict[int, Tensor | None] = {}
     for root in model.roots:
-        tensors, attachment = AdaptedModel(root.module).tensors, root.attachment
-        for name, value in (attachment.starts | attachment.base_values | attachment.first_buffers).items():
-            if (own := tensors.get(name)) is None:
-                continue
-            copy = None if value is None else value.detach().clone().to(own.device)
-            found[id(own)] = nn.Parameter(copy, False) if copy is not None and isinstance(own, nn.Parameter) else copy
-        for name, other in attachment.untied.items():
-            found[id(tensors[name])] = tensors[other]
+        attachment = root.attachment
+        found |= root.originals(attachment.starts | attachment.base_values | attachment.first_buffers)
+        tensors = AdaptedModel(root.module).tensors if attachment.untied else {}
+        found |= {id(tensors[name]): tensors[other] for name, other in attachment.untied.items()}
     return found
 
 

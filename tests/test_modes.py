@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import (
     LoRAConfig,
@@ -171,6 +173,62 @@ def test_detach_inside_disabled_restores_tracked_statistics(rng):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("without", [disabled, partial(scaled, factor=0.0)], ids=["disabled", "scaled"])
+def test_no_gradient_of_the_bare_base_reaches_trained_biases(without, bias: str, rng):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    base, x = copy.deepcopy(model), torch.randn(4, 8, generator=rng)
+    attach(model, LoRAConfig(rank=2, bias=bias))
+    train_all(model, rng)
+    own = model[0].bias
+    with without(model):
+        reference = model(x)
+        assert model[0].bias is not own
+    assert torch.equal(reference, base(x))
+    assert not reference.requires_grad
+    assert model[0].bias is own
+    [gradient] = torch.autograd.grad(((model(x) - reference) ** 2).mean(), own)
+    [expected] = torch.autograd.grad(((model(x) - base(x).detach()) ** 2).mean(), own)
+    assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("inside", [detach, merge])
+def test_trained_biases_follow_what_is_done_inside_disabled(inside, rng):
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = model[0].bias.detach().clone()
+    attach(model, LoRAConfig(rank=2, bias="all"))
+    train_all(model, rng)
+    bias, value = model[0].bias, model[0].bias.detach().clone()
+    with disabled(model):
+        inside(model)
+    assert model[0].bias is bias
+    assert torch.equal(bias, before if inside is detach else value)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda x: torch.tanh(self.norm(self.first(x))), x, use_reentrant=False)
+
+
+def test_a_recomputation_of_the_bare_base_has_its_statistics(rng):
+    model = Checkpointed()
+    base, x = copy.deepcopy(model).eval(), torch.randn(4, 8, generator=rng).requires_grad_()
+    attach(model, LoRAConfig(rank=2, target_modules=["first"], frozen_norm="track"))
+    train_all(model, rng)
+    model.train()(torch.randn(16, 8, generator=rng) * 2 + 3)
+    model.eval()
+    with disabled(model):
+        output = model(x)
+    [gradient] = torch.autograd.grad((output**3).sum(), x)
+    [expected] = torch.autograd.grad((base(x) ** 3).sum(), x)
+    assert torch.equal(output, base(x))
+    assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("switch", [disabled, merged])
 def test_modes_raise_without_adapters_and_after_a_merge(switch, tiny, tokens):
     output, name = tiny(tokens), switch.__name__
@@ -219,10 +277,11 @@ def test_scaled_by_zero_is_the_base_bit_for_bit(rng: torch.Generator):
     ("config", "factor", "message"),
     [
         (LoRAConfig(rank=1, use_dora=True), 0.5, r"the update of 0, 1 is not proportional"),
+        (LoRAConfig(rank=1, bias="lora_only"), 0.5, r"the update of 0.bias, 1.bias is not.*combine\(module"),
         (LoRAConfig(rank=1), float("nan"), "finite number, got nan"),
         (None, 2.0, "scaled: Sequential has no adapters"),
     ],
-    ids=["dora", "nan", "bare"],
+    ids=["dora", "biases", "nan", "bare"],
 )
 def test_scaled_refuses_what_has_no_meaning(config: LoRAConfig | None, factor: float, message: str):
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))

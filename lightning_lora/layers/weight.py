@@ -249,8 +249,22 @@ class WeightLoRALayer(LoRALayer):
         if self.lora_mode != "active" or is_sharded(base):  # fully_shard looks for its own parameter between forwards
             return base
         adapters = self.adapters_of(name)
+        self._refuse_replaced(name, base, adapters)
         sources = [base, *(cast(Tensor, each) for adapter in adapters for each in adapter._parameters.values())]
         return recomputed((id(self), name), sources, partial(_formed, base, adapters), partial(_still, base, adapters))
+
+    def _refuse_replaced(self, name: str, base: Tensor, adapters: Sequence[Adapter]) -> None:
+        """Refuse a weight that ``functional_call`` was given without the factors: it may hold the update already."""
+        if type(base) is not Tensor or cast(dict[str, Tensor], self._parameters).get(name) is not base:
+            return
+        factors = [each for adapter in adapters for each in adapter._parameters.values() if each is not None]
+        if all(isinstance(factor, nn.Parameter) for factor in factors):
+            raise RuntimeError(
+                f"functional_call was given another {name!r} for this {self.base_class.__name__}, and not its "
+                f"adapter's factors. The {name!r} that is read here has the update in it, which would be added twice. "
+                "Call the function of the layer with that, such as F.linear(x, weight, bias); or pass the factors too, "
+                "as dict(module.named_parameters()) does."
+            )
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:

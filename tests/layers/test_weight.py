@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_lora import (
     LoRAConfig,
@@ -350,6 +351,33 @@ def test_target_parameters_beside_target_modules(rng):
     assert set(state) == {"0.lora.A", "0.lora.B", "1.lora.mix.A", "1.lora.mix.B"}
     merge(model)
     torch.testing.assert_close(model(x), output, rtol=0, atol=1e-5)
+
+
+class Rescaled(nn.Module):
+    """Computes with half of its layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.functional_call(self.layer, {"weight": self.layer.weight * 0.5}, (x,))
+
+
+def test_a_weight_that_functional_call_replaces_gets_the_update_once(rng):
+    model, x = Rescaled().double(), torch.randn(3, 6, generator=rng, dtype=torch.float64)
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, rng)
+    with pytest.raises(RuntimeError, match=r"another 'weight' for this Linear, and not its adapter's.*F\.linear"):
+        model(x)
+    halved = {name: 0.5 * tensor for name, tensor in model.layer.named_parameters()}
+    base, A, B = (halved[name] for name in ("weight", "lora.A", "lora.B"))
+    expected = F.linear(x, base + model.layer.lora.spec.scaling * B @ A, halved["bias"])
+    torch.testing.assert_close(torch.func.functional_call(model.layer, halved, (x,)), expected)
+    same = dict(model.layer.named_parameters())
+    assert torch.equal(torch.func.functional_call(model.layer, same, (x,)), model.layer(x))
+    frozen = {name: tensor for name, tensor in same.items() if not tensor.requires_grad}
+    assert torch.equal(torch.func.functional_call(model.layer, frozen, (x,)), model.layer(x))
 
 
 @pytest.mark.parametrize(
