@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.attachment import get_attachment
+from lightning_lora.attachment import DEFAULT, get_attachment
 from lightning_lora.config import FAMILIES
-from lightning_lora.named_adapters import active_adapter, adapter_names
+from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
-from lightning_lora.sharding import anywhere, local
+from lightning_lora.sharding import anywhere, is_fully_sharded, local
 from lightning_lora.trainer.buffers import checksum
-from lightning_lora.trainer.diagnostics import to_floats
+from lightning_lora.trainer.diagnostics import norm_of_updates, to_floats
 from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
@@ -419,3 +419,14 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
             if not is_swept or selected(plain, (layer.name,)):
                 found.add(join(root.name, layer.name))
     return found
+
+
+def goes_beside(module: nn.Module, own: str | None) -> bool:
+    """Return whether a checkpoint's adapter is none of the module's, and must not replace what those have learned."""
+    names = adapter_names(module)
+    if own in (None, DEFAULT, *names):
+        return False
+    if not names or recorded(module) is not None:
+        return True
+    with gathered_parameters(module):
+        return not any(map(is_fully_sharded, module.modules())) and norm_of_updates(module) > 0

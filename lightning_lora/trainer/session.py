@@ -12,14 +12,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
-from torch import nn
 
 from lightning_lora.adapted_model import AdaptedModel, HeldAdapters
-from lightning_lora.attachment import DEFAULT, Attachment, Stored, get_attachment, is_same_request, request, settled
+from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
 from lightning_lora.base_buffers import moved_buffers
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
-from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
@@ -41,8 +40,9 @@ from lightning_lora.trainer.checks import (
     check_before_training,
     check_same_adapters,
     check_unchanged,
+    goes_beside,
 )
-from lightning_lora.trainer.diagnostics import FitDiagnostics, norm_of_updates
+from lightning_lora.trainer.diagnostics import FitDiagnostics
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_best
 from lightning_lora.trainer.hyperparameters import log_options
 from lightning_lora.trainer.lightning_patches import (
@@ -146,7 +146,7 @@ class FitSession:
         (saved, stored), own = stored_adapters(record), own_name(record)
         if own in names and (name in names or (name is None and own != active_adapter(self.module))):
             saved = own  # never into another adapter that the module has
-        elif name is None and _goes_beside(self.module, own):
+        elif name is None and goes_beside(self.module, own):
             saved = own
         if saved is not None and name not in (None, saved):
             there = "holds it too" if name in stored else f"holds {listed([*map(repr, stored)]) or 'it alone'}"
@@ -466,7 +466,7 @@ class FitSession:
             rank_zero_info(
                 f"LoRA: training has changed buffers of the base: {listed(list(moved))}. They belong to the adapter: "
                 "checkpoints hold them, and disabled, detach and other adapters see the base's own. PEFT directories "
-                "have no place for them; name modules that hold them in modules_to_save to have them there, too."
+                "have no place for them, unless modules that hold them are named in modules_to_save."
             )
 
     def close(self) -> None:
@@ -499,14 +499,3 @@ class FitSession:
         if self.options.merge_on_teardown:
             merge(self.module, active_adapter(self.module), whole=self.layout.gathered_layer)
             rank_zero_info(f"LoRA: adapter{named} merged into the weights.")
-
-
-def _goes_beside(module: nn.Module, own: str | None) -> bool:
-    """Return whether a checkpoint's adapter is none of the module's, and must not replace what those have learned."""
-    names = adapter_names(module)
-    if own in (None, DEFAULT, *names):
-        return False
-    if not names or recorded(module) is not None:
-        return True
-    with gathered_parameters(module):
-        return not any(map(is_fully_sharded, module.modules())) and norm_of_updates(module) > 0
