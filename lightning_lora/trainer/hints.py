@@ -16,6 +16,7 @@ from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of, has_running_statistics
 from lightning_lora.names import OTHERS, clean_name, join, listed, walk
+from lightning_lora.optimizers import fast_parameters
 from lightning_lora.option_checks import AUTO
 from lightning_lora.planning.obstacles import EXCLUDED, TOO_SMALL, wider_targets
 
@@ -130,6 +131,19 @@ def warn_of_suspicious_settings(
     if found:
         lines = "\n".join(f"  - {each}" for each in found)
         rank_zero_warn(f"LoRA: this run may learn little, or diverge:\n{lines}")
+
+
+def warn_of_equal_rates(module: nn.Module, optimizers: Sequence[Optimizer], lr_ratio: float) -> None:
+    """Warn if something has given ``B`` the learning rate of ``A`` again, as code that sets ``group["lr"]`` does."""
+    fast, rates = fast_parameters(module), (set[float](), set[float]())
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups if group["params"]):
+        rates[any(id(parameter) in fast for parameter in group["params"])].add(float(group["lr"]))
+    if rates[0] == rates[1] and len(rates[0]) == 1 and any(rates[0]):
+        rank_zero_warn(
+            f"LoRA: a scheduler or hook of {type(module).__name__} has set all learning rates to {max(rates[0]):g}, so "
+            f"lr_ratio={lr_ratio:g} has no effect. Scale the rate of each group instead, as LambdaLR does, or by "
+            "group['lr'] = factor * group['initial_lr'], which schedulers set."
+        )
 
 
 def coverage(module: nn.Module) -> Coverage | None:

@@ -159,12 +159,7 @@ class FitSession:
     @property
     def _before(self) -> Attachment | None:
         """The record of the adapter of this run, if the module has it already."""
-        is_other = self._name not in (None, active_adapter(self.module))
-        return None if is_other else get_attachment(self.module)
-
-    def _is_in_parts(self, model: AdaptedModel) -> bool:
-        """Return whether the module has adapters that were attached to parts of it."""
-        return self._name in (None, active_adapter(self.module)) and bool(model.layers) and self._before is None
+        return get_attachment(self.module) if self._name in (None, active_adapter(self.module)) else None
 
     # --- attaching: late enough for the module's layers, early enough for the strategy
 
@@ -176,8 +171,9 @@ class FitSession:
         model = AdaptedModel(module)
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
-        if self._takes_any and chosen_checkpoint(self.trainer) is None and self._is_in_parts(model):
-            return  # evaluating what load_adapter has read from a directory
+        is_there = model.layers and self._name in (None, active_adapter(module))
+        if self._takes_any and chosen_checkpoint(self.trainer) is None and is_there and self._before is None:
+            return  # evaluating what load_adapter has read from a directory into a part of the module
         self._asked, self._calibration = saved_request(chosen_record(self.trainer))
         if self._takes_any or is_same_request(self.options.config, self._asked):
             self._take_saved_options()
@@ -431,6 +427,8 @@ class FitSession:
         """Before each batch, check that the adapters are still there; before the first, probe them if asked to."""
         if self._held is not None:
             self._held.check(self.trainer.optimizers)
+            if self.options.lr_ratio != 1.0 and self.trainer.global_step in (1, 2):
+                hints.warn_of_equal_rates(self.module, self.trainer.optimizers, self.options.lr_ratio)
             return
         self._held = HeldAdapters(self.module, self.trainer.optimizers)
         self._checkpoints.note_base()

@@ -206,6 +206,12 @@ def _resolved(
         elif adapter is not None and (padded := _padded(value, own, key, adapter)) is not None:
             start.values[name] = padded
             start.grown.append(label)
+        elif adapter is None:
+            problems.append(
+                f"{name}: {tuple(value.shape)} there, {tuple(own.shape)} here. To start from the rest, such as for "
+                "other labels, load the adapter into a model of its own kind, write the part without the head by "
+                "save_adapter(model, directory, export_root=...), and name that directory in init_from"
+            )
         else:
             problems.append(f"{name}: {tuple(value.shape)} there, {tuple(own.shape)} here")
     start.dropped = [name for name in source if name not in model.trained and ".lora." in name]

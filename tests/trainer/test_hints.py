@@ -407,6 +407,27 @@ def test_run_checks_all_optimizers_and_lr_ratio():
     assert "lr_ratio=0.5" in message
 
 
+class Warmed(Toy):
+    """Warms up as Lightning's documentation does."""
+
+    scales = False
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        optimizer.step(closure=closure)
+        for group in optimizer.param_groups:
+            begin = group.setdefault("initial_lr", group["lr"]) if self.scales else 1e-3
+            group["lr"] = min(1.0, (self.global_step + 1) / 500) * begin
+
+
+def test_run_names_a_warm_up_that_cancels_lr_ratio():
+    with pytest.warns(UserWarning, match="hook of Warmed has set all learning rates to .e-06, so lr_ratio=16 has no"):
+        trainer(LoRACallback(rank=4, lr_ratio=16.0)).fit(Warmed(), loader())
+    trainer(LoRACallback(rank=4)).fit(Warmed(), loader())  # any warning would be an error
+    scaled = Warmed()
+    scaled.scales = True
+    trainer(LoRACallback(rank=4, lr_ratio=16.0)).fit(scaled, loader())
+
+
 def test_run_checks_coverage():
     class Deep(Toy):
         def build(self) -> None:

@@ -132,6 +132,40 @@ def test_misfit_changes_nothing(options: dict[str, Any], message: str, source: t
         start_from(module, source[1])
 
 
+class Labelled(Toy):
+    """A body, and a head with one output for each label."""
+
+    labels = 3
+
+    def build(self) -> None:
+        super().build()
+        self.net = self.net[:4]
+        self.head = nn.Linear(16, self.labels)
+
+    def loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        return self.head(self.net(batch[0])).square().mean()
+
+
+class LabelledAnew(Labelled):
+    labels = 5
+
+
+def test_a_head_for_other_labels_is_refused_with_the_way_to_start_from_the_rest(tmp_path: Path) -> None:
+    options = {"rank": 2, "target_modules": ["net.0", "net.2"], "modules_to_save": ["head"]}
+    run = trainer(LoRACallback(**options))
+    run.fit(first := Labelled(), loader())
+    run.save_checkpoint(path := tmp_path / "first.ckpt")
+    attach(module := LabelledAnew(), LoRAConfig(**options))
+    with raises_and_changes_nothing(module, ValueError, r"head.weight: \(3, 16\) there.*save_adapter.*export_root"):
+        start_from(module, path)
+    load_adapter(again := Labelled(), path)
+    with pytest.warns(UserWarning, match="leaves out head"):
+        save_adapter(again, tmp_path / "rest", export_root="net")
+    start_from(module, tmp_path / "rest")
+    for name, update in updates(first).items():
+        torch.testing.assert_close(updates(module)[name], update)
+
+
 def test_source_without_common_tensors_is_refused(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     other = nn.Sequential(nn.Linear(4, 4))
