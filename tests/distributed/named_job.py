@@ -43,14 +43,20 @@ HEADED: dict[str, Any] = {"rank": 1, "target_modules": ["net.2"], "modules_to_sa
 
 
 class Named(Toy):
-    """Switches at random in each step, and shards itself where the strategy asks for it."""
+    """Switches at random in each step, counts its steps, and shards itself where the strategy asks for it."""
 
     adds_late = False  # adapters come after tensor parallelism has divided their layers
 
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("steps", torch.zeros(()))
+
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        self.steps += 1
         for name in random.Random(batch_idx).choices(["a", "b", "mine", None], k=5):
             with using(self, name), torch.no_grad():
                 self.net(batch[0])
+                assert self.steps == (self.global_step + 1 if name == "mine" else 0), name
         return super().training_step(batch, batch_idx)
 
     def configure_model(self) -> None:

@@ -54,6 +54,14 @@ def test_every_checkpoint_holds_the_other_adapters_bit_for_bit(name: str, suffix
         assert_same_bits(found["lightning_lora_others"][other], named_job.state(module, other))
 
 
+@each_file
+@each_strategy
+def test_buffers_that_training_moves_belong_to_the_trained_adapter(name: str, suffix: str, folder: Path):
+    record = read(folder, name + suffix)["lightning_lora"]
+    assert record["buffers"] == {"steps": 5 if suffix else 3}
+    assert [record["others"][other]["buffers"] for other in ("a", "b", "headed")] == [{}] * 3
+
+
 @pytest.mark.parametrize("when", ["before", "start", "never"])
 def test_processes_that_switch_differently_all_raise_with_what_each_has(when: str, folder: Path):
     """They switch before the fit, when training begins, or never in it, but before the checkpoint."""
