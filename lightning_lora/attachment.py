@@ -136,7 +136,7 @@ class Attachment:
         starts: Values before training of what trains in full, if it was attached inside ``keeping_starts``.
         moved: Names of buffers of the base that training has changed by itself, such as a queue of negatives.
         buffers: Their values from before; None for one that was not there yet.
-        watched: While it trains, the values from before of all buffers of the base.
+        watched: Once it has trained, the values from before of all buffers of the base.
         name: Its name among several adapters; None while it is the only one.
         asked: The request as it was, if data or a truncation have decided the ranks in ``config``.
         calibration: What the data said of each adapter, as plain values, if they decided its start.

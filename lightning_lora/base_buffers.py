@@ -44,15 +44,10 @@ def unsaved_buffers(model: AdaptedModel, part: nn.Module | None = None) -> dict[
     return {clean_name(name): buffer for name, buffer in own if id(buffer) in known}
 
 
-def own_buffers(model: AdaptedModel, part: nn.Module | None = None) -> dict[str, Tensor]:
+def own_values(model: AdaptedModel, part: nn.Module | None = None) -> dict[str, Tensor]:
     """Return the same with what the base has itself of those that training has changed, as far as it is known."""
-    found = unsaved_buffers(model, part)
-    for root in model.roots:
-        if part is None or part is root.module:
-            before = root.name if part is None else ""
-            first = root.attachment.first_buffers.items()
-            found |= {join(before, name): value for name, value in first if value is not None}
-    return found
+    first = first_values(model if part is None else AdaptedModel(part))
+    return unsaved_buffers(model, part) | {name: value for name, value in first.items() if value is not None}
 
 
 def grown_buffers(model: AdaptedModel, state: Mapping[str, object]) -> dict[str, Tensor]:
@@ -83,17 +78,18 @@ def buffer_places(model: AdaptedModel) -> dict[str, tuple[nn.Module, str]]:
 
 
 def moved_buffers(model: AdaptedModel) -> dict[str, Tensor]:
-    """Return the buffers of the base that the training of the active adapter has changed so far; their names are kept.
+    """Return the buffers of the base that have changed since the active adapter began to train, and record them.
 
     Values are compared, because DDP writes even to buffers that stay the same.
     """
     buffers = base_buffers(model)
     for root in model.roots[:1]:
-        first = root.attachment.watched
-        if first is not None:
-            root.attachment.moved |= {name for name, now in buffers.items() if not _is_same(first.get(name), now)}
-    moved = {name for root in model.roots for name in root.attachment.moved}
-    return {name: buffer for name, buffer in buffers.items() if name in moved}
+        if (first := root.attachment.watched) is not None:
+            moved = [name for name, now in buffers.items() if not _is_same(first.get(name), now)]
+            root.attachment.moved.update(moved)
+            note_moved(model, {name: first[name] for name in moved if name in first})
+    known = {name for root in model.roots for name in root.attachment.moved}
+    return {name: buffer for name, buffer in buffers.items() if name in known}
 
 
 def moved_values(model: AdaptedModel) -> dict[str, Tensor]:
@@ -122,6 +118,11 @@ def copied(buffer: Tensor | None) -> Tensor | None:
 
 
 def first_values(model: AdaptedModel) -> dict[str, Tensor | None]:
+    """Return the values from before training of buffers that training has changed, or may have."""
+    return {join(root.name, name): each for root in model.roots for name, each in root.attachment.first_buffers.items()}
+
+
+def values_now(model: AdaptedModel) -> dict[str, Tensor | None]:
     """Return copies of all buffers of the base, to be compared with later."""
     places = buffer_places(model)
     absent: dict[str, Tensor | None] = {n: None for n, (part, key) in places.items() if part._buffers[key] is None}

@@ -254,7 +254,7 @@ def _originals(model: AdaptedModel) -> dict[int, Tensor | None]:
     return found
 
 
-def own_buffer(several: Several, part: nn.Module, key: str, base: Tensor | None) -> bool:
+def own_buffer(several: Several, part: nn.Module, key: str, base: Tensor | None) -> None:
     """Let the active adapter have what is in place of a buffer for itself, unless it does already.
 
     Args:
@@ -262,33 +262,10 @@ def own_buffer(several: Several, part: nn.Module, key: str, base: Tensor | None)
         part: The module that has the buffer.
         key: The buffer's name there.
         base: The base's own value.
-
-    Returns:
-        Whether it was not the adapter's before.
     """
     adapter = several.adapters[several.active or ""]
-    if part in adapter.kept and key in adapter.kept[part]._buffers:
-        return False
-    _own(several, part, "_buffers", key, base)
-    return True
-
-
-def disown_buffer(several: Several, part: nn.Module, key: str) -> None:
-    """Undo ``own_buffer``, where the value of the adapter is the base's."""
-    adapter = several.adapters[several.active or ""]
     if part not in adapter.kept or key not in adapter.kept[part]._buffers:
-        return
-    del adapter.kept[part]._buffers[key]
-    if not adapter.kept[part].own and not isinstance(part, LoRALayer):
-        del adapter.kept[part], _others(part)[several.active or ""]
-    if any(part in each.kept and key in each.kept[part]._buffers for each in several.adapters.values()):
-        several.base[part]._buffers[key] = None  # it is in place
-        return
-    del several.base[part]._buffers[key]
-    if not several.base[part].own:
-        del several.base[part], _others(part)[BASE]
-    if not _others(part):
-        del part._modules[OTHERS]
+        _own(several, part, "_buffers", key, None if base is None else base.detach().clone())
 
 
 def _own(several: Several, part: nn.Module, table: str, key: str, base: Tensor | None) -> None:

@@ -13,10 +13,11 @@ from lightning_lora.adapted_model import AdaptedModel, base_parameters, in_turn,
 from lightning_lora.base_buffers import (
     buffer_places,
     copied,
+    first_values,
     grown_buffers,
     moved_buffers,
     note_moved,
-    own_buffers,
+    own_values,
     take_back,
 )
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, samples
@@ -231,7 +232,7 @@ def check_base_values(model: AdaptedModel, recorded: Fingerprint, part: nn.Modul
 
 def warn_of_other_buffers(model: AdaptedModel, recorded: Fingerprint, part: nn.Module | None = None) -> None:
     """Warn if buffers of the base, which no adapter's file holds, are not those that an adapter was trained with."""
-    if differing := differing_tensors(recorded, samples(own_buffers(model, part), recorded)):
+    if differing := differing_tensors(recorded, samples(own_values(model, part), recorded)):
         moves = " Running statistics move in every forward pass in training mode: call eval() to try the base."
         warnings.warn(
             f"The adapter was trained with other values in the buffers {listed(differing)} of this "
@@ -345,13 +346,13 @@ def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
     take_back(model, moved_buffers(model).keys() - values.keys())
     places, several = buffer_places(model) if values else {}, recorded(model.module)
     saved = {name: value for name, value in values.items() if name in places}  # others were left out of this module
-    first = {name: copied(places[name][0]._buffers[places[name][1]]) for name in saved}
-    note_moved(model, first)
+    note_moved(model, {name: copied(places[name][0]._buffers[places[name][1]]) for name in saved})
+    first = first_values(model)
     for name, value in saved.items():
         part, key = places[name]
-        buffer = part._buffers[key]
         if several is not None and several.active is not None:
-            own_buffer(several, part, key, first[name])
+            own_buffer(several, part, key, first.get(name))
+        buffer = part._buffers[key]
         if buffer is not None and buffer.shape == value.shape:
             with torch.no_grad():
                 buffer.copy_(value)

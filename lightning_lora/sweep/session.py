@@ -40,6 +40,7 @@ from lightning_lora.sweep.standings import DIVERGED, LOST, Standings
 from lightning_lora.sweep.training import Training
 from lightning_lora.sweep.validation import Seen, Validation
 from lightning_lora.switching import others_frozen, set_adapter, using
+from lightning_lora.trainer.buffers import divide_buffers
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
@@ -383,6 +384,7 @@ class SweepSession:
         self._wraps.remove()
         record = self._record() if self._has_succeeded else {}
         self._checkpoints.sweep = record.copy if record else None
+        divide_buffers(self.module)
         self.session.close()
 
     def finish(self) -> None:

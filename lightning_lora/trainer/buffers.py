@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.base_buffers import base_buffers, buffer_places, first_values, moved_buffers, note_moved
+from lightning_lora.base_buffers import base_buffers, buffer_places, moved_values, values_now
 from lightning_lora.layers.norm import has_running_statistics
-from lightning_lora.named_adapters import active_adapter, disown_buffer, of_others, own_buffer, recorded
+from lightning_lora.named_adapters import active_adapter, of_others, own_buffer, recorded
+from lightning_lora.state import fill_buffers
 
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def watch_buffers(module: nn.Module) -> None:
     """Keep the values that the base's buffers have now, to see what changes while the active adapter trains."""
     model = AdaptedModel(module)
     for root in model.roots[:1]:
-        root.attachment.watched = first_values(model)
+        root.attachment.watched = values_now(model)
 
 
 def watch_training(module: nn.Module, together: Collection[str] = ()) -> None:
@@ -97,37 +98,16 @@ def claim_buffers(module: nn.Module, names: Collection[str]) -> None:
     several, model = recorded(module), AdaptedModel(module)
     if several is None or several.active is None:
         return
-    places, now = buffer_places(model), first_values(model)
+    places, now = buffer_places(model), values_now(model)
     for name in names:
         if name in now:
             own_buffer(several, *places[name], now[name])
 
 
-def settle_buffers(module: nn.Module) -> None:
-    """At the end of a training, keep what it has changed, for the adapters that have trained, and nothing else."""
-    moved = _of_all(module, lambda part: dict(moved_buffers(AdaptedModel(part))))
-
-    def settle(part: nn.Module) -> None:
-        model, several = AdaptedModel(part), recorded(part)
-        changed = moved[active_adapter(part)]
-        for root in model.roots[:1]:
-            first = root.attachment.watched
-            if first is None:
-                return
-            root.attachment.watched = None
-            note_moved(model, {name: first[name] for name in changed if name in first})
-            if several is None:
-                return
-            places = buffer_places(model)
-            for name in first.keys() & places.keys():
-                if name in changed:
-                    if own_buffer(several, *places[name], first[name]):  # hooks have changed it for several adapters
-                        place, key = places[name]
-                        place._buffers[key] = changed[name].detach().clone()
-                else:
-                    disown_buffer(several, *places[name])
-
-    _of_all(module, settle)
+def divide_buffers(module: nn.Module) -> None:
+    """After a training of several adapters, let each have for itself what hooks have changed for all of them."""
+    moved = _of_all(module, lambda part: moved_values(AdaptedModel(part)))
+    _of_all(module, lambda part: fill_buffers(AdaptedModel(part), moved[active_adapter(part)]))
 
 
 def _of_all(module: nn.Module, read: Callable[[nn.Module], T]) -> dict[str | None, T]:

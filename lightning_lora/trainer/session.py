@@ -29,7 +29,7 @@ from lightning_lora.storage.checkpoint import own_name, saved_options, saved_req
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter, switched
 from lightning_lora.trainer import hints
-from lightning_lora.trainer.buffers import HookWatch, settle_buffers, watch_buffers, watch_training
+from lightning_lora.trainer.buffers import HookWatch, watch_buffers, watch_training
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit, check_ranks_can_change
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
@@ -469,7 +469,6 @@ class FitSession:
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
-        settle_buffers(self.module)
         self._wraps.remove()
         self._bare.close()
         self._others.close()

@@ -760,3 +760,18 @@ def test_the_sum_of_adapters_has_the_sum_of_their_buffers():
     fit(module, LoRACallback(adapter="second", rank=2), max_steps=2)
     with raises_and_changes_nothing(module, ValueError, "the buffer 'seen', which has other shapes under"):
         combine(module, {"first": 0.75, "second": 0.5}, name="other")
+
+
+def test_what_is_measured_after_a_fit_belongs_to_its_adapter(tmp_path: Path):
+    module = Measures()
+    for name, center in {"first": 3.0, "second": 5.0}.items():
+        run = fit(module, LoRACallback(adapter=name, rank=2), max_steps=2)
+        module.center.fill_(center)  # such as a quantile for conformal prediction
+        run.save_checkpoint(tmp_path / f"{name}.ckpt")
+    for name, center in {"first": 3.0, "second": 5.0}.items():
+        load_adapter(loaded := Measures(), tmp_path / f"{name}.ckpt")
+        assert torch.equal(loaded.center, torch.full((8,), center))
+        with using(module, name):
+            assert torch.equal(module.center, loaded.center)
+    with using(module, None):
+        assert not module.center.any()
