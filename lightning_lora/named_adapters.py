@@ -35,7 +35,7 @@ from lightning_lora.ops.checkpointing import Context, restore_in_recomputation
 from lightning_lora.sharding import is_fully_sharded
 
 BASE = "base"  # in ``lora_others``, what a module has under no adapter
-_TABLES = ("_parameters", "_buffers")
+TABLES = ("_parameters", "_buffers")
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class Kept(nn.Module):
     @property
     def own(self) -> list[tuple[str, str]]:
         """The table and the key of each of the module's own tensors that belong to the adapter; None while in place."""
-        return [(table, key) for table in _TABLES for key in vars(self)[table]]
+        return [(table, key) for table in TABLES for key in vars(self)[table]]
 
 
 @dataclass
@@ -220,7 +220,7 @@ def register(several: Several, model: AdaptedModel, name: str) -> None:
     own = [
         (part, table, key)
         for _, part in model.parts
-        for table in _TABLES
+        for table in TABLES
         for key, tensor in vars(part)[table].items()
         if id(tensor) in originals
     ]

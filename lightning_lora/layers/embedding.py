@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, Block, InBlocks, base_parameter, register_adapter
 from lightning_lora.layers.lora_layer import Behavior, LoRALayer, reads_weight
-from lightning_lora.layers.low_rank import LowRankAdapter
+from lightning_lora.layers.low_rank import LowRankAdapter, is_list, piece_by_piece
 from lightning_lora.layers.starts import seeded, standard_normal, zeros
 from lightning_lora.layers.weight import WeightLoRALayer
 from lightning_lora.sharding import gathered, is_sharded, whole
@@ -81,6 +81,8 @@ class EmbeddingAdapter(LowRankAdapter):
 
     @override
     def update(self, inputs: Tensor, output: Tensor) -> Tensor:
+        if is_list(inputs):
+            return piece_by_piece(self.update, inputs, output)
         # The padding token gets no gradient, so its column of A stays zero.
         hidden = F.embedding(inputs, self.A.T, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         B: Tensor = self.B
@@ -151,6 +153,8 @@ class TokenAdapter(Adapter):
 
     @override
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
+        if is_list(inputs):
+            return piece_by_piece(lambda x, y: self(x, y, layer), inputs, output)
         if not inputs.is_floating_point():
             return self._look_up(inputs, output)
         bias = layer._parameters.get("bias")  # the layer is a head: token scores, which the rows' own replace

@@ -7,13 +7,14 @@ kind of layer adds the update to its output.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nested import as_nested_tensor
 from typing_extensions import override
 
 from lightning_lora.layers import dora
@@ -233,6 +234,8 @@ class LowRankAdapter(Adapter):
     def forward(self, inputs: Tensor, output: Tensor, layer: nn.Module, is_ours: bool = False) -> Tensor:
         if not self.spec.rows:
             return self.with_extras(self.added(inputs, output, is_ours), layer)
+        if is_list(output):
+            return piece_by_piece(lambda x, y: self(x, y, layer), inputs, output)
         part = self.with_extras(self.added(inputs, output.index_select(-1, self.index), not is_traced()), layer)
         if is_ours and not output._is_view():
             return output.index_copy_(-1, self.index, part)
@@ -244,6 +247,8 @@ class LowRankAdapter(Adapter):
 
     def with_extras(self, total: Tensor, layer: nn.Module) -> Tensor:
         """Return a sum of output and update, which may be changed, with DoRA and the bias of ``B`` applied."""
+        if not self.is_plain and is_list(total):
+            return piece_by_piece(lambda y: self.with_extras(y, layer), total)
         if self.spec.use_dora:
             norms = self.norms_now(layer)
             bias = layer._parameters.get("bias")
@@ -341,6 +346,17 @@ class LowRankAdapter(Adapter):
         dtype = torch.promote_types(self.A.dtype, torch.float32)
         A, B = self.whole_factors()
         return A.to(dtype), B.to(dtype)
+
+
+def is_list(tensor: Tensor) -> bool:
+    """Return whether a tensor is nested in the older layout, torch.strided, which knows few operations."""
+    return tensor.is_nested and tensor.layout is torch.strided
+
+
+def piece_by_piece(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Return what a function makes of such tensors' pieces, which know all operations."""
+    pieces = zip(*(tensor.unbind() for tensor in tensors), strict=True)
+    return as_nested_tensor([function(*each) for each in pieces])
 
 
 def as_computed(A: Tensor, B: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:

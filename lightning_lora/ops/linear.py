@@ -133,6 +133,8 @@ def is_fast(x: Tensor, A: Tensor, B: Tensor, dropout: float) -> bool:
         return False
     if not (type(x) in _PLAIN and type(A) in _PLAIN and type(B) in _PLAIN and x.layout is torch.strided):
         return False
+    if x.is_nested:  # which has no sizes, and is of no other class or layout
+        return False
     if dropout and not may_draw(dropout):
         return False
     return x.dtype in _AUTOCAST_TAKES if is_autocast(x.device.type) else x.is_floating_point()
@@ -150,6 +152,8 @@ def _is_frozen_linear(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
 def _is_small_and_plain(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> bool:
     """Return whether torch's own operations may add in place, which saves two of them."""
     if torch.compiler.is_compiling() or x.ndim < 2 or x.numel() >= _FEW_TO_DROP or not x.is_contiguous():
+        return False
+    if x.is_nested:
         return False
     for tensor in (x, W, A, B) if b is None else (x, W, A, B, b):
         if type(tensor) not in _PLAIN or tensor.dtype is not x.dtype or tensor.layout is not torch.strided:

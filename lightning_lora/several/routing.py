@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from lightning_lora.adapted_model import taking_turns
 from lightning_lora.layers import LoRALayer, Swapped, WeightLoRALayer, swap_in, swap_out
+from lightning_lora.layers.readers import METADATA
 from lightning_lora.named_adapters import (
+    TABLES,
     Kept,
     Several,
     checked,
@@ -22,8 +25,8 @@ from lightning_lora.named_adapters import (
     switch_to,
     undone_on_failure,
 )
-from lightning_lora.names import OTHERS, listed, walk
-from lightning_lora.ops.eager import is_unheld
+from lightning_lora.names import OTHERS, join, listed, walk
+from lightning_lora.ops.eager import is_traced, is_unheld
 from lightning_lora.switching import using
 
 Rows: TypeAlias = slice | Tensor  # the samples of one adapter: neighbors, or their numbers
@@ -77,8 +80,8 @@ def _routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             ]
             for group in groups:
                 in_mode_of(part, group.lora)
-            swap_in(part, RoutedLayer)
-            vars(part)[_ROUTE] = _Route(paths[part], len(names), groups)
+            vars(part)[_ROUTE] = route = _Route(paths[part], len(names), groups)
+            swap_in(part, RoutedLayer, route.own)
         yield
     finally:
         for part in parts:
@@ -115,8 +118,26 @@ class _Route:
 
     def __init__(self, path: str, samples: int, groups: list[_Group]) -> None:
         self.path, self.samples, self.groups = path, samples, groups
-        self.has_own = any(group.kept is not None and group.kept.own for group in groups)
+        own = [key for group in groups if group.kept is not None for _, key in group.kept.own]
+        self.own = tuple(dict.fromkeys(own))  # the layer's tensors of which adapters have their own
+        self.is_apart = False
         self._back: Tensor | None = None
+
+    @contextmanager
+    def apart(self, layer: nn.Module, kept: Kept | None) -> Iterator[None]:
+        """Have a layer compute with the tensors that it has under an adapter."""
+        own = [] if kept is None else kept.own
+        base = [vars(layer)[table][key] for table, key in own]
+        for table, key in own:
+            vars(layer)[table][key] = vars(kept)[table][key]
+        self.is_apart = True
+        try:
+            yield
+        finally:
+            self.is_apart = False
+            for (table, key), value in zip(own, base, strict=True):
+                # It may be another tensor now: layers replace buffers.
+                vars(kept)[table][key], vars(layer)[table][key] = vars(layer)[table][key], value
 
     def on(self, device: torch.device) -> None:
         """Move the numbers of the samples to a device, once."""
@@ -140,18 +161,33 @@ class RoutedLayer(Swapped):
     class_prefix = "Routed"
 
     @override
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        # The copy would be routed for ever.
+        raise RuntimeError("A module cannot be copied or pickled inside routed(...); leave it first.")
+
+    @override
+    def read(self, name: str) -> Any:
+        route: _Route = vars(self)[_ROUTE]
+        tensor = next(vars(self)[table][name] for table in TABLES if name in vars(self)[table])
+        if route.is_apart or tensor is None:
+            return tensor
+        seen = Tensor._make_subclass(_Ambiguous, tensor.detach(), tensor.requires_grad)
+        seen.full_name = join(route.path, name)
+        return seen
+
+    @override
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         route: _Route = vars(self)[_ROUTE]
         inputs = args[0] if args else next(iter(kwargs.values()))
         route.on(inputs.device)
-        if route.has_own:
+        if route.own:
             return self._apart(route, args, kwargs)
         output: Tensor = super().forward(*args, **kwargs)
         _check_batch(route, inputs, output)
         total = output if is_unheld(output) else output.clone()
         for rows, lora in ((group.rows, group.lora) for group in route.groups):
             if lora is not None:
-                part = lora(_of(inputs, rows), _copied(total, rows), self, True)
+                part = lora(_of(inputs, rows), _copied(total, rows), self, not is_traced())
                 total = _put(total, rows, part)
         return total
 
@@ -161,27 +197,36 @@ class RoutedLayer(Swapped):
         for rows, kept, lora in ((group.rows, group.kept, group.lora) for group in route.groups):
             own = [_samples(value, rows, route) for value in args]
             named = {key: _samples(value, rows, route) for key, value in kwargs.items()}
-            with _tensors_of(self, kept):
-                output: Tensor = super().forward(*own, **named)
             inputs = own[0] if own else next(iter(named.values()))
-            outputs.append(output if lora is None else lora(inputs, output, self, is_unheld(output)))
+            with route.apart(self, kept):
+                output: Tensor = super().forward(*own, **named)
+                outputs.append(output if lora is None else lora(inputs, output, self, is_unheld(output)))
         if sum(map(len, outputs)) != route.samples:
             _check_batch(route, args[0] if args else next(iter(kwargs.values())), torch.cat(outputs))
         return torch.cat(outputs).index_select(0, route.back(outputs[0].device))
 
 
-@contextmanager
-def _tensors_of(layer: nn.Module, kept: Kept | None) -> Iterator[None]:
-    """Have a layer compute with the tensors that it has under an adapter."""
-    own = [] if kept is None else kept.own
-    base = [vars(layer)[table][key] for table, key in own]
-    for table, key in own:
-        vars(layer)[table][key] = vars(kept)[table][key]
-    try:
-        yield
-    finally:
-        for (table, key), value in zip(own, base, strict=True):
-            vars(layer)[table][key] = value
+class _Ambiguous(Tensor):
+    """A tensor of which several adapters of a batch have their own, as code outside of its layer sees it.
+
+    Such code would compute with the base's for all samples. It may ask for the shape and the like.
+    """
+
+    full_name: str
+
+    @classmethod
+    @override
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if name in METADATA:
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        found = sorted({each.full_name for each in tree_leaves((args, kwargs)) if isinstance(each, cls)})
+        raise RuntimeError(
+            f"routed: {listed(found)} {'is' if len(found) == 1 else 'are'} read outside of the layer's forward, by a "
+            "hook or another module, and adapters of this batch have values of their own there. Leave the layer out "
+            "of what they train in full (modules_to_save, bias), or run the samples of each adapter by themselves, "
+            "inside using(module, name)."
+        )
 
 
 # --- samples

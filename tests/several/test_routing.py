@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import pickle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_lora import LoRAConfig, active_adapter, add_adapter, merge, merged, parameter_groups, routed, using
+from lightning_lora import (
+    LoRAConfig,
+    active_adapter,
+    adapter_state_dict,
+    add_adapter,
+    merge,
+    merged,
+    parameter_groups,
+    routed,
+    using,
+)
 
 WIDTH = 24
 
@@ -39,12 +52,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "slices": {"target_modules": [], "target_slices": {"fused": {"low": "0:8", "high": "24:48:2"}}, "rank": 2},
     "head": {"target_modules": ["out"], "rank": 2, "modules_to_save": ["head"]},
     "biases": {"target_modules": ["out"], "rank": 2, "bias": "lora_only"},
+    "dora and biases": {"target_modules": ["conv", "out"], "rank": 2, "use_dora": True, "bias": "lora_only"},
+    "dora and all biases": {
+        "target_modules": [],
+        "target_slices": {"fused": {"low": "0:8"}},
+        "rank": 2,
+        "use_dora": True,
+        "bias": "all",
+    },
     "tokens": {"target_modules": ["out"], "rank": 2, "trainable_token_indices": [1, 3, 7]},
 }
 BATCHES = {
     "sorted": ["linear", "linear", "conv", "conv", None],
     "mixed": ["dora", None, "embedding", "dora", "slices", "linear", "conv", None, "slices"],
     "heads": ["head", "linear", "biases", "head", None, "biases", "tokens", "head"],
+    "biases": [
+        "dora and biases",
+        "biases",
+        "dora and all biases",
+        "dora and biases",
+        None,
+        "dora",
+        "dora and all biases",
+    ],
 }
 
 
@@ -100,6 +130,74 @@ def test_routed_gradients_equal_those_of_a_loop(batch: str, model: Net):
     assert together.keys() == apart.keys()
     for name in apart:
         torch.testing.assert_close(together[name], apart[name], rtol=1e-10, atol=1e-10)
+
+
+class Conv1D(nn.Module):
+    """A linear layer that is recognized by its name, with a weight of ``(in, out)``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nf = WIDTH
+        self.weight, self.bias = nn.Parameter(torch.randn(WIDTH, WIDTH)), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+LAYERS = {"linear": lambda: nn.Linear(WIDTH, WIDTH), "conv": lambda: nn.Conv1d(WIDTH, WIDTH, 3), "Conv1D": Conv1D}
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_own_biases_beside_dora_are_those_of_a_dense_model(kind: str, bias: str):
+    torch.manual_seed(0)
+    net = nn.Sequential(LAYERS[kind]()).double()
+    dense, x, names = copy.deepcopy(net), torch.randn(4, WIDTH, WIDTH).double(), ["plain", "dora", "dora", None]
+    factors: dict[str, dict[str, Tensor]] = {}
+    for name, options in {"plain": {}, "dora": {"use_dora": True, "bias": bias}}.items():
+        add_adapter(net, name, LoRAConfig(rank=2, alpha=6.0, target_modules=["0"], **options))
+        with using(net, name), torch.no_grad():
+            for parameter in parameter_groups(net, 1.0)[0]["params"]:
+                parameter.copy_(torch.randn_like(parameter))
+            factors[name] = {key: p.clone().requires_grad_() for key, p in adapter_state_dict(net).items()}
+
+    def reference(i: int, name: str | None) -> Tensor:
+        own = factors.get(name or "")
+        if own is None:
+            return dense(x[i : i + 1])[0]
+        weight = dense[0].weight.T if kind == "Conv1D" else dense[0].weight.flatten(1)
+        weight = weight + 3.0 * own["0.lora.B"] @ own["0.lora.A"]
+        if name == "dora":
+            weight = weight * (own["0.lora.magnitude"] / weight.detach().norm(dim=1))[:, None]
+        weight = weight.T if kind == "Conv1D" else weight.view(dense[0].weight.shape)
+        changed = {"0.weight": weight} | {key: own[key] for key in own.keys() & {"0.bias"}}
+        return torch.func.functional_call(dense, changed, (x[i : i + 1],))[0]
+
+    expected = torch.stack([reference(i, name) for i, name in enumerate(names)])
+    with routed(net, names):
+        together = net(x)
+    torch.testing.assert_close(together, expected, rtol=1e-12, atol=1e-12)
+    together.square().sum().backward()
+    expected.square().sum().backward()
+    assert factors["dora"].keys() == {"0.bias", "0.lora.A", "0.lora.B", "0.lora.magnitude"}
+    for name, own in factors.items():
+        with using(net, name):
+            for key, tensor in own.items():
+                torch.testing.assert_close(net.get_parameter(key).grad, tensor.grad, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_a_model_compiled_as_one_graph_is_routed(batch: str, model: Net):
+    names = BATCHES[batch]
+    x, found = samples(len(names)), []
+    torch.compiler.reset()
+    for run in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        with routed(model, names):
+            output = run(x)
+        output.square().sum().backward()
+        found.append((output, gradients(model)))
+        model.zero_grad()
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
 
 
 def test_samples_without_adapter_are_the_bare_base_bit_for_bit(model: Net):
@@ -215,3 +313,135 @@ def test_an_output_that_the_layer_keeps_is_not_changed():
         output = net(x)
     torch.testing.assert_close(net[0].last, x @ net[0].weight.T)
     assert not torch.allclose(output, net[0].last)
+
+
+# --- tensors of which adapters have their own, read outside of their layer's forward
+
+
+class Reading(nn.Module):
+    """A model whose head is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.fc(x), self.head.weight, self.head.bias)
+
+
+class Adding(Reading):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)[..., :3] + self.head.bias
+
+
+class Asking(Reading):
+    """A model that asks what its head is like, as transformers' models do, and calls it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.head.weight, Tensor)
+        weight = self.head.weight
+        return self.head(self.fc(x).to(weight.device, weight.dtype).view(-1, weight.shape[1]))
+
+
+class Calling(Reading):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc(x))
+
+
+def hooked(how: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    net = Calling()
+    net.head = how(net.head)
+    return net
+
+
+class Encoding(nn.Module):
+    """A model that computes with the weights of its layers in one kernel where it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+        self.layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.fc(x).unsqueeze(1))
+
+
+def with_own(net: nn.Module, **options: Any) -> nn.Module:
+    """Return a model with two adapters, of which the second has tensors of its own in place of the base's."""
+    add_adapter(net, "plain", LoRAConfig(rank=2, target_modules=["fc"]))
+    add_adapter(net, "own", LoRAConfig(rank=2, target_modules=["fc"], **options))
+    with using(net, "own"), torch.no_grad():
+        for parameter in parameter_groups(net, 1.0)[0]["params"]:
+            parameter.add_(torch.randn_like(parameter))
+    return net.eval()
+
+
+HEAD: dict[str, Any] = {"modules_to_save": ["head"]}
+OUTPUT: dict[str, Any] = {"modules_to_save": ["attention.out_proj"]}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("build", "options", "where"),
+    [
+        (Reading, HEAD, r"head\.bias, head\.weight are"),
+        (Adding, {"bias": "all"}, r"head\.bias is"),
+        (lambda: hooked(nn.utils.weight_norm), HEAD, r"head\.weight_g, head\.weight_v are"),
+        (lambda: hooked(nn.utils.spectral_norm), HEAD, r"head\.weight_orig is"),
+        (lambda: Attending(batch_first=True), OUTPUT, r"attention\.out_proj\.bias, attention\.out_proj\.weight are"),
+    ],
+    ids=["weight", "bias", "weight_norm", "spectral_norm", "attention"],
+)
+def test_own_tensors_read_outside_of_their_layer_are_named(build: Any, options: Any, where: str):
+    net, x = with_own(build(), **options), torch.randn(3, 2, WIDTH)
+    with routed(net, ["plain", "own", None]), pytest.raises(RuntimeError, match=f"routed: {where} read outside"):
+        net(x)
+    for name in ("plain", "own", None):
+        with using(net, name):
+            net(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [(Asking, HEAD), (Encoding, {"modules_to_save": ["layer.linear1"]}), (Encoding, {"modules_to_save": ["norm1"]})],
+    ids=["questions", "encoder", "encoder's norm"],
+)
+def test_own_tensors_may_be_asked_for_their_shape(build: Any, options: Any):
+    net, x, names = with_own(build(), **options), torch.randn(4, WIDTH), ["own", "plain", None, "own"]
+    with torch.no_grad():
+        with routed(net, names):
+            together = net(x)
+        torch.testing.assert_close(together, one_by_one(net, names, x))
+
+
+class Counting(nn.Linear):
+    """A layer that replaces its buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(WIDTH, 3)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = self.seen + len(x)
+        return super().forward(x)
+
+
+def test_each_adapter_keeps_the_buffers_that_its_samples_replace():
+    net = nn.Sequential(nn.Linear(WIDTH, WIDTH), Counting())
+    for name in ("a", "b"):
+        add_adapter(net, name, LoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    for _ in range(2):
+        with routed(net, ["a", "b", None, "b", "b"]):
+            net(torch.randn(5, WIDTH))
+    seen = {}
+    for name in ("a", "b", None):
+        with using(net, name):
+            seen[name] = int(net[1].seen)
+    assert seen == {"a": 2, "b": 6, None: 2}
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps])
+def test_a_routed_module_is_not_copied(how: Any, model: Net):
+    with routed(model, ["linear", "conv"]), pytest.raises(RuntimeError, match="copied or pickled inside routed"):
+        how(model)
+    assert type(copy.deepcopy(model).fused).__name__ == "LoRALinear"

@@ -135,6 +135,14 @@ def test_each_adapter_ends_as_in_a_fit_of_its_own(mode: Any, close: float):
     assert_each_is_alone(Quiet, sweep, module, close, **options)
 
 
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+@pytest.mark.parametrize("mode", MODES)
+def test_biases_beside_dora_end_as_in_a_fit_of_their_own(mode: Any, bias: Any):
+    module, sweep = Quiet(), swept(grid={"lr": [1e-2, 3e-2]}, use_dora=True, bias=bias, mode=mode, keep=1.0)
+    fit(module, sweep, max_steps=8)
+    assert_each_is_alone(Quiet, sweep, module, EXACT if mode == "loop" else CLOSE, max_steps=8)
+
+
 @pytest.mark.parametrize(("mode", "close"), [("loop", EXACT), ("vmap", CLOSE), ("meet", CLOSE)])
 def test_validation_changes_no_batches_that_training_draws(mode: Any, close: float):
     def seeded() -> Quiet:
