@@ -15,7 +15,7 @@ from lightning_lora.adapted_model import AdaptedModel, in_turn
 from lightning_lora.attachment import DEFAULT, AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, TokenAdapter
-from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
+from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, recorded
 from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile, read_directory
 from lightning_lora.peft_format.importing import Import, import_into, import_state
@@ -24,7 +24,6 @@ from lightning_lora.state import (
     check_not_merged,
     check_sound,
     copy_adapter_state,
-    fill_buffers,
     has_base_values,
     load_adapter_state_dict,
     record_problems,

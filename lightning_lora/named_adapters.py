@@ -16,16 +16,25 @@ The first adapter is called ``"default"`` unless it was named. A module with one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import SEVERAL, AdaptedModel, Root, home_of
 from lightning_lora.attachment import DEFAULT, get_attachment, set_attachment
+from lightning_lora.base_buffers import (
+    buffer_places,
+    copied,
+    first_values,
+    moved_buffers,
+    note_moved,
+    take_back,
+)
 from lightning_lora.layers import LoRALayer, swap_in, swap_out
 from lightning_lora.layers.lora_layer import Behavior
 from lightning_lora.layers.weight import renew_weight_list
@@ -266,6 +275,30 @@ def own_buffer(several: Several, part: nn.Module, key: str, base: Tensor | None)
     adapter = several.adapters[several.active or ""]
     if part not in adapter.kept or key not in adapter.kept[part]._buffers:
         _own(several, part, "_buffers", key, None if base is None else base.detach().clone())
+
+
+def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
+    """Make these the values of the buffers that the active adapter has for itself; they may have grown since.
+
+    The base's own values are kept, for ``detach``, ``disabled`` and other adapters. They come back where the adapter
+    had a value so far and gets none.
+    """
+    model = AdaptedModel(model.module)
+    take_back(model, moved_buffers(model).keys() - values.keys())
+    places, several = buffer_places(model) if values else {}, recorded(model.module)
+    saved = {name: value for name, value in values.items() if name in places}  # others were left out of this module
+    note_moved(model, {name: copied(places[name][0]._buffers[places[name][1]]) for name in saved})
+    first = first_values(model)
+    for name, value in saved.items():
+        part, key = places[name]
+        if several is not None and several.active is not None:
+            own_buffer(several, part, key, first.get(name))
+        buffer = part._buffers[key]
+        if buffer is not None and buffer.shape == value.shape:
+            with torch.no_grad():
+                buffer.copy_(value)
+        else:
+            part._buffers[key] = value.to(buffer).clone() if buffer is not None else value.clone()
 
 
 def _own(several: Several, part: nn.Module, table: str, key: str, base: Tensor | None) -> None:

@@ -10,19 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters, in_turn, replace_buffers
-from lightning_lora.base_buffers import (
-    buffer_places,
-    copied,
-    first_values,
-    grown_buffers,
-    moved_buffers,
-    note_moved,
-    own_values,
-    take_back,
-)
+from lightning_lora.base_buffers import grown_buffers, own_values
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, samples
 from lightning_lora.layers import LowRankAdapter
-from lightning_lora.named_adapters import of_others, own_buffer, recorded
+from lightning_lora.named_adapters import of_others
 from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, module_names, near_names
 from lightning_lora.sharding import copy_whole, whole
 
@@ -331,30 +322,3 @@ def allow_missing_base(module: nn.Module, incompatible: Any) -> None:
     base = {clean_name(name) for name in module.state_dict()} - required
     missing = incompatible.missing_keys
     missing[:] = [name for name in missing if not {clean_name(name), clean_name(name).removeprefix("module.")} & base]
-
-
-# --- buffers of the base that training has changed
-
-
-def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
-    """Make these the values of the buffers that the active adapter has for itself; they may have grown since.
-
-    The base's own values are kept, for ``detach``, ``disabled`` and other adapters. They come back where the adapter
-    had a value so far and gets none.
-    """
-    model = AdaptedModel(model.module)
-    take_back(model, moved_buffers(model).keys() - values.keys())
-    places, several = buffer_places(model) if values else {}, recorded(model.module)
-    saved = {name: value for name, value in values.items() if name in places}  # others were left out of this module
-    note_moved(model, {name: copied(places[name][0]._buffers[places[name][1]]) for name in saved})
-    first = first_values(model)
-    for name, value in saved.items():
-        part, key = places[name]
-        if several is not None and several.active is not None:
-            own_buffer(several, part, key, first.get(name))
-        buffer = part._buffers[key]
-        if buffer is not None and buffer.shape == value.shape:
-            with torch.no_grad():
-                buffer.copy_(value)
-        else:
-            part._buffers[key] = value.to(buffer).clone() if buffer is not None else value.clone()

@@ -18,6 +18,7 @@ from lightning_lora.named_adapters import (
     adapter_names,
     check_name,
     checked,
+    fill_buffers,
     forget,
     put_back,
     recorded,
@@ -28,7 +29,6 @@ from lightning_lora.named_adapters import (
     undone_on_failure,
 )
 from lightning_lora.names import listed, walk
-from lightning_lora.state import fill_buffers
 
 # --- what users call
 

@@ -19,7 +19,7 @@ LEVELS = [
     {"names", "ops", "sharding"},
     {"option_checks"},
     {"config", "fingerprint", "layers"},
-    {"adapted_model", "attachment", "optimizers", "planning"},
+    {"adapted_model", "attachment", "base_buffers", "optimizers", "planning"},
     {"modes", "named_adapters", "probe", "surgery", "switching"},
     {"state", "ranks"},
     {"storage"},

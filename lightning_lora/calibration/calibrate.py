@@ -29,12 +29,12 @@ from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, InitOpt
 from lightning_lora.layers import LowRankAdapter, base_parameter
 from lightning_lora.layers.starts import olora, pissa
 from lightning_lora.modes import disabled
+from lightning_lora.named_adapters import fill_buffers
 from lightning_lora.names import listed
 from lightning_lora.option_checks import bytes_of, parse_budget
 from lightning_lora.probe import RandomState, arguments_for, left_as_it_was
 from lightning_lora.ranks.allocation import allocate, with_ranks
 from lightning_lora.sharding import is_sharded
-from lightning_lora.state import fill_buffers
 from lightning_lora.surgery import attach, detach
 from lightning_lora.switching import in_place_of
 

@@ -28,7 +28,7 @@ from lightning_lora.analysis.spectrum import NUMERICAL_ZERO, energy_rank, numeri
 from lightning_lora.disk.conversion import imported_together, read_as_peft
 from lightning_lora.disk.skeleton import fill
 from lightning_lora.fingerprint import Sample, differing_tensors
-from lightning_lora.named_adapters import checked, several_of, undone_on_failure
+from lightning_lora.named_adapters import checked, fill_buffers, several_of, undone_on_failure
 from lightning_lora.names import listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, PeftFile
 from lightning_lora.peft_format.factors import Factors, stacked
@@ -51,7 +51,7 @@ from lightning_lora.several.summand import (
     summand_of_module,
     tokens_as_updates,
 )
-from lightning_lora.state import copy_adapter_state, fill_buffers
+from lightning_lora.state import copy_adapter_state
 from lightning_lora.storage.atomic import check_directory
 from lightning_lora.switching import beside, using
 

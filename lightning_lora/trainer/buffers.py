@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.base_buffers import base_buffers, buffer_places, moved_values, values_now
 from lightning_lora.layers.norm import has_running_statistics
-from lightning_lora.named_adapters import active_adapter, of_others, own_buffer, recorded
-from lightning_lora.state import fill_buffers
+from lightning_lora.named_adapters import active_adapter, fill_buffers, of_others, own_buffer, recorded
 
 T = TypeVar("T")
 

@@ -24,14 +24,13 @@ from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, fingerprint, samples, to_plain
 from lightning_lora.layers import base_parameter
-from lightning_lora.named_adapters import active_adapter, adapter_names, of_others
+from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
 from lightning_lora.names import clean_name, join, listed, walk
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
     check_not_merged,
     describe,
-    fill_buffers,
     mismatch_message,
     mismatches,
     other_name,

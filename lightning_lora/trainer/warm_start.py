@@ -16,12 +16,12 @@ from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers
 from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
-from lightning_lora.named_adapters import recorded
+from lightning_lora.named_adapters import fill_buffers, recorded
 from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import check_base_values, check_not_merged, check_sound, fill_buffers, has_base_values
+from lightning_lora.state import check_base_values, check_not_merged, check_sound, has_base_values
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.trainer.diagnostics import norm_of_updates
 
