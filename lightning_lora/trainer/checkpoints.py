@@ -5,29 +5,25 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, fingerprint, samples, to_plain
-from lightning_lora.layers import base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names, of_others
-from lightning_lora.names import clean_name, join, listed, walk
+from lightning_lora.names import clean_name, listed
 from lightning_lora.optimizers import group_names, reordered_state
-from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
     check_not_merged,
     describe,
@@ -49,8 +45,10 @@ from lightning_lora.storage.checkpoint import (
     checked_checkpoint,
     recorded_base,
 )
+from lightning_lora.trainer.base_checkpoint import factor_names, load_base
 from lightning_lora.trainer.checks import check_same_adapters
 from lightning_lora.trainer.lightning_patches import INSTALLED, with_twins
+from lightning_lora.trainer.metrics import load_metrics, metric_states
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
 
@@ -105,7 +103,7 @@ class AdapterCheckpoints:
         if not model.layers:
             state: dict[str, Any] = self.own["lightning_module_state_dict"]()
             return state
-        return trained_state(self.layout, model) | _metric_states(model)
+        return trained_state(self.layout, model) | metric_states(model)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole."""
@@ -199,12 +197,12 @@ class AdapterCheckpoints:
 
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
         model, state, record = self._model, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
-        if record is not None or any(name in state for name in _factor_names(model)):
+        if record is not None or any(name in state for name in factor_names(model)):
             self._load_adapter(model, state, record, strict, checkpoint.get(OTHERS_KEY, {}))
             if record is not None and "rank_schedule" in record:
                 self.loaded_ranks = record["rank_schedule"], checkpoint[SCORES_KEY]
         elif model.layers:
-            _load_base(self.layout, model, state, strict=strict)
+            load_base(self.layout, model, state, strict=strict)
             # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
             changed = cast(dict[str, Any], checkpoint)
             changed.update(optimizer_states=[], lr_schedulers=[], callbacks={})
@@ -230,11 +228,11 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        known = [*untrained, *_metric_states(model), *(() if strict else state)]
+        known = [*untrained, *metric_states(model), *(() if strict else state)]
         grown = grown_buffers(model, state)
-        problems += mismatches(_whole_shapes(self.layout, model.trained) | grown, state, known)
+        problems += mismatches(self.layout.shapes(model.trained) | grown, state, known)
         brought = {name: tensor for name, tensor in untrained.items() if name in state}
-        problems += [*other_shapes(_whole_shapes(self.layout, brought), state), *other_base]
+        problems += [*other_shapes(self.layout.shapes(brought), state), *other_base]
         beside, values, misfits = self._of_others(module, others, record or {})
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
@@ -256,7 +254,7 @@ class AdapterCheckpoints:
         of_others(module, fill_other)
         before = (record or {}).get("untrained")
         self.untrained = None if before is None else functools.partial(list, before)
-        _load_metrics(model, state)
+        load_metrics(model, state)
 
     def _of_others(
         self, module: nn.Module, others: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]
@@ -272,7 +270,7 @@ class AdapterCheckpoints:
         there = tensors_of_others(module).items()
         tensors = {place: tensor for place, tensor in there if place.split(".", 2)[1] in names}
         values = {other_name(name, key): value for name, own in others.items() for key, value in own.items()}
-        return tensors, values, problems + mismatches(_whole_shapes(self.layout, tensors), values)
+        return tensors, values, problems + mismatches(self.layout.shapes(tensors), values)
 
     def _other_base(self, model: AdaptedModel, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
         """Return how the base differs from the recorded one; what the state itself replaces is not compared."""
@@ -398,119 +396,6 @@ def _remove_leftovers(folder: Path) -> None:
                 part.unlink()
 
 
-# --- metrics
-
-
-def _metrics(model: AdaptedModel) -> list[tuple[str, Metric]]:
-    return [(name, part) for name, part in model.parts if isinstance(part, Metric)]
-
-
-def _metric_states(model: AdaptedModel) -> dict[str, Any]:
-    """Return the persistent states of torchmetrics, without frozen weights that a metric may hold."""
-    metrics = _metrics(model)
-    frozen = {clean_name(name) for name, _ in model.module.named_parameters()} if metrics else set()
-    return {
-        key: value
-        for name, metric in metrics
-        for key, value in metric.state_dict(prefix=f"{name}.").items()
-        if key not in frozen
-    }
-
-
-def _load_metrics(model: AdaptedModel, state: Mapping[str, Any]) -> None:
-    for name, metric in _metrics(model):
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        metric.load_state_dict(own, strict=False)
-
-
 def _only_trained(model: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    keep = {*model.trained, *_metric_states(model)}
+    keep = {*model.trained, *metric_states(model)}
     return {clean: value for name, value in state.items() if (clean := clean_name(name)) in keep}
-
-
-# --- a checkpoint from before LoRA
-
-
-def _load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor], *, strict: bool) -> None:
-    """Load the weights of a whole model as the frozen base; every process must call this.
-
-    Args:
-        layout: How the module's tensors are distributed.
-        model: The adapted model; its adapters start anew.
-        state: The whole tensors, in every process.
-        strict: Whether the names must be exactly those of the base.
-
-    Raises:
-        ValueError: The state does not fit. Nothing was changed.
-    """
-    factors = _factor_names(model)
-    base = {name: tensor for name, tensor in _persistent(model.module).items() if name not in factors}
-    known: Collection[str] = _metric_states(model)
-    whole = _whole_shapes(layout, base)
-    problems = mismatches(whole, state, known) if strict else other_shapes(whole, state)
-    if not base.keys() & state.keys():
-        problems.append("they share no name")
-    if problems:
-        raise ValueError(
-            f"The checkpoint holds no adapter, and as a base it does not fit {type(model.module).__name__}; nothing "
-            "was changed:\n" + "\n".join(f"  - {problem}" for problem in problems)
-        )
-    layout.fill(base, state)
-    if layout.base is not None:
-        loaded = {name: state[name] for name in model.base if name in state}
-        layout.base = {**layout.base, **fingerprint(loaded)}
-    starts = _starts(model, state)
-    layout.fill({name: model.trained[name] for name in starts}, starts)
-    for root in model.roots:
-        for name, value in (root.attachment.base_values | root.attachment.first_buffers).items():
-            if (full := join(root.name, name)) in state and value is not None and value.shape == state[full].shape:
-                copy_whole(value, state[full])
-    _load_metrics(model, state)
-
-
-def _factor_names(model: AdaptedModel) -> set[str]:
-    """Return the names of the adapters' own tensors."""
-    return {
-        clean_name(f"{path}.lora.{key}")
-        for path, layer in model.layers.items()
-        for named in (layer.lora.named_parameters, layer.lora.named_buffers)
-        for key, _ in named(remove_duplicate=False)
-    }
-
-
-def _whole_shapes(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors without memory that have the shapes of the whole ones."""
-    return {
-        name: torch.empty(layout.shape(name, tensor), dtype=tensor.dtype, device="meta")
-        for name, tensor in tensors.items()
-    }
-
-
-def _persistent(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that a whole checkpoint holds, by each of their names.
-
-    ``state_dict`` would gather the whole model under FSDP, and return copies.
-    """
-    found: dict[str, Tensor] = {}
-    for path, part in walk(module, every_name=True):
-        fleeting = part._non_persistent_buffers_set
-        found |= {
-            join(path, key): tensor
-            for key, tensor in (*part._parameters.items(), *part._buffers.items())
-            if tensor is not None and key not in fleeting
-        }
-    return found
-
-
-@torch.no_grad()
-def _starts(model: AdaptedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the values of adapter tensors that start from the base's, such as DoRA's magnitudes."""
-    names, found = {id(tensor): name for name, tensor in model.trained.items()}, dict[str, Tensor]()
-    for path, layer in model.layers.items():
-        for adapter in layer.adapters().values():
-            value, like = state.get(join(path, adapter.parameter)), base_parameter(layer, adapter.parameter)
-            if value is not None:
-                starts = adapter.starts(value.to(like.device, like.dtype))
-                found |= {names[id(adapter._parameters[key])]: start for key, start in starts.items()}
-    return found
