@@ -12,8 +12,8 @@ from lightning_lora.fingerprint import fingerprint
 from lightning_lora.layers import base_parameter
 from lightning_lora.names import clean_name, join, walk
 from lightning_lora.sharding import copy_whole
-from lightning_lora.state import mismatches, other_shapes
-from lightning_lora.trainer.metrics import load_metrics, metric_states
+from lightning_lora.state import extra_state_names, mismatches, other_shapes
+from lightning_lora.trainer.metrics import load_states, metric_states
 from lightning_lora.trainer.strategies.base import Layout
 
 
@@ -31,7 +31,7 @@ def load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor], 
     """
     factors = factor_names(model)
     base = {name: tensor for name, tensor in _persistent(model.module).items() if name not in factors}
-    known: Collection[str] = metric_states(model)
+    known: Collection[str] = {*metric_states(model), *extra_state_names(model.module)}
     whole = layout.shapes(base)
     problems = mismatches(whole, state, known) if strict else other_shapes(whole, state)
     if not base.keys() & state.keys():
@@ -51,7 +51,7 @@ def load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor], 
         for name, value in (root.attachment.base_values | root.attachment.first_buffers).items():
             if (full := join(root.name, name)) in state and value is not None and value.shape == state[full].shape:
                 copy_whole(value, state[full])
-    load_metrics(model, state)
+    load_states(model, state)
 
 
 def factor_names(model: AdaptedModel) -> set[str]:

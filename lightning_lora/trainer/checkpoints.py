@@ -27,6 +27,8 @@ from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.state import (
     check_not_merged,
     describe,
+    extra_state_names,
+    extra_states,
     fill_buffers,
     mismatch_message,
     mismatches,
@@ -47,8 +49,9 @@ from lightning_lora.storage.checkpoint import (
 )
 from lightning_lora.trainer.base_checkpoint import factor_names, load_base
 from lightning_lora.trainer.checks import check_same_adapters
-from lightning_lora.trainer.lightning_patches import INSTALLED, with_twins
-from lightning_lora.trainer.metrics import load_metrics, metric_states
+from lightning_lora.trainer.lightning_patches import INSTALLED, MethodWraps, overrides, with_twins
+from lightning_lora.trainer.metrics import load_states, metric_states
+from lightning_lora.trainer.state_hooks import names_restored, restored_names, without_own
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
 
@@ -82,6 +85,10 @@ class AdapterCheckpoints:
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
         self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
+        self._given: dict[str, Any] | None = None  # the state to save, before hooks have seen it
+        self._file: dict[str, Any] | None = None  # the state in an adapter's file, before hooks have seen it
+        self._has_told_of_extra = False
+        self._has_told = False  # what hooks could not remove
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
             setattr(strategy, name, getattr(self, name))
@@ -95,7 +102,7 @@ class AdapterCheckpoints:
     # --- saving
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the state to save: adapters, what trains in full, moving statistics and metric states."""
+        """Return the state to save: adapters, what trains in full, moving statistics, metric and extra states."""
         check_same_adapters(module_of(self.strategy))
         model = self._model
         model.check_unchanged()
@@ -103,7 +110,49 @@ class AdapterCheckpoints:
         if not model.layers:
             state: dict[str, Any] = self.own["lightning_module_state_dict"]()
             return state
-        return trained_state(self.layout, model) | metric_states(model)
+        extra, left_out = extra_states(model)
+        if left_out and not self._has_told_of_extra:
+            self._has_told_of_extra = True
+            rank_zero_warn(
+                f"LoRA: get_extra_state returns tensors of the frozen base in {listed(left_out)}, so checkpoints leave "
+                "these states out: they hold no base. Return the rest alone, or save it in on_save_checkpoint."
+            )
+        self._given = trained_state(self.layout, model) | metric_states(model) | extra
+        return dict(self._given)
+
+    @contextmanager
+    def watching_hooks(self) -> Iterator[None]:
+        """Undo what the module's ``on_save_checkpoint`` does to names of the adapter, while a checkpoint is made.
+
+        It runs last, so that what callbacks such as WeightAveraging have put in is known.
+        """
+        module, wraps = module_of(self.strategy), MethodWraps()
+        if overrides(module, "on_save_checkpoint"):
+            wraps.around(module, "on_save_checkpoint", self._watch)
+        try:
+            yield
+        finally:
+            wraps.remove()
+
+    def _watch(self, hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+        model = self._model
+        before = _only_trained(model, checkpoint.get("state_dict", {})) if model.layers else None
+        hook(checkpoint)
+        if before is not None:
+            self._restore_names(model, before, checkpoint, type(model.module).__name__)
+
+    def _restore_names(
+        self, model: AdaptedModel, before: Mapping[str, Any], checkpoint: dict[str, Any], whose: str
+    ) -> None:
+        after, trained = checkpoint.get("state_dict", {}), model.trained.keys()
+        checkpoint["state_dict"] = state = names_restored(before, after, trained=trained, needed=trained)
+        if not self._has_told and (names := restored_names(before, after, state)):
+            self._has_told = True
+            rank_zero_warn(
+                f"LoRA: on_save_checkpoint of {whose} removes, renames or exchanges {listed(names)} in the state_dict. "
+                "Checkpoints hold these all the same, under their own names, for they are the adapter. The frozen base "
+                "is in none of them, so no hook needs to drop it."
+            )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole."""
@@ -120,6 +169,9 @@ class AdapterCheckpoints:
         if not model.layers:
             self.own["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
             return
+        given, self._given = self._given, None
+        if given is not None:
+            self._restore_names(model, given, checkpoint, "a callback")
         # Callbacks such as WeightAveraging put whole models back in after the state dict was made.
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
@@ -182,7 +234,10 @@ class AdapterCheckpoints:
                     "lightning.pytorch.utilities.consolidate_checkpoint` (for DeepSpeed: lightning.pytorch.utilities."
                     "deepspeed.convert_zero_checkpoint_to_fp32_state_dict), or load it in configure_model."
                 )
-        return checked_checkpoint(path, lambda: read(path, weights_only=weights_only))
+        checkpoint = checked_checkpoint(path, lambda: read(path, weights_only=weights_only))
+        # Files of whole models, in which hooks may have changed names when they were saved, are theirs to change back.
+        self._file = dict(checkpoint["state_dict"]) if RECORD_KEY in checkpoint else None
+        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load an adapter, strictly for its own keys; or a full checkpoint from before LoRA as the base."""
@@ -196,7 +251,7 @@ class AdapterCheckpoints:
             raise
 
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        model, state, record = self._model, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
+        model, state, record = self._model, self._loaded_state(checkpoint), checkpoint.get(RECORD_KEY)
         if record is not None or any(name in state for name in factor_names(model)):
             self._load_adapter(model, state, record, strict, checkpoint.get(OTHERS_KEY, {}))
             if record is not None and "rank_schedule" in record:
@@ -213,6 +268,17 @@ class AdapterCheckpoints:
         else:
             self.own["load_model_state_dict"](checkpoint, strict=strict)
 
+    def _loaded_state(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the state to load, without what a hook of the module has done to names of the adapter."""
+        state, model = checkpoint["state_dict"], self._model
+        file, self._file = self._file, None
+        if file is None or RECORD_KEY not in checkpoint:
+            return cast(Mapping[str, Any], state)
+        names = factor_names(model)
+        factors = {name: tensor for name, tensor in model.trained.items() if name in names}
+        state = names_restored(file, state, trained=model.trained, needed=factors)
+        return without_own(state, file, factors)
+
     def _load_adapter(
         self,
         model: AdaptedModel,
@@ -228,7 +294,7 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        known = [*untrained, *metric_states(model), *(() if strict else state)]
+        known = [*untrained, *metric_states(model), *extra_state_names(module), *(() if strict else state)]
         grown = grown_buffers(model, state)
         problems += mismatches(self.layout.shapes(model.trained) | grown, state, known)
         brought = {name: tensor for name, tensor in untrained.items() if name in state}
@@ -254,7 +320,7 @@ class AdapterCheckpoints:
         of_others(module, fill_other)
         before = (record or {}).get("untrained")
         self.untrained = None if before is None else functools.partial(list, before)
-        load_metrics(model, state)
+        load_states(model, state)
 
     def _of_others(
         self, module: nn.Module, others: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]
@@ -397,5 +463,5 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _only_trained(model: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    keep = {*model.trained, *metric_states(model)}
+    keep = {*model.trained, *metric_states(model), *extra_state_names(model.module)}
     return {clean: value for name, value in state.items() if (clean := clean_name(name)) in keep}

@@ -1,4 +1,4 @@
-"""States of torchmetrics in a module, which its checkpoints hold if they are persistent."""
+"""States of torchmetrics in a module, which its checkpoints hold if they are persistent, beside extra states."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torchmetrics import Metric
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.names import clean_name
+from lightning_lora.state import load_extra_states
 
 
 def _metrics(model: AdaptedModel) -> list[tuple[str, Metric]]:
@@ -27,8 +28,10 @@ def metric_states(model: AdaptedModel) -> dict[str, Any]:
     }
 
 
-def load_metrics(model: AdaptedModel, state: Mapping[str, Any]) -> None:
-    """Load what a checkpoint holds of them; where it holds nothing, the states stay."""
+def load_states(model: AdaptedModel, state: Mapping[str, Any]) -> None:
+    """Load what a checkpoint holds of them and of extra states; where it holds nothing, the states stay."""
+    metrics = metric_states(model)  # some have extra states, which they load themselves
+    load_extra_states(model.module, {name: value for name, value in state.items() if name not in metrics})
     for name, metric in _metrics(model):
         prefix = f"{name}."
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
