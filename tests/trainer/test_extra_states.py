@@ -167,8 +167,9 @@ def test_whole_checkpoint_from_before_brings_its_extra_states(tmp_path: Path) ->
     assert (adapted.stage.seen, adapted.batches) == (12, 12)
 
 
-def test_model_that_lacks_the_part_loads_the_adapter_without_its_state(tmp_path: Path) -> None:
-    path = fitted(module := Warm(), tmp_path)
+@pytest.mark.parametrize("kind", [Warm, WarmTensor])
+def test_model_that_lacks_the_part_loads_the_adapter_without_its_state(kind: type[Warm], tmp_path: Path) -> None:
+    path = fitted(module := kind(), tmp_path)
     load_adapter(bare := Toy(), path)
     assert torch.equal(bare.net[0].lora.B, module.net[0].lora.B)
     with pytest.raises(ValueError, match=r"unknown to the model: .*stage\._extra_state"):
