@@ -46,6 +46,7 @@ class AttachReport:
         saved: Modules of ``modules_to_save`` -> their number of parameters. What several share counts for the first.
         biases: Biases of the base that train -> their sizes. What several share counts for the first.
         untied: Weights that got a copy of their own -> what they were tied to.
+        without_parameters: Those of ``saved`` that have buffers or extra states alone.
         left_out: Layers that the targets cover but that carry no adapter -> the reason.
         base_parameters: Number of parameters without adapters, with the copies of ``untied``.
         norms: Number of frozen normalization layers that have running statistics.
@@ -60,6 +61,7 @@ class AttachReport:
     frozen_norm: str = "eval"
     biases: Mapping[str, int] = field(default_factory=dict)
     untied: Mapping[str, str] = field(default_factory=dict)
+    without_parameters: Sequence[str] = ()
 
     @property
     def adapter_parameters(self) -> int:
@@ -92,7 +94,8 @@ class AttachReport:
             for (pattern, rank, scaling, dtype), group in groups.items()
         ]
         for name, count in self.saved.items():
-            how = "in full" if count else "in full, tied, counted above"
+            how = "no parameters" if name in self.without_parameters else "tied, counted above"
+            how = "in full" if count else f"in full, {how}"
             rows.append(self._row(f"{name} ({how})", 1, "-", "-", count, "-"))
         if self.biases:
             rows.append(self._row("biases", len(self.biases), "-", "-", sum(self.biases.values()), "-"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from os import PathLike
@@ -102,12 +103,13 @@ def add_adapter(
             f"add_adapter(adapter={adapter!r}) chooses one of the adapters in a file, but source is a "
             f"{type(source).__name__}. Name a .ckpt, or leave adapter out."
         )
-    active = AdaptedModel(module).roots
+    active, is_first = AdaptedModel(module).roots, not adapter_names(module)
     with beside(module, name):
         if source is None or isinstance(source, LoRAConfig):
             return attach(module, source or LoRAConfig(), seed=seed)
         if not isinstance(source, Mapping):
-            return _load(module, read_adapter(source, adapter, like=name), check_base=check_base)
+            file = read_adapter(source, adapter, like=name)
+            return _load(module, file, check_base=check_base, is_alone=is_first)
         if not active:
             raise ValueError(
                 f"add_adapter(module, {name!r}, ...): tensors do not say their options, and no adapter is active whose "
@@ -170,19 +172,19 @@ def load_adapter(
             f"which {active!r} is active, whose values would be lost. Nothing was changed. Load it beside: "
             f"load_adapter(module, path, name={own!r})."
         )
-    return _load(module, file, check_base=check_base)
+    return _load(module, file, check_base=check_base, is_alone=len(names) < 2)
 
 
-def _load(module: nn.Module, file: PeftFile | CheckpointFile, *, check_base: bool) -> AttachReport:
+def _load(module: nn.Module, file: PeftFile | CheckpointFile, *, check_base: bool, is_alone: bool) -> AttachReport:
     if (model := AdaptedModel(module)).layers:
         module = model.module  # without its wrappers, which an unadapted one must not have
     check_not_merged(module, file.merges, lambda: not check_base or has_base_values(module, file.base))
     if isinstance(file, PeftFile):
         return _load_directory(module, file, check_base=check_base)
-    return _load_checkpoint(module, file, check_base=check_base)
+    return _load_checkpoint(module, file, check_base=check_base, is_alone=is_alone)
 
 
-def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: bool) -> AttachReport:
+def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: bool, is_alone: bool) -> AttachReport:
     """Attach and load what the record says, or nothing at all."""
     if check_base:
         check_base_values(AdaptedModel(module), file.base)
@@ -196,6 +198,14 @@ def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: boo
             known = module.state_dict().keys()
         copy_adapter_state(model, file.tensors, known)
         fill_buffers(model, file.record.get("buffers", {}))
+        if is_alone:
+            file.load_extra_states(module)
+        elif file.extra_states:
+            warnings.warn(
+                f"{str(file.path)!r} holds what get_extra_state has returned: {listed([*file.extra_states])}. That "
+                "belongs to the module, not to one of its adapters, so it was left as it is here.",
+                stacklevel=2,
+            )
         undo.pop_all()
     return reports[0]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from lightning_lora.base_buffers import grown_buffers, own_values
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, samples
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.named_adapters import of_others
-from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, module_names, near_names
-from lightning_lora.sharding import copy_whole, whole
+from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, module_names, near_names, walk
+from lightning_lora.sharding import copy_whole, unwrapped, whole
 
 FORMAT_VERSION = 1
+EXTRA_STATE = "_extra_state"  # the key of torch for what ``get_extra_state`` returns
 
 
 @in_turn
@@ -322,3 +323,61 @@ def allow_missing_base(module: nn.Module, incompatible: Any) -> None:
     base = {clean_name(name) for name in module.state_dict()} - required
     missing = incompatible.missing_keys
     missing[:] = [name for name in missing if not {clean_name(name), clean_name(name).removeprefix("module.")} & base]
+
+
+# --- what ``get_extra_state`` of parts of the module returns
+
+
+def is_extra_state(name: str) -> bool:
+    """Return whether an entry of a state is what ``get_extra_state`` of a module has returned."""
+    return name.rpartition(".")[2] == EXTRA_STATE
+
+
+def extra_states(model: AdaptedModel) -> tuple[dict[str, Any], list[str]]:
+    """Return the extra states of a module's parts, such as counters, and the names of those that are left out.
+
+    An adapter's file has no place for states that hold tensors of the frozen base itself.
+    """
+    parts = {join(path, EXTRA_STATE): part for path, part in model.parts if _overrides(part, "get_extra_state")}
+    states = {name: part.get_extra_state() for name, part in parts.items()}
+    frozen = (
+        {_address(tensor) for name, tensor in model.tensors.items() if name not in model.trained} if states else set()
+    )
+    left_out = [name for name, state in states.items() if any(_address(t) in frozen for t in _tensors_in(state))]
+    return {name: state for name, state in states.items() if name not in left_out}, left_out
+
+
+def extra_state_names(module: nn.Module) -> set[str]:
+    """Return the names of extra states, each of those by which a part is reached, as in a whole checkpoint."""
+    parts = walk(unwrapped(module), every_name=True)
+    return {join(path, EXTRA_STATE) for path, part in parts if _overrides(part, "get_extra_state")}
+
+
+def load_extra_states(module: nn.Module, states: Mapping[str, Any]) -> None:
+    """Give the parts of a module their extra states; one that ``states`` lacks stays as it is."""
+    done = set[nn.Module]()
+    for path, part in walk(unwrapped(module), every_name=True):
+        name = join(path, EXTRA_STATE)
+        if name in states and part not in done and _overrides(part, "set_extra_state"):
+            done.add(part)
+            part.set_extra_state(states[name])
+
+
+def _overrides(part: nn.Module, method: str) -> bool:
+    return getattr(type(part), method) is not getattr(nn.Module, method)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple, set)):
+        for each in value:
+            yield from _tensors_in(each)
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where a tensor's values are, the same for each view of it that begins there."""
+    is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
+    return (tensor.data_ptr() if is_plain else 0) or id(tensor)

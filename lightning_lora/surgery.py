@@ -427,16 +427,16 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
         spec = each.spec
         dtype = "float64" if spec.dtype is torch.float64 else config.adapter_dtype
         layers.append(AdaptedLayer(each.label, each.pattern, spec.rank, spec.scaling, each.size, dtype))
-    copies = sum(plan.parameters[name].numel() for name in plan.untied)
     report = AttachReport(
         layers=layers,
         saved=sizes_once({name: parameters_of(part) for name, part in plan.saved.items()}),
         left_out=plan.left_out,
-        base_parameters=plan.base_parameters + copies,
+        base_parameters=plan.base_parameters + sum(plan.parameters[name].numel() for name in plan.untied),
         norms=plan.norms,
         frozen_norm=config.frozen_norm,
         biases=plan.biases,
         untied=plan.untied,
+        without_parameters=[name for name, part in plan.saved.items() if not parameters_of(part)],
     )
     record = Attachment(config, seed, report, untied=dict(plan.untied))
     if old is not None:

@@ -142,6 +142,17 @@ def test_what_is_tied_is_counted_once(options):
     assert f"{trains[False]:,} base parameters frozen" in str(report)
 
 
+def test_table_says_what_has_no_parameters():
+    class Counts(nn.Module):
+        def get_extra_state(self):
+            return 1
+
+    report = attach(nn.Sequential(nn.Linear(9, 9), Counts()), LoRAConfig(rank=1, modules_to_save=["1"]))
+    assert report.saved == {"1": 0}
+    assert "1 (in full, no parameters)" in str(report)
+    assert "tied" not in str(report)
+
+
 def test_table_says_what_is_tied_to_a_module_above():
     report = attach(Tied(), LoRAConfig(rank=2, modules_to_save=["embed", "head", "norm"]))
     assert report.saved == {"embed": 6 * 8, "norm": 8 * 6 + 6, "head": 0}

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import pickle
+import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.attachment import NONE_STORED, Stored
@@ -31,11 +32,12 @@ from lightning_lora.fingerprint import Sample, from_plain
 from lightning_lora.layers.low_rank import difference
 from lightning_lora.names import join, listed, near_names, without_points
 from lightning_lora.ranks.compaction import compacted
-from lightning_lora.state import FORMAT_VERSION
+from lightning_lora.state import FORMAT_VERSION, is_extra_state, load_extra_states
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredTokens, StoredWeight, damage_named
 from lightning_lora.storage.atomic import remote_address
 
 RECORD_KEY = "lightning_lora"
+_FOREIGN = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")  # in the error of torch's reader, what it will not load
 _OF_A_LAYER = ("A", "B", "A0", "B0", "magnitude", "bias")
 SWEEP_KEY = "sweep"  # of the record: what a LoRASweep has compared, and what came out
 OTHERS_KEY = "lightning_lora_others"  # adapters beside the trained one: name -> their tensors
@@ -62,6 +64,15 @@ def checked_checkpoint(
     except (FileNotFoundError, PermissionError, ImportError):
         raise
     except Exception as error:  # damaged pickles raise whatever their bytes happen to mean
+        # Only the Trainer can be told to execute a file, and Lightning writes archives alone.
+        is_lightnings = source is None and (not Path(str(path)).is_file() or zipfile.is_zipfile(str(path)))
+        if is_lightnings and (found := _FOREIGN.search(str(error))):
+            raise ValueError(
+                f"{str(path)!r} holds objects beyond tensors and plain values, such as {found[1]}, and "
+                "reading those can execute code. Nothing was changed. If you trust the file, pass weights_only=False: "
+                "trainer.test(..., weights_only=False), and likewise in fit, validate and predict. Modules among the "
+                "hyper-parameters are such objects: save_hyperparameters(ignore=[...]) leaves them out of new files."
+            ) from error
         raise ValueError(
             f"{str(path)!r} cannot be read as a Lightning checkpoint; it may be truncated or in another format. "
             f"Nothing was changed. The reader failed with {type(error).__name__}: {_first_sentence(error)}"
@@ -96,9 +107,11 @@ class CheckpointFile(AdapterFile):
 
     Attributes:
         record: The plain values saved with the tensors.
+        extra_states: What ``get_extra_state`` of the module's parts has returned.
     """
 
     record: Mapping[str, Any]
+    extra_states: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     @override
@@ -142,6 +155,17 @@ class CheckpointFile(AdapterFile):
                 for name, said in self.record["layers"].items()
                 if (key := f"{name}.lora.rows") in self.tensors
             }
+
+    def load_extra_states(self, module: nn.Module) -> None:
+        """Give the parts of a module their extra states, as far as they could be read without executing anything."""
+        if unread := [name for name, state in self.extra_states.items() if _holds_placeholder(state)]:
+            warnings.warn(
+                f"{str(self.path)!r} holds objects beyond tensors and plain values in {listed(unread)}, which "
+                "get_extra_state has returned. They were not read, and stay as they are here. If you trust the file: "
+                "set_extra_state(torch.load(path, weights_only=False)['state_dict'][name]) for each.",
+                stacklevel=2,
+            )
+        load_extra_states(module, {name: each for name, each in self.extra_states.items() if name not in unread})
 
     def _layer(self, name: str, said: Mapping[str, Any]) -> StoredLayer:
         """Return one update; an adapter is its layer's only one, or one of a group below the layer's ``lora``."""
@@ -205,8 +229,11 @@ def read_checkpoint(
             record, state = compacted(record, state)
         entries = record["adapters"]
         options = entries[0]["config"] if len(entries) == 1 else {"adapters": list(entries)}
-    tensors = {name: each for name, each in state.items() if isinstance(each, Tensor)}  # metrics may hold other objects
-    return CheckpointFile(Path(path), tensors, options, record["merges"], record)
+    extra = {name: each for name, each in checkpoint["state_dict"].items() if is_extra_state(name)}
+    tensors = {
+        n: each for n, each in state.items() if isinstance(each, Tensor) and n not in extra
+    }  # metrics hold others
+    return CheckpointFile(Path(path), tensors, options, record["merges"], record, extra)
 
 
 def _without_record(path: str | PathLike[str], state: Mapping[str, Any]) -> str:
@@ -361,7 +388,8 @@ def _loaded(source: Path | io.BytesIO) -> Any:
         source.seek(0)
     reader = SimpleNamespace(__name__="pickle", Unpickler=_TensorUnpickler)
     content = torch.load(source, map_location="cpu", weights_only=False, pickle_module=reader)
-    json.dumps(content.get(RECORD_KEY))  # raises if there is a placeholder in it
+    if _holds_placeholder(content.get(RECORD_KEY)):
+        raise pickle.UnpicklingError(f"Its record, {RECORD_KEY!r}, holds objects beyond tensors and plain values.")
     return content
 
 
@@ -399,6 +427,15 @@ class _Placeholder:
     def append(self, value: object) -> None: ...
 
     def add(self, value: object) -> None: ...
+
+
+def _holds_placeholder(value: object) -> bool:
+    """Return whether something in a value could not be read."""
+    if isinstance(value, Mapping):
+        return _holds_placeholder([*value.keys(), *value.values()])
+    if isinstance(value, (list, tuple, set)):
+        return any(map(_holds_placeholder, value))
+    return isinstance(value, _Placeholder) or callable(value)  # what the file names is a class or a function, too
 
 
 class _InertUnpickler(pickle.Unpickler):

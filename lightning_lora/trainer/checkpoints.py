@@ -5,32 +5,30 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, fingerprint, samples, to_plain
-from lightning_lora.layers import base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
-from lightning_lora.names import clean_name, join, listed, walk
+from lightning_lora.names import clean_name, listed
 from lightning_lora.optimizers import group_names, reordered_state
-from lightning_lora.sharding import copy_whole
 from lightning_lora.state import (
     check_not_merged,
     describe,
+    extra_state_names,
+    extra_states,
     mismatch_message,
     mismatches,
     other_name,
@@ -48,8 +46,11 @@ from lightning_lora.storage.checkpoint import (
     checked_checkpoint,
     recorded_base,
 )
+from lightning_lora.trainer.base_checkpoint import factor_names, load_base
 from lightning_lora.trainer.checks import check_same_adapters
-from lightning_lora.trainer.lightning_patches import INSTALLED, with_twins
+from lightning_lora.trainer.lightning_patches import INSTALLED, MethodWraps, overrides, with_twins
+from lightning_lora.trainer.metrics import load_states, metric_states
+from lightning_lora.trainer.state_hooks import names_restored, restored_names, without_own
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
 
@@ -83,6 +84,10 @@ class AdapterCheckpoints:
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
         self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
+        self._given: dict[str, Any] | None = None  # the state to save, before hooks have seen it
+        self._file: dict[str, Any] | None = None  # the state in an adapter's file, before hooks have seen it
+        self._has_told_of_extra = False
+        self._has_told = False  # what hooks could not remove
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
             setattr(strategy, name, getattr(self, name))
@@ -96,7 +101,7 @@ class AdapterCheckpoints:
     # --- saving
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the state to save: adapters, what trains in full, moving statistics and metric states."""
+        """Return the state to save: adapters, what trains in full, moving statistics, metric and extra states."""
         check_same_adapters(module_of(self.strategy))
         model = self._model
         model.check_unchanged()
@@ -104,7 +109,49 @@ class AdapterCheckpoints:
         if not model.layers:
             state: dict[str, Any] = self.own["lightning_module_state_dict"]()
             return state
-        return trained_state(self.layout, model) | _metric_states(model)
+        extra, left_out = extra_states(model)
+        if left_out and not self._has_told_of_extra:
+            self._has_told_of_extra = True
+            rank_zero_warn(
+                f"LoRA: get_extra_state returns tensors of the frozen base in {listed(left_out)}, so checkpoints leave "
+                "these states out: they hold no base. Return the rest alone, or save it in on_save_checkpoint."
+            )
+        self._given = trained_state(self.layout, model) | metric_states(model) | extra
+        return dict(self._given)
+
+    @contextmanager
+    def watching_hooks(self) -> Iterator[None]:
+        """Undo what the module's ``on_save_checkpoint`` does to names of the adapter, while a checkpoint is made.
+
+        It runs last, so that what callbacks such as WeightAveraging have put in is known.
+        """
+        module, wraps = module_of(self.strategy), MethodWraps()
+        if overrides(module, "on_save_checkpoint"):
+            wraps.around(module, "on_save_checkpoint", self._watch)
+        try:
+            yield
+        finally:
+            wraps.remove()
+
+    def _watch(self, hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
+        model = self._model
+        before = _only_trained(model, checkpoint.get("state_dict", {})) if model.layers else None
+        hook(checkpoint)
+        if before is not None:
+            self._restore_names(model, before, checkpoint, type(model.module).__name__)
+
+    def _restore_names(
+        self, model: AdaptedModel, before: Mapping[str, Any], checkpoint: dict[str, Any], whose: str
+    ) -> None:
+        after, trained = checkpoint.get("state_dict", {}), model.trained.keys()
+        checkpoint["state_dict"] = state = names_restored(before, after, trained=trained, needed=trained)
+        if not self._has_told and (names := restored_names(before, after, state)):
+            self._has_told = True
+            rank_zero_warn(
+                f"LoRA: on_save_checkpoint of {whose} removes, renames or exchanges {listed(names)} in the state_dict. "
+                "Checkpoints hold these all the same, under their own names, for they are the adapter. The frozen base "
+                "is in none of them, so no hook needs to drop it."
+            )
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole."""
@@ -121,6 +168,9 @@ class AdapterCheckpoints:
         if not model.layers:
             self.own["save_checkpoint"](checkpoint, filepath, storage_options=storage_options)
             return
+        given, self._given = self._given, None
+        if given is not None:
+            self._restore_names(model, given, checkpoint, "a callback")
         # Callbacks such as WeightAveraging put whole models back in after the state dict was made.
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
@@ -183,7 +233,10 @@ class AdapterCheckpoints:
                     "lightning.pytorch.utilities.consolidate_checkpoint` (for DeepSpeed: lightning.pytorch.utilities."
                     "deepspeed.convert_zero_checkpoint_to_fp32_state_dict), or load it in configure_model."
                 )
-        return checked_checkpoint(path, lambda: read(path, weights_only=weights_only))
+        checkpoint = checked_checkpoint(path, lambda: read(path, weights_only=weights_only))
+        # Files of whole models, in which hooks may have changed names when they were saved, are theirs to change back.
+        self._file = dict(checkpoint["state_dict"]) if RECORD_KEY in checkpoint else None
+        return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load an adapter, strictly for its own keys; or a full checkpoint from before LoRA as the base."""
@@ -197,13 +250,13 @@ class AdapterCheckpoints:
             raise
 
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        model, state, record = self._model, checkpoint["state_dict"], checkpoint.get(RECORD_KEY)
-        if record is not None or any(name in state for name in _factor_names(model)):
+        model, state, record = self._model, self._loaded_state(checkpoint), checkpoint.get(RECORD_KEY)
+        if record is not None or any(name in state for name in factor_names(model)):
             self._load_adapter(model, state, record, strict, checkpoint.get(OTHERS_KEY, {}))
             if record is not None and "rank_schedule" in record:
                 self.loaded_ranks = record["rank_schedule"], checkpoint[SCORES_KEY]
         elif model.layers:
-            _load_base(self.layout, model, state, strict=strict)
+            load_base(self.layout, model, state, strict=strict)
             # Loops, optimizers and callbacks of the full run do not apply to training an adapter on its result.
             changed = cast(dict[str, Any], checkpoint)
             changed.update(optimizer_states=[], lr_schedulers=[], callbacks={})
@@ -213,6 +266,17 @@ class AdapterCheckpoints:
             )
         else:
             self.own["load_model_state_dict"](checkpoint, strict=strict)
+
+    def _loaded_state(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the state to load, without what a hook of the module has done to names of the adapter."""
+        state, model = checkpoint["state_dict"], self._model
+        file, self._file = self._file, None
+        if file is None or RECORD_KEY not in checkpoint:
+            return cast(Mapping[str, Any], state)
+        names = factor_names(model)
+        factors = {name: tensor for name, tensor in model.trained.items() if name in names}
+        state = names_restored(file, state, trained=model.trained, needed=factors)
+        return without_own(state, file, factors)
 
     def _load_adapter(
         self,
@@ -229,11 +293,11 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        known = [*untrained, *_metric_states(model), *(() if strict else state)]
+        known = [*untrained, *metric_states(model), *extra_state_names(module), *(() if strict else state)]
         grown = grown_buffers(model, state)
-        problems += mismatches(_whole_shapes(self.layout, model.trained) | grown, state, known)
+        problems += mismatches(self.layout.shapes(model.trained) | grown, state, known)
         brought = {name: tensor for name, tensor in untrained.items() if name in state}
-        problems += [*other_shapes(_whole_shapes(self.layout, brought), state), *other_base]
+        problems += [*other_shapes(self.layout.shapes(brought), state), *other_base]
         beside, values, misfits = self._of_others(module, others, record or {})
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
@@ -255,7 +319,7 @@ class AdapterCheckpoints:
         of_others(module, fill_other)
         before = (record or {}).get("untrained")
         self.untrained = None if before is None else functools.partial(list, before)
-        _load_metrics(model, state)
+        load_states(model, state)
 
     def _of_others(
         self, module: nn.Module, others: Mapping[str, Mapping[str, Tensor]], record: Mapping[str, Any]
@@ -271,7 +335,7 @@ class AdapterCheckpoints:
         there = tensors_of_others(module).items()
         tensors = {place: tensor for place, tensor in there if place.split(".", 2)[1] in names}
         values = {other_name(name, key): value for name, own in others.items() for key, value in own.items()}
-        return tensors, values, problems + mismatches(_whole_shapes(self.layout, tensors), values)
+        return tensors, values, problems + mismatches(self.layout.shapes(tensors), values)
 
     def _other_base(self, model: AdaptedModel, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
         """Return how the base differs from the recorded one; what the state itself replaces is not compared."""
@@ -397,119 +461,6 @@ def _remove_leftovers(folder: Path) -> None:
                 part.unlink()
 
 
-# --- metrics
-
-
-def _metrics(model: AdaptedModel) -> list[tuple[str, Metric]]:
-    return [(name, part) for name, part in model.parts if isinstance(part, Metric)]
-
-
-def _metric_states(model: AdaptedModel) -> dict[str, Any]:
-    """Return the persistent states of torchmetrics, without frozen weights that a metric may hold."""
-    metrics = _metrics(model)
-    frozen = {clean_name(name) for name, _ in model.module.named_parameters()} if metrics else set()
-    return {
-        key: value
-        for name, metric in metrics
-        for key, value in metric.state_dict(prefix=f"{name}.").items()
-        if key not in frozen
-    }
-
-
-def _load_metrics(model: AdaptedModel, state: Mapping[str, Any]) -> None:
-    for name, metric in _metrics(model):
-        prefix = f"{name}."
-        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        metric.load_state_dict(own, strict=False)
-
-
 def _only_trained(model: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    keep = {*model.trained, *_metric_states(model)}
+    keep = {*model.trained, *metric_states(model), *extra_state_names(model.module)}
     return {clean: value for name, value in state.items() if (clean := clean_name(name)) in keep}
-
-
-# --- a checkpoint from before LoRA
-
-
-def _load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor], *, strict: bool) -> None:
-    """Load the weights of a whole model as the frozen base; every process must call this.
-
-    Args:
-        layout: How the module's tensors are distributed.
-        model: The adapted model; its adapters start anew.
-        state: The whole tensors, in every process.
-        strict: Whether the names must be exactly those of the base.
-
-    Raises:
-        ValueError: The state does not fit. Nothing was changed.
-    """
-    factors = _factor_names(model)
-    base = {name: tensor for name, tensor in _persistent(model.module).items() if name not in factors}
-    known: Collection[str] = _metric_states(model)
-    whole = _whole_shapes(layout, base)
-    problems = mismatches(whole, state, known) if strict else other_shapes(whole, state)
-    if not base.keys() & state.keys():
-        problems.append("they share no name")
-    if problems:
-        raise ValueError(
-            f"The checkpoint holds no adapter, and as a base it does not fit {type(model.module).__name__}; nothing "
-            "was changed:\n" + "\n".join(f"  - {problem}" for problem in problems)
-        )
-    layout.fill(base, state)
-    if layout.base is not None:
-        loaded = {name: state[name] for name in model.base if name in state}
-        layout.base = {**layout.base, **fingerprint(loaded)}
-    starts = _starts(model, state)
-    layout.fill({name: model.trained[name] for name in starts}, starts)
-    for root in model.roots:
-        for name, value in (root.attachment.base_values | root.attachment.first_buffers).items():
-            if (full := join(root.name, name)) in state and value is not None and value.shape == state[full].shape:
-                copy_whole(value, state[full])
-    _load_metrics(model, state)
-
-
-def _factor_names(model: AdaptedModel) -> set[str]:
-    """Return the names of the adapters' own tensors."""
-    return {
-        clean_name(f"{path}.lora.{key}")
-        for path, layer in model.layers.items()
-        for named in (layer.lora.named_parameters, layer.lora.named_buffers)
-        for key, _ in named(remove_duplicate=False)
-    }
-
-
-def _whole_shapes(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors without memory that have the shapes of the whole ones."""
-    return {
-        name: torch.empty(layout.shape(name, tensor), dtype=tensor.dtype, device="meta")
-        for name, tensor in tensors.items()
-    }
-
-
-def _persistent(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that a whole checkpoint holds, by each of their names.
-
-    ``state_dict`` would gather the whole model under FSDP, and return copies.
-    """
-    found: dict[str, Tensor] = {}
-    for path, part in walk(module, every_name=True):
-        fleeting = part._non_persistent_buffers_set
-        found |= {
-            join(path, key): tensor
-            for key, tensor in (*part._parameters.items(), *part._buffers.items())
-            if tensor is not None and key not in fleeting
-        }
-    return found
-
-
-@torch.no_grad()
-def _starts(model: AdaptedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the values of adapter tensors that start from the base's, such as DoRA's magnitudes."""
-    names, found = {id(tensor): name for name, tensor in model.trained.items()}, dict[str, Tensor]()
-    for path, layer in model.layers.items():
-        for adapter in layer.adapters().values():
-            value, like = state.get(join(path, adapter.parameter)), base_parameter(layer, adapter.parameter)
-            if value is not None:
-                starts = adapter.starts(value.to(like.device, like.dtype))
-                found |= {names[id(adapter._parameters[key])]: start for key, start in starts.items()}
-    return found

@@ -124,7 +124,7 @@ def export_fit(
 
     Raises:
         FileNotFoundError: The checkpoint is gone. Nothing was written.
-        ValueError: It holds NaN or infinity, or PEFT cannot express it. Nothing was written.
+        ValueError: It lacks tensors, or holds NaN or infinity, or PEFT cannot express it. Nothing was written.
         RuntimeError: The written files differ from the adapter.
     """
     model = AdaptedModel(module_of(layout.strategy))
@@ -133,6 +133,12 @@ def export_fit(
         return
     if checkpoint:
         state = _read(checkpoint, directory)
+        if lost := [name for name in model.trained if name not in state]:
+            raise ValueError(  # or the module's own, last values would stand beside those of the checkpoint
+                f"export_dir={str(directory)!r}: {checkpoint!r} lacks {listed(lost)}, which the adapter of this "
+                f"{type(model.module).__name__} has. Nothing was written. Training is done: `lightning-lora export` "
+                "makes a directory of any complete checkpoint, and `lightning-lora inspect` shows what is in one."
+            )
     if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
         raise ValueError(
             f"export_dir={str(directory)!r}: training diverged; NaN or infinity in {listed(broken)}. Nothing was "

@@ -10,10 +10,12 @@ Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.p
    after the module is wrapped, too late to attach what the file holds.
 3. ``core.saving._load_state``, the end of ``load_from_checkpoint``, refuses adapter checkpoints: it would return the
    bare base model.
-4. ``sys.meta_path`` gets a finder that applies 1 to 3 to ``pytorch_lightning`` when a program imports it later.
-5. Our own class, not Lightning's: ``LoRACallback.__bases__`` gains ``pytorch_lightning.Callback`` if that was imported
+4. ``_CheckpointConnector.dump_checkpoint`` lets the callback watch what the module's ``on_save_checkpoint`` takes out
+   of an adapter's state.
+5. ``sys.meta_path`` gets a finder that applies 1 to 4 to ``pytorch_lightning`` when a program imports it later.
+6. Our own class, not Lightning's: ``LoRACallback.__bases__`` gains ``pytorch_lightning.Callback`` if that was imported
    before, because its command line accepts only callbacks of its own.
-6. ``cli.LightningArgumentParser.error`` says which option was meant by an unknown one of ``LoRACallback``, instead of
+7. ``cli.LightningArgumentParser.error`` says which option was meant by an unknown one of ``LoRACallback``, instead of
    all the types that the parser tried. It is changed when the module is imported, which takes jsonargparse.
 
 Changes to single objects are undone when a stage ends: wrapped methods of a module (``MethodWraps``), and the averages
@@ -29,7 +31,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -56,19 +58,20 @@ INSTALLED = "_lora_checkpoints"  # the attribute of a strategy whose Trainer has
 
 
 def install() -> None:
-    """Make changes 1 to 4; safe to repeat."""
+    """Make changes 1 to 5; safe to repeat."""
     connectors = "trainer.connectors.checkpoint_connector"
-    for place, change in ((connectors, _guard_trainers), (connectors, _remember_path), ("core.saving", _guard_loading)):
-        _change_both(place, change)
+    for change in (_guard_trainers, _remember_path, _watch_saving):
+        _change_both(connectors, change)
+    _change_both("core.saving", _guard_loading)
 
 
 def derive_from_both(callback: type[Callback]) -> None:
-    """Make change 5."""
+    """Make change 6."""
     callback.__bases__ = with_twins(Callback)
 
 
 def explain_options(callback: type[Callback], check: Callable[[Collection[str]], None]) -> None:
-    """Make change 6.
+    """Make change 7.
 
     Args:
         callback: The class whose options are explained, and those of its subclasses without options of their own.
@@ -264,7 +267,22 @@ def _guard_loading(saving: ModuleType) -> None:
     _replace(saving, "_load_state", guarded)
 
 
-# --- 6: command lines
+# --- 4: hooks while a checkpoint is made
+
+
+def _watch_saving(connectors: ModuleType) -> None:
+    def watching(original: Any) -> Callable[..., Any]:
+        def dump_checkpoint(connector: Any, *args: Any, **kwargs: Any) -> Any:
+            checkpoints = getattr(connector.trainer.strategy, INSTALLED, None)
+            with nullcontext() if checkpoints is None else checkpoints.watching_hooks():
+                return original(connector, *args, **kwargs)
+
+        return dump_checkpoint
+
+    _replace(connectors._CheckpointConnector, "dump_checkpoint", watching)
+
+
+# --- 7: command lines
 
 _UNKNOWN = re.compile(r"unrecognized|ambiguous|not accept")
 _OF_CLASS = re.compile(r"class_path '([\w.]+)':\s*(?:Option '|unrecognized arguments: --)(\w+)")

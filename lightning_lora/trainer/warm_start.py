@@ -116,6 +116,7 @@ def start_from(
         copy_whole(trained[name], value.to(trained[name].dtype))
     if isinstance(file, CheckpointFile):
         fill_buffers(model, file.record.get("buffers", {}))
+        file.load_extra_states(model.module)
     for label in (*start.kept, *start.grown):
         if label in model.adapters:
             model.adapters[label].is_waiting = False

@@ -747,3 +747,22 @@ def test_parts_that_a_killed_run_left_are_removed_at_the_next_save(
     _, _, path = fitted(tmp_path, rank=2)
     assert Path(path).is_file()
     assert part.exists() == stays
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'head' is an instance of `nn.Module`")  # Lightning's advice
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_file_with_modules_among_its_hyper_parameters_says_how_to_read_it(stage: str, tmp_path: Path) -> None:
+    class Takes(Toy):
+        def __init__(self, head: nn.Module) -> None:
+            super().__init__()
+            self.save_hyperparameters()
+
+    _, trained, path = fitted(tmp_path, Takes(nn.Linear(2, 2)))
+    said = (
+        r"such as torch\.nn\.modules\.linear\.Linear, .*Nothing was changed.*trainer\.test\(\.\.\., weights_only=False"
+    )
+    module, again = Takes(nn.Linear(2, 2)), trainer(LoRACallback(), max_epochs=2, max_steps=-1)
+    with pytest.raises(ValueError, match=said):
+        getattr(again, stage)(module, loader(), ckpt_path=path)
+    getattr(again, stage)(module, loader(), ckpt_path=path, weights_only=False)
+    assert digest(module) == digest(trained)

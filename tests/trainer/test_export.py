@@ -72,6 +72,22 @@ def test_hyper_parameters_of_any_type_leave_the_checkpoint_readable(tmp_path: Pa
     assert main(["inspect", path]) == 0
 
 
+def test_hyper_parameters_of_any_type_leave_buffers_that_training_changed_readable(tmp_path: Path) -> None:
+    class Counts(WithOptions):
+        def build(self) -> None:
+            super().build()
+            self.register_buffer("calls", torch.tensor(0))
+
+        def loss(self, batch: Any) -> Any:
+            self.calls += 1
+            return super().loss(batch)
+
+    checkpoint = ModelCheckpoint(tmp_path)
+    trainer(LoRACallback(rank=4), checkpoint).fit(module := Counts(Options()), loader())
+    load_adapter(loaded := Counts(Options()), checkpoint.best_model_path)
+    assert digest(loaded) == digest(module)
+
+
 def test_export_takes_the_best_checkpoint_from_memory_if_it_is_the_last_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,13 @@ class Layout:
         """Return the shape of the whole of a parameter."""
         return parameter.shape
 
+    def shapes(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors without memory that have the shapes of the whole ones."""
+        return {
+            name: torch.empty(self.shape(name, tensor), dtype=tensor.dtype, device="meta")
+            for name, tensor in tensors.items()
+        }
+
     def gathered_layer(self, layer: LoRALayer) -> AbstractContextManager[object]:  # noqa: ARG002
         """Gather an adapted layer's weight and factors inside the block; changes persist."""
         return nullcontext()
