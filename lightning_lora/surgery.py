@@ -227,7 +227,7 @@ def merge(
         whole: Context in which a layer's tensors are whole, for modules sharded by FSDP.
 
     Raises:
-        ValueError: An adapter holds NaN or infinity, the module has none, or it has several and none was named.
+        ValueError: An adapter holds NaN, infinity or nothing (meta), or the module has none, or several and none named.
         RuntimeError: A weight cannot take the update, or adapted layers have been replaced or resized. As after a
             ValueError, nothing was changed.
     """
