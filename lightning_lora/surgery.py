@@ -304,7 +304,7 @@ def _check(plan: Plan, new: list[PlannedLayer], old: Attachment | None) -> None:
     if plan.wasteful:
         warnings.warn(
             f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
-            "with rank_pattern, or train the layers in full with modules_to_save.",
+            "with rank_pattern, or a schedule's with max_rank, or train the layers in full with modules_to_save.",
             stacklevel=3,
         )
     if not is_adapted and (thawed := plan.thawed()):
