@@ -132,9 +132,8 @@ class RankSchedule:
 
     def for_small(self, config: LoRAConfig, limit: int) -> str:
         """Return what to set for a layer to take part whose weight has at most this rank."""
-        rank = min(
-            config.first_rank, limit - (self.budget is None)
-        )  # without a budget there must be more to start with
+        # Without a budget, a schedule must start with more than the rank.
+        rank = min(config.first_rank, limit - (self.budget is None))
         if rank < 1:
             return "leave it out with exclude_modules"
         lower = "" if rank == config.first_rank else f"rank={rank} and "
