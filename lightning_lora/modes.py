@@ -30,7 +30,7 @@ from lightning_lora.layers.weight import renew_weight_list
 from lightning_lora.names import clean_name, join, listed, walk
 from lightning_lora.ops.checkpointing import entered
 from lightning_lora.ops.eager import without_autocast
-from lightning_lora.sharding import copy_whole, is_sharded
+from lightning_lora.sharding import copy_whole, is_sharded, local
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def merged(module: nn.Module, *, missing_ok: bool = False) -> Iterator[None]:
 
     Raises:
         ValueError: The module has no adapters, or they were merged for good; an adapter holds NaN or infinity, or its
-            update is too large for the weight's precision.
+            update is too large for the weight's precision; or the module lies on the meta device.
         RuntimeError: A weight cannot take an update.
     """
     with taking_turns(module):
@@ -224,6 +224,13 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
             "adapter unmerged, or merge into the model before quantizing it."
         )
     adapters = [adapter for adapter in layer.adapters().values() if parameter in (adapter.parameter, "bias")]
+    factors = [factor for adapter in adapters for factor in adapter._parameters.values() if factor is not None]
+    if on_meta := [each for each in (weight, *factors) if local(each).is_meta]:
+        what = f"{'weight' if on_meta[0] is weight else 'adapter'} of {name!r}"
+        raise ValueError(
+            f"The {what} is on the meta device, which holds no values, so there is nothing to merge. Nothing was "
+            "changed. Give the base its values first, then load the adapter, and merge."
+        )
     largest = [
         [_largest(factor) for factor in adapter._parameters.values() if factor is not None] for adapter in adapters
     ]
@@ -254,8 +261,6 @@ def _overflows(layer: LoRALayer, parameter: str, bound: float) -> bool:
     """Return whether a sum exceeds the weight's precision, given a bound on the entries of the update."""
     weight = base_parameter(layer, parameter)
     limit = torch.finfo(weight.dtype).max
-    if weight.is_meta:
-        return False
     # Less than half of the largest number's last digit is rounded away, whatever the weight holds.
     if bound < torch.finfo(weight.dtype).eps / 8 * limit or _largest(weight) + bound < limit:
         return False  # whatever the signs; spares forming the update
@@ -274,7 +279,7 @@ def _largest(tensor: Tensor) -> float:
     """Return the largest absolute value, or NaN if there is one."""
     if is_sharded(tensor):
         return float(tensor.abs().max())
-    if tensor.is_meta or not tensor.numel():
+    if not tensor.numel():
         return 0.0
     low, high = (float(end) for end in tensor.detach().aminmax())  # makes no tensor of its size
     return max(-low, high) if low <= high else math.nan

@@ -15,7 +15,7 @@ from lightning_lora.fingerprint import Fingerprint, base_problems, differing_ten
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.named_adapters import of_others
 from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, module_names, near_names, walk
-from lightning_lora.sharding import copy_whole, unwrapped, whole
+from lightning_lora.sharding import copy_whole, local, unwrapped, whole
 
 FORMAT_VERSION = 1
 EXTRA_STATE = "_extra_state"  # the key of torch for what ``get_extra_state`` returns
@@ -47,7 +47,7 @@ def load_adapter_state_dict(module: nn.Module, state: Mapping[str, Tensor]) -> N
 
     Raises:
         ValueError: Names or shapes do not fit, or the module has no adapters; one error lists all. Or the state holds
-            NaN or infinity. Nothing was changed.
+            NaN or infinity, or the module lies on the meta device. Nothing was changed.
         RuntimeError: Another adapter was merged into this module, for good or inside ``merged``. Nothing was changed.
     """
     check_not_merged(module, {})
@@ -63,9 +63,11 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
         known: Other names that the state may hold.
 
     Raises:
-        ValueError: Names or shapes do not fit, or values are NaN or infinity. Nothing was changed.
+        ValueError: Names or shapes do not fit, values are NaN or infinity, or the model cannot hold values. Nothing was
+            changed.
         RuntimeError: The adapters are folded into the weights, inside ``merged``.
     """
+    check_holds_values(model)
     model = with_masks(model, state)
     if folded := [name for name, layer in model.layers.items() if layer.lora_mode == "merged"]:
         raise RuntimeError(f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first.")
@@ -79,6 +81,22 @@ def copy_adapter_state(model: AdaptedModel, state: Mapping[str, Tensor], known: 
             if name not in grown:
                 copy_whole(tensor, state[name])
     model.have_values()
+
+
+def check_holds_values(model: AdaptedModel) -> None:
+    """Refuse to load an adapter into tensors on the meta device, where a copy leaves nothing behind.
+
+    Raises:
+        ValueError: It names them.
+    """
+    if on_meta := [name for name, tensor in model.trained.items() if local(tensor).is_meta]:
+        raise ValueError(
+            f"{listed(on_meta)} of this {type(model.module).__name__} {'is' if len(on_meta) == 1 else 'are'} on the "
+            "meta device, which holds no values, so those of the adapter would be lost. Nothing was changed. First "
+            "give the module the base's values: with to_empty(device=...) and load_state_dict(...), or, as long as it "
+            "has no adapters, with load_state_dict(..., assign=True); with a Trainer, in configure_model. Then load "
+            "the adapter."
+        )
 
 
 def check_sound(state: Mapping[str, Tensor], done: str) -> None:

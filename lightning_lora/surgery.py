@@ -227,7 +227,7 @@ def merge(
         whole: Context in which a layer's tensors are whole, for modules sharded by FSDP.
 
     Raises:
-        ValueError: An adapter holds NaN or infinity, the module has none, or it has several and none was named.
+        ValueError: An adapter holds NaN, infinity or nothing (meta), or the module has none, or several and none named.
         RuntimeError: A weight cannot take the update, or adapted layers have been replaced or resized. As after a
             ValueError, nothing was changed.
     """
@@ -304,7 +304,7 @@ def _check(plan: Plan, new: list[PlannedLayer], old: Attachment | None) -> None:
     if plan.wasteful:
         warnings.warn(
             f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
-            "with rank_pattern, or train the layers in full with modules_to_save.",
+            "with rank_pattern, or a schedule's with max_rank, or train the layers in full with modules_to_save.",
             stacklevel=3,
         )
     if not is_adapted and (thawed := plan.thawed()):

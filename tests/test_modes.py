@@ -229,6 +229,21 @@ def test_a_recomputation_of_the_bare_base_has_its_statistics(rng):
     assert torch.equal(gradient, expected)
 
 
+@pytest.mark.parametrize("verb", [merge, lambda model: merged(model).__enter__()])
+def test_nothing_is_merged_on_the_meta_device(verb, tiny):
+    """It holds no values: an update that lies there would be lost, and one into weights there would add to nothing."""
+    whole, factors, weights = (copy.deepcopy(tiny) for _ in range(3))
+    attach(whole.to("meta"), CONFIG)
+    attach(factors.to("meta"), CONFIG)
+    factors.load_state_dict(tiny.state_dict(), assign=True, strict=False)
+    attach(weights, CONFIG)
+    weights.embed._parameters["weight"] = nn.Parameter(weights.embed.weight.to("meta"), requires_grad=False)
+    for model in (whole, factors, weights):
+        with pytest.raises(ValueError, match="of 'embed' is on the meta device, which holds no values"):
+            verb(model)
+        assert lora_layers(model)
+
+
 @pytest.mark.parametrize("switch", [disabled, merged])
 def test_modes_raise_without_adapters_and_after_a_merge(switch, tiny, tokens):
     output, name = tiny(tokens), switch.__name__

@@ -14,12 +14,14 @@ from torchmetrics import MeanMetric
 from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
+    add_adapter,
     attach,
     detach,
     load_adapter,
     load_adapter_state_dict,
     lora_layers,
     merge,
+    save_adapter,
 )
 from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
@@ -150,6 +152,67 @@ def test_base_tensor_in_state_is_refused(tiny, rng):
 def test_model_without_adapters_is_refused(verb, tiny):
     with raises_and_changes_nothing(tiny, ValueError, "has no adapters; call attach"):
         verb(tiny)
+
+
+# --- a base on the meta device
+
+
+def _on_meta(tiny: nn.Module) -> nn.Module:
+    return copy.deepcopy(tiny).to("meta")
+
+
+def _directory_into(model: nn.Module, trained: nn.Module, folder: Path) -> None:
+    save_adapter(trained, folder / "peft")
+    load_adapter(model, folder / "peft")
+
+
+def _file_into(model: nn.Module, trained: nn.Module, folder: Path) -> None:
+    load_adapter(model, saved(checkpoint(trained), folder))
+
+
+def _named_into(model: nn.Module, trained: nn.Module, folder: Path) -> None:
+    add_adapter(model, "mine", saved(checkpoint(trained), folder))
+
+
+@pytest.mark.parametrize("way", [_directory_into, _file_into, _named_into])
+def test_meta_base_takes_no_adapter(way, tiny, rng, tmp_path):
+    trained, model = trained_from(tiny, rng), _on_meta(tiny)
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"(?s)on the meta device.*Nothing was changed.*to_empty.*assign=True"):
+        way(model, trained, tmp_path)
+    assert list(model.state_dict()) == names
+    assert not lora_layers(model)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_meta_base_that_has_got_its_values_takes_the_adapter(assign, tiny, tokens, rng, tmp_path):
+    trained, model = trained_from(tiny, rng), _on_meta(tiny)
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(tiny.state_dict(), assign=assign)
+    _directory_into(model, trained, tmp_path)
+    assert torch.equal(model(tokens), trained(tokens))
+
+
+def test_meta_adapter_takes_no_state_until_it_is_filled(tiny, tokens, rng):
+    trained, model = trained_from(tiny, rng), _on_meta(tiny)
+    attach(model, CONFIG)
+    state = adapter_state_dict(trained)
+    with pytest.raises(ValueError, match=r"embed\.lora\.A.* on the meta device.*Nothing was changed"):
+        load_adapter_state_dict(model, state)
+    model.to_empty(device="cpu")
+    model.load_state_dict(tiny.state_dict(), strict=False)
+    load_adapter_state_dict(model, state)
+    assert torch.equal(model(tokens), trained(tokens))
+
+
+def test_values_for_what_lies_on_meta_alone_are_refused(tiny, rng):
+    """Such as a head that trains in full, in a model whose other layers have their values."""
+    trained, model = trained_from(tiny, rng), copy.deepcopy(tiny)
+    model.head.to("meta")
+    attach(model, CONFIG)
+    with pytest.raises(ValueError, match=r"head\.weight, head\.bias .* on the meta device"):
+        load_adapter_state_dict(model, adapter_state_dict(trained))
 
 
 # --- from a file

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,7 +186,7 @@ def find_names(
     paths: Collection[str],
     names: Collection[str],
     root: str | None = None,
-    has_values: Callable[[Mapping[str, str]], bool] | None = None,
+    compare: Callable[[Mapping[str, str]], tuple[int, bool]] | None = None,
 ) -> Renaming:
     """Return how to read the names of a base as the adapter's.
 
@@ -198,37 +198,54 @@ def find_names(
         paths: The adapted modules.
         names: The base's tensors.
         root: What the adapter's file calls the model that its names are relative to, as ``PeftFile.root``.
-        has_values: Whether a base so renamed has the values that the adapter was trained with; None if unknown.
+        compare: How many values of a base so renamed can be compared with those that the adapter was trained with, and
+            whether all are equal; None if these are unknown.
 
     Raises:
         ValueError: No renaming finds all paths in the base, or several equally simple ones do.
     """
-    most, missing, found = -1, list[str](), list[Renaming]()
-    for level, without, before in _affixes(paths, names, root):
-        if has_values is None and found and level > found[0].level:
+    most, missing, found, proven = -1, list[str](), list[Renaming](), 0
+    for _, equally_simple in groupby(_affixes(paths, names, root), key=_simplicity):
+        alike = list[Renaming]()
+        for level, without, before in equally_simple:
+            inside = [name for name in names if level >= 0 or name.startswith(without)]
+            renamed = {before + name.removeprefix(without): name for name in inside}
+            if len(renamed) < len(inside):
+                continue
+            modules = module_paths(renamed)
+            unresolved = sorted(path for path in paths if without_wrappers(path, modules) is None)
+            if not unresolved:
+                alike.append(Renaming(renamed, before, without, level))
+            elif len(paths) - len(unresolved) > most:
+                most, missing = len(paths) - len(unresolved), unresolved
+        found = found or alike
+        if compare is None and found:
             break
-        inside = [name for name in names if level >= 0 or name.startswith(without)]
-        renamed = {before + name.removeprefix(without): name for name in inside}
-        if len(renamed) < len(inside):
-            continue
-        modules = module_paths(renamed)
-        unresolved = sorted(path for path in paths if without_wrappers(path, modules) is None)
-        if not unresolved:
-            found.append(Renaming(renamed, before, without, level))
-            if has_values is not None and has_values(renamed):
-                return found[-1]
-        elif len(paths) - len(unresolved) > most:
-            most, missing = len(paths) - len(unresolved), unresolved
+        compared = [(each, *compare(each.names)) for each in alike] if compare is not None else []
+        # Leaving a part out, as one that differs, proves less than other names do.
+        proven = max([proven, *(count for _, count, _ in compared)])
+        if having := [each for each, count, are_equal in compared if are_equal and count == proven > 0]:
+            found = having
+            break
     if not found:
         raise ValueError(_no_modules(missing, names))
-    alike = [each.part.removesuffix(".") for each in found if each.level == found[0].level]
-    if found[0].level > 0 and len(alike) > 1:
-        raise ValueError(
-            f"The adapter fits several parts of the base: {listed(alike)}. Neither names nor values tell for which one "
-            "it was trained. Give its layers their full names with lightning-lora import ADAPTER FILE.ckpt --root "
-            f"{alike[0]}, and use that file."
-        )
+    if len(found) > 1:
+        raise ValueError(_several_parts([each.part.removesuffix(".") for each in found]))
     return found[0]
+
+
+def _simplicity(affixes: tuple[int, str, str]) -> tuple[int, str]:
+    """Return what equally simple ways to read names have in common; a name that the file records stands alone."""
+    level, without, _ = affixes
+    return level, without if level < 0 else ""
+
+
+def _several_parts(parts: Sequence[str]) -> str:
+    return (
+        f"The adapter fits several parts of the base: {listed(parts)}. Neither names nor values tell for which one "
+        "it was trained. Give its layers their full names with lightning-lora import DIRECTORY FILE.ckpt --root "
+        f"{parts[0]}, and use that file; of a .ckpt, lightning-lora export writes the directory."
+    )
 
 
 def _no_modules(missing: Sequence[str], names: Collection[str]) -> str:

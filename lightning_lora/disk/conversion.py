@@ -210,7 +210,7 @@ def _bare_skeleton(file: PeftFile | CheckpointFile, root: str = "") -> nn.Module
     Raises:
         ValueError: The file does not describe its layers well enough.
     """
-    skeleton = _skeleton_for(_weights_of(file), dict(_others(file)), root)
+    skeleton = _skeleton_for(_weights_of(file), _wide(file), dict(_others(file)), root)
     if isinstance(file, PeftFile):  # an import compares repeated weights of the base with the model's: here, with these
         put(skeleton, {join(root, name): value for name, value in _others(file)})
     return skeleton
@@ -223,6 +223,7 @@ def imported_together(files: Sequence[PeftFile]) -> tuple[nn.Module, list[Import
         ValueError: A file does not describe its layers well enough, or their layers differ in kind or shape.
     """
     weights, owners, others = dict[str, StoredWeight](), dict[str, PeftFile](), dict[str, Tensor]()
+    wide = set().union(*map(_wide, files))
     for file in files:
         for name, weight in _weights_of(file).items():
             before = weights.get(name, weight)
@@ -238,7 +239,7 @@ def imported_together(files: Sequence[PeftFile]) -> tuple[nn.Module, list[Import
         others |= dict(_others(file))
     if len(files) > 1:
         _check_order_is_known(weights)
-    skeleton, contents = _skeleton_for(weights, others), []
+    skeleton, contents = _skeleton_for(weights, wide, others), []
     for file in files:
         with damage_named(file.path):
             put(skeleton, dict(_others(file)))
@@ -262,12 +263,14 @@ def _check_order_is_known(weights: Mapping[str, StoredWeight]) -> None:
         raise ValueError(f"The files do not tell the order of the parameters of {listed(unknown)}. {_REMEDY}")
 
 
-def _skeleton_for(weights: Mapping[str, StoredWeight], others: Mapping[str, Tensor], root: str = "") -> nn.Module:
-    """Return a bare skeleton with these weights, and with places for the other tensors."""
+def _skeleton_for(
+    weights: Mapping[str, StoredWeight], wide: Collection[str], others: Mapping[str, Tensor], root: str = ""
+) -> nn.Module:
+    """Return a bare skeleton with these weights, some of them in float64, and with places for the other tensors."""
     kinds = {name.rpartition(".")[0]: each.kind or "" for name, each in weights.items() if each.kind != "parameter"}
     # Modules that only hold parameters come last, and the parameters of a module as it registers them.
     ordered = sorted(weights.items(), key=lambda each: (each[0].rpartition(".")[0] not in kinds, each[1].order))
-    layouts = {name: Layout(torch.float32, weight.shape) for name, weight in ordered}
+    layouts = {name: Layout(torch.float64 if name in wide else torch.float32, each.shape) for name, each in ordered}
     layouts |= {name: Layout(value.dtype, tuple(value.shape)) for name, value in others.items()}
     full = {join(root, name): layout for name, layout in layouts.items()}
     return build_skeleton(full, {join(root, name): kind for name, kind in kinds.items()})
@@ -285,6 +288,13 @@ def _weights_of(file: PeftFile | CheckpointFile) -> dict[str, StoredWeight]:
     for label, layer in file.layers.items():
         _check_factors(label, layer)
     return {weight.name or "": weight for weight in weights.values()}
+
+
+def _wide(file: PeftFile | CheckpointFile) -> set[str]:
+    """Return the names of the weights with adapters in float64, which only a weight in float64 gets from ``attach``."""
+    tensors = [(layer.weight.name, each) for layer in file.layers.values() for each in layer.factors.values()]
+    tensors += [(tokens.weight.name, tokens.rows) for tokens in file.tokens.values()]
+    return {name or "" for name, tensor in tensors if tensor.dtype == torch.float64}
 
 
 def _check_described(file: AdapterFile, weights: Mapping[str, StoredWeight]) -> None:

@@ -162,7 +162,7 @@ def fit_adapter(path: Path, base: BaseFolder, name: str | None = None, *, check_
             and ``check_base`` is set.
         FileNotFoundError: The adapter does not exist.
     """
-    file, sampled, most = read_adapter(path, name), functools.cache(partial(_sampled, base)), 0
+    file, sampled = read_adapter(path, name), functools.cache(partial(_sampled, base))
     layouts: dict[str, Layout] = dict(base.tensors)
     layouts |= {head: layouts[source] for head, source in base.tied_heads.items()}
 
@@ -171,19 +171,18 @@ def fit_adapter(path: Path, base: BaseFolder, name: str | None = None, *, check_
         found = {name: sampled(names[name]) for name in file.base if name in names}
         return {name: each for name, each in found.items() if each is not None}
 
-    def has_values(names: Mapping[str, str]) -> bool:
-        nonlocal most  # leaving a part out, as one that differs, proves less than names tried before
-        most = max(most, len(found := values(names)))
-        return len(found) == most > 0 and not differing_tensors(file.base, found)
+    def compare(names: Mapping[str, str]) -> tuple[int, bool]:
+        found = values(names)
+        return len(found), not differing_tensors(file.base, found)
 
     with warnings.catch_warnings(), damage_named(path):
         warnings.filterwarnings("ignore", "These adapters are not smaller")  # too late to choose another rank
         if isinstance(file, PeftFile):
-            renaming = find_names(file.paths, layouts, file.root, has_values if file.base else None)
+            renaming = find_names(file.paths, layouts, file.root, compare if file.base else None)
             fit = _fit_peft(file, base, layouts, renaming)
         else:
             _check_mergeable(file)
-            renaming = find_names(file.paths, layouts, None, has_values if file.base else None)
+            renaming = find_names(file.paths, layouts, None, compare if file.base else None)
             fit = _fit_checkpoint(file, layouts, renaming)
     if check_base:
         found = values(fit.names)

@@ -78,6 +78,7 @@ def matching_root(
     """Return the model inside a module that a file is for: it has a module at each path, and the recorded values.
 
     If none has those values, or the file records none, the model is found by its recorded name, then as for an export.
+    Of several that fit equally well, it is the one that has adapters, if only one has.
 
     Args:
         module: The module.
@@ -101,13 +102,15 @@ def matching_root(
     best: list[tuple[str, nn.Module]] = []
     for parts in ranked:
         fitting = [(name, part) for name, part in parts if has_all(part)]
-        for _, part in fitting if file.base else ():
-            if has_base_values(part, file.base):
-                return part
+        if having := [(name, part) for name, part in fitting if file.base and has_base_values(part, file.base)]:
+            best = having
+            break
         best = best or fitting
         if best and not file.base:
             break
     best = best or [*likely, itself][:1]
+    adapted = [(name, part) for name, part in best if AdaptedModel(part).layers] if len(best) > 1 else []
+    best = adapted if len(adapted) == 1 else best
     if len(best) > 1:
         raise ValueError(
             f"The adapter in {str(file.path)!r} fits several parts of this {type(module).__name__}: "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from operator import attrgetter
 
 from torch import Tensor, nn
@@ -40,6 +42,27 @@ UNKNOWN_MATRIX = (
 )
 
 
+def _by_pattern(_: int) -> str:
+    return "lower it with rank_pattern"
+
+
+_how_to_lower: ContextVar[Callable[[int], str]] = ContextVar("_how_to_lower", default=_by_pattern)
+
+
+@contextmanager
+def lowered_by(remedy: Callable[[int], str]) -> Iterator[None]:
+    """Have messages about layers too small for the rank say this inside the block, where ``rank_pattern`` is refused.
+
+    Args:
+        remedy: Says, from the highest rank of a weight, what to do.
+    """
+    token = _how_to_lower.set(remedy)
+    try:
+        yield
+    finally:
+        _how_to_lower.reset(token)
+
+
 class Obstacles:
     """Reasons why layers of supported kinds cannot be adapted in one model.
 
@@ -73,7 +96,8 @@ class Obstacles:
             return "output embedding of a transformers model"
         if rank > shape[0] or rank > shape[1]:
             whole = "" if layer.key else ", or use modules_to_save"  # which takes no part of a layer
-            return f"rank {rank} is above {min(shape)}, {TOO_SMALL}; lower it with rank_pattern{whole}"
+            remedy = _how_to_lower.get()(min(shape))
+            return f"rank {rank} is above {min(shape)}, {TOO_SMALL}; {remedy}{whole}"
         if self._asks_for_more:
             return self._of_options(layer)
         return None

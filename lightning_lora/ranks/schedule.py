@@ -130,6 +130,15 @@ class RankSchedule:
         alphas = {name: ratio * alpha for name, alpha in config.alpha_pattern.items()}
         return replace(config, rank=rank, alpha=ratio * config.alpha, alpha_pattern=alphas)
 
+    def for_small(self, config: LoRAConfig, limit: int) -> str:
+        """Return what to set for a layer to take part whose weight has at most this rank."""
+        # Without a budget, a schedule must start with more than the rank.
+        rank = min(config.first_rank, limit - (self.budget is None))
+        if rank < 1:
+            return "leave it out with exclude_modules"
+        lower = "" if rank == config.first_rank else f"rank={rank} and "
+        return f"set {lower}rank_schedule={{'max_rank': {limit}}}"
+
 
 _OWNER = "LoRACallback.rank_schedule"
 _DIFFERENCES = ("pissa", "olora", "corda", "lora_ga")

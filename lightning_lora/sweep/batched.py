@@ -3,8 +3,9 @@
 Inside ``vmap`` a layer sees one adapter; this operation says how all compute together, with fewer passes over the
 activations than the composition. It keeps for backward x, h and the factors.
 
-Letters: K adapters; x is ``(K, M, k)``, or ``(M, k)`` where all have the same; W ``(n, k)`` and frozen, b ``(n,)``, A
-``(K, r, k)``, B ``(K, n, r)``; ``h = x A^T`` and ``g = dy B`` are ``(K, M, r)``.
+Letters: K adapters; x is ``(K, M, k)``, or ``(M, k)`` where all have the same; W ``(n, k)`` and frozen, b ``(n,)``, or
+``(K, n)`` where each adapter trains its own, A ``(K, r, k)``, B ``(K, n, r)``; ``h = x A^T`` and ``g = dy B`` are
+``(K, M, r)``.
 """
 
 from __future__ import annotations
@@ -82,8 +83,11 @@ class _One(torch.autograd.Function):
             x = x.movedim(in_dims[0], 0)
         shape = x.shape[:-1] if in_dims[0] is not None else (info.batch_size, *x.shape[:-1])
         rows = x.reshape(info.batch_size, -1, x.shape[-1]) if in_dims[0] is not None else x.reshape(-1, x.shape[-1])
+        is_shared = b is None or in_dims[2] is None
         with torch.autocast(x.device.type, enabled=False):
-            y = _All.apply(rows.to(dtype), W, b, A, B, scaling)  # type: ignore[no-untyped-call]
+            y = _All.apply(rows.to(dtype), W, b if is_shared else None, A, B, scaling)  # type: ignore[no-untyped-call]
+            if b is not None and not is_shared:  # each adapter trains its own
+                y = y + b.movedim(in_dims[2] or 0, 0).to(dtype).unsqueeze(1)
         return cast(Tensor, y).view(*shape, -1), 0
 
 

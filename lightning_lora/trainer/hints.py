@@ -308,7 +308,8 @@ def _small_layers(model: AdaptedModel) -> Iterator[str]:
             remedy = f"Train new heads in full: set modules_to_save={layers} or 'auto'."
             yield f"no part of {listed(layers)} trains, {reason}. {remedy}"
         if weights := [name for name in small if name not in modules]:  # of layers with several, such as an LSTM
-            yield f"no part of {listed(weights)} trains, {reason}. Give them lower ranks with rank_pattern."
+            option = "rank_pattern" if root.attachment.asked is None else "the max_rank of rank_schedule"
+            yield f"no part of {listed(weights)} trains, {reason}. Give them lower ranks with {option}."
 
 
 def _new_layers(model: AdaptedModel) -> Iterator[str]:

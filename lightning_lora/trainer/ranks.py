@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,6 +20,7 @@ from lightning_lora.attachment import Attachment, is_same_request, settled
 from lightning_lora.config import LoRAConfig
 from lightning_lora.names import listed
 from lightning_lora.option_checks import parse_budget
+from lightning_lora.planning.obstacles import lowered_by
 from lightning_lora.ranks.compaction import compact
 from lightning_lora.ranks.controller import RankController, cost_of, scheduled
 from lightning_lora.ranks.schedule import Plan, RankSchedule
@@ -78,6 +81,11 @@ def widened(schedule: RankSchedule | None, config: LoRAConfig) -> LoRAConfig:
         return config if schedule is None else schedule.widened(config)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
+
+
+def attaching(schedule: RankSchedule | None, config: LoRAConfig) -> AbstractContextManager[None]:
+    """Have messages about layers too small for the first rank name the schedule's own option inside the block."""
+    return nullcontext() if schedule is None else lowered_by(partial(schedule.for_small, config))
 
 
 def check_undecided(before: Attachment, asked: LoRAConfig, wide: LoRAConfig) -> None:

@@ -54,7 +54,7 @@ from lightning_lora.trainer.lightning_patches import (
 )
 from lightning_lora.trainer.outcome import check_finite, check_trained
 from lightning_lora.trainer.precision import convert_layers
-from lightning_lora.trainer.ranks import FitRanks, check_undecided, schedule_of, widened
+from lightning_lora.trainer.ranks import FitRanks, attaching, check_undecided, schedule_of, widened
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 from lightning_lora.trainer.warm_start import begin_from
 
@@ -285,10 +285,11 @@ class FitSession:
             self.layout.attached(module)  # nothing more can be attached
             return
         convert_layers(module.trainer.precision_plugin, module)
-        if name is None:
-            report = attach(module, config, seed=seed)
-        else:
-            report = attach_named(module, name, config, seed=seed, stored=self._stored)
+        with attaching(self._schedule, self.options.config):
+            if name is None:
+                report = attach(module, config, seed=seed)
+            else:
+                report = attach_named(module, name, config, seed=seed, stored=self._stored)
         self._others.close()
         self._others.enter_context(others_frozen(module))
         self._coverage = hints.coverage(module)

@@ -21,7 +21,13 @@ from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
 from lightning_lora.sharding import copy_whole, whole
-from lightning_lora.state import check_base_values, check_not_merged, check_sound, has_base_values
+from lightning_lora.state import (
+    check_base_values,
+    check_holds_values,
+    check_not_merged,
+    check_sound,
+    has_base_values,
+)
 from lightning_lora.storage.checkpoint import CheckpointFile
 from lightning_lora.trainer.diagnostics import norm_of_updates
 
@@ -88,10 +94,12 @@ def start_from(
 
     Raises:
         ValueError: The source cannot be read, shares nothing with the module, trained a tensor that is frozen here, or
-            a tensor does not fit; or the module's adapter has learned something else. Nothing was changed.
+            a tensor does not fit; or the module's adapter has learned something else, or lies on the meta device.
+            Nothing was changed.
         RuntimeError: Another adapter was merged into this module.
     """
     model = AdaptedModel(module)
+    check_holds_values(model)
     full_names = _full_names(model)
     several = recorded(module)
     file = read_adapter(path, like=several.active if several is not None else None)

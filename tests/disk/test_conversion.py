@@ -78,6 +78,12 @@ def inside(model: nn.Module) -> nn.Module:
     return nn.ModuleDict({"model": model})
 
 
+def with_every_bit(module: nn.Module) -> nn.Module:
+    """Return an adapted module with values that use the last bits of their precision."""
+    load_adapter_state_dict(module, {name: value / 3 for name, value in adapter_state_dict(module).items()})
+    return module
+
+
 def prefixed(options: dict[str, Any]) -> dict[str, Any]:
     tokens = options.get("trainable_token_indices")
     return options | (
@@ -108,10 +114,11 @@ def test_imported_directory_computes_the_same(case: str, tmp_path: Path) -> None
     assert distance(logits(module["model"].eval()), logits(model)) <= CLOSE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", MODELS)
-def test_round_trip_is_bitwise(case: str, tmp_path: Path) -> None:
+def test_round_trip_is_bitwise(case: str, dtype: torch.dtype, tmp_path: Path) -> None:
     make, options = MODELS[case]
-    module = trained(inside(make()), **prefixed(options))
+    module = with_every_bit(trained(inside(make()).to(dtype), **prefixed(options)))
     checkpoint = write_checkpoint(module, tmp_path / "last.ckpt")
     for source, one, two in ((checkpoint, "one", "back"), (tmp_path / "back.ckpt", "two", "again")):
         assert run("export", source, tmp_path / one) == 0
@@ -125,8 +132,12 @@ def test_round_trip_is_bitwise(case: str, tmp_path: Path) -> None:
         assert all(torch.equal(back["state_dict"][name], value) for name, value in before["state_dict"].items())
 
 
-def test_export_writes_the_files_of_save_adapter(tmp_path: Path) -> None:
-    module = trained(inside(llama()), target_modules=["q_proj"])
+@pytest.mark.parametrize("dtypes", [("float32",), ("float64",), ("float32", "float64")])
+def test_export_writes_the_files_of_save_adapter(dtypes: tuple[str, ...], tmp_path: Path) -> None:
+    base = inside(llama())
+    for layer, dtype in zip(base["model"].model.layers, dtypes * 2, strict=False):
+        layer.to(getattr(torch, dtype))  # each layer keeps its own precision
+    module = with_every_bit(trained(base, target_modules=["q_proj"]))
     save_adapter(module, tmp_path / "live", export_root="model")
     assert run("export", write_checkpoint(module, tmp_path / "last.ckpt"), tmp_path / "files") == 0
     live, files = (tmp_path / each / "adapter_model.safetensors" for each in ("live", "files"))

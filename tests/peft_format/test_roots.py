@@ -102,6 +102,15 @@ class Plain(nn.Module):
         return self.decoder(self.encoder(x))
 
 
+def _equal_parts(*names: str) -> nn.Module:
+    """Return a module with equal parts of these names."""
+    torch.manual_seed(0)
+    part, module = _chain(), nn.Module()
+    for name in names:
+        setattr(module, name, copy.deepcopy(part))
+    return module
+
+
 ALIKE = [Halves, Copies, Lists, SameName]
 TARGETS = {kind: ["decoder.*"] for kind in ALIKE} | {SameName: ["decoder.fc"]}
 INPUT = torch.linspace(-1, 1, 3 * FEATURES).view(3, FEATURES)
@@ -253,6 +262,97 @@ def test_a_part_that_nothing_tells_is_asked_for(rng, tmp_path, capsys):
         "decoder.0.weight",
         "decoder.2.weight",
     }
+
+
+@pytest.mark.parametrize("parts", [("teacher", "student"), ("student", "teacher")])
+@pytest.mark.parametrize("way", [_load, _add])
+def test_parts_of_equal_values_are_asked_for(way, parts, rng, tmp_path):
+    """As a policy and its reference are before training: to take the first one would leave the other without effect."""
+    truth = trained(_equal_parts("net").net, ["*"], rng)
+    save_adapter(truth, tmp_path / "peft")
+    fresh = _equal_parts(*parts)
+    asked = rf"fits several parts .*: {', '.join(parts)}. Nothing was changed.*load_adapter\(model\.{parts[0]}, \.\.\."
+    with raises_and_changes_nothing(fresh, ValueError, asked):
+        way(fresh, tmp_path / "peft")
+    way(fresh.student, tmp_path / "peft")
+    assert torch.equal(fresh.student(INPUT), truth(INPUT))
+    assert torch.equal(fresh.teacher(INPUT), _equal_parts("net").net(INPUT))
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_parts_of_equal_values_on_disk_are_asked_for(from_checkpoint, rng, tmp_path, capsys):
+    save_adapter(trained(_equal_parts("net").net, ["*"], rng), tmp_path / "peft")
+    source = tmp_path / "peft"
+    if from_checkpoint:
+        source = write_checkpoint(trained(_equal_parts("net"), ["net.*"], rng), tmp_path / "last.ckpt")
+    base = base_file(_equal_parts("teacher", "student"), tmp_path / "base.safetensors")
+    assert run("verify", source, base) != 0
+    assert run("merge", source, base, tmp_path / "out") != 0
+    said = capsys.readouterr().err
+    assert said.count("fits several parts of the base: student, teacher") == 2
+    assert not (tmp_path / "out").exists()
+    # What the message says works.
+    if from_checkpoint:
+        assert run("export", source, tmp_path / "exported") == 0
+    directory = tmp_path / "exported" if from_checkpoint else source
+    assert run("import", directory, tmp_path / "back.ckpt", "--root", "student") == 0
+    assert run("merge", tmp_path / "back.ckpt", base, tmp_path / "out") == 0
+    changed, before = load_file(tmp_path / "out" / "model.safetensors"), load_file(base)
+    assert {name for name in before if not torch.equal(before[name], changed[name])} == {
+        "student.0.weight",
+        "student.2.weight",
+    }
+
+
+def test_one_part_of_two_names_is_no_other_part(rng, tmp_path):
+    truth = trained(_equal_parts("net").net, ["*"], rng)
+    save_adapter(truth, tmp_path / "peft")
+    shared = _equal_parts("student")
+    shared.policy = shared.student
+    load_adapter(shared, tmp_path / "peft")
+    assert torch.equal(shared.policy(INPUT), truth(INPUT))
+
+
+def test_analysis_asks_for_the_part_of_equal_values(rng, tmp_path):
+    save_adapter(trained(_equal_parts("net").net, ["*"], rng), tmp_path / "peft")
+    with pytest.raises(ValueError, match=r"fits several parts .*: teacher, student"):
+        analysis.adapters.read_matrices(tmp_path / "peft", _equal_parts("teacher", "student"))
+
+
+class Distilled(Toy):
+    """A student that begins as its teacher, and learns what is to be added to it."""
+
+    def build(self) -> None:
+        for name, part in _equal_parts("teacher", "student").named_children():
+            setattr(self, name, part)
+
+    def net(self, x: Tensor) -> Tensor:
+        return self.student(x) + self.teacher(x)
+
+    forward = net
+
+
+def test_training_takes_the_part_that_it_adapts(rng, tmp_path):
+    truth = trained(_equal_parts("net").net, ["*"], rng)
+    save_adapter(truth, tmp_path / "peft")
+    callback = LoRACallback(rank=2, target_modules=["student.*"], init_from=tmp_path / "peft")
+    trainer(callback, max_steps=1).fit(fresh := Distilled(), loader())
+    expected = Distilled()
+    expected.student = truth
+    batch = next(iter(loader()))
+    assert fresh.losses[0] == pytest.approx(expected.loss(batch).item(), rel=1e-6)
+    assert fresh.losses[0] != pytest.approx(Distilled().loss(batch).item(), rel=1e-3)
+
+
+def test_training_asks_for_the_part_where_it_adapts_both(rng, tmp_path):
+    save_adapter(trained(_equal_parts("net").net, ["*"], rng), tmp_path / "peft")
+    callback = LoRACallback(rank=2, target_modules=["student.*", "teacher.*"], init_from=tmp_path / "peft")
+    with pytest.raises(ValueError, match="fits several parts of this Distilled: teacher, student"):
+        trainer(callback, max_steps=1).fit(Distilled(), loader())
+    # What the message says works.
+    assert run("import", tmp_path / "peft", tmp_path / "back.ckpt", "--root", "student") == 0
+    callback = LoRACallback(rank=2, target_modules=["student.*", "teacher.*"], init_from=tmp_path / "back.ckpt")
+    trainer(callback, max_steps=1).fit(Distilled(), loader())
 
 
 class Layered(LightningModule):

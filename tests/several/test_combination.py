@@ -15,11 +15,13 @@ from lightning_lora import (
     LoRAConfig,
     active_adapter,
     adapter_names,
+    adapter_state_dict,
     add_adapter,
     attach,
     combine,
     combine_adapters,
     load_adapter,
+    load_adapter_state_dict,
     lora_layers,
     merge,
     merged,
@@ -521,6 +523,31 @@ def test_one_adapter_with_the_weight_one_is_written_as_it_was(tmp_path: Path):
     combine_adapters([tmp_path / "one"], [1.0], tmp_path / "same")
     one, same = files_of(tmp_path / "one"), files_of(tmp_path / "same")
     assert one["adapter_model.safetensors"] == same["adapter_model.safetensors"]
+
+
+TOKENS = {"target_modules": ["query"], "trainable_token_indices": {"bert.embeddings.word_embeddings": [2, 5]}}
+
+
+@pytest.mark.parametrize("is_checkpoint", [False, True])
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["query"], "lora_bias": True}, TOKENS])
+def test_files_of_float64_keep_their_precision(options: dict[str, Any], is_checkpoint: bool, tmp_path: Path):
+    module = trained(bert().double(), **options)
+    load_adapter_state_dict(module, {name: value / 3 for name, value in adapter_state_dict(module).items()})
+    source = write_checkpoint(module, tmp_path / "last.ckpt") if is_checkpoint else tmp_path / "peft"
+    if not is_checkpoint:
+        save_adapter(module, source)
+    commands: dict[str, tuple[object, ...]] = {
+        "same": ("combine", source, "--weights", "1"),
+        "scaled": ("scale", source, "1"),
+        "summed": ("combine", source, source, "--weights", "1.5,-0.5"),
+    }
+    if not options:  # a bias of B, and tokens, cannot be cut
+        commands["cut"] = ("truncate", source, "--energy", "1.0")
+    truth = merged_state(module)
+    for name, command in commands.items():
+        assert run(*command, "--out", tmp_path / name) == 0
+        load_adapter(again := bert().double(), tmp_path / name)
+        assert far(merged_state(again), truth) <= (0 if name in ("same", "scaled") else ROUNDING)
 
 
 def test_adapters_of_peft_are_summed(tmp_path: Path):

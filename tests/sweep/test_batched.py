@@ -46,3 +46,40 @@ def test_it_computes_what_every_adapter_does_alone(is_shared: bool, has_bias: bo
     for key, value in theirs.items():
         torch.testing.assert_close(mine[key].grad, value.grad)
     assert "forward" not in vars(model[0].lora)
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+@pytest.mark.parametrize("samples", [SAMPLES, ADAPTERS])
+def test_each_adapter_may_have_a_bias_of_its_own(samples: int, is_shared: bool, rng: torch.Generator):
+    """Also where there are as many samples as adapters, so that the shapes would fit the other way, too."""
+    layer = nn.Linear(IN, OUT, dtype=torch.float64)
+    model = nn.Sequential(layer)
+    attach(model, LoRAConfig(rank=RANK, alpha=RANK * SCALING, adapter_dtype="float64", bias="all"))
+    shape = (samples, IN) if is_shared else (ADAPTERS, samples, IN)
+    shapes = {"x": shape, "A": (ADAPTERS, RANK, IN), "B": (ADAPTERS, OUT, RANK), "bias": (ADAPTERS, OUT)}
+    drawn = {key: torch.randn(shape, generator=rng, dtype=torch.float64) for key, shape in shapes.items()}
+    weights = torch.randn(ADAPTERS, samples, OUT, generator=rng, dtype=torch.float64)
+
+    def mapped(x: Tensor, A: Tensor, B: Tensor, bias: Tensor) -> Tensor:
+        own, table = model[0].lora._parameters, model[0]._parameters
+        kept, before = dict(own), table["bias"]
+        own["A"], own["B"], table["bias"] = A, B, bias
+        try:
+            return model(x)
+        finally:
+            own.update(kept)
+            table["bias"] = before
+
+    mine = {key: value.clone().requires_grad_() for key, value in drawn.items()}
+    with batched_linears(model):
+        found = torch.func.vmap(mapped, in_dims=(None if is_shared else 0, 0, 0, 0))(*mine.values())
+    theirs = {key: value.clone().requires_grad_() for key, value in drawn.items()}
+    for index in range(ADAPTERS):
+        x = theirs["x"] if is_shared else theirs["x"][index]
+        weight = layer.weight + SCALING * theirs["B"][index] @ theirs["A"][index]
+        expected = nn.functional.linear(x, weight, theirs["bias"][index])
+        torch.testing.assert_close(found[index], expected)
+        (expected * weights[index]).sum().backward()
+    (found * weights).sum().backward()
+    for key, value in theirs.items():
+        torch.testing.assert_close(mine[key].grad, value.grad)

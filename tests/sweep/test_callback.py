@@ -313,6 +313,16 @@ def test_losses_that_are_no_plain_means_give_the_same(mode: Any, kind: type[Toy]
     assert_each_is_alone(kind, sweep, module, CLOSE, max_steps=8)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize(("mode", "close"), [("loop", EXACT), ("vmap", CLOSE)])
+def test_biases_train_with_each_adapter(mode: Any, close: float, bias: Any):
+    module, rates = Quiet(), [5e-2, 4e-2, 3e-2, 2e-2, 1e-2, 5e-3, 2e-3, 1e-3]
+    # As many adapters as samples: the shapes of all biases fit those of the batch, too.
+    sweep = swept(grid={"lr": rates}, mode=mode, bias=bias, target_modules=["net.0", "net.4"], keep=1.0)
+    fit(module, sweep, max_steps=4)
+    assert_each_is_alone(Quiet, sweep, module, close, max_steps=4)
+
+
 @pytest.mark.parametrize("kind", [BuiltInSetup, BuiltInConfigureModel])
 def test_layers_may_be_built_late(kind: type[Toy]):
     class Late(kind):  # type: ignore[misc,valid-type]

@@ -22,11 +22,20 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, adapter_state_dict, load_adapter, lora_layers, save_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    attach,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+)
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis import analyze
 from lightning_lora.analysis.plots import can_draw
 from lightning_lora.analysis.reports import analysis_page
+from lightning_lora.attachment import get_attachment
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.ops import linear as ops
 from tests.toys import Toy, loader, snapshot, trainer
@@ -450,3 +459,61 @@ def test_without_a_schedule_there_are_no_ranks_to_tell() -> None:
     lora = LoRACallback(rank=2)
     run_of(lora, steps=2).fit(Slow(), loader())
     assert lora.ranks() == {}
+
+
+class Narrow(Slow):
+    """Ends in a layer that has fewer outputs than the components that a schedule starts with."""
+
+    outputs = 3
+
+    def build(self) -> None:
+        super().build()
+        self.net.append(nn.Linear(8, self.outputs))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+
+class Narrower(Narrow):
+    outputs = 2
+
+
+NAMED = {"rank_schedule": "cubic", "target_modules": ["net.*"]}
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+def test_a_layer_too_small_for_a_schedule_is_told_what_fits_it() -> None:
+    with pytest.raises(
+        ValueError, match=r"rank 4 is above 3, .*; set rank_schedule=\{'max_rank': 3\}, or use"
+    ) as refused:
+        run_of(callback(**NAMED)).fit(Narrow(), loader())
+    assert "rank_pattern" not in str(refused.value)
+    # What the message says works.
+    lora = callback(**NAMED | {"rank_schedule": {"max_rank": 3}})
+    run_of(lora).fit(Narrow(), loader())
+    assert "net.5" in lora.ranks()
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+def test_a_layer_too_small_for_the_rank_itself_is_told_both_numbers() -> None:
+    with pytest.raises(ValueError, match=r"rank 4 is above 2, .*; set rank=1 and rank_schedule=\{'max_rank': 2\}"):
+        run_of(callback(**NAMED)).fit(Narrower(), loader())
+    run_of(lora := callback(**NAMED | {"rank": 1, "rank_schedule": {"max_rank": 2}})).fit(Narrower(), loader())
+    assert "net.5" in lora.ranks()
+    run_of(lora := callback(**NAMED | {"rank_schedule": {"max_rank": 2, "budget": 100}})).fit(Narrower(), loader())
+    assert "net.5" in lora.ranks()
+
+
+def test_a_layer_of_one_output_is_told_that_no_schedule_fits_it() -> None:
+    one = Narrow()
+    one.net[5] = nn.Linear(8, 1)
+    with pytest.raises(ValueError, match=r"rank 4 is above 1, .*; leave it out with exclude_modules, or use"):
+        run_of(callback(**NAMED)).fit(one, loader())
+
+
+def test_the_report_of_a_schedule_says_why_a_layer_was_left_out() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_of(callback(rank_schedule="cubic")).fit(module := Narrow(), loader())
+    assert "set rank_schedule={'max_rank': 3}" in get_attachment(module).report.left_out["net.5"]
+    assert "lower it with rank_pattern" in attach(Narrow(), LoRAConfig(rank=4)).left_out["net.5"]

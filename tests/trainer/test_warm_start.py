@@ -332,3 +332,9 @@ def test_init_from_is_read_only_without_ckpt_path(tmp_path: Path) -> None:
     run.fit(Toy(), loader(), ckpt_path=path)
     with pytest.raises((ValueError, FileNotFoundError), match="missing"):
         run.fit(Toy(), loader())
+
+
+def test_meta_module_does_not_start_from_an_adapter(source: tuple[Toy, str]) -> None:
+    module = fresh().to("meta")
+    with pytest.raises(ValueError, match=r"net\.0\.lora\.A.* on the meta device.*Nothing was changed"):
+        start_from(module, source[1])
