@@ -25,7 +25,7 @@ from lightning_lora.peft_format.directory import PeftFile, read_directory
 from lightning_lora.peft_format.export import Export
 from lightning_lora.peft_format.files import below, check_expressible, exported, write_export
 from lightning_lora.peft_format.importing import Import, import_state, make_import
-from lightning_lora.peft_format.names import PREFIX
+from lightning_lora.peft_format.names import PREFIX, has_many_names
 from lightning_lora.state import check_sound, describe, mismatches, record_problems
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer, StoredWeight, damage_named
 from lightning_lora.storage.atomic import check_new, replace_file
@@ -77,8 +77,7 @@ def _export_of(file: CheckpointFile, root: str | None = None) -> tuple[Export, F
         export.is_partial, export.recorded_root = True, root
         for name in dict.fromkeys(file.aliases.values()):
             names = [name, *(other for other, first in file.aliases.items() if first == name)]
-            shown = ", ".join(names)
-            export.refused[name] = f"the model reaches it by {len(names)} names ({shown}), and PEFT adapts one"
+            export.refused[name] = has_many_names(names)
         return export, below(file.base, export.root_name)
 
 

@@ -39,6 +39,7 @@ from lightning_lora.peft_format.names import (
     PREFIX,
     TOKENS_SUFFIX,
     expert_names,
+    has_many_names,
     live_path,
     model_type,
     paths_in_file,
@@ -420,9 +421,8 @@ class ExportCollector:
 
     def _name_problems(self, name: str, option: str) -> Iterator[str]:
         """Yield why PEFT would misunderstand a name in an option."""
-        part, aliases = self.names[name]
-        if len(aliases) > 1:
-            yield f"the model reaches it by {len(aliases)} names ({', '.join(aliases)}), and PEFT adapts one"
+        part, known_as = self.names[name]
+        yield from [has_many_names(known_as)] if len(known_as) > 1 else ()
         if option == "modules_to_save" and isinstance(part, CONTAINERS):
             yield f"PEFT wraps no {type(part).__name__}; name the modules in it, or put its parameters into a module"
         if option == "target_modules" and not self.expert_names:

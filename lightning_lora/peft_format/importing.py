@@ -35,6 +35,7 @@ from lightning_lora.peft_format.factors import Geometry, PeftLayer, from_file, s
 from lightning_lora.peft_format.names import (
     PREFIX,
     expert_names,
+    has_many_names,
     likely_roots,
     parameters_named,
     paths_in_model,
@@ -220,7 +221,7 @@ class Import:
         """Yield why PEFT computes something else with this layer than we would."""
         aliases = self.names[name][1]
         if len(aliases) > 1:
-            yield f"{path}: the model reaches it by {len(aliases)} names ({', '.join(aliases)}), and PEFT adapts one"
+            yield f"{path}: {has_many_names(aliases)}"
         parent, _, last = name.rpartition(".")
         if last == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention):
             written = self.peft.peft_version

@@ -213,3 +213,8 @@ def _renamed(paths: Iterable[str], steps: Sequence[Any]) -> dict[str, str]:
             key, _ = step.rename_source_key(key)
         found[path] = key.removesuffix(_FACTOR)
     return found
+
+
+def has_many_names(names: Sequence[str]) -> str:
+    """Return why PEFT cannot adapt a layer that a model holds in several places."""
+    return f"the model reaches it by {len(names)} names ({', '.join(names)}), and PEFT adapts one"

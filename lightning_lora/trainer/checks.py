@@ -72,7 +72,10 @@ def check_other_callbacks(trainer: Trainer, lora: Callback) -> None:
             )
     for callback in callbacks:
         if isinstance(callback, type(lora)) and callback is not lora:
-            raise MisconfigurationException("This Trainer has two LoRACallbacks; combine them into one.")
+            raise MisconfigurationException(
+                "This Trainer has two LoRACallbacks, and a fit trains one adapter. Name the layers of both in one "
+                "LoRACallback, call fit once for each LoRACallback(adapter=...), or train several at once by LoRASweep."
+            )
         if isinstance(callback, with_twins(BaseFinetuning, ModelPruning)):
             raise MisconfigurationException(
                 f"{type(callback).__name__} changes which parameters train, and so does LoRACallback. Remove one "
