@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_lora import LoRAConfig, attach, lora_layers, save_adapter
+from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers, save_adapter
 from lightning_lora.analysis import analyze
 from tests.files import FACTOR, change_tensors, run, write_checkpoint
 from tests.peft_format.kinds import KINDS, WARNED, seeded
 from tests.peft_format.models import (
     trained,
 )
-from tests.toys import Spectral
+from tests.toys import Spectral, Toy, loader, trainer
 
 pytestmark = WARNED
 
@@ -99,6 +99,18 @@ def test_diff_lists_differences(files: tuple[Path, Path], tmp_path: Path, capsys
         "blocks.0.q_proj.A: largest difference 0.5",
         "blocks.1.v_proj: scaling 1.5 and 6.0",
     ]
+
+
+def test_diff_sees_buffers_that_training_has_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = Toy()
+    module.register_buffer("center", torch.zeros(3))
+    (fit := trainer(LoRACallback(rank=2))).fit(module, loader())
+    for name, value in {"one": 1.0, "other": 1.5}.items():
+        module.center.fill_(value)
+        fit.save_checkpoint(tmp_path / f"{name}.ckpt")
+    capsys.readouterr()
+    assert run("diff", tmp_path / "one.ckpt", tmp_path / "other.ckpt") == 1
+    assert capsys.readouterr().out == "center: largest difference 0.5\n"
 
 
 @pytest.mark.parametrize("part", ["real", "imag"])

@@ -30,6 +30,7 @@ from lightning_lora import (
     remove_adapter,
     save_adapter,
     set_adapter,
+    truncate_adapter,
     using,
 )
 from lightning_lora.adapted_model import AdaptedModel
@@ -701,10 +702,10 @@ class Batches(LightningDataModule):
 
 
 @pytest.mark.parametrize("tuner", ["lr_find", "scale_batch_size"])
-def test_a_tuner_leaves_no_buffer_moved(tuner: str):
+def test_a_tuner_leaves_no_buffer_moved(tuner: str, tmp_path: Path):
     tuned, plain = Centered(), Centered()
     for module in (tuned, plain):
-        run = trainer(LoRACallback(rank=2), max_steps=4)
+        run = trainer(LoRACallback(rank=2), root=tmp_path, max_steps=4)
         if module is tuned and tuner == "lr_find":
             Tuner(run).lr_find(module, loader(), num_training=8, update_attr=False, early_stop_threshold=None)
         elif module is tuned:
@@ -775,3 +776,50 @@ def test_what_is_measured_after_a_fit_belongs_to_its_adapter(tmp_path: Path):
             assert torch.equal(module.center, loaded.center)
     with using(module, None):
         assert not module.center.any()
+
+
+@pytest.mark.parametrize("name", [None, "first"])
+def test_a_truncated_adapter_keeps_its_buffers(name: str | None):
+    module, bare = Centered(), Centered()
+    fit(module, LoRACallback(adapter=name, rank=2), max_steps=4)
+    before = alone(module, name or "default")
+    truncate_adapter(module, energy=1.0)
+    output, *buffers = alone(module, name or "default")
+    assert_alike(tuple(buffers), before[1:])
+    torch.testing.assert_close(output, before[0])
+    detach(module)
+    assert_alike((module.center, module.seen), (bare.center, bare.seen))
+
+
+@pytest.mark.parametrize("name", [None, "first"])
+def test_ranks_from_data_keep_what_setup_has_measured(name: str | None, tmp_path: Path):
+    module = Measures()
+    module.mean = 2.0
+    run = fit(module, LoRACallback(adapter=name, rank="auto", rank_budget=200, init="eva"), max_steps=2)
+    assert torch.equal(module.center, torch.full((8,), 2.0))
+    run.save_checkpoint(tmp_path / "auto.ckpt")
+    load_adapter(loaded := Measures(), tmp_path / "auto.ckpt")
+    assert torch.equal(loaded.center, module.center)
+
+
+def test_a_directory_has_none_of_the_buffers_of_before(tmp_path: Path):
+    module, bare = Centered(), Centered()
+    fit(module, LoRACallback(rank=2), max_steps=4)
+    with pytest.warns(UserWarning, match="has no place: center, seen"):
+        save_adapter(module, tmp_path / "adapter")
+    load_adapter(fresh := Centered(), tmp_path / "adapter")
+    load_adapter(module, tmp_path / "adapter")
+    assert_alike(alone(module, "default"), alone(fresh, "default"))
+    assert_alike((module.center, module.seen), (bare.center, bare.seen))
+
+
+def test_detach_gives_back_the_base_that_a_checkpoint_held(tmp_path: Path):
+    other, module = Centered(), Centered()
+    other.center += 5
+    run = trainer(max_steps=0)
+    run.fit(other, loader())
+    run.save_checkpoint(tmp_path / "base.ckpt")
+    fit(module, LoRACallback(rank=2), path=tmp_path / "base.ckpt", max_steps=2)
+    assert not torch.equal(module.center, other.center)
+    detach(module)
+    assert torch.equal(module.center, other.center)
