@@ -85,7 +85,7 @@ def moved_buffers(model: AdaptedModel) -> dict[str, Tensor]:
     buffers = base_buffers(model)
     for root in model.roots[:1]:
         if (first := root.attachment.watched) is not None:
-            moved = [name for name, now in buffers.items() if not _is_same(first.get(name), now)]
+            moved = [name for name, now in buffers.items() if not is_same(first.get(name), now)]
             root.attachment.moved.update(moved)
             note_moved(model, {name: first[name] for name in moved if name in first})
     known = {name for root in model.roots for name in root.attachment.moved}
@@ -97,7 +97,8 @@ def moved_values(model: AdaptedModel) -> dict[str, Tensor]:
     return {name: buffer.detach().clone() for name, buffer in moved_buffers(model).items()}
 
 
-def _is_same(first: Tensor | None, now: Tensor) -> bool:
+def is_same(first: Tensor | None, now: Tensor) -> bool:
+    """Return whether a buffer has the value that it had, bit for bit."""
     if first is None or first.shape != now.shape:
         return False
     if now.is_meta or now.is_quantized or now.layout is not torch.strided:

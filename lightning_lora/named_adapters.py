@@ -16,7 +16,7 @@ The first adapter is called ``"default"`` unless it was named. A module with one
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -264,7 +264,7 @@ def _originals(model: AdaptedModel) -> dict[int, Tensor | None]:
 
 
 def own_buffer(several: Several, part: nn.Module, key: str, base: Tensor | None) -> None:
-    """Let the active adapter have what is in place of a buffer for itself, unless it does already.
+    """Let the active adapter have what is in place of a buffer for itself.
 
     Args:
         several: The record.
@@ -272,9 +272,7 @@ def own_buffer(several: Several, part: nn.Module, key: str, base: Tensor | None)
         key: The buffer's name there.
         base: The base's own value.
     """
-    adapter = several.adapters[several.active or ""]
-    if part not in adapter.kept or key not in adapter.kept[part]._buffers:
-        _own(several, part, "_buffers", key, None if base is None else base.detach().clone())
+    _own(several, part, "_buffers", key, copied(base))
 
 
 def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
@@ -285,10 +283,11 @@ def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
     """
     model = AdaptedModel(model.module)
     take_back(model, moved_buffers(model).keys() - values.keys())
+    _make_places(model, values)
     places, several = buffer_places(model) if values else {}, recorded(model.module)
     saved = {name: value for name, value in values.items() if name in places}  # others were left out of this module
     note_moved(model, {name: copied(places[name][0]._buffers[places[name][1]]) for name in saved})
-    first = first_values(model)
+    first, device = first_values(model), next((each.device for each in model.module.parameters()), torch.device("cpu"))
     for name, value in saved.items():
         part, key = places[name]
         if several is not None and several.active is not None:
@@ -298,7 +297,15 @@ def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
             with torch.no_grad():
                 buffer.copy_(value)
         else:
-            part._buffers[key] = value.to(buffer).clone() if buffer is not None else value.clone()
+            part._buffers[key] = value.to(device if buffer is None else buffer).clone()
+
+
+def _make_places(model: AdaptedModel, names: Collection[str]) -> None:
+    """Register buffers that hooks of the module would register later."""
+    parts = dict(model.parts)
+    for owner, _, key in (name.rpartition(".") for name in names):
+        if owner in parts and not hasattr(parts[owner], key):
+            parts[owner].register_buffer(key, None)
 
 
 def _own(several: Several, part: nn.Module, table: str, key: str, base: Tensor | None) -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.base_buffers import first_values
 from lightning_lora.fingerprint import fingerprint
 from lightning_lora.layers import base_parameter
+from lightning_lora.named_adapters import fill_buffers
 from lightning_lora.names import clean_name, join, walk
 from lightning_lora.sharding import copy_whole
 from lightning_lora.state import extra_state_names, mismatches, other_shapes
@@ -29,8 +31,9 @@ def load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor], 
     Raises:
         ValueError: The state does not fit. Nothing was changed.
     """
-    factors = factor_names(model)
-    base = {name: tensor for name, tensor in _persistent(model.module).items() if name not in factors}
+    factors, first = factor_names(model), first_values(model)
+    persistent = _persistent(model.module)
+    base = {n: tensor for n, tensor in persistent.items() if n not in factors and first.get(n, tensor) is not None}
     known: Collection[str] = {*metric_states(model), *extra_state_names(model.module)}
     whole = layout.shapes(base)
     problems = mismatches(whole, state, known) if strict else other_shapes(whole, state)
@@ -41,6 +44,8 @@ def load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor], 
             f"The checkpoint holds no adapter, and as a base it does not fit {type(model.module).__name__}; nothing "
             "was changed:\n" + "\n".join(f"  - {problem}" for problem in problems)
         )
+    fill_buffers(model, {})  # what an earlier training has changed: this one starts anew
+    base = {name: tensor for name, tensor in _persistent(model.module).items() if name in base}
     layout.fill(base, state)
     if layout.base is not None:
         loaded = {name: state[name] for name in model.base if name in state}

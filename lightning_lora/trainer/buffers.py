@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.base_buffers import base_buffers, buffer_places, moved_values, values_now
+from lightning_lora.base_buffers import (
+    First,
+    base_buffers,
+    buffer_places,
+    first_values,
+    is_same,
+    moved_buffers,
+    moved_values,
+    values_now,
+)
 from lightning_lora.layers.norm import has_running_statistics
 from lightning_lora.named_adapters import active_adapter, fill_buffers, of_others, own_buffer, recorded
 
@@ -28,44 +36,38 @@ class HookWatch:
 
     def __init__(self, module: nn.Module, changed: Collection[str] = ()) -> None:
         self.module, self._changed = module, changed
-        buffers = base_buffers(AdaptedModel(module))
-        self._before = {name: (buffer, _version(buffer), checksum(buffer)) for name, buffer in buffers.items()}
+        model = AdaptedModel(module)
+        self._before, self._parts = values_now(model), {part for _, part in model.parts}
+        self._versions = {each: _version(each) for each in module.parameters()}
 
-    def note_set(self) -> None:
+    def note_set(self) -> First:
         """Count them as changed by training, so that they are saved.
 
         New buffers come with the layers that are built, and the statistics of norms with weights that are loaded: these
         belong to the base.
+
+        Returns:
+            What they were before; empty if the hooks have loaded weights, with which buffers come.
         """
         model = AdaptedModel(self.module)
-        places = buffer_places(model)
+        places, now = buffer_places(model), {each: _version(each) for each in self.module.parameters()}
+        has_loaded = any(now.get(each, -1) != version for each, version in self._versions.items())
+        found: dict[str, Tensor | None] = {}
+        for name, buffer in base_buffers(model).items():
+            part, before = places[name][0], self._before.get(name)
+            if has_running_statistics(part):
+                continue
+            is_new = before is None and (name in self._before or (part in self._parts and not has_loaded))
+            if is_new or not (before is None or before.is_meta or is_same(before, buffer)):
+                found[name] = before
         for root in model.roots[:1]:
-            root.attachment.moved |= set(self._changed) | {
-                name
-                for name, buffer in base_buffers(model).items()
-                if name in self._before and not self._before[name][0].is_meta
-                if not has_running_statistics(places[name][0])
-                if not self._is_same(name, buffer)
-            }
-
-    def _is_same(self, name: str, buffer: Tensor) -> bool:
-        before, version, known = self._before[name]
-        is_untouched = before is buffer and version is not None and version == _version(buffer)
-        return is_untouched or known == checksum(buffer)
+            root.attachment.moved |= {*self._changed, *found}
+            found = {name: before for name, before in found.items() if name not in root.attachment.buffers}
+        return {} if has_loaded else found
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
-
-
-def checksum(tensor: Tensor) -> tuple[object, ...]:
-    """Return what differs between two values of a tensor, without a copy of it."""
-    if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided or not tensor.numel():
-        return tuple(tensor.shape), tensor.dtype
-    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    # Alternating parts, so that an exchange of values is seen.
-    sums = [int(octets[start::3].sum(dtype=torch.int64)) for start in range(3)]
-    return tuple(tensor.shape), tensor.dtype, *sums
 
 
 # --- during training
@@ -74,6 +76,7 @@ def checksum(tensor: Tensor) -> tuple[object, ...]:
 def watch_buffers(module: nn.Module) -> None:
     """Keep the values that the base's buffers have now, to see what changes while the active adapter trains."""
     model = AdaptedModel(module)
+    moved_buffers(model)  # also what was set by hand since an earlier fit
     for root in model.roots[:1]:
         root.attachment.watched = values_now(model)
 
@@ -97,10 +100,10 @@ def claim_buffers(module: nn.Module, names: Collection[str]) -> None:
     several, model = recorded(module), AdaptedModel(module)
     if several is None or several.active is None:
         return
-    places, now = buffer_places(model), values_now(model)
+    places, first = buffer_places(model), first_values(model)
     for name in names:
-        if name in now:
-            own_buffer(several, *places[name], now[name])
+        if name in first:
+            own_buffer(several, *places[name], first[name])
 
 
 def divide_buffers(module: nn.Module) -> None:
@@ -113,3 +116,25 @@ def _of_all(module: nn.Module, read: Callable[[nn.Module], T]) -> dict[str | Non
     """Return what a function finds while each adapter is in place."""
     found: dict[str | None, T] = {active_adapter(module): read(module)}
     return found | of_others(module, read)
+
+
+def give_back(module: nn.Module, before: First, together: Collection[str]) -> None:
+    """Give the base the values from before hooks had set them, once a fit has ended, in which it needed them.
+
+    Args:
+        module: The module.
+        before: What ``HookWatch`` has found.
+        together: The adapters that have trained at once, if it was not the active one alone.
+    """
+
+    def of_one(part: nn.Module) -> None:
+        model, several = AdaptedModel(part), recorded(part)
+        places = buffer_places(model)
+        for root in model.roots[:1]:
+            for name in before.keys() & places.keys():
+                root.attachment.buffers[name] = before[name]
+                if several is not None:
+                    own_buffer(several, *places[name], before[name])
+
+    if before:
+        _of_all(module, lambda part: of_one(part) if not together or active_adapter(part) in together else None)

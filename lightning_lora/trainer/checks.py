@@ -26,7 +26,6 @@ from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
 from lightning_lora.sharding import anywhere, is_fully_sharded, local
-from lightning_lora.trainer.buffers import checksum
 from lightning_lora.trainer.diagnostics import norm_of_updates, to_floats
 from lightning_lora.trainer.lightning_patches import import_name, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
@@ -227,7 +226,7 @@ class GradientCheck:
     def _values(self) -> dict[str, tuple[object, ...]]:
         with gathered_parameters(self.module):
             trained = AdaptedModel(self.module).trained.items()
-            return {name: checksum(local(tensor)) for name, tensor in trained if tensor.requires_grad}
+            return {name: _checksum(local(tensor)) for name, tensor in trained if tensor.requires_grad}
 
     def close(self) -> None:
         """Stop watching."""
@@ -433,3 +432,13 @@ def goes_beside(module: nn.Module, own: str | None) -> bool:
         return True
     with gathered_parameters(module):
         return not any(map(is_fully_sharded, module.modules())) and norm_of_updates(module) > 0
+
+
+def _checksum(tensor: Tensor) -> tuple[object, ...]:
+    """Return what differs between two values of a tensor, without a copy of it."""
+    if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided or not tensor.numel():
+        return tuple(tensor.shape), tensor.dtype
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    # Alternating parts, so that an exchange of values is seen.
+    sums = [int(octets[start::3].sum(dtype=torch.int64)) for start in range(3)]
+    return tuple(tensor.shape), tensor.dtype, *sums

@@ -29,7 +29,7 @@ from lightning_lora.storage.checkpoint import own_name, saved_options, saved_req
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter, switched
 from lightning_lora.trainer import hints
-from lightning_lora.trainer.buffers import HookWatch, watch_buffers, watch_training
+from lightning_lora.trainer.buffers import HookWatch, give_back, watch_buffers, watch_training
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit, check_ranks_can_change
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
@@ -129,7 +129,7 @@ class FitSession:
             set_adapter(module, self._name)
         elif self._name is not None and names:
             self._bare.enter_context(switched(module, None, "LoRACallback"))
-        self._set = HookWatch(module)
+        self._set, self._unset, self._together = HookWatch(module), dict[str, Any](), cast("Collection[str]", ())
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
         self._averages = ExitStack()  # keeps the base as it is where callbacks average it
@@ -189,7 +189,7 @@ class FitSession:
         else:
             self._attach_now()
             if overrides(module, "setup"):
-                self._wraps.after(module, "setup", lambda _: self._set.note_set())
+                self._wraps.after(module, "setup", lambda _: self._note_set())
 
     def _prepare_fit(self) -> None:
         diagnostics = bool(self.options.diagnostics_every_n_steps)
@@ -297,13 +297,16 @@ class FitSession:
         self._remember_request(get_attachment(module))
         if self._is_first:
             self._is_first = False
-            self._set.note_set()
+            self._note_set()
             check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             if self._is_fit and self._is_new:
                 hints.warn_of_missing_heads(self._config, report)
             self._begin()
+
+    def _note_set(self) -> None:
+        self._unset = {**self._set.note_set(), **self._unset}
 
     def _remember_request(self, record: Attachment | None) -> None:
         """Write into the record what was asked for, where the ranks are decided later."""
@@ -404,7 +407,8 @@ class FitSession:
         self.gradients.close()
         self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
         self._checkpoints.untrained = self.gradients.untrained
-        self._set.note_set()
+        self._note_set()
+        self._together = together
         watch_training(self.module, together)
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
@@ -470,6 +474,7 @@ class FitSession:
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
+        give_back(self.module, self._unset, self._together)
         self._wraps.remove()
         self._bare.close()
         self._others.close()
