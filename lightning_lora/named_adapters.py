@@ -87,6 +87,7 @@ class Several:
         active: Which one is in place; None for the bare base.
         base: Modules that an adapter trains in full -> where to keep the base's own tensors.
         again: Inside ``routed``, which forbids switching, the function that enters it.
+        frozen: Adapters that stay as they are while another one trains.
     """
 
     home: nn.Module
@@ -94,6 +95,7 @@ class Several:
     active: str | None = None
     base: dict[nn.Module, Kept] = field(default_factory=dict)
     again: Context | None = None
+    frozen: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         _records.add(self)
@@ -353,6 +355,27 @@ def switch_to(several: Several, name: str | None) -> None:
         freeze_norms(several.home)
 
 
+@contextmanager
+def buffers_kept(several: Several) -> Iterator[None]:
+    """Keep the buffers of the base, or of an adapter that stays as it is, whatever the block computes in training mode.
+
+    Only buffers that some adapter has for itself can differ; the block gets copies of them.
+    """
+    active = several.active
+    if active is not None and active not in several.frozen:
+        yield
+        return
+    held = [(part, key, part._buffers.get(key)) for part, place in several.base.items() for key in place._buffers]
+    for part, key, buffer in held:
+        part._buffers[key] = copied(buffer)
+    try:
+        yield
+    finally:
+        if several.active == active:
+            for part, key, buffer in held:
+                part._buffers[key] = buffer
+
+
 def of_others(module: nn.Module, read: Callable[[nn.Module], T]) -> dict[str, T]:
     """Return what a function finds in a module while each adapter that is not active now is in place.
 
@@ -464,6 +487,7 @@ def _as_it_was(record: Several, name: str | None, again: Context | None) -> Iter
         before = record.active
         switch_to(record, name)
         try:
-            yield
+            with buffers_kept(record):
+                yield
         finally:
             switch_to(record, before)

@@ -16,6 +16,7 @@ from lightning_lora.named_adapters import (
     Several,
     active_adapter,
     adapter_names,
+    buffers_kept,
     check_name,
     checked,
     fill_buffers,
@@ -75,7 +76,7 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
             kept. Nothing was changed.
         RuntimeError: As in ``set_adapter``.
     """
-    with taking_turns(module), switched(module, name, "using"):
+    with taking_turns(module), switched(module, name, "using"), buffers_kept(several_of(module, "using")):
         yield
 
 
@@ -271,8 +272,12 @@ def others_frozen(module: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad) for each in adapters for kept in each.kept.values() for p in kept.parameters()]
     for parameter, _ in flags:
         parameter.requires_grad_(False)
+    if several is not None:
+        before, several.frozen = several.frozen, {*several.adapters} - {several.active}
     try:
         yield
     finally:
+        if several is not None:
+            several.frozen = before
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)

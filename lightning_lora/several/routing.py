@@ -19,6 +19,7 @@ from lightning_lora.named_adapters import (
     TABLES,
     Kept,
     Several,
+    buffers_kept,
     checked,
     in_mode_of,
     several_of,
@@ -73,16 +74,17 @@ def _routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     switch_to(several, None)
     several.again = partial(routed, module, names)
     try:
-        for part in parts:
-            groups = [
-                _Group(own, None if name is None else several.adapters[name].kept.get(part))
-                for name, own in rows.items()
-            ]
-            for group in groups:
-                in_mode_of(part, group.lora)
-            vars(part)[_ROUTE] = route = _Route(paths[part], len(names), groups)
-            swap_in(part, RoutedLayer, route.own)
-        yield
+        with buffers_kept(several):
+            for part in parts:
+                groups = [
+                    _Group(own, None if name is None else several.adapters[name].kept.get(part))
+                    for name, own in rows.items()
+                ]
+                for group in groups:
+                    in_mode_of(part, group.lora)
+                vars(part)[_ROUTE] = route = _Route(paths[part], len(names), groups)
+                swap_in(part, RoutedLayer, route.own)
+            yield
     finally:
         for part in parts:
             if isinstance(part, RoutedLayer):
@@ -273,12 +275,12 @@ def _check_batch(route: _Route, inputs: Tensor, output: Tensor) -> None:
 
 def _check_routable(several: Several, names: Sequence[str], paths: Mapping[nn.Module, str]) -> None:
     kept = [item for name in names for item in several.adapters[name].kept.items()]
-    in_weight = dict.fromkeys(paths[part] for part, place in kept if _reads_weight(part, place))
+    in_weight = dict.fromkeys(paths[part] or "the model" for part, place in kept if _reads_weight(part, place))
     if in_weight:
         raise ValueError(
-            f"routed: the weight of {listed(list(in_weight))} carries the update, which is one for the "
-            "whole batch. Leave such layers out of the adapters, or run the samples of each "
-            "adapter by themselves, inside using(module, name)."
+            f"routed: {listed(list(in_weight))} carries the update in its weight, or holds tensors that an adapter has "
+            "for itself, and these are the same for the whole batch. Leave such layers out of the adapters, or run the "
+            "samples of each adapter by themselves, inside using(module, name)."
         )
     for parent in paths:
         children = [child for key, child in parent._modules.items() if child is not None and key != OTHERS]

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.loading import add_adapter
-from lightning_lora.named_adapters import active_adapter, adapter_names
+from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import listed
 from lightning_lora.optimizers import unpack_configured
 from lightning_lora.ranks.schedule import RankSchedule
@@ -160,6 +160,8 @@ class SweepSession:
         if before is not None:
             set_adapter(self.module, before)
         self.owned = parameters_of_adapters(self.module, list(self.chosen))
+        if (several := recorded(self.module)) is not None:
+            several.frozen -= self.chosen.keys()
         for own in self.owned.values():
             for parameter in own.values():
                 parameter.requires_grad_(True)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.base_buffers import (
-    First,
     base_buffers,
     buffer_places,
     first_values,
@@ -23,31 +22,38 @@ from lightning_lora.named_adapters import active_adapter, fill_buffers, of_other
 
 T = TypeVar("T")
 
-# --- before training
 
+class BufferWatch:
+    """Finds the buffers that hooks of a module set, such as the mean of the data, and those that training changes.
 
-class HookWatch:
-    """Finds the buffers that hooks of the module set before training begins, such as the mean of the data.
+    Both belong to the adapter. During the fit the base has what the hooks have set, too, for a reference that computes
+    without the adapter; afterwards it has what it had before.
 
     Args:
         module: The module, before hooks run; adapters may come later.
-        changed: The buffers that had changed beside earlier adapters of the module.
     """
 
-    def __init__(self, module: nn.Module, changed: Collection[str] = ()) -> None:
-        self.module, self._changed = module, changed
-        model = AdaptedModel(module)
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._unset: dict[str, Tensor | None] = {}  # values from before hooks had set them
+        self._together: Collection[str] = ()
+        self.renew()
+
+    def renew(self, changed: Collection[str] = ()) -> None:
+        """Compare with the values of now from here on.
+
+        Args:
+            changed: Buffers that count as set, whatever hooks do.
+        """
+        model, self._changed = AdaptedModel(self.module), changed
         self._before, self._parts = values_now(model), {part for _, part in model.parts}
-        self._versions = {each: _version(each) for each in module.parameters()}
+        self._versions = {each: _version(each) for each in self.module.parameters()}
 
-    def note_set(self) -> First:
-        """Count them as changed by training, so that they are saved.
+    def note_set(self) -> None:
+        """Count what hooks have set as changed by training, so that it is saved.
 
-        New buffers come with the layers that are built, and the statistics of norms with weights that are loaded: these
-        belong to the base.
-
-        Returns:
-            What they were before; empty if the hooks have loaded weights, with which buffers come.
+        New buffers come with the layers that are built, others with the weights that are loaded, as do the statistics
+        of norms: these belong to the base.
         """
         model = AdaptedModel(self.module)
         places, now = buffer_places(model), {each: _version(each) for each in self.module.parameters()}
@@ -62,37 +68,54 @@ class HookWatch:
                 found[name] = before
         for root in model.roots[:1]:
             root.attachment.moved |= {*self._changed, *found}
-            found = {name: before for name, before in found.items() if name not in root.attachment.buffers}
-        return {} if has_loaded else found
+            known = {*root.attachment.buffers, *self._unset}
+            self._unset |= {} if has_loaded else {name: value for name, value in found.items() if name not in known}
+
+    def start_training(self, together: Collection[str] = ()) -> None:
+        """From now on, let what changes be the active adapter's alone.
+
+        Args:
+            together: Adapters that train at once instead. They share what hooks of the module change, once for all.
+        """
+        self.note_set()
+        self._together = together
+        if together:
+            self._of_those_in_training(watch)
+        else:
+            watch(self.module)
+            claim_buffers(self.module, buffer_places(AdaptedModel(self.module)))
+
+    def close(self) -> None:
+        """Give the base back what hooks had set for the fit."""
+        if self._unset:
+            self._of_those_in_training(self._give_back)
+
+    def _give_back(self, module: nn.Module) -> None:
+        model, several = AdaptedModel(module), recorded(module)
+        places = buffer_places(model)
+        for root in model.roots[:1]:
+            for name in self._unset.keys() & places.keys():
+                root.attachment.buffers[name] = self._unset[name]
+                if several is not None:
+                    own_buffer(several, *places[name], self._unset[name])
+
+    def _of_those_in_training(self, change: Callable[[nn.Module], None]) -> None:
+        if self._together:
+            _of_all(self.module, lambda part: change(part) if active_adapter(part) in self._together else None)
+        else:
+            change(self.module)
 
 
 def _version(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-# --- during training
-
-
-def watch_buffers(module: nn.Module) -> None:
+def watch(module: nn.Module) -> None:
     """Keep the values that the base's buffers have now, to see what changes while the active adapter trains."""
     model = AdaptedModel(module)
     moved_buffers(model)  # also what was set by hand since an earlier fit
     for root in model.roots[:1]:
         root.attachment.watched = values_now(model)
-
-
-def watch_training(module: nn.Module, together: Collection[str] = ()) -> None:
-    """Do the same as training begins, and let what changes from now on be the active adapter's alone.
-
-    Args:
-        module: The adapted module.
-        together: Adapters that train at once instead. They share what hooks of the module change, once for all.
-    """
-    if together:
-        _of_all(module, lambda part: watch_buffers(part) if active_adapter(part) in together else None)
-    else:
-        watch_buffers(module)
-        claim_buffers(module, buffer_places(AdaptedModel(module)))
 
 
 def claim_buffers(module: nn.Module, names: Collection[str]) -> None:
@@ -116,25 +139,3 @@ def _of_all(module: nn.Module, read: Callable[[nn.Module], T]) -> dict[str | Non
     """Return what a function finds while each adapter is in place."""
     found: dict[str | None, T] = {active_adapter(module): read(module)}
     return found | of_others(module, read)
-
-
-def give_back(module: nn.Module, before: First, together: Collection[str]) -> None:
-    """Give the base the values from before hooks had set them, once a fit has ended, in which it needed them.
-
-    Args:
-        module: The module.
-        before: What ``HookWatch`` has found.
-        together: The adapters that have trained at once, if it was not the active one alone.
-    """
-
-    def of_one(part: nn.Module) -> None:
-        model, several = AdaptedModel(part), recorded(part)
-        places = buffer_places(model)
-        for root in model.roots[:1]:
-            for name in before.keys() & places.keys():
-                root.attachment.buffers[name] = before[name]
-                if several is not None:
-                    own_buffer(several, *places[name], before[name])
-
-    if before:
-        _of_all(module, lambda part: of_one(part) if not together or active_adapter(part) in together else None)

@@ -29,7 +29,7 @@ from lightning_lora.storage.checkpoint import own_name, saved_options, saved_req
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter, switched
 from lightning_lora.trainer import hints
-from lightning_lora.trainer.buffers import HookWatch, give_back, watch_buffers, watch_training
+from lightning_lora.trainer.buffers import BufferWatch, watch
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit, check_ranks_can_change
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import (
@@ -129,7 +129,7 @@ class FitSession:
             set_adapter(module, self._name)
         elif self._name is not None and names:
             self._bare.enter_context(switched(module, None, "LoRACallback"))
-        self._set, self._unset, self._together = HookWatch(module), dict[str, Any](), cast("Collection[str]", ())
+        self._buffers = BufferWatch(module)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
         self._others = ExitStack()  # keeps other adapters frozen
         self._averages = ExitStack()  # keeps the base as it is where callbacks average it
@@ -189,7 +189,7 @@ class FitSession:
         else:
             self._attach_now()
             if overrides(module, "setup"):
-                self._wraps.after(module, "setup", lambda _: self._note_set())
+                self._wraps.after(module, "setup", lambda _: self._buffers.note_set())
 
     def _prepare_fit(self) -> None:
         diagnostics = bool(self.options.diagnostics_every_n_steps)
@@ -222,7 +222,7 @@ class FitSession:
                 f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
             )
         self._remove(before)
-        self._set = HookWatch(module, before.moved)  # hooks that set them may find them set already
+        self._buffers.renew(before.moved)
         self._is_new = True
         if _SEED not in os.environ:
             self._seed = before.seed
@@ -297,16 +297,13 @@ class FitSession:
         self._remember_request(get_attachment(module))
         if self._is_first:
             self._is_first = False
-            self._note_set()
+            self._buffers.note_set()
             check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             if self._is_fit and self._is_new:
                 hints.warn_of_missing_heads(self._config, report)
             self._begin()
-
-    def _note_set(self) -> None:
-        self._unset = {**self._set.note_set(), **self._unset}
 
     def _remember_request(self, record: Attachment | None) -> None:
         """Write into the record what was asked for, where the ranks are decided later."""
@@ -323,7 +320,7 @@ class FitSession:
         if self.options.fresh and self._is_new and (attachment := get_attachment(module)) is not None:
             attachment.starts = {name: each.detach().clone() for name, each in AdaptedModel(module).in_full.items()}
         if self._is_fit:
-            watch_buffers(module)  # a tuner trains before the callback hears of it
+            watch(module)  # a tuner trains before the callback hears of it
         if resumed is None and (self._is_fit or self._is_new):
             with gathered_parameters(module):
                 begin_from(module, path, check_base=self.options.check_base, is_new=self._is_new)
@@ -375,7 +372,7 @@ class FitSession:
 
     def check_fit(self) -> None:
         """Check that exactly what was asked for will train."""
-        self._set = HookWatch(self.module)  # anew, since a precision may have converted the module
+        self._buffers.renew()  # anew, since a precision may have converted the module
         if self.options.export_dir is not None and not self._is_trial:
             check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
         if not (chosen_checkpoint(self.trainer) and self.trainer.strategy.restore_checkpoint_after_setup):
@@ -407,9 +404,7 @@ class FitSession:
         self.gradients.close()
         self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
         self._checkpoints.untrained = self.gradients.untrained
-        self._note_set()
-        self._together = together
-        watch_training(self.module, together)
+        self._buffers.start_training(together)
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
         if self._schedule is not None and not self._is_trial:
@@ -474,7 +469,7 @@ class FitSession:
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
-        give_back(self.module, self._unset, self._together)
+        self._buffers.close()
         self._wraps.remove()
         self._bare.close()
         self._others.close()

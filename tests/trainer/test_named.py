@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lightning_lora import (
 )
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis import analyze, compare
+from lightning_lora.base_buffers import copied
 from lightning_lora.callback import LoRAConfig
 from lightning_lora.names import OTHERS
 from tests.contract import assert_same_bits, raises_and_changes_nothing
@@ -945,3 +947,48 @@ def test_what_is_set_after_a_fit_outlives_the_next_one(tmp_path: Path):
         assert torch.equal(each.center, torch.full((8,), 3.0))
     with using(module, None):
         assert not module.center.any()
+
+
+class Referred(Centered):
+    """Has a norm with running statistics, and computes with the base and with a frozen adapter in each step."""
+
+    refers = True
+
+    def build(self) -> None:
+        super().build()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        for name in (None, "frozen") if self.refers else ():
+            with torch.no_grad(), using(self, name):
+                self(batch[0])
+        return super().loss(batch)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["norm"]}, {"frozen_norm": "track"}], ids=["full", "track"])
+def test_computing_with_another_adapter_in_a_step_moves_none_of_its_buffers(options: dict[str, Any]):
+    module, single = Referred(), Referred()
+    single.refers = False
+    bare = alone_with_norm(module, None)
+    for each in (module, single):
+        add_adapter(each, "frozen", LoRAConfig(rank=2, **options))
+    frozen = alone_with_norm(module, "frozen")
+    for each in (module, single):
+        fit(each, LoRACallback(adapter="trained", rank=2, **options), max_steps=4)
+    assert_alike(alone_with_norm(module, "trained"), alone_with_norm(single, "trained"))
+    assert_alike(alone_with_norm(module, "frozen"), frozen)
+    with using(module, None):
+        assert_alike(alone_with_norm(module, None), bare)
+    detach(module)
+    assert_alike(alone_with_norm(module, None), bare)
+
+
+def alone_with_norm(module: Referred, name: str | None) -> tuple[Tensor | None, ...]:
+    with using(module, name) if adapter_names(module) else nullcontext(), torch.no_grad():
+        module.eval()
+        output = module(X)
+        module.train()
+        return output, *map(copied, (module.norm.running_mean, module.norm.running_var, module.center, module.seen))
