@@ -259,7 +259,7 @@ def attending(targets: list[str], *, batch_first: bool = True) -> nn.Module:
 @pytest.mark.parametrize(
     ("net", "names", "message"),
     [
-        (lambda: attending(["attention"]), ["a", "b"], r"the weight of attention.* carries the update"),
+        (lambda: attending(["attention"]), ["a", "b"], r"attention.* carries the update in its weight"),
         (lambda: attending(["fc"], batch_first=False), ["a", "b"], "fc may see the batch in the second dimension"),
         (lambda: attending(["fc"]), ["a", "c"], "no adapter 'c'"),
         (lambda: attending(["fc"]), [], "one adapter for each sample"),
