@@ -181,6 +181,8 @@ def test_no_gradient_of_the_bare_base_reaches_trained_biases(without, bias: str,
     attach(model, LoRAConfig(rank=2, bias=bias))
     train_all(model, rng)
     own = model[0].bias
+    with torch.no_grad():
+        own.add_(1.0)
     with without(model):
         reference = model(x)
         assert model[0].bias is not own
@@ -198,6 +200,8 @@ def test_trained_biases_follow_what_is_done_inside_disabled(inside, rng):
     before = model[0].bias.detach().clone()
     attach(model, LoRAConfig(rank=2, bias="all"))
     train_all(model, rng)
+    with torch.no_grad():
+        model[0].bias.add_(1.0)
     bias, value = model[0].bias, model[0].bias.detach().clone()
     with disabled(model):
         inside(model)

@@ -229,6 +229,18 @@ def test_each_adapter_has_the_buffers_that_its_steps_move(mode: str, tmp_path: P
             assert not each.center.any()
 
 
+def test_a_second_fit_goes_on_from_the_buffers_of_each_adapter():
+    module, centers = Centered(), []
+    for _ in range(2):
+        sweep = swept(adapters={"a": {"rank": 2}, "b": {"rank": 1, "lr": 1e-3}}, mode="loop", keep=1.0)
+        fit(module, sweep, max_steps=4)
+        with using(module, "b"):
+            centers.append(module.center.clone())
+    single = module_alone(Centered, sweep.candidates["b"], max_steps=4)
+    assert torch.equal(centers[0], single.center)
+    assert not torch.equal(centers[1], centers[0])
+
+
 class Ageing(Quiet):
     """Counts its epochs, once for all adapters, and computes with the number."""
 
