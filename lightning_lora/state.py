@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -332,7 +333,23 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def allow_missing_base(module: nn.Module, incompatible: Any) -> None:
+def load_without_base(module: nn.Module) -> ExitStack:
+    """Let adapter-only state dicts load into a module, and into copies of it made meanwhile, until the stack closes."""
+    hooks, register = ExitStack(), cast(Any, module)
+    hooks.callback(register.register_load_state_dict_pre_hook(_take_clean_names).remove)
+    hooks.callback(register.register_load_state_dict_post_hook(_allow_missing_base).remove)
+    return hooks
+
+
+def _take_clean_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Rename what a file holds under clean names to the names that a module has, such as those of compiled parts."""
+    for name in module.state_dict():
+        own, clean = prefix + name, prefix + clean_name(name)
+        if own != clean and own not in state and clean in state:
+            state[own] = state.pop(clean)
+
+
+def _allow_missing_base(module: nn.Module, incompatible: Any) -> None:
     """Let an adapter-only state dict load into a module or a copy of it: base keys may be absent, nothing else.
 
     Averaging callbacks keep such copies, with ``module.`` before every name, and load them by themselves.

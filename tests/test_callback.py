@@ -297,6 +297,20 @@ def test_undeclared_trainable_parameters_are_refused() -> None:
         trainer(LoRACallback(rank=4), Unfreezes()).fit(Toy(), loader())
 
 
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start"])
+def test_a_head_that_comes_too_late_to_be_named_is_told_where_to_be_made(hook: str) -> None:
+    class Probe(Callback): ...
+
+    def make(self: Any, trainer: Any, pl_module: Any) -> None:
+        pl_module.probe = nn.Linear(16, 2)
+
+    setattr(Probe, hook, make)
+    with pytest.raises(MisconfigurationException, match=r"probe\.weight.*__init__, setup or configure_model"):
+        trainer(Probe(), LoRACallback(rank=4)).fit(Toy(), loader())
+    with pytest.raises(ValueError, match=r"modules_to_save='probe' matched no module"):
+        trainer(Probe(), LoRACallback(rank=4, modules_to_save=["probe"])).fit(Toy(), loader())
+
+
 def test_evaluating_untrained_adapters_warns() -> None:
     for stage in ("validate", "test", "predict"):
         with pytest.warns(UserWarning, match="No LoRA adapter has been trained yet"):

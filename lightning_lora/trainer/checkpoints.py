@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
-from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, fingerprint, samples, to_plain
+from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
 from lightning_lora.names import clean_name, listed
 from lightning_lora.optimizers import group_names, reordered_state
@@ -53,6 +53,7 @@ from lightning_lora.trainer.metrics import load_states, metric_states
 from lightning_lora.trainer.state_hooks import names_restored, restored_names, without_own
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
+from lightning_lora.trainer.unsaved import Unsaved
 
 _PART = ".part"  # of a name while the file is being written
 _OLD = 3600.0  # seconds
@@ -80,7 +81,7 @@ class AdapterCheckpoints:
         self.strategy, self.layout = strategy, layout_of(strategy)
         self.check_base, self.keeps_all = True, False
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
-        self._began: Fingerprint = {}  # the base, when training did
+        self._unsaved = Unsaved(self.layout)
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
         self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
@@ -177,7 +178,7 @@ class AdapterCheckpoints:
                 checkpoint[key] = _only_trained(model, checkpoint[key])
         moved = _moved(model.module)  # first, since the fingerprint leaves these out
         base = base_fingerprint(self.layout, model)
-        self._warn_of_moved(base)
+        self._unsaved.warn(model, base)
         record = describe(model.module) | {"base": to_plain(base), "optimizers": self._optimizer_names()}
         record |= {} if self.untrained is None else {"untrained": self.untrained()}
         record |= {} if self.sweep is None else {SWEEP_KEY: self.sweep()}
@@ -195,19 +196,21 @@ class AdapterCheckpoints:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
             Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
 
+    def begin_run(self) -> None:
+        """Forget what an earlier run of the same Trainer has loaded and watched."""
+        self.ranks = self.loaded_ranks = None
+        self._unsaved = Unsaved(self.layout)
+
     def note_base(self) -> None:
         """Remember the base that training begins with; every process must call this."""
-        self._began = base_fingerprint(self.layout, self._model)
+        self.check_late()
+        model = self._model
+        self._unsaved.begin(model, base_fingerprint(self.layout, model), keeps_all=self.keeps_all)
 
-    def _warn_of_moved(self, base: Fingerprint) -> None:
-        """Warn once if training moves the base, such as a teacher that is a running mean: no checkpoint holds it."""
-        if moved := differing_tensors(self._began, base):
-            self._began = {}
-            rank_zero_warn(
-                f"LoRA: code of this module has changed the base since training began: {listed(moved)}. Checkpoints "
-                "hold only what LoRA trains, so they will not fit the base as it was. Change these before the fit, or "
-                "name their modules in modules_to_save, which saves them with the adapter."
-            )
+    def check_late(self) -> None:
+        """Before the second batch, look again for what came too late to be loaded; every process must call this."""
+        if self._unsaved.awaits:
+            self._unsaved.check_late(self._model)
 
     def _others_state(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
         """Return what adapters beside the trained one hold: adapter -> name -> the whole tensor."""
@@ -302,6 +305,7 @@ class AdapterCheckpoints:
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
         replace_buffers(module, grown)
+        self._unsaved.loaded(model, recorded if self.check_base else {})
         self.layout.fill(AdaptedModel(module).trained | brought, state)
         model.have_values()
         self.layout.fill(beside, values)

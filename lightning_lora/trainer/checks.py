@@ -164,7 +164,9 @@ def _check_declared(model: AdaptedModel) -> None:
     if undeclared := [name for name in trainable if name not in model.trained and f"{OTHERS}." not in name]:
         raise MisconfigurationException(
             f"Parameters that would train but not be saved, because they belong to no adapter: {listed(undeclared)}. "
-            "Name their modules in modules_to_save, or leave them frozen."
+            "Make their modules in __init__, setup or configure_model, before LoRA is attached, and name them in "
+            "modules_to_save; or leave them frozen. What needs no saving, such as a head that only measures, may be "
+            "kept outside of the module, as an attribute of a callback."
         )
 
 
@@ -226,7 +228,7 @@ class GradientCheck:
     def _values(self) -> dict[str, tuple[object, ...]]:
         with gathered_parameters(self.module):
             trained = AdaptedModel(self.module).trained.items()
-            return {name: _checksum(local(tensor)) for name, tensor in trained if tensor.requires_grad}
+            return {name: checksum(local(tensor)) for name, tensor in trained if tensor.requires_grad}
 
     def close(self) -> None:
         """Stop watching."""
@@ -434,7 +436,7 @@ def goes_beside(module: nn.Module, own: str | None) -> bool:
         return not any(map(is_fully_sharded, module.modules())) and norm_of_updates(module) > 0
 
 
-def _checksum(tensor: Tensor) -> tuple[object, ...]:
+def checksum(tensor: Tensor) -> tuple[object, ...]:
     """Return what differs between two values of a tensor, without a copy of it."""
     if tensor.is_meta or tensor.is_quantized or tensor.layout is not torch.strided or not tensor.numel():
         return tuple(tensor.shape), tensor.dtype

@@ -24,7 +24,7 @@ from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.sharding import is_flattened, is_fully_sharded
-from lightning_lora.state import allow_missing_base
+from lightning_lora.state import load_without_base
 from lightning_lora.storage.checkpoint import own_name, saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter, switched
@@ -122,7 +122,7 @@ class FitSession:
             self._schedule = schedule_of(self._schedule, chosen_record(trainer), takes_any=self._takes_any)
         self._config = widened(options.rank_schedule, options.config)
         self.ranks: FitRanks | None = None
-        self._checkpoints.ranks = self._checkpoints.loaded_ranks = None
+        self._checkpoints.begin_run()
         self._bare = ExitStack()  # has hooks of the module set the base's buffers, and not those of another adapter
         names = adapter_names(module)
         if self._name in names and self._name is not None:
@@ -137,8 +137,7 @@ class FitSession:
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
         self._has_succeeded, self._wraps = False, MethodWraps()
-        register: Any = module.register_load_state_dict_post_hook
-        self._load_hook = register(allow_missing_base)
+        self._load_hooks = load_without_base(module)
 
     def _to_train(self) -> tuple[str | None, Stored]:
         """Return the name of the adapter of this run, None for the active one; and all that a checkpoint holds."""
@@ -426,6 +425,7 @@ class FitSession:
     def begin_batch(self, batch: Any) -> None:
         """Before each batch, check that the adapters are still there; before the first, probe them if asked to."""
         if self._held is not None:
+            self._checkpoints.check_late()
             self._held.check(self.trainer.optimizers)
             if self.options.lr_ratio != 1.0 and self.trainer.global_step in (1, 2):
                 hints.warn_of_equal_rates(self.module, self.trainer.optimizers, self.options.lr_ratio)
@@ -477,7 +477,7 @@ class FitSession:
         self.gradients.close()
         if self.ranks is not None:
             self.ranks.close()
-        self._load_hook.remove()
+        self._load_hooks.close()
         request(self.module, None)
 
     def finish(self) -> None:

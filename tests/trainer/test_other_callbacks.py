@@ -288,3 +288,22 @@ def test_device_monitor_does_not_change_run(tmp_path: Path) -> None:
         trainer(LoRACallback(rank=4), *monitor, logger=logger, log_every_n_steps=1, max_steps=4).fit(module, loader())
     assert digest(modules[0]) == digest(modules[1])
     assert modules[0].losses == modules[1].losses
+
+
+def test_a_fit_with_ema_of_a_compiled_part_resumes_as_if_it_had_gone_on(tmp_path: Path) -> None:
+    class Compiled(Toy):
+        def build(self) -> None:
+            self.net = torch.compile(network(), backend="eager")
+
+    def fitted(epochs: int, path: Any = None) -> Toy:
+        module = Compiled()
+        # Saved within the fit, since the average takes the place of the trained values at its end.
+        callbacks = LoRACallback(rank=2), EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, save_last=True)
+        run = trainer(*callbacks, max_epochs=epochs, max_steps=-1)
+        run.fit(module, loader(), ckpt_path=path)
+        return module
+
+    fitted(2)
+    resumed, whole = snapshot(fitted(4, tmp_path / "last.ckpt")), snapshot(fitted(4))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
