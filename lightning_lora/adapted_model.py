@@ -309,6 +309,24 @@ def _persistent_tensors(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield key, tensor
 
 
+def names_in_state(module: nn.Module) -> set[str]:
+    """Return the names under which a module's parts save tensors, without what wrappers add to them.
+
+    Layers that save more than parameters and buffers, such as quantized ones, are asked.
+    """
+    found = set[str]()
+    for path, part in module.named_modules(remove_duplicate=False):
+        state: dict[str, Any] = {key: tensor for key, tensor in part._parameters.items() if tensor is not None}
+        state |= {key: each for key, each in part._buffers.items() if each is not None}
+        names = state.keys() - part._non_persistent_buffers_set
+        if type(part)._save_to_state_dict is not nn.Module._save_to_state_dict:
+            own = dict[str, Any]()
+            part._save_to_state_dict(own, "", False)
+            names |= own.keys()
+        found |= {clean_name(join(path, name)) for name in names}
+    return found
+
+
 def home_of(module: nn.Module) -> nn.Module:
     """Return the module that has the record, or would have it: the one with the adapters if they are in one part."""
     module = unwrapped(module)

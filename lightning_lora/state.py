@@ -376,9 +376,9 @@ def extra_states(model: AdaptedModel) -> tuple[dict[str, Any], list[str]]:
     parts = {join(path, EXTRA_STATE): part for path, part in model.parts if _overrides(part, "get_extra_state")}
     states = {name: part.get_extra_state() for name, part in parts.items()}
     frozen = (
-        {_address(tensor) for name, tensor in model.tensors.items() if name not in model.trained} if states else set()
+        {address(tensor) for name, tensor in model.tensors.items() if name not in model.trained} if states else set()
     )
-    left_out = [name for name, state in states.items() if any(_address(t) in frozen for t in _tensors_in(state))]
+    left_out = [name for name, state in states.items() if any(address(t) in frozen for t in _tensors_in(state))]
     return {name: state for name, state in states.items() if name not in left_out}, left_out
 
 
@@ -412,7 +412,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(each)
 
 
-def _address(tensor: Tensor) -> int:
+def address(tensor: Tensor) -> int:
     """Return where a tensor's values are, the same for each view of it that begins there."""
     is_plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided and not tensor.is_meta
     return (tensor.data_ptr() if is_plain else 0) or id(tensor)

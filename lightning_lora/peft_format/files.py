@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -128,7 +129,10 @@ def write_export(
     def write(new: Path) -> None:
         write_tensors(tensors, new / TENSORS_FILE, base, export.recorded_root)
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if not (card := directory / CARD_FILE).is_file() or CARD_MARK in card.read_text("utf-8", errors="replace"):
+        card = CARD_MARK
+        with suppress(FileNotFoundError):  # also where another process is replacing it
+            card = (directory / CARD_FILE).read_text("utf-8", errors="replace")
+        if CARD_MARK in card:
             parameters = sum(map(Tensor.numel, tensors.values()))
             (new / CARD_FILE).write_text(model_card(config, parameters, export.recorded_root), encoding="utf-8")
 

@@ -13,7 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar, cast
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 T = TypeVar("T")
 
@@ -39,7 +46,8 @@ def replace_directory(
     A new directory appears by one rename. One that is there stays, with its mode, its group and its other files: it may
     be a mount point or the current directory. Its files are exchanged one by one; the marker goes first and comes last.
     If the machine dies in between, there is no marker, which is obvious, and the old files remain in a hidden folder
-    there, until the directory is replaced again.
+    there, until the directory is replaced again. Processes that write to the same place take turns, as far as the disk
+    has locks; the last one wins.
 
     Args:
         directory: Where to write; parents are created.
@@ -54,21 +62,60 @@ def replace_directory(
         OSError: Something could not be written; the old directory is unchanged.
     """
     place = _local(directory)  # a link stays, its target is replaced
-    _check_place(place, marker, overwrite=overwrite)
+    with _turn(place):
+        _check_place(place, marker, overwrite=overwrite)
     with _beside(place, directory) as new:
         new.mkdir()
         write(new)
         for path in [*new.iterdir(), new]:
             _flush(path)
-        if new.parent == place:
-            _exchange(place, new, marker, stale)
-        else:
-            new.rename(place)
+        with _turn(place):
+            _check_place(place, marker, overwrite=overwrite)  # again: another process may have written meanwhile
+            _move(place, new, marker, stale)
+
+
+@contextmanager
+def _turn(place: Path) -> Iterator[None]:
+    """Wait until no other process moves files into a place, and let none do so inside the block.
+
+    The lock is that of the folder around the place, which is there before the place is, so no file is left behind. It
+    ends with the process that has it. Where a system or a disk has no such locks, nobody waits.
+    """
+    descriptor = None
+    try:
+        with suppress(OSError):
+            descriptor = os.open(place.parent, os.O_RDONLY)
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                if fcntl is not None:
+                    fcntl.flock(descriptor, fcntl.LOCK_UN)  # or a process that was forked meanwhile would keep it
+            os.close(descriptor)
+
+
+def _move(place: Path, new: Path, marker: str, stale: tuple[str, ...]) -> None:
+    """Move a complete directory into place, or its files into the directory that is there."""
+    if new.parent == place:
+        _exchange(place, new, marker, stale)
+    elif not place.is_dir():
+        new.rename(place)
+        return
+    else:  # which another process has just made
+        inside = new.rename(place / new.name)
+        try:
+            _exchange(place, inside, marker, stale)
+        except BaseException:
+            with suppress(OSError):
+                inside.rename(new)
+            raise
     for path in _left_behind(place, "old"):
         shutil.rmtree(path, ignore_errors=True)
         if path.exists():
             warnings.warn(
-                f"The files of before could not be removed from {str(path)!r}; remove that folder.", stacklevel=2
+                f"The files of before could not be removed from {str(path)!r}; remove that folder.", stacklevel=3
             )
 
 
@@ -117,7 +164,8 @@ def check_directory(directory: Path, *, marker: str, overwrite: bool) -> None:
         OSError: Nothing can be written there.
     """
     place = _local(directory)
-    _check_place(place, marker, overwrite=overwrite)
+    with _turn(place):
+        _check_place(place, marker, overwrite=overwrite)
     with _beside(place, directory) as new:
         new.mkdir()
         (new / marker).touch()

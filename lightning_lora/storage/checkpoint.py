@@ -40,6 +40,7 @@ RECORD_KEY = "lightning_lora"
 _FOREIGN = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")  # in the error of torch's reader, what it will not load
 _OF_A_LAYER = ("A", "B", "A0", "B0", "magnitude", "bias")
 SWEEP_KEY = "sweep"  # of the record: what a LoRASweep has compared, and what came out
+ADDED_KEY = "added"  # of the record: names in ``state_dict`` that are of hooks, and of no use without them
 OTHERS_KEY = "lightning_lora_others"  # adapters beside the trained one: name -> their tensors
 SCORES_KEY = "lightning_lora_scores"  # of a rank schedule, the averages that the next decision rests on
 
@@ -219,7 +220,9 @@ def read_checkpoint(
     if record is None:
         raise ValueError(_without_record(path, checkpoint.get("state_dict", {})))
     _check_record(record, path)
-    state = checkpoint["state_dict"]
+    theirs = added_names(record)
+    checkpoint["state_dict"] = {n: each for n, each in checkpoint["state_dict"].items() if n not in theirs}
+    state: Mapping[str, Any] = checkpoint["state_dict"]
     with damage_named(path):
         if adapter is None and like in record.get("names", ()):
             adapter = like
@@ -292,6 +295,12 @@ def recorded_base(record: Mapping[str, Any]) -> dict[str, Sample]:
         ValueError: It is damaged.
     """
     return from_plain(record.get("base", {}))
+
+
+def added_names(record: Any) -> set[str]:
+    """Return the names of what hooks have added to the state of a checkpoint; only they know what it means."""
+    names = record.get(ADDED_KEY) if isinstance(record, dict) else None
+    return {name for name in names if isinstance(name, str)} if isinstance(names, list) else set()
 
 
 def saved_options(record: Mapping[str, Any] | None) -> tuple[LoRAConfig, int] | None:

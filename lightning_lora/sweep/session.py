@@ -43,7 +43,13 @@ from lightning_lora.switching import others_frozen, set_adapter, using
 from lightning_lora.trainer.buffers import divide_buffers
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
-from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_fit
+from lightning_lora.trainer.export import (
+    check_export_dir,
+    check_export_place,
+    check_exportable,
+    export_fit,
+    export_place,
+)
 from lightning_lora.trainer.lightning_patches import MethodWraps, chosen_record, overrides, with_twins
 from lightning_lora.trainer.outcome import check_finite, check_trained
 from lightning_lora.trainer.session import FitSession
@@ -99,7 +105,7 @@ class SweepSession:
 
     def __init__(self, wanted: Wanted, trainer: Trainer, module: LightningModule, *, is_fit: bool) -> None:
         self.wanted, self.trainer, self.module, self._is_fit = wanted, trainer, module, is_fit
-        self.chosen = wanted.candidates
+        self.chosen, self._export_dir = wanted.candidates, export_place(wanted.export_dir)
         self.standings = Standings(self.chosen, wanted.direction)
         self.training: Training | None = None
         self.owned: dict[str, Parameters] = {}
@@ -218,7 +224,7 @@ class SweepSession:
         self._wraps.around(self.trainer.fit_loop.epoch_loop.val_loop, "run", self._validation.run)
         if self._has_tasks and overrides(self.module, "validation_step"):
             self._wraps.around(self.module, "validation_step", self._validation_step)
-        directory = self.wanted.export_dir
+        directory = self._export_dir
         if directory is not None and not vars(self.trainer).get("fast_dev_run"):
             for place in self._export_places(directory).values():
                 check_export_place(self.session.layout, place, self.trainer)
@@ -391,7 +397,7 @@ class SweepSession:
 
     def finish(self) -> None:
         """Export the best adapter, or all if each has data of its own."""
-        directory = self.wanted.export_dir
+        directory = self._export_dir
         if directory is None or not self._has_succeeded:
             return
         if vars(self.trainer).get("fast_dev_run"):

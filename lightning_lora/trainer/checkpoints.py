@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -22,7 +19,7 @@ from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
 from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
-from lightning_lora.names import clean_name, listed
+from lightning_lora.names import listed
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.state import (
     check_not_merged,
@@ -39,24 +36,31 @@ from lightning_lora.state import (
     with_masks,
 )
 from lightning_lora.storage.checkpoint import (
+    ADDED_KEY,
     OTHERS_KEY,
     RECORD_KEY,
     SCORES_KEY,
     SWEEP_KEY,
+    added_names,
     checked_checkpoint,
     recorded_base,
 )
 from lightning_lora.trainer.base_checkpoint import factor_names, load_base
 from lightning_lora.trainer.checks import check_same_adapters
-from lightning_lora.trainer.lightning_patches import INSTALLED, MethodWraps, overrides, with_twins
+from lightning_lora.trainer.lightning_patches import INSTALLED, MethodWraps, overrides
 from lightning_lora.trainer.metrics import load_states, metric_states
-from lightning_lora.trainer.state_hooks import names_restored, restored_names, without_own
+from lightning_lora.trainer.state_hooks import (
+    added,
+    names_restored,
+    only_trained,
+    restored_names,
+    with_clean_names,
+    without_own,
+)
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
 from lightning_lora.trainer.unsaved import Unsaved
-
-_PART = ".part"  # of a name while the file is being written
-_OLD = 3600.0  # seconds
+from lightning_lora.trainer.writing import written_at_once
 
 
 class AdapterCheckpoints:
@@ -88,6 +92,7 @@ class AdapterCheckpoints:
         self._given: dict[str, Any] | None = None  # the state to save, before hooks have seen it
         self._file: dict[str, Any] | None = None  # the state in an adapter's file, before hooks have seen it
         self._has_told_of_extra = False
+        self._has_told_of_base = False
         self._has_told = False  # what hooks could not remove
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
@@ -136,7 +141,7 @@ class AdapterCheckpoints:
 
     def _watch(self, hook: Callable[[dict[str, Any]], None], checkpoint: dict[str, Any]) -> None:
         model = self._model
-        before = _only_trained(model, checkpoint.get("state_dict", {})) if model.layers else None
+        before = with_clean_names(checkpoint.get("state_dict", {})) if model.layers else None
         hook(checkpoint)
         if before is not None:
             self._restore_names(model, before, checkpoint, type(model.module).__name__)
@@ -145,14 +150,28 @@ class AdapterCheckpoints:
         self, model: AdaptedModel, before: Mapping[str, Any], checkpoint: dict[str, Any], whose: str
     ) -> None:
         after, trained = checkpoint.get("state_dict", {}), model.trained.keys()
-        checkpoint["state_dict"] = state = names_restored(before, after, trained=trained, needed=trained)
-        if not self._has_told and (names := restored_names(before, after, state)):
+        checkpoint["state_dict"] = state = names_restored(
+            before, after, trained=trained, needed=trained, with_copies=True
+        )
+        if not self._has_told and (names := restored_names(only_trained(model, before), after, state)):
             self._has_told = True
             rank_zero_warn(
                 f"LoRA: on_save_checkpoint of {whose} removes, renames or exchanges {listed(names)} in the state_dict. "
                 "Checkpoints hold these all the same, under their own names, for they are the adapter. The frozen base "
                 "is in none of them, so no hook needs to drop it."
             )
+
+    def _added(self, model: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what hooks have added to a state under names of their own."""
+        more, left_out = added(model, state, self.layout.base or ())
+        if left_out and not self._has_told_of_base:
+            self._has_told_of_base = True
+            rank_zero_warn(
+                f"LoRA: on_save_checkpoint adds {listed(left_out)} to the state_dict: tensors of the frozen base "
+                "itself. Checkpoints leave these out, since they hold no base. To keep what they are now, add copies "
+                "(tensor.clone())."
+            )
+        return more
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Return an optimizer's state, whole."""
@@ -173,9 +192,12 @@ class AdapterCheckpoints:
         if given is not None:
             self._restore_names(model, given, checkpoint, "a callback")
         # Callbacks such as WeightAveraging put whole models back in after the state dict was made.
+        more = self._added(model, checkpoint.get("state_dict", {}))
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
-                checkpoint[key] = _only_trained(model, checkpoint[key])
+                checkpoint[key] = only_trained(model, checkpoint[key])
+        if more:
+            checkpoint["state_dict"] |= more
         moved = _moved(model.module)  # first, since the fingerprint leaves these out
         base = base_fingerprint(self.layout, model)
         self._unsaved.warn(model, base)
@@ -187,6 +209,7 @@ class AdapterCheckpoints:
         if others:
             record |= {"adapter": record["name"], "names": adapter_names(model.module), "others": others}
             checkpoint[OTHERS_KEY] = self._others_state(model.module)
+        record |= {ADDED_KEY: [*more]} if more else {}
         if moved:
             record["buffers"] = moved
         if self.ranks is not None:
@@ -238,7 +261,11 @@ class AdapterCheckpoints:
                 )
         checkpoint = checked_checkpoint(path, lambda: read(path, weights_only=weights_only))
         # Files of whole models, in which hooks may have changed names when they were saved, are theirs to change back.
-        self._file = dict(checkpoint["state_dict"]) if RECORD_KEY in checkpoint else None
+        # So is what they have added themselves.
+        self._file = None
+        if RECORD_KEY in checkpoint:
+            theirs = added_names(checkpoint[RECORD_KEY])
+            self._file = {name: each for name, each in checkpoint["state_dict"].items() if name not in theirs}
         return checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -296,9 +323,15 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        known = [*untrained, *metric_states(model), *extra_state_names(module), *(() if strict else state)]
+        left = [name for name in state if name in added_names(record)]
+        known = [*untrained, *metric_states(model), *extra_state_names(module), *(left if strict else state)]
         grown = grown_buffers(model, state)
         problems += mismatches(self.layout.shapes(model.trained) | grown, state, known)
+        if strict and left:
+            problems.append(
+                f"unknown to the model: {listed(left)}, added by on_save_checkpoint when the file was saved, and not "
+                "taken out by on_load_checkpoint of the module; strict_loading=False of the module ignores these"
+            )
         brought = {name: tensor for name, tensor in untrained.items() if name in state}
         problems += [*other_shapes(self.layout.shapes(brought), state), *other_base]
         beside, values, misfits = self._of_others(module, others, record or {})
@@ -428,43 +461,3 @@ def _as_sets(names: list[list[list[str]]]) -> list[list[set[str]]]:
 
 def _group_sizes(names: list[list[list[str]]]) -> str:
     return "; ".join(f"groups of {[len(group) for group in groups]}" for groups in names) or "none"
-
-
-@contextmanager
-def written_at_once(strategy: Strategy, filepath: Any) -> Iterator[Any]:
-    """Yield a path beside ``filepath`` to write to, and rename what was written there in one step.
-
-    Lightning writes to the system's temporary directory first. If that is another disk, moving is copying, and a
-    process that is killed then leaves half a checkpoint under its final name.
-    """
-    path = Path(strategy.broadcast(filepath))
-    if type(strategy.checkpoint_io) not in with_twins(TorchCheckpointIO) or "://" in str(filepath) or path.is_dir():
-        yield filepath
-        return
-    place = path.with_name(f".{path.name}{_PART}")
-    if strategy.is_global_zero:
-        _remove_leftovers(path.parent)
-    try:
-        yield place
-        if strategy.is_global_zero:
-            with place.open("rb") as written:
-                os.fsync(written.fileno())
-            place.replace(path)
-    except BaseException:
-        if strategy.is_global_zero:
-            with suppress(OSError):
-                place.unlink()  # a full disk is not made fuller
-        raise
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove parts of checkpoints that killed processes have left; a young one may be another run's, being written."""
-    for part in folder.glob(f".*.ckpt{_PART}"):
-        with suppress(OSError):
-            if time.time() - part.stat().st_mtime > _OLD:
-                part.unlink()
-
-
-def _only_trained(model: AdaptedModel, state: Mapping[str, Any]) -> dict[str, Any]:
-    keep = {*model.trained, *metric_states(model), *extra_state_names(model.module)}
-    return {clean: value for name, value in state.items() if (clean := clean_name(name)) in keep}

@@ -19,13 +19,20 @@ from lightning_lora.names import clean_name, join, listed
 from lightning_lora.peft_format.directory import CONFIG_FILE, TENSORS_FILE
 from lightning_lora.peft_format.files import exported, save_adapter
 from lightning_lora.sharding import shapes_shown
-from lightning_lora.storage.atomic import check_directory
+from lightning_lora.storage.atomic import check_directory, remote_address
 from lightning_lora.storage.checkpoint import read_checkpoint
 from lightning_lora.storage.safetensors import read_file
 from lightning_lora.trainer.checkpoints import base_fingerprint, trained_state
 from lightning_lora.trainer.checks import AVERAGING, callbacks_of
 from lightning_lora.trainer.strategies.base import Layout, module_of
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
+
+
+def export_place(directory: str | PathLike[str] | None) -> str | None:
+    """Return the place that ``export_dir`` means when the run begins, for a fit may leave the current directory."""
+    if directory is None or remote_address(directory) is not None:
+        return None if directory is None else str(directory)
+    return os.path.abspath(os.path.expanduser(directory))
 
 
 def check_exportable(module: nn.Module, layout: Layout) -> None:

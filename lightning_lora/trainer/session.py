@@ -28,7 +28,7 @@ from lightning_lora.state import load_without_base
 from lightning_lora.storage.checkpoint import own_name, saved_options, saved_request, stored_adapters
 from lightning_lora.surgery import attach, attach_named, detach, merge
 from lightning_lora.switching import others_frozen, remove_adapter, set_adapter, switched
-from lightning_lora.trainer import hints
+from lightning_lora.trainer import export, hints
 from lightning_lora.trainer.buffers import BufferWatch, watch
 from lightning_lora.trainer.calibration import before_optimizers, calibrate_fit, check_ranks_can_change
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
@@ -43,7 +43,6 @@ from lightning_lora.trainer.checks import (
     goes_beside,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics
-from lightning_lora.trainer.export import check_export_dir, check_export_place, check_exportable, export_best
 from lightning_lora.trainer.hyperparameters import log_options
 from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
@@ -110,6 +109,7 @@ class FitSession:
         self.layout = self._checkpoints.layout
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
+        self._export_dir = export.export_place(options.export_dir)
         self._seed = int(os.environ.get(_SEED, "0")) if seed is None else seed
         self._name, self._stored = self._to_train()
         # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
@@ -325,11 +325,11 @@ class FitSession:
                 begin_from(module, path, check_base=self.options.check_base, is_new=self._is_new)
         if self._is_fit and resumed is None and self._config.start.name in STARTS_FROM_WEIGHTS:
             self._calibrate()  # while the weights are whole
-        if self.options.export_dir is not None and self._is_fit:
-            check_exportable(module, self.layout)
+        if self._export_dir is not None and self._is_fit:
+            export.check_exportable(module, self.layout)
             if not self._is_trial:
-                check_export_place(self.layout, self.options.export_dir, self.trainer)
-                check_export_dir(self.layout, self.options.export_dir, overwrite=self.options.overwrite)
+                export.check_export_place(self.layout, self._export_dir, self.trainer)
+                export.check_export_dir(self.layout, self._export_dir, overwrite=self.options.overwrite)
 
     def _calibrate_early(self, result: Any) -> None:  # noqa: ARG002 - of the method after which this is called
         with before_optimizers(is_needed=self._config.has_ranks_from_data):  # else `check_fit` tries again, with them
@@ -372,8 +372,8 @@ class FitSession:
     def check_fit(self) -> None:
         """Check that exactly what was asked for will train."""
         self._buffers.renew()  # anew, since a precision may have converted the module
-        if self.options.export_dir is not None and not self._is_trial:
-            check_export_place(self.layout, self.options.export_dir, self.trainer)  # callbacks know their folders now
+        if self._export_dir is not None and not self._is_trial:
+            export.check_export_place(self.layout, self._export_dir, self.trainer)  # callbacks know their folders now
         if not (chosen_checkpoint(self.trainer) and self.trainer.strategy.restore_checkpoint_after_setup):
             self._calibrate()
         self._averages.enter_context(equal_values_kept(callbacks_of(self.trainer, *AVERAGING)))
@@ -488,8 +488,8 @@ class FitSession:
             rank_zero_info("LoRA: a fast dev run exports and merges nothing.")
             return
         named = f" {active_adapter(self.module)!r}" if len(adapter_names(self.module)) > 1 else ""
-        if (directory := self.options.export_dir) is not None:
-            best = export_best(self.layout, self.trainer, directory, overwrite=self.options.overwrite)
+        if (directory := self._export_dir) is not None:
+            best = export.export_best(self.layout, self.trainer, directory, overwrite=self.options.overwrite)
             rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
         if self.ranks is not None and not self.layout.divides_weights:
             self.ranks.compact(self.module)

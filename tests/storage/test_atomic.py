@@ -7,9 +7,12 @@ import os
 import shutil
 import stat
 import subprocess
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ import torch
 
 from lightning_lora.storage import atomic
 from lightning_lora.storage.atomic import check_directory, read_directory_whole, replace_directory, replace_file
+from tests.processes import Job, succeeded
 
 MARKER = "record.json"  # in the middle of the alphabet
 
@@ -386,3 +390,114 @@ def test_a_link_that_leads_to_itself_is_refused_before_anything_is_written(tmp_p
     with pytest.raises(ValueError, match="leads to itself"):
         replace(tmp_path / "loop")
     assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+# --- several writers
+
+WRITER = """
+import sys
+from pathlib import Path
+from lightning_lora.storage.atomic import replace_directory
+place, text, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def write(folder):
+    for name in ("tensors", "record.json"):
+        (folder / name).write_text(text)
+(place.parent / f"begun-{text}").touch()
+for _ in range(rounds):
+    replace_directory(place, write, marker="record.json", stale=("pickled",), overwrite=True)
+"""
+posix = pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+
+
+def writer(place: Path, text: str, rounds: int = 1) -> Job:
+    (script := place.parent / "writer.py").write_text(WRITER)
+    return Job(script, place, text, rounds)
+
+
+@contextmanager
+def locked(folder: Path, *, waits: bool = True) -> Iterator[None]:
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@posix
+def test_a_second_writer_waits_for_the_first(place: Path) -> None:
+    with locked(place.parent):
+        job, end = writer(place, "second"), time.monotonic() + 60
+        while not (place.parent / "begun-second").exists():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert job.process.is_alive()
+        assert texts(place) == ("old", "old")
+        assert read_directory_whole(place, MARKER, lambda: texts(place)) == ("old", "old")  # readers need no lock
+    succeeded(job)
+    assert texts(place) == ("second", "second")
+
+
+@posix
+def test_files_are_exchanged_under_a_lock_and_written_without(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename, moved = Path.rename, []
+
+    def move(self: Path, target: Path) -> Path:
+        with pytest.raises(BlockingIOError), locked(place.parent, waits=False):
+            pass
+        moved.append(self.name)
+        return rename(self, target)
+
+    def write_alone(folder: Path) -> None:
+        with locked(place.parent, waits=False):
+            write(folder)
+
+    monkeypatch.setattr(Path, "rename", move)
+    replace_directory(place, write_alone, marker=MARKER, stale=(), overwrite=True)
+    assert MARKER in moved
+    with locked(place.parent, waits=False):
+        assert texts(place) == ("new", "new")
+
+
+def test_two_writers_at_once_leave_the_files_of_one(place: Path) -> None:
+    succeeded(writer(place, "first", 150), writer(place, "second", 150))
+    assert texts(place) in [("first", "first"), ("second", "second")]
+    assert not [name for name in content(place) if name.startswith(".")]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_place_that_another_writer_has_made_meanwhile_counts_as_there(overwrite: bool, tmp_path: Path) -> None:
+    def write_second(folder: Path) -> None:
+        filled(tmp_path / "place")
+        write(folder)
+
+    def late() -> None:
+        replace_directory(tmp_path / "place", write_second, marker=MARKER, stale=("pickled",), overwrite=overwrite)
+
+    if overwrite:
+        late()
+    else:
+        with pytest.raises(ValueError, match="exists already; nothing was written"):
+            late()
+    assert content(tmp_path) == {f"place/{name}": text for name, text in (NEW if overwrite else OLD).items()}
+
+
+@pytest.mark.parametrize("lacks", ["module", "disk", "permission"])
+def test_without_locks_nobody_waits(lacks: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    if lacks == "module":
+        monkeypatch.setattr(atomic, "fcntl", None)
+    elif lacks == "disk":
+        monkeypatch.setattr(atomic, "fcntl", SimpleNamespace(flock=fail, LOCK_EX=2, LOCK_UN=8))
+    else:
+        opened = os.open
+        monkeypatch.setattr(
+            os, "open", lambda at, *rest, **more: fail() if at == place.parent else opened(at, *rest, **more)
+        )
+    replace(place)
+    assert content(place) == NEW

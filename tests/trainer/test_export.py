@@ -201,6 +201,28 @@ def test_a_home_is_where_a_shell_would_look_for_it(tmp_path: Path, monkeypatch: 
     assert not list((tmp_path / "work").iterdir())
 
 
+class Moves(Callback):
+    """Changes the current directory as soon as training begins, as configuration tools do."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        os.chdir(self.folder)
+
+
+def test_a_relative_place_is_that_of_when_the_run_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path)
+    callback = LoRACallback(rank=2, export_dir="peft", overwrite=True)
+    for _ in range(2):  # the callback keeps what it was given, and a second run begins elsewhere
+        begun = Path.cwd()
+        trainer(callback, Moves(tmp_path / "work")).fit(module := Toy(), loader())
+        load_adapter(exported := Toy(), begun / "peft")
+        assert_same_bits(adapter_state_dict(exported), adapter_state_dict(module))
+    assert callback.export_dir == "peft"
+
+
 def test_remote_export_dir_is_refused_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # a folder called "s3:" would appear here
     monkeypatch.setattr(Toy, "training_step", lambda *_: pytest.fail("it trained"))
@@ -278,7 +300,7 @@ def test_place_that_the_run_writes_into_is_refused_before_training(
     lora = LoRACallback(rank=4, export_dir="out", overwrite=overwrite)
     options = {"logger": logger, "enable_checkpointing": bool(callbacks)}
     writer = "ModelCheckpoint" if logger is False else "ModelCheckpoint|CSVLogger"
-    with pytest.raises(MisconfigurationException, match=rf"export_dir='out': ({writer}) writes into .*out"):
+    with pytest.raises(MisconfigurationException, match=rf"export_dir='.*/out': ({writer}) writes into .*out"):
         trainer(lora, *callbacks, **options).fit(Toy(), loader())
 
 

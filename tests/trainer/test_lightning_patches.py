@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, detach, load_adapter, lora_layers, merge
-from lightning_lora.trainer.checkpoints import written_at_once
+from lightning_lora.trainer.writing import written_at_once
 from tests.toys import FEATURES, Toy, digest, loader, network, trainer
 from tests.trainer.test_checkpoints import fitted, read
 

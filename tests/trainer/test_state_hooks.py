@@ -232,3 +232,113 @@ def test_export_of_a_checkpoint_that_lacks_tensors_names_them(tmp_path: Path) ->
         fitted(module, tmp_path / "files", Damages(), export_dir=str(tmp_path / "peft"))
     assert not (tmp_path / "peft").exists()
     assert snapshot(module)["net.2.lora.B"].any()
+
+
+# --- what hooks add
+
+
+class Adds(Plain):
+    """Saves what no parameter or buffer holds, a queue and a copy of its head, and takes them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue, self.best = torch.zeros(3), torch.zeros(())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.queue += 1
+        return super().training_step(batch, batch_idx)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        state |= {"queue": self.queue.clone(), "net.0.best": state["net.0.lora.A"], "count": 7}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        self.queue, self.best, count = state.pop("queue"), state.pop("net.0.best"), state.pop("count")
+        assert count == 7
+
+
+ADDED = ["count", "net.0.best", "queue"]
+
+
+@pytest.mark.parametrize("average", [[], [EMAWeightAveraging(decay=0.5)]], ids=["alone", "averaged"])
+def test_hooks_take_back_what_they_have_added(average: list[Callback], tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "LoRA: on_save_checkpoint")
+        path = fitted(module := Adds(), tmp_path, *average)[1]
+    state = torch.load(path, weights_only=True)["state_dict"]
+    assert sorted(state.keys() - adapter_state_dict(module).keys()) == ADDED
+    assert torch.equal(state["queue"], module.queue)
+    resumed = Adds()
+    trainer(LoRACallback(rank=2), *average, max_epochs=3, max_steps=-1).fit(resumed, loader(), ckpt_path=path)
+    assert torch.equal(resumed.queue, module.queue * 3 / 2)
+    assert torch.equal(resumed.best, state["net.0.lora.A"])
+
+
+def test_what_hooks_have_added_is_no_obstacle_to_readers_that_call_none(tmp_path: Path) -> None:
+    path, last = fitted(module := Adds(), tmp_path / "files", export_dir=str(tmp_path / "peft"))
+    for read in (last, tmp_path / "peft"):
+        load_adapter(loaded := Plain(), read)
+        if read == last:
+            assert digest(loaded) == digest(module)
+    started = LoRACallback(rank=2, init_from=last, allow_untrained=["*"])
+    trainer(started, max_epochs=0).fit(begun := Adds(), loader())
+    assert_same_bits(adapter_state_dict(begun), adapter_state_dict(module))
+    for command in (["export", path, tmp_path / "command"], ["inspect", path]):
+        assert run(*command) == 0
+
+
+def test_what_no_hook_takes_back_is_unknown_unless_loading_is_not_strict(tmp_path: Path) -> None:
+    path = fitted(module := Adds(), tmp_path)[1]
+    with pytest.raises(ValueError, match=r"unknown to the model: queue, count, added by on_save_checkpoint"):
+        trainer(LoRACallback()).test(Plain(), loader(), ckpt_path=path, verbose=False)
+    loose = Plain()
+    loose.strict_loading = False
+    trainer(LoRACallback()).test(loose, loader(), ckpt_path=path, verbose=False)
+    assert digest(loose) == digest(module)
+
+
+def test_a_hook_may_load_what_it_has_added_in_the_place_of_a_trained_tensor(tmp_path: Path) -> None:
+    class Better(Plain):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["better"] = 2 * self.head.weight.detach()
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["head.weight"] = checkpoint["state_dict"].pop("better")
+
+    path = fitted(module := Better(), tmp_path, modules_to_save=["head"])[1]
+    trainer(LoRACallback()).test(again := Better(), loader(), ckpt_path=path, verbose=False)
+    assert torch.equal(again.head.weight, 2 * module.head.weight)
+
+
+def test_callbacks_may_add_entries_too(tmp_path: Path) -> None:
+    class AddsMean(Callback):
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["mean"] = torch.ones(2)
+
+    path = fitted(module := Plain(), tmp_path, AddsMean())[1]
+    assert torch.equal(torch.load(path, weights_only=True)["state_dict"]["mean"], torch.ones(2))
+    load_adapter(again := Plain(), path)
+    assert digest(again) == digest(module)
+
+
+def test_no_hook_adds_the_base_itself(tmp_path: Path) -> None:
+    """Neither under its names, as a copy of the whole model, nor itself under other names: that is said."""
+
+    class AddsAll(Plain):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"] |= {name: each.clone() for name, each in self.state_dict().items()}
+            if type(self).__name__ == "Twice":
+                checkpoint["state_dict"] |= {f"teacher.{name}": each for name, each in self.state_dict().items()}
+
+    class Twice(AddsAll):
+        pass
+
+    path = fitted(module := AddsAll(), tmp_path / "once")[1]
+    wanted = adapter_state_dict(module)
+    assert_same_bits(torch.load(path, weights_only=True)["state_dict"], wanted)
+    with pytest.warns(UserWarning, match=r"on_save_checkpoint adds teacher\.net\.0\.weight.*add copies") as caught:
+        path = fitted(module := Twice(), tmp_path / "twice")[1]
+    assert sum("on_save_checkpoint adds" in str(each.message) for each in caught) == 1
+    state, wanted = torch.load(path, weights_only=True)["state_dict"], adapter_state_dict(module)
+    assert_same_bits(state, wanted | {f"teacher.{name}": value for name, value in wanted.items()})
