@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         "`detach` leaves an untied weight untied",
         "surgery.py",
-        "        root.put(root.attachment.base_values | root.attachment.starts)\n        _tie_again(root)\n",
-        "        root.put(root.attachment.base_values | root.attachment.starts)\n",
+        "        root.put(root.attachment.base_values | root.attachment.starts | root.attachment.first_buffers)\n        _tie_again(root)\n",
+        "        root.put(root.attachment.base_values | root.attachment.starts | root.attachment.first_buffers)\n",
     ),
     Mutant(
         "loading skips the last tensor",
@@ -99,8 +99,8 @@ MUTANTS = [
     Mutant(
         "`set_adapter` leaves the head of the other adapter",
         "named_adapters.py",
-        "        return [(table, key) for table in _TABLES for key in vars(self)[table]]\n",
-        '        return [(table, key) for table in _TABLES for key in vars(self)[table] if key != "weight"]\n',
+        "        return [(table, key) for table in TABLES for key in vars(self)[table]]\n",
+        '        return [(table, key) for table in TABLES for key in vars(self)[table] if key != "weight"]\n',
     ),
     Mutant(
         "`remove_adapter` leaves the factors on the layers",
