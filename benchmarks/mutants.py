@@ -71,8 +71,8 @@ MUTANTS = [
     Mutant(
         "`detach` leaves an untied weight untied",
         "surgery.py",
-        "        root.put(root.attachment.base_values | root.attachment.starts | root.attachment.first_buffers)\n        _tie_again(root)\n",
-        "        root.put(root.attachment.base_values | root.attachment.starts | root.attachment.first_buffers)\n",
+        "        _tie_again(root)\n    _thaw(model, model.roots)\n",
+        "    _thaw(model, model.roots)\n",
     ),
     Mutant(
         "loading skips the last tensor",
