@@ -45,7 +45,7 @@ class Root(NamedTuple):
         tensors, found = AdaptedModel(self.module).tensors if values else {}, dict[int, Tensor | None]()
         for name, value in values.items():
             if (own := tensors.get(name)) is not None:
-                copy = None if value is None else value.detach().to(own.device, copy=True)
+                copy = None if value is None else value.detach().to(own, copy=True)
                 if copy is not None and isinstance(own, nn.Parameter):
                     copy = nn.Parameter(copy, False)
                 found[id(own)] = copy
