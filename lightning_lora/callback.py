@@ -19,7 +19,7 @@ from lightning_lora.config import (
     only_config,
     shown_options,
 )
-from lightning_lora.named_adapters import check_name
+from lightning_lora.named_adapters import active_adapter, adapter_names, check_name
 from lightning_lora.option_checks import check_choice, check_known, check_names, check_positive
 from lightning_lora.ranks.schedule import Kind, RankSchedule, as_schedule
 from lightning_lora.trainer import checks, lightning_patches, outcome
@@ -120,6 +120,7 @@ class LoRACallback(Callback):
             self.rank_schedule.widened(self.config)  # raises if they do not go together
         self._session: FitSession | None = None
         self._ranks: dict[str, int] = {}
+        self._was: tuple[str | None, list[str]] = None, []  # the adapters of the module before this run
 
     @override
     def __init_subclass__(cls, **options: Any) -> None:
@@ -141,6 +142,7 @@ class LoRACallback(Callback):
         is_fit = stage == TrainerFn.FITTING
         if is_fit:
             checks.check_launcher(trainer.strategy, pl_module)
+        self._was = active_adapter(pl_module), adapter_names(pl_module)
         self._session = FitSession(self, trainer, pl_module, is_fit=is_fit)
         self._session.attach()
 
@@ -213,10 +215,12 @@ class LoRACallback(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called when a stage fails: adapters stay, since checkpoints of the exception are written after this."""
+        """Called when a stage fails: what has trained stays, since checkpoints of the exception are written later."""
         checks.explain_mixed_import_names(exception, trainer, pl_module, self)
         explain_torch_error(exception, pl_module)
-        self._close()
+        session = self._close()
+        if session is not None and not session.has_values:
+            outcome.take_back(pl_module, self._was)
 
     def ranks(self) -> dict[str, int]:
         """Return the rank of each adapter in use, as ``rank_schedule`` has decided last; empty without one."""

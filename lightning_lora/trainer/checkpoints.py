@@ -86,6 +86,7 @@ class AdapterCheckpoints:
         self.check_base, self.keeps_all = True, False
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
         self._unsaved = Unsaved(self.layout)
+        self.has_loaded = False  # a file, in this run
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
         self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
@@ -222,7 +223,7 @@ class AdapterCheckpoints:
     def begin_run(self) -> None:
         """Forget what an earlier run of the same Trainer has loaded and watched."""
         self.ranks = self.loaded_ranks = None
-        self._unsaved = Unsaved(self.layout)
+        self._unsaved, self.has_loaded = Unsaved(self.layout), False
 
     def note_base(self) -> None:
         """Remember the base that training begins with; every process must call this."""
@@ -339,6 +340,7 @@ class AdapterCheckpoints:
             raise ValueError(mismatch_message(type(module).__name__, problems))
         replace_buffers(module, grown)
         self._unsaved.loaded(model, recorded if self.check_base else {})
+        self.has_loaded = True
         self.layout.fill(AdaptedModel(module).trained | brought, state)
         model.have_values()
         self.layout.fill(beside, values)

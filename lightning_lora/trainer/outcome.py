@@ -12,9 +12,11 @@ from torch import nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import Adapter, base_parameter
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
-from lightning_lora.sharding import anywhere, is_sharded, local, whole
+from lightning_lora.sharding import anywhere, is_fully_sharded, is_sharded, local, whole
 from lightning_lora.state import is_sound
+from lightning_lora.switching import remove_adapter, set_adapter
 from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.strategies.base import Layout
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
@@ -105,3 +107,19 @@ def _has_moved(adapter: Adapter, names: Mapping[int, str], layout: Layout) -> bo
     ]
     moved = [bool(torch.any(now != start)) for now, start in parts]  # of both: every process takes part
     return any(moved)
+
+
+def take_back(module: LightningModule, was: tuple[str | None, list[str]]) -> None:
+    """After a run that failed before its adapter had values, leave the adapters that there were before.
+
+    Args:
+        module: The module.
+        was: The active adapter and all names, from before the run.
+    """
+    active, names = was
+    if active is None or was == (active_adapter(module), adapter_names(module)):
+        return
+    if not any(map(is_fully_sharded, module.modules())):
+        set_adapter(module, active)
+        for name in [name for name in adapter_names(module) if name not in names]:
+            remove_adapter(module, name)

@@ -124,10 +124,9 @@ class FitSession:
         self.ranks: FitRanks | None = None
         self._checkpoints.begin_run()
         self._bare = ExitStack()  # has hooks of the module set the base's buffers, and not those of another adapter
-        names = adapter_names(module)
-        if self._name in names and self._name is not None:
+        if self._name is not None and self._name in adapter_names(module):
             set_adapter(module, self._name)
-        elif self._name is not None and names:
+        elif self._name is not None and adapter_names(module):
             self._bare.enter_context(switched(module, None, "LoRACallback"))
         self._buffers = BufferWatch(module)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
@@ -234,6 +233,7 @@ class FitSession:
         else:
             set_adapter(self.module, others[0])
             remove_adapter(self.module, adapter.name)
+            self._bare.enter_context(switched(self.module, None, "LoRACallback"))
 
     def _take_saved_options(self) -> None:
         """Take the options from the checkpoint that is about to be loaded, if there is one."""
@@ -469,6 +469,7 @@ class FitSession:
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
+        self.has_values = self._held is not None or self._checkpoints.has_loaded  # trained, or from a file
         self._buffers.close()
         self._wraps.remove()
         self._bare.close()

@@ -992,3 +992,31 @@ def alone_with_norm(module: Referred, name: str | None) -> tuple[Tensor | None, 
         output = module(X)
         module.train()
         return output, *map(copied, (module.norm.running_mean, module.norm.running_var, module.center, module.seen))
+
+
+@pytest.mark.parametrize("kind", [MeasuresOnce, MeasuresAtFitStart])
+def test_a_fresh_fit_beside_another_adapter_measures_anew(kind: type[Measures]):
+    module = kind()
+    for name, module.mean, fresh in (("first", 1.0, False), ("second", 10.0, False), ("first", 4.0, True)):
+        fit(module, LoRACallback(adapter=name, rank=2, fresh=fresh), max_steps=2)
+    for name, mean in {"first": 4.0, "second": 10.0, None: 0.0}.items():
+        with using(module, name):
+            assert torch.equal(module.center, torch.full((8,), mean))
+    detach(module)
+    assert not module.center.any()
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_a_refused_checkpoint_leaves_the_adapters_as_they_were(name: str | None, stage: str, tmp_path: Path):
+    other = Toy()
+    with torch.no_grad():
+        other.net[0].weight += 1  # another base
+    fit(other, LoRACallback(adapter="other", rank=2)).save_checkpoint(tmp_path / "other.ckpt")
+    module = Toy()
+    fit(module, LoRACallback(adapter=name, rank=2))
+    before, names, active = module.net(X), adapter_names(module), active_adapter(module)
+    with pytest.raises(ValueError, match="nothing was changed"):
+        getattr(trainer(LoRACallback()), stage)(module, loader(), ckpt_path=tmp_path / "other.ckpt")
+    assert (adapter_names(module), active_adapter(module)) == (names, active)
+    assert torch.equal(module.net(X), before)
