@@ -54,12 +54,13 @@ class Root(NamedTuple):
     @torch.no_grad()
     def put(self, values: Mapping[str, Tensor | None]) -> None:
         """Copy values into the parameters and buffers of these names; buffers may have grown, or come since."""
-        tensors = AdaptedModel(self.module).tensors if values else {}
+        tensors, others = AdaptedModel(self.module).tensors if values else {}, dict[str, Tensor | None]()
         for name, value in values.items():
             if value is not None and name in tensors and tensors[name].shape == value.shape:
                 tensors[name].copy_(value)
-            else:
-                replace_buffers(self.module, {name: value})
+            elif value is not None or name in tensors:
+                others[name] = value
+        replace_buffers(self.module, others)
 
 
 class AdaptedModel:

@@ -76,7 +76,7 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
             kept. Nothing was changed.
         RuntimeError: As in ``set_adapter``.
     """
-    with taking_turns(module), switched(module, name, "using"), buffers_kept(several_of(module, "using")):
+    with taking_turns(module), switched(module, name, "using") as several, buffers_kept(several):
         yield
 
 
@@ -101,14 +101,14 @@ def remove_adapter(module: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def switched(module: nn.Module, name: str | None, caller: str) -> Iterator[None]:
-    """Do what ``using`` does, in whichever thread."""
+def switched(module: nn.Module, name: str | None, caller: str) -> Iterator[Several]:
+    """Have another adapter in place, or none, in whichever thread; what the block computes may move its buffers."""
     with undone_on_failure(module):
         several = several_of(module, caller)
         before = several.active
         switch_to(several, None if name is None else checked(several, name, caller))
     try:
-        yield
+        yield several
     finally:
         is_there = before is None or before in several.adapters
         if is_there and vars(several.home).get(SEVERAL) is several:  # not removed, merged or detached meanwhile

@@ -83,7 +83,7 @@ class Training:
             with suppress(Exception):  # of a module that cannot be measured, or that fails anyway
                 kept, own, shared = proof.sample()
                 self._moved, self._shared = [*own, *shared], shared
-                self._divide(shared)
+            self._divide(self._shared)
             if self.mode == "auto":
                 self._choose(proof)
             if kept is not None:

@@ -199,7 +199,7 @@ class AdapterCheckpoints:
                 checkpoint[key] = only_trained(model, checkpoint[key])
         if more:
             checkpoint["state_dict"] |= more
-        moved = _moved(model.module)  # first, since the fingerprint leaves these out
+        moved = moved_values(model)  # first, since the fingerprint leaves these out
         base = base_fingerprint(self.layout, model)
         self._unsaved.warn(model, base)
         record = describe(model.module) | {"base": to_plain(base), "optimizers": self._optimizer_names()}
@@ -430,11 +430,7 @@ class AdapterCheckpoints:
 
 def _described(module: nn.Module) -> dict[str, Any]:
     """Return the record of an adapter beside the trained one, with the buffers of the base that it has for itself."""
-    return describe(module) | {"buffers": _moved(module)}
-
-
-def _moved(module: nn.Module) -> dict[str, Tensor]:
-    return moved_values(AdaptedModel(module))
+    return describe(module) | {"buffers": moved_values(AdaptedModel(module))}
 
 
 def install_adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, LoRAConfig, add_adapter, set_adapter
+from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach, set_adapter
 from lightning_lora.named_adapters import adapter_names
-from tests.toys import FEATURES, Toy, loader, trainer
+from tests.toys import FEATURES, Toy, loader, network, trainer
 
 HOOKS = ["on_fit_start", "on_train_start", "training_step"]
 
@@ -123,3 +126,41 @@ def test_saving_names_once_another_adapter_that_has_moved_and_is_not_saved(
     told = fit(WithTeacherAdapter(rate), tmp_path / "a.ckpt", adapter="student", save_adapters=saved)
     assert len(told) == count
     assert all("the adapters 'teacher' since" in each and "save_adapters='all'" in each for each in told)
+
+
+class WithMomentumTeacher(Toy):
+    """Makes a teacher in ``setup``, as docs/layers.md says, and lets it follow the student."""
+
+    def build(self) -> None:
+        self.student = network()
+        self.seen: list[Tensor] = []
+
+    def setup(self, stage: str) -> None:
+        attach(self)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        return ((self.student(x) - y) ** 2).mean()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # before callbacks save
+        super().optimizer_step(*args, **kwargs)
+        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            teacher.data.lerp_(student.data, 0.5)
+        self.seen.append(self.student[0].lora.B.detach().clone())
+
+
+def test_a_momentum_teacher_made_in_setup_follows_the_student_and_resumes(tmp_path: Path):
+    options: dict[str, Any] = {"target_modules": ["student.0", "student.2"], "allow_untrained": ["teacher.*"]}
+    whole, half, resumed = (WithMomentumTeacher() for _ in range(3))
+    assert not fit(whole, tmp_path / "whole.ckpt", steps=8, **options)
+    expected = torch.zeros_like(whole.seen[0])
+    for B in whole.seen:
+        expected = expected.lerp(B, 0.5)
+    assert torch.equal(whole.teacher[0].lora.B, expected)
+    assert torch.equal(whole.teacher[0].weight, whole.student[0].weight)
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=4)
+    trainer(LoRACallback(rank=2, **options), saved, max_steps=4).fit(half, loader())
+    fit(resumed, Path(saved.best_model_path), resume=True, steps=8, **options)
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
