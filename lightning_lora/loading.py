@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, in_turn
-from lightning_lora.attachment import DEFAULT, AttachReport, get_attachment
+from lightning_lora.attachment import AttachReport, get_attachment
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, TokenAdapter
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, recorded
@@ -166,7 +166,7 @@ def load_adapter(
             f"whose values would be lost. Nothing was changed. Call set_adapter(module, {own!r}) first to load into "
             f"{own!r}, or give a new name: load_adapter(module, path, name=...)."
         )
-    if own not in (None, DEFAULT, *names) and recorded(module) is not None:
+    if own not in (None, *names) and recorded(module) is not None:
         raise ValueError(
             f"{str(path)!r} holds {own!r}, and this {type(module).__name__} has {listed([*map(repr, names)])}, of "
             f"which {active!r} is active, whose values would be lost. Nothing was changed. Load it beside: "

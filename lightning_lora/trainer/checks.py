@@ -428,9 +428,11 @@ def _named_adapters(model: AdaptedModel) -> set[str]:
 def goes_beside(module: nn.Module, own: str | None) -> bool:
     """Return whether a checkpoint's adapter is none of the module's, and must not replace what those have learned."""
     names = adapter_names(module)
-    if own in (None, DEFAULT, *names):
+    if own is None or own in names:
         return False
-    if not names or recorded(module) is not None:
+    if (has_record := recorded(module) is not None) or own == DEFAULT:
+        return has_record
+    if not names:
         return True
     with gathered_parameters(module):
         return not any(map(is_fully_sharded, module.modules())) and norm_of_updates(module) > 0

@@ -525,6 +525,36 @@ def test_a_checkpoint_of_another_name_never_replaces_what_an_adapter_has_learned
         assert_same_bits(adapter_state_dict(module), adapter_state_dict(trained))
 
 
+@pytest.mark.parametrize("way", ["fit", "test", "load_adapter"])
+def test_a_checkpoint_without_a_name_never_replaces_a_named_adapter(way: str, tmp_path: Path):
+    unnamed = Toy()
+    fit(unnamed, LoRACallback(rank=2), max_steps=4).save_checkpoint(tmp_path / "unnamed.ckpt")
+    module = Toy()
+    fit(module, LoRACallback(adapter="german", rank=2), max_steps=8)
+    kept = adapter_state_dict(module)
+    if way == "fit":
+        fit(module, LoRACallback(), max_steps=4, path=tmp_path / "unnamed.ckpt")
+    elif way == "test":
+        trainer(LoRACallback()).test(module, loader(), ckpt_path=tmp_path / "unnamed.ckpt", verbose=False)
+    else:
+        with raises_and_changes_nothing(module, ValueError, "holds 'default'.*'german' is active.*name='default'"):
+            load_adapter(module, tmp_path / "unnamed.ckpt")
+        load_adapter(module, tmp_path / "unnamed.ckpt", name="default")
+    assert adapter_names(module) == ["german", "default"]
+    with using(module, "german"):
+        assert_same_bits(adapter_state_dict(module), kept)
+    with using(module, "default"):
+        assert_same_bits(adapter_state_dict(module), adapter_state_dict(unnamed))
+
+
+def test_a_checkpoint_without_a_name_goes_into_the_adapter_that_the_callback_names(tmp_path: Path):
+    unnamed, module = Toy(), Toy()
+    fit(unnamed, LoRACallback(rank=2), max_steps=4).save_checkpoint(tmp_path / "unnamed.ckpt")
+    fit(module, LoRACallback(adapter="german", rank=2), max_steps=4, path=tmp_path / "unnamed.ckpt")
+    assert adapter_names(module) == ["german"]
+    assert_same_bits(adapter_state_dict(module), adapter_state_dict(unnamed))
+
+
 def test_an_adapter_resumes_under_its_own_name_in_a_fresh_module(tmp_path: Path):
     class Compared(Toy):
         """Compares with the bare base, for which a head's own values must be kept."""
