@@ -139,8 +139,7 @@ def _others(file: AdapterFile) -> dict[str, Tensor]:
 
 def differences(one: AdapterFile, other: AdapterFile, *, root: str | None = None) -> Iterator[str]:
     """Yield the differences between two adapters, one line each; ``root`` as in ``analysis.compare``."""
-    mine: dict[str, StoredLayer | Tensor] = {**one.layers, **_others(one)}
-    theirs: dict[str, StoredLayer | Tensor] = {**other.layers, **_others(other)}
+    mine, theirs = _everything(one), _everything(other)
     both = with_equal_roots(mine, theirs, root, inner=(one.path.is_dir(), other.path.is_dir()))
     first, second = ({name: v for name, v in each.items() if isinstance(v, StoredLayer)} for each in both)
     yield from _one_sided(first, second, "layer")
@@ -154,6 +153,13 @@ def differences(one: AdapterFile, other: AdapterFile, *, root: str | None = None
             *({join(name, key): factor for key, factor in layer.factors.items()} for layer in pair)
         )
     yield from _largest_differences(*({name: v for name, v in each.items() if isinstance(v, Tensor)} for each in both))
+
+
+def _everything(file: AdapterFile) -> dict[str, StoredLayer | Tensor]:
+    """Return all that an adapter holds, by the names that the model has for it, however the file spells them."""
+    labels = {layer.label for layer in file.layers.values()}
+    by_label = len(labels) == len(file.layers)
+    return {layer.label if by_label else name: layer for name, layer in file.layers.items()} | _others(file)
 
 
 def _one_sided(first: Mapping[str, object], second: Mapping[str, object], what: str) -> Iterator[str]:

@@ -323,7 +323,7 @@ def _others(file: PeftFile | CheckpointFile) -> Iterator[tuple[str, Tensor]]:
     if isinstance(file, PeftFile):
         for name, value in file.others.items():
             if not any(part in f".{name}." for part in (".original_module.", ".modules_to_save.")):
-                yield name.replace(".base_layer.", "."), value
+                yield name, value
         return
     configs = [LoRAConfig.from_dict(entry["config"]) for entry in file.record["adapters"]]
     for name, value in file.others.items():

@@ -41,7 +41,8 @@ _BASE_KEY = "lightning_lora_base"
 _ROOT_KEY = "lightning_lora_root"
 _LARGEST_CONFIG = 64 * 2**20
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_ATTENTION_OUTPUT = ".base_layer.out_proj"
+_WRAPPER = ".base_layer"
+_ATTENTION_OUTPUT = f"{_WRAPPER}.out_proj"
 _SHORT = {
     **{".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_B.bias": "bias"},
     **{".lora_embedding_A": "A", ".lora_embedding_B": "B", ".lora_magnitude_vector": "magnitude"},
@@ -92,6 +93,17 @@ class PeftFile(AdapterFile):
 
     @functools.cached_property
     @override
+    def others(self) -> dict[str, Tensor]:
+        """As in the base class, by the names that the model has without PEFT's wrappers."""
+        wrapped = {path.replace(_WRAPPER, "") for path in self.paths}
+        found = {}
+        for name, tensor in super().others.items():
+            plain = name.replace(_WRAPPER, "")
+            found[plain if plain.rpartition(".")[0] in wrapped else name] = tensor
+        return found
+
+    @functools.cached_property
+    @override
     def tokens(self) -> dict[str, StoredTokens]:
         found = {}
         for key in sorted(key for key in self.tensors if key.endswith(TOKENS_SUFFIX)):
@@ -118,17 +130,18 @@ class PeftFile(AdapterFile):
             raise ValueError(
                 f"{str(self.path)!r}: the factors of {path!r} have rank {A.shape[-2]}, and {CONFIG_FILE} says {rank}."
             )
+        weight = self._weight(path, f"{path}.lora_embedding_A" in keys, found["A"], found["B"])
         label = path.replace(_ATTENTION_OUTPUT, ".out_proj")
         if f"{path}{_ATTENTION_OUTPUT}" in self.keys_by_path:
             label = f"{path}.in_proj_weight"
-        weight = self._weight(path, f"{path}.lora_embedding_A" in keys, found["A"], found["B"])
-        return StoredLayer(
-            label, A, B, rank, scaling, found.get("magnitude"), found.get("bias"), weight, keys=tuple(keys)
-        )
+        elif weight.kind == "parameter" and weight.name is not None:
+            label = weight.name
+        magnitude = found["magnitude"].flatten() if "magnitude" in found else None
+        return StoredLayer(label, A, B, rank, scaling, magnitude, found.get("bias"), weight, keys=tuple(keys))
 
     def _numbers(self, path: str) -> tuple[int | None, float | None]:
         """Return the rank and the scaling of a layer, or None where the file does not determine them."""
-        module, is_inside, _ = path.partition(".base_layer.")
+        module, is_inside, _ = path.partition(f"{_WRAPPER}.")
         module = module if is_inside else _unwrapped(path)  # of attention's output, patterns match the attention's name
         names = self.config.parameters_of(module) or [module]
         names += [f"{module}.{entry}" for entry in self.config.target_parameters if "." not in entry]
@@ -154,7 +167,7 @@ class PeftFile(AdapterFile):
         module = _unwrapped(path)
         if parameters := self.config.parameters_of(module):
             names = _registered(parameters)
-            index = len(names) - 1 - path.count(".base_layer")  # PEFT wraps the first registered innermost
+            index = len(names) - 1 - path.count(_WRAPPER)  # PEFT wraps the first registered innermost
             if not 0 <= index < len(names):
                 return StoredWeight()
             experts = len(A) // self.config.rank_of(names[index])
@@ -171,8 +184,8 @@ class PeftFile(AdapterFile):
 
 
 def _unwrapped(path: str) -> str:
-    while path.endswith(".base_layer"):
-        path = path.removesuffix(".base_layer")
+    while path.endswith(_WRAPPER):
+        path = path.removesuffix(_WRAPPER)
     return path
 
 

@@ -23,6 +23,7 @@ from lightning_lora.names import listed
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.state import (
     check_not_merged,
+    check_sound,
     describe,
     extra_state_names,
     extra_states,
@@ -338,6 +339,7 @@ class AdapterCheckpoints:
         beside, values, misfits = self._of_others(module, others, record or {})
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
+        check_sound({name: state[name] for name in model.trained} | values, "was changed")
         replace_buffers(module, grown)
         self._unsaved.loaded(model, recorded if self.check_base else {})
         self.has_loaded = True

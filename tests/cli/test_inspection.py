@@ -101,6 +101,19 @@ def test_diff_lists_differences(files: tuple[Path, Path], tmp_path: Path, capsys
     ]
 
 
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "attention" not in kind and "expert" not in kind])
+def test_an_adapter_does_not_differ_from_its_own_export(
+    kind: str, bias: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build, _, options = KINDS[kind]
+    model = trained(seeded(build), **({"target_modules": ["layer"], "bias": bias} | options))
+    write_checkpoint(model, tmp_path / "adapter.ckpt")
+    save_adapter(model, tmp_path / "adapter")
+    code = run("diff", tmp_path / "adapter.ckpt", tmp_path / "adapter")
+    assert (code, capsys.readouterr().out) == (0, "the adapters are equal\n")
+
+
 def test_diff_sees_buffers_that_training_has_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module = Toy()
     module.register_buffer("center", torch.zeros(3))

@@ -525,6 +525,17 @@ def test_missing_or_unknown_key_is_refused(tmp_path: Path) -> None:
     refused(edited(path, add), r"unknown to the model: net\.7\.lora\.B \(closest: 'net\.\d\.lora\.B'\)")
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "predict", "fit"])
+@pytest.mark.parametrize(("name", "value"), [("net.2.lora.B", torch.inf), ("net.4.bias", torch.nan)])
+def test_a_checkpoint_of_a_diverged_run_is_refused(name: str, value: float, stage: str, tmp_path: Path) -> None:
+    _, _, path = fitted(tmp_path, modules_to_save=["net.4"])
+
+    def diverge(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"][name][0] = value
+
+    refused(edited(path, diverge), f"NaN or infinity in {name}.*diverged", stage=stage, modules_to_save=["net.4"])
+
+
 def test_strict_loading_false_allows_only_unknown_keys(tmp_path: Path) -> None:
     _, trained, path = fitted(tmp_path)
 
