@@ -116,10 +116,10 @@ def take_back(module: LightningModule, was: tuple[str | None, list[str]]) -> Non
         module: The module.
         was: The active adapter and all names, from before the run.
     """
-    active, names = was
-    if active is None or was == (active_adapter(module), adapter_names(module)):
+    (active, names), now = was, adapter_names(module)
+    if active not in now or was == (active_adapter(module), now):  # not in: ``fresh`` has removed it
         return
     if not any(map(is_fully_sharded, module.modules())):
         set_adapter(module, active)
-        for name in [name for name in adapter_names(module) if name not in names]:
+        for name in [name for name in now if name not in names]:
             remove_adapter(module, name)

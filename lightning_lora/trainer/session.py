@@ -112,9 +112,10 @@ class FitSession:
         self._export_dir = export.export_place(options.export_dir)
         self._seed = int(os.environ.get(_SEED, "0")) if seed is None else seed
         self._name, self._stored = self._to_train()
-        # Resuming or evaluating without options takes any adapters: the checkpoint's, or in evaluation the attached.
-        is_bare = options.config == LoRAConfig()
-        self._takes_any = is_bare and (not is_fit or chosen_checkpoint(trainer) is not None)
+        # Without options, a run takes those of the checkpoint, or of attached adapters; training, if they are named.
+        goes_on = not options.fresh and options.adapter in adapter_names(module)
+        is_free = goes_on or not is_fit or chosen_checkpoint(trainer) is not None
+        self._takes_any = is_free and options.config == LoRAConfig()
         self._asked, self._calibration = cast("LoRAConfig | None", None), dict[str, Any]()
         self._has_saved_options, self._schedule = False, options.rank_schedule
         self.part: Callable[[Any], Any] | None = None  # of a batch, as in ``calibrate_fit``
@@ -169,8 +170,8 @@ class FitSession:
         model = AdaptedModel(module)
         if not self._is_fit and model.merges and not model.layers:
             return  # evaluating a merged model: the adapter is in its weights
-        is_there = model.layers and self._name in (None, active_adapter(module))
-        if self._takes_any and chosen_checkpoint(self.trainer) is None and is_there and self._before is None:
+        is_of_part = model.layers and self._before is None and self._name in (None, active_adapter(module))
+        if is_of_part and self._takes_any and not self._is_fit and chosen_checkpoint(self.trainer) is None:
             return  # evaluating what load_adapter has read from a directory into a part of the module
         self._asked, self._calibration = saved_request(chosen_record(self.trainer))
         if self._takes_any or is_same_request(self.options.config, self._asked):
@@ -255,10 +256,8 @@ class FitSession:
         """Dropout is no part of the adapter's state, so a run may go on with another one: not by accident."""
         saved = saved_options(chosen_record(self.trainer))
         if saved is not None and saved[0].dropout != self._config.dropout:
-            rank_zero_info(
-                f"LoRA: training goes on with dropout={self._config.dropout:g}; until the checkpoint it was "
-                f"{saved[0].dropout:g}."
-            )
+            now, before = self._config.dropout, saved[0].dropout
+            rank_zero_info(f"LoRA: training goes on with dropout={now:g}; until the checkpoint it was {before:g}.")
 
     def _wanted(self) -> tuple[LoRAConfig, int]:
         """Return the config and the seed to attach with: those of present adapters, if any will do."""

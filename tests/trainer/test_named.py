@@ -36,6 +36,7 @@ from lightning_lora import (
 )
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis import analyze, compare
+from lightning_lora.attachment import get_attachment
 from lightning_lora.base_buffers import copied
 from lightning_lora.callback import LoRAConfig
 from lightning_lora.names import OTHERS
@@ -177,6 +178,38 @@ def test_other_options_for_a_present_name_are_refused():
     add_adapter(module, "mine", LoRAConfig(**OPTIONS))
     with pytest.raises(ValueError, match=r"rank: 2 -> 4.*for 'mine', or another name"):
         fit(module, LoRACallback(adapter="mine", **OPTIONS | {"rank": 4}))
+
+
+@pytest.mark.filterwarnings("ignore:These adapters are not smaller", "ignore:LoRA. this run may learn little")
+@pytest.mark.parametrize("way", ["cat", "svd"])
+def test_a_callback_without_options_trains_a_present_adapter_with_its_own(way: str):
+    """Such as a sum, whose options nobody has written."""
+    module = Toy()
+    for name, rank in (("one", 2), ("other", 3)):
+        fit(module, LoRACallback(adapter=name, rank=rank))
+    combine(module, {"one": 0.5, "other": 0.5}, name="sum", method=way, **({"rank": 4} if way == "svd" else {}))
+    with using(module, "sum"):
+        before = get_attachment(module)
+        assert before is not None
+        start, config = adapter_state_dict(module), before.config
+    fit(module, LoRACallback(adapter="sum"))
+    after = get_attachment(module)
+    assert after is not None
+    assert (active_adapter(module), after.config) == ("sum", config)
+    assert not any(torch.equal(value, start[name]) for name, value in adapter_state_dict(module).items())
+    fit(module, LoRACallback(adapter="sum", fresh=True))
+    anew = get_attachment(module)
+    assert anew is not None
+    assert anew.config.rank == LoRAConfig().rank != config.rank
+
+
+def test_a_fresh_fit_that_is_refused_says_why():
+    module = Toy()
+    for name in ("one", "other"):
+        fit(module, LoRACallback(adapter=name, rank=2))
+    with pytest.raises(ValueError, match="rank 64 is above 8"):
+        fit(module, LoRACallback(adapter="other", fresh=True, rank=64))
+    assert adapter_names(module) == ["one"]
 
 
 # --- checkpoints of all adapters
