@@ -163,7 +163,7 @@ class LoRAConfig:
             name, or a mapping with options such as ``{"name": "eva", "batches": 32}``: see ``InitOptions`` and
             ``docs/initialization.md``. An embedding always starts as in PEFT: ``A`` zero and ``B`` standard normal.
         adapter_dtype: Precision in which the factors are stored and updated, independent of the base's; the arithmetic
-            follows the layer's input. A float64 layer has float64 factors.
+            follows the layer's input. A float64 or complex128 layer has float64 factors; all factors are real.
         frozen_norm: Behavior in training of frozen normalization layers with running statistics, and of
             ``spectral_norm``: ``"eval"`` keeps the statistics fixed, ``"track"`` updates them and saves them with the
             adapter.

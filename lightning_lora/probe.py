@@ -9,8 +9,9 @@ import linecache
 import os
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from types import CodeType, FrameType
 from typing import Any, cast
@@ -22,11 +23,14 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import Adapter
-from lightning_lora.layers.readers import METADATA
+from lightning_lora.layers.readers import ENTRANCES, METADATA
+from lightning_lora.modes import merged
 from lightning_lora.names import join, listed
 from lightning_lora.sharding import is_divided, is_sharded
 
 _MODES = ("training", "asked_mode", "is_waiting")  # of any module, a frozen norm, an adapter
+_LIBRARIES = ("lightning_lora.", "lightning.", "pytorch_lightning.", "torch.distributed.", "deepspeed.")
+_OF_MERGED = 0.05  # rounded weights change what deep models compute; a missing update changes much more
 _EFFECT = 0.5  # of an adapter that is still at its start: as large as what its layer computes
 
 
@@ -41,6 +45,9 @@ def dead_adapters(module: nn.Module, batch: object) -> dict[str, str]:
     Args:
         module: An adapted module.
         batch: A tensor, the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts.
+
+    Raises:
+        DeadAdapterError: All have an effect, but the module computes something else once they are merged.
     """
     args, kwargs = arguments_for(module, batch)
     with left_as_it_was(module), _zeros_filled(module), RandomState() as random_state:
@@ -68,7 +75,24 @@ class _Probe:
             suspects = [] if _close(outputs, without) else [name for name in self.adapters if name not in found]
             for name in self._without_effect(suspects, without):
                 found[name] = ["in evaluation without gradients"]
+            if not found:
+                self._check_merged(without)
         return {name: " and ".join(where) for name, where in found.items()}
+
+    def _check_merged(self, outputs: list[Tensor]) -> None:
+        """Refuse a model that computes something else once the updates are in the weights, where they can be."""
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(merged(self.module))
+            except (RuntimeError, ValueError):  # quantized, computed by a parametrization, sharded ...
+                return
+            if not _close(outputs, self.run(), _OF_MERGED):
+                raise DeadAdapterError(
+                    f"{type(self.module).__name__} computes something else with these adapters than after a merge, so "
+                    "some of its code computes with the weight of an adapted layer instead of calling the layer, as "
+                    "F.linear(x, layer.weight) does. Name this weight in target_parameters, such as "
+                    "['decoder.proj.weight'], and leave its layer out of target_modules."
+                )
 
     def _without_gradient(self, outputs: list[Tensor]) -> list[str]:
         differentiable = [output for output in outputs if output.requires_grad]
@@ -162,12 +186,12 @@ def _is_nonzero(gradient: Tensor | None) -> bool:
     return gradient is not None and bool(gradient.any())
 
 
-def _close(outputs: list[Tensor], others: list[Tensor]) -> bool:
+def _close(outputs: list[Tensor], others: list[Tensor], tolerance: float = 1e-5) -> bool:
     """Return whether two passes gave the same up to rounding."""
     if [output.shape for output in outputs] != [other.shape for other in others]:
         return False
     return all(
-        bool((output - other).norm() <= max(1e-5, 8 * torch.finfo(output.dtype).eps) * other.norm())
+        bool((output - other).norm() <= max(tolerance, 8 * torch.finfo(output.dtype).eps) * other.norm())
         for output, other in zip(outputs, others, strict=True)
     )
 
@@ -190,22 +214,29 @@ class Witness:
     Attributes:
         watches: Whether it sees anything.
         calls: Names of called layers -> why the calls had no gradients; empty if one of them had.
-        reads: Names of layers whose weight was read before any call -> where.
+        reads: Names of layers whose weight other code computed with, outside of the layer's own calls -> where.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.calls, self.reads = dict[str, str](), dict[str, str]()
         self.watches = not any(_is_compiled(part) for part in module.modules())
         self._names: dict[int, str] = {}
+        self._running = Counter[str]()  # calls that go on
         self._hooks: list[Any] = []
         self._classes: list[tuple[type, str]] = []
         for name, layer in AdaptedModel(module).layers.items() if self.watches else ():
             self._names[id(layer)] = name
             self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._see_call, name)))
+            self._hooks.append(layer.register_forward_hook(functools.partial(self._see_end, name), always_call=True))
             for adapter in layer.adapters().values():
                 if not hasattr(type(layer), adapter.parameter):  # else the class computes it
                     setattr(type(layer), adapter.parameter, _Watched(adapter.parameter, self._see_read))
                     self._classes.append((type(layer), adapter.parameter))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it still watches."""
+        return bool(self._hooks)
 
     def close(self) -> None:
         """Stop watching; safe to repeat."""
@@ -216,17 +247,22 @@ class Witness:
         self._hooks, self._classes = [], []
 
     def _see_call(self, name: str, layer: nn.Module, args: Any) -> None:  # noqa: ARG002 - as hooks are called
+        self._running[name] += 1
         if torch.is_grad_enabled():
             self.calls[name] = ""
         elif name not in self.calls:
             self.calls[name] = _why_without_gradients()
 
+    def _see_end(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
+        self._running[name] -= 1
+
     def _see_read(self, layer: nn.Module, reader: FrameType) -> None:
         name = self._names.get(id(layer))
-        if name is None or name in self.calls or name in self.reads:
+        if name is None or self._running[name] or name in self.reads:
             return
-        is_ours = str(reader.f_globals.get("__name__", "")).startswith("lightning_lora.")
-        if not is_ours and _uses_value(reader.f_code, reader.f_lasti):
+        if not _is_of(reader, _LIBRARIES) and _uses_value(reader.f_code, reader.f_lasti) and _is_in_step(reader):
+            while reader.f_back is not None and _is_of(reader, ("torch.",)):  # such as get_parameter
+                reader = reader.f_back
             self.reads[name] = _place(reader)
 
 
@@ -262,6 +298,17 @@ def _place(frame: FrameType) -> str:
     where = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
     line = linecache.getline(code.co_filename, frame.f_lineno).strip()
     return f"{where} ({os.path.basename(code.co_filename)}:{frame.f_lineno}" + (f": {line})" if line else ")")
+
+
+def _is_of(frame: FrameType, packages: tuple[str, ...]) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith(packages)
+
+
+def _is_in_step(frame: FrameType | None) -> bool:
+    """Return whether a frame is part of a forward pass or a step, and not of a hook that only looks at weights."""
+    while frame is not None and frame.f_code.co_name not in ENTRANCES:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _why_without_gradients() -> str:

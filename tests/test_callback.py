@@ -139,6 +139,22 @@ def test_only_adapters_train(kind: type[Toy]) -> None:
     assert digest(module.net) == digest(base)
 
 
+@pytest.mark.parametrize("hook", ["setup", "configure_model"])
+def test_lazy_layers_may_get_their_shapes_in_a_hook(hook: str) -> None:
+    class Lazy(Toy):
+        def build(self) -> None:
+            self.net = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.LazyLinear(FEATURES))
+
+        def get_shapes(self, stage: str = "") -> None:
+            if self.net[0].has_uninitialized_params():
+                self.net(torch.zeros(2, FEATURES))
+
+    setattr(Lazy, hook, Lazy.get_shapes)
+    module = Lazy()
+    trainer(LoRACallback(rank=4)).fit(module, loader())
+    assert adapters_moved(module) == ["net.0", "net.2"]
+
+
 def test_setup_may_load_base_weights() -> None:
     class Loads(Toy):
         def setup(self, stage: str) -> None:

@@ -409,6 +409,13 @@ def test_complex_weight_is_not_called_quantized(rng):
         merge(model)
 
 
+def test_factors_of_complex_weights_have_their_precision():
+    for dtype, real in ((torch.complex64, torch.float32), (torch.complex128, torch.float64)):
+        model = nn.Sequential(nn.Linear(8, 8, dtype=dtype))
+        attach(model, LoRAConfig(rank=2))
+        assert model[0].lora.A.dtype == real
+
+
 class QuantizedLinear(nn.Linear):
     """A user's eight-bit layer: codes and one step."""
 

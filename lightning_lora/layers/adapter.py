@@ -369,7 +369,24 @@ def adapter_of_kind(kind: str) -> type[Adapter]:
 
 
 def base_parameter(module: nn.Module, name: str) -> Tensor:
-    """Return a parameter that an adapter of ``module`` updates, without the update."""
+    """Return a parameter that an adapter of ``module`` updates, without the update; looking changes no state."""
+    parameter = module._parameters.get(name)
+    if parameter is not None:
+        return parameter
+    computing = module._modules.get("parametrizations")
+    # Such as those of spectral_norm, whose every read in training is a power iteration.
+    moving = [] if computing is None else [part for part in computing.modules() if part.training]
+    for part in moving:
+        part.training = False
+    try:
+        return computed_parameter(module, name)
+    finally:
+        for part in moving:
+            part.training = True
+
+
+def computed_parameter(module: nn.Module, name: str) -> Tensor:
+    """Return the same as the base computes it in its forward pass, which may change the state of a parametrization."""
     parameter = module._parameters.get(name)
     if parameter is not None:
         return parameter

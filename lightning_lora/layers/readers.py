@@ -12,7 +12,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Collection, Iterable, Iterator
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import TypeAlias
 
 from torch import nn
@@ -20,12 +20,13 @@ from torch import nn
 Path: TypeAlias = tuple[str, ...]  # attribute names below a module; "*" stands for every member of a container
 
 _ARGUMENT = "<argument>"  # starts the path of what a function was given
-_ENTRANCES = frozenset({"forward", "training_step", "validation_step", "test_step", "predict_step"})
+ENTRANCES = frozenset({"forward", "training_step", "validation_step", "test_step", "predict_step"})
 _LIBRARIES = ("torch.nn.modules.module", "lightning.", "pytorch_lightning.", "lightning_lora.")
 METADATA = frozenset(
     {"data_ptr", "device", "dim", "dtype", "element_size", "grad", "is_contiguous", "is_cuda", "layout"}
 )
 METADATA |= {"is_floating_point", "is_meta", "ndim", "numel", "requires_grad", "shape", "size", "stride"}
+METADATA |= {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}  # of its type, on its device
 _QUESTIONS = frozenset({"hasattr", "id", "isinstance", "len", "print", "type"})
 _ITERATORS = frozenset({"enumerate", "iter", "list", "reversed", "tuple", "zip"})
 _VIEWS = frozenset({"items", "values"})
@@ -35,7 +36,7 @@ def weight_readers(modules: Collection[nn.Module]) -> dict[int, str]:
     """Return the identities of layers whose weight is read from outside, with the class that reads it."""
     parents = [each for each in modules if each._modules or not _is_of_torch(each)]
     classes: set[type] = set(map(type, parents))  # far fewer
-    called = _ENTRANCES
+    called = ENTRANCES
     for _ in range(2):  # modules call methods of other modules, which may call others
         called = called.union(*(_names_used(each, called & _methods(each)) for each in classes))
     entrances = {each: called & _methods(each) for each in classes}
@@ -100,7 +101,8 @@ def _at(module: nn.Module, path: Path) -> Iterator[nn.Module]:
         yield module
         return
     step, *rest = path
-    for child in module.children() if step == "*" else (getattr(module, step, None),):
+    members = list(module.children()) or [module]  # the layer itself is one of a list that code has made
+    for child in members if step == "*" else (getattr(module, step, None),):
         if isinstance(child, nn.Module):
             yield from _at(child, tuple(rest))
 
@@ -115,11 +117,19 @@ def _reachable(module_class: type, entrances: frozenset[str]) -> Iterator[tuple[
             used = _names(function.__code__)
             waiting += used - names
             names |= used
-            for name in used:
-                other = function.__globals__.get(name)
+            for other in _globals_used(function, used):
                 if isinstance(other, FunctionType) and other not in seen and "weight" in _names(other.__code__):
                     seen.add(other)
                     yield other, False
+
+
+def _globals_used(function: FunctionType, names: Collection[str]) -> Iterator[object]:
+    """Yield what a function may call by these names: globals of its file, and those of files that it imports."""
+    found = {name: function.__globals__[name] for name in names if name in function.__globals__}
+    yield from found.values()
+    for other in found.values():
+        if isinstance(other, ModuleType) and not other.__name__.startswith("torch"):
+            yield from (vars(other)[name] for name in names if name in vars(other))
 
 
 def _definitions(module_class: type, name: str) -> Iterator[FunctionType]:
@@ -137,9 +147,9 @@ def _definitions(module_class: type, name: str) -> Iterator[FunctionType]:
 
 @functools.cache
 def _names(code: CodeType) -> frozenset[str]:
-    """Return the names that a function and those inside it use, local ones aside."""
+    """Return the names that a function and those inside it use, local ones aside; and ``"weight"``, if it is a text."""
     inner = (_names(each) for each in code.co_consts if isinstance(each, CodeType))
-    return frozenset(code.co_names).union(*inner)
+    return frozenset(code.co_names).union({"weight"}.intersection(code.co_consts), *inner)
 
 
 class _Scan:
@@ -170,6 +180,10 @@ class _Scan:
         for node in self.nodes:
             if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
                 found |= set() if id(node) in ignored else self._paths(node.value)
+            elif isinstance(node, ast.Call) and id(node) not in ignored:
+                found |= {
+                    path[:-1] for path in self._paths(node) if path[-1:] == ("weight",)
+                }  # getattr(layer, "weight")
         return frozenset(found)
 
     def passed(self) -> frozenset[Path]:
@@ -201,11 +215,14 @@ class _Scan:
         if isinstance(value, ast.Attribute):
             return {(*path, value.attr) for path in self._paths(value.value)}
         if isinstance(value, ast.Subscript):
-            return {(*path, "*") for path in self._paths(value.value)}
+            paths = self._paths(value.value)
+            return paths if isinstance(value.slice, ast.Slice) else {(*path, "*") for path in paths}
         if isinstance(value, ast.Call):
             return self._paths_of_call(value)
-        if isinstance(value, (ast.IfExp, ast.BoolOp, ast.Tuple, ast.List)):
+        if isinstance(value, (ast.IfExp, ast.BoolOp, ast.BinOp)):
             return set().union(*(self._paths(part) for part in _parts(value)))
+        if isinstance(value, (ast.Tuple, ast.List)):
+            return set().union(*(self._paths(part) for part in value.elts))
         return set()
 
     def _paths_of_call(self, call: ast.Call) -> set[Path]:
@@ -219,10 +236,10 @@ class _Scan:
         return set().union(*map(self._paths, call.args)) if name in _ITERATORS else set()
 
 
-def _parts(value: ast.IfExp | ast.BoolOp | ast.Tuple | ast.List) -> Iterable[ast.expr]:
+def _parts(value: ast.IfExp | ast.BoolOp | ast.BinOp) -> Iterable[ast.expr]:
     if isinstance(value, ast.IfExp):
         return value.body, value.orelse
-    return value.values if isinstance(value, ast.BoolOp) else value.elts
+    return value.values if isinstance(value, ast.BoolOp) else (value.left, value.right)
 
 
 def _asked_about(node: ast.AST) -> Iterable[ast.AST]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_lora.layers.adapter import Adapter, base_parameter, register_adapter
+from lightning_lora.layers.adapter import Adapter, base_parameter, computed_parameter, register_adapter
 from lightning_lora.layers.lora_layer import Behavior, LoRALayer, updated
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.starts import random_start, seeded, zeros
@@ -245,7 +245,7 @@ class WeightLoRALayer(LoRALayer):
     @override
     def read(self, name: str) -> Tensor:
         """Return the weight that the layer computes with, bit-equal to the merged weight."""
-        base = base_parameter(self, name)
+        base = computed_parameter(self, name)
         if self.lora_mode != "active" or is_sharded(base):  # fully_shard looks for its own parameter between forwards
             return base
         adapters = self.adapters_of(name)

@@ -140,7 +140,8 @@ class _Planner:
             shapeless = [name for name, p in parameters.items() if isinstance(p, nn.UninitializedParameter)]
             if owners := list(dict.fromkeys(name.rpartition(".")[0] for name in shapeless)):
                 raise ValueError(
-                    f"The weights of {listed(owners)} have no shape yet; run one batch through the {plan.root} first."
+                    f"The weights of {listed(owners)} have no shape yet. First, run one batch through the {plan.root}, "
+                    "with a Trainer in its setup."
                 )
         unique = {id(p): p for p in parameters.values()} if plan.tied else parameters
         return sum(map(methodcaller("numel"), unique.values()))
@@ -349,7 +350,7 @@ class _Planner:
         config, weight = self.config, base_parameter(layer.module, layer.parameter)
         scaling = config.scaling(rank, alpha)
         # A float32 adapter would quietly lower the precision of a float64 layer.
-        dtype = weight.dtype if weight.dtype == torch.float64 else self.adapter_dtype
+        dtype = torch.float64 if weight.dtype.to_real() == torch.float64 else self.adapter_dtype
         seed = layer_seed(self.seed, layer.label, weight.shape)
         return AdapterSpec(
             rank, scaling, config.dropout, config.start.name, dtype, seed, config.use_dora, config.lora_bias, layer.rows

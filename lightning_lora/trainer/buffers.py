@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.base_buffers import (
@@ -107,7 +108,7 @@ class BufferWatch:
 
 
 def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+    return None if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def watch(module: nn.Module) -> None:

@@ -253,8 +253,20 @@ class GradientCheck:
         if self._has_backward and not self._steps.keys() - {_UNKNOWN}:
             self._has_backward = False
             self._count(_UNKNOWN, lambda: self._names)
-        if self._steps:
+        if self._steps and self._witness is not None and self._witness.is_open:
+            self._warn_of_reads(self._witness)
             self.close()
+
+    def _warn_of_reads(self, witness: Witness) -> None:
+        """Warn of layers with an update beside them that are called, and whose weight is used elsewhere without it."""
+        both = {name: where for name, where in witness.reads.items() if name in witness.calls}
+        for name, where in both.items():
+            rank_zero_warn(
+                f"{name} is called, and its weight is also read by {where}. The adapter adds its update to the layer's "
+                "output, so what is computed with the weight there lacks it, and would have it after a merge. Let the "
+                f"weight itself carry the update: target_parameters=[{join(name, 'weight')!r}], and leave the layer "
+                "out of target_modules. If the weight is only looked at there, all is well."
+            )
 
     def _note(self) -> None:
         gradients = {

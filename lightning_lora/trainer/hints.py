@@ -25,6 +25,7 @@ LOWEST_RATE = 5e-5
 # The default is 2. Published set-ups lie from 0.25 (alpha 16, rank 64) to 32 (alpha 32, rank 1).
 LOWEST_SCALING, HIGHEST_SCALING = 0.1, 32.0
 HIGHEST_RATIO = 64.0  # LoRA+ recommends about 16
+_OFF_RATIO = 0.1  # a floor such as eta_min=1e-6 matters only where rates come near to it
 # The query and value projections of a model with grouped queries are 9 % of its linear layers.
 SMALLEST_SHARE = 0.05
 # Whoever names no layer expects most of the model to learn; a convolutional net's linear layers are its head alone.
@@ -133,17 +134,46 @@ def warn_of_suspicious_settings(
         rank_zero_warn(f"LoRA: this run may learn little, or diverge:\n{lines}")
 
 
-def warn_of_equal_rates(module: nn.Module, optimizers: Sequence[Optimizer], lr_ratio: float) -> None:
-    """Warn if something has given ``B`` the learning rate of ``A`` again, as code that sets ``group["lr"]`` does."""
-    fast, rates = fast_parameters(module), (set[float](), set[float]())
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups if group["params"]):
-        rates[any(id(parameter) in fast for parameter in group["params"])].add(float(group["lr"]))
-    if rates[0] == rates[1] and len(rates[0]) == 1 and any(rates[0]):
-        rank_zero_warn(
-            f"LoRA: a scheduler or hook of {type(module).__name__} has set all learning rates to {max(rates[0]):g}, so "
-            f"lr_ratio={lr_ratio:g} has no effect. Scale the rate of each group instead, as LambdaLR does, or by "
-            "group['lr'] = factor * group['initial_lr'], which schedulers set."
-        )
+class RatioWatch:
+    """Warns once when the learning rates of ``B`` and ``A`` no longer have the ratio that ``lr_ratio`` gave them.
+
+    Args:
+        module: The adapted module.
+        optimizers: Those of the training, with the groups that ``lr_ratio`` has made.
+        lr_ratio: The ratio; 1 watches nothing.
+    """
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Optimizer], lr_ratio: float) -> None:
+        self._owner, self._ratio = type(module).__name__, lr_ratio
+        self._groups: list[tuple[Optimizer, list[int], list[int]]] = []  # with the numbers of the groups of A, and of B
+        fast = fast_parameters(module) if lr_ratio != 1.0 else set[int]()
+        for optimizer in optimizers if fast else ():
+            numbers: tuple[list[int], list[int]] = [], []
+            for number, group in enumerate(optimizer.param_groups):
+                if group["params"] and not isinstance(group["lr"], Tensor):  # to look at one would wait for its device
+                    numbers[any(id(parameter) in fast for parameter in group["params"])].append(number)
+            if all(numbers):
+                self._groups.append((optimizer, *numbers))
+
+    def check(self) -> None:
+        """Look at the rates of now, as the last step, scheduler or hook has left them."""
+        for optimizer, slow, fast in self._groups:
+            rates = [float(optimizer.param_groups[number]["lr"]) for number in slow]
+            for rate in (float(optimizer.param_groups[number]["lr"]) for number in fast):
+                if not any(math.isclose(rate, self._ratio * each, rel_tol=_OFF_RATIO) for each in rates):
+                    self._groups = []
+                    rank_zero_warn(
+                        f"LoRA: the learning rate of B is now {rate:.3g} and that of A {listed(_shown(rates))}, so "
+                        f"lr_ratio={self._ratio:g} no longer holds. A scheduler, a callback or a hook of {self._owner} "
+                        "sets rates without regard to what each group has, as eta_min of CosineAnnealingLR, swa_lrs "
+                        "and group['lr'] = ... do. Scale the rate of each group instead, as LambdaLR does, or by "
+                        "group['lr'] = factor * group['initial_lr'], which schedulers set."
+                    )
+                    return
+
+
+def _shown(rates: Iterable[float]) -> list[str]:
+    return list(dict.fromkeys(f"{rate:.3g}" for rate in rates))
 
 
 def coverage(module: nn.Module) -> Coverage | None:

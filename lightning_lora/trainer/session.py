@@ -136,6 +136,7 @@ class FitSession:
         self._is_new = self._before is None
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
+        self._ratio: hints.RatioWatch
         self._has_succeeded, self._wraps = False, MethodWraps()
         self._load_hooks = load_without_base(module)
 
@@ -426,10 +427,10 @@ class FitSession:
         if self._held is not None:
             self._checkpoints.check_late()
             self._held.check(self.trainer.optimizers)
-            if self.options.lr_ratio != 1.0 and self.trainer.global_step in (1, 2):
-                hints.warn_of_equal_rates(self.module, self.trainer.optimizers, self.options.lr_ratio)
+            self._ratio.check()
             return
         self._held = HeldAdapters(self.module, self.trainer.optimizers)
+        self._ratio = hints.RatioWatch(self.module, self.trainer.optimizers, self.options.lr_ratio)
         self._checkpoints.note_base()
         check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))

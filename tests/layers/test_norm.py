@@ -16,10 +16,12 @@ from lightning_lora import (
     disabled,
     load_adapter,
     load_adapter_state_dict,
+    lora_layers,
     merge,
     save_adapter,
 )
-from lightning_lora.layers import FrozenNorm, has_running_statistics, swap_in, swap_out
+from lightning_lora.analysis import analyze
+from lightning_lora.layers import FrozenNorm, base_parameter, has_running_statistics, swap_in, swap_out
 from lightning_lora.surgery import freeze_norms
 from tests.contract import assert_same_bits, assert_unchanged, snapshot
 
@@ -277,6 +279,19 @@ def test_track_saves_spectral_norm_state(spectral_norm, rng):
     load_adapter_state_dict(fresh, adapter_state_dict(model))
     x = torch.randn(5, 8, 6, generator=rng)
     assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+@each_spectral_norm
+def test_looking_at_weights_in_training_moves_no_spectral_norm_state(spectral_norm, rng):
+    model = Spectral(spectral_norm)
+    attach(model, config(frozen_norm="track"))
+    step(model, rng)
+    before, modes = snapshot(model), {name: part.training for name, part in model.named_modules()}
+    analyze(model)
+    for name, layer in lora_layers(model).items():
+        assert layer.delta_weight().shape == base_parameter(layer, "weight").shape, name
+    assert_unchanged(model, before)
+    assert {name: part.training for name, part in model.named_modules()} == modes
 
 
 @each_spectral_norm

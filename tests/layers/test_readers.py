@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_lora import LoRAConfig, attach, detach, lora_layers, merge
 from lightning_lora.layers import WeightLoRALayer, weight_readers
 from tests.contract import assert_unchanged, snapshot, train_all
+from tests.layers import helper_functions
 
 E = 6
 
@@ -106,6 +107,30 @@ class InFunction(Parent):
         return self.plain(_apply(x, self.proj))
 
 
+class InFunctionOfOtherFile(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(helper_functions.applied(x, self.proj))
+
+
+class OfSlice(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.many[::-1]:
+            x = F.linear(x, layer.weight)
+        return self.plain(x)
+
+
+class OfSum(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self.many) + [self.proj]:  # noqa: RUF005 - as models do it
+            x = F.linear(x, layer.weight)
+        return self.plain(x)
+
+
+class WeightByName(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(F.linear(x, getattr(self.proj, "weight")))  # noqa: B009 - as models do it
+
+
 class Decoder(nn.Module):
     def forward(self, x: Tensor, embedding: nn.Module) -> Tensor:
         return x @ embedding.weight.T
@@ -167,6 +192,10 @@ READERS = {
     OfContainer: {"inner.deep"},
     InClosure: {"proj"},
     InFunction: {"proj"},
+    InFunctionOfOtherFile: {"proj"},
+    OfSlice: {"many.0", "many.1"},
+    OfSum: {"many.0", "many.1", "proj"},
+    WeightByName: {"proj"},
     InOtherModule: {"proj"},
     InTrainingOnly: {"proj"},
     Converting: {"proj"},

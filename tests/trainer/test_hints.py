@@ -9,9 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, OneCycleLR, SequentialLR, StepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+    StepLR,
+)
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, detach
 from lightning_lora.trainer.hints import (
@@ -420,12 +431,65 @@ class Warmed(Toy):
 
 
 def test_run_names_a_warm_up_that_cancels_lr_ratio():
-    with pytest.warns(UserWarning, match="hook of Warmed has set all learning rates to .e-06, so lr_ratio=16 has no"):
+    with pytest.warns(UserWarning, match="that of A .e-06, so lr_ratio=16 no longer holds.*hook of Warmed sets"):
         trainer(LoRACallback(rank=4, lr_ratio=16.0)).fit(Warmed(), loader())
     trainer(LoRACallback(rank=4)).fit(Warmed(), loader())  # any warning would be an error
     scaled = Warmed()
     scaled.scales = True
     trainer(LoRACallback(rank=4, lr_ratio=16.0)).fit(scaled, loader())
+
+
+def scheduled(make: Any) -> Toy:
+    class Scheduled(Toy):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+            return [optimizer], [{"scheduler": make(optimizer), "interval": "step", "monitor": "loss"}]
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.log("loss", loss)
+            return loss
+
+    return Scheduled()
+
+
+class SetsRatesLate(Callback):
+    """Sets one rate for all groups in the fourth step, as SWA does when it begins."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        for group in trainer.optimizers[0].param_groups if trainer.global_step == 3 else ():
+            group["lr"] = 1e-3
+
+
+@pytest.mark.parametrize(
+    ("make", "callbacks"),
+    [
+        (lambda optimizer: CosineAnnealingLR(optimizer, 8, eta_min=1e-4), ()),
+        (lambda optimizer: CosineAnnealingWarmRestarts(optimizer, 9, eta_min=1e-4), ()),
+        (lambda optimizer: StepLR(optimizer, 100), (SetsRatesLate(),)),
+    ],
+    ids=["cosine", "restarts", "callback"],
+)
+def test_run_names_what_cancels_lr_ratio_at_any_step(make: Any, callbacks: Any):
+    with pytest.warns(UserWarning, match="that of A .*, so lr_ratio=16 no longer holds"):
+        trainer(LoRACallback(rank=4, lr_ratio=16.0), *callbacks, max_steps=8).fit(scheduled(make), loader())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: CosineAnnealingLR(optimizer, 8),
+        lambda optimizer: OneCycleLR(optimizer, 1e-2, total_steps=9),
+        lambda optimizer: ReduceLROnPlateau(optimizer, patience=0, min_lr=1e-4),
+        lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, step / 4)),  # from zero
+    ],
+    ids=["cosine", "one cycle", "plateau", "warm-up"],
+)
+def test_run_is_silent_while_schedulers_keep_lr_ratio(make: Any):
+    run = trainer(LoRACallback(rank=4, lr_ratio=16.0), max_steps=8)
+    run.fit(scheduled(make), loader())  # any warning would be an error
+    slow, fast = (group["lr"] for group in run.optimizers[0].param_groups)
+    assert fast == pytest.approx(16 * slow)
 
 
 def test_run_checks_coverage():
