@@ -351,4 +351,4 @@ def in_turn(function: F) -> F:
 
 def taking_turns(module: nn.Module) -> AbstractContextManager[None]:
     """Have other threads wait that would change this model's adapters, or how it computes with them."""
-    return turn(home_of(module))
+    return turn(module, ("lora", OTHERS))

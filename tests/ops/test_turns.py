@@ -33,6 +33,7 @@ from lightning_lora import (
     set_adapter,
     using,
 )
+from lightning_lora.loading import _load
 from tests.contract import train_all
 
 CONFIG = LoRAConfig(rank=2, target_modules=["0", "2"])
@@ -115,6 +116,67 @@ def test_blocks_of_two_threads_take_turns(first: str, second: str, model: nn.Mod
         assert torch.equal(model(INPUT), mine)
     assert torch.equal(other.done(), expected)
     assert active_adapter(model) == "a"
+
+
+class Whole(nn.Module):
+    """A model in which a directory's adapter belongs to a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.part, self.head = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x))
+
+
+@pytest.fixture
+def whole(rng: torch.Generator, tmp_path: Path) -> Whole:
+    """Return a model with the adapter "a" in its part, from a directory that is left there."""
+    module = Whole()
+    add_adapter(module.part, "a", CONFIG)
+    train_all(module.part, rng)
+    save_adapter(module.part, tmp_path / "part")
+    module = Whole()
+    add_adapter(module, "a", tmp_path / "part")
+    return module
+
+
+def test_a_block_waits_while_an_adapter_is_added_to_a_part(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute() -> Tensor:
+        with using(whole, "a"):
+            return whole(INPUT)
+
+    def load(*args: Any, **options: Any) -> Any:
+        report = _load(*args, **options)  # the part has the new adapter alone now
+        others.append(Elsewhere(compute))
+        assert others[0].is_waiting()
+        return report
+
+    expected, others = compute(), list[Elsewhere]()
+    monkeypatch.setattr("lightning_lora.loading._load", load)
+    add_adapter(whole, "b", tmp_path / "part")
+    assert torch.equal(others[0].done(), expected)
+    assert adapter_names(whole) == ["a", "b"]
+
+
+def test_blocks_of_a_model_and_of_its_part_take_turns(whole: Whole) -> None:
+    def of_part() -> Tensor:
+        with using(whole.part, None):
+            return whole.part(INPUT)
+
+    def of_whole() -> Tensor:
+        with using(whole, "a"):
+            return whole(INPUT)
+
+    for here, there, outer in ((whole, of_part, "a"), (whole.part, of_whole, None)):
+        expected = there()
+        with using(here, outer):
+            other = Elsewhere(there)
+            assert other.is_waiting()
+        assert torch.equal(other.done(), expected)
 
 
 @pytest.mark.parametrize("call", CALLS)
