@@ -10,6 +10,7 @@ import functools
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
@@ -30,6 +31,7 @@ _PRECISIONS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # f
 SAMPLED = (*_PRECISIONS, torch.complex64, torch.complex128)  # what a fingerprint looks at; others are quantized
 _BY_NAME = {str(dtype).removeprefix("torch."): dtype for dtype in SAMPLED}
 _LEAST_FLOAT16 = 2.0**-24
+END = "[-1]"  # after the name of an embedding's weight: its last row, which may have been added at random
 
 
 class Sample(NamedTuple):
@@ -77,14 +79,15 @@ def samples(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, 
     """Return samples of the named tensors that can be read; every process must call this, as for ``fingerprint``."""
     wanted = set(names)
     chosen = {name: tensor for name, tensor in tensors.items() if name in wanted and _is_readable(tensor)}
-    divided = {name: (tensor, _index(tensor)) for name, tensor in chosen.items() if is_sharded(tensor)}
+    chosen |= {f"{name}{END}": t for name, t in tensors.items() if f"{name}{END}" in wanted and _is_readable(t)}
+    divided = {name: (tensor, _index(name, tensor)) for name, tensor in chosen.items() if is_sharded(tensor)}
     values = elements(divided) if divided else {}
     values |= {
-        name: tensor.detach().take(_places(tensor.shape).to(tensor.device))
+        name: tensor.detach().take(_places(name, tensor.shape).to(tensor.device))
         for name, tensor in chosen.items()
         if name not in divided
     }
-    return {name: sample(tensor.shape, tensor.dtype, values[name]) for name, tensor in chosen.items()}
+    return {name: sample(_shape(name, t.shape), t.dtype, values[name]) for name, t in chosen.items()}
 
 
 def sample(shape: Collection[int], dtype: torch.dtype, values: Tensor) -> Sample:
@@ -110,10 +113,11 @@ def base_problems(
     """Return how a base differs from the one that an adapter was trained on, in one sentence if it does.
 
     Only tensors that both fingerprints have are compared. ``what`` names the base that was ``found``, and ``override``
-    the option that accepts any.
+    the option that accepts any. Where only last rows of embeddings differ, this warns.
     """
     differing = differing_tensors(recorded, found)
     if not differing:
+        warn_of_other_ends(recorded, found)
         return []
     shared = recorded.keys() & found.keys()
     is_part = len(differing) < len(shared) / 2
@@ -130,8 +134,21 @@ def differing_tensors(recorded: Fingerprint, found: Fingerprint) -> list[str]:
     return [
         name if one.shape == found[name].shape else f"{name} {found[name].shape}, not {one.shape}"
         for name, one in recorded.items()
-        if name in found and not _is_same(one, found[name])
+        if name in found and not name.endswith(END) and not _is_same(one, found[name])
     ]
+
+
+def warn_of_other_ends(recorded: Fingerprint, found: Fingerprint) -> None:
+    """Warn if the last row of an embedding is not the one that the adapter was trained with."""
+    ends = [name for name in recorded.keys() & found.keys() if name.endswith(END)]
+    if other := sorted(name.removesuffix(END) for name in ends if not _is_same(recorded[name], found[name])):
+        warnings.warn(
+            f"The last rows of {listed(other)} are not those that the adapter was trained with. Rows that "
+            "resize_token_embeddings adds are random, and no adapter holds them, so their tokens give other results "
+            "here. Train and save such rows with trainable_token_indices; or add them once, and save the base "
+            "with them.",
+            stacklevel=3,
+        )
 
 
 def _is_same(one: Sample, other: Sample) -> bool:
@@ -167,18 +184,28 @@ def _mixed(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
+def _shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[1:]) if name.endswith(END) else tuple(shape)
+
+
 @functools.lru_cache(maxsize=256)  # a model has many weights and few shapes
-def _places(shape: tuple[int, ...]) -> Tensor:
-    return torch.tensor(places(shape), dtype=torch.long)
+def _spread_out(shape: tuple[int, ...], is_end: bool) -> Tensor:
+    found = torch.tensor(places(shape[1:] if is_end else shape), dtype=torch.long)
+    return found + math.prod(shape) - math.prod(shape[1:]) if is_end else found
 
 
-def _index(tensor: Tensor) -> tuple[Tensor, ...]:
+def _places(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return which elements are sampled under a name, as places in the flattened tensor."""
+    return _spread_out(tuple(shape), name.endswith(END))
+
+
+def _index(name: str, tensor: Tensor) -> tuple[Tensor, ...]:
     """Return the indices of the samples, a vector for each dimension; torch's own way takes ten times as long."""
-    rest, found = places(tensor.shape), list[list[int]]()
+    rest, found = _places(name, tensor.shape), list[Tensor]()
     for size in reversed(tensor.shape):
-        found.append([place % size for place in rest])
-        rest = [place // size for place in rest]
-    return tuple(torch.tensor(each, dtype=torch.long) for each in reversed(found))
+        found.append(rest % size)
+        rest = rest // size
+    return tuple(reversed(found))
 
 
 # --- in files

@@ -29,7 +29,7 @@ from lightning_lora.names import join, listed
 from lightning_lora.sharding import is_divided, is_sharded
 
 _MODES = ("training", "asked_mode", "is_waiting")  # of any module, a frozen norm, an adapter
-_LIBRARIES = ("lightning_lora.", "lightning.", "pytorch_lightning.", "torch.distributed.", "deepspeed.")
+_LIBRARIES = ("lightning_lora.", "lightning.", "pytorch_lightning.", "torch.", "deepspeed.")
 _OF_MERGED = 0.05  # rounded weights change what deep models compute; a missing update changes much more
 _EFFECT = 0.5  # of an adapter that is still at its start: as large as what its layer computes
 
@@ -227,7 +227,9 @@ class Witness:
         for name, layer in AdaptedModel(module).layers.items() if self.watches else ():
             self._names[id(layer)] = name
             self._hooks.append(layer.register_forward_pre_hook(functools.partial(self._see_call, name)))
-            self._hooks.append(layer.register_forward_hook(functools.partial(self._see_end, name), always_call=True))
+            self._hooks.append(
+                layer.register_forward_hook(functools.partial(self._see_end, name), prepend=True, always_call=True)
+            )
             for adapter in layer.adapters().values():
                 if not hasattr(type(layer), adapter.parameter):  # else the class computes it
                     setattr(type(layer), adapter.parameter, _Watched(adapter.parameter, self._see_read))
@@ -260,9 +262,10 @@ class Witness:
         name = self._names.get(id(layer))
         if name is None or self._running[name] or name in self.reads:
             return
-        if not _is_of(reader, _LIBRARIES) and _uses_value(reader.f_code, reader.f_lasti) and _is_in_step(reader):
-            while reader.f_back is not None and _is_of(reader, ("torch.",)):  # such as get_parameter
-                reader = reader.f_back
+        if reader.f_code.co_name == "get_parameter" and reader.f_back is not None:
+            reader = reader.f_back
+        is_library = str(reader.f_globals.get("__name__", "")).startswith(_LIBRARIES)
+        if not is_library and _uses_value(reader.f_code, reader.f_lasti) and _is_in_step(reader):
             self.reads[name] = _place(reader)
 
 
@@ -298,10 +301,6 @@ def _place(frame: FrameType) -> str:
     where = code.co_name if owner is None else f"{type(owner).__name__}.{code.co_name}"
     line = linecache.getline(code.co_filename, frame.f_lineno).strip()
     return f"{where} ({os.path.basename(code.co_filename)}:{frame.f_lineno}" + (f": {line})" if line else ")")
-
-
-def _is_of(frame: FrameType, packages: tuple[str, ...]) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith(packages)
 
 
 def _is_in_step(frame: FrameType | None) -> bool:

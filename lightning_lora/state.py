@@ -12,8 +12,16 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel, base_parameters, in_turn, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, own_values
-from lightning_lora.fingerprint import Fingerprint, base_problems, differing_tensors, samples
-from lightning_lora.layers import LowRankAdapter
+from lightning_lora.fingerprint import (
+    END,
+    Fingerprint,
+    Sample,
+    base_problems,
+    differing_tensors,
+    fingerprint,
+    samples,
+)
+from lightning_lora.layers import LoRALayer, LowRankAdapter, TokenAdapter
 from lightning_lora.named_adapters import of_others
 from lightning_lora.names import CONTAINERS, OTHERS, clean_name, join, listed, module_names, near_names, walk
 from lightning_lora.sharding import copy_whole, local, unwrapped, whole
@@ -212,6 +220,22 @@ def check_not_merged(
         f"This adapter was trained on a base with another adapter merged into {listed(list(merged_before))}, and this "
         f"{type(module).__name__} has none. Load the merged weights as the base first, or train without merging."
     )
+
+
+def base_samples(model: AdaptedModel, part: nn.Module | None = None) -> dict[str, Sample]:
+    """Return the fingerprint of the base, with the last rows of embeddings, unless an adapter trains these.
+
+    Args:
+        model: The model; where its tensors are sharded over processes, every one must call this.
+        part: The part of it to look at, to which names are then relative; all of it if left out.
+    """
+    tensors, ends = model.base if part is None else base_parameters(part, model.trained), list[str]()
+    for path, embedding in walk(model.module if part is None else part):
+        if isinstance(embedding, nn.Embedding):
+            adapters = embedding.adapters().values() if isinstance(embedding, LoRALayer) else ()
+            rows = {int(row) for each in adapters if isinstance(each, TokenAdapter) for row in each.index}
+            ends += [join(path, f"weight{END}")] if embedding.num_embeddings - 1 not in rows else []
+    return fingerprint(tensors) | samples(tensors, ends)
 
 
 def has_base_values(module: nn.Module, recorded: Fingerprint) -> bool:

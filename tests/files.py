@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_lora import adapter_state_dict
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.cli import main
-from lightning_lora.fingerprint import fingerprint, to_plain
-from lightning_lora.state import describe
+from lightning_lora.fingerprint import to_plain
+from lightning_lora.state import base_samples, describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 
 FACTOR = "base_model.model.blocks.0.q_proj.lora_A.weight"  # in the adapter of the fixture `files`
@@ -25,7 +25,7 @@ def run(*arguments: object) -> int:
 
 
 def write_checkpoint(module: nn.Module, path: Path) -> Path:
-    record = describe(module) | {"base": to_plain(fingerprint(AdaptedModel(module).base))}
+    record = describe(module) | {"base": to_plain(base_samples(AdaptedModel(module)))}
     torch.save({"state_dict": adapter_state_dict(module), RECORD_KEY: record}, path)
     return path
 

@@ -466,3 +466,77 @@ def test_fingerprint_allocates_nothing_of_tensor_size() -> None:
         assert refusal(model, found) is None
     assert len(found) == 7
     assert 0 < largest[0] < 100
+
+
+# --- rows that were added at random
+
+
+class Resized(Toy):
+    """A vocabulary of which the last two rows are new, and random in every process."""
+
+    def __init__(self, seed: int, *, tokens: int = 40) -> None:
+        self.seed, self.tokens = seed, tokens
+        super().__init__()
+
+    def build(self) -> None:
+        super().build()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.embed = nn.Embedding(self.tokens, 8)
+            torch.manual_seed(self.seed)
+            with torch.no_grad():
+                self.embed.weight[-2:].normal_()
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        return super().loss([x + self.embed(torch.full((len(x),), self.tokens - 1)), y])
+
+
+TARGETS: dict[str, Any] = {"rank": 2, "target_modules": ["net.*"]}
+WAYS: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "checkpoint": lambda module, path: load_adapter(module, path / "adapter.ckpt"),
+    "directory": lambda module, path: load_adapter(module, path / "adapter"),
+    "test": lambda module, path: trainer(LoRACallback()).test(module, loader(), path / "adapter.ckpt", verbose=False),
+    "init_from": lambda module, path: trainer(LoRACallback(init_from=path / "adapter.ckpt", **TARGETS)).fit(
+        module, loader()
+    ),
+}
+
+
+def save_resized(path: Path, **options: Any) -> None:
+    module = Resized(1)
+    (run := trainer(LoRACallback(**TARGETS | options))).fit(module, loader())
+    run.save_checkpoint(path / "adapter.ckpt")
+    save_adapter(module, path / "adapter", export_root="")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_last_rows_of_an_embedding_that_are_others_are_warned_of(way: str, tmp_path: Path) -> None:
+    save_resized(tmp_path)
+    with pytest.warns(UserWarning, match=r"last rows of embed\.weight are not those .*trainable_token_indices"):
+        WAYS[way](Resized(2), tmp_path)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_last_rows_that_are_the_same_or_trained_are_not_warned_of(way: str, tmp_path: Path) -> None:
+    save_resized(tmp_path)
+    WAYS[way](Resized(1), tmp_path)  # any warning would be an error
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "directory", "test"])
+def test_last_rows_that_the_adapter_holds_are_not_warned_of(way: str, tmp_path: Path) -> None:
+    save_resized(tmp_path, trainable_token_indices={"embed": [38, 39]})
+    WAYS[way](Resized(2), tmp_path)
+    save_resized(tmp_path / "full", modules_to_save=["embed"])
+    WAYS[way](Resized(2), tmp_path / "full")
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_verify_command_warns_of_other_last_rows(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_resized(tmp_path)
+    base = base_file(Resized(seed), tmp_path / "base.safetensors")
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "adapter.ckpt"), str(base)]) == 0
+    said = capsys.readouterr()
+    assert "samples of 7 tensors" in said.out
+    assert ("The last rows of embed.weight are not those" in said.err) == (seed == 2)

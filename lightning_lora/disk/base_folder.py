@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lightning_lora.fingerprint import SAMPLED, Sample, places, sample
 from lightning_lora.names import listed, near_names
 from lightning_lora.peft_format.directory import CONFIG_FILE
 from lightning_lora.peft_format.names import tails, without_wrappers
@@ -78,6 +79,14 @@ class BaseFolder:
     def _has_head(self, kinds: tuple[str, ...]) -> bool:
         kind = self.config.get("architectures")
         return isinstance(kind, list) and any(isinstance(each, str) and each.endswith(kinds) for each in kind)
+
+
+def sampled(base: BaseFolder, name: str, of_end: bool) -> Sample | None:
+    """Return the sample of a tensor of a base, or of its last row; None if it is missing, or no plain numbers."""
+    if (tensor := base.tensors.get(name)) is None or tensor.dtype not in SAMPLED:
+        return None
+    values = tensor.read()[-1] if of_end else tensor.read()
+    return sample(values.shape, tensor.dtype, values.reshape(-1)[places(values.shape)])
 
 
 def open_base(path: Path) -> BaseFolder:

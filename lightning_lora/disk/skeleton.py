@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.disk.base_folder import WIDE, BaseFolder, Renaming, find_names, module_paths, open_base
-from lightning_lora.fingerprint import SAMPLED, Fingerprint, Sample, base_problems, differing_tensors, places, sample
+from lightning_lora.disk.base_folder import WIDE, BaseFolder, Renaming, find_names, module_paths, open_base, sampled
+from lightning_lora.fingerprint import END, Fingerprint, base_problems, differing_tensors
 from lightning_lora.layers import adapter_of_kind
 from lightning_lora.layers.adapter import row_numbers
 from lightning_lora.loading import read_adapter
@@ -162,13 +162,14 @@ def fit_adapter(path: Path, base: BaseFolder, name: str | None = None, *, check_
             and ``check_base`` is set.
         FileNotFoundError: The adapter does not exist.
     """
-    file, sampled = read_adapter(path, name), functools.cache(partial(_sampled, base))
+    file, sample = read_adapter(path, name), functools.cache(partial(sampled, base))
     layouts: dict[str, Layout] = dict(base.tensors)
     layouts |= {head: layouts[source] for head, source in base.tied_heads.items()}
 
     def values(names: Mapping[str, str]) -> Fingerprint:
         """Return the fingerprint of the base under the names that the adapter uses."""
-        found = {name: sampled(names[name]) for name in file.base if name in names}
+        owners = ((name, name.removesuffix(END)) for name in file.base)
+        found = {name: sample(names[own], name != own) for name, own in owners if own in names}
         return {name: each for name, each in found.items() if each is not None}
 
     def compare(names: Mapping[str, str]) -> tuple[int, bool]:
@@ -188,16 +189,8 @@ def fit_adapter(path: Path, base: BaseFolder, name: str | None = None, *, check_
         found = values(fit.names)
         if problems := base_problems(file.base, found, "folder or file", override="--any-base"):
             raise ValueError(problems[0])
-        fit.compared = len(found)
+        fit.compared = sum(not name.endswith(END) for name in found)
     return fit
-
-
-def _sampled(base: BaseFolder, name: str) -> Sample | None:
-    """Return the sample of a tensor of a base; None if it is missing, or no plain numbers."""
-    tensor = base.tensors.get(name)
-    if tensor is None or tensor.dtype not in SAMPLED:
-        return None
-    return sample(tensor.shape, tensor.dtype, tensor.read().reshape(-1)[places(tensor.shape)])
 
 
 def _fit_peft(file: PeftFile, base: BaseFolder, layouts: Layouts, renaming: Renaming) -> Fitted:

@@ -33,7 +33,7 @@ from lightning_lora.peft_format.export import Export, ExportCollector
 from lightning_lora.peft_format.factors import PeftLayer
 from lightning_lora.peft_format.names import PREFIX, chosen_root, found_root, is_lightning_module
 from lightning_lora.sharding import is_sharded
-from lightning_lora.state import check_sound
+from lightning_lora.state import base_samples, check_sound
 from lightning_lora.storage.atomic import replace_directory
 
 
@@ -214,9 +214,11 @@ def _base_name(root: nn.Module) -> str | None:
 
 def _fingerprint(module: nn.Module, root: nn.Module) -> Fingerprint:
     model = AdaptedModel(module)
-    tensors = base_parameters(root, model.trained) | unsaved_buffers(model, root)
+    buffers = unsaved_buffers(model, root)
     # Reading values that are divided takes all processes, and here is one.
-    return {} if any(map(is_sharded, tensors.values())) else fingerprint(tensors)
+    if any(map(is_sharded, (base_parameters(root, model.trained) | buffers).values())):
+        return {}
+    return base_samples(model, root) | fingerprint(buffers)
 
 
 def below(base: Fingerprint, root_name: str) -> Fingerprint:

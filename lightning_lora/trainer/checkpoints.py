@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
-from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
+from lightning_lora.fingerprint import END, Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
 from lightning_lora.names import listed
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.state import (
+    base_samples,
     check_not_merged,
     check_sound,
     describe,
@@ -380,7 +381,7 @@ class AdapterCheckpoints:
 
     def _other_base(self, model: AdaptedModel, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
         """Return how the base differs from the recorded one; what the state itself replaces is not compared."""
-        names = [name for name in recorded if name not in state] if self.check_base else []
+        names = [name for name in recorded if name.removesuffix(END) not in state] if self.check_base else []
         base = self.layout.base
         if base is None:
             found: Fingerprint = samples(model.base, names)  # every process must call this
@@ -452,7 +453,7 @@ def trained_state(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:
 
 def base_fingerprint(layout: Layout, model: AdaptedModel) -> Fingerprint:
     """Return the fingerprint of the frozen base; every process must call this."""
-    return {**(fingerprint(model.base) if layout.base is None else layout.base), **fingerprint(unsaved_buffers(model))}
+    return {**(base_samples(model) if layout.base is None else layout.base), **fingerprint(unsaved_buffers(model))}
 
 
 def _as_sets(names: list[list[list[str]]]) -> list[list[set[str]]]:

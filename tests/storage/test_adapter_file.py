@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lightning_lora import LoRAConfig, attach, save_adapter
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.fingerprint import fingerprint, to_plain
+from lightning_lora.fingerprint import to_plain
 from lightning_lora.loading import read_adapter
-from lightning_lora.state import adapter_state_dict, describe
+from lightning_lora.state import adapter_state_dict, base_samples, describe
 from lightning_lora.storage.adapter_file import AdapterFile, StoredLayer
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import train_all
@@ -24,7 +24,7 @@ pytestmark = WARNED
 
 def saved(model: nn.Module, folder: Path) -> tuple[AdapterFile, AdapterFile]:
     """Return the adapter of a model as read from a checkpoint and from a PEFT directory."""
-    record = describe(model) | {"base": to_plain(fingerprint(AdaptedModel(model).base))}
+    record = describe(model) | {"base": to_plain(base_samples(AdaptedModel(model)))}
     torch.save({"state_dict": adapter_state_dict(model), RECORD_KEY: record}, folder / "adapter.ckpt")
     save_adapter(model, folder / "peft", export_root="")
     return read_adapter(folder / "adapter.ckpt"), read_adapter(folder / "peft")

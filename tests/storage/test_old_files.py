@@ -57,6 +57,9 @@ def test_same_adapter_gives_the_bytes_of_the_old_version(file: str, tmp_path: Pa
         size, was = (int.from_bytes(each[:8], "little") for each in (found, expected))
         header, old = (json.loads(each[8 : 8 + length]) for each, length in ((found, size), (expected, was)))
         assert header["__metadata__"].pop("lightning_lora_root") == "net"
+        bases = [json.loads(each["__metadata__"].pop("lightning_lora_base")) for each in (header, old)]
+        assert bases[0].pop("embed.weight[-1]")["shape"] == [8]
+        assert bases[0] == bases[1]
         assert (header, found[8 + size :]) == (old, expected[8 + was :])
 
 
