@@ -531,6 +531,7 @@ def test_last_rows_that_the_adapter_holds_are_not_warned_of(way: str, tmp_path: 
     WAYS[way](Resized(2), tmp_path / "full")
 
 
+@pytest.mark.filterwarnings("default:The last rows")
 @pytest.mark.parametrize("seed", [1, 2])
 def test_verify_command_warns_of_other_last_rows(seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_resized(tmp_path)
