@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lightning_lora.adapted_model import AdaptedModel, Root, taking_turns
 from lightning_lora.attachment import get_attachment, merge_count
 from lightning_lora.layers import (
     Adapter,
+    AdapterSpec,
     LoRALayer,
     LowRankAdapter,
     Mode,
@@ -130,15 +132,35 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
             yield
 
 
+_trained_specs = WeakKeyDictionary[Adapter, AdapterSpec]()  # of adapters that are scaled now
+
+
 @contextmanager
 def _multiplied(module: nn.Module, factor: float) -> Iterator[None]:
     before = [(adapter, adapter.spec) for adapter in AdaptedModel(module).adapters.values()]
+    first = [adapter for adapter, _ in before if adapter not in _trained_specs]
     try:
         for adapter, spec in before:
+            _trained_specs.setdefault(adapter, spec)
             adapter.spec = spec._replace(scaling=factor * spec.scaling)
         yield
     finally:
         for adapter, spec in before:
+            adapter.spec = spec
+        for adapter in first:
+            del _trained_specs[adapter]
+
+
+@contextmanager
+def unscaled(module: nn.Module) -> Iterator[None]:
+    """Have the active adapter as it trains, inside a block of ``scaled``, too."""
+    now = [(adapter, adapter.spec) for adapter in AdaptedModel(module).adapters.values() if adapter in _trained_specs]
+    for adapter, _ in now:
+        adapter.spec = _trained_specs[adapter]
+    try:
+        yield
+    finally:
+        for adapter, spec in now:
             adapter.spec = spec
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
 from lightning_lora.fingerprint import END, Fingerprint, base_problems, fingerprint, samples, to_plain
+from lightning_lora.modes import unscaled
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
 from lightning_lora.names import listed
 from lightning_lora.optimizers import group_names, reordered_state
@@ -47,6 +48,7 @@ from lightning_lora.storage.checkpoint import (
     checked_checkpoint,
     recorded_base,
 )
+from lightning_lora.switching import switched
 from lightning_lora.trainer.base_checkpoint import factor_names, load_base
 from lightning_lora.trainer.checks import check_same_adapters
 from lightning_lora.trainer.lightning_patches import INSTALLED, MethodWraps, overrides
@@ -89,6 +91,7 @@ class AdapterCheckpoints:
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
         self._unsaved = Unsaved(self.layout)
         self.has_loaded = False  # a file, in this run
+        self._trains: str | None = None  # the adapter that a fit trains, if it is one of several
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
         self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
@@ -99,7 +102,8 @@ class AdapterCheckpoints:
         self._has_told = False  # what hooks could not remove
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
-            setattr(strategy, name, getattr(self, name))
+            method = getattr(self, name)
+            setattr(strategy, name, method if "load" in name else self.as_trained()(method))
         setattr(strategy, INSTALLED, self)
 
     @property
@@ -108,6 +112,18 @@ class AdapterCheckpoints:
         return AdaptedModel(module_of(self.strategy))
 
     # --- saving
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Have the adapter of the fit in place as it trains, whatever a hook of the module computes with meanwhile."""
+        module = module_of(self.strategy)
+        is_there = self._trains is None or self._trains == active_adapter(module) or self.sweep is not None
+        with nullcontext() if is_there else switched(module, self._trains, "LoRACallback"), unscaled(module):
+            yield
+
+    def end_training(self) -> None:
+        """From now on, let the active adapter be the one that is saved."""
+        self._trains = None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the state to save: adapters, what trains in full, moving statistics, metric and extra states."""
@@ -224,7 +240,7 @@ class AdapterCheckpoints:
 
     def begin_run(self) -> None:
         """Forget what an earlier run of the same Trainer has loaded and watched."""
-        self.ranks = self.loaded_ranks = None
+        self.ranks = self.loaded_ranks = self._trains = None
         self._unsaved, self.has_loaded = Unsaved(self.layout), False
 
     def note_base(self) -> None:
@@ -232,6 +248,7 @@ class AdapterCheckpoints:
         self.check_late()
         model = self._model
         self._unsaved.begin(model, base_fingerprint(self.layout, model), keeps_all=self.keeps_all)
+        self._trains = active_adapter(model.module) if len(adapter_names(model.module)) > 1 else None
 
     def check_late(self) -> None:
         """Before the second batch, look again for what came too late to be loaded; every process must call this."""
@@ -340,7 +357,8 @@ class AdapterCheckpoints:
         beside, values, misfits = self._of_others(module, others, record or {})
         if problems := problems + misfits:
             raise ValueError(mismatch_message(type(module).__name__, problems))
-        check_sound({name: state[name] for name in model.trained} | values, "was changed")
+        if SWEEP_KEY not in (record or {}):  # which goes on without those that have diverged
+            check_sound({name: state[name] for name in model.trained} | values, "was changed")
         replace_buffers(module, grown)
         self._unsaved.loaded(model, recorded if self.check_base else {})
         self.has_loaded = True

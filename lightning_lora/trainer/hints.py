@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
@@ -132,6 +132,14 @@ def warn_of_suspicious_settings(
     if found:
         lines = "\n".join(f"  - {each}" for each in found)
         rank_zero_warn(f"LoRA: this run may learn little, or diverge:\n{lines}")
+
+
+def say_changed_dropout(saved: tuple[LoRAConfig, int] | None, config: LoRAConfig) -> None:
+    """Dropout is no part of the adapter's state, so a run may go on with another one: not by accident."""
+    if saved is not None and saved[0].dropout != config.dropout:
+        rank_zero_info(
+            f"LoRA: training goes on with dropout={config.dropout:g}; until the checkpoint it was {saved[0].dropout:g}."
+        )
 
 
 class RatioWatch:

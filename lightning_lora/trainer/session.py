@@ -178,7 +178,7 @@ class FitSession:
         if self._takes_any or is_same_request(self.options.config, self._asked):
             self._take_saved_options()
         elif self._is_fit:
-            self._say_changed_dropout()
+            hints.say_changed_dropout(saved_options(chosen_record(self.trainer)), self._config)
         request(module, *self._wanted(), self._name, self._stored)  # for attach(self) in configure_model
         self.layout.before_wrapping = None
         if overrides(module, "configure_model"):
@@ -252,13 +252,6 @@ class FitSession:
     def _is_ours(self, before: Attachment) -> bool:
         """Return whether adapters were attached for the options of this run."""
         return before.config == self._config or is_same_request(self.options.config, before.asked)
-
-    def _say_changed_dropout(self) -> None:
-        """Dropout is no part of the adapter's state, so a run may go on with another one: not by accident."""
-        saved = saved_options(chosen_record(self.trainer))
-        if saved is not None and saved[0].dropout != self._config.dropout:
-            now, before = self._config.dropout, saved[0].dropout
-            rank_zero_info(f"LoRA: training goes on with dropout={now:g}; until the checkpoint it was {before:g}.")
 
     def _wanted(self) -> tuple[LoRAConfig, int]:
         """Return the config and the seed to attach with: those of present adapters, if any will do."""
@@ -483,6 +476,11 @@ class FitSession:
 
     def finish(self) -> None:
         """Export and merge the adapters of a successful fit, if asked to."""
+        with self._checkpoints.as_trained():
+            self._finish()
+        self._checkpoints.end_training()
+
+    def _finish(self) -> None:
         if not self._has_succeeded:
             return
         if self._is_trial:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_lora import (
     LoRACallback,
@@ -27,9 +29,12 @@ from lightning_lora import (
     load_adapter,
     load_adapter_state_dict,
     lora_layers,
+    merged,
     preflight,
     remove_adapter,
+    routed,
     save_adapter,
+    scaled,
     set_adapter,
     truncate_adapter,
     using,
@@ -210,6 +215,96 @@ def test_a_fresh_fit_that_is_refused_says_why():
     with pytest.raises(ValueError, match="rank 64 is above 8"):
         fit(module, LoRACallback(adapter="other", fresh=True, rank=64))
     assert adapter_names(module) == ["one"]
+
+
+class ValidatesOtherwise(Toy):
+    """Validates inside of a block that its hooks enter and leave; callbacks save before it is left."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def on_validation_start(self) -> None:
+        self.entered = ExitStack()
+        self.entered.enter_context(self.block(self))
+
+    def on_validation_end(self) -> None:
+        self.entered.close()
+
+
+@contextmanager
+def set_for_a_while(module: nn.Module) -> Iterator[None]:
+    set_adapter(module, "other")
+    yield
+    set_adapter(module, "mine")
+
+
+BLOCKS: dict[str, Any] = {
+    "other": lambda module: using(module, "other"),
+    "base": lambda module: using(module, None),
+    "scaled": lambda module: scaled(module, 0.5),
+    "scaled twice": lambda module: twice_scaled(module),
+    "set": set_for_a_while,
+}
+REFUSED_BLOCKS: dict[str, Any] = {
+    "routed": lambda module: routed(module, ["mine", "other", None, None]),
+    "disabled": disabled,
+    "merged": merged,
+}
+
+
+@contextmanager
+def twice_scaled(module: nn.Module) -> Iterator[None]:
+    with scaled(module, 0.5), scaled(module, 0.5):
+        yield
+
+
+@pytest.mark.parametrize("save_adapters", ["trained", "all"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_checkpoint_holds_the_trained_adapter_whatever_validation_computes_with(
+    block: str, save_adapters: str, tmp_path: Path
+):
+    options: dict[str, Any] = {"rank": 2, "target_modules": ["net.*"]}
+    module = ValidatesOtherwise(BLOCKS[block])
+    fit(module, LoRACallback(adapter="other", **options), max_steps=4, limit_val_batches=0)
+    callback = LoRACallback(adapter="mine", save_adapters=save_adapters, export_dir=tmp_path / "exported", **options)
+    saves = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, every_n_epochs=1)
+    run = trainer(callback, saves, max_steps=8, limit_val_batches=1)
+    run.fit(module, loader(), DataLoader(loader().dataset, 4))
+    assert active_adapter(module) == "mine"
+    trained = state(module, "mine")
+    loaded, resumed = Toy(), ValidatesOtherwise(lambda _: nullcontext())
+    load_adapter(loaded, saves.best_model_path)
+    assert_same_bits(adapter_state_dict(loaded), trained)
+    assert {layer.lora.spec.scaling for layer in lora_layers(loaded).values()} == {16.0}
+    exported = Toy()
+    load_adapter(exported, tmp_path / "exported")
+    assert_same_bits(adapter_state_dict(exported), trained)
+    fit(resumed, LoRACallback(), path=saves.best_model_path, max_steps=8)  # optimizer states fit, too
+    assert_same_bits(state(resumed, "mine"), trained)
+
+
+@pytest.mark.parametrize("block", REFUSED_BLOCKS)
+def test_a_checkpoint_of_one_of_several_adapters_inside_other_blocks_is_refused(block: str, tmp_path: Path):
+    options: dict[str, Any] = {"rank": 2, "target_modules": ["net.*"]}
+    module = ValidatesOtherwise(REFUSED_BLOCKS[block])
+    fit(module, LoRACallback(adapter="other", **options), max_steps=4)
+    saves = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, every_n_epochs=1)
+    run = trainer(LoRACallback(adapter="mine", **options), saves, max_steps=8, limit_val_batches=1)
+    with pytest.raises(RuntimeError, match=rf"cannot be switched inside {block}\(.*\); leave it first"):
+        run.fit(module, loader(), DataLoader(loader().dataset, 4))
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_what_is_active_after_a_fit_is_saved(tmp_path: Path):
+    module = Toy()
+    for name in ("other", "mine"):
+        run = fit(module, LoRACallback(adapter=name, rank=2))
+    set_adapter(module, "other")
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    loaded = Toy()
+    load_adapter(loaded, tmp_path / "other.ckpt")
+    assert_same_bits(adapter_state_dict(loaded), state(module, "other"))
 
 
 # --- checkpoints of all adapters
