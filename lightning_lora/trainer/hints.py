@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
@@ -19,6 +20,7 @@ from lightning_lora.names import OTHERS, clean_name, join, listed, walk
 from lightning_lora.optimizers import fast_parameters
 from lightning_lora.option_checks import AUTO
 from lightning_lora.planning.obstacles import EXCLUDED, TOO_SMALL, wider_targets
+from lightning_lora.sharding import is_fully_sharded
 
 # Full fine-tuning of large models runs below it, and LoRA wants about ten times those rates.
 LOWEST_RATE = 5e-5
@@ -132,6 +134,26 @@ def warn_of_suspicious_settings(
     if found:
         lines = "\n".join(f"  - {each}" for each in found)
         rank_zero_warn(f"LoRA: this run may learn little, or diverge:\n{lines}")
+
+
+def warn_of_replaced(before: Mapping[str, Tensor], module: nn.Module) -> None:
+    """Warn if hooks have replaced layers since their adapters were trained, as a ``setup`` that builds them anew does.
+
+    Args:
+        before: What the adapters held when this run began.
+        module: The module, with adapters in the layers that it has now.
+    """
+    model = AdaptedModel(module)
+    if any(map(is_fully_sharded, module.modules())):
+        return
+    now = model.trained
+    lost = [name for name, each in before.items() if isinstance(each, nn.Parameter) and now.get(name) is not each]
+    if layers := list(dict.fromkeys(re.split(r"\.lora\.|\.[^.]+$", name)[0] for name in lost)):
+        rank_zero_warn(
+            f"LoRA: hooks of {type(module).__name__} have replaced {listed(layers)} since they were trained, so what "
+            "was learned there is lost, and these start anew. In setup and configure_model, build layers only if they "
+            "are not there yet; or pass the trained values as ckpt_path."
+        )
 
 
 def say_changed_dropout(saved: tuple[LoRAConfig, int] | None, config: LoRAConfig) -> None:

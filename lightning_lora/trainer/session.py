@@ -134,6 +134,7 @@ class FitSession:
         self._others = ExitStack()  # keeps other adapters frozen
         self._averages = ExitStack()  # keeps the base as it is where callbacks average it
         self._is_new = self._before is None
+        self._had = {} if self._is_new or options.fresh or chosen_checkpoint(trainer) else AdaptedModel(module).trained
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
         self._ratio: hints.RatioWatch
@@ -291,6 +292,7 @@ class FitSession:
             self._is_first = False
             self._buffers.note_set()
             check_same_adapters(module)  # before the strategy compares parameters, and cannot say whose they are
+            hints.warn_of_replaced(self._had, module)
             if self._is_new or self._is_fit:
                 rank_zero_info(f"{report}")
             if self._is_fit and self._is_new:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ from lightning_lora import (
 from lightning_lora.attachment import get_attachment
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_same_bits
-from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, trainer
+from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, trainer
 from tests.trainer.test_checkpoints import fitted, read
 
 OPTIONS: dict[str, Any] = {"rank": 3, "alpha": 5.0, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
@@ -447,3 +448,40 @@ def test_a_checkpoint_that_is_missing_is_named_before_anything_is_attached(run: 
     with pytest.raises(FileNotFoundError, match=r"ckpt_path='.*missing.ckpt' does not exist"):
         getattr(call, run)(module, loader(), ckpt_path="missing.ckpt")
     assert not lora_layers(module)
+
+
+class RebuildsHead(Toy):
+    """Builds a part of itself anew at every stage."""
+
+    def build(self) -> None:
+        self.body = network()
+
+    def setup(self, stage: str) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.head = nn.Linear(FEATURES, FEATURES)
+
+    @property
+    def net(self) -> Any:
+        return lambda x: self.head(self.body(x))
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "fit"])
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["head"]}], ids=["adapted", "in full"])
+def test_a_stage_that_replaces_trained_layers_says_what_is_lost(
+    options: dict[str, Any], stage: str, tmp_path: Path
+) -> None:
+    module, callback = RebuildsHead(), LoRACallback(rank=2, **options)
+    run = trainer(callback, limit_val_batches=1)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "trained.ckpt")
+    with pytest.warns(UserWarning, match=r"hooks of RebuildsHead have replaced head since .* is lost.*ckpt_path"):
+        getattr(trainer(callback, limit_val_batches=1), stage)(module, loader())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of resuming within an epoch
+        warnings.filterwarnings("error", message=".*replaced")
+        path = tmp_path / "trained.ckpt"
+        getattr(trainer(callback, limit_val_batches=1, max_steps=4), stage)(module, loader(), ckpt_path=path)
+        if stage == "fit":
+            fit_anew = LoRACallback(rank=2, fresh=True, **options)
+            trainer(fit_anew).fit(RebuildsHead(), loader())
