@@ -23,6 +23,7 @@ from lightning_lora.named_adapters import active_adapter, adapter_names, check_n
 from lightning_lora.option_checks import check_choice, check_known, check_names, check_positive
 from lightning_lora.ranks.schedule import Kind, RankSchedule, as_schedule
 from lightning_lora.trainer import checks, lightning_patches, outcome
+from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.diagnostics import check_interval
 from lightning_lora.trainer.hints import explain_torch_error
 from lightning_lora.trainer.session import FitSession
@@ -141,7 +142,7 @@ class LoRACallback(Callback):
         checks.check_other_callbacks(trainer, self)
         is_fit = stage == TrainerFn.FITTING
         if is_fit:
-            checks.check_launcher(trainer.strategy, pl_module)
+            checks.check_launcher(trainer.strategy, pl_module, merges=self.merge_on_teardown)
         self._was = active_adapter(pl_module), adapter_names(pl_module)
         self._session = FitSession(self, trainer, pl_module, is_fit=is_fit)
         self._session.attach()
@@ -226,6 +227,12 @@ class LoRACallback(Callback):
         """Return the rank of each adapter in use, as ``rank_schedule`` has decided last; empty without one."""
         now = self._session and self._session.ranks
         return now.controller.ranks() if now else dict(self._ranks)
+
+    def _prepare_saving(self, trainer: Trainer) -> None:
+        """Save adapters alone also where no stage has run, as in the main process of ``ddp_spawn``."""
+        module = trainer.strategy._lightning_module
+        if module is not None and adapter_names(module):
+            install_adapter_checkpoints(trainer.strategy)
 
     @property
     def _run(self) -> FitSession:

@@ -90,9 +90,17 @@ def callbacks_of(trainer: Trainer, *kinds: type[Callback]) -> list[Callback]:
     return [callback for callback in _callbacks(trainer) if isinstance(callback, with_twins(*kinds))]
 
 
-def check_launcher(strategy: Strategy, module: LightningModule) -> None:
-    """Refuse launchers that train copies of a module without adapters, such as ``ddp_spawn``."""
-    if get_attachment(module) is None and isinstance(strategy.launcher, with_twins(_MultiProcessingLauncher)):
+def check_launcher(strategy: Strategy, module: LightningModule, *, merges: bool = False) -> None:
+    """Refuse launchers that train copies of a module, such as ``ddp_spawn``, if only values come back from them."""
+    if not isinstance(strategy.launcher, with_twins(_MultiProcessingLauncher)):
+        return
+    if merges:
+        raise MisconfigurationException(
+            "merge_on_teardown=True would merge into the copies that this launcher (spawn, fork or notebook) trains; "
+            "the module here would get the merged weights, and keep its adapters, too. Call merge(model) after "
+            "trainer.fit, or use strategy='ddp'."
+        )
+    if get_attachment(module) is None:
         raise MisconfigurationException(
             "With this launcher (spawn, fork or notebook) the adapters would exist only in the workers and be lost. "
             "Call lightning_lora.attach(model, callback.config) before trainer.fit, or use strategy='ddp'."

@@ -11,7 +11,7 @@ Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.p
 3. ``core.saving._load_state``, the end of ``load_from_checkpoint``, refuses adapter checkpoints: it would return the
    bare base model.
 4. ``_CheckpointConnector.dump_checkpoint`` lets the callback watch what the module's ``on_save_checkpoint`` takes out
-   of an adapter's state.
+   of an adapter's state; and save adapters where its ``setup`` never ran, as in the main process of ``ddp_spawn``.
 5. ``sys.meta_path`` gets a finder that applies 1 to 4 to ``pytorch_lightning`` when a program imports it later.
 6. Our own class, not Lightning's: ``LoRACallback.__bases__`` gains ``pytorch_lightning.Callback`` if that was imported
    before, because its command line accepts only callbacks of its own.
@@ -55,6 +55,7 @@ _TWINS = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightni
 _PATCHED = "_lora_patched"
 _CHOSEN = "_lora_chosen"
 INSTALLED = "_lora_checkpoints"  # the attribute of a strategy whose Trainer has, or had, the callback
+PREPARE = "_prepare_saving"  # the method of our callbacks for a Trainer that has run nothing in this process
 
 
 def install() -> None:
@@ -273,7 +274,11 @@ def _guard_loading(saving: ModuleType) -> None:
 def _watch_saving(connectors: ModuleType) -> None:
     def watching(original: Any) -> Callable[..., Any]:
         def dump_checkpoint(connector: Any, *args: Any, **kwargs: Any) -> Any:
-            checkpoints = getattr(connector.trainer.strategy, INSTALLED, None)
+            trainer = connector.trainer
+            for callback in trainer.callbacks if INSTALLED not in vars(trainer.strategy) else ():
+                if prepare := getattr(callback, PREPARE, None):
+                    prepare(trainer)
+            checkpoints = getattr(trainer.strategy, INSTALLED, None)
             with nullcontext() if checkpoints is None else checkpoints.watching_hooks():
                 return original(connector, *args, **kwargs)
 

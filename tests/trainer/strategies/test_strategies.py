@@ -16,12 +16,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy, size_based_auto_wrap_policy
 
-from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers
+from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, load_adapter, lora_layers
 from lightning_lora.layers import Adapter
 from lightning_lora.optimizers import repair_optimizers
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
 from lightning_lora.trainer.checks import GradientCheck
 from lightning_lora.trainer.strategies import layout_of
+from tests.contract import assert_same_bits
 from tests.distributed.cpu_deepspeed import CPUDeepSpeedStrategy
 from tests.distributed.cpu_fsdp import CPUFSDPStrategy, add_cpu_events
 from tests.toys import Toy, loader, network, trainer
@@ -41,6 +42,27 @@ def test_spawn_launcher_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="would exist only in the workers"):
         LoRACallback.setup(run.callbacks[0], run, module, "fit")
     assert not lora_layers(module)
+
+
+def test_spawn_launcher_with_a_merge_is_refused() -> None:
+    run, module = trainer(LoRACallback(rank=4, merge_on_teardown=True), strategy="ddp_spawn", devices=2), Toy()
+    attach(module, LoRAConfig(rank=4))
+    with pytest.raises(MisconfigurationException, match=r"keep its adapters, too. Call merge\(model\)"):
+        LoRACallback.setup(run.callbacks[0], run, module, "fit")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_main_process_saves_what_forked_ones_have_trained(weights_only: bool, tmp_path: Path) -> None:
+    module = Toy()
+    attach(module, LoRAConfig(rank=4))
+    run = trainer(LoRACallback(rank=4), strategy="ddp_fork", devices=2, max_steps=4)
+    run.fit(module, loader())
+    assert all(bool(layer.lora.B.any()) for layer in lora_layers(module).values())
+    run.save_checkpoint(tmp_path / "after.ckpt", weights_only=weights_only)
+    loaded = Toy()
+    load_adapter(loaded, tmp_path / "after.ckpt")
+    assert_same_bits(adapter_state_dict(loaded), adapter_state_dict(module))
 
 
 @pytest.mark.parametrize(
