@@ -142,7 +142,7 @@ class LoRACallback(Callback):
         checks.check_other_callbacks(trainer, self)
         is_fit = stage == TrainerFn.FITTING
         if is_fit:
-            checks.check_launcher(trainer.strategy, pl_module, merges=self.merge_on_teardown)
+            checks.check_launcher(trainer.strategy, pl_module, self.adapter, merges=self.merge_on_teardown)
         self._was = active_adapter(pl_module), adapter_names(pl_module)
         self._session = FitSession(self, trainer, pl_module, is_fit=is_fit)
         self._session.attach()

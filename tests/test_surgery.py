@@ -23,6 +23,7 @@ from lightning_lora import (
     lora_layers,
     merge,
     merged,
+    save_adapter,
     surgery,
 )
 from lightning_lora.attachment import get_attachment
@@ -407,6 +408,22 @@ def test_complex_weight_is_not_called_quantized(rng):
     train_all(model, rng)
     with raises_and_changes_nothing(model, RuntimeError, "'0' is complex"):
         merge(model)
+
+
+def test_dropout_of_a_complex_layer_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64))
+    with raises_and_changes_nothing(
+        model, ValueError, "'0' cannot be adapted: torch has no dropout for complex inputs"
+    ):
+        attach(model, LoRAConfig(rank=2, target_modules=["0"], dropout=0.1))
+
+
+def test_a_precision_that_safetensors_lacks_is_named(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex128), nn.Linear(8, 8, dtype=torch.complex128))
+    attach(model, LoRAConfig(rank=2, target_modules=["0"], modules_to_save=["1"]))
+    with raises_and_changes_nothing(model, ValueError, r"has no such precision: .*1\.weight \(complex128\)"):
+        save_adapter(model, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_factors_of_complex_weights_have_their_precision():

@@ -123,6 +123,8 @@ class Obstacles:
                 return f"{where} use_dora and lora_bias are not supported"
         if carried and config.dropout and adapter.drops_input:
             return f"{carried}; that needs dropout=0"
+        if weight.is_complex() and config.dropout and adapter.drops_input:
+            return "torch has no dropout for complex inputs; that needs dropout=0"
         if config.lora_bias and not adapter.takes_bias:
             return f"lora_bias does not apply to a {getattr(module, 'base_class', type(module)).__name__}"
         if carried and config.lora_bias:

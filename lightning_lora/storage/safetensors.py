@@ -18,6 +18,8 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch import Tensor
 
+from lightning_lora.names import listed
+
 _DTYPES = {
     "BOOL": torch.bool,
     **{f"I{bits}": getattr(torch, f"int{bits}") for bits in (8, 16, 32, 64)},
@@ -116,6 +118,9 @@ class TensorWriter:
 
     def __init__(self, file: BinaryIO, layouts: Mapping[str, Layout], metadata: Mapping[str, str]) -> None:
         self._file, self._left = file, dict(layouts)
+        if homeless := {name: layout.dtype for name, layout in layouts.items() if layout.dtype not in _CODES}:
+            found = [f"{name} ({str(dtype).removeprefix('torch.')})" for name, dtype in homeless.items()]
+            raise ValueError(f"safetensors has no such precision: {listed(found)}. A .ckpt can hold it.")
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         at = 0
         for name, layout in layouts.items():

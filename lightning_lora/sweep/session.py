@@ -415,7 +415,8 @@ class SweepSession:
         checkpoints = self.trainer.checkpoint_callback
         if getattr(checkpoints, "monitor", None) == self.wanted.monitor:
             path = getattr(checkpoints, "best_model_path", "")
-            name, _ = adapters_in(Path(path)) if path else (None, None)
+            is_ours = path in self._checkpoints.saved or self._checkpoints.has_loaded  # and not of an earlier fit
+            name, _ = adapters_in(Path(path)) if path and is_ours else (None, None)
             if name in self.chosen:
                 return str(name), path
         return self.best, None

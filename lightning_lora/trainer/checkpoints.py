@@ -91,6 +91,7 @@ class AdapterCheckpoints:
         self.untrained: Callable[[], list[str]] | None = None  # names of the adapters that no gradient has reached
         self._unsaved = Unsaved(self.layout)
         self.has_loaded = False  # a file, in this run
+        self.saved = set[str]()  # the files of this run
         self._trains: str | None = None  # the adapter that a fit trains, if it is one of several
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
@@ -121,8 +122,11 @@ class AdapterCheckpoints:
         with nullcontext() if is_there else switched(module, self._trains, "LoRACallback"), unscaled(module):
             yield
 
-    def end_training(self) -> None:
-        """From now on, let the active adapter be the one that is saved."""
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """The same for what ends a fit; afterwards, the active adapter is the one that is saved."""
+        with self.as_trained():
+            yield
         self._trains = None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -234,6 +238,7 @@ class AdapterCheckpoints:
         if self.ranks is not None:
             record["rank_schedule"], checkpoint[SCORES_KEY] = self.ranks()
         checkpoint[RECORD_KEY] = record
+        self.saved.add(str(filepath))
         with written_at_once(self.strategy, filepath) as place:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
             Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
@@ -241,7 +246,7 @@ class AdapterCheckpoints:
     def begin_run(self) -> None:
         """Forget what an earlier run of the same Trainer has loaded and watched."""
         self.ranks = self.loaded_ranks = self._trains = None
-        self._unsaved, self.has_loaded = Unsaved(self.layout), False
+        self._unsaved, self.has_loaded, self.saved = Unsaved(self.layout), False, set()
 
     def note_base(self) -> None:
         """Remember the base that training begins with; every process must call this."""

@@ -22,7 +22,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import DEFAULT, get_attachment
 from lightning_lora.config import FAMILIES
 from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
-from lightning_lora.names import OTHERS, clean_name, is_glob, join, listed, near_names, selected, unmatched
+from lightning_lora.names import OTHERS, clean_name, is_below, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
 from lightning_lora.probe import Witness, blocking_weights
 from lightning_lora.sharding import anywhere, is_fully_sharded, local
@@ -90,7 +90,9 @@ def callbacks_of(trainer: Trainer, *kinds: type[Callback]) -> list[Callback]:
     return [callback for callback in _callbacks(trainer) if isinstance(callback, with_twins(*kinds))]
 
 
-def check_launcher(strategy: Strategy, module: LightningModule, *, merges: bool = False) -> None:
+def check_launcher(
+    strategy: Strategy, module: LightningModule, name: str | None = None, *, merges: bool = False
+) -> None:
     """Refuse launchers that train copies of a module, such as ``ddp_spawn``, if only values come back from them."""
     if not isinstance(strategy.launcher, with_twins(_MultiProcessingLauncher)):
         return
@@ -99,6 +101,12 @@ def check_launcher(strategy: Strategy, module: LightningModule, *, merges: bool 
             "merge_on_teardown=True would merge into the copies that this launcher (spawn, fork or notebook) trains; "
             "the module here would get the merged weights, and keep its adapters, too. Call merge(model) after "
             "trainer.fit, or use strategy='ddp'."
+        )
+    if name is not None and get_attachment(module) is not None and name != active_adapter(module):
+        raise MisconfigurationException(
+            f"LoRACallback(adapter={name!r}): with this launcher (spawn, fork or notebook) what is trained comes back "
+            f"as the values of the active adapter here, which is {active_adapter(module)!r}. Before trainer.fit, call "
+            f"set_adapter(model, {name!r}), after add_adapter if there is none of this name; or use strategy='ddp'."
         )
     if get_attachment(module) is None:
         raise MisconfigurationException(
@@ -344,6 +352,13 @@ class GradientCheck:
         seen = [name not in self._unseen for name in names]
         zero = [any(id(p) in self._sums for p in adapters[name].parameters()) for name in names]
         called = [calls.get(self._layers[name]) == "" for name in names]
+        if not self.module.automatic_optimization and self._began is not None:
+            moved = {name for name, value in self._values().items() if self._began.get(name) != value}
+            # By steps inside of backward, which have cleared each gradient before it was seen here.
+            seen = [
+                has_been or (not is_zero and any(is_below(each, (self._layers[name],)) for each in moved))
+                for name, has_been, is_zero in zip(names, seen, zero, strict=True)
+            ]
         # Offloaded parameters lie elsewhere.
         agreed = iter(anywhere([*seen, *zero, *called], self.layout.strategy.root_device))
         self.silent = [name for name in names if not next(agreed)]

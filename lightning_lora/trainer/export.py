@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
@@ -93,9 +94,21 @@ def _written(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
 
 def export_best(
-    layout: Layout, trainer: Trainer, directory: str | PathLike[str], *, overwrite: bool = False
+    layout: Layout,
+    trainer: Trainer,
+    directory: str | PathLike[str],
+    among: Collection[str] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> str | None:
     """Write the adapter of the best checkpoint, or else the module's last state; every process must call this.
+
+    Args:
+        layout: That of the strategy.
+        trainer: The Trainer.
+        directory: Where to write.
+        among: The checkpoints of this training, if it began anew; None if earlier ones belong to it.
+        overwrite: Replace an adapter that is there.
 
     Returns:
         The checkpoint; None without one.
@@ -106,6 +119,13 @@ def export_best(
     """
     checkpoints = trainer.checkpoint_callback
     best = getattr(checkpoints, "best_model_path", None) or None
+    if best is not None and among is not None and best not in among:
+        rank_zero_warn(
+            f"export_dir={str(directory)!r}: the best checkpoint of {type(checkpoints).__name__}, {best!r}, is of an "
+            "earlier fit, whose adapter is another one. The last state of this fit is exported instead. Give each fit "
+            "that begins anew a ModelCheckpoint of its own."
+        )
+        best = None
     if getattr(checkpoints, "monitor", None) is None and callbacks_of(trainer, StochasticWeightAveraging):
         best = None  # not the best, but the latest, and from before the average took its place
     is_last = (best, trainer.global_step) == (

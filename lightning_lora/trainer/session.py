@@ -478,9 +478,8 @@ class FitSession:
 
     def finish(self) -> None:
         """Export and merge the adapters of a successful fit, if asked to."""
-        with self._checkpoints.as_trained():
+        with self._checkpoints.ending():
             self._finish()
-        self._checkpoints.end_training()
 
     def _finish(self) -> None:
         if not self._has_succeeded:
@@ -490,7 +489,8 @@ class FitSession:
             return
         named = f" {active_adapter(self.module)!r}" if len(adapter_names(self.module)) > 1 else ""
         if (directory := self._export_dir) is not None:
-            best = export.export_best(self.layout, self.trainer, directory, overwrite=self.options.overwrite)
+            among = self._checkpoints.saved if self._is_new and not self._checkpoints.has_loaded else None
+            best = export.export_best(self.layout, self.trainer, directory, among, overwrite=self.options.overwrite)
             rank_zero_info(f"LoRA: adapter{named} exported to {directory} ({best or 'last state'}).")
         if self.ranks is not None and not self.layout.divides_weights:
             self.ranks.compact(self.module)

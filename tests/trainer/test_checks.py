@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,40 @@ def test_what_was_reached_before_resuming_counts(tmp_path: Path) -> None:
     run.fit(Early(), loader())
     run.save_checkpoint(tmp_path / "four.ckpt")
     trainer(callback, max_steps=6, max_epochs=-1).fit(Early(), loader(), ckpt_path=tmp_path / "four.ckpt")
+
+
+class StepsInBackward(Pooled):
+    """Steps each parameter as soon as its gradient is there, and clears it, as is done to save memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def on_train_start(self) -> None:
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                optimizer = torch.optim.SGD([parameter], lr=0.1)
+                parameter.register_post_accumulate_grad_hook(partial(self.step, optimizer))
+
+    def step(self, optimizer: torch.optim.Optimizer, parameter: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.manual_backward(self.loss(batch))
+
+    def configure_optimizers(self) -> None: ...
+
+
+@pytest.mark.filterwarnings(
+    "ignore:No optimizer holds", "ignore:`LightningModule.configure_optimizers` returned `None`"
+)
+def test_steps_inside_of_backward_train() -> None:
+    module = StepsInBackward()
+    trainer(LoRACallback(rank=2, target_modules=["net.*"]), max_steps=-1, max_epochs=1).fit(module, loader())
+    assert moved(module) == ["net.0", "net.2", "net.4"]
+    unused = LoRACallback(rank=2, target_modules=["net.*", "pooler"])
+    assert "reached the adapters of pooler" in refused(unused, StepsInBackward(), max_steps=-1, max_epochs=1)
 
 
 def test_run_that_diverged_is_refused_with_the_batch() -> None:

@@ -6,6 +6,7 @@ import enum
 import errno
 import functools
 import os
+import warnings
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -258,6 +259,54 @@ def test_best_of_remote_checkpoints_is_exported(tmp_path: Path) -> None:
     assert main(["inspect", best.best_model_path]) == 0
     assert adapters_in(Path(best.best_model_path)) == (None, {})
     assert plain_record(Path(best.best_model_path))["layers"].keys() == {"net.0", "net.2", "net.4"}
+
+
+class Scores(Callback):
+    """Logs the scores that it was given, one in each epoch."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores = list(scores)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("score", self.scores.pop(0))
+
+
+@pytest.mark.parametrize("fresh", [True, False], ids=["fresh", "another module"])
+def test_best_checkpoint_of_an_earlier_fit_is_not_exported(fresh: bool, tmp_path: Path) -> None:
+    saves, module = ModelCheckpoint(tmp_path / "saves", monitor="score"), Toy()
+    options: dict[str, Any] = {"max_steps": -1, "max_epochs": 1}
+    trainer(LoRACallback(rank=2), Scores(0.1), saves, **options).fit(module, loader())
+    first = adapter_state_dict(module)
+    if not fresh:
+        module = Toy()
+    callback = LoRACallback(rank=2, fresh=fresh, export_dir=tmp_path / "exported")
+    run = trainer(callback, Scores(0.9), saves, **options)
+    with pytest.warns(UserWarning, match=r"is of an earlier fit.*last state of this fit is exported.*of its own"):
+        run.fit(module, loader(rows=16))
+    assert saves.best_model_score == pytest.approx(0.1)
+    exported = Toy()
+    load_adapter(exported, tmp_path / "exported")
+    assert_same_bits(adapter_state_dict(exported), adapter_state_dict(module))
+    assert not torch.equal(first["net.0.lora.B"], adapter_state_dict(module)["net.0.lora.B"])
+
+
+@pytest.mark.parametrize("way", ["again", "resumed"])
+def test_best_checkpoint_of_the_same_training_is_exported_after_a_later_fit(way: str, tmp_path: Path) -> None:
+    saves, module = ModelCheckpoint(tmp_path / "saves", monitor="score"), Toy()
+    options: dict[str, Any] = {"max_steps": -1, "max_epochs": 1}
+    trainer(LoRACallback(rank=2), Scores(0.1), saves, **options).fit(module, loader())
+    best, path = adapter_state_dict(module), saves.best_model_path
+    if way == "resumed":
+        module, saves = Toy(), ModelCheckpoint(tmp_path / "saves", monitor="score")
+    run = trainer(
+        LoRACallback(rank=2, export_dir=tmp_path / "exported"), Scores(0.9, 0.9), saves, **options | {"max_epochs": 2}
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Checkpoint directory|You're resuming|The dirpath has changed")
+        run.fit(module, loader(), ckpt_path=path if way == "resumed" else None)
+    exported = Toy()
+    load_adapter(exported, tmp_path / "exported")
+    assert_same_bits(adapter_state_dict(exported), best)
 
 
 def test_best_checkpoint_that_is_gone_is_named(tmp_path: Path) -> None:

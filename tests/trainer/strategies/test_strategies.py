@@ -16,7 +16,15 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, ModuleWrapPolicy, size_based_auto_wrap_policy
 
-from lightning_lora import LoRACallback, LoRAConfig, adapter_state_dict, attach, load_adapter, lora_layers
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    add_adapter,
+    attach,
+    load_adapter,
+    lora_layers,
+)
 from lightning_lora.layers import Adapter
 from lightning_lora.optimizers import repair_optimizers
 from lightning_lora.trainer.checkpoints import install_adapter_checkpoints
@@ -48,6 +56,15 @@ def test_spawn_launcher_with_a_merge_is_refused() -> None:
     run, module = trainer(LoRACallback(rank=4, merge_on_teardown=True), strategy="ddp_spawn", devices=2), Toy()
     attach(module, LoRAConfig(rank=4))
     with pytest.raises(MisconfigurationException, match=r"keep its adapters, too. Call merge\(model\)"):
+        LoRACallback.setup(run.callbacks[0], run, module, "fit")
+
+
+@pytest.mark.parametrize("there", [["mine"], ["mine", "other"]])
+def test_spawn_launcher_trains_only_the_active_one_of_several_adapters(there: list[str]) -> None:
+    run, module = trainer(LoRACallback(adapter="other", rank=4), strategy="ddp_spawn", devices=2), Toy()
+    for name in there:
+        add_adapter(module, name, LoRAConfig(rank=4))
+    with pytest.raises(MisconfigurationException, match=r"which is 'mine'.*call set_adapter\(model, 'other'\)"):
         LoRACallback.setup(run.callbacks[0], run, module, "fit")
 
 
