@@ -179,9 +179,24 @@ def _load(module: nn.Module, file: PeftFile | CheckpointFile, *, check_base: boo
     if (model := AdaptedModel(module)).layers:
         module = model.module  # without its wrappers, which an unadapted one must not have
     check_not_merged(module, file.merges, lambda: not check_base or has_base_values(module, file.base))
-    if isinstance(file, PeftFile):
-        return _load_directory(module, file, check_base=check_base)
-    return _load_checkpoint(module, file, check_base=check_base, is_alone=is_alone)
+    try:
+        if isinstance(file, PeftFile):
+            return _load_directory(module, file, check_base=check_base)
+        return _load_checkpoint(module, file, check_base=check_base, is_alone=is_alone)
+    except ValueError as error:
+        if late := _late_hooks(module):
+            raise ValueError(
+                f"{error}\nIf {listed(late)} of {type(module).__name__} builds layers or loads their weights, call it "
+                "before the adapter is loaded."
+            ) from error
+        raise
+
+
+def _late_hooks(module: nn.Module) -> list[str]:
+    """Return the hooks in which a LightningModule may build layers, and which run in a Trainer alone."""
+    classes = type(module).__mro__
+    own = next((classes[:at] for at, each in enumerate(classes) if each.__name__ == "LightningModule"), ())
+    return [hook for hook in ("setup", "configure_model") if any(hook in vars(each) for each in own)]
 
 
 def _load_checkpoint(module: nn.Module, file: CheckpointFile, *, check_base: bool, is_alone: bool) -> AttachReport:

@@ -485,3 +485,15 @@ def test_a_stage_that_replaces_trained_layers_says_what_is_lost(
         if stage == "fit":
             fit_anew = LoRACallback(rank=2, fresh=True, **options)
             trainer(fit_anew).fit(RebuildsHead(), loader())
+
+
+@pytest.mark.parametrize(("kind", "hook"), [(BuiltInSetup, "setup"), (BuiltInConfigureModel, "configure_model")])
+def test_loading_into_a_module_that_is_not_built_yet_names_the_hook_that_builds_it(
+    kind: type[Toy], hook: str, tmp_path: Path
+) -> None:
+    _, _, path = fitted(tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match=rf"If {hook} of {kind.__name__} builds layers .* call it before"):
+        load_adapter(kind(), path)
+    with pytest.raises(ValueError) as error:
+        load_adapter(nn.Linear(2, 2), path)
+    assert "builds layers" not in str(error.value)
