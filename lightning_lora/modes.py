@@ -177,7 +177,10 @@ def set_mode(layer: LoRALayer, mode: Mode) -> None:
         originals = {name: base_parameter(layer, name).detach().clone() for name in layer.adapted_parameters()}
         vars(layer)["lora_original"] = originals
         fold(layer)
-    layer.lora_mode = mode
+    if mode == "active":
+        vars(layer).pop("lora_mode", None)  # that of the class
+    else:
+        layer.lora_mode = mode
 
 
 @torch.no_grad()

@@ -424,7 +424,6 @@ def _put_away(base: dict[nn.Module, Kept], adapter: Named) -> None:
             vars(base[part])[table][key] = None
         if isinstance(part, LoRALayer):
             place.behavior = part.mixin, part.computed
-            vars(part).pop("lora_mode", None)  # left by disabled and merged; the bare base has none
             place._modules["lora"] = part._modules.pop("lora")
             swap_out(part)
         if place.own:

@@ -105,6 +105,30 @@ def test_one_error_names_all_dead_adapters():
         attach(model, LoRAConfig(rank=2), probe=X)
 
 
+HALF_DEAD: dict[str, type[Model]] = {
+    "by its name": kind(lambda self, x: self.odd(x) + x @ dict(self.named_parameters())["odd.weight"].T),
+    "from the state": kind(lambda self, x: self.odd(x) + x @ self.state_dict(keep_vars=True)["odd.weight"].T),
+    "in evaluation": kind(
+        lambda self, x: self.odd(x) + (0 if self.training else x @ self.get_submodule("odd")._parameters["weight"].T)
+    ),
+}
+
+
+@pytest.mark.parametrize("half_dead", HALF_DEAD)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_layer_that_is_called_and_whose_weight_is_read_as_well_is_refused(half_dead: str, dtype: torch.dtype):
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = HALF_DEAD[half_dead]().to(dtype)
+        with raises_and_changes_nothing(
+            model, ValueError, "computes something else with these adapters than after a merge"
+        ):
+            attach(model, CONFIG, probe=X.to(dtype))
+        assert not lora_layers(model)
+        model.train()
+        attach(model, LoRAConfig(rank=2, target_modules=["first", "last"]), probe=X.to(dtype))  # as the message says
+
+
 class Noisy(Model):
     """Draws numbers, and keeps statistics of what it has seen."""
 
