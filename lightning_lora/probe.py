@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import linecache
@@ -13,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import Adapter
-from lightning_lora.layers.readers import ENTRANCES, METADATA
+from lightning_lora.layers.readers import ENTRANCES, only_asks
 from lightning_lora.modes import merged
 from lightning_lora.names import join, listed
 from lightning_lora.sharding import is_divided, is_sharded
@@ -265,7 +264,7 @@ class Witness:
         if reader.f_code.co_name == "get_parameter" and reader.f_back is not None:
             reader = reader.f_back
         is_library = str(reader.f_globals.get("__name__", "")).startswith(_LIBRARIES)
-        if not is_library and _uses_value(reader.f_code, reader.f_lasti) and _is_in_step(reader):
+        if not is_library and not only_asks(reader.f_code, reader.f_lineno) and _is_in_step(reader):
             self.reads[name] = _place(reader)
 
 
@@ -286,13 +285,6 @@ class _Watched:
 def _is_compiled(part: nn.Module) -> bool:
     is_lightnings = vars(part).get("_compiler_ctx") is not None
     return is_lightnings or part._compiled_call_impl is not None or "_orig_mod" in part._modules
-
-
-@functools.cache
-def _uses_value(code: CodeType, at: int) -> bool:
-    """Return whether the code that has just read a weight at an offset looks at more than its type or shape."""
-    after = next((each for each in dis.get_instructions(code) if each.offset > at and each.opname != "CACHE"), None)
-    return after is None or not (after.opname in ("LOAD_ATTR", "LOAD_METHOD") and after.argval in METADATA)
 
 
 def _place(frame: FrameType) -> str:

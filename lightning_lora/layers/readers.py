@@ -180,10 +180,8 @@ class _Scan:
         for node in self.nodes:
             if isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load):
                 found |= set() if id(node) in ignored else self._paths(node.value)
-            elif isinstance(node, ast.Call) and id(node) not in ignored:
-                found |= {
-                    path[:-1] for path in self._paths(node) if path[-1:] == ("weight",)
-                }  # getattr(layer, "weight")
+            elif isinstance(node, ast.Call) and id(node) not in ignored:  # getattr(layer, "weight")
+                found |= {path[:-1] for path in self._paths(node) if path[-1:] == ("weight",)}
         return frozenset(found)
 
     def passed(self) -> frozenset[Path]:
@@ -234,6 +232,21 @@ class _Scan:
             step = str(key.value) if isinstance(key, ast.Constant) else "*"
             return {(*path, step) for path in self._paths(call.args[0])}
         return set().union(*map(self._paths, call.args)) if name in _ITERATORS else set()
+
+
+@functools.cache
+def only_asks(code: CodeType, line: int) -> bool:
+    """Return whether a line of code only asks about weights, as ``weight.dtype`` does; False if its source is unknown."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, SyntaxError, TypeError):
+        return False
+    ast.increment_lineno(tree, code.co_firstlineno - 1)
+    nodes = list(ast.walk(tree))
+    ignored = {id(node) for parent in nodes for node in _asked_about(parent)}
+    weights = [node for node in nodes if isinstance(node, ast.Attribute) and node.attr == "weight"]
+    here = [node for node in weights if node.lineno <= line <= (node.end_lineno or node.lineno)]
+    return bool(here) and all(id(node) in ignored for node in here)
 
 
 def _parts(value: ast.IfExp | ast.BoolOp | ast.BinOp) -> Iterable[ast.expr]:
