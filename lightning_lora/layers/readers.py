@@ -236,7 +236,7 @@ class _Scan:
 
 @functools.cache
 def only_asks(code: CodeType, line: int) -> bool:
-    """Return whether a line of code only asks about weights, as ``weight.dtype`` does; False if its source is unknown."""
+    """Return whether a line of code, if its source is known, only asks about weights, as ``weight.dtype`` does."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, SyntaxError, TypeError):

@@ -20,6 +20,7 @@ from lightning_lora import (
     adapter_names,
     adapter_state_dict,
     add_adapter,
+    attach,
     detach,
     disabled,
     load_adapter,
@@ -177,6 +178,24 @@ def test_blocks_of_a_model_and_of_its_part_take_turns(whole: Whole) -> None:
             other = Elsewhere(there)
             assert other.is_waiting()
         assert torch.equal(other.done(), expected)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_block_of_a_model_takes_the_turns_of_all_parts_that_had_blocks_before(number: int) -> None:
+    module = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8)))
+    for part in module:
+        attach(part, LoRAConfig(rank=2))
+        with disabled(part):
+            pass
+
+    def of_part() -> Tensor:
+        with disabled(module[number]):
+            return module[number](INPUT)
+
+    with disabled(module):
+        other = Elsewhere(of_part)
+        assert other.is_waiting()
+    other.done()
 
 
 @pytest.mark.parametrize("call", CALLS)
