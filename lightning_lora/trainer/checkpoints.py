@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
 from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
-from lightning_lora.fingerprint import END, Fingerprint, base_problems, fingerprint, samples, to_plain
+from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
 from lightning_lora.modes import unscaled
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
 from lightning_lora.names import listed
@@ -404,7 +404,7 @@ class AdapterCheckpoints:
 
     def _other_base(self, model: AdaptedModel, recorded: Fingerprint, state: Mapping[str, Any]) -> list[str]:
         """Return how the base differs from the recorded one; what the state itself replaces is not compared."""
-        names = [name for name in recorded if name.removesuffix(END) not in state] if self.check_base else []
+        names = [name for name in recorded if name not in state] if self.check_base else []
         base = self.layout.base
         if base is None:
             found: Fingerprint = samples(model.base, names)  # every process must call this

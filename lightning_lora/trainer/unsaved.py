@@ -9,7 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[
 from torch import nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.fingerprint import END, Fingerprint, differing_tensors, samples
+from lightning_lora.fingerprint import Fingerprint, differing_tensors, samples
 from lightning_lora.named_adapters import active_adapter
 from lightning_lora.names import listed
 from lightning_lora.state import tensors_of_others
@@ -83,9 +83,7 @@ class Unsaved:
         """Note which tensors of a file's base the model lacks so far; only those are in ``recorded`` that must fit."""
         # Where weights cannot be read, files know nothing of what came late.
         is_readable = self.layout.base is None
-        known = model.tensors
-        late = {name: each for name, each in recorded.items() if name.removesuffix(END) not in known}
-        self._awaited = late if is_readable else {}
+        self._awaited = {name: each for name, each in recorded.items() if is_readable and name not in model.tensors}
         self._left = _BATCHES
 
     @property

@@ -292,6 +292,23 @@ def test_steps_inside_of_backward_train() -> None:
     assert "reached the adapters of pooler" in refused(unused, StepsInBackward(), max_steps=-1, max_epochs=1)
 
 
+def test_weight_decay_alone_is_no_training() -> None:
+    class Decays(Pooled):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch) + 0.0 * self.pooler(batch[0]).sum())
+            optimizer.step()
+
+    message = refused(LoRACallback(rank=2, target_modules=["net.*", "pooler"]), Decays())
+    assert "reached the adapters of pooler" in message
+    assert "the gradient is exactly zero" in message
+
+
 def test_run_that_diverged_is_refused_with_the_batch() -> None:
     class Diverges(Toy):
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
@@ -336,6 +353,13 @@ def test_a_layer_that_is_called_and_whose_weight_is_read_elsewhere_is_named(read
     where = r"mixer is called, and its weight is also read by .*\(test_checks.py:.*target_parameters=\['mixer.weight'\]"
     with pytest.warns(UserWarning, match=where):
         trainer(LoRACallback(rank=2, target_modules=["net.*", "mixer"])).fit(CallsAndReads(), loader())
+
+
+def test_a_hook_of_a_layer_that_computes_with_its_weight_is_named() -> None:
+    module = Toy()
+    module.net[0].register_forward_hook(lambda layer, _, output: output / layer.weight.norm())
+    with pytest.warns(UserWarning, match=r"net\.0 is called, and its weight is also read by .*test_checks.py"):
+        trainer(LoRACallback(rank=2)).fit(module, loader())
 
 
 def test_remedy_for_a_layer_that_is_called_and_read_computes_with_the_update_in_both_places() -> None:
