@@ -16,12 +16,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lightning_lora.calibration.starts import NEEDS
 from lightning_lora.calibration.statistics import MatrixStatistics, Moments, must_sketch
 from lightning_lora.layers import AdapterGroup, ConvAdapter, LoRALayer, LowRankAdapter, base_parameter
+from lightning_lora.ops.eager import functorch_is_active
 from lightning_lora.sharding import gathered, is_sharded, whole
 
 INPUTS_UNSEEN = "its inputs cannot be seen from outside"
 GRADIENTS_UNSEEN = "the gradients of its outputs cannot be seen from outside"  # but its inputs can
 NO_GRADIENT = "its weight is computed or quantized, and has no gradient"
-UNSEEN = ("", GRADIENTS_UNSEEN, INPUTS_UNSEEN, NO_GRADIENT)
+IN_TRANSFORM = "it runs inside a transform of torch.func, such as vmap"
+UNSEEN = ("", GRADIENTS_UNSEEN, INPUTS_UNSEEN, NO_GRADIENT, IN_TRANSFORM)
 FROM_GRADIENT = "lora_ga"  # the start that needs nothing but the gradient of the weight, which every kind of layer has
 
 
@@ -179,6 +181,9 @@ class Collector:
         seen = "gradients" in NEEDS[self.start]
 
         def see(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if functorch_is_active():
+                place.unseen = IN_TRANSFORM
+                return
             inputs = [*args, *kwargs.values()]
             x = place.adapter.tokens_in(layer, inputs)
             if x is None:

@@ -123,7 +123,7 @@ class _Vector(Scores):
         """Return the vector with these parts, and for each component whether it has one; None if all do."""
         vector = torch.cat(
             [
-                parts[name].to(self.device) if name in parts else torch.zeros(size, device=self.device)
+                parts[name].to(self.device, torch.float32) if name in parts else self._none_of(size)
                 for name, size in zip(self.adapters, self.sizes, strict=True)
             ]
         )
@@ -131,6 +131,9 @@ class _Vector(Scores):
             return self._summed(vector), None
         has = torch.tensor([name in parts for name in self.adapters]).repeat_interleave(torch.tensor(self.sizes))
         return self._summed(vector), has.to(self.device)
+
+    def _none_of(self, size: int) -> Tensor:
+        return torch.zeros(size, device=self.device, dtype=torch.float32)  # whatever torch's default is
 
     def _summed(self, vector: Tensor) -> Tensor:
         """Return the sum over processes that have parts of the factors."""

@@ -379,6 +379,20 @@ class GradientCheck:
             self._agree()
             silent = [name for name in self.silent if name not in self._allowed]
             self._judge(silent, f"in {max(self._steps.values())} steps")
+            self._warn_of_still()
+
+    def _warn_of_still(self) -> None:
+        """Warn of what trains in full and has not changed at all; every process must call this."""
+        began, now = self._began or {}, self._values() if self._began else {}
+        names = [name for name in AdaptedModel(self.module).in_full if name in began.keys() & now.keys()]
+        moved = anywhere([began[name] != now[name] for name in names], self.layout.strategy.root_device)
+        if still := [name for name, has_moved in zip(names, moved, strict=True) if not has_moved]:
+            rank_zero_warn(
+                f"LoRA: {listed(still)} should train in full, and did not change in {self.module.trainer.global_step} "
+                "steps. Does the loss depend on them? Code that has kept a tensor, such as a loss with the weight of a "
+                "head, computes with the base's; let it read module.weight each time. Name in modules_to_save what is "
+                "to train, and nothing else."
+            )
 
     def broken_at(self) -> int | None:
         """Return the number of the first batch of this fit whose loss was not finite, if it is known."""

@@ -106,6 +106,24 @@ def test_a_start_that_no_layer_can_have_is_refused(kind: str, start: str):
     assert all(adapter.is_waiting for adapter in adapters_of(model))
 
 
+@pytest.mark.parametrize("start", ["eva", "corda", "covariance"])
+@pytest.mark.parametrize("is_whole", [True, False], ids=["all", "a part"])
+def test_what_runs_inside_a_transform_of_torch_func_gets_no_start_of_half_of_the_loss(start: str, is_whole: bool):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 6))
+    ll.attach(model, ll.LoRAConfig(rank=2, init=start))
+
+    def loss(x: Tensor) -> Tensor:
+        found = torch.func.vmap(model)(x).square().mean()
+        return found if is_whole else found + model(x).square().mean()
+
+    with pytest.raises(
+        ValueError, match=f"no adapter got its start, init='{start}': it runs inside a transform of torch.f"
+    ):
+        ll.calibrate(model, [torch.randn(16, 3)], step=loss)
+    assert all(adapter.is_waiting for adapter in adapters_of(model))
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv", "grouped conv", "attention", "lstm"])
 def test_eva_finds_the_principal_directions_of_what_the_layer_multiplies(kind: str):
     model, batches = model_and_batches(kind, "eva")

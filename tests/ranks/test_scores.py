@@ -55,6 +55,22 @@ def test_gate_is_the_derivative_by_a_factor_of_one_before_a_component() -> None:
         assert torch.tensor(scores.values()[name]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_an_adapter_without_a_gradient_keeps_its_score_whatever_torchs_default_precision_is() -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        module, adapters = adapted()
+        scores = GateScores(adapters)
+        module[0](torch.randn(6, 15)).square().sum().backward()  # the second layer is skipped
+        scores.note(held(module))
+        scores.commit()
+    finally:
+        torch.set_default_dtype(before)
+    values = scores.values()
+    assert min(values["0"]) > 0
+    assert list(values["2"]) == [0.0, 0.0, 0.0]
+
+
 def test_averages_are_running_means_and_what_is_not_finite_does_not_count() -> None:
     module, adapters = adapted()
     scores = GateScores(adapters)

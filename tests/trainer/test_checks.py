@@ -292,6 +292,32 @@ def test_steps_inside_of_backward_train() -> None:
     assert "reached the adapters of pooler" in refused(unused, StepsInBackward(), max_steps=-1, max_epochs=1)
 
 
+class KeepsTensor(Toy):
+    """Computes with a head's weight by a reference that it has kept from the beginning."""
+
+    def build(self) -> None:
+        super().build()
+        self.head = nn.Linear(FEATURES, FEATURES, bias=False)
+        self.kept = [self.head.weight]
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        return ((F.linear(self.net(x), self.kept[0]) - y) ** 2).mean()
+
+
+def test_what_should_train_in_full_and_does_not_change_is_named() -> None:
+    options: dict[str, Any] = {"rank": 2, "target_modules": ["net.*"]}
+    unused = LoRACallback(modules_to_save=["pooler"], **options)
+    with pytest.warns(
+        UserWarning, match=r"pooler\.weight, pooler\.bias should train in full, and did not change in 2 steps"
+    ):
+        trainer(unused).fit(Pooled(), loader())
+    module = KeepsTensor()
+    trainer(LoRACallback(adapter="one", modules_to_save=["head"], **options)).fit(module, loader())
+    with pytest.warns(UserWarning, match=r"head\.weight should train in full.*read module\.weight each time"):
+        trainer(LoRACallback(adapter="other", modules_to_save=["head"], **options)).fit(module, loader())
+
+
 def test_weight_decay_alone_is_no_training() -> None:
     class Decays(Pooled):
         def __init__(self) -> None:
