@@ -229,13 +229,19 @@ def base_samples(model: AdaptedModel, part: nn.Module | None = None) -> dict[str
         model: The model; where its tensors are sharded over processes, every one must call this.
         part: The part of it to look at, to which names are then relative; all of it if left out.
     """
-    tensors, ends = model.base if part is None else base_parameters(part, model.trained), list[str]()
-    for path, embedding in walk(model.module if part is None else part):
+    tensors = model.base if part is None else base_parameters(part, model.trained)
+    return fingerprint(tensors) | samples(tensors, end_names(model.module if part is None else part))
+
+
+def end_names(module: nn.Module) -> list[str]:
+    """Return the names that the last rows of embeddings have in a fingerprint, of those that no adapter trains."""
+    found = []
+    for path, embedding in walk(module):
         if isinstance(embedding, nn.Embedding):
             adapters = embedding.adapters().values() if isinstance(embedding, LoRALayer) else ()
             rows = {int(row) for each in adapters if isinstance(each, TokenAdapter) for row in each.index}
-            ends += [join(path, f"weight{END}")] if embedding.num_embeddings - 1 not in rows else []
-    return fingerprint(tensors) | samples(tensors, ends)
+            found += [join(path, f"weight{END}")] if embedding.num_embeddings - 1 not in rows else []
+    return found
 
 
 def has_base_values(module: nn.Module, recorded: Fingerprint) -> bool:

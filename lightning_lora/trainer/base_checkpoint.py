@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.base_buffers import first_values
-from lightning_lora.fingerprint import fingerprint
+from lightning_lora.fingerprint import END, fingerprint, samples
 from lightning_lora.layers import base_parameter
 from lightning_lora.named_adapters import fill_buffers
 from lightning_lora.names import clean_name, join, walk
@@ -49,7 +49,8 @@ def load_base(layout: Layout, model: AdaptedModel, state: Mapping[str, Tensor], 
     layout.fill(base, state)
     if layout.base is not None:
         loaded = {name: state[name] for name in model.base if name in state}
-        layout.base = {**layout.base, **fingerprint(loaded)}
+        ends = [name for name in layout.base if name.endswith(END)]
+        layout.base = {**layout.base, **fingerprint(loaded), **samples(loaded, ends)}
     starts = _starts(model, state)
     layout.fill({name: model.trained[name] for name in starts}, starts)
     for root in model.roots:

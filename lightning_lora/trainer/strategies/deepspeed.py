@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.fingerprint import Fingerprint, Sample, chosen_names, samples
+from lightning_lora.fingerprint import END, Fingerprint, Sample, chosen_names, samples
 from lightning_lora.layers import LoRALayer, TokenAdapter, base_parameter
 from lightning_lora.names import listed
 from lightning_lora.sharding import gathered
+from lightning_lora.state import end_names
 from lightning_lora.trainer.strategies.base import (
     GradientNote,
     Key,
@@ -184,8 +185,8 @@ def gathered_parameters(module: nn.Module) -> AbstractContextManager[object]:
 def _gathered_fingerprint(module: nn.Module) -> Fingerprint:
     """Return the fingerprint of a base that may be sharded, with one weight gathered at a time."""
     base, found = AdaptedModel(module).base, dict[str, Sample]()
-    for name in chosen_names(base):
-        with gathered([base[name]]):
+    for name in [*chosen_names(base), *end_names(module)]:
+        with gathered([base[own] for own in (name.removesuffix(END),) if own in base]):
             found |= samples(base, [name])
     return found
 

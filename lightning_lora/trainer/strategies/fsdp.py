@@ -20,10 +20,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.fingerprint import fingerprint
 from lightning_lora.layers import Adapter, LoRALayer
 from lightning_lora.names import clean_name, join, listed
-from lightning_lora.state import tensors_of_others
+from lightning_lora.state import base_samples, tensors_of_others
 from lightning_lora.trainer.strategies.base import Key, Layout, module_of, refuse_reading_across
 
 Group = dist.ProcessGroup | None
@@ -77,7 +76,7 @@ class FSDPLayout(Layout):
         self._fsdp.kwargs["auto_wrap_policy"] = _adapters_apart(self._fsdp.kwargs.get("auto_wrap_policy"))
         model = AdaptedModel(module)
         self._shapes_of = weakref.ref(module)
-        self._slices, self.base = None, fingerprint(model.base)  # slices do not say which part they are
+        self._slices, self.base = None, base_samples(model)  # slices do not say which part they are
         self._shapes = {name: tensor.shape for name, tensor in (model.tensors | tensors_of_others(module)).items()}
 
     def _complete_wrapping(self, module: LightningModule) -> None:
