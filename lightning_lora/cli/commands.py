@@ -35,7 +35,16 @@ from lightning_lora.cli.options import (
     size,
     whole_number,
 )
-from lightning_lora.cli.text import WARNING, about_base, merge_lines, progress_bar, say, sum_lines, summary_lines
+from lightning_lora.cli.text import (
+    WARNING,
+    about_base,
+    is_terminal,
+    merge_lines,
+    progress_bar,
+    say,
+    sum_lines,
+    summary_lines,
+)
 from lightning_lora.names import listed
 
 if TYPE_CHECKING:
@@ -257,7 +266,7 @@ def merge(options: argparse.Namespace) -> Result:
         dtype=getattr(torch, options.dtype) if options.dtype else None,
         check_base=options.check_base,
         overwrite=options.overwrite,
-        progress=progress_bar(sys.stderr) if sys.stderr.isatty() else None,
+        progress=progress_bar(sys.stderr) if is_terminal(sys.stderr) else None,
     )
     return Result(plain(report), merge_lines(report))
 
@@ -296,7 +305,7 @@ def report(options: argparse.Namespace) -> Result:
         options.base,
         energy=options.energy,
         intruders=options.intruders,
-        progress=progress_bar(sys.stderr, "analyzing", str) if options.base and sys.stderr.isatty() else None,
+        progress=progress_bar(sys.stderr, "analyzing", str) if options.base and is_terminal(sys.stderr) else None,
         check_base=options.check_base,
     )
     similarities = []

@@ -27,16 +27,21 @@ _MARKS = (
 )
 
 
-def wants_colors(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return whether a stream is a terminal; a process may have been started without it."""
+    return stream is not None and stream.isatty()
+
+
+def wants_colors(stream: TextIO | None) -> bool:
     """Return whether a stream is a terminal whose user wants colors.
 
     Source:
         https://no-color.org: ``NO_COLOR``, if set to anything, disables them.
     """
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return is_terminal(stream) and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def painted(text: str, style: str, stream: TextIO) -> str:
+def painted(text: str, style: str, stream: TextIO | None) -> str:
     """Return a text in a color, if the stream wants colors."""
     return f"\x1b[{style}m{text}\x1b[0m" if wants_colors(stream) else text
 
@@ -46,7 +51,7 @@ def say(label: str, style: str, text: object) -> None:
     print(f"lightning-lora: {painted(label, style, sys.stderr)} {text}", file=sys.stderr)
 
 
-def highlighted(line: str, stream: TextIO) -> str:
+def highlighted(line: str, stream: TextIO | None) -> str:
     """Return a line with its important words in color."""
     for pattern, style in _MARKS:
         line = pattern.sub(lambda match, style=style: painted(match[0], style, stream), line)  # type: ignore[misc]

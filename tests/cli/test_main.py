@@ -257,3 +257,14 @@ def test_commands_say_nothing_of_a_single_adapter(tmp_path: Path, capsys: pytest
     shown = capsys.readouterr()
     assert "adapters in it" not in shown.out
     assert not shown.err
+
+
+def test_a_process_without_output_streams_ends_as_any_other(
+    files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["inspect", str(files[0])]) == 0
+    assert main(["verify", *map(str, files)]) == 0
+    assert main(["report", str(files[0]), "--base", str(files[1])]) == 0
+    assert main(["inspect", "nowhere"]) == 1
