@@ -153,9 +153,9 @@ class PeftLayer(NamedTuple):
 
 
 def factors_of(adapter: LowRankAdapter) -> Factors:
-    """Return copies of an adapter's factors, on the CPU."""
+    """Return copies of an adapter's factors, on the CPU; where they are computed, as by pruning, their values."""
     kept = {name: tensor.detach().cpu().clone() for name, tensor in adapter.named_parameters()}
-    A, B = kept["A"], kept["B"]
+    A, B = (factor.detach().cpu().clone() for factor in (adapter.A, adapter.B))
     if adapter.is_difference or adapter.kept is not None:
         A, B = (factor.detach().cpu() for factor in adapter.whole_factors())
     return Factors(A, B, adapter.spec.scaling, kept.get("magnitude"), kept.get("bias"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_lora import load_adapter, lora_layers, save_adapter
 from tests.contract import raises_and_changes_nothing
-from tests.peft_format.models import CLOSE, MODELS, QUIET, distance, in_peft, loaded, logits, peft, trained_by_peft
+from tests.peft_format.models import (
+    CLOSE,
+    MODELS,
+    QUIET,
+    distance,
+    in_peft,
+    loaded,
+    logits,
+    peft,
+    trained,
+    trained_by_peft,
+)
 
 pytestmark = QUIET
 
@@ -196,3 +209,15 @@ def test_attention_dropout_is_dropped_with_warning(tmp_path: Path) -> None:
             load_adapter(model, tmp_path)
         assert distance(model(x), expected) <= CLOSE
     assert sorted(lora_layers(model)) == ["attn", "attn.out_proj"]
+
+
+def test_a_pruned_factor_is_written_as_it_computes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 6))
+    model = trained(copy.deepcopy(base), target_modules=["0"])
+    prune.l1_unstructured(model[0].lora, "A", 0.5)
+    x = torch.randn(4, 8)
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(base, tmp_path / "adapter")
+    assert torch.equal(base(x), model(x))
+    assert int((base[0].lora.A == 0).sum()) == base[0].lora.A.numel() // 2
