@@ -72,6 +72,11 @@ class BufferWatch:
             known = {*root.attachment.buffers, *self._unset}
             self._unset |= {} if has_loaded else {name: value for name, value in found.items() if name not in known}
 
+    @property
+    def set_by_hooks(self) -> Collection[str]:
+        """Names of the buffers that hooks have set in this run."""
+        return self._unset.keys()
+
     def start_training(self, together: Collection[str] = ()) -> None:
         """From now on, let what changes be the active adapter's alone.
 

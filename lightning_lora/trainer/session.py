@@ -131,8 +131,7 @@ class FitSession:
             self._bare.enter_context(switched(module, None, "LoRACallback"))
         self._buffers = BufferWatch(module)
         self._is_first, self._is_trial = True, bool(vars(trainer).get("fast_dev_run"))
-        self._others = ExitStack()  # keeps other adapters frozen
-        self._averages = ExitStack()  # keeps the base as it is where callbacks average it
+        self._others, self._averages = ExitStack(), ExitStack()  # keep others frozen, and the base where averaged
         self._is_new = self._before is None
         self._had = {} if self._is_new or options.fresh or chosen_checkpoint(trainer) else AdaptedModel(module).trained
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
@@ -317,7 +316,7 @@ class FitSession:
             watch(module)  # a tuner trains before the callback hears of it
         if resumed is None and (self._is_fit or self._is_new):
             with gathered_parameters(module):
-                begin_from(module, path, check_base=self.options.check_base, is_new=self._is_new)
+                begin_from(module, path, self._buffers, check_base=self.options.check_base, is_new=self._is_new)
         if self._is_fit and resumed is None and self._config.start.name in STARTS_FROM_WEIGHTS:
             self._calibrate()  # while the weights are whole
         if self._export_dir is not None and self._is_fit:
@@ -426,6 +425,7 @@ class FitSession:
             return
         self._held = HeldAdapters(self.module, self.trainer.optimizers)
         self._ratio = hints.RatioWatch(self.module, self.trainer.optimizers, self.options.lr_ratio)
+        self._others.enter_context(others_frozen(self.module))  # also those that hooks have added since
         self._checkpoints.note_base()
         check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))

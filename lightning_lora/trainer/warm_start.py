@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import cast
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
-from lightning_lora.base_buffers import grown_buffers
+from lightning_lora.base_buffers import base_buffers, grown_buffers
 from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
 from lightning_lora.named_adapters import fill_buffers, recorded
@@ -29,6 +29,7 @@ from lightning_lora.state import (
     has_base_values,
 )
 from lightning_lora.storage.checkpoint import CheckpointFile
+from lightning_lora.trainer.buffers import BufferWatch
 from lightning_lora.trainer.diagnostics import norm_of_updates
 
 _STARTS = ("A0", "B0")
@@ -64,10 +65,12 @@ class WarmStart:
         return said if self.adapter is None else f"its adapter {self.adapter!r}: {said}"
 
 
-def begin_from(module: nn.Module, path: str | PathLike[str] | None, *, check_base: bool, is_new: bool) -> None:
+def begin_from(
+    module: nn.Module, path: str | PathLike[str] | None, buffers: BufferWatch, *, check_base: bool, is_new: bool
+) -> None:
     """Start from another adapter, if one is given, and say from what training starts; arguments as ``start_from``'s."""
     if path is not None:
-        start = start_from(module, path, check_base=check_base, is_new=is_new)
+        start = start_from(module, path, check_base=check_base, is_new=is_new, keep=buffers.set_by_hooks)
         rank_zero_info(f"LoRA: started from {path}: {start}")
     elif not is_new and (norm := norm_of_updates(module)):
         rank_zero_info(
@@ -77,7 +80,12 @@ def begin_from(module: nn.Module, path: str | PathLike[str] | None, *, check_bas
 
 
 def start_from(
-    module: nn.Module, path: str | PathLike[str], *, check_base: bool = True, is_new: bool = True
+    module: nn.Module,
+    path: str | PathLike[str],
+    *,
+    check_base: bool = True,
+    is_new: bool = True,
+    keep: Collection[str] = (),
 ) -> WarmStart:
     """Copy another adapter into an adapted module as far as they overlap; the update of each layer stays the same.
 
@@ -91,6 +99,7 @@ def start_from(
             active one is taken, or, if there is none, the one that was trained.
         check_base: As in ``load_adapter``.
         is_new: Whether the module's adapter has not been trained yet, so that nothing of it is lost.
+        keep: Buffers of the base that have their values from this run, such as statistics of its data.
 
     Raises:
         ValueError: The source cannot be read, shares nothing with the module, trained a tensor that is frozen here, or
@@ -123,7 +132,12 @@ def start_from(
     for name, value in start.values.items():
         copy_whole(trained[name], value.to(trained[name].dtype))
     if isinstance(file, CheckpointFile):
-        fill_buffers(model, file.record.get("buffers", {}))
+        own = {
+            name: each.detach().clone()
+            for name, each in base_buffers(model).items()
+            if name in keep and each is not None
+        }
+        fill_buffers(model, file.record.get("buffers", {}) | own)
         file.load_extra_states(model.module)
     for label in (*start.kept, *start.grown):
         if label in model.adapters:

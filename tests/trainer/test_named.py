@@ -1144,6 +1144,27 @@ def test_computing_with_another_adapter_in_a_step_moves_none_of_its_buffers(opti
     assert_alike(alone_with_norm(module, None), bare)
 
 
+class AddsLate(Referred):
+    """Adds the adapter that it refers to only when the fit has begun."""
+
+    def on_fit_start(self) -> None:
+        add_adapter(self, "frozen", LoRAConfig(rank=2, frozen_norm="track"))
+        self.first = alone_with_norm(self, "frozen")
+
+
+@pytest.mark.parametrize("name", ["trained", None])
+def test_computing_with_an_adapter_that_a_hook_has_added_moves_none_of_its_buffers(name: str | None):
+    module = AddsLate()
+    fit(module, LoRACallback(adapter=name, rank=2, frozen_norm="track"), max_steps=4)
+    assert_alike(alone_with_norm(module, "frozen"), module.first)
+    module.train()
+    with using(module, "frozen"):  # after the fit, none is frozen
+        module(X)
+    assert module.norm.num_batches_tracked > 0
+    with using(module, "frozen"):
+        assert not torch.equal(module.norm.running_mean, module.first[1])
+
+
 def alone_with_norm(module: Referred, name: str | None) -> tuple[Tensor | None, ...]:
     with using(module, name) if adapter_names(module) else nullcontext(), torch.no_grad():
         module.eval()

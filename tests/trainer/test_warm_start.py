@@ -338,3 +338,32 @@ def test_meta_module_does_not_start_from_an_adapter(source: tuple[Toy, str]) -> 
     module = fresh().to("meta")
     with pytest.raises(ValueError, match=r"net\.0\.lora\.A.* on the meta device.*Nothing was changed"):
         start_from(module, source[1])
+
+
+class Centers(Toy):
+    """Takes the mean of its data in ``setup``, and computes with it."""
+
+    mean = 0.0
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(()))
+
+    def setup(self, stage: str) -> None:
+        self.center.fill_(self.mean)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        return super().loss([x - self.center, y])
+
+
+@pytest.mark.parametrize("name", [None, "second"])
+def test_what_setup_has_set_in_this_run_stays(name: str | None, tmp_path: Path):
+    first, second = Centers(), Centers()
+    first.mean, second.mean = 100.0, 50.0
+    run = trainer(LoRACallback(rank=2))
+    run.fit(first, loader())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    trainer(LoRACallback(rank=2, adapter=name, init_from=tmp_path / "first.ckpt")).fit(second, loader())
+    assert second.center == 50
+    assert not torch.equal(adapter_state_dict(second)["net.0.lora.B"], adapter_state_dict(first)["net.0.lora.B"])
