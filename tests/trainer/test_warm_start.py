@@ -12,7 +12,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach, load_adapter, lora_layers, save_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    add_adapter,
+    attach,
+    load_adapter,
+    lora_layers,
+    save_adapter,
+)
 from lightning_lora.trainer.warm_start import start_from
 from tests.contract import raises_and_changes_nothing
 from tests.toys import Toy, loader, trainer
