@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.adapted_model import AdaptedModel, in_turn
 from lightning_lora.analysis.spectrum import NUMERICAL_ZERO, energy_rank, numerical_rank, thin_svd
 from lightning_lora.disk.conversion import imported_together, read_as_peft
 from lightning_lora.disk.skeleton import fill
@@ -61,6 +61,7 @@ _METHODS = ("cat", "svd")
 # --- what users call
 
 
+@in_turn
 def combine(
     module: nn.Module,
     weights: Mapping[str, float],

@@ -7,7 +7,7 @@ from os import PathLike
 
 from torch import nn
 
-from lightning_lora.adapted_model import AdaptedModel, Root
+from lightning_lora.adapted_model import AdaptedModel, Root, in_turn
 from lightning_lora.attachment import requested
 from lightning_lora.named_adapters import adapter_names, recorded
 from lightning_lora.names import listed
@@ -21,6 +21,7 @@ from lightning_lora.switching import replacing
 _CALLER = "truncate_adapter"
 
 
+@in_turn
 def truncate_adapter(module: nn.Module, *, energy: float | None = None, rank: int | None = None) -> list[CombinedLayer]:
     """Replace a module's adapter by its best approximation of lower rank in each layer.
 

@@ -389,6 +389,8 @@ class SweepSession:
 
     def close(self) -> None:
         """Remove every wrap, hook and request; checkpoints saved by hand after a fit still hold its results."""
+        if self.training is not None:
+            self.training.close()
         self._wraps.remove()
         record = self._record() if self._has_succeeded else {}
         self._checkpoints.sweep = record.copy if record else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Training:
         self.why: dict[str, str] = {}
         self._metrics = OwnMetrics(module)
         self._waiting: dict[Tensor, Tensor] = {}  # gradients from before Lightning clears them
+        self._last = ExitStack()  # has the last adapter in place until its backward pass has ended
         self._broken: dict[str, Tensor] = {}  # whether a loss has not been finite since the last look
         self._mapped: Mapped | None = None
         self._moved: list[str] = []  # buffers that the step changes
@@ -202,6 +203,7 @@ class Training:
         """Run the step with each adapter, and on a single device its backward pass before the next one's step."""
         outcomes: dict[str, Outcome] = {}
         first, pending = next(iter(self.chosen)), ""
+        self.close()
         if self.is_single:
             self._waiting.clear()
         for name, call in calls.items():
@@ -215,7 +217,13 @@ class Training:
                     pending = name
                 else:
                     outcome.loss = outcome.loss.detach()
+        if pending:
+            self._last.enter_context(using(self.module, pending))  # its backward pass is Lightning's
         return outcomes
+
+    def close(self) -> None:
+        """Put back the adapter that was in place before the backward pass of the last one."""
+        self._last.close()
 
     def _backward(self, name: str, outcome: Outcome) -> None:
         """Compute an adapter's gradients, and keep them until Lightning has cleared those of the step before."""
@@ -226,7 +234,8 @@ class Training:
         for parameter in parameters:
             parameter.grad = None
         assert outcome.loss is not None
-        self.module.backward(outcome.loss / accumulated)
+        with using(self.module, name):  # of which a backward pass may compute parts anew
+            self.module.backward(outcome.loss / accumulated)
         for parameter, old in zip(parameters, before, strict=True):
             if parameter.grad is not None:
                 self._waiting[parameter] = parameter.grad
@@ -235,6 +244,7 @@ class Training:
 
     def after_backward(self) -> None:
         """Add the gradients that have waited."""
+        self.close()
         for parameter, gradient in self._waiting.items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._waiting.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -397,6 +397,7 @@ class FitSession:
         self.gradients.close()
         self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
         self._checkpoints.untrained = self.gradients.untrained
+        self._others.enter_context(nullcontext() if together else others_frozen(self.module))  # of hooks, too
         self._buffers.start_training(together)
         if interval := self.options.diagnostics_every_n_steps:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
@@ -425,7 +426,6 @@ class FitSession:
             return
         self._held = HeldAdapters(self.module, self.trainer.optimizers)
         self._ratio = hints.RatioWatch(self.module, self.trainer.optimizers, self.options.lr_ratio)
-        self._others.enter_context(others_frozen(self.module))  # also those that hooks have added since
         self._checkpoints.note_base()
         check_same_adapters(self.module)
         check_unchanged(AdaptedModel(self.module))

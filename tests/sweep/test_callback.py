@@ -135,6 +135,38 @@ def test_each_adapter_ends_as_in_a_fit_of_its_own(mode: Any, close: float):
     assert_each_is_alone(Quiet, sweep, module, close, **options)
 
 
+class ComputedAgain(torch.autograd.Function):
+    """Calls a network again in its backward pass, as adjoints of differential equations and reversible nets do."""
+
+    @staticmethod
+    def forward(ctx: Any, network: nn.Module, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.network = network
+        ctx.save_for_backward(x, *parameters)
+        with torch.no_grad():
+            return network(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, *parameters = ctx.saved_tensors
+        with torch.enable_grad():
+            output = ctx.network(x)
+        return None, None, *torch.autograd.grad(output, parameters, gradient, allow_unused=True)
+
+
+class Adjoint(Quiet):
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        trained = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        return (ComputedAgain.apply(self.net, x, *trained) - y).square().mean()
+
+
+@pytest.mark.parametrize("mode", ["loop", "auto"])
+def test_a_backward_pass_that_calls_the_network_again_has_its_own_adapter(mode: Any):
+    module, sweep = Adjoint(), swept(adapters=FOUR, mode=mode, keep=1.0)
+    fit(module, sweep, accumulate_grad_batches=2)
+    assert_each_is_alone(Adjoint, sweep, module, EXACT, accumulate_grad_batches=2)
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("mode", MODES)
 def test_biases_beside_dora_end_as_in_a_fit_of_their_own(mode: Any, bias: Any):
