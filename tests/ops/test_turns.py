@@ -36,6 +36,7 @@ from lightning_lora import (
     using,
 )
 from lightning_lora.loading import _load
+from lightning_lora.several.combination import attach_sum
 from tests.contract import train_all
 
 CONFIG = LoRAConfig(rank=2, target_modules=["0", "2"])
@@ -163,6 +164,23 @@ def test_a_block_waits_while_an_adapter_is_added_to_a_part(
     add_adapter(whole, "b", tmp_path / "part")
     assert torch.equal(others[0].done(), expected)
     assert adapter_names(whole) == ["a", "b"]
+
+
+def test_a_block_waits_while_a_sum_is_made(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compute() -> Tensor:
+        with using(model, "a"):
+            return model(INPUT)
+
+    def attach_here(*args: Any, **options: Any) -> Any:
+        found = attach_sum(*args, **options)  # the model has the new adapter alone now
+        others.append(Elsewhere(compute))
+        assert others[0].is_waiting()
+        return found
+
+    expected, others = compute(), list[Elsewhere]()
+    monkeypatch.setattr("lightning_lora.several.combination.attach_sum", attach_here)
+    combine(model, {"a": 0.5, "b": 0.5}, name="sum")
+    assert torch.equal(others[0].done(), expected)
 
 
 def test_blocks_of_a_model_and_of_its_part_take_turns(whole: Whole) -> None:
