@@ -146,41 +146,35 @@ def whole(rng: torch.Generator, tmp_path: Path) -> Whole:
     return module
 
 
-def test_a_block_waits_while_an_adapter_is_added_to_a_part(
-    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def compute() -> Tensor:
-        with using(whole, "a"):
-            return whole(INPUT)
+def assert_waits(model: nn.Module, function: Callable[..., Any], change: Callable[[], Any], patch: Any) -> None:
+    """Check that a block of another thread waits where a function has just given the model another adapter alone."""
 
-    def load(*args: Any, **options: Any) -> Any:
-        report = _load(*args, **options)  # the part has the new adapter alone now
-        others.append(Elsewhere(compute))
-        assert others[0].is_waiting()
-        return report
-
-    expected, others = compute(), list[Elsewhere]()
-    monkeypatch.setattr("lightning_lora.loading._load", load)
-    add_adapter(whole, "b", tmp_path / "part")
-    assert torch.equal(others[0].done(), expected)
-    assert adapter_names(whole) == ["a", "b"]
-
-
-def test_a_block_waits_while_a_sum_is_made(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def compute() -> Tensor:
         with using(model, "a"):
             return model(INPUT)
 
-    def attach_here(*args: Any, **options: Any) -> Any:
-        found = attach_sum(*args, **options)  # the model has the new adapter alone now
+    def interrupted(*args: Any, **options: Any) -> Any:
+        found = function(*args, **options)
         others.append(Elsewhere(compute))
         assert others[0].is_waiting()
         return found
 
     expected, others = compute(), list[Elsewhere]()
-    monkeypatch.setattr("lightning_lora.several.combination.attach_sum", attach_here)
-    combine(model, {"a": 0.5, "b": 0.5}, name="sum")
+    caller = "several.combination" if function is attach_sum else "loading"
+    patch.setattr(f"lightning_lora.{caller}.{function.__name__}", interrupted)
+    change()
     assert torch.equal(others[0].done(), expected)
+
+
+def test_a_block_waits_while_an_adapter_is_added_to_a_part(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_waits(whole, _load, lambda: add_adapter(whole, "b", tmp_path / "part"), monkeypatch)
+    assert adapter_names(whole) == ["a", "b"]
+
+
+def test_a_block_waits_while_a_sum_is_made(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_waits(model, attach_sum, lambda: combine(model, {"a": 0.5, "b": 0.5}, name="sum"), monkeypatch)
 
 
 def test_blocks_of_a_model_and_of_its_part_take_turns(whole: Whole) -> None:
