@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +30,6 @@ from lightning_lora.sweep.optimizers import (
     Parameters,
     check_rates_differ,
     learning_rates,
-    only_gradients_of,
     parameters_of_adapters,
     refuse_coupling,
     split_groups,
@@ -254,15 +252,14 @@ class SweepSession:
         self._show()
         self._checkpoints.sweep = self._record
         self._wraps.around(self.module, "training_step", self.training.training_step)
-        self._wraps.around(self.module, "configure_gradient_clipping", self._clip)
+        for hook in ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping"):
+            clips = hook == "configure_gradient_clipping" and bool(self.trainer.gradient_clip_val)
+            if overrides(self.module, hook) or clips:
+                self._wraps.around(self.module, hook, self.training.look_at_gradients)
 
     def _record(self) -> dict[str, Any]:
         assert self.training is not None
         return self.standings.to_record() | {"mode": self.training.mode, "monitor": self.wanted.monitor}
-
-    @cached_property
-    def _clips(self) -> bool:
-        return overrides(self.module, "configure_gradient_clipping") or bool(self.trainer.gradient_clip_val)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Before the first batch, check the adapters and choose how the step runs; later, look at losses."""
@@ -280,14 +277,6 @@ class SweepSession:
         loop = self.trainer.fit_loop.epoch_loop
         kwargs = loop._build_kwargs({}, batch, batch_idx)  # type: ignore[arg-type]
         return step, tuple(kwargs.values())
-
-    def _clip(self, clip: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Clip each adapter's gradients by their own norm."""
-        if not self._clips:
-            return
-        for name in self.standings.live:
-            with only_gradients_of(self.owned, name):
-                clip(*args, **kwargs)
 
     def after_backward(self) -> None:
         """After a backward pass: add the gradients of earlier ones, which manual optimization has not postponed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -17,10 +17,20 @@ from lightning_lora.names import listed
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.sweep.forecast import forecast
 from lightning_lora.sweep.meeting import Meeting
-from lightning_lora.sweep.optimizers import Parameters, Turns, drop_gradients, step_together
+from lightning_lora.sweep.optimizers import Parameters, Turns, drop_gradients, only_gradients_of, step_together
 from lightning_lora.sweep.proof import Proof, Way
 from lightning_lora.sweep.standings import DIVERGED, Standings
-from lightning_lora.sweep.steps import Call, Mapped, Outcome, OwnMetrics, Step, UnfitError, failure, run_one
+from lightning_lora.sweep.steps import (
+    Call,
+    Mapped,
+    Outcome,
+    OwnMetrics,
+    Step,
+    UnfitError,
+    failure,
+    recorded_logs,
+    run_one,
+)
 from lightning_lora.switching import using
 from lightning_lora.trainer.buffers import claim_buffers
 
@@ -249,6 +259,18 @@ class Training:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._waiting.clear()
 
+    def look_at_gradients(self, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Run a hook that sees gradients for every adapter, with its own alone; called in place of the module's."""
+        if not self.module.automatic_optimization:  # its step has that adapter in place
+            hook(*args, **kwargs)
+            return
+        outcomes = dict[str, Outcome]()
+        for name in self.standings.live:
+            with using(self.module, name), only_gradients_of(self.owned, name), recorded_logs(self.module) as logged:
+                hook(*args, **kwargs)
+            outcomes[name] = Outcome(None, logged=logged)
+        self._log(outcomes, {})
+
     def _total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the sum of the losses that are finite; its gradient is that of every adapter's own loss."""
         stacked = torch.stack([loss.float() if loss.dtype != torch.float64 else loss for loss in losses.values()])
@@ -333,7 +355,7 @@ class Training:
         """Log what each adapter has logged under its own name, and the best one's also as it is."""
         shown, results = self.standings.ranked(outcomes)[:1], self.trainer._results
         for name, outcome in outcomes.items():
-            if self.chosen[name].data is not None and results is not None:
+            if self.chosen[name].data is not None and name in calls and results is not None:
                 results.batch, results.batch_size = calls[name][0][0], None  # whose size weighs means
             for key, value, options in outcome.logged:
                 if isinstance(value, Metric):

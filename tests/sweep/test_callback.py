@@ -167,6 +167,38 @@ def test_a_backward_pass_that_calls_the_network_again_has_its_own_adapter(mode: 
     assert_each_is_alone(Adjoint, sweep, module, EXACT, accumulate_grad_batches=2)
 
 
+class WorksOnGradients(Quiet):
+    """Normalizes, logs and clips gradients in hooks, which find them in three ways."""
+
+    def on_after_backward(self) -> None:
+        for layer in lora_layers(self).values():
+            layer.lora.A.grad.div_(layer.lora.A.grad.norm() + 1e-3)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        self.log("norm", norm)
+        for gradient in gradients:
+            gradient.div_(1 + norm)
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        for layer in lora_layers(self).values():
+            layer.lora.B.grad.clamp_(-1e-3, 1e-3)
+        held = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        held[0].mul_(len(held))
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+def test_hooks_that_see_gradients_run_for_each_adapter_with_its_own(mode: Any):
+    module, sweep = WorksOnGradients(), swept(adapters=FOUR, mode=mode, keep=1.0)
+    options = {"accumulate_grad_batches": 2, "max_steps": 8}
+    run = fit(module, sweep, **options)
+    assert_each_is_alone(WorksOnGradients, sweep, module, EXACT if mode == "loop" else CLOSE, **options)
+    norms = {name: float(run.logged_metrics[f"norm/{name}"]) for name in FOUR}
+    assert len(set(norms.values())) == len(FOUR)
+    assert float(run.logged_metrics["norm"]) == norms[sweep.best]
+
+
 @pytest.mark.parametrize("bias", ["lora_only", "all"])
 @pytest.mark.parametrize("mode", MODES)
 def test_biases_beside_dora_end_as_in_a_fit_of_their_own(mode: Any, bias: Any):
