@@ -8,7 +8,7 @@ from os import PathLike
 from typing import cast
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -72,6 +72,11 @@ def begin_from(
     if path is not None:
         start = start_from(module, path, check_base=check_base, is_new=is_new, keep=buffers.set_by_hooks)
         rank_zero_info(f"LoRA: started from {path}: {start}")
+        if start.dropped:
+            rank_zero_warn(
+                f"init_from={str(path)!r} leaves out {listed(start.dropped)}: trained there, and not trained here. If "
+                "this is not meant, choose the same layers and modules_to_save."
+            )
     elif not is_new and (norm := norm_of_updates(module)):
         rank_zero_info(
             f"LoRA: continues from the adapters already attached (norm of the updates {norm:.3g}); "
@@ -237,7 +242,7 @@ def _resolved(
             )
         else:
             problems.append(f"{name}: {tuple(value.shape)} there, {tuple(own.shape)} here")
-    start.dropped = [name for name in source if name not in model.trained and ".lora." in name]
+    start.dropped = [name for name in source if name not in model.trained]
     for names in (start.kept, start.grown, start.new):
         names[:] = dict.fromkeys(names)
     start.kept = [label for label in start.kept if label not in start.grown]

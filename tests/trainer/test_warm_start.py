@@ -175,6 +175,27 @@ def test_a_head_for_other_labels_is_refused_with_the_way_to_start_from_the_rest(
         torch.testing.assert_close(updates(module)[name], update)
 
 
+class OtherHead(Labelled):
+    """Has the same network below a head of another name."""
+
+    def build(self) -> None:
+        super().build()
+        self.classifier = self.head
+        del self.head
+
+    def loss(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        return self.classifier(self.net(batch[0])).square().mean()
+
+
+def test_what_the_source_trained_and_this_module_does_not_train_is_warned_of(tmp_path: Path) -> None:
+    run = trainer(LoRACallback(rank=2, target_modules=["net.0", "net.2"], modules_to_save=["head"]))
+    run.fit(Labelled(), loader())
+    run.save_checkpoint(path := tmp_path / "first.ckpt")
+    options = {"rank": 4, "target_modules": ["net.0"], "modules_to_save": ["classifier"]}
+    with pytest.warns(UserWarning, match=r"leaves out net.2.lora.A, net.2.lora.B, head.weight, head.bias: trained"):
+        trainer(LoRACallback(**options, init_from=path)).fit(OtherHead(), loader())
+
+
 def test_source_without_common_tensors_is_refused(tmp_path: Path) -> None:
     _, _, path = fitted(tmp_path)
     other = nn.Sequential(nn.Linear(4, 4))
