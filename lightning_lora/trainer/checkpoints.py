@@ -92,7 +92,8 @@ class AdapterCheckpoints:
         self._unsaved = Unsaved(self.layout)
         self.has_loaded = False  # a file, in this run
         self.saved = set[str]()  # the files of this run
-        self._trains: str | None = None  # the adapter that a fit trains, if it is one of several
+        self._trains: str | None = None  # the adapter that the latest fit trains or has trained
+        self._is_running = False
         self.ranks: Callable[[], tuple[dict[str, Any], dict[str, Any]]] | None = None  # state and scores of a schedule
         self.loaded_ranks: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None  # the same of a checkpoint
         self.sweep: Callable[[], dict[str, Any]] | None = None  # what a sweep adds to the record
@@ -104,7 +105,7 @@ class AdapterCheckpoints:
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
             method = getattr(self, name)
-            setattr(strategy, name, method if "load" in name else self.as_trained()(method))
+            setattr(strategy, name, method if "load" in name else self._saving()(method))
         setattr(strategy, INSTALLED, self)
 
     @property
@@ -117,17 +118,22 @@ class AdapterCheckpoints:
     @contextmanager
     def as_trained(self) -> Iterator[None]:
         """Have the adapter of the fit in place as it trains, whatever a hook of the module computes with meanwhile."""
-        module = module_of(self.strategy)
-        is_there = self._trains is None or self._trains == active_adapter(module) or self.sweep is not None
-        with nullcontext() if is_there else switched(module, self._trains, "LoRACallback"), unscaled(module):
+        module, name = module_of(self.strategy), self._trains
+        is_there = name in (None, active_adapter(module)) or name not in adapter_names(module) or self.sweep is not None
+        with nullcontext() if is_there else switched(module, name, "LoRACallback"), unscaled(module):
             yield
 
     @contextmanager
-    def ending(self) -> Iterator[None]:
-        """The same for what ends a fit; afterwards, the active adapter is the one that is saved."""
+    def _saving(self) -> Iterator[None]:
+        before = active_adapter(module_of(self.strategy))
         with self.as_trained():
+            now = active_adapter(module_of(self.strategy))
+            if now != before and not self._is_running:
+                rank_zero_warn(
+                    f"LoRA: this checkpoint holds the adapter {now!r}, which this Trainer has trained, and not "
+                    f"{before!r}, which is active. save_adapter(module, directory) writes the active one."
+                )
             yield
-        self._trains = None
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the state to save: adapters, what trains in full, moving statistics, metric and extra states."""
@@ -243,17 +249,23 @@ class AdapterCheckpoints:
             # Not the strategy's own method, which may write a directory of shards: an adapter is small.
             Strategy.save_checkpoint(self.strategy, checkpoint, place, storage_options=storage_options)
 
-    def begin_run(self) -> None:
-        """Forget what an earlier run of the same Trainer has loaded and watched."""
-        self.ranks = self.loaded_ranks = self._trains = None
+    def begin_run(self, *, is_fit: bool, check_base: bool, keeps_all: bool) -> None:
+        """Forget what an earlier run of the same Trainer has loaded and watched, and a fit what it has trained."""
+        self.check_base, self.keeps_all, self._is_running = check_base, keeps_all, True
+        self._trains = None if is_fit else self._trains
+        self.ranks = self.loaded_ranks = self.untrained = None
         self._unsaved, self.has_loaded, self.saved = Unsaved(self.layout), False, set()
+
+    def end_run(self) -> None:
+        """Expect hooks no longer to compute with another adapter than the trained one."""
+        self._is_running = False
 
     def note_base(self) -> None:
         """Remember the base that training begins with; every process must call this."""
         self.check_late()
         model = self._model
         self._unsaved.begin(model, base_fingerprint(self.layout, model), keeps_all=self.keeps_all)
-        self._trains = active_adapter(model.module) if len(adapter_names(model.module)) > 1 else None
+        self._trains = active_adapter(model.module)
 
     def check_late(self) -> None:
         """Before the second batch, look again for what came too late to be loaded; every process must call this."""

@@ -104,8 +104,6 @@ class FitSession:
     ) -> None:
         self.options, self.trainer, self.module, self._is_fit = options, trainer, module, is_fit
         self._checkpoints = install_adapter_checkpoints(trainer.strategy)
-        self._checkpoints.check_base, self._checkpoints.untrained = options.check_base, None
-        self._checkpoints.keeps_all = options.save_adapters == "all"
         self.layout = self._checkpoints.layout
         self.gradients = GradientCheck(module, self.layout)
         self.diagnostics: FitDiagnostics | None = None
@@ -123,7 +121,8 @@ class FitSession:
             self._schedule = schedule_of(self._schedule, chosen_record(trainer), takes_any=self._takes_any)
         self._config = widened(options.rank_schedule, options.config)
         self.ranks: FitRanks | None = None
-        self._checkpoints.begin_run()
+        keeps_all = options.save_adapters == "all"
+        self._checkpoints.begin_run(is_fit=is_fit, check_base=options.check_base, keeps_all=keeps_all)
         self._bare = ExitStack()  # has hooks of the module set the base's buffers, and not those of another adapter
         if self._name is not None and self._name in adapter_names(module):
             set_adapter(module, self._name)
@@ -465,6 +464,7 @@ class FitSession:
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
         self.has_values = self._held is not None or self._checkpoints.has_loaded  # trained, or from a file
+        self._checkpoints.end_run()
         self._buffers.close()
         self._wraps.remove()
         self._bare.close()
@@ -478,7 +478,7 @@ class FitSession:
 
     def finish(self) -> None:
         """Export and merge the adapters of a successful fit, if asked to."""
-        with self._checkpoints.ending():
+        with self._checkpoints.as_trained():
             self._finish()
 
     def _finish(self) -> None:

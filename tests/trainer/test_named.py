@@ -296,15 +296,27 @@ def test_a_checkpoint_of_one_of_several_adapters_inside_other_blocks_is_refused(
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-def test_what_is_active_after_a_fit_is_saved(tmp_path: Path):
+def test_each_trainer_saves_what_it_has_trained_and_says_so_if_another_adapter_is_active(tmp_path: Path):
     module = Toy()
-    for name in ("other", "mine"):
-        run = fit(module, LoRACallback(adapter=name, rank=2))
+    runs = {name: fit(module, LoRACallback(adapter=name, rank=2)) for name in ("other", "mine")}
+    runs["mine"].validate(module, loader(), verbose=False)
     set_adapter(module, "other")
-    run.save_checkpoint(tmp_path / "other.ckpt")
-    loaded = Toy()
-    load_adapter(loaded, tmp_path / "other.ckpt")
-    assert_same_bits(adapter_state_dict(loaded), state(module, "other"))
+    for name, run in runs.items():
+        message = "holds the adapter 'mine', which this Trainer has trained, and not 'other', which is active"
+        with pytest.warns(UserWarning, match=message) if name == "mine" else nullcontext():
+            run.save_checkpoint(tmp_path / f"{name}.ckpt")
+        load_adapter(loaded := Toy(), tmp_path / f"{name}.ckpt")
+        assert_same_bits(adapter_state_dict(loaded), state(module, name))
+    assert active_adapter(module) == "other"
+
+
+def test_a_trainer_whose_adapter_was_removed_saves_the_active_one(tmp_path: Path):
+    module = Toy()
+    runs = {name: fit(module, LoRACallback(adapter=name, rank=2)) for name in ("other", "mine")}
+    remove_adapter(module, "other")
+    runs["other"].save_checkpoint(tmp_path / "mine.ckpt")
+    load_adapter(loaded := Toy(), tmp_path / "mine.ckpt")
+    assert_same_bits(adapter_state_dict(loaded), state(module, "mine"))
 
 
 # --- checkpoints of all adapters
