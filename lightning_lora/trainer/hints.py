@@ -16,6 +16,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import AttachReport
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer, LowRankAdapter, adapter_type, family_of, has_running_statistics
+from lightning_lora.named_adapters import recorded
 from lightning_lora.names import OTHERS, clean_name, join, listed, walk
 from lightning_lora.optimizers import fast_parameters
 from lightning_lora.option_checks import AUTO
@@ -271,6 +272,13 @@ def explain_torch_error(exception: BaseException, module: nn.Module) -> None:
         exception.args = (
             f"{text}\nLightning validates, tests and predicts without gradients. Where a step computes derivatives of "
             "its own, such as forces, set Trainer(inference_mode=False) and compute them under torch.enable_grad().",
+        )
+    elif _CUT in text and (several := recorded(module)) is not None and several.active in several.frozen:
+        trained = [repr(name) for name in several.adapters if name not in several.frozen]
+        exception.args = (
+            f"{text}\nLoRA: the active adapter is {several.active!r}, which stays as it is in this fit; "
+            f"{listed(trained)} trains. A hook or step has called set_adapter without putting it back: use `with "
+            "using(module, ...)`.",
         )
     elif _CUT in text and model.adapters:
         exception.args = (

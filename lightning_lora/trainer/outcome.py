@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.base_buffers import moved_buffers
 from lightning_lora.layers import Adapter, base_parameter
 from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
@@ -79,6 +80,16 @@ def check_trained(
     say = rank_zero_warn if is_untrained else rank_zero_info
     say(f"{message} {nothing}")
     return False
+
+
+def tell_of_moved_buffers(module: LightningModule) -> None:
+    """Say which buffers of the base a fit has changed, and to whom they belong now."""
+    if moved := moved_buffers(AdaptedModel(module)):
+        rank_zero_info(
+            f"LoRA: training has changed buffers of the base: {listed(list(moved))}. They belong to the adapter: "
+            "checkpoints hold them, and disabled, detach and other adapters see the base's own. PEFT directories have "
+            "no place for them, unless modules that hold them are named in modules_to_save."
+        )
 
 
 def _is_untrained(module: LightningModule, layout: Layout) -> bool:

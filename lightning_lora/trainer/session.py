@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import LearningRateFinder
 
 from lightning_lora.adapted_model import AdaptedModel, HeldAdapters
 from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
-from lightning_lora.base_buffers import moved_buffers
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import active_adapter, adapter_names
@@ -51,7 +50,7 @@ from lightning_lora.trainer.lightning_patches import (
     equal_values_kept,
     overrides,
 )
-from lightning_lora.trainer.outcome import check_finite, check_trained
+from lightning_lora.trainer.outcome import check_finite, check_trained, tell_of_moved_buffers
 from lightning_lora.trainer.precision import convert_layers
 from lightning_lora.trainer.ranks import FitRanks, attaching, check_undecided, schedule_of, widened
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
@@ -446,6 +445,10 @@ class FitSession:
 
     def succeed(self) -> None:
         """Record a successful fit; raise if it trained nothing, not all that was named, or to no number."""
+        with self._checkpoints.as_trained():  # hooks may have left another adapter in place
+            self._succeed()
+
+    def _succeed(self) -> None:
         check_finite(self.layout, self.module, self.gradients.broken_at())
         self.gradients.finish()
         has_moved, options = self.gradients.has_moved(), self.options
@@ -454,12 +457,7 @@ class FitSession:
         hints.warn_of_unfrozen(self.module)
         if self.ranks is not None:
             self.ranks.succeed()
-        if moved := moved_buffers(AdaptedModel(self.module)):
-            rank_zero_info(
-                f"LoRA: training has changed buffers of the base: {listed(list(moved))}. They belong to the adapter: "
-                "checkpoints hold them, and disabled, detach and other adapters see the base's own. PEFT directories "
-                "have no place for them, unless modules that hold them are named in modules_to_save."
-            )
+        tell_of_moved_buffers(self.module)
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""

@@ -310,6 +310,48 @@ def test_each_trainer_saves_what_it_has_trained_and_says_so_if_another_adapter_i
     assert active_adapter(module) == "other"
 
 
+class LeavesAnother(Toy):
+    """Has hooks that switch to another adapter and leave it in place."""
+
+    leaves_in = "on_train_end"
+    breaks = False
+
+    def on_train_end(self) -> None:
+        if self.breaks:
+            next(iter(lora_layers(self).values())).lora.B.data.fill_(float("nan"))
+        self._leave("on_train_end")
+
+    def on_validation_epoch_end(self) -> None:
+        self._leave("on_validation_epoch_end")
+
+    def _leave(self, hook: str) -> None:
+        if hook == self.leaves_in and not self.trainer.sanity_checking:
+            set_adapter(self, "other")
+
+
+def test_the_end_of_a_fit_judges_and_exports_what_was_trained(tmp_path: Path):
+    add_adapter(module := LeavesAnother(), "other", LoRAConfig(rank=2))  # untrained
+    fit(module, LoRACallback(adapter="mine", rank=2, export_dir=tmp_path / "exported"))
+    assert active_adapter(module) == "other"  # as the hook wanted it
+    load_adapter(exported := Toy(), tmp_path / "exported")
+    assert_same_bits(adapter_state_dict(exported), state(module, "mine"))
+
+
+def test_the_end_of_a_fit_finds_what_is_not_finite_in_what_was_trained():
+    add_adapter(module := LeavesAnother(), "other", LoRAConfig(rank=2))
+    module.breaks = True
+    with pytest.raises(MisconfigurationException, match=r"Training diverged: NaN or infinity in net\.0\.lora\.B"):
+        fit(module, LoRACallback(adapter="mine", rank=2))
+
+
+def test_an_adapter_that_a_hook_leaves_in_place_is_named_where_gradients_are_missing():
+    add_adapter(module := LeavesAnother(), "other", LoRAConfig(rank=2))
+    module.leaves_in = "on_validation_epoch_end"
+    message = "the active adapter is 'other', which stays as it is in this fit; 'mine' trains"
+    with pytest.raises(RuntimeError, match=message):
+        trainer(LoRACallback(adapter="mine", rank=2), max_steps=12, limit_val_batches=1).fit(module, loader(), loader())
+
+
 def test_a_trainer_whose_adapter_was_removed_saves_the_active_one(tmp_path: Path):
     module = Toy()
     runs = {name: fit(module, LoRACallback(adapter=name, rank=2)) for name in ("other", "mine")}
