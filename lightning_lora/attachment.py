@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any, NamedTuple
@@ -211,7 +212,7 @@ def requested(module: nn.Module) -> tuple[LoRAConfig, int, str | None, Stored] |
     return vars(module).get(_REQUEST)
 
 
-_keeps_starts = [False]
+_keeps_starts = ContextVar("_keeps_starts", default=False)
 
 
 @contextmanager
@@ -220,17 +221,16 @@ def keeping_starts() -> Iterator[None]:
 
     A later fit may start anew from them, and other adapters of the module need the base's own.
     """
-    before = _keeps_starts[0]
-    _keeps_starts[0] = True
+    token = _keeps_starts.set(True)
     try:
         yield
     finally:
-        _keeps_starts[0] = before
+        _keeps_starts.reset(token)
 
 
 def keeps_starts() -> bool:
     """Return whether this runs inside ``keeping_starts``."""
-    return _keeps_starts[0]
+    return _keeps_starts.get()
 
 
 def merge_count(layer: nn.Module) -> int:

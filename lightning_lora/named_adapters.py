@@ -15,6 +15,7 @@ The first adapter is called ``"default"`` unless it was named. A module with one
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -88,6 +89,7 @@ class Several:
         base: Modules that an adapter trains in full -> where to keep the base's own tensors.
         again: Inside ``routed``, which forbids switching, the function that enters it.
         frozen: Adapters that stay as they are while another one trains.
+        thread: The one that has switched last.
     """
 
     home: nn.Module
@@ -96,9 +98,10 @@ class Several:
     base: dict[nn.Module, Kept] = field(default_factory=dict)
     again: Context | None = None
     frozen: set[str] = field(default_factory=set)
+    thread: int = 0
 
     def __post_init__(self) -> None:
-        _records.add(self)
+        _records[id(self)] = self
         # Or gradients would reach the adapter that is active by then. First, since no mode spans a switch.
         restore_in_recomputation(_states, first=True)
 
@@ -404,7 +407,7 @@ def _exchange(several: Several, name: str | None) -> None:
         _put_away(several.base, before)
     if name is not None:
         _put_in_place(several.base, several.adapters[name])
-    several.active = name
+    several.active, several.thread = name, threading.get_ident()
 
 
 def _check_not_flattened(several: Several, before: Named | None, after: Named | None) -> None:
@@ -467,17 +470,18 @@ def _norms_of(adapter: Named | None) -> set[tuple[str, ...]]:
 
 # --- activation checkpointing
 
-_records: weakref.WeakSet[Several] = weakref.WeakSet()
+_records: weakref.WeakValueDictionary[int, Several] = weakref.WeakValueDictionary()
 
 
 def _states() -> list[Context]:
     """Return contexts in which the adapters are in place that are in place now."""
-    return [partial(_as_it_was, record, record.active, record.again) for record in _records]
+    records = [record for reference in _records.valuerefs() if (record := reference()) is not None]
+    return [partial(_as_it_was, each, each.active, each.again, threading.get_ident()) for each in records]
 
 
 @contextmanager
-def _as_it_was(record: Several, name: str | None, again: Context | None) -> Iterator[None]:
-    if record.again is again and record.active == name:
+def _as_it_was(record: Several, name: str | None, again: Context | None, thread: int) -> Iterator[None]:
+    if (record.again is again and record.active == name) or record.thread != thread:  # that one's model is its own
         yield
     elif again is not None:
         with again():
@@ -490,3 +494,4 @@ def _as_it_was(record: Several, name: str | None, again: Context | None) -> Iter
                 yield
         finally:
             switch_to(record, before)
+            record.thread = thread  # and not that of autograd

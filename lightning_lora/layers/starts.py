@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -62,12 +63,17 @@ def random_start(name: str) -> Initializer:
     return INITIALIZERS.get(name, kaiming)
 
 
-_generator = torch.Generator(device="cpu")  # shared: making one costs more than seeding one
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.generator = torch.Generator(device="cpu")  # kept: making one costs more than seeding one
+
+
+_of_thread = _OfThread()
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Return a CPU generator in the state of ``seed``; valid until the next call."""
-    return _generator.manual_seed(seed)
+    """Return a CPU generator in the state of ``seed``; valid until the next call in this thread."""
+    return _of_thread.generator.manual_seed(seed)
 
 
 def layer_seed(seed: int, name: str, shape: Sequence[int]) -> int:

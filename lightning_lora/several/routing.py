@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -72,7 +73,7 @@ def _routed(module: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     _check_routable(several, [name for name in used if name is not None], paths)
     before = several.active
     switch_to(several, None)
-    several.again = partial(routed, module, names)
+    several.again, several.thread = partial(routed, module, names), threading.get_ident()
     try:
         with buffers_kept(several):
             for part in parts:

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from lightning_lora import (
     set_adapter,
     using,
 )
+from lightning_lora.attachment import keeping_starts, keeps_starts
+from lightning_lora.layers.starts import seeded
 from lightning_lora.loading import _load
 from lightning_lora.several.combination import attach_sum
 from tests.contract import train_all
@@ -303,6 +306,41 @@ def test_a_backward_pass_in_another_thread_computes_blocks_again_without_waiting
         loss = checkpoint(with_b, inputs, use_reentrant=False).sum()
         Elsewhere(loss.backward).done()
     assert torch.equal(inputs.grad, expected)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_block_that_is_computed_again_leaves_a_model_alone_that_another_thread_has_switched(
+    model: nn.Module, elsewhere: bool
+) -> None:
+    """Each thread may train a model of its own; what this one has switched itself is put back for a while."""
+    other, seen = copy.deepcopy(model), []
+
+    def looking(x: Tensor) -> Tensor:
+        seen.append(active_adapter(other))
+        return model(x)
+
+    set_adapter(other, "a")
+    loss = checkpoint(looking, INPUT.clone().requires_grad_(), use_reentrant=False).sum()
+    switch = partial(set_adapter, other, "b")
+    Elsewhere(switch).done() if elsewhere else switch()
+    loss.backward()
+    assert seen == ["a", "b" if elsewhere else "a"]
+    assert active_adapter(other) == "b"
+
+
+def test_threads_draw_random_starts_of_their_own() -> None:
+    def draw(seed: int) -> Tensor:
+        return torch.rand(4, generator=seeded(seed))
+
+    expected, generator = draw(1), seeded(1)
+    Elsewhere(lambda: draw(2)).done()
+    assert torch.equal(torch.rand(4, generator=generator), expected)
+
+
+def test_first_values_are_kept_for_the_thread_that_has_asked() -> None:
+    with keeping_starts():
+        assert keeps_starts()
+        assert not Elsewhere(keeps_starts).done()
 
 
 def test_a_part_and_the_whole_take_turns(model: nn.Module) -> None:
