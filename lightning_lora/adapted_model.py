@@ -190,13 +190,32 @@ class AdaptedModel:
         Raises:
             ValueError: Its message says what to call instead.
         """
+        for part in self._of_parents():
+            raise ValueError(
+                f"This {type(self.module).__name__} holds a {type(part).__name__} that was attached to a parent of "
+                "it; call this on the module that was passed to attach."
+            )
+
+    def _of_parents(self) -> Iterator[nn.Module]:
+        """Yield the parts that were changed by an attach to a module above this one."""
         covered = {id(part) for root in self.roots for part in root.module.modules()}
         for _, part in self.parts:
             if isinstance(part, (LoRALayer, FrozenNorm)) and id(part) not in covered:
-                raise ValueError(
-                    f"This {type(self.module).__name__} holds a {type(part).__name__} that was attached to a parent of "
-                    "it; call this on the module that was passed to attach."
-                )
+                yield part
+
+    def check_knows_all(self) -> None:
+        """Raise if a module above this one trains something in full here, which that one's record alone can tell.
+
+        Raises:
+            ValueError: Its message names what trains.
+        """
+        trains = [name for name, parameter in self.base.items() if parameter.requires_grad and f"{OTHERS}." not in name]
+        if trains and next(self._of_parents(), None) is not None:
+            raise ValueError(
+                f"{listed(trains)} of this {type(self.module).__name__} train in full, beside adapters that were "
+                "attached to a parent of it. Call this on the module that was passed to attach, and take the entries under the "
+                "part's name."
+            )
 
     def check_adapted(self, caller: str) -> None:
         """Raise if there is nothing for a function to act on.

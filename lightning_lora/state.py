@@ -39,10 +39,11 @@ def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     processes come whole; then every process must call this.
 
     Raises:
-        ValueError: The module has no adapters.
+        ValueError: The module has no adapters, or it is a part of an adapted one and holds what that trains in full.
         RuntimeError: Adapted layers have been replaced or resized.
     """
     model = AdaptedModel(module)
+    model.check_knows_all()
     model.check_unchanged()
     model.check_started()
     if not model.trained:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ def test_state_holds_copies_without_gradients(tiny, rng):
 def test_state_of_submodule_uses_its_names(tiny, rng):
     model = trained_from(tiny, rng)
     assert list(adapter_state_dict(model.blocks[0])) == ["q_proj.lora.A", "q_proj.lora.B"]
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["blocks.0.norm"]}, {"bias": "all"}])
+def test_state_of_submodule_refuses_to_leave_out_what_trains_in_full(tiny, options):
+    tiny.blocks[0].norm = nn.LayerNorm(4)
+    attach(tiny, replace(CONFIG, **options))
+    with pytest.raises(ValueError, match=r"norm\.bias.* of this \w+ train in full.*passed to attach"):
+        adapter_state_dict(tiny.blocks[0])
+    assert "blocks.0.norm.bias" in adapter_state_dict(tiny)
 
 
 def test_state_holds_only_persistent_buffers(tiny):

@@ -416,7 +416,8 @@ def _first_values(model: AdaptedModel) -> Iterator[str]:
     if 2 * sum(verdicts.values()) >= len(verdicts):
         return  # nothing was trained here, or much was built anew on purpose
     known = {each for _, part in model.parts if _is_of_transformers(part) for each in part.modules()}
-    frozen = {name for name, part in layers.items() if not part.weight.requires_grad and part not in known}
+    own = {name: part._parameters["weight"] for name, part in layers.items() if name in verdicts and part not in known}
+    frozen = {name for name, weight in own.items() if weight is not None and not weight.requires_grad}
     if new := [name for name, verdict in verdicts.items() if verdict and name in frozen - _too_small(model)]:
         yield (
             f"the values of {listed(new)} look random, as those of a new layer. No checkpoint holds them: another "

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils.data import DataLoader
 
 from lightning_lora import (
@@ -497,3 +498,33 @@ def test_loading_into_a_module_that_is_not_built_yet_names_the_hook_that_builds_
     with pytest.raises(ValueError, match="Linear") as error:
         load_adapter(nn.Linear(2, 2), path)
     assert "builds layers" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"init": "eva"}, {"use_dora": True, "rank_schedule": "cubic"}, {"init": "olora"}]
+)
+def test_a_fit_computes_normalized_weights_in_forward_passes_alone(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reading of such a weight in train mode is a power iteration, which moves its state."""
+    module, counts = Toy(), {"iterations": 0, "passes": 0}
+    module.net = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8))
+    for parameter in module.parameters():
+        parameter.data.mul_(3).add_(0.1)  # or they would look untrained, and nothing would ask which ones are new
+    nn.utils.parametrizations.spectral_norm(module.net[2])
+    iterate = _SpectralNorm._power_method
+
+    def counted(*args: Any) -> None:
+        counts["iterations"] += 1
+        iterate(*args)
+
+    def passed(part: nn.Module, _: Any) -> None:
+        counts["passes"] += part.training
+
+    monkeypatch.setattr(_SpectralNorm, "_power_method", counted)
+    module.net[2].register_forward_pre_hook(passed)
+    callback = LoRACallback(rank=2, target_modules=["net.0", "net.4"], modules_to_save=["net.2"], **options)
+    run = trainer(callback, max_steps=8, limit_val_batches=1)
+    run.fit(module, loader(), loader())
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    assert counts["iterations"] == counts["passes"] >= 8
