@@ -213,8 +213,8 @@ class AdaptedModel:
         if trains and next(self._of_parents(), None) is not None:
             raise ValueError(
                 f"{listed(trains)} of this {type(self.module).__name__} train in full, beside adapters that were "
-                "attached to a parent of it. Call this on the module that was passed to attach, and take the entries under the "
-                "part's name."
+                "attached to a parent of it. Call this on the module that was passed to attach, and take the entries "
+                "under the part's name."
             )
 
     def check_adapted(self, caller: str) -> None:
