@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -38,6 +39,25 @@ class FrozenNorm(Swapped):
         return self
 
 
+class FrozenStatistics(FrozenNorm):
+    """A normalization layer that keeps its running statistics even where all others begin theirs anew."""
+
+    def reset_running_stats(self) -> None:
+        """Keep them, and say so: ``torch.optim.swa_utils.update_bn`` would compute new ones in train mode."""
+        warnings.warn(
+            "Running statistics of frozen norms are those of the pretrained model and stay, so nothing was reset; "
+            "frozen_norm='track' lets them move.",
+            stacklevel=2,
+        )
+
+    def reset_parameters(self) -> None:
+        """Begin with new values everywhere, as after the meta device."""
+        super().reset_running_stats()  # type: ignore[misc]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            super().reset_parameters()  # type: ignore[misc]
+
+
 def has_running_statistics(module: nn.Module) -> bool:
     """Return whether training moves buffers of this module by normalizing its input or its weight."""
     if isinstance(module, _NormBase):
@@ -60,7 +80,7 @@ def hold_statistics(norm: nn.Module) -> None:
         if _ASKED_ITERATIONS not in vars(hook):
             vars(hook)[_ASKED_ITERATIONS], hook.n_power_iterations = hook.n_power_iterations, 0
     if not hooks and not isinstance(norm, FrozenNorm):
-        swap_in(norm, FrozenNorm)
+        swap_in(norm, FrozenStatistics if isinstance(norm, _NormBase) else FrozenNorm)
         norm.train(norm.training)
 
 

@@ -18,8 +18,8 @@ Importing ``lightning_lora.callback`` makes each of them once, for ``lightning.p
 7. ``cli.LightningArgumentParser.error`` says which option was meant by an unknown one of ``LoRACallback``, instead of
    all the types that the parser tried. It is changed when the module is imported, which takes jsonargparse.
 
-Changes to single objects are undone when a stage ends: wrapped methods of a module (``MethodWraps``), and the averages
-that callbacks form (``equal_values_kept``). Only the methods of a strategy object that save and load stay replaced
+Changes to single objects are undone when a stage ends: wrapped methods of a module (``MethodWraps``), and what
+callbacks average (``frozen_kept``). Only the methods of a strategy object that save and load stay replaced
 (``checkpoints.AdapterCheckpoints``).
 """
 
@@ -41,12 +41,16 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.fabric.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.base_buffers import copied
+from lightning_lora.layers import FrozenNorm
 from lightning_lora.state import check_not_merged, has_base_values
 from lightning_lora.storage.checkpoint import RECORD_KEY, plain_values, recorded_base
 
@@ -359,7 +363,7 @@ class MethodWraps:
         for module, name in reversed(self._wrapped):
             wrapper = vars(module).pop(name, None)
             method = getattr(wrapper, "__wrapped__", None)
-            if method is not None and getattr(method, "__func__", None) is not getattr(type(module), name, None):
+            if method is not None and getattr(method, "__func__", method) is not getattr(type(module), name, None):
                 setattr(module, name, method)  # it was set on the instance before, as LightningCLI does
         self._wrapped.clear()
 
@@ -368,11 +372,18 @@ class MethodWraps:
 
 
 @contextmanager
-def equal_values_kept(averaging: Iterable[Callback]) -> Iterator[None]:
-    """Make callbacks that average a module leave alone what it and its average have in common: all that is frozen.
+def frozen_kept(averaging: Iterable[Callback]) -> Iterator[None]:
+    """Make callbacks that average a module leave alone all that is frozen.
 
-    Otherwise an average such as ``0.999 * a + 0.001 * b`` would change frozen weights by roundings, step after step.
+    Otherwise an average such as ``0.999 * a + 0.001 * b`` would change frozen weights by roundings, step after step:
+    what is equal in the module and its average stays. And StochasticWeightAveraging would reset the statistics of
+    frozen norms, to compute them anew in train mode, which these are never in.
     """
+    averaging, wraps = list(averaging), MethodWraps()
+    for callback in averaging:
+        if isinstance(callback, with_twins(StochasticWeightAveraging)):
+            wraps.around(callback, "pl_module_contains_batch_norm", _has_moving_statistics)
+            wraps.around(callback, "reset_batch_norm_and_save_state", _reset_moving_statistics)
     holders = [each for callback in averaging for each in (callback, getattr(callback, "_average_model", None))]
     before = []
     for holder in holders:
@@ -383,8 +394,24 @@ def equal_values_kept(averaging: Iterable[Callback]) -> Iterator[None]:
     try:
         yield
     finally:
+        wraps.remove()
         for holder, name, average in before:
             setattr(holder, name, average)
+
+
+def _has_moving_statistics(_: Callable[..., bool], module: LightningModule) -> bool:
+    return any(isinstance(part, _BatchNorm) and not isinstance(part, FrozenNorm) for part in module.modules())
+
+
+def _reset_moving_statistics(reset: Callable[..., None], module: LightningModule) -> None:
+    held = [(part, part._buffers) for part in module.modules() if isinstance(part, FrozenNorm)]
+    for part, buffers in held:
+        vars(part)["_buffers"] = {name: copied(buffer) for name, buffer in buffers.items()}
+    try:
+        reset(module)
+    finally:
+        for part, buffers in held:
+            vars(part)["_buffers"] = buffers
 
 
 def _average(average: Callable[..., Tensor], one: Tensor, other: Tensor, count: Any) -> Tensor:

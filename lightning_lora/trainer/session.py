@@ -47,7 +47,7 @@ from lightning_lora.trainer.lightning_patches import (
     MethodWraps,
     chosen_checkpoint,
     chosen_record,
-    equal_values_kept,
+    frozen_kept,
     overrides,
 )
 from lightning_lora.trainer.outcome import check_finite, check_trained, tell_of_moved_buffers
@@ -368,7 +368,7 @@ class FitSession:
             export.check_export_place(self.layout, self._export_dir, self.trainer)  # callbacks know their folders now
         if not (chosen_checkpoint(self.trainer) and self.trainer.strategy.restore_checkpoint_after_setup):
             self._calibrate()
-        self._averages.enter_context(equal_values_kept(callbacks_of(self.trainer, *AVERAGING)))
+        self._averages.enter_context(frozen_kept(callbacks_of(self.trainer, *AVERAGING)))
         freeze_norms(self.module)  # sync_batchnorm makes new norm layers
         optimizers, ratio = self.trainer.optimizers, self.options.lr_ratio
         check_before_training(self.module, self.layout, optimizers)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 
 from lightning_lora import (
     LoRAConfig,
@@ -227,6 +229,25 @@ def test_frozen_norm_keeps_its_class_and_survives_copies(rng):
     detach(twin)
     assert type(twin.norm) is nn.BatchNorm1d
     assert type(model.norm) is not nn.BatchNorm1d
+
+
+@each_norm
+def test_frozen_statistics_are_not_begun_anew_without_the_layer(norm, rng):
+    model = Normed(norm())
+    step(model, rng)
+    before = copy.deepcopy(model.norm.state_dict())
+    attach(model, LoRAConfig(rank=2, target_modules=["first"], modules_to_save=["head.0"]))
+    data = [torch.randn(5, 8, 6, generator=rng) for _ in range(3)]
+    with pytest.warns(UserWarning, match="frozen norms are those of the pretrained model and stay"):
+        model.norm.reset_running_stats()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        update_bn(data, model)
+    assert_same_bits(model.norm.state_dict(), before)
+    if isinstance(model.head[0], nn.modules.batchnorm._BatchNorm):
+        assert model.head[0].num_batches_tracked == len(data)
+    model.norm.reset_parameters()  # as where a model is given memory
+    assert_same_bits(model.norm.state_dict(), norm().state_dict())
 
 
 SPECTRAL_NORMS = {"spectral_norm": nn.utils.parametrizations.spectral_norm, "older": nn.utils.spectral_norm}

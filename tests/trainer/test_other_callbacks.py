@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import warnings
@@ -161,6 +162,35 @@ def test_averaging_changes_no_bit_of_base_whatever_the_average_rounds(kind: str,
     trainer(LoRACallback()).test(module, loader(), ckpt_path=checkpoint.last_model_path, verbose=False)
     detach(module)
     assert digest(module) == before
+
+
+class NormedHead(Normed):
+    """Has a second norm, which trains in full."""
+
+    def build(self) -> None:
+        super().build()
+        self.net[3].register_module("norm", nn.BatchNorm1d(16))
+        self.net[3].register_forward_pre_hook(lambda part, inputs: part.norm(*inputs))
+
+
+@pytest.mark.parametrize("in_full", [[], ["net.3.norm"]], ids=["all frozen", "one trained"])
+def test_swa_leaves_statistics_of_frozen_norms_alone_and_computes_those_that_train(in_full: list[str]) -> None:
+    module, keeps = NormedHead(), Keeps()
+    frozen, trained = module.net[1], module.net[3].norm
+    for norm in frozen, trained:
+        norm(3 + 2 * torch.randn(64, 16))
+    before, first = copy.deepcopy(frozen.state_dict()), trained.running_mean.clone()
+    averaging = StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    callbacks = [LoRACallback(rank=2, modules_to_save=in_full), averaging, keeps]
+    trainer(*callbacks, max_epochs=3, max_steps=-1).fit(module, loader())
+    assert_same_bits(frozen.state_dict(), before)
+    if in_full:
+        assert not torch.equal(trained.running_mean, first)
+        assert trained.num_batches_tracked == len(loader())
+    else:
+        assert torch.equal(trained.running_mean, first)
+        assert len(keeps.epochs) == 3  # no pass over the data that computes nothing
+    assert not {"pl_module_contains_batch_norm", "reset_batch_norm_and_save_state"} & vars(averaging).keys()
 
 
 # --- tuners
