@@ -145,6 +145,7 @@ class Attachment:
         asked: The request as it was, if data or a truncation have decided the ranks in ``config``.
         calibration: What the data said of each adapter, as plain values, if they decided its start.
         rank_history: The decisions of a rank schedule, as plain values, once it has ended.
+        states: The extra states and persistent metrics that its first fit began with.
     """
 
     config: LoRAConfig
@@ -161,6 +162,7 @@ class Attachment:
     asked: LoRAConfig | None = None
     calibration: dict[str, Any] = field(default_factory=dict)
     rank_history: dict[str, Any] = field(default_factory=dict)
+    states: dict[str, Any] | None = None
 
     @property
     def first_buffers(self) -> dict[str, Tensor | None]:

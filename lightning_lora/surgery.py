@@ -438,14 +438,9 @@ def _record(plan: Plan, seed: int, old: Attachment | None) -> Attachment:
         untied=plan.untied,
         without_parameters=[name for name, part in plan.saved.items() if not parameters_of(part)],
     )
-    record = Attachment(config, seed, report, untied=dict(plan.untied))
-    if old is not None:
-        record.required_grad, record.base_values, record.starts = old.required_grad, old.base_values, old.starts
-        record.moved, record.buffers, record.watched = old.moved, old.buffers, old.watched
-        record.untied |= old.untied
-        record.name, record.asked, record.calibration = old.name, old.asked, old.calibration
-        record.rank_history = old.rank_history
-    return record
+    if old is None:
+        return Attachment(config, seed, report, untied=dict(plan.untied))
+    return replace(old, config=config, seed=seed, report=report, untied=plan.untied | old.untied)
 
 
 def _freeze_parameters(plan: Plan, record: Attachment) -> None:

@@ -1,14 +1,18 @@
-"""Watching the buffers of the base while a Trainer runs: what hooks set, and what training changes."""
+"""Watching what is no parameter while a Trainer runs: buffers that hooks set, or training changes, and other states."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from typing import TypeVar
 
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.attachment import Attachment
 from lightning_lora.base_buffers import (
     base_buffers,
     buffer_places,
@@ -20,6 +24,9 @@ from lightning_lora.base_buffers import (
 )
 from lightning_lora.layers.norm import has_running_statistics
 from lightning_lora.named_adapters import active_adapter, fill_buffers, of_others, own_buffer, recorded
+from lightning_lora.names import listed
+from lightning_lora.state import extra_state_names, extra_states
+from lightning_lora.trainer.metrics import load_states, metric_states
 
 T = TypeVar("T")
 
@@ -49,6 +56,20 @@ class BufferWatch:
         model, self._changed = AdaptedModel(self.module), changed
         self._before, self._parts = values_now(model), {part for _, part in model.parts}
         self._versions = {each: _version(each) for each in self.module.parameters()}
+
+    def begin_anew(self, before: Attachment) -> None:
+        """Put back the states that the first training of an adapter began with, and compare from here on.
+
+        Args:
+            before: The record of the adapter, which has been removed.
+        """
+        if before.states is None and (names := extra_state_names(self.module)):
+            rank_zero_warn(
+                f"LoRACallback(fresh=True): {listed(sorted(names))} could not be copied when the first fit began, so "
+                "what get_extra_state returns goes on as the last fit has left it."
+            )
+        load_states(AdaptedModel(self.module), copy.deepcopy(before.states or {}))
+        self.renew(before.moved)
 
     def note_set(self) -> None:
         """Count what hooks have set as changed by training, so that it is saved.
@@ -90,6 +111,7 @@ class BufferWatch:
         else:
             watch(self.module)
             claim_buffers(self.module, buffer_places(AdaptedModel(self.module)))
+            _keep_states(self.module)
 
     def close(self) -> None:
         """Give the base back what hooks had set for the fit."""
@@ -110,6 +132,15 @@ class BufferWatch:
             _of_all(self.module, lambda part: change(part) if active_adapter(part) in self._together else None)
         else:
             change(self.module)
+
+
+def _keep_states(module: nn.Module) -> None:
+    """Keep the extra states and persistent metrics that the adapter's first training begins with."""
+    model = AdaptedModel(module)
+    for root in model.roots[:1]:
+        if root.attachment.states is None:
+            with suppress(Exception):  # of what cannot be copied, which only a fit that starts anew would miss
+                root.attachment.states = copy.deepcopy(extra_states(model)[0] | metric_states(model))
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -220,7 +220,7 @@ class FitSession:
                 f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
             )
         self._remove(before)
-        self._buffers.renew(before.moved)
+        self._buffers.begin_anew(before)
         self._is_new = True
         if _SEED not in os.environ:
             self._seed = before.seed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lightning_lora import LoRACallback, LoRAConfig, add_adapter, attach, load_adapter, set_adapter
+from lightning_lora import (
+    LoRACallback,
+    LoRAConfig,
+    adapter_state_dict,
+    add_adapter,
+    attach,
+    load_adapter,
+    set_adapter,
+)
 from tests.contract import assert_same_bits
 from tests.files import run
 from tests.toys import Toy, digest, loader, network, trainer
@@ -228,3 +237,48 @@ def test_metrics_with_extra_states_load_them_once(tmp_path: Path) -> None:
     path = fitted(Measured(), tmp_path)
     trainer(LoRACallback()).test(module := Measured(), loader(), ckpt_path=path, verbose=False)
     assert module.metric.loads == 5
+
+
+class Measured(Warm):
+    """Has a metric that its checkpoints hold, and divides its loss by it."""
+
+    def build(self) -> None:
+        super().build()
+        self.scale = MeanMetric()
+        self.scale.persistent(True)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        loss = super().loss(batch)
+        self.scale.update(loss.detach())
+        return loss / self.scale.compute()
+
+
+@pytest.mark.parametrize("names", [[None], ["one", "two"]], ids=["an adapter", "one of two"])
+def test_a_fit_that_starts_anew_begins_with_the_first_states(names: list[str | None], tmp_path: Path) -> None:
+    module, options = Measured(), {"fresh": True, "modules_to_save": ["net.4"]}
+    for name in names:
+        fitted(module, tmp_path / "first", adapter=name, **options)
+        trainer(LoRACallback(adapter=name)).validate(module, loader(), verbose=False)
+    for _ in range(2):
+        fitted(module, tmp_path / "again", epochs=3, adapter=names[0], **options)
+    fitted(new := Measured(), tmp_path / "new", epochs=3, **options)
+    assert (module.stage.seen, module.batches) == (new.stage.seen, new.batches) == (12, 12)
+    assert torch.equal(module.scale.compute(), new.scale.compute())
+    assert_same_bits(adapter_state_dict(module), adapter_state_dict(new))
+
+
+class CannotBeCopied(Warm):
+    def get_extra_state(self) -> Any:
+        return [self.batches, threading.Lock()]
+
+    def set_extra_state(self, state: Any) -> None:
+        self.batches = state[0]
+
+
+def test_a_state_that_cannot_be_copied_is_named_where_it_goes_on() -> None:
+    module = CannotBeCopied()
+    trainer(LoRACallback(rank=2, fresh=True)).fit(module, loader())
+    with pytest.warns(
+        UserWarning, match=r"fresh=True\): _extra_state, .* could not be copied when the first fit began"
+    ):
+        trainer(LoRACallback(rank=2, fresh=True)).fit(module, loader())
