@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from html import escape
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -214,25 +215,33 @@ def requested(module: nn.Module) -> tuple[LoRAConfig, int, str | None, Stored] |
     return vars(module).get(_REQUEST)
 
 
-_keeps_starts = ContextVar("_keeps_starts", default=False)
+_kept_aside: ContextVar[Mapping[str, nn.Module] | None] = ContextVar("_kept_aside", default=None)
 
 
 @contextmanager
-def keeping_starts() -> Iterator[None]:
+def keeping_starts(aside: Mapping[str, nn.Module] = MappingProxyType({})) -> Iterator[None]:
     """Have every attach inside the block keep the values before training of what trains in full.
 
     A later fit may start anew from them, and other adapters of the module need the base's own.
+
+    Args:
+        aside: Parts of the module that had adapters of their own, which are not in place inside the block, by name.
     """
-    token = _keeps_starts.set(True)
+    token = _kept_aside.set(aside)
     try:
         yield
     finally:
-        _keeps_starts.reset(token)
+        _kept_aside.reset(token)
 
 
 def keeps_starts() -> bool:
     """Return whether this runs inside ``keeping_starts``."""
-    return _keeps_starts.get()
+    return _kept_aside.get() is not None
+
+
+def kept_aside() -> Mapping[str, nn.Module]:
+    """Return the parts of the module that had adapters of their own before the block of ``keeping_starts``."""
+    return _kept_aside.get() or {}
 
 
 def merge_count(layer: nn.Module) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from lightning_lora.adapted_model import AdaptedModel, Root, in_turn
 from lightning_lora.attachment import (
@@ -44,11 +42,12 @@ from lightning_lora.layers import (
 )
 from lightning_lora.modes import check_mergeable, fold, freeze_norms, set_mode
 from lightning_lora.named_adapters import adapter_names, forget, recorded, switch_to
-from lightning_lora.names import OTHERS, clean_name, listed, module_names, parameters_of, unmatched
+from lightning_lora.names import clean_name, module_names, parameters_of, unmatched
+from lightning_lora.planning.checks import check_plan, refuse_other_options
 from lightning_lora.planning.plan import Plan, PlannedLayer, sizes_once
 from lightning_lora.planning.planner import make_plan
 from lightning_lora.probe import refuse_dead_adapters
-from lightning_lora.sharding import is_fully_sharded, shapes_shown
+from lightning_lora.sharding import shapes_shown
 from lightning_lora.switching import beside, chosen, set_adapter
 
 _RESIZE = "resize_token_embeddings"  # of transformers models
@@ -90,11 +89,11 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     old = get_attachment(module)
     if old is not None:
         config = settled(config, old)
-        _refuse_other_options(module, old, config, seed)
+        refuse_other_options(module, old, config, seed)
     with _no_garbage_collection(), shapes_shown(module) if "deepspeed" in sys.modules else nullcontext():
         plan = make_plan(module, config, seed)
         new = [layer for layer in plan.layers if not isinstance(layer.module, LoRALayer)]
-        _check(plan, new, old)
+        check_plan(plan, new, old)
         with weights_only_read(plan.normalizing.values()) if plan.normalizing else nullcontext():
             made = _make_adapters(new)
         with _undone_on_failure(module, plan, made, old):  # no line above changes the model
@@ -154,7 +153,7 @@ def _check_as_stored(module: nn.Module, name: str, entries: Sequence[Mapping[str
     for entry in entries:
         if (root := before.get(entry["root"])) is not None:
             config = settled(LoRAConfig.from_dict(entry["config"]), root.attachment)
-            _refuse_other_options(root.module, root.attachment, config, root.attachment.seed)
+            refuse_other_options(root.module, root.attachment, config, root.attachment.seed)
 
 
 def attach_entry(module: nn.Module, entry: Mapping[str, Any], undo: ExitStack) -> AttachReport:
@@ -250,84 +249,6 @@ def merge(
     if (several := recorded(module)) is not None:
         forget(several)
     _thaw(model, model.roots)
-
-
-# --- what attach refuses
-
-
-def _refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig, seed: int) -> None:
-    if (old.config, old.seed) != (config, seed):
-        before, after = old.config.to_dict() | {"seed": old.seed}, config.to_dict() | {"seed": seed}
-        changed = [
-            f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-            for key in {**before, **after}
-            if before.get(key) != after.get(key)
-        ]
-        remedy = "Call detach(module) first, which removes what they have learned, or use the same config."
-        if old.name is not None:  # detach would remove the others too
-            remedy = f"Use the same config for {old.name!r}, or another name; remove_adapter(module, name) removes one."
-        remedy += " LoRACallback(init_from=...) goes on from a saved adapter with other options."
-        raise ValueError(
-            f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). {remedy}"
-        )
-
-
-def _check(plan: Plan, new: list[PlannedLayer], old: Attachment | None) -> None:
-    """Reject models that cannot take the planned adapters, and warn about wasteful and surprising ones."""
-    is_adapted = old is not None
-    names = [name for name, part in plan.modules.items() if isinstance(part, LoRALayer)]
-    if not is_adapted and names:
-        owners = [name for name, part in plan.modules.items() if get_attachment(part) is not None]
-        where = f"its {listed(owners)}, as load_adapter does with a directory" if owners else "a module above it"
-        raise ValueError(
-            f"{len(names)} layers of {plan.root} already carry adapters, such as {names[0]!r}, attached to {where}. To "
-            "go on from a saved adapter, let LoRACallback(init_from=...) load it instead. To start anew, call detach "
-            "on that module first, which removes what it has learned."
-        )
-    if not is_adapted and not keeps_starts() and any(OTHERS in part._modules for part in plan.modules.values()):
-        raise ValueError(
-            f"{plan.root} has several adapters, and is the bare base now, inside using(module, None). Leave that "
-            "first, or call add_adapter(module, name, config)."
-        )
-    if new and old is not None and old.name is not None:
-        raise ValueError(
-            f"{plan.root} has several adapters, and layers that {old.name!r} does not know: "
-            f"{listed([layer.label for layer in new])}. Build all layers before the first adapter is added."
-        )
-    if new and torch.distributed.is_available() and torch.distributed.is_initialized():
-        _refuse_wrapped(plan.root, plan.modules.values())
-    if plan.untied and (divided := [name for name in plan.untied if hasattr(plan.parameters[name], "ds_id")]):
-        raise ValueError(
-            f"untie_weights cannot copy weights that DeepSpeed ZeRO-3 has already sharded: {listed(divided)}. "
-            "Untie them where the model is built, or use ZeRO stage 2."
-        )
-    if plan.wasteful:
-        warnings.warn(
-            f"These adapters are not smaller than the weights they adapt: {listed(plan.wasteful)}. Lower their ranks "
-            "with rank_pattern, or a schedule's with max_rank, or train the layers in full with modules_to_save.",
-            stacklevel=3,
-        )
-    if not is_adapted and (thawed := plan.thawed()):
-        excluded, targets = plan.config.exclude_modules, plan.config.target_modules
-        kept = [*(() if isinstance(excluded, str) else excluded), *thawed]
-        named = [*((targets,) if isinstance(targets, str) else targets)]
-        named += [f"{name}.*" if plan.modules[name]._modules else name for name in thawed]
-        warnings.warn(
-            f"These modules were frozen, and now train adapters because target_modules={targets!r} reaches them: "
-            f"{listed(thawed)}. exclude_modules={kept} leaves them as they were; target_modules={named} adapts them "
-            "without this warning.",
-            stacklevel=3,
-        )
-
-
-def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
-    for part in modules:
-        if isinstance(part, DistributedDataParallel) or is_fully_sharded(part):
-            raise RuntimeError(
-                f"{kind} is already wrapped for several processes (by {type(part).__name__}). Adapters attached now "
-                "would not be synchronized between them. Call attach first and wrap afterwards: in configure_model, "
-                "call lightning_lora.attach(self) before fully_shard; it uses the LoRACallback's options."
-            )
 
 
 # --- the steps of attach and detach

@@ -30,6 +30,7 @@ from lightning_lora.named_adapters import (
     undone_on_failure,
 )
 from lightning_lora.names import listed, walk
+from lightning_lora.sharding import unwrapped
 
 # --- what users call
 
@@ -156,6 +157,7 @@ def beside(module: nn.Module, name: str) -> Iterator[None]:
 def _beside(module: nn.Module, name: str) -> Iterator[None]:
     home = home_of(module)
     _check_new_name(adapter_names(home), name)
+    own = {} if SEVERAL in vars(unwrapped(module)) else {root.name: root.module for root in AdaptedModel(module).roots}
     is_first = SEVERAL not in vars(home) and not AdaptedModel(home).layers
     several = Several(home) if is_first else several_of(home, "add_adapter")
     before = several.active
@@ -164,7 +166,7 @@ def _beside(module: nn.Module, name: str) -> Iterator[None]:
     _thaw_base(several)
     vars(home).pop(SEVERAL, None)
     try:
-        with keeping_starts():
+        with keeping_starts({name: part for name, part in own.items() if name}):
             yield
         if len((whole := AdaptedModel(module)).roots) > len(AdaptedModel(home).roots):  # the earlier ones are in a part
             several.home = whole.module
