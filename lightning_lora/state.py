@@ -348,7 +348,7 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
     if other := sorted(mine.keys() ^ theirs.keys()):
         problems.append(
             f"target_modules: {len(theirs)} layers adapted in the checkpoint, {len(mine)} here; "
-            f"only on one side: {listed(other)}"
+            f"only on one side: {listed(other)}{_how_to_place(mine, theirs)}"
         )
     for key in ("rank", "scaling"):
         differing = [
@@ -362,6 +362,23 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
     if moved:
         problems.append(f"target_slices or trainable_token_indices: different rows for {listed(moved)}")
     return problems
+
+
+def _how_to_place(mine: Collection[str], theirs: Collection[str]) -> str:
+    """Say where a checkpoint belongs if it is of a module that holds this one, or of a part of this one."""
+    if (place := _place_of(mine, theirs)) is not None:
+        return (
+            f". The checkpoint's module holds this one as {place!r}: `lightning-lora export` writes a directory that "
+            "loads into either"
+        )
+    place = _place_of(theirs, mine)
+    return "" if place is None else f". The checkpoint belongs to the part {place!r} of this module: load it there"
+
+
+def _place_of(inner: Collection[str], outer: Collection[str]) -> str | None:
+    first = min(inner, default="")
+    places = [name.removesuffix(f".{first}") for name in outer if name.endswith(f".{first}")]
+    return next((place for place in places if {f"{place}.{name}" for name in inner} == {*outer}), None)
 
 
 def load_without_base(module: nn.Module) -> ExitStack:

@@ -13,6 +13,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from lightning_lora import (
+    LoRACallback,
     LoRAConfig,
     adapter_state_dict,
     add_adapter,
@@ -27,6 +28,7 @@ from lightning_lora import (
 from lightning_lora.state import describe
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
+from tests.toys import Toy, loader, network, trainer
 
 CONFIG = LoRAConfig(rank=2, alpha=3.0, target_modules=["embed", "q_proj"], modules_to_save=["head"])
 KEYS = [
@@ -99,6 +101,17 @@ def test_user_module_named_lora_is_not_in_state(tiny):
     tiny.lora = nn.Linear(4, 4)
     attach(tiny, CONFIG)
     assert list(adapter_state_dict(tiny)) == KEYS
+
+
+def test_a_checkpoint_of_a_module_around_this_one_or_in_it_says_where_it_belongs(tmp_path):
+    run = trainer(LoRACallback(rank=2))
+    run.fit(Toy(), loader())
+    run.save_checkpoint(tmp_path / "whole.ckpt")
+    with pytest.raises(ValueError, match=r"net\.4\. The checkpoint's module holds this one as 'net': .*export"):
+        load_adapter(network(), tmp_path / "whole.ckpt")
+    with pytest.raises(ValueError, match=r"The checkpoint belongs to the part 'model' of this module: load it there"):
+        load_adapter(nn.ModuleDict({"model": Toy()}), tmp_path / "whole.ckpt")
+    load_adapter(nn.ModuleDict({"model": Toy()}).model, tmp_path / "whole.ckpt")
 
 
 def test_loaded_state_reproduces_trained_model(tiny, tokens, rng):

@@ -17,12 +17,14 @@ from lightning_lora.cli.commands import COMMANDS, OK, PROBLEM, Result
 from lightning_lora.cli.text import BAD, WARNING, highlighted, say
 from lightning_lora.names import listed
 
+READER_LEFT = 141  # as the shell says of a process that SIGPIPE has ended
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command, with the arguments of the process by default.
 
     Returns:
-        0 on success, 1 if a problem was found, 2 if the command line is wrong.
+        0 on success, 1 if a problem was found, 2 if the command line is wrong, 141 if nobody reads the output.
     """
     try:
         options = parser().parse_args(arguments)
@@ -39,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print("\n".join(highlighted(line, sys.stdout) for line in result.lines), flush=True)
         except BrokenPipeError:  # the reader has left, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return PROBLEM
+            return READER_LEFT
         except (ValueError, RuntimeError, OSError) as error:
             say("error:", BAD, _in_one_line(error))
             return PROBLEM
