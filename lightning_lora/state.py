@@ -192,7 +192,8 @@ def mismatch_message(what: str, problems: Iterable[str]) -> str:
     lines = "\n".join(f"  - {problem}" for problem in problems)
     return (
         f"The adapter state does not fit this {what}; nothing was changed:\n{lines}\nAttach with the adapter's config; "
-        "to resume or evaluate in a Trainer, LoRACallback() without options takes it from the file."
+        "to resume or evaluate in a Trainer, LoRACallback() without options takes it from the file, unless the module "
+        "has another adapter: call detach(module) first, or give each a name."
     )
 
 

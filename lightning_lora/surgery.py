@@ -62,7 +62,7 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     Args:
         module: Any module; it is changed in place.
         config: What to adapt and how. Defaults to the options and the seed of the running Trainer's LoRACallback, else
-            to ``LoRAConfig()``.
+            to those of the adapter that the module has, else to ``LoRAConfig()``.
         seed: Seed of the random starts. Each layer's ``A`` depends on it, on the layer's name and on its shape only.
         probe: A batch on which every adapter must change the module's output, in training and in evaluation: a tensor,
             the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts. Costs a few
@@ -80,13 +80,14 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     Source:
         Hu et al. 2021, "LoRA", arXiv:2106.09685, section 4.1.
     """
+    old = get_attachment(module)
     if config is None:
-        config, seed, name, stored = requested(module) or (LoRAConfig(), seed, None, NONE_STORED)
+        goes_on = (LoRAConfig(), seed) if old is None else (old.config, old.seed)
+        config, seed, name, stored = requested(module) or (*goes_on, None, NONE_STORED)
         if name is not None:
             return attach_named(module, name, config, seed=seed, stored=stored)
     if not isinstance(config, LoRAConfig):
         raise TypeError(f"attach: config must be a LoRAConfig, got a {type(config).__name__}.")
-    old = get_attachment(module)
     if old is not None:
         config = settled(config, old)
         refuse_other_options(module, old, config, seed)

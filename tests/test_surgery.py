@@ -50,6 +50,17 @@ def base_of(model: nn.Module) -> nn.Module:
 # --- attach
 
 
+def test_attach_without_options_goes_on_with_those_that_the_module_has(tiny):
+    config = LoRAConfig(rank=3, alpha=5.0, target_modules=["q_proj"])
+    attach(tiny, config, seed=7)
+    before = snapshot(tiny)
+    report = attach(tiny)
+    assert_unchanged(tiny, before)
+    assert [layer.rank for layer in report.layers] == [3, 3]
+    with pytest.raises(ValueError, match="already carries adapters with other options"):
+        attach(tiny, LoRAConfig())
+
+
 def test_attaching_again_changes_nothing(trained):
     before = snapshot(trained)
     attach(trained, CONFIG)

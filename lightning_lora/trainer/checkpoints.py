@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
-from lightning_lora.base_buffers import grown_buffers, moved_values, unsaved_buffers
-from lightning_lora.fingerprint import Fingerprint, base_problems, fingerprint, samples, to_plain
+from lightning_lora.base_buffers import grown_buffers, moved_values
+from lightning_lora.fingerprint import Fingerprint, base_problems, samples, to_plain
 from lightning_lora.modes import unscaled
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
 from lightning_lora.names import listed
 from lightning_lora.optimizers import group_names, reordered_state
 from lightning_lora.state import (
-    base_samples,
     check_not_merged,
     check_sound,
     describe,
@@ -63,7 +62,7 @@ from lightning_lora.trainer.state_hooks import (
 )
 from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
-from lightning_lora.trainer.unsaved import Unsaved
+from lightning_lora.trainer.unsaved import Unsaved, base_fingerprint
 from lightning_lora.trainer.writing import written_at_once
 
 
@@ -317,9 +316,10 @@ class AdapterCheckpoints:
             raise
 
     def _load_model(self, checkpoint: Mapping[str, Any], strict: bool) -> None:
-        model, state, record = self._model, self._loaded_state(checkpoint), checkpoint.get(RECORD_KEY)
+        model, trained, record = self._model, self._file or (), checkpoint.get(RECORD_KEY)
+        state = self._loaded_state(checkpoint)
         if record is not None or any(name in state for name in factor_names(model)):
-            self._load_adapter(model, state, record, strict, checkpoint.get(OTHERS_KEY, {}))
+            self._load_adapter(model, state, record, strict, checkpoint.get(OTHERS_KEY, {}), trained)
             if record is not None and "rank_schedule" in record:
                 self.loaded_ranks = record["rank_schedule"], checkpoint[SCORES_KEY]
         elif model.layers:
@@ -352,6 +352,7 @@ class AdapterCheckpoints:
         record: Mapping[str, Any] | None,
         strict: bool,
         others: Mapping[str, Mapping[str, Tensor]],
+        trained: Collection[str],
     ) -> None:
         model, module = with_masks(model, state), model.module
         recorded = recorded_base(record or {})
@@ -360,6 +361,8 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
+        if frozen := [name for name in trained if name in untrained]:
+            problems.append(f"modules_to_save, bias or frozen_norm: {listed(frozen)} trained there, frozen here")
         left = [name for name in state if name in added_names(record)]
         known = [*untrained, *metric_states(model), *extra_state_names(module), *(left if strict else state)]
         grown = grown_buffers(model, state)
@@ -484,11 +487,6 @@ def install_adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
 def trained_state(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:
     """Return what was trained: name -> the whole tensor; every process must call this."""
     return layout.gather(model.trained, lambda name: name)
-
-
-def base_fingerprint(layout: Layout, model: AdaptedModel) -> Fingerprint:
-    """Return the fingerprint of the frozen base; every process must call this."""
-    return {**(base_samples(model) if layout.base is None else layout.base), **fingerprint(unsaved_buffers(model))}
 
 
 def _as_sets(names: list[list[list[str]]]) -> list[list[set[str]]]:

@@ -23,10 +23,11 @@ from lightning_lora.sharding import shapes_shown
 from lightning_lora.storage.atomic import check_directory, remote_address
 from lightning_lora.storage.checkpoint import read_checkpoint
 from lightning_lora.storage.safetensors import read_file
-from lightning_lora.trainer.checkpoints import base_fingerprint, trained_state
+from lightning_lora.trainer.checkpoints import trained_state
 from lightning_lora.trainer.checks import AVERAGING, callbacks_of
 from lightning_lora.trainer.strategies.base import Layout, module_of
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
+from lightning_lora.trainer.unsaved import base_fingerprint
 
 
 def export_place(directory: str | PathLike[str] | None) -> str | None:

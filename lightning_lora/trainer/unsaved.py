@@ -9,10 +9,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[
 from torch import nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.fingerprint import Fingerprint, differing_tensors, samples
+from lightning_lora.base_buffers import unsaved_buffers
+from lightning_lora.fingerprint import Fingerprint, differing_tensors, fingerprint, samples
 from lightning_lora.named_adapters import active_adapter
 from lightning_lora.names import listed
-from lightning_lora.state import tensors_of_others
+from lightning_lora.state import base_samples, tensors_of_others
 from lightning_lora.trainer.checks import checksum
 from lightning_lora.trainer.strategies.base import Layout
 
@@ -104,3 +105,8 @@ class Unsaved:
                 "those that train or move, such as a teacher that is a running mean, in modules_to_save, too, and "
                 "train anew. check_base=False accepts these values."
             )
+
+
+def base_fingerprint(layout: Layout, model: AdaptedModel) -> Fingerprint:
+    """Return the fingerprint of the frozen base; every process must call this."""
+    return {**(base_samples(model) if layout.base is None else layout.base), **fingerprint(unsaved_buffers(model))}

@@ -33,6 +33,7 @@ from lightning_lora import (
 )
 from lightning_lora.storage.checkpoint import RECORD_KEY
 from lightning_lora.trainer.warm_start import start_from
+from tests.contract import raises_and_changes_nothing
 from tests.files import run
 from tests.toys import FEATURES, BuiltInConfigureModel, Toy, digest, loader, network, snapshot, trainer
 
@@ -332,8 +333,26 @@ def test_buffers_that_hooks_set_before_training_come_back_from_the_file(
 def test_resuming_without_what_trained_in_full_names_it(tmp_path: Path) -> None:
     *_, path = fitted(tmp_path, modules_to_save=["net.4"])
     run_again = trainer(LoRACallback(rank=4, exclude_modules=["net.4"]), max_epochs=3, max_steps=-1)
-    with pytest.raises(ValueError, match=r"only in the checkpoint: net\.4\.bias, net\.4\.weight\. .*modules_to_save"):
+    with pytest.raises(ValueError, match=r"modules_to_save.*: net\.4\.weight, net\.4\.bias trained there, frozen here"):
         run_again.fit(Toy(), loader(), ckpt_path=path)
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["net.4"]}, {"bias": "lora_only"}], ids=["head", "biases"])
+@pytest.mark.parametrize("stage", ["validate", "test", "fit"])
+def test_a_file_that_trained_more_in_full_than_the_adapter_here_changes_nothing(
+    stage: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    layers = {"rank": 4, "target_modules": ["net.0", "net.2"]}
+    *_, plain = fitted(tmp_path / "plain", **layers)
+    *_, more = fitted(tmp_path / "more", **layers, **options)
+    module = Toy()
+    trainer(LoRACallback()).validate(module, loader(), ckpt_path=plain, verbose=False)
+    with raises_and_changes_nothing(module, ValueError, r"trained there, frozen here\n.*call detach\(module\) first"):
+        getattr(trainer(LoRACallback()), stage)(module, loader(), ckpt_path=more)
+    detach(module)
+    trainer(LoRACallback()).validate(module, loader(), ckpt_path=more, verbose=False)
+    load_adapter(loaded := Toy(), more)
+    assert_same_bits(adapter_state_dict(module), adapter_state_dict(loaded))
 
 
 @pytest.mark.parametrize("is_saved", [True, False])
