@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CyclicLR, ReduceLROnPlateau
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.names import listed
 from lightning_lora.optimizers import RATES, adopt, fast_parameters, names_of_parameters, relist
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.switching import using
+from lightning_lora.trainer.lightning_patches import overrides
 
 Scale = Callable[[Any], Any]
 Parameters = dict[str, nn.Parameter]  # what one adapter trains, by the names that it has while it is active
@@ -48,6 +50,22 @@ def refuse_coupling(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) 
                 "LoRASweep cannot share ReduceLROnPlateau among adapters: one metric would lower the learning rates of "
                 "all. Use a scheduler that depends on the step alone; adapters that lose are stopped by keep."
             )
+
+
+def warn_of_coupling(module: LightningModule, optimizers: Sequence[Optimizer]) -> None:
+    """Name what steps all adapters together and may compute with all of their parameters or gradients at once."""
+    steps = [f"step of {type(each).__name__}" for each in optimizers if not _is_known(type(each))]
+    steps += [f"optimizer_step of {type(module).__name__}"] if overrides(module, "optimizer_step") else []
+    if steps and module.automatic_optimization:
+        rank_zero_warn(
+            f"LoRASweep: {listed(list(dict.fromkeys(steps)))} runs once for all adapters. If it treats each parameter "
+            "by itself, all is well. If it computes something over all of them, such as the norm of all gradients in "
+            "SAM, it couples the adapters. With automatic_optimization = False, each adapter takes its steps alone."
+        )
+
+
+def _is_known(kind: type[Optimizer]) -> bool:
+    return kind.step.__module__.startswith(("torch.optim", "torchao.", "bitsandbytes."))
 
 
 def _flat(schedulers: Sequence[Any]) -> Iterator[Any]:
@@ -82,6 +100,7 @@ def split_groups(
     names = {id(parameter): name for name, parameter in owned[first].items()}
     lost = {name: dict(each) for name, each in owned.items()}
     for optimizer in optimizers:
+        _note_peaks(optimizer, schedulers)
         count = len(optimizer.param_groups)
         bases = [_peak(group) for group in optimizer.param_groups]
         places: list[tuple[int, Scale]] = [(0, _unchanged)] * count
@@ -111,6 +130,14 @@ def split_groups(
             "trains the most tensors, does not train it. Let one adapter of the sweep train all that any trains, or "
             "give the optimizer a single group."
         )
+
+
+def _note_peaks(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
+    """Write the peaks that a CyclicLR keeps for itself into the groups, where a OneCycleLR has them."""
+    for scheduler in _flat(schedulers):
+        if isinstance(scheduler, CyclicLR) and scheduler.optimizer is optimizer:
+            for group, peak in zip(optimizer.param_groups, scheduler.max_lrs, strict=True):
+                group["max_lr"] = peak
 
 
 def _peak(group: Mapping[str, Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -16,6 +17,7 @@ from lightning_lora.layers import LowRankAdapter
 from lightning_lora.names import parameters_of
 from lightning_lora.probe import RandomState, left_as_it_was
 from lightning_lora.state import wide
+from lightning_lora.sweep.attributes import changed_attributes, plain_attributes
 from lightning_lora.sweep.forecast import bytes_kept
 from lightning_lora.sweep.optimizers import Parameters
 from lightning_lora.sweep.steps import Call, Outcome, Step, UnfitError, run_one
@@ -26,6 +28,25 @@ Way = Callable[[Step, Mapping[str, Call]], dict[str, Outcome]]
 Found = dict[str, tuple[Tensor, list[Tensor | None]]]  # of each adapter: its loss and its gradients
 
 _CLOSE, _CLOSE_IN_LOW_PRECISION = 1e-4, 5e-2  # relative; a wrong gradient is off by its own size
+
+
+@dataclass
+class Sample:
+    """What a training step keeps and changes.
+
+    Attributes:
+        kept: The bytes that it keeps for its backward pass; None if that is not known.
+        own: The buffers that it changes and that the adapter has for itself.
+        shared: Those that all adapters share.
+        tensors: The attributes that it sets to tensors.
+        plain: Those that it sets to plain values.
+    """
+
+    kept: int | None = None
+    own: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list)
+    plain: list[str] = field(default_factory=list)
 
 
 class Proof:
@@ -87,23 +108,23 @@ class Proof:
             if not _near(own, gradients, close):
                 raise UnfitError(f"the gradients of {name!r} are not those of its own loss")
 
-    def sample(self) -> tuple[int, list[str], list[str]]:
-        """Run the step of the first adapter.
-
-        Returns:
-            The bytes that it keeps for its backward pass, and the buffers that it changes: those that the adapter has
-            for itself, and others, which all adapters share.
-        """
+    def sample(self) -> Sample:
+        """Run the step of the first adapter, and return what it keeps and changes."""
         name, call = next(iter(self.calls.items()))
         shared = [*parameters_of(self.module), *(p for own in self.owned.values() for p in own.values())]
         with using(self.module, name), self._effects(), self._same_draws():
-            trained = AdaptedModel(self.module).trained
+            trained, attributes = AdaptedModel(self.module).trained, plain_attributes(self.module)
             before = {key: buffer.clone() for key, buffer in self.module.named_buffers()}
             with bytes_kept(shared) as kept:
                 run_one(self.module, self.step, call, name)
             moved = [key for key, now in self.module.named_buffers() if not torch.equal(now, before.get(key, now))]
-        own = [key for key in moved if key in trained]
-        return kept[0], own, [key for key in moved if key not in trained]
+            after = plain_attributes(self.module)
+            found = Sample(
+                kept[0], [key for key in moved if key in trained], [key for key in moved if key not in trained]
+            )
+            for place in changed_attributes(attributes, after):
+                (found.tensors if isinstance(after[place], Tensor) else found.plain).append(place[1])
+        return found
 
     def _in_turn(self, shift: int = 0, most: int | None = None) -> Found:
         found: Found = {}

@@ -33,6 +33,7 @@ from lightning_lora.sweep.optimizers import (
     parameters_of_adapters,
     refuse_coupling,
     split_groups,
+    warn_of_coupling,
 )
 from lightning_lora.sweep.standings import DIVERGED, LOST, Standings
 from lightning_lora.sweep.training import Training
@@ -206,6 +207,7 @@ class SweepSession:
             configured = configure()
         optimizers, schedulers = unpack_configured(configured)
         refuse_coupling(optimizers, schedulers)
+        warn_of_coupling(self.module, optimizers)
         split_groups(self.module, optimizers, schedulers, self.chosen, template)
         self._rates = learning_rates(optimizers, self.owned)
         for name, rate in learning_rates(optimizers, self.owned, peak=True).items():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_lora.names import listed
+from lightning_lora.sweep.attributes import OwnAttributes
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.sweep.forecast import forecast
 from lightning_lora.sweep.meeting import Meeting
 from lightning_lora.sweep.optimizers import Parameters, Turns, drop_gradients, only_gradients_of, step_together
-from lightning_lora.sweep.proof import Proof, Way
+from lightning_lora.sweep.proof import Proof, Sample, Way
 from lightning_lora.sweep.standings import DIVERGED, Standings
 from lightning_lora.sweep.steps import (
     Call,
@@ -77,8 +78,8 @@ class Training:
         self._last = ExitStack()  # has the last adapter in place until its backward pass has ended
         self._broken: dict[str, Tensor] = {}  # whether a loss has not been finite since the last look
         self._mapped: Mapped | None = None
-        self._moved: list[str] = []  # buffers that the step changes
-        self._shared: list[str] = []  # those that belonged to the base
+        self._attributes = OwnAttributes(module, list(chosen))
+        self._sample = Sample()
 
     # --- which way
 
@@ -90,16 +91,14 @@ class Training:
             return
         proof = Proof(self.module, step, self._calls(args, {}), self.owned)
         with self.trainer.precision_plugin.train_step_context():
-            kept = None
             with suppress(Exception):  # of a module that cannot be measured, or that fails anyway
-                kept, own, shared = proof.sample()
-                self._moved, self._shared = [*own, *shared], shared
-            self._divide(self._shared)
+                self._sample = proof.sample()
+            self._divide(self._sample.shared)
             if self.mode == "auto":
                 self._choose(proof)
-            if kept is not None:
+            if self._sample.kept is not None:
                 flops = proof.flops if self.mode == VMAP else None
-                rank_zero_info(f"LoRASweep: {forecast(self.module, self.owned, kept, flops)}")
+                rank_zero_info(f"LoRASweep: {forecast(self.module, self.owned, self._sample.kept, flops)}")
         self._mapped = None
         if self.mode != LOOP:  # which alone promises equal bits
             step_together(self.trainer.optimizers)
@@ -193,26 +192,34 @@ class Training:
 
     def _together(self, mode: str, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
         with self._metrics.unchanged():
-            if still := {VMAP: self._moved, MEET: self._shared}[mode]:
-                raise UnfitError(f"training_step changes the buffers {listed(still)}, which stay the same in it")
+            self._check_stays(mode)
             if mode == MEET:
                 return Meeting(self.module, list(self.chosen)).run(step, calls)
             if self._mapped is None:
                 self._mapped = Mapped(self.module, list(self.chosen), self.template)
             return self._mapped.run(step, calls)
 
+    def _check_stays(self, mode: str) -> None:
+        """Refuse a way in which adapters would share, or not get, what their steps change."""
+        sample = self._sample
+        buffers = [*sample.own, *sample.shared] if mode == VMAP else sample.shared
+        if buffers:
+            raise UnfitError(f"training_step changes the buffers {listed(buffers)}, which stay the same in it")
+        if attributes := sample.tensors if mode == VMAP else [*sample.tensors, *sample.plain]:
+            raise UnfitError(f"training_step sets {listed(attributes)}, of which each adapter needs its own")
+
     def _manually(self, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
         """Run a step that steps the optimizers itself with each adapter."""
         outcomes, turns = dict[str, Outcome](), Turns(self.trainer, self.owned)
         for name, call in calls.items():
-            with turns.of(name), self._metrics.of(name, next(iter(self.chosen))):
+            with turns.of(name), self._own_values(name):
                 outcomes[name] = run_one(self.module, step, call, name)
         return outcomes
 
     def _in_turn(self, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
         """Run the step with each adapter, and on a single device its backward pass before the next one's step."""
         outcomes: dict[str, Outcome] = {}
-        first, pending = next(iter(self.chosen)), ""
+        pending = ""
         self.close()
         if self.is_single:
             self._waiting.clear()
@@ -220,7 +227,7 @@ class Training:
             if pending:
                 self._backward(pending, outcomes[pending])
                 pending = ""
-            with self._metrics.of(name, first):
+            with self._own_values(name):
                 outcomes[name] = outcome = run_one(self.module, step, call, name)
             if self.is_single and outcome.loss is not None:
                 if outcome.loss.requires_grad and (outcome.loss.device.type != "cpu" or outcome.loss.isfinite()):
@@ -230,6 +237,12 @@ class Training:
         if pending:
             self._last.enter_context(using(self.module, pending))  # its backward pass is Lightning's
         return outcomes
+
+    @contextmanager
+    def _own_values(self, name: str) -> Iterator[None]:
+        """Have an adapter's metrics and plain attributes in place, as its own steps have left them."""
+        with self._metrics.of(name, next(iter(self.chosen))), self._attributes.of(name):
+            yield
 
     def close(self) -> None:
         """Put back the adapter that was in place before the backward pass of the last one."""
@@ -266,7 +279,8 @@ class Training:
             return
         outcomes = dict[str, Outcome]()
         for name in self.standings.live:
-            with using(self.module, name), only_gradients_of(self.owned, name), recorded_logs(self.module) as logged:
+            own = using(self.module, name), only_gradients_of(self.owned, name), self._own_values(name)
+            with own[0], own[1], own[2], recorded_logs(self.module) as logged:
                 hook(*args, **kwargs)
             outcomes[name] = Outcome(None, logged=logged)
         self._log(outcomes, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -303,6 +304,67 @@ def test_a_second_fit_goes_on_from_the_buffers_of_each_adapter():
     single = module_alone(Centered, sweep.candidates["b"], max_steps=4)
     assert torch.equal(centers[0], single.center)
     assert not torch.equal(centers[1], centers[0])
+
+
+class Counts(Quiet):
+    """Trains more and more of its loss, by a count of its steps that begins anew with each epoch but the second."""
+
+    count = 0
+    said: tuple[int, ...] = ()
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch != 1:
+            self.count = 0
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        self.count += self.training
+        self.said += (self.count,) if self.training else ()
+        return super().loss(batch) * self.count / 4
+
+
+class Averages(Quiet):
+    """Divides its loss by a mean over its steps, and gradients by one over their norms."""
+
+    scale: Any = None
+    norm = 0.0
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        loss = super().loss(batch)
+        if self.training:
+            self.scale = loss.detach() if self.scale is None else 0.9 * self.scale + 0.1 * loss.detach()
+        return loss if self.scale is None else loss / self.scale
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        self.norm = 0.9 * self.norm + 0.1 * float(torch.stack([each.norm() for each in gradients]).norm())
+        for gradient in gradients:
+            gradient.div_(self.norm)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "close"),
+    [
+        (Counts, "loop", EXACT),
+        (Counts, "auto", CLOSE),
+        (Counts, "vmap", CLOSE),
+        (Averages, "loop", EXACT),
+        (Averages, "auto", EXACT),
+    ],
+)
+def test_each_adapter_has_the_attributes_that_its_steps_set(kind: type[Quiet], mode: Any, close: float):
+    module, sweep = kind(), swept(adapters=FOUR, mode=mode, keep=1.0)
+    fit(module, sweep, max_steps=12)
+    assert_each_is_alone(kind, sweep, module, close, max_steps=12)
+    if isinstance(module, Counts):
+        assert module.said == (1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(Counts, "meet"), (Averages, "meet"), (Averages, "vmap")])
+def test_ways_in_which_adapters_would_share_attributes_are_refused(kind: type[Quiet], mode: Any):
+    with pytest.raises(
+        MisconfigurationException, match=r"training_step sets \w+.*, of which each adapter needs its own"
+    ):
+        fit(kind(), swept(adapters=FOUR, mode=mode))
 
 
 class Ageing(Quiet):
@@ -786,6 +848,76 @@ def test_schedules_act_as_on_an_optimizer_of_the_adapters_own(kind: Any, schedul
     assert rates["b"] != expected
 
 
+PEAKS: dict[str, Callable[[Any, float], Any]] = {
+    "OneCycleLR": lambda optimizer, peak: torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, STEPS + 1),
+    "CyclicLR": lambda optimizer, peak: torch.optim.lr_scheduler.CyclicLR(optimizer, peak / 8, peak, 6),
+    "CyclicLR behind another": lambda optimizer, peak: torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.CyclicLR(optimizer, peak / 8, peak, 3, cycle_momentum=False),
+            torch.optim.lr_scheduler.StepLR(optimizer, 3),
+        ],
+        milestones=[8],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PEAKS)
+def test_a_learning_rate_is_the_peak_of_a_cycle(kind: str):
+    rates: dict[str, list[float]] = {"a": [], "b": []}
+
+    class Cycled(Quiet):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
+            return [optimizer], [{"scheduler": PEAKS[kind](optimizer, 1e-2), "interval": "step"}]
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            for group in trainer.optimizers[0].param_groups:
+                rates[group["name"]].append(group["lr"])
+
+    sweep = swept(adapters={"a": {"lr": 3e-3}, "b": {}}, keep=1.0, mode="loop")
+    fit(Cycled(), sweep, Rates())
+    for name, peak in {"a": 3e-3, "b": 1e-2}.items():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2, momentum=0.9)
+        scheduler, expected = PEAKS[kind](optimizer, peak), list[float]()
+        for _ in range(STEPS):
+            expected.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates[name] == pytest.approx(expected, rel=1e-9)
+        assert max(expected) == pytest.approx(peak, rel=0.02)
+
+
+def test_optimizers_that_may_couple_adapters_are_named():
+    class Whole(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class Own(Quiet):
+        def configure_optimizers(self) -> Any:
+            return Whole(self.parameters(), lr=1e-2)
+
+    class Steps(Quiet):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            super().optimizer_step(*args, **kwargs)
+
+    class ByHand(Manual):
+        def configure_optimizers(self) -> Any:
+            return [Whole(part.parameters(), lr=1e-2) for part in (self.net[0], self.net[1:])]
+
+        def lr_schedulers(self) -> Any:
+            return [torch.optim.lr_scheduler.ConstantLR(each) for each in self.trainer.optimizers]
+
+    for kind, match in ((Own, "step of Whole"), (Steps, "optimizer_step of Steps")):
+        with pytest.warns(UserWarning, match=f"{match} runs once for all adapters.*automatic_optimization = False"):
+            fit(kind(), swept(grid={"lr": [1e-2, 1e-3]}), max_steps=2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs once for all adapters")
+        fit(ByHand(), swept(grid={"lr": [1e-2, 1e-3]}), max_steps=2)
+        fit(Quiet(), swept(grid={"lr": [1e-2, 1e-3]}), max_steps=2)
+
+
 def test_what_couples_adapters_is_refused():
     class Plateau(Quiet):
         def configure_optimizers(self) -> Any:
@@ -855,9 +987,17 @@ class Manual(Quiet):
         return loss
 
 
-def alone_manually(candidate: Candidate, **options: Any) -> State:
+class ManualCounts(Manual):
+    steps = 0
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        self.steps += self.training
+        return super().loss(batch) * min(1.0, self.steps / 8)
+
+
+def alone_manually(candidate: Candidate, kind: type[Manual] = Manual, **options: Any) -> State:
     rate = Rate(candidate)
-    module = Manual()
+    module = kind()
     module.lr, module.decay = rate.lr, rate.decay
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PL_GLOBAL_SEED", str(candidate.seed or 0))
@@ -865,12 +1005,13 @@ def alone_manually(candidate: Candidate, **options: Any) -> State:
     return adapter_state_dict(module)
 
 
-def test_manual_optimization_trains_each_adapter_bit_for_bit_as_alone():
-    module, sweep = Manual(), swept(adapters=FOUR, keep=1)
+@pytest.mark.parametrize("kind", [Manual, ManualCounts])
+def test_manual_optimization_trains_each_adapter_bit_for_bit_as_alone(kind: type[Manual]):
+    module, sweep = kind(), swept(adapters=FOUR, keep=1)
     run = fit(module, sweep)
     assert run.global_step == STEPS  # as in a fit of one adapter: a step of either optimizer counts
     for name, candidate in sweep.candidates.items():
-        assert distance(state(module, name), alone_manually(candidate)) == EXACT, name
+        assert distance(state(module, name), alone_manually(candidate, kind)) == EXACT, name
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")

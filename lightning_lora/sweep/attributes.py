@@ -1,0 +1,83 @@
+"""Plain attributes that a training step sets, such as a counter: each adapter of a sweep has its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+Place = tuple[nn.Module, str]  # a module and the name of its attribute
+
+_PLAIN = (bool, int, float, complex, str, tuple, type(None), Tensor)
+_OF_LIBRARIES = ("torch.", "torchmetrics.", "lightning_lora.")  # modules whose attributes no step sets
+_RESERVED = {*vars(nn.Module()), *vars(LightningModule())}
+_ABSENT = object()
+
+
+class OwnAttributes:
+    """Gives each adapter the values that its own steps have set, as buffers that steps move are each adapter's own.
+
+    What hooks set that run once for all adapters is set for all. Lists and other containers are shared, and so are
+    tensors that a step changes in place without being buffers.
+
+    Args:
+        module: The module.
+        names: The adapters.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        self._module = module
+        self._own: dict[str, dict[Place, Any]] = {name: {} for name in names}
+        self._left: dict[Place, Any] = {}  # what the last step has left in place
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """Have an adapter's values in place inside the block, and note what the block sets."""
+        for place, left in self._left.items():
+            if (now := _read(place)) is not left:
+                for own in self._own.values():
+                    own[place] = now
+            _write(place, self._own[name][place])
+        before = plain_attributes(self._module)
+        try:
+            yield
+        finally:
+            for place in changed_attributes(before, plain_attributes(self._module)):
+                if place not in self._left:
+                    for own in self._own.values():
+                        own[place] = before.get(place, _ABSENT)
+                    self._left[place] = _ABSENT
+            for place in self._left:
+                self._left[place] = self._own[name][place] = _read(place)
+
+
+def plain_attributes(module: nn.Module) -> dict[Place, Any]:
+    """Return the attributes of a module and its parts that hold plain values or tensors of their own."""
+    return {
+        (part, key): value
+        for part in module.modules()
+        if not type(part).__module__.startswith(_OF_LIBRARIES)
+        for key, value in vars(part).items()
+        if isinstance(value, _PLAIN) and key not in _RESERVED and not key.startswith(("lora", "_lora"))
+    }
+
+
+def changed_attributes(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[Place]:
+    """Return the places that have other values than before."""
+    return [place for place, value in after.items() if before.get(place, _ABSENT) is not value]
+
+
+def _read(place: Place) -> Any:
+    part, key = place
+    return vars(part).get(key, _ABSENT)
+
+
+def _write(place: Place, value: Any) -> None:
+    part, key = place
+    if value is _ABSENT:
+        vars(part).pop(key, None)
+    else:
+        vars(part)[key] = value
