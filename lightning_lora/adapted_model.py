@@ -36,6 +36,7 @@ class Root(NamedTuple):
             for name in saved:
                 yield from modules[name][0].modules()
 
+    @torch.inference_mode(False)  # they may train later
     def originals(self, values: Mapping[str, Tensor | None]) -> dict[int, Tensor | None]:
         """Return copies of values, to have them in place of what the module has under their names.
 

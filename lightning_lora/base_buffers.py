@@ -113,6 +113,7 @@ def _octets(tensor: Tensor) -> Tensor:
 # --- their values from before
 
 
+@torch.inference_mode(False)  # it may be part of a training later
 def copied(buffer: Tensor | None) -> Tensor | None:
     """Return a copy of what is registered as a buffer."""
     return None if buffer is None else buffer.detach().clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -71,6 +72,7 @@ def repair_optimizers(
     """
     check_positive("lr_ratio", lr_ratio)
     names = names_of_parameters(module)
+    _warn_of_strangers(module, optimizers)
     _adopt_unheld(module, optimizers, names)
     for optimizer in optimizers:
         _drop_frozen(optimizer)
@@ -81,6 +83,18 @@ def repair_optimizers(
         fast = fast_parameters(module)
         for optimizer in optimizers:
             _split_fast(optimizer, fast, lr_ratio, list(schedulers))
+
+
+def _warn_of_strangers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    known = {id(p) for part in module.modules() for p in part._parameters.values()}  # whatever parameters() returns
+    held = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    if shapes := [str(tuple(p.shape)) for p in held if p.requires_grad and id(p) not in known]:
+        warnings.warn(
+            f"The optimizers hold {len(shapes)} tensors that are no parameters of {type(module).__name__}, of shapes "
+            f"{listed(shapes)}: they are not frozen, they train, and no checkpoint holds them. Leave them out of "
+            "configure_optimizers, or register the module that they belong to.",
+            stacklevel=2,
+        )
 
 
 def unpack_configured(configured: Any) -> tuple[list[Optimizer], list[Any]]:

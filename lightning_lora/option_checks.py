@@ -18,19 +18,20 @@ def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> Non
     """Reject unknown options and suggest the closest one (PEFT's spelling included)."""
     for name in names:
         if name not in known:
-            near = [_IN_PEFT[name]] if name in _IN_PEFT else near_names(name, known, 1)
+            near = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in known else near_names(name, known, 1)
             if name in _NOT_HERE:
                 raise TypeError(f"{owner} has no option {name!r} of PEFT's. {_NOT_HERE[name]}")
             hint = f"Did you mean {near[0]!r}?" if near else f"Options are {', '.join(sorted(known))}."
             raise TypeError(f"{owner} has no option {name!r}. {hint}")
 
 
-_IN_PEFT = {
+_ELSEWHERE = {  # how PEFT and others call it
     "r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "init_lora_weights": "init",
     "layers_to_transform": "layers",
+    "learning_rate": "lr",  # of a sweep
 }
 _NOT_HERE = {
     "task_type": "The adapters do not depend on it; to record it in the files, call save_adapter(..., task_type=...).",

@@ -91,7 +91,12 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
     if old is not None:
         config = settled(config, old)
         refuse_other_options(module, old, config, seed)
-    with _no_garbage_collection(), shapes_shown(module) if "deepspeed" in sys.modules else nullcontext():
+    # Factors that were made in inference mode could never train.
+    with (
+        torch.inference_mode(False),
+        _no_garbage_collection(),
+        shapes_shown(module) if "deepspeed" in sys.modules else nullcontext(),
+    ):
         plan = make_plan(module, config, seed)
         new = [layer for layer in plan.layers if not isinstance(layer.module, LoRALayer)]
         check_plan(plan, new, old)

@@ -275,3 +275,26 @@ def test_unpack_every_configured_form() -> None:
     ]
     for form, expected in forms:
         assert unpack_configured(form) == expected
+
+
+def test_tensors_of_no_module_that_an_optimizer_trains_are_named():
+    class Delegates(nn.Module):
+        """Holds its network where torch does not see it, and returns its parameters all the same."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(FEATURES, FEATURES)
+            object.__setattr__(self, "held", nn.Linear(FEATURES, 3))
+
+        def parameters(self, recurse: bool = True) -> Any:
+            return [*super().parameters(recurse), *self.held.parameters()]
+
+    attach(module := Delegates(), LoRAConfig(rank=2))
+    optimizer = AdamW(module.parameters())
+    with pytest.warns(UserWarning, match=r"hold 2 tensors that are no parameters of Delegates.* \(3, 8\), \(3,\):"):
+        repair_optimizers(module, [optimizer])
+    for parameter in module.held.parameters():
+        parameter.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        repair_optimizers(module, [AdamW(module.parameters())])

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
+    add_adapter,
     attach,
     detach,
     disabled,
@@ -24,8 +25,10 @@ from lightning_lora import (
     merge,
     merged,
     save_adapter,
+    set_adapter,
     surgery,
 )
+from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.attachment import get_attachment
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
 
@@ -48,6 +51,25 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 # --- attach
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"modules_to_save": ["head"], "bias": "lora_only"}])
+def test_what_is_attached_and_loaded_in_inference_mode_can_train(options, tiny, tokens, rng, tmp_path):
+    config = LoRAConfig(rank=2, target_modules=["q_proj"], **options)
+    trained = copy.deepcopy(tiny)
+    attach(trained, config)
+    train_all(trained, rng)
+    save_adapter(trained, tmp_path / "saved")
+    with torch.inference_mode():
+        add_adapter(tiny, "saved", tmp_path / "saved")
+        add_adapter(tiny, "another", config)
+    assert torch.equal(tiny(tokens), trained(tokens))
+    for name in ("saved", "another"):
+        set_adapter(tiny, name)
+        tiny(tokens).square().sum().backward()
+        for parameter in AdaptedModel(tiny).trained.values():
+            assert not parameter.is_inference()
+            assert parameter.grad is not None
 
 
 def test_attach_without_options_goes_on_with_those_that_the_module_has(tiny):

@@ -188,7 +188,10 @@ def _obstacle_to_dora(layer: PlannedLayer, weight: Tensor) -> str | None:
 def instance_obstacle(module: nn.Module) -> str | None:
     """Return why this instance cannot be an adapted layer, whatever its class, or None."""
     if "forward" in vars(module):
-        return "its forward was replaced on the instance, so an adapter would never run"
+        return (
+            "its forward was replaced on the instance, so an adapter would never run; attach before that is done, such "
+            "as by accelerate's hooks"
+        )
     if not isinstance(module, LoRALayer) and (taken := taken_names(module)):
         return f"it already has attributes named {sorted(taken)}, which an adapted layer needs"
     return None

@@ -62,8 +62,13 @@ def calibrate_fit(
     except RuntimeError as error:
         raise MisconfigurationException(
             f"LoRACallback: init={start!r} cannot be computed: {error}\nIt runs training_step before training, in "
-            f"evaluation mode. If that is the reason, define {OWN_STEP}(self, batch, batch_idx), which returns a loss."
+            f"evaluation mode. If that is the reason, define {OWN_STEP}(self, batch, batch_idx), which returns a loss "
+            "and leaves the adapted layers in evaluation mode."
         ) from error
+
+
+class _StepError(RuntimeError):
+    """The module's own step failed."""
 
 
 def check_ranks_can_change(init_from: str | None) -> None:
@@ -84,15 +89,17 @@ def before_optimizers(*, is_needed: bool) -> Iterator[None]:
     """
     try:
         yield
-    except MisconfigurationException:
-        if is_needed:
-            raise
-    except Exception as error:
-        if is_needed:
+    except MisconfigurationException as error:
+        if is_needed and isinstance(error.__cause__, _StepError):
             raise MisconfigurationException(
                 "LoRACallback: the step failed while the ranks were looked for, which is before there are optimizers "
-                f"({type(error).__name__}: {error}). Define {OWN_STEP}(self, batch, batch_idx) that returns a loss."
+                f"({error.__cause__}). Define {OWN_STEP}(self, batch, batch_idx) that returns a loss."
             ) from error
+        if is_needed:
+            raise
+    except Exception:  # of data that are not ready yet
+        if is_needed:
+            raise
 
 
 def _check(trainer: Trainer, module: LightningModule, start: str) -> None:
@@ -120,7 +127,13 @@ def _step_of(trainer: Trainer, module: LightningModule) -> Callable[[Any], Any]:
 
     def run(batch: Any) -> Any:
         with untouched(module), trainer.precision_plugin.train_step_context():
-            return step(batch, next(number)) if takes_number else step(batch)
+            try:
+                return step(batch, next(number)) if takes_number else step(batch)
+            except (RuntimeError, MisconfigurationException):
+                raise
+            except Exception as error:
+                name = getattr(step, "__name__", OWN_STEP)
+                raise _StepError(f"{type(error).__name__} in {name}: {error}") from error
 
     return run
 

@@ -338,6 +338,26 @@ class Manual(Module):
         optimizer.step()
 
 
+class Detector(Module):
+    """Returns losses by name in training only, as detection models do."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return sum(({"box": loss} if self.training else [loss]).values())
+
+
+class DetectorWithStep(Detector):
+    def calibration_step(self, batch: Any, batch_idx: int) -> Any:
+        return Module.training_step(self, batch, batch_idx)
+
+
+def test_a_step_that_returns_something_else_in_evaluation_mode_is_told_of_its_own_step():
+    message = r"(?s)AttributeError in training_step: 'list' object.*in evaluation mode.*define calibration_step\(self"
+    with pytest.raises(MisconfigurationException, match=message):
+        fitted(LoRACallback(rank=2, init="eva"), module=Detector())
+    fitted(LoRACallback(rank=2, init="eva"), module=DetectorWithStep())
+
+
 def test_a_step_that_fails_in_evaluation_mode_is_told_of_its_own_step():
     class OnlyInTraining(Module):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
