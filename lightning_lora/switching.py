@@ -29,7 +29,7 @@ from lightning_lora.named_adapters import (
     take_out,
     undone_on_failure,
 )
-from lightning_lora.names import listed, walk
+from lightning_lora.names import OTHERS, listed, walk
 from lightning_lora.sharding import unwrapped
 
 # --- what users call
@@ -283,3 +283,20 @@ def others_frozen(module: nn.Module) -> Iterator[None]:
             several.frozen = before
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+@contextmanager
+def others_hidden(module: nn.Module) -> Iterator[None]:
+    """Have the module contain what it would with the active adapter alone, for code that looks through its parts."""
+    several = recorded(module)
+    adapters = () if several is None else several.adapters.values()
+    parts = dict.fromkeys(part for adapter in adapters for part in adapter.kept)
+    hidden = [(part, part._modules.pop(OTHERS)) for part in parts if OTHERS in part._modules]
+    try:
+        yield
+    finally:
+        for part, others in hidden:
+            added = part._modules.get(OTHERS)
+            part._modules[OTHERS] = others
+            if added is not None and others is not None:
+                others._modules.update(added._modules)

@@ -103,6 +103,7 @@ def split_groups(
         _note_peaks(optimizer, schedulers)
         count = len(optimizer.param_groups)
         bases = [_peak(group) for group in optimizer.param_groups]
+        decays = [group.get("weight_decay") for group in optimizer.param_groups]
         places: list[tuple[int, Scale]] = [(0, _unchanged)] * count
         for candidate in (chosen[first], *(each for name, each in chosen.items() if name != first)):
             own = lost[candidate.name]
@@ -121,7 +122,7 @@ def split_groups(
                     wanted = [own.pop(name) for name in held if name in own]
                     own_group = _twin(optimizer, source, wanted, labels)
                     places.append((index, scale))
-                _set_decay(own_group, candidate, optimizer)
+                _set_decay(own_group, candidate, optimizer, decays[index])
         _split_fast(module, optimizer, chosen, owned, places)
         _finish(optimizer, places, schedulers, _owners(owned))
     if names_lost := [f"{key} of {name!r}" for name, own in lost.items() for key in own]:
@@ -178,8 +179,10 @@ def _twin(optimizer: Optimizer, group: Mapping[str, Any], wanted: list[nn.Parame
     return twin
 
 
-def _set_decay(group: dict[str, Any], candidate: Candidate, optimizer: Optimizer) -> None:
+def _set_decay(group: dict[str, Any], candidate: Candidate, optimizer: Optimizer, first: Any) -> None:
     if candidate.weight_decay is None:
+        if first is not None:  # the group may be a copy of one that has got another adapter's
+            group["weight_decay"] = first
         return
     if "weight_decay" not in group:
         raise MisconfigurationException(
@@ -284,8 +287,16 @@ class Turns:
         for scheduler, state in zip(self._schedulers, schedules, strict=True):
             scheduler.load_state_dict(state)
         self._progress.load_state_dict(progress)
-        with only_gradients_of(self._owned, name):
-            yield
+        own = {*self._owned[name].values()}
+        held = [group["params"] for group in self._groups]
+        for group, parameters in zip(self._groups, held, strict=True):
+            group["params"] = [parameter for parameter in parameters if parameter in own]
+        try:
+            with only_gradients_of(self._owned, name):
+                yield
+        finally:
+            for group, parameters in zip(self._groups, held, strict=True):
+                group["params"] = parameters
 
     def _state(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
         options = [{key: each for key, each in group.items() if key != "params"} for group in self._groups]

@@ -28,7 +28,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.layers import LowRankAdapter
 from lightning_lora.names import join
 from lightning_lora.sweep.batched import batched_linears
-from lightning_lora.switching import using
+from lightning_lora.switching import others_hidden, using
 
 Step = Callable[..., Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of training_step
@@ -150,7 +150,7 @@ class OwnMetrics:
 def run_one(module: LightningModule, step: Step, call: Call, name: str) -> Outcome:
     """Run the step with one adapter in place."""
     args, kwargs = call
-    with using(module, name), recorded_logs(module) as logged:
+    with using(module, name), others_hidden(module), recorded_logs(module) as logged:
         return outcome_of(step(*args, **kwargs), logged)
 
 

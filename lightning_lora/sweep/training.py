@@ -13,6 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_lora.adapted_model import AdaptedModel
+from lightning_lora.base_buffers import buffer_places
 from lightning_lora.names import listed
 from lightning_lora.sweep.attributes import OwnAttributes
 from lightning_lora.sweep.candidates import Candidate
@@ -32,7 +34,7 @@ from lightning_lora.sweep.steps import (
     recorded_logs,
     run_one,
 )
-from lightning_lora.switching import using
+from lightning_lora.switching import others_hidden, using
 from lightning_lora.trainer.buffers import claim_buffers
 
 LOOP, VMAP, MEET = "loop", "vmap", "meet"
@@ -87,6 +89,7 @@ class Training:
         """Decide how the step runs, by the first batch, and say what it needs; every process must call this."""
         if not self.module.automatic_optimization:  # a trial would step the optimizers
             self.mode = LOOP
+            self._divide([*buffer_places(AdaptedModel(self.module))])  # whichever its step may change
             rank_zero_info(f"LoRASweep: mode {LOOP!r}, since {type(self.module).__name__} optimizes manually.")
             return
         proof = Proof(self.module, step, self._calls(args, {}), self.owned)
@@ -96,6 +99,8 @@ class Training:
             self._divide(self._sample.shared)
             if self.mode == "auto":
                 self._choose(proof)
+            elif self.mode != LOOP:
+                self._prove(proof)
             if self._sample.kept is not None:
                 flops = proof.flops if self.mode == VMAP else None
                 rank_zero_info(f"LoRASweep: {forecast(self.module, self.owned, self._sample.kept, flops)}")
@@ -133,6 +138,21 @@ class Training:
         what = "which always fits" if self.mode == LOOP else "which the first batch has proved"
         rank_zero_info(f"LoRASweep: mode {self.mode!r}, {what}.{reasons}")
 
+    def _prove(self, proof: Proof) -> None:
+        """Refuse a way that was asked for if the first batch shows that it computes something else."""
+        try:
+            proof.check(self._way(self.mode))
+        except MisconfigurationException:
+            raise
+        except Exception as error:
+            raise self._unfit(error) from error
+
+    def _unfit(self, error: Exception) -> MisconfigurationException:
+        return MisconfigurationException(
+            f"LoRASweep: mode {self.mode!r} does not fit the training_step of {type(self.module).__name__}: "
+            f"{failure(error)}. Use mode='loop', which always fits, or 'auto', which tries before training."
+        )
+
     def _way(self, mode: str) -> Way:
         return lambda step, calls: self._together(mode, step, calls)
 
@@ -167,10 +187,7 @@ class Training:
             except MisconfigurationException:
                 raise
             except Exception as error:
-                raise MisconfigurationException(
-                    f"LoRASweep: mode {self.mode!r} does not fit the training_step of {type(self.module).__name__}: "
-                    f"{failure(error)}. Use mode='loop', which always fits, or 'auto', which tries before training."
-                ) from error
+                raise self._unfit(error) from error
         self._log(outcomes, calls)
         losses = {name: each.loss for name, each in outcomes.items() if each.loss is not None}
         if not losses:
@@ -279,8 +296,12 @@ class Training:
             return
         outcomes = dict[str, Outcome]()
         for name in self.standings.live:
-            own = using(self.module, name), only_gradients_of(self.owned, name), self._own_values(name)
-            with own[0], own[1], own[2], recorded_logs(self.module) as logged:
+            with ExitStack() as own:
+                own.enter_context(using(self.module, name))
+                own.enter_context(others_hidden(self.module))
+                own.enter_context(only_gradients_of(self.owned, name))
+                own.enter_context(self._own_values(name))
+                logged = own.enter_context(recorded_logs(self.module))
                 hook(*args, **kwargs)
             outcomes[name] = Outcome(None, logged=logged)
         self._log(outcomes, {})

@@ -361,7 +361,7 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        if frozen := [name for name in trained if name in untrained]:
+        if (frozen := [name for name in trained if name in untrained]) and _trains_otherwise(model, record or {}):
             problems.append(f"modules_to_save, bias or frozen_norm: {listed(frozen)} trained there, frozen here")
         left = [name for name in state if name in added_names(record)]
         known = [*untrained, *metric_states(model), *extra_state_names(module), *(left if strict else state)]
@@ -472,6 +472,14 @@ class AdapterCheckpoints:
 def _described(module: nn.Module) -> dict[str, Any]:
     """Return the record of an adapter beside the trained one, with the buffers of the base that it has for itself."""
     return describe(module) | {"buffers": moved_values(AdaptedModel(module))}
+
+
+def _trains_otherwise(model: AdaptedModel, record: Mapping[str, Any]) -> bool:
+    """Return whether a record's options ask for something else in full; or its file holds more than was trained."""
+    mine = {root.name: root.attachment.config.to_dict() for root in model.roots}
+    pairs = [(mine[entry["root"]], entry["config"]) for entry in record.get("adapters", ()) if entry["root"] in mine]
+    keys = ("modules_to_save", "bias", "frozen_norm")
+    return any(own[key] != theirs.get(key, own[key]) for own, theirs in pairs for key in keys)
 
 
 def install_adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:

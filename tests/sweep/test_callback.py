@@ -306,6 +306,42 @@ def test_a_second_fit_goes_on_from_the_buffers_of_each_adapter():
     assert not torch.equal(centers[1], centers[0])
 
 
+class Penalized(Quiet):
+    """Adds the squares of all that trains to its loss, in one of the ways to find it."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        trained = [each for each in self.parameters() if each.requires_grad]
+        names = [each for name, each in self.net.named_parameters() if "lora" in name]
+        return super().loss(batch) + 0.1 * sum(each.square().sum() for each in trained + names)
+
+
+@pytest.mark.parametrize("mode", ["loop", "auto"])
+def test_a_step_that_looks_for_what_trains_finds_its_own_adapter(mode: Any):
+    module, sweep = Penalized(), swept(adapters=FOUR, mode=mode, keep=1.0)
+    fit(module, sweep, max_steps=8)
+    assert_each_is_alone(Penalized, sweep, module, EXACT, max_steps=8)
+    assert sum("lora_others" in name for name, _ in module.named_parameters()) == 6 * (len(FOUR) - 1)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "meet"])
+def test_a_mode_that_was_chosen_is_proved_by_the_first_batch(mode: Any):
+    message = rf"mode '{mode}' does not fit the training_step of Penalized: the loss of 'a' is .* instead of"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Penalized(), swept(adapters=FOUR, mode=mode))
+
+
+def test_a_weight_decay_is_of_the_adapter_that_asks_for_it():
+    held: dict[str, float] = {}
+
+    class Decays(Callback):
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            held.update({group["name"]: group["weight_decay"] for group in trainer.optimizers[0].param_groups})
+
+    adapters = {"a": {"weight_decay": 0.5}, "b": {}, "c": {"weight_decay": 0.0}, "d": {"lr_ratio": 2.0}}
+    fit(Quiet(), swept(adapters=adapters, keep=1.0), Decays(), max_steps=1)
+    assert held == {"a": 0.5, "b": 0.1, "c": 0.0, "d": 0.1, "d.2": 0.1}
+
+
 class Counts(Quiet):
     """Trains more and more of its loss, by a count of its steps that begins anew with each epoch but the second."""
 
@@ -675,11 +711,13 @@ def test_layers_before_the_first_adapted_one_compute_once():
     from torch.utils.flop_counter import FlopCounterMode
 
     def flops(adapters: int, mode: Any) -> int:
-        module = Quiet()
-        sweep = swept(grid={"seed": list(range(adapters))}, mode=mode, keep=1.0, target_modules=["net.4"])
-        with FlopCounterMode(display=False) as counter:
-            fit(module, sweep, max_steps=1)
-        return counter.get_total_flops()
+        counts = []
+        for steps in (1, 2):  # the first one follows a proof
+            sweep = swept(grid={"seed": list(range(adapters))}, mode=mode, keep=1.0, target_modules=["net.4"])
+            with FlopCounterMode(display=False) as counter:
+                fit(Quiet(), sweep, max_steps=steps)
+            counts.append(counter.get_total_flops())
+        return counts[1] - counts[0]
 
     prefix, adapted = 2 * 8 * (8 * 16 + 16 * 16), 2 * 8 * 16 * 8  # of a batch of 8: frozen layers have no backward pass
     saved = flops(4, "loop") - flops(4, "vmap")
@@ -995,6 +1033,26 @@ class ManualCounts(Manual):
         return super().loss(batch) * min(1.0, self.steps / 8)
 
 
+class ManualCentered(Manual):
+    """Moves a buffer, and writes gradients to all that its optimizers hold."""
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(FEATURES))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.center.mul_(0.9).add_(self.net(batch[0]).mean(0), alpha=0.1)
+        return super().loss([batch[0] - self.center, batch[1]])
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        super().manual_backward(loss, *args, **kwargs)
+        for optimizer in self.optimizers():
+            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / 2
+
+
 def alone_manually(candidate: Candidate, kind: type[Manual] = Manual, **options: Any) -> State:
     rate = Rate(candidate)
     module = kind()
@@ -1005,7 +1063,7 @@ def alone_manually(candidate: Candidate, kind: type[Manual] = Manual, **options:
     return adapter_state_dict(module)
 
 
-@pytest.mark.parametrize("kind", [Manual, ManualCounts])
+@pytest.mark.parametrize("kind", [Manual, ManualCounts, ManualCentered])
 def test_manual_optimization_trains_each_adapter_bit_for_bit_as_alone(kind: type[Manual]):
     module, sweep = kind(), swept(adapters=FOUR, keep=1)
     run = fit(module, sweep)
