@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,6 +121,33 @@ def group_names(module: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[
     """Return the names of the parameters that an optimizer's groups hold."""
     names = names_of_parameters(module)
     return [[names.get(id(p), "?") for p in group["params"]] for group in groups]
+
+
+def check_same_groups(theirs: list[list[list[str]]], ours: list[list[list[str]]]) -> None:
+    """Refuse the state of optimizers that hold other parameters, by their names.
+
+    Args:
+        theirs: The names in a checkpoint: of each group of each optimizer.
+        ours: The names here.
+
+    Raises:
+        ValueError: They differ; the order in a group does not matter.
+    """
+    if [list(map(set, groups)) for groups in theirs] == [list(map(set, groups)) for groups in ours]:
+        return
+    saved, mine = ({*chain(*chain(*names))} for names in (theirs, ours))
+    only = {"the checkpoint": saved - mine, "this run": mine - saved}
+    differing = "".join(f"; only in {where}: {listed(sorted(names))}" for where, names in only.items() if names)
+    raise ValueError(
+        "The checkpoint's optimizers hold different parameters from this run's, so optimizer state would be assigned to "
+        f"the wrong parameters: {_group_sizes(theirs)} in the checkpoint, {_group_sizes(ours)} here{differing}. Use the "
+        f"same {'modules_to_save, ' if differing else ''}configure_optimizers and lr_ratio, or start from the weights "
+        "alone."
+    )
+
+
+def _group_sizes(names: list[list[list[str]]]) -> str:
+    return "; ".join(f"groups of {[len(group) for group in groups]}" for groups in names) or "none"
 
 
 def reordered_state(state: Mapping[str, Any], theirs: list[list[str]], ours: list[list[str]]) -> dict[str, Any]:

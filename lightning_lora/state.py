@@ -365,6 +365,14 @@ def record_problems(module: nn.Module, record: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def trains_otherwise(model: AdaptedModel, record: Mapping[str, Any]) -> bool:
+    """Return whether a record's options ask for something else in full; or its file holds more than was trained."""
+    mine = {root.name: root.attachment.config.to_dict() for root in model.roots}
+    pairs = [(mine[entry["root"]], entry["config"]) for entry in record.get("adapters", ()) if entry["root"] in mine]
+    keys = ("modules_to_save", "bias", "frozen_norm")
+    return any(own[key] != theirs.get(key, own[key]) for own, theirs in pairs for key in keys)
+
+
 def _how_to_place(mine: Collection[str], theirs: Collection[str]) -> str:
     """Say where a checkpoint belongs if it is of a module that holds this one, or of a part of this one."""
     if (place := _place_of(mine, theirs)) is not None:

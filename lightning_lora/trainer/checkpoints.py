@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from lightning_lora.fingerprint import Fingerprint, base_problems, samples, to_p
 from lightning_lora.modes import unscaled
 from lightning_lora.named_adapters import active_adapter, adapter_names, fill_buffers, of_others
 from lightning_lora.names import listed
-from lightning_lora.optimizers import group_names, reordered_state
+from lightning_lora.optimizers import check_same_groups, group_names, reordered_state
 from lightning_lora.state import (
     check_not_merged,
     check_sound,
@@ -34,6 +33,7 @@ from lightning_lora.state import (
     other_shapes,
     record_problems,
     tensors_of_others,
+    trains_otherwise,
     warn_of_other_buffers,
     with_masks,
 )
@@ -64,6 +64,17 @@ from lightning_lora.trainer.strategies import layout_of
 from lightning_lora.trainer.strategies.base import Layout, module_of, original_param_groups
 from lightning_lora.trainer.unsaved import Unsaved, base_fingerprint
 from lightning_lora.trainer.writing import written_at_once
+
+
+class _Saving:
+    """A method that saves, as a part of a strategy that can be copied and pickled."""
+
+    def __init__(self, checkpoints: AdapterCheckpoints, name: str) -> None:
+        self.checkpoints, self.name = checkpoints, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.checkpoints.saving():
+            return getattr(self.checkpoints, self.name)(*args, **kwargs)
 
 
 class AdapterCheckpoints:
@@ -103,8 +114,7 @@ class AdapterCheckpoints:
         self._has_told = False  # what hooks could not remove
         self.own = {name: getattr(strategy, name) for name in self._REPLACED}
         for name in self._REPLACED:
-            method = getattr(self, name)
-            setattr(strategy, name, method if "load" in name else self._saving()(method))
+            setattr(strategy, name, getattr(self, name) if "load" in name else _Saving(self, name))
         setattr(strategy, INSTALLED, self)
 
     @property
@@ -118,12 +128,14 @@ class AdapterCheckpoints:
     def as_trained(self) -> Iterator[None]:
         """Have the adapter of the fit in place as it trains, whatever a hook of the module computes with meanwhile."""
         module, name = module_of(self.strategy), self._trains
+        self.layout.settle(module)
         is_there = name in (None, active_adapter(module)) or name not in adapter_names(module) or self.sweep is not None
         with nullcontext() if is_there else switched(module, name, "LoRACallback"), unscaled(module):
             yield
 
     @contextmanager
-    def _saving(self) -> Iterator[None]:
+    def saving(self) -> Iterator[None]:
+        """The same for saving; warns if that is not the adapter that a user sees."""
         before = active_adapter(module_of(self.strategy))
         with self.as_trained():
             now = active_adapter(module_of(self.strategy))
@@ -361,7 +373,7 @@ class AdapterCheckpoints:
         check_not_merged(module, (record or {}).get("merges", {}), lambda: is_its_base)
         untrained = {name: tensor for name, tensor in model.tensors.items() if name not in model.trained}
         problems = record_problems(module, record or {"layers": describe(module)["layers"]})
-        if (frozen := [name for name in trained if name in untrained]) and _trains_otherwise(model, record or {}):
+        if (frozen := [name for name in trained if name in untrained]) and trains_otherwise(model, record or {}):
             problems.append(f"modules_to_save, bias or frozen_norm: {listed(frozen)} trained there, frozen here")
         left = [name for name in state if name in added_names(record)]
         known = [*untrained, *metric_states(model), *extra_state_names(module), *(left if strict else state)]
@@ -441,16 +453,7 @@ class AdapterCheckpoints:
             self.own["load_optimizer_state_dict"](checkpoint)
             return
         theirs, ours = record["optimizers"], self._optimizer_names()
-        if _as_sets(theirs) != _as_sets(ours):
-            saved, mine = ({*chain(*chain(*names))} for names in (theirs, ours))
-            only = {"the checkpoint": saved - mine, "this run": mine - saved}
-            differing = "".join(f"; only in {where}: {listed(sorted(names))}" for where, names in only.items() if names)
-            raise ValueError(
-                "The checkpoint's optimizers hold different parameters from this run's, so optimizer state would "
-                f"be assigned to the wrong parameters: {_group_sizes(theirs)} in the checkpoint, "
-                f"{_group_sizes(ours)} here{differing}. Use the same {'modules_to_save, ' if differing else ''}"
-                "configure_optimizers and lr_ratio, or start from the weights alone."
-            )
+        check_same_groups(theirs, ours)
         for optimizer, state, their_groups, our_groups in zip(
             self.strategy.optimizers, states, theirs, ours, strict=True
         ):
@@ -474,14 +477,6 @@ def _described(module: nn.Module) -> dict[str, Any]:
     return describe(module) | {"buffers": moved_values(AdaptedModel(module))}
 
 
-def _trains_otherwise(model: AdaptedModel, record: Mapping[str, Any]) -> bool:
-    """Return whether a record's options ask for something else in full; or its file holds more than was trained."""
-    mine = {root.name: root.attachment.config.to_dict() for root in model.roots}
-    pairs = [(mine[entry["root"]], entry["config"]) for entry in record.get("adapters", ()) if entry["root"] in mine]
-    keys = ("modules_to_save", "bias", "frozen_norm")
-    return any(own[key] != theirs.get(key, own[key]) for own, theirs in pairs for key in keys)
-
-
 def install_adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
     """Make a strategy save and load only adapters; safe to repeat.
 
@@ -495,11 +490,3 @@ def install_adapter_checkpoints(strategy: Strategy) -> AdapterCheckpoints:
 def trained_state(layout: Layout, model: AdaptedModel) -> dict[str, Tensor]:
     """Return what was trained: name -> the whole tensor; every process must call this."""
     return layout.gather(model.trained, lambda name: name)
-
-
-def _as_sets(names: list[list[list[str]]]) -> list[list[set[str]]]:
-    return [[set(group) for group in groups] for groups in names]
-
-
-def _group_sizes(names: list[list[list[str]]]) -> str:
-    return "; ".join(f"groups of {[len(group) for group in groups]}" for groups in names) or "none"

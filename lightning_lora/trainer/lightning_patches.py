@@ -331,6 +331,28 @@ def _named_options(parsers: Sequence[Any], message: str, callback: type[Callback
 # --- methods of one module
 
 
+class _Wrapped:
+    """A wrapped method of one object; a copy of the object, or what is unpickled, has the method itself again."""
+
+    def __init__(self, owner: Any, name: str, call: Callable[..., Any]) -> None:
+        method = getattr(owner, name)
+        functools.update_wrapper(self, method)  # keeps Lightning's is_overridden right
+        self._owner, self._name, self._method, self._call = owner, name, method, call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(self._method, *args, **kwargs)
+
+    @override
+    def __reduce__(self) -> Any:
+        is_of_class = getattr(self._method, "__func__", None) is getattr(type(self._owner), self._name, None)
+        # The copy has no attributes yet at that moment, so this is its class's.
+        return (getattr, (self._owner, self._name)) if is_of_class else (_same, (self._method,))
+
+
+def _same(method: Callable[..., Any]) -> Callable[..., Any]:
+    return method
+
+
 class MethodWraps:
     """Wraps methods of modules and strategies until ``remove`` is called."""
 
@@ -349,13 +371,7 @@ class MethodWraps:
 
     def around(self, module: Any, name: str, call: Callable[..., Any]) -> None:
         """Have ``call(method, *args, **kwargs)`` run in place of this method of the module."""
-        method = getattr(module, name)
-
-        @functools.wraps(method)  # keeps Lightning's is_overridden right
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return call(method, *args, **kwargs)
-
-        setattr(module, name, wrapper)
+        setattr(module, name, _Wrapped(module, name, call))
         self._wrapped.append((module, name))
 
     def remove(self) -> None:

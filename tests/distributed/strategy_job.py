@@ -292,8 +292,10 @@ def fit(
         nodes=nodes,
         max_epochs=epochs,
         max_steps=-1,
+        limit_val_batches=1,
     )
-    run.fit(module, loader(16), ckpt_path=ckpt_path)
+    # The validation comes last: FSDP2 leaves the outermost unit whole after a pass without gradients.
+    run.fit(module, loader(16), loader(16), ckpt_path=ckpt_path)
     results = {
         "losses": module.losses,
         "last": checkpoint.last_model_path,

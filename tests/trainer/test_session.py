@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
 import math
 import warnings
@@ -528,3 +530,60 @@ def test_a_fit_computes_normalized_weights_in_forward_passes_alone(
     run.fit(module, loader(), loader())
     run.save_checkpoint(tmp_path / "saved.ckpt")
     assert counts["iterations"] == counts["passes"] >= 8
+
+
+class Copies(Callback):
+    """Copies the module, by copying or by pickling, at two moments of a fit."""
+
+    def __init__(self, copied: Callable[[Any], Any]) -> None:
+        self.copied, self.copies = copied, list[Any]()
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        self.copies.append(self.copied(module))
+
+    def on_train_end(self, trainer: Any, module: Any) -> None:
+        self.copies.append(self.copied(module))
+
+
+class Rated(Toy):
+    lr = 1e-2
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def saved_and_loaded(thing: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_copy_that_is_made_during_a_fit_is_a_module_of_its_own(copied: Callable[[Any], Any], index: int) -> None:
+    copies = Copies(copied)
+    trainer(LoRACallback(rank=2), copies).fit(module := Rated(), loader())
+    twin, before = copies.copies[index], adapter_state_dict(module)
+    twin.lr = 1e-3
+    run = trainer(LoRACallback(rank=2))
+    run.fit(twin, loader())
+    [group] = run.optimizers[0].param_groups
+    assert group["lr"] == 1e-3
+    assert {*group["params"]} == {each for each in twin.parameters() if each.requires_grad}
+    assert_same_bits(adapter_state_dict(module), before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copied_trainer_saves_the_module_that_it_trains(copied: Callable[[Any], Any], tmp_path: Path) -> None:
+    run = trainer(LoRACallback(rank=2))
+    run.fit(Rated(), loader())
+    run.save_checkpoint(tmp_path / "first.ckpt")
+    twin = copied(run)
+    twin.fit_loop.epoch_loop.max_steps = 6
+    twin.fit(twin.lightning_module, loader())
+    twin.save_checkpoint(tmp_path / "twin.ckpt")
+    for each, name in ((run, "first"), (twin, "twin")):
+        load_adapter(loaded := Rated(), tmp_path / f"{name}.ckpt")
+        assert_same_bits(adapter_state_dict(loaded), adapter_state_dict(each.lightning_module))
+    assert twin.global_step == 6

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -70,6 +71,9 @@ class Layout:
 
     def check_fit(self, *, with_diagnostics: bool, with_schedule: bool) -> None:
         """Refuse to train, to measure or to change ranks while training, with the strategy's settings."""
+
+    def settle(self, module: LightningModule) -> None:
+        """Let the module hold its parameters as the strategy keeps them between steps."""
 
     def attached(self, module: LightningModule) -> None:
         """Record newly attached adapters before the strategy wraps the module; reject what it cannot train."""
@@ -152,6 +156,14 @@ class ModelParallelLayout(Layout):
 
     divides_weights = True
     _with_schedule = False
+
+    @override
+    def settle(self, module: LightningModule) -> None:
+        # After a pass without gradients, as in a validation, the outermost unit still holds its parameters whole, and
+        # what reads the module next, in whichever process, divides them again in the middle of its work.
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     @override
     def check_fit(self, *, with_diagnostics: bool, with_schedule: bool) -> None:
