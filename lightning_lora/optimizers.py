@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -17,6 +18,7 @@ from lightning_lora.names import clean_name, listed, parameters_of
 from lightning_lora.option_checks import check_positive
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
+_USED = "_lora_used"  # the mark of an optimizer that has been part of a fit
 RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group
 
 
@@ -54,7 +56,12 @@ def parameter_groups(
 
 
 def repair_optimizers(
-    module: nn.Module, optimizers: Sequence[Optimizer], schedulers: Iterable[Any] = (), *, lr_ratio: float = 1.0
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    schedulers: Iterable[Any] = (),
+    *,
+    lr_ratio: float = 1.0,
+    fresh: bool = False,
 ) -> None:
     """Edit optimizers in place so that they hold exactly the trainable parameters of a module.
 
@@ -67,12 +74,15 @@ def repair_optimizers(
         optimizers: All its optimizers.
         schedulers: The learning rate schedulers bound to them.
         lr_ratio: Learning rate of ``B`` over that of ``A``; 1 leaves the groups alone.
+        fresh: Whether the training is to begin anew.
 
     Raises:
-        ValueError: It is unclear which group a parameter belongs to, or no optimizer holds a trainable one.
+        ValueError: It is unclear which group a parameter belongs to, or no optimizer holds a trainable one; or an
+            optimizer has been used before, and that would count.
     """
     check_positive("lr_ratio", lr_ratio)
     names = names_of_parameters(module)
+    _refuse_used(optimizers, {"fresh=True": fresh, f"lr_ratio={lr_ratio:g}": lr_ratio != 1.0})
     _warn_of_strangers(module, optimizers)
     _adopt_unheld(module, optimizers, names)
     for optimizer in optimizers:
@@ -84,6 +94,18 @@ def repair_optimizers(
         fast = fast_parameters(module)
         for optimizer in optimizers:
             _split_fast(optimizer, fast, lr_ratio, list(schedulers))
+
+
+def _refuse_used(optimizers: Sequence[Optimizer], options: Mapping[str, bool]) -> None:
+    needs_new = [option for option, is_set in options.items() if is_set]
+    for optimizer in optimizers:
+        if needs_new and vars(optimizer).get(_USED):
+            raise ValueError(
+                f"configure_optimizers returned an {type(optimizer).__name__} that an earlier fit has used, with its "
+                f"state, groups and learning rates. {' and '.join(needs_new)} needs a new one in each fit: make it in "
+                "configure_optimizers, not in __init__."
+            )
+        vars(optimizer)[_USED] = True
 
 
 def _warn_of_strangers(module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -139,10 +161,10 @@ def check_same_groups(theirs: list[list[list[str]]], ours: list[list[list[str]]]
     only = {"the checkpoint": saved - mine, "this run": mine - saved}
     differing = "".join(f"; only in {where}: {listed(sorted(names))}" for where, names in only.items() if names)
     raise ValueError(
-        "The checkpoint's optimizers hold different parameters from this run's, so optimizer state would be assigned to "
-        f"the wrong parameters: {_group_sizes(theirs)} in the checkpoint, {_group_sizes(ours)} here{differing}. Use the "
-        f"same {'modules_to_save, ' if differing else ''}configure_optimizers and lr_ratio, or start from the weights "
-        "alone."
+        "The checkpoint's optimizers hold different parameters from this run's, so optimizer state would be assigned "
+        f"to the wrong parameters: {_group_sizes(theirs)} in the checkpoint, {_group_sizes(ours)} here{differing}. Use "
+        f"the same {'modules_to_save, ' if differing else ''}configure_optimizers and lr_ratio, or start from the "
+        "weights alone."
     )
 
 
@@ -230,7 +252,9 @@ def adopt(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter, 
         group["param_names"].append(name)
     if optimizer.state:  # Adagrad and others create their state when they are built
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        twin = type(optimizer)([{**options, "params": [parameter]}], **optimizer.defaults)
+        accepted = inspect.signature(type(optimizer)).parameters
+        defaults = {key: value for key, value in optimizer.defaults.items() if key in accepted}
+        twin = type(optimizer)([{**options, "params": [parameter]}], **defaults)
         if parameter in twin.state:
             optimizer.state[parameter] = twin.state[parameter]
 

@@ -745,3 +745,38 @@ def test_merge_after_fit() -> None:
     expected = module.net(x)
     merge(module)
     torch.testing.assert_close(module.net(x), expected)
+
+
+class MadeInInit(Toy):
+    """Makes its optimizer before any adapter is there."""
+
+    kind: Any = torch.optim.AdamW
+
+    def build(self) -> None:
+        super().build()
+        self.made = self.kind(self.parameters(), lr=1e-2)
+
+    def configure_optimizers(self) -> Any:
+        return self.made
+
+
+@pytest.mark.parametrize("options", [{"fresh": True}, {"lr_ratio": 4.0}])
+def test_an_optimizer_that_a_fit_has_used_is_refused_where_that_would_count(options: dict[str, Any]) -> None:
+    module = MadeInInit()
+    trainer(LoRACallback(rank=2, **options)).fit(module, loader())
+    [option] = options
+    with pytest.raises(
+        MisconfigurationException, match=rf"AdamW that an earlier fit has used.*{option}.*not in __init__"
+    ):
+        trainer(LoRACallback(rank=2, **options)).fit(module, loader())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.Adagrad, torch.optim.SGD])
+def test_an_optimizer_of_init_goes_on_in_a_second_fit_and_takes_another_adapter(kind: Any) -> None:
+    module = type("Made", (MadeInInit,), {"kind": kind})()
+    for name in ("one", "one", "two"):
+        run = trainer(LoRACallback(adapter=name, rank=2))
+        run.fit(module, loader())
+    held = {*run.optimizers[0].param_groups[0]["params"]}
+    assert held >= {factor for layer in lora_layers(module).values() for factor in layer.lora.parameters()}
+    assert all(layer.lora.B.any() for layer in lora_layers(module).values())

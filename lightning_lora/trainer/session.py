@@ -350,7 +350,8 @@ class FitSession:
         if not optimizers:
             return
         try:
-            repair_optimizers(self.module, optimizers, schedulers, lr_ratio=self.options.lr_ratio)
+            ratio, fresh = self.options.lr_ratio, self.options.fresh
+            repair_optimizers(self.module, optimizers, schedulers, lr_ratio=ratio, fresh=fresh)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         self.layout.configured(self.module, optimizers)
