@@ -152,11 +152,31 @@ class AdaptedModel:
             for name, layer in self.layers.items()
             if not all(a.fits(layer) for a in layer.adapters().values() if isinstance(a, LowRankAdapter))
         ]
+        several = vars(home_of(self.module)).get(SEVERAL)
+        if several is not None and len(several.adapters) > 1 and (gone := self.gone(several)):
+            return gone
         found = f"Replaced after LoRA was attached, so their adapters are gone: {listed(lost)}. " if lost else ""
         if resized:
             found += f"Resized after LoRA was attached, so their adapters do not fit: {listed(resized)}. "
         when = "in __init__, setup or configure_model; without a Trainer, before attach"
         return f"{found}Replace and resize layers earlier: {when}." if found else None
+
+    def gone(self, several: Any) -> str | None:
+        """Return what of several adapters is in modules that the model no longer has, and what to do; None if nothing.
+
+        Args:
+            several: The record of the adapters.
+        """
+        there = {part for _, part in self.parts}
+        gone = {name: [part for part in each.kept if part not in there] for name, each in several.adapters.items()}
+        lost = [f"{type(part).__name__} of {name!r}" for name, parts in gone.items() for part in parts]
+        if not lost:
+            return None
+        return (
+            f"Replaced since adapters were added, so what these have learned there would be lost: {listed(lost)}. Keep "
+            "the modules: another adapter has values of its own in them, which you can set after set_adapter; or give "
+            "each task a head of its own. Otherwise save the adapters, call detach(module), and replace then."
+        )
 
     def check_unchanged(self) -> None:
         """Raise if adapted layers have been replaced or resized since the adapters were attached.

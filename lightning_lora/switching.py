@@ -160,6 +160,8 @@ def _beside(module: nn.Module, name: str) -> Iterator[None]:
     own = {} if SEVERAL in vars(unwrapped(module)) else {root.name: root.module for root in AdaptedModel(module).roots}
     is_first = SEVERAL not in vars(home) and not AdaptedModel(home).layers
     several = Several(home) if is_first else several_of(home, "add_adapter")
+    if gone := AdaptedModel(home).gone(several):
+        raise RuntimeError(gone)
     before = several.active
     flags = [(parameter, parameter.requires_grad) for parameter in home.parameters()]  # of all adapters
     switch_to(several, None)

@@ -46,7 +46,7 @@ from lightning_lora.base_buffers import copied
 from lightning_lora.callback import LoRAConfig
 from lightning_lora.names import OTHERS
 from tests.contract import assert_same_bits, raises_and_changes_nothing
-from tests.toys import BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
+from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, loader, trainer
 
 OPTIONS: dict[str, Any] = {"rank": 2, "target_modules": ["net.0", "net.2"], "modules_to_save": ["net.4"]}
 HEADLESS: dict[str, Any] = OPTIONS | {"modules_to_save": []}
@@ -359,6 +359,22 @@ def test_a_trainer_whose_adapter_was_removed_saves_the_active_one(tmp_path: Path
     runs["other"].save_checkpoint(tmp_path / "mine.ckpt")
     load_adapter(loaded := Toy(), tmp_path / "mine.ckpt")
     assert_same_bits(adapter_state_dict(loaded), state(module, "mine"))
+
+
+def test_a_head_that_is_replaced_between_adapters_is_not_lost_without_a_word():
+    module, options = Toy(), {"rank": 2, "target_modules": ["net.0"], "modules_to_save": ["net.4"]}
+    fit(module, LoRACallback(adapter="one", **options))
+    first, module.net[4] = module.net[4], nn.Linear(16, FEATURES)
+    with raises_and_changes_nothing(module, RuntimeError, r"Linear of 'one'\. Keep the modules.*head of its own"):
+        fit(module, LoRACallback(adapter="two", **options))
+    module.net[4] = first
+    trained = state(module, "one")
+    fit(module, LoRACallback(adapter="two", **options))
+    assert_same_bits(state(module, "one"), trained)
+    module.net[4] = nn.Linear(16, FEATURES)
+    for again in (lambda: fit(module, LoRACallback(adapter="two")), lambda: adapter_state_dict(module)):
+        with pytest.raises((RuntimeError, MisconfigurationException), match=r"Linear of 'one', Linear of 'two'"):
+            again()
 
 
 # --- checkpoints of all adapters
