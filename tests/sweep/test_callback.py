@@ -179,8 +179,9 @@ class WorksOnGradients(Quiet):
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
         self.log("norm", norm)
+        weights = torch.stack([each.detach().norm() for each in self.parameters() if each.requires_grad])
         for gradient in gradients:
-            gradient.div_(1 + norm)
+            gradient.div_(1 + norm + weights.norm())
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         for layer in lora_layers(self).values():
