@@ -308,6 +308,18 @@ def test_a_backward_pass_in_another_thread_computes_blocks_again_without_waiting
     assert torch.equal(inputs.grad, expected)
 
 
+def test_backward_passes_in_another_thread_have_the_adapter_of_their_forward_pass_each_time(model: nn.Module) -> None:
+    inputs = INPUT.clone().requires_grad_()
+    set_adapter(model, "b")
+    losses = [checkpoint(model, inputs, use_reentrant=False).sum() for _ in range(2)]
+    (expected,) = torch.autograd.grad(model(inputs).sum(), inputs)
+    set_adapter(model, "a")
+    for loss in losses:
+        inputs.grad = None
+        Elsewhere(loss.backward).done()
+        assert torch.equal(inputs.grad, expected)
+
+
 @pytest.mark.parametrize("elsewhere", [True, False])
 def test_a_block_that_is_computed_again_leaves_a_model_alone_that_another_thread_has_switched(
     model: nn.Module, elsewhere: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import logging
 import math
@@ -572,6 +573,21 @@ def test_a_copy_that_is_made_during_a_fit_is_a_module_of_its_own(copied: Callabl
     assert group["lr"] == 1e-3
     assert {*group["params"]} == {each for each in twin.parameters() if each.requires_grad}
     assert_same_bits(adapter_state_dict(module), before)
+
+
+def sgd_of(module: nn.Module) -> Any:
+    return torch.optim.SGD(module.parameters(), lr=1e-4)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_keeps_a_method_that_was_set_on_the_module(copied: Callable[[Any], Any]) -> None:
+    module, copies = Rated(), Copies(copied)
+    module.configure_optimizers = functools.partial(sgd_of, module)  # type: ignore[method-assign]
+    trainer(LoRACallback(rank=2), copies).fit(module, loader())
+    for twin in copies.copies:
+        optimizer = twin.configure_optimizers()
+        assert isinstance(optimizer, torch.optim.SGD)
+        assert {*optimizer.param_groups[0]["params"]} == {*twin.parameters()}
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
