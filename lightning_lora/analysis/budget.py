@@ -170,7 +170,7 @@ def plan_budget(
 
 
 def adapter_size(module: nn.Module, config: LoRAConfig | None = None, *, bytes_per_state: int = ADAM_BYTES) -> Choice:
-    """Return what a config costs on a model, without attaching anything.
+    """Return what the adapters of a config cost, without biases and heads that train in full; attaches nothing.
 
     Args:
         module: The model; it may be on the meta device.
