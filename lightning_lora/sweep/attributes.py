@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,7 @@ class OwnAttributes:
     """
 
     def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
-        self._module = module
+        self._parts = own_parts(module)
         self._own: dict[str, dict[Place, Any]] = {name: {} for name in names}
         self._left: dict[Place, Any] = {}  # what the last step has left in place
 
@@ -41,11 +41,11 @@ class OwnAttributes:
                 for own in self._own.values():
                     own[place] = now
             _write(place, self._own[name][place])
-        before = plain_attributes(self._module)
+        before = plain_attributes(self._parts)
         try:
             yield
         finally:
-            for place in changed_attributes(before, plain_attributes(self._module)):
+            for place in changed_attributes(before, plain_attributes(self._parts)):
                 if place not in self._left:
                     for own in self._own.values():
                         own[place] = before.get(place, _ABSENT)
@@ -54,14 +54,18 @@ class OwnAttributes:
                 self._left[place] = self._own[name][place] = _read(place)
 
 
-def plain_attributes(module: nn.Module) -> dict[Place, Any]:
-    """Return the attributes of a module and its parts that hold plain values or tensors of their own."""
+def own_parts(module: nn.Module) -> list[nn.Module]:
+    """Return a module and those of its parts that may have attributes that steps set."""
+    return [part for part in module.modules() if not type(part).__module__.startswith(_OF_LIBRARIES)]
+
+
+def plain_attributes(parts: Iterable[nn.Module]) -> dict[Place, Any]:
+    """Return the attributes of modules that hold plain values or tensors of their own."""
     return {
         (part, key): value
-        for part in module.modules()
-        if not type(part).__module__.startswith(_OF_LIBRARIES)
+        for part in parts
         for key, value in vars(part).items()
-        if isinstance(value, _PLAIN) and key not in _RESERVED and not key.startswith(("lora", "_lora"))
+        if key not in _RESERVED and isinstance(value, _PLAIN) and not key.startswith(("lora", "_lora"))
     }
 
 

@@ -17,7 +17,7 @@ from lightning_lora.layers import LowRankAdapter
 from lightning_lora.names import parameters_of
 from lightning_lora.probe import RandomState, left_as_it_was
 from lightning_lora.state import wide
-from lightning_lora.sweep.attributes import changed_attributes, plain_attributes
+from lightning_lora.sweep.attributes import changed_attributes, own_parts, plain_attributes
 from lightning_lora.sweep.forecast import bytes_kept
 from lightning_lora.sweep.optimizers import Parameters
 from lightning_lora.sweep.steps import Call, Outcome, Step, UnfitError, run_one
@@ -113,12 +113,13 @@ class Proof:
         name, call = next(iter(self.calls.items()))
         shared = [*parameters_of(self.module), *(p for own in self.owned.values() for p in own.values())]
         with using(self.module, name), self._effects(), self._same_draws():
-            trained, attributes = AdaptedModel(self.module).trained, plain_attributes(self.module)
+            trained, parts = AdaptedModel(self.module).trained, own_parts(self.module)
+            attributes = plain_attributes(parts)
             before = {key: buffer.clone() for key, buffer in self.module.named_buffers()}
             with bytes_kept(shared) as kept:
                 run_one(self.module, self.step, call, name)
             moved = [key for key, now in self.module.named_buffers() if not torch.equal(now, before.get(key, now))]
-            after = plain_attributes(self.module)
+            after = plain_attributes(parts)
             found = Sample(
                 kept[0], [key for key in moved if key in trained], [key for key in moved if key not in trained]
             )
