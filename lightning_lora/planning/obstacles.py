@@ -308,7 +308,9 @@ def _miss(plan: Plan, option: str, entry: str, pool: Sequence[Sequence[str]], la
         hint = f" Its layers are {listed(layers)}."
     if option == "target_modules" and plan.config.target_modules == entry:
         hint += " A string is one regular expression over full names; pass names as a list."
-    if option == "modules_to_save" and any(entry in names for names in _names_of_parameters(plan)):
-        hint = " It is a parameter, and modules_to_save takes modules: put it into one of its own."
+    parameters = (name for names in _names_of_parameters(plan) for name in names)
+    full = [name for name in parameters if f".{name}".endswith(f".{entry}")]
+    if option == "modules_to_save" and full:
+        hint = f" {full[0]!r} is a parameter, and modules_to_save takes modules: put it into one of its own."
     what = {"rank_pattern": "adapted layer", "alpha_pattern": "adapted layer", "target_parameters": "parameter"}
     return f"{option}={entry!r} matched no {what.get(option, 'module')} of {plan.root}.{hint}"

@@ -42,8 +42,11 @@ def test_misspelled_word_suggests_the_word(tiny):
 def test_a_parameter_is_no_module_to_save() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     model.log_variance = nn.Parameter(torch.zeros(1))
-    with raises_and_changes_nothing(model, ValueError, "'log_variance' matched no module .* It is a parameter, and"):
-        report(model, modules_to_save=["log_variance"])
+    inside = nn.ModuleDict({"clip": model, "head": nn.Linear(8, 8)})
+    for each, name in ((model, "log_variance"), (inside, "clip.log_variance")):
+        message = rf"'log_variance' matched no module .* '{name}' is a parameter, and modules_to_save takes modules"
+        with raises_and_changes_nothing(each, ValueError, message):
+            report(each, modules_to_save=["log_variance"])
 
 
 @pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
