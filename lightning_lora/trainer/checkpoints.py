@@ -144,6 +144,11 @@ class AdapterCheckpoints:
                     f"LoRA: this checkpoint holds the adapter {now!r}, which this Trainer has trained, and not "
                     f"{before!r}, which is active. save_adapter(module, directory) writes the active one."
                 )
+            elif self._trains not in (None, now) and now is not None and self.sweep is None:
+                rank_zero_warn(
+                    f"LoRA: this Trainer has trained the adapter {self._trains!r}, which the module no longer has. "
+                    f"This checkpoint holds {now!r}, which is active, beside the optimizer's state of the other."
+                )
             yield
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

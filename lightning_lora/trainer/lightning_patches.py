@@ -179,6 +179,7 @@ def _guard_trainers(connectors: ModuleType) -> None:
             try:
                 if not overrides(module, "on_load_checkpoint"):  # which may attach
                     _refuse_without_adapters(module, checkpoint)
+                    _refuse_without_callback(connector.trainer, module, checkpoint)
                 original(connector)
                 _refuse_without_adapters(module, checkpoint)
             except Exception:
@@ -211,6 +212,16 @@ def _refuse_without_adapters(module: nn.Module, checkpoint: Mapping[str, Any]) -
         f"This checkpoint holds an adapter, but this {type(module).__name__} has no adapters to load it into. Add "
         "LoRACallback to the Trainer's callbacks; to evaluate, LoRACallback() takes all options from the file."
     )
+
+
+def _refuse_without_callback(trainer: Trainer, module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse what Lightning would copy into whichever adapters the module has, with their scalings."""
+    if RECORD_KEY in checkpoint and not hasattr(trainer.strategy, INSTALLED):
+        raise RuntimeError(
+            f"This checkpoint holds an adapter, and the Trainer has no LoRACallback that would load it into this "
+            f"{type(module).__name__}. Nothing was changed. Add LoRACallback(), which takes all options from the file; "
+            "to run with the adapters that the module has, leave ckpt_path out."
+        )
 
 
 # --- 2: the checkpoint that a run is about to load

@@ -50,7 +50,7 @@ from lightning_lora.trainer.lightning_patches import (
     frozen_kept,
     overrides,
 )
-from lightning_lora.trainer.outcome import check_finite, check_trained, tell_of_moved_buffers
+from lightning_lora.trainer.outcome import check_can_restart, check_finite, check_trained, tell_of_moved_buffers
 from lightning_lora.trainer.precision import convert_layers
 from lightning_lora.trainer.ranks import FitRanks, attaching, check_undecided, schedule_of, widened
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
@@ -152,7 +152,8 @@ class FitSession:
                 f"LoRACallback(adapter={name!r}): this run loads a checkpoint that has trained {saved!r} and {there}. "
                 f"Leave adapter out to go on with {saved!r}, or load it by load_adapter(..., name=...), not ckpt_path."
             )
-        return name or saved, stored
+        before = get_attachment(self.module) if self.options.fresh else None  # which is to begin anew, as it is called
+        return name or saved or (None if before is None else before.name), stored
 
     @property
     def _before(self) -> Attachment | None:
@@ -208,17 +209,9 @@ class FitSession:
         """Remove the adapters of an earlier fit, and put back what it trained in full."""
         module, before = self.module, self._before
         assert before is not None
-        problem = None
-        if any(map(is_fully_sharded, module.modules())):
-            problem = "its tensors are sharded by FSDP"
-        elif before.report.saved and not before.starts:
-            problem = (
-                f"the first values of {listed(list(before.report.saved))} were not kept; set it in the first fit, too"
-            )
-        if problem is not None:
-            raise MisconfigurationException(
-                f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
-            )
+        check_can_restart(module, before, self._config, self._seed, self.options.init_from)
+        if self._export_dir is not None and not self._is_trial:
+            export.check_export_dir(self.layout, self._export_dir, overwrite=self.options.overwrite)
         self._remove(before)
         self._buffers.begin_anew(before)
         self._is_new = True

@@ -208,13 +208,55 @@ def test_a_callback_without_options_trains_a_present_adapter_with_its_own(way: s
     assert anew.config.rank == LoRAConfig().rank != config.rank
 
 
-def test_a_fresh_fit_that_is_refused_says_why():
+@pytest.mark.parametrize("names", [[None], ["one"], ["one", "other"]], ids=["unnamed", "named", "two"])
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"rank": 64}, "rank 64 is above 8"),
+        ({"target_modules": ["nope"]}, "matched no module"),
+        ({"init_from": "nowhere.ckpt"}, "nowhere.ckpt"),
+        ({"export_dir": "there"}, "there"),
+    ],
+    ids=["rank", "target", "init_from", "export_dir"],
+)
+def test_a_fresh_fit_that_is_refused_keeps_what_was_trained(
+    names: list[str | None], options: dict[str, Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     module = Toy()
-    for name in ("one", "other"):
+    for name in names:
         fit(module, LoRACallback(adapter=name, rank=2))
-    with pytest.raises(ValueError, match="rank 64 is above 8"):
-        fit(module, LoRACallback(adapter="other", fresh=True, rank=64))
-    assert adapter_names(module) == ["one"]
+    save_adapter(module, "there")
+    trained, before = adapter_state_dict(module), adapter_names(module)
+    with pytest.raises((ValueError, OSError, MisconfigurationException), match=match):
+        fit(module, LoRACallback(**({"adapter": names[-1], "rank": 2} | options), fresh=True))
+    assert (adapter_names(module), active_adapter(module)) == (before, before[-1])
+    assert_same_bits(adapter_state_dict(module), trained)
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "other"]])
+def test_a_fresh_fit_without_a_name_begins_the_active_adapter_anew(names: list[str]):
+    module = Toy()
+    for name in names:
+        fit(module, LoRACallback(adapter=name, rank=2))
+    others = {name: state(module, name) for name in names[:-1]}
+    fit(module, LoRACallback(rank=2, fresh=True))
+    fit(new := Toy(), LoRACallback(rank=2))
+    assert adapter_names(module) == names
+    assert_same_bits(state(module, names[-1]), adapter_state_dict(new))
+    for name, trained in others.items():
+        assert_same_bits(state(module, name), trained)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_trainer_without_the_callback_loads_no_file_into_adapters_that_are_there(strict: bool, tmp_path: Path):
+    module = Toy()
+    module.strict_loading = strict
+    for name in ("one", "other"):
+        fit(module, LoRACallback(adapter=name, rank=2)).save_checkpoint(tmp_path / f"{name}.ckpt")
+    with raises_and_changes_nothing(module, RuntimeError, "the Trainer has no LoRACallback"):
+        trainer().validate(module, loader(), ckpt_path=tmp_path / "one.ckpt", verbose=False)
+    trainer().validate(module, loader(), verbose=False)
 
 
 class ValidatesOtherwise(Toy):
@@ -356,7 +398,8 @@ def test_a_trainer_whose_adapter_was_removed_saves_the_active_one(tmp_path: Path
     module = Toy()
     runs = {name: fit(module, LoRACallback(adapter=name, rank=2)) for name in ("other", "mine")}
     remove_adapter(module, "other")
-    runs["other"].save_checkpoint(tmp_path / "mine.ckpt")
+    with pytest.warns(UserWarning, match="has trained the adapter 'other', which the module no longer has"):
+        runs["other"].save_checkpoint(tmp_path / "mine.ckpt")
     load_adapter(loaded := Toy(), tmp_path / "mine.ckpt")
     assert_same_bits(adapter_state_dict(loaded), state(module, "mine"))
 
