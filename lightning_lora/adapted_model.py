@@ -152,9 +152,9 @@ class AdaptedModel:
             for name, layer in self.layers.items()
             if not all(a.fits(layer) for a in layer.adapters().values() if isinstance(a, LowRankAdapter))
         ]
-        several = vars(home_of(self.module)).get(SEVERAL)
-        if several is not None and len(several.adapters) > 1 and (gone := self.gone(several)):
-            return gone
+        for several in (vars(part)[SEVERAL] for _, part in self.parts if SEVERAL in vars(part)):
+            if len(several.adapters) > 1 and (gone := self.gone(several)):
+                return gone
         found = f"Replaced after LoRA was attached, so their adapters are gone: {listed(lost)}. " if lost else ""
         if resized:
             found += f"Resized after LoRA was attached, so their adapters do not fit: {listed(resized)}. "

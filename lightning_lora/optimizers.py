@@ -18,8 +18,8 @@ from lightning_lora.names import clean_name, listed, parameters_of
 from lightning_lora.option_checks import check_positive
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
-_USED = "_lora_used"  # the mark of an optimizer that has been part of a fit
 RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group
+_USED = "_lora_used"  # the mark of an optimizer that has been part of a fit
 
 
 def parameter_groups(
@@ -102,7 +102,7 @@ def _refuse_used(optimizers: Sequence[Optimizer], options: Mapping[str, bool]) -
         if needs_new and vars(optimizer).get(_USED):
             raise ValueError(
                 f"configure_optimizers returned an {type(optimizer).__name__} that an earlier fit has used, with its "
-                f"state, groups and learning rates. {' and '.join(needs_new)} needs a new one in each fit: make it in "
+                f"state, groups and learning rates. Each fit needs a new one for {' and '.join(needs_new)}: make it in "
                 "configure_optimizers, not in __init__."
             )
         vars(optimizer)[_USED] = True

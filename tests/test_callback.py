@@ -766,7 +766,8 @@ def test_an_optimizer_that_a_fit_has_used_is_refused_where_that_would_count(opti
     trainer(LoRACallback(rank=2, **options)).fit(module, loader())
     [option] = options
     with pytest.raises(
-        MisconfigurationException, match=rf"AdamW that an earlier fit has used.*{option}.*not in __init__"
+        MisconfigurationException,
+        match=rf"AdamW that an earlier fit has used.*new one for {option}.*not in __init__",
     ):
         trainer(LoRACallback(rank=2, **options)).fit(module, loader())
 

@@ -39,6 +39,7 @@ from lightning_lora import (
     using,
 )
 from lightning_lora.ops import checkpointing
+from lightning_lora.switching import others_hidden
 from tests.contract import Case, each_case, learn, raises_and_changes_nothing, train_all
 
 WIDTH = 48
@@ -715,3 +716,12 @@ def test_recurrent_layer_without_an_adapter_computes_with_the_biases_of_the_acti
         routed(model, ["one", "two"]),
     ):
         model(x)
+
+
+def test_hidden_adapters_come_back_beside_one_that_was_added_meanwhile(model: nn.Module) -> None:
+    names = adapter_names(model)
+    with others_hidden(model):
+        assert not any("lora_others" in name for name, _ in model.named_modules())
+        add_adapter(model, "new", LoRAConfig(rank=2))
+    held = {name.split("lora_others.")[1].split(".")[0] for name, _ in model.named_modules() if "lora_others." in name}
+    assert held >= {*names, "new"} - {active_adapter(model)}

@@ -11,17 +11,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.attachment import Attachment
 from lightning_lora.base_buffers import moved_buffers
-from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, base_parameter
-from lightning_lora.loading import read_adapter
-from lightning_lora.named_adapters import active_adapter, adapter_names, undone_on_failure
+from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
-from lightning_lora.planning.planner import make_plan
 from lightning_lora.sharding import anywhere, is_fully_sharded, is_sharded, local, whole
 from lightning_lora.state import is_sound
-from lightning_lora.switching import remove_adapter, set_adapter, switched
+from lightning_lora.switching import remove_adapter, set_adapter
 from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.strategies.base import Layout
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
@@ -138,27 +134,3 @@ def take_back(module: LightningModule, was: tuple[str | None, list[str]]) -> Non
         set_adapter(module, active)
         for name in [name for name in now if name not in names]:
             remove_adapter(module, name)
-
-
-def check_can_restart(
-    module: LightningModule, before: Attachment, config: LoRAConfig, seed: int, init_from: str | None
-) -> None:
-    """Find what would refuse to begin anew while the adapter of before is still there.
-
-    Raises:
-        MisconfigurationException: The module cannot be what it was before that adapter.
-        ValueError: The config does not fit the module, or the file to begin from cannot be read.
-    """
-    problem = None
-    if any(map(is_fully_sharded, module.modules())):
-        problem = "its tensors are sharded by FSDP"
-    elif before.report.saved and not before.starts:
-        problem = f"the first values of {listed(list(before.report.saved))} were not kept; set it in the first fit, too"
-    if problem is not None:
-        raise MisconfigurationException(
-            f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
-        )
-    with undone_on_failure(module), switched(module, None, "LoRACallback"):
-        make_plan(module, config, seed)
-    if init_from is not None:
-        read_adapter(init_from)

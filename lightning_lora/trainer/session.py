@@ -50,11 +50,11 @@ from lightning_lora.trainer.lightning_patches import (
     frozen_kept,
     overrides,
 )
-from lightning_lora.trainer.outcome import check_can_restart, check_finite, check_trained, tell_of_moved_buffers
+from lightning_lora.trainer.outcome import check_finite, check_trained, tell_of_moved_buffers
 from lightning_lora.trainer.precision import convert_layers
 from lightning_lora.trainer.ranks import FitRanks, attaching, check_undecided, schedule_of, widened
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
-from lightning_lora.trainer.warm_start import begin_from
+from lightning_lora.trainer.warm_start import begin_from, check_can_restart
 
 _SEED = "PL_GLOBAL_SEED"  # where seed_everything leaves the seed
 

@@ -1,4 +1,4 @@
-"""Warm start from another adapter: ranks may have grown, layers may have been added or removed."""
+"""What a training starts from: another adapter, whose ranks and layers may differ, or the base, anew."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from os import PathLike
 from typing import cast
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.adapted_model import AdaptedModel, replace_buffers
+from lightning_lora.attachment import Attachment
 from lightning_lora.base_buffers import base_buffers, grown_buffers
+from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import Adapter, LowRankAdapter
 from lightning_lora.loading import read_adapter
-from lightning_lora.named_adapters import fill_buffers, recorded
+from lightning_lora.named_adapters import fill_buffers, recorded, undone_on_failure
 from lightning_lora.names import join, listed
 from lightning_lora.peft_format.directory import PeftFile
 from lightning_lora.peft_format.importing import import_into
-from lightning_lora.sharding import copy_whole, whole
+from lightning_lora.planning.planner import make_plan
+from lightning_lora.sharding import copy_whole, is_fully_sharded, whole
 from lightning_lora.state import (
     check_base_values,
     check_holds_values,
@@ -29,6 +34,7 @@ from lightning_lora.state import (
     has_base_values,
 )
 from lightning_lora.storage.checkpoint import CheckpointFile
+from lightning_lora.switching import switched
 from lightning_lora.trainer.buffers import BufferWatch
 from lightning_lora.trainer.diagnostics import norm_of_updates
 
@@ -82,6 +88,30 @@ def begin_from(
             f"LoRA: continues from the adapters already attached (norm of the updates {norm:.3g}); "
             "LoRACallback(fresh=True) starts every fit anew."
         )
+
+
+def check_can_restart(
+    module: LightningModule, before: Attachment, config: LoRAConfig, seed: int, init_from: str | None
+) -> None:
+    """Find what would refuse to begin anew while the adapter of before is still there.
+
+    Raises:
+        MisconfigurationException: The module cannot be what it was before that adapter.
+        ValueError: The config does not fit the module, or the file to begin from cannot be read.
+    """
+    problem = None
+    if any(map(is_fully_sharded, module.modules())):
+        problem = "its tensors are sharded by FSDP"
+    elif before.report.saved and not before.starts:
+        problem = f"the first values of {listed(list(before.report.saved))} were not kept; set it in the first fit, too"
+    if problem is not None:
+        raise MisconfigurationException(
+            f"LoRACallback.fresh=True cannot restart {type(module).__name__}: {problem}. Build the module anew."
+        )
+    with undone_on_failure(module), switched(module, None, "LoRACallback"):
+        make_plan(module, config, seed)
+    if init_from is not None:
+        read_adapter(init_from)
 
 
 def start_from(

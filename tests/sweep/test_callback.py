@@ -1034,18 +1034,8 @@ class ManualCounts(Manual):
         return super().loss(batch) * min(1.0, self.steps / 8)
 
 
-class ManualCentered(Manual):
+class ManualCentered(Centered, Manual):
     """Moves a buffer, and writes gradients to all that its optimizers hold."""
-
-    def build(self) -> None:
-        super().build()
-        self.register_buffer("center", torch.zeros(FEATURES))
-
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.center.mul_(0.9).add_(self.net(batch[0]).mean(0), alpha=0.1)
-        return super().loss([batch[0] - self.center, batch[1]])
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         super().manual_backward(loss, *args, **kwargs)
