@@ -17,6 +17,7 @@ from lightning_lora.named_adapters import active_adapter, adapter_names
 from lightning_lora.names import listed
 from lightning_lora.sharding import anywhere, is_fully_sharded, is_sharded, local, whole
 from lightning_lora.state import is_sound
+from lightning_lora.surgery import detach
 from lightning_lora.switching import remove_adapter, set_adapter
 from lightning_lora.trainer.diagnostics import to_floats
 from lightning_lora.trainer.strategies.base import Layout
@@ -128,9 +129,11 @@ def take_back(module: LightningModule, was: tuple[str | None, list[str]]) -> Non
         was: The active adapter and all names, from before the run.
     """
     (active, names), now = was, adapter_names(module)
-    if active not in now or was == (active_adapter(module), now):  # not in: ``fresh`` has removed it
+    if was == (active_adapter(module), now) or any(map(is_fully_sharded, module.modules())):
         return
-    if not any(map(is_fully_sharded, module.modules())):
+    if not names:
+        detach(module)
+    elif active in now:  # ``fresh`` may have removed it
         set_adapter(module, active)
         for name in [name for name in now if name not in names]:
             remove_adapter(module, name)

@@ -135,7 +135,8 @@ class FitSession:
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
         self._ratio: hints.RatioWatch
-        self._has_succeeded, self._wraps = False, MethodWraps()
+        self._has_start = self._has_succeeded = False
+        self._wraps = MethodWraps()
         self._load_hooks = load_without_base(module)
 
     def _to_train(self) -> tuple[str | None, Stored]:
@@ -308,6 +309,7 @@ class FitSession:
         if resumed is None and (self._is_fit or self._is_new):
             with gathered_parameters(module):
                 begin_from(module, path, self._buffers, check_base=self.options.check_base, is_new=self._is_new)
+            self._has_start = path is not None
         if self._is_fit and resumed is None and self._config.start.name in STARTS_FROM_WEIGHTS:
             self._calibrate()  # while the weights are whole
         if self._export_dir is not None and self._is_fit:
@@ -455,7 +457,8 @@ class FitSession:
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
-        self.has_values = self._held is not None or self._checkpoints.has_loaded  # trained, or from a file
+        # Trained, or from a file:
+        self.has_values = self._held is not None or self._checkpoints.has_loaded or self._has_start
         self._checkpoints.end_run()
         self._buffers.close()
         self._wraps.remove()

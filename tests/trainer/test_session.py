@@ -18,6 +18,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -39,7 +40,7 @@ from lightning_lora import (
 )
 from lightning_lora.attachment import get_attachment
 from lightning_lora.storage.checkpoint import RECORD_KEY
-from tests.contract import assert_same_bits
+from tests.contract import assert_same_bits, raises_and_changes_nothing
 from tests.toys import FEATURES, BuiltInConfigureModel, BuiltInSetup, Toy, digest, loader, network, trainer
 from tests.trainer.test_checkpoints import fitted, read
 
@@ -603,3 +604,38 @@ def test_a_copied_trainer_saves_the_module_that_it_trains(copied: Callable[[Any]
         load_adapter(loaded := Rated(), tmp_path / f"{name}.ckpt")
         assert_same_bits(adapter_state_dict(loaded), adapter_state_dict(each.lightning_module))
     assert twin.global_step == 6
+
+
+class LacksARate(Toy):
+    """Has an error of its own."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        raise ValueError("no learning rate")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        (Toy, {"export_dir": "there"}, "there.*overwrite=True"),
+        (Toy, {"allow_untrained": ["nope"]}, "nope"),
+        (LacksARate, {}, "no learning rate"),
+    ],
+    ids=["export_dir", "allow_untrained", "own"],
+)
+def test_a_first_fit_that_is_refused_leaves_the_base(
+    kind: type[Toy], options: dict[str, Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    attach(other := Toy(), LoRAConfig(rank=2))
+    save_adapter(other, "there")
+    module = kind()
+    with raises_and_changes_nothing(module.net, (ValueError, OSError, MisconfigurationException), match):
+        trainer(LoRACallback(rank=2, **options)).fit(module, loader())
+
+
+def test_a_refused_resume_leaves_a_merged_module_as_it_is(tmp_path: Path) -> None:
+    module, kept = Toy(), ModelCheckpoint(tmp_path)
+    trainer(LoRACallback(rank=2, merge_on_teardown=True), kept).fit(module, loader())
+    path = kept.best_model_path
+    with raises_and_changes_nothing(module.net, RuntimeError, "merged"):
+        trainer(LoRACallback(rank=2), max_steps=9).fit(module, loader(), ckpt_path=path)
