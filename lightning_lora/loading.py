@@ -49,6 +49,8 @@ def read_adapter(
         FileNotFoundError: It does not exist.
     """
     path = os.path.expanduser(path)  # Path would drop a slash of an address
+    if not path:
+        raise ValueError("The path is empty, as best_model_path is when a ModelCheckpoint has kept no file.")
     if Path(path).is_dir():
         if adapter is not None:
             raise ValueError(

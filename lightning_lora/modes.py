@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_lora.adapted_model import AdaptedModel, Root, taking_turns
@@ -272,8 +273,11 @@ def _check_parameter(name: str, layer: LoRALayer, parameter: str) -> None:
 def _to_plain_weight(layer: LoRALayer) -> str:
     """Return how the user makes a computed weight an ordinary one."""
     norms = {"WeightNorm": "weight_norm", "SpectralNorm": "spectral_norm"}
-    for kind in {type(hook).__name__ for hook in layer._forward_pre_hooks.values()} & norms.keys():
-        return f"Call torch.nn.utils.remove_{norms[kind]} on this layer first."
+    for hook in layer._forward_pre_hooks.values():
+        if (norm := norms.get(type(hook).__name__)) is not None:
+            return f"Call torch.nn.utils.remove_{norm} on this layer first."
+        if isinstance(hook, BasePruningMethod):
+            return f"Call torch.nn.utils.prune.remove(layer, {hook._tensor_name!r}) on this layer first."
     return (
         "Keep adapter_state_dict(model), call detach(model), remove the parametrization "
         "(torch.nn.utils.parametrize.remove_parametrizations), attach again with the same config, call "

@@ -431,6 +431,11 @@ def test_file_of_other_format_is_refused_by_name(content: bytes, tiny, tmp_path)
         load_adapter(tiny, path)
 
 
+def test_an_empty_path_is_refused(tiny):
+    with raises_and_changes_nothing(tiny, ValueError, "best_model_path is when a ModelCheckpoint has kept no file"):
+        load_adapter(tiny, "")
+
+
 @pytest.mark.parametrize("content", [None, [1, 2], {"weight": torch.zeros(2)}, {"state_dict": [1]}, torch.zeros(2)])
 def test_torch_file_without_state_dict_is_refused_by_name(content: object, tiny, tmp_path):
     with raises_and_changes_nothing(tiny, ValueError, "adapter.ckpt' is not a Lightning checkpoint"):

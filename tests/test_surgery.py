@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 from lightning_lora import (
     LoRAConfig,
@@ -432,6 +432,19 @@ def test_computed_weight_merges_after_following_the_advice(norm: str, how: str, 
         load_adapter_state_dict(model, adapters)
     merge(model)
     assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_pruned_weight_merges_after_following_the_advice(rng):
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(3, 8, generator=rng)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    attach(model, LoRAConfig(rank=2))
+    train_all(model, rng)
+    expected = model(x)
+    with pytest.raises(RuntimeError, match=r"prune\.remove\(layer, 'weight'\)"):
+        merge(model)
+    prune.remove(model[0], "weight")
+    merge(model)
     torch.testing.assert_close(model(x), expected)
 
 
