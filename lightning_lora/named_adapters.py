@@ -90,6 +90,7 @@ class Several:
         again: Inside ``routed``, which forbids switching, the function that enters it.
         frozen: Adapters that stay as they are while another one trains.
         thread: The one that has switched last.
+        blocks: How many blocks of ``using`` are open.
     """
 
     home: nn.Module
@@ -99,6 +100,7 @@ class Several:
     again: Context | None = None
     frozen: set[str] = field(default_factory=set)
     thread: int = 0
+    blocks: int = 0
 
     def __post_init__(self) -> None:
         _records[id(self)] = self

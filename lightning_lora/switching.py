@@ -78,7 +78,11 @@ def using(module: nn.Module, name: str | None) -> Iterator[None]:
         RuntimeError: As in ``set_adapter``.
     """
     with taking_turns(module), switched(module, name, "using") as several, buffers_kept(several):
-        yield
+        several.blocks += 1
+        try:
+            yield
+        finally:
+            several.blocks -= 1
 
 
 @in_turn

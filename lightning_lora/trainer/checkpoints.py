@@ -53,7 +53,10 @@ from lightning_lora.trainer.checks import check_same_adapters
 from lightning_lora.trainer.lightning_patches import INSTALLED, MethodWraps, overrides
 from lightning_lora.trainer.metrics import load_states, metric_states
 from lightning_lora.trainer.state_hooks import (
+    TRAINING_KEY,
     added,
+    as_hooks_left,
+    complete_average,
     names_restored,
     only_trained,
     restored_names,
@@ -238,12 +241,11 @@ class AdapterCheckpoints:
             self._restore_names(model, given, checkpoint, "a callback")
         # Callbacks such as WeightAveraging put whole models back in after the state dict was made.
         more = self._added(model, checkpoint.get("state_dict", {}))
-        for key in ("state_dict", "current_model_state"):
-            if key in checkpoint:
-                checkpoint[key] = only_trained(model, checkpoint[key])
-        if more:
-            checkpoint["state_dict"] |= more
         moved = moved_values(model)  # first, since the fingerprint leaves these out
+        averages = as_hooks_left(moved, checkpoint)
+        for key in ("state_dict", TRAINING_KEY):
+            if key in checkpoint:
+                checkpoint[key] = only_trained(model, checkpoint[key]) | (moved if key == TRAINING_KEY else more)
         base = base_fingerprint(self.layout, model)
         self._unsaved.warn(model, base)
         record = describe(model.module) | {"base": to_plain(base), "optimizers": self._optimizer_names()}
@@ -255,8 +257,7 @@ class AdapterCheckpoints:
             record |= {"adapter": record["name"], "names": adapter_names(model.module), "others": others}
             checkpoint[OTHERS_KEY] = self._others_state(model.module)
         record |= {ADDED_KEY: [*more]} if more else {}
-        if moved:
-            record["buffers"] = moved
+        record |= {"buffers": averages} if moved else {}
         if self.ranks is not None:
             record["rank_schedule"], checkpoint[SCORES_KEY] = self.ranks()
         checkpoint[RECORD_KEY] = record
@@ -337,6 +338,7 @@ class AdapterCheckpoints:
         state = self._loaded_state(checkpoint)
         if record is not None or any(name in state for name in factor_names(model)):
             self._load_adapter(model, state, record, strict, checkpoint.get(OTHERS_KEY, {}), trained)
+            complete_average(checkpoint)
             if record is not None and "rank_schedule" in record:
                 self.loaded_ranks = record["rank_schedule"], checkpoint[SCORES_KEY]
         elif model.layers:

@@ -17,7 +17,7 @@ from lightning_lora.adapted_model import AdaptedModel, HeldAdapters
 from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
 from lightning_lora.modes import freeze_norms
-from lightning_lora.named_adapters import active_adapter, adapter_names
+from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
 from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
@@ -142,6 +142,8 @@ class FitSession:
     def _to_train(self) -> tuple[str | None, Stored]:
         """Return the name of the adapter of this run, None for the active one; and all that a checkpoint holds."""
         name, names, record = self.options.adapter, adapter_names(self.module), chosen_record(self.trainer)
+        if not self._is_fit and record is None and (several := recorded(self.module)) is not None and several.blocks:
+            return None, {}  # evaluating inside using(...), which says with what
         (saved, stored), own = stored_adapters(record), own_name(record)
         if own in names and (name in names or (name is None and own != active_adapter(self.module))):
             saved = own  # never into another adapter that the module has
@@ -169,8 +171,9 @@ class FitSession:
         if self._is_fit:
             self._prepare_fit()
         model = AdaptedModel(module)
-        if not self._is_fit and model.merges and not model.layers:
-            return  # evaluating a merged model: the adapter is in its weights
+        is_chosen = self._name is None and chosen_checkpoint(self.trainer) is None and bool(adapter_names(module))
+        if not self._is_fit and not model.layers and (model.merges or is_chosen):
+            return  # evaluating a merged model, whose adapter is in its weights, or the base inside using(module, None)
         is_of_part = model.layers and self._before is None and self._name in (None, active_adapter(module))
         if is_of_part and self._takes_any and not self._is_fit and chosen_checkpoint(self.trainer) is None:
             return  # evaluating what load_adapter has read from a directory into a part of the module

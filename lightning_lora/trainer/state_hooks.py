@@ -17,7 +17,10 @@ from torch import Tensor
 from lightning_lora.adapted_model import AdaptedModel, names_in_state
 from lightning_lora.names import clean_name
 from lightning_lora.state import address, extra_state_names
+from lightning_lora.storage.checkpoint import RECORD_KEY
 from lightning_lora.trainer.metrics import metric_states
+
+TRAINING_KEY = "current_model_state"  # of WeightAveraging: what trains, where ``state_dict`` has the average
 
 
 def with_clean_names(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +51,24 @@ def added(model: AdaptedModel, state: Mapping[str, Any], base: Collection[str]) 
     frozen = {address(tensor) for name, tensor in model.tensors.items() if name not in model.trained} if others else ()
     left_out = [name for name, value in others.items() if isinstance(value, Tensor) and address(value) in frozen]
     return {name: value for name, value in others.items() if name not in left_out}, left_out
+
+
+def as_hooks_left(moved: Mapping[str, Tensor], checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the buffers that training has changed with the values that hooks have put in the state, such as averages.
+
+    Args:
+        moved: Their names and values in the module.
+        checkpoint: What the hooks have left.
+    """
+    state = with_clean_names(checkpoint.get("state_dict", {}))
+    return {name: state.get(name, value) for name, value in moved.items()}
+
+
+def complete_average(checkpoint: Mapping[str, Any]) -> None:
+    """Give WeightAveraging, which reads the state next, the averages of the buffers that it has saved."""
+    theirs = checkpoint.get(TRAINING_KEY, {})
+    buffers = checkpoint.get(RECORD_KEY, {}).get("buffers", {})
+    checkpoint["state_dict"].update({name: value for name, value in buffers.items() if name in theirs})
 
 
 def names_restored(

@@ -80,6 +80,24 @@ def test_each_task_trains_as_it_does_alone(kind: type[Toy]):
         assert same(state(module, name), adapter_state_dict(alone))
 
 
+@pytest.mark.parametrize("adapter", [None, "first"])
+@pytest.mark.parametrize("name", [None, "first", "second"])
+def test_a_trainer_evaluates_what_is_in_place_inside_using(name: str | None, adapter: str | None):
+    module = Toy()
+    for each in ("first", "second"):
+        fit(module, LoRACallback(adapter=each, **OPTIONS))
+    run = trainer(LoRACallback(adapter=adapter, **(OPTIONS if adapter else {})), limit_val_batches=1)
+    with using(module, name):
+        run.validate(module, loader(), verbose=False)
+        assert active_adapter(module) == name
+        with torch.no_grad():
+            expected = module.loss(next(iter(loader())))
+    assert run.callback_metrics == {"val_loss": expected}
+    run.validate(module, loader(), verbose=False)
+    with using(module, adapter or "second"), torch.no_grad():
+        assert run.callback_metrics == {"val_loss": module.loss(next(iter(loader())))}
+
+
 def test_a_sum_trains_on_with_its_own_options():
     module, options = Toy(), HEADLESS | {"target_modules": ["net.0"]}
     for name in ("first", "second"):

@@ -53,6 +53,21 @@ class Keeps(Callback):
         self.epochs.append(factors(module))
 
 
+class Centered(Toy):
+    """Keeps a running mean of what it returns, and takes it off."""
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(FEATURES))
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        output = self.net(x)
+        if self.training:
+            self.center.lerp_(output.detach().mean(0), 0.1)
+        return ((output - self.center - y) ** 2).mean()
+
+
 class Normed(Toy):
     """Has a batch norm, and its batch size and rate as attributes, where the tuners find them."""
 
@@ -87,6 +102,53 @@ def test_ema_averages_factors(tmp_path: Path) -> None:
             torch.testing.assert_close(found[name].double(), value, rtol=1e-5, atol=1e-7)
     detach(module)
     assert digest(module.net) == digest(network())
+
+
+class KeepsCenter(Callback):
+    """Keeps the running mean after every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        self.steps.append(module.center.double())
+
+
+@pytest.mark.parametrize("way", ["load_adapter", "validate"])
+def test_a_checkpoint_of_ema_holds_the_average_of_a_buffer_beside_that_of_the_factors(way: str, tmp_path: Path) -> None:
+    keeps, checkpoint = KeepsCenter(), ModelCheckpoint(tmp_path)
+    callbacks = LoRACallback(rank=4), keeps, EMAWeightAveraging(decay=0.5), checkpoint
+    run = trainer(*callbacks, max_epochs=2, max_steps=-1, limit_val_batches=1)
+    run.fit(Centered(), loader(), loader())
+    truth = keeps.steps[0]
+    for step in keeps.steps[1:]:
+        truth = 0.5 * truth + 0.5 * step
+    again = Centered()
+    if way == "load_adapter":
+        load_adapter(again, checkpoint.best_model_path)
+    else:
+        second = trainer(LoRACallback(), limit_val_batches=1)
+        second.validate(again, loader(), ckpt_path=checkpoint.best_model_path, verbose=False)
+        assert torch.equal(second.callback_metrics["val_loss"], run.callback_metrics["val_loss"])
+    torch.testing.assert_close(again.center.double(), truth, rtol=1e-5, atol=1e-7)
+    assert not torch.equal(again.center.double(), keeps.steps[-1])
+
+
+def test_a_fit_with_ema_of_a_buffer_resumes_as_if_it_had_gone_on(tmp_path: Path) -> None:
+    def fitted(epochs: int, path: Any = None) -> tuple[Tensor, Centered]:
+        module, checkpoint = Centered(), ModelCheckpoint(tmp_path, save_last=True, enable_version_counter=False)
+        run = trainer(
+            LoRACallback(rank=2), EMAWeightAveraging(decay=0.5), checkpoint, max_epochs=epochs, max_steps=-1,
+            limit_val_batches=1,
+        )  # fmt: skip
+        run.fit(module, loader(), loader(), ckpt_path=path)
+        return run.callback_metrics["val_loss"], module
+
+    fitted(2)
+    (loss, resumed), (expected, whole) = fitted(4, tmp_path / "last.ckpt"), fitted(4)
+    assert torch.equal(loss, expected)
+    assert digest(resumed) == digest(whole)
+    assert resumed.losses == whole.losses[-len(resumed.losses) :]
 
 
 def test_swa_averages_factors_at_epoch_start() -> None:
