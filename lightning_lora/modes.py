@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -96,7 +96,8 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
     """Compute with the update times a factor; 0 is the base, bit for bit, and a negative factor subtracts the update.
 
     Modules trained in full are not affected; running statistics and buffers that training has moved have the base's
-    values at 0 and the adapter's else. ``merge`` and ``merged`` inside the block fold the scaled update. A backward
+    values at 0 and the adapter's else. Inside the block, ``merge`` and ``merged`` fold the scaled update, and
+    ``save_adapter`` writes it; at 0, ``merge`` raises. A backward
     pass after the block that computes layers again (activation checkpointing) does so with the same factor.
 
     Args:
@@ -117,19 +118,15 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
             raise RuntimeError(
                 f"The adapters of {listed(folded)} are merged into their weights now; leave merged() first."
             )
-        if factor == 0:
-            with disabled(module):
-                yield
-            return
         odd = [n for n, each in model.adapters.items() if not isinstance(each, LowRankAdapter) or each.spec.use_dora]
         odd += [join(root.name, name) for root in model.roots for name in root.attachment.report.biases]
-        if odd and factor != 1:
+        if odd and factor not in (0, 1):
             raise ValueError(
                 f"scaled: the update of {listed(odd)} is not proportional to its scaling (DoRA, or tokens and biases "
                 "trained in full), so only 0 and 1 are possible. combine(module, {name: factor}, name=...) also scales "
                 "tokens and biases."
             )
-        with entered(partial(_multiplied, module, factor)):
+        with entered(partial(_multiplied, module, factor)), nullcontext() if factor else disabled(module):
             yield
 
 

@@ -233,8 +233,8 @@ def merge(
 
     Raises:
         ValueError: An adapter holds NaN, infinity or nothing (meta), or the module has none, or several and none named.
-        RuntimeError: A weight cannot take the update, or adapted layers have been replaced or resized. As after a
-            ValueError, nothing was changed.
+        RuntimeError: A weight cannot take the update, adapted layers have been replaced or resized, or this is inside
+            ``scaled(module, 0)``. As after a ValueError, nothing was changed.
     """
     with chosen(module, name, "merge"):
         model = AdaptedModel(module)
@@ -242,6 +242,10 @@ def merge(
         model.check_adapted("merge")
         model.check_unchanged()
         model.check_started()
+        if not all(adapter.spec.scaling for adapter in model.adapters.values()):
+            raise RuntimeError(
+                "merge: scaled(module, 0) leaves nothing to merge. Leave the block first. Nothing was changed."
+            )
         for path, layer in model.layers.items():
             with whole(layer):
                 check_mergeable({path: layer})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +17,15 @@ from lightning_lora import (
     LoRAConfig,
     adapter_state_dict,
     attach,
+    calibrate,
     detach,
     disabled,
+    load_adapter,
     load_adapter_state_dict,
     lora_layers,
     merge,
     merged,
+    save_adapter,
     scaled,
 )
 from tests.contract import assert_same_bits, assert_unchanged, raises_and_changes_nothing, snapshot, train_all
@@ -290,6 +295,44 @@ def test_scaled_by_zero_is_the_base_bit_for_bit(rng: torch.Generator):
     with scaled(model, 0):
         assert torch.equal(model(x), bare)
     assert not torch.equal(model(x), bare)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0, -0.0, -1.0, -2.5, 1e-8])
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"rank_pattern": {"1": 2}, "lora_bias": True}, {"init": "pissa"}], ids=str
+)
+def test_a_directory_saved_inside_scaled_holds_the_update_times_the_factor(
+    options: dict[str, Any], factor: float, rng: torch.Generator, tmp_path: Path
+):
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)).double(), torch.randn(3, 6, dtype=torch.float64)
+    base = copy.deepcopy(model)
+    attach(model, LoRAConfig(rank=1, alpha=2, adapter_dtype="float64", **options))
+    if "init" in options:
+        calibrate(model)
+    train_all(model, rng)
+    with scaled(model, factor):
+        save_adapter(model, tmp_path / "scaled")
+        expected = model(x)
+    load_adapter(base, tmp_path / "scaled")
+    torch.testing.assert_close(base(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"trainable_token_indices": {"embed": [1]}}], ids=str)
+def test_what_scaled_by_zero_cannot_save_is_refused(options: dict[str, Any], tmp_path: Path):
+    model = nn.ModuleDict({"embed": nn.Embedding(4, 6), "linear": nn.Linear(6, 8)})
+    attach(model, LoRAConfig(rank=1, target_modules=["linear"], **options))
+    with scaled(model, 0), pytest.raises(ValueError, match=r"scaled\(module, 0\) has switched it off.*leave the block"):
+        save_adapter(model, tmp_path / "scaled")
+    assert not (tmp_path / "scaled").exists()
+    save_adapter(model, tmp_path / "scaled")
+
+
+def test_what_is_scaled_by_zero_is_not_merged(rng: torch.Generator):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    attach(model, LoRAConfig(rank=1))
+    train_all(model, rng)
+    with scaled(model, 0), raises_and_changes_nothing(model, RuntimeError, r"scaled\(module, 0\) leaves nothing"):
+        merge(model)
 
 
 @pytest.mark.parametrize(

@@ -191,8 +191,7 @@ class Export:
 
     def paths(self) -> list[str]:
         """Return the layers' paths in PEFT's model."""
-        wrappers, left = self._wrappers(), self._wrappers()
-        found = []
+        wrappers, left, found = self._wrappers(), self._wrappers(), list[str]()
         for layer in self.layers:  # of several on one module, PEFT wraps the first registered innermost
             left[layer.name] -= 1
             found.append(live_path(layer.name, wrappers) + ".base_layer" * left[layer.name])
@@ -272,13 +271,13 @@ class ExportCollector:
     # --- layers
 
     def _add_layer(self, name: str, layer: LoRALayer) -> None:
-        adapters = layer.adapters()
         self._mark(layer.lora)
-        if not adapters:
+        if (first := next(iter(layer.adapters().values()), None)) is None:
             return  # it follows an embedding whose rows train
-        token_adapter = next(iter(adapters.values()))
-        if isinstance(token_adapter, TokenAdapter):
-            self._add_tokens(name, layer, token_adapter)
+        if not first.spec.scaling and (self.result.use_dora or isinstance(first, TokenAdapter)):
+            self._refuse(name, "scaled(module, 0) has switched it off, and PEFT has no form for that; leave the block")
+        if isinstance(first, TokenAdapter):
+            self._add_tokens(name, layer, first)
             return
         for parameter in _in_order(layer):
             adapter = type(_adapters_of(layer, parameter)[0])

@@ -87,6 +87,13 @@ class Factors(NamedTuple):
         bias = None if self.bias is None else sign * self.bias
         return self._replace(B=sign * self.B, bias=bias, scaling=abs(factor) * self.scaling)
 
+    def with_positive_scaling(self) -> Factors:
+        """Return the same update with a scaling that files may hold, also inside ``scaled`` with 0 or less."""
+        if self.scaling > 0:
+            return self
+        plain = self._replace(scaling=1.0)
+        return plain.scaled(self.scaling) if self.scaling else self.zero().padded(self.rank)
+
     def zero(self) -> Factors:
         """Return an update of zero for the same layer."""
         bias = None if self.bias is None else torch.zeros_like(self.bias)
@@ -158,7 +165,8 @@ def factors_of(adapter: LowRankAdapter) -> Factors:
     A, B = (factor.detach().cpu().clone() for factor in (adapter.A, adapter.B))
     if adapter.is_difference or adapter.kept is not None:
         A, B = (factor.detach().cpu() for factor in adapter.whole_factors())
-    return Factors(A, B, adapter.spec.scaling, kept.get("magnitude"), kept.get("bias"))
+    found = Factors(A, B, adapter.spec.scaling, kept.get("magnitude"), kept.get("bias"))
+    return found.with_positive_scaling()
 
 
 def placed(parts: Sequence[tuple[Tensor, Factors]], out_features: int, row_norms: Tensor | None) -> Factors:
