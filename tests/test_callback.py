@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -659,16 +660,23 @@ def test_learning_rate_finder_leaves_no_trace(frozen_norm: str, tmp_path: Any) -
     assert adapters_moved(module)
 
 
-def test_learning_rate_finder_with_lr_ratio_warns(tmp_path: Any) -> None:
+@pytest.mark.parametrize("way", ["tuner", "callback"])
+def test_a_search_for_the_rate_with_lr_ratio_warns_once(way: str, tmp_path: Any, recwarn: Any) -> None:
     class Finds(Toy):
         lr = 1e-2
 
         def configure_optimizers(self) -> Any:
             return torch.optim.AdamW(self.parameters(), lr=self.lr)
 
-    finder = LearningRateFinder(num_training_steps=6, early_stop_threshold=None)
-    with pytest.warns(UserWarning, match="lr_ratio=16.0 has no effect"):
-        trainer(LoRACallback(rank=4, lr_ratio=16.0), finder, root=tmp_path).fit(Finds(), loader(64))
+    options: dict[str, Any] = {"num_training_steps": 6, "early_stop_threshold": None}
+    if way == "callback":
+        run = trainer(LoRACallback(rank=4, lr_ratio=16.0), LearningRateFinder(**options), root=tmp_path)
+        run.fit(Finds(), loader(64))
+    else:
+        run = trainer(LoRACallback(rank=4, lr_ratio=16.0), root=tmp_path)
+        Tuner(run).lr_find(Finds(), loader(64), num_training=6, early_stop_threshold=None)
+    [found] = [str(each.message) for each in recwarn if "lr_ratio" in str(each.message)]
+    assert "lr_ratio=16 has no effect while they search" in found
 
 
 # --- several optimizers

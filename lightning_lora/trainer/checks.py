@@ -127,7 +127,7 @@ def check_before_training(module: LightningModule, layout: Layout, optimizers: l
     model = AdaptedModel(module)
     if get_attachment(module) is None:
         raise MisconfigurationException("LoRACallback attached nothing to this module before fit began.")
-    check_unchanged(model)
+    check_unchanged(model, layout, optimizers)
     if any(root.attachment.config.adapter_dtype == "float16" for root in model.roots):
         rank_zero_warn(
             "adapter_dtype='float16': Adam's eps (1e-8) underflows to zero in float16, so its updates become NaN. Use "
@@ -141,11 +141,25 @@ def check_before_training(module: LightningModule, layout: Layout, optimizers: l
         rank_zero_warn(message)  # the module may step an optimizer that Lightning does not know
 
 
-def check_unchanged(model: AdaptedModel) -> None:
-    """Refuse layers that plugins, hooks or model surgery have replaced, resized or unfrozen since LoRA was attached."""
+def check_unchanged(model: AdaptedModel, layout: Layout, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse layers that plugins, hooks or surgery have replaced or resized, and what would train without being saved.
+
+    What of the base a hook has unfrozen since, and no optimizer holds, does not train.
+    """
     if changed := model.changed():
         raise MisconfigurationException(changed)
-    _check_declared(model)
+    held = {id(p) for each in optimizers for group in original_param_groups(layout, each) for p in group["params"]}
+    known = {join(root.name, name) for root in model.roots for name in root.attachment.required_grad}
+    named = [(clean_name(name), p) for name, p in model.module.named_parameters() if p.requires_grad]
+    trainable = [name for name, p in named if id(p) in held or name not in known]
+    # Inactive adapters train in a sweep, which saves all.
+    if undeclared := [name for name in trainable if name not in model.trained and f"{OTHERS}." not in name]:
+        raise MisconfigurationException(
+            f"Parameters that would train but not be saved, because they belong to no adapter: {listed(undeclared)}. "
+            "Make their modules in __init__, setup or configure_model, before LoRA is attached, and name them in "
+            "modules_to_save; or leave them frozen. What needs no saving, such as a head that only measures, may be "
+            "kept outside of the module, as an attribute of a callback."
+        )
 
 
 def check_same_adapters(module: nn.Module) -> None:
@@ -172,18 +186,6 @@ def check_allowed(entries: Sequence[str], model: AdaptedModel) -> None:
         near = near_names(unknown[0], model.adapters)
         hint = f"Closest names: {', '.join(near)}." if near else f"Adapters are {listed(list(model.adapters))}."
         raise MisconfigurationException(f"allow_untrained={unknown!r} matched no adapter. {hint}")
-
-
-def _check_declared(model: AdaptedModel) -> None:
-    """Refuse parameters that would train but not be saved; inactive adapters train in a sweep, which saves all."""
-    trainable = [clean_name(name) for name, p in model.module.named_parameters() if p.requires_grad]
-    if undeclared := [name for name in trainable if name not in model.trained and f"{OTHERS}." not in name]:
-        raise MisconfigurationException(
-            f"Parameters that would train but not be saved, because they belong to no adapter: {listed(undeclared)}. "
-            "Make their modules in __init__, setup or configure_model, before LoRA is attached, and name them in "
-            "modules_to_save; or leave them frozen. What needs no saving, such as a head that only measures, may be "
-            "kept outside of the module, as an attribute of a callback."
-        )
 
 
 # --- while training: gradients

@@ -165,6 +165,16 @@ def say_changed_dropout(saved: tuple[LoRAConfig, int] | None, config: LoRAConfig
         )
 
 
+def warn_of_rate_finder(lr_ratio: float) -> None:
+    """Warn of a search for the learning rate, by ``Tuner.lr_find`` or the callback, which knows of no ``lr_ratio``."""
+    rank_zero_warn(
+        "LoRA: Tuner.lr_find and LearningRateFinder use one learning rate for all parameter groups, so "
+        f"lr_ratio={lr_ratio:g} has no effect while they search and, with the callback, in the fit that follows. What "
+        f"they find is a rate for lr_ratio=1; with lr_ratio, B would train {lr_ratio:g} times as fast. Search without "
+        "lr_ratio, and begin with a lower rate when you set it."
+    )
+
+
 class RatioWatch:
     """Warns once when the learning rates of ``B`` and ``A`` no longer have the ratio that ``lr_ratio`` gave them.
 

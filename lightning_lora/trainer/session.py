@@ -197,6 +197,8 @@ class FitSession:
     def _prepare_fit(self) -> None:
         diagnostics = bool(self.options.diagnostics_every_n_steps)
         self.layout.check_fit(with_diagnostics=diagnostics, with_schedule=self._schedule is not None)
+        if self.options.lr_ratio != 1.0 and callbacks_of(self.trainer, LearningRateFinder):
+            hints.warn_of_rate_finder(self.options.lr_ratio)
         self._wraps.after(self.module, "configure_optimizers", self._repair_optimizers)
         # Before DDP and the optimizers see the parameters, and before a tuner saves them.
         if self._config.start.name in STARTS_FROM_DATA and chosen_checkpoint(self.trainer) is None:
@@ -400,11 +402,6 @@ class FitSession:
             self.diagnostics = FitDiagnostics(interval, self.trainer, self.module)
         if self._schedule is not None and not self._is_trial:
             self._start_schedule(self._schedule)
-        if self.options.lr_ratio != 1.0 and callbacks_of(self.trainer, LearningRateFinder):
-            rank_zero_warn(
-                "LearningRateFinder sets one learning rate for all parameter groups, so "
-                f"lr_ratio={self.options.lr_ratio} has no effect. Find the rate without lr_ratio first."
-            )
 
     def _start_schedule(self, schedule: RankSchedule) -> None:
         if self.ranks is not None:
@@ -422,10 +419,11 @@ class FitSession:
             self._ratio.check()
             return
         self._held = HeldAdapters(self.module, self.trainer.optimizers)
-        self._ratio = hints.RatioWatch(self.module, self.trainer.optimizers, self.options.lr_ratio)
+        ratio = 1.0 if callbacks_of(self.trainer, LearningRateFinder) else self.options.lr_ratio  # it sets one rate
+        self._ratio = hints.RatioWatch(self.module, self.trainer.optimizers, ratio)
         self._checkpoints.note_base()
         check_same_adapters(self.module)
-        check_unchanged(AdaptedModel(self.module))
+        check_unchanged(AdaptedModel(self.module), self.layout, self.trainer.optimizers)
         hints.warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
         if self.options.probe:
             self._probe(batch)

@@ -427,6 +427,32 @@ def test_frozen_layers_that_are_unfrozen_in_vain_while_a_fit_runs_are_named() ->
         run.fit(Toy(), loader())
 
 
+class UnfreezesInVain(Toy):
+    """Calls ``freeze`` and ``unfreeze`` around validation, the sanity check included."""
+
+    def on_validation_start(self) -> None:
+        self.freeze()
+
+    def on_validation_end(self) -> None:
+        self.unfreeze()
+
+
+class UnfreezesAtStart(Toy):
+    """Calls ``unfreeze`` when its optimizer is made already."""
+
+    def on_fit_start(self) -> None:
+        self.unfreeze()
+
+
+@pytest.mark.parametrize("kind", [UnfreezesInVain, UnfreezesAtStart])
+def test_a_base_that_hooks_unfreeze_in_vain_stays_as_it_is(kind: type[Toy]) -> None:
+    module, plain, options = kind(), Toy(), {"limit_val_batches": 1, "num_sanity_val_steps": 1}
+    with pytest.warns(UserWarning, match=r"net\.0\.weight, .* were unfrozen .*modules_to_save"):
+        trainer(LoRACallback(rank=2), **options).fit(module, loader(), loader())
+    trainer(LoRACallback(rank=2), **options).fit(plain, loader(), loader())
+    assert digest(module) == digest(plain)
+
+
 def test_adapters_may_be_merged_after_the_last_step() -> None:
     merged_inside, merged_after = Toy(), Toy()
     trainer(LoRACallback(rank=2), AtEpoch(1, merge), max_epochs=2, max_steps=-1).fit(merged_inside, loader())
