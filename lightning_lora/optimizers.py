@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -213,6 +213,7 @@ def fast_parameters(module: nn.Module) -> set[int]:
 def _adopt_unheld(module: nn.Module, optimizers: Sequence[Optimizer], names: dict[int, str]) -> None:
     places = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
     place_of = {id(p): index for index, (_, group) in enumerate(places) for p in group["params"]}
+    _warn_of_choice(module, place_of, names)
     unheld = []
     for part in module.modules():
         siblings = [*part.parameters(recurse=False)]
@@ -232,6 +233,23 @@ def _adopt_unheld(module: nn.Module, optimizers: Sequence[Optimizer], names: dic
         raise ValueError(
             f"No optimizer holds the trainable {names_of_unheld}, and it is unclear which of the {len(places)} "
             "parameter groups they belong to. Add them in configure_optimizers."
+        )
+
+
+def _warn_of_choice(module: nn.Module, held: Collection[int], names: Mapping[int, str]) -> None:
+    """Say that all of the adapters will train where optimizers hold some of their parameters, as if these were chosen.
+
+    Optimizers that hold none were built before the adapters.
+    """
+    layers = [part for part in module.modules() if isinstance(part, LoRALayer)]
+    factors = dict.fromkeys(id(p) for layer in layers for p in layer.lora.parameters() if p.requires_grad)
+    left_out = [names[factor] for factor in factors if factor not in held]
+    if left_out and len(left_out) < len(factors):
+        warnings.warn(
+            f"The optimizers hold {len(factors) - len(left_out)} of {len(factors)} trainable parameters of the "
+            f"adapters. The others were added, and train: {listed(left_out)}. To keep some as they are, such as A in "
+            "LoRA-FA, set their requires_grad to False in configure_optimizers.",
+            stacklevel=2,
         )
 
 

@@ -52,6 +52,25 @@ def step(model: nn.Module, optimizer: Optimizer) -> None:
 # --- repairing
 
 
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_adapters_that_were_left_out_of_an_optimizer_are_named_and_added(factor: str) -> None:
+    model = adapted()
+    optimizer = AdamW([getattr(layer.lora, factor) for layer in lora_layers(model).values()])
+    other = {"A": "B", "B": "A"}[factor]
+    with pytest.warns(UserWarning, match=rf"hold 3 of 6 .*added, and train: 0\.lora\.{other}, .*requires_grad"):
+        repair_optimizers(model, [optimizer])
+    assert held(model, optimizer) == [[FACTORS]]
+
+
+def test_adapters_that_are_frozen_stay_out_of_an_optimizer_without_a_word() -> None:
+    model = adapted()
+    for layer in lora_layers(model).values():
+        layer.lora.A.requires_grad_(False)
+    optimizer = AdamW([layer.lora.B for layer in lora_layers(model).values()])
+    repair_optimizers(model, [optimizer])
+    assert held(model, optimizer) == [[[name for name in FACTORS if name.endswith("B")]]]
+
+
 def test_frozen_parameters_leave_optimizer() -> None:
     model = adapted()
     optimizer = AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
