@@ -311,6 +311,16 @@ def test_first_steps_are_as_in_the_table(names: dict[str, Any]) -> None:
     assert len(rows) == 3
 
 
+def test_b_alone_trains_where_the_recipe_freezes_a(names: dict[str, Any]) -> None:
+    run("Rank and learning rate", names)
+    kind = type("TrainsB", (Toy,), {"configure_optimizers": names["configure_optimizers"]})
+    attach(start := Toy(), LoRAConfig(rank=4))
+    trainer(LoRACallback(rank=4)).fit(module := kind(), loader())
+    for name, layer in lora_layers(module).items():
+        assert torch.equal(layer.lora.A, lora_layers(start)[name].lora.A)
+        assert layer.lora.B.any()
+
+
 def test_remedies_run_when_it_does_not_learn(names: dict[str, Any]) -> None:
     names["train_loader"] = loader()
     run("When it does not learn", names)

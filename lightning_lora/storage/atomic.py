@@ -27,6 +27,7 @@ T = TypeVar("T")
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.DOTALL)  # one letter is a drive of Windows
 _HIDDEN = re.compile(r"\..*\.[0-9a-f]{12}\.(new|old)", re.DOTALL)  # what a kill leaves
 _ATTEMPTS, _PAUSE = 50, 0.02  # of reading what another process is replacing; seconds
+ABANDONED = 3600.0  # seconds since anything was written
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -111,6 +112,7 @@ def _move(place: Path, new: Path, marker: str, stale: tuple[str, ...]) -> None:
             with suppress(OSError):
                 inside.rename(new)
             raise
+    _remove_abandoned(place)
     for path in _left_behind(place, "old"):
         shutil.rmtree(path, ignore_errors=True)
         if path.exists():
@@ -130,7 +132,8 @@ def read_directory_whole(directory: Path, marker: str, read: Callable[[], T]) ->
         read: Reads the files; called again if they were exchanged meanwhile.
 
     Raises:
-        Exception: Whatever ``read`` raises, except for what an exchange causes.
+        FileNotFoundError: A process was killed while it replaced the files; it says where those of before are.
+        Exception: Whatever else ``read`` raises, except for what an exchange causes.
     """
     for is_last in (*[False] * _ATTEMPTS, True):
         before, error, found = _identity(directory / marker), None, None
@@ -138,8 +141,14 @@ def read_directory_whole(directory: Path, marker: str, read: Callable[[], T]) ->
             found = read()
         except (OSError, ValueError) as failure:
             error = failure
-        in_exchange = before is None and bool(_left_behind(directory, "new") or _left_behind(directory, "old"))
+        halfway = _left_behind(directory, "old") if before is None else []
+        in_exchange = before is None and bool(halfway or _left_behind(directory, "new"))
         is_whole = before == _identity(directory / marker) and not in_exchange
+        if error is not None and is_last and halfway:
+            raise FileNotFoundError(
+                f"{str(directory)!r} has no {marker}, because a process that was replacing its files was killed. The "
+                f"files of before are in {str(halfway[0])!r}: move them back, or write the directory again."
+            ) from error
         if error is not None and (is_whole or is_last):
             raise error
         if is_whole:
@@ -272,6 +281,14 @@ def _check_place(place: Path, marker: str, *, overwrite: bool) -> None:
 def _left_behind(place: Path, suffix: str) -> list[Path]:
     """Return the hidden folders of other writes in a directory."""
     return [path for path in place.glob(f".*.{suffix}") if _HIDDEN.fullmatch(path.name) and path.is_dir()]
+
+
+def _remove_abandoned(place: Path) -> None:
+    """Remove what killed processes have written and not moved into place; a young one may be another's, at work."""
+    for path in _left_behind(place, "new"):
+        with suppress(OSError):
+            if time.time() - max(each.stat().st_mtime for each in (path, *path.iterdir())) > ABANDONED:
+                shutil.rmtree(path)
 
 
 def _exchange(place: Path, new: Path, marker: str, stale: tuple[str, ...]) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
+from lightning_lora.storage.atomic import ABANDONED
 from lightning_lora.trainer.lightning_patches import with_twins
 
 _PART = ".part"  # of a name while the file is being written
-_OLD = 3600.0  # seconds
 
 
 @contextmanager
@@ -49,5 +49,5 @@ def _remove_leftovers(folder: Path) -> None:
     """Remove parts of checkpoints that killed processes have left; a young one may be another run's, being written."""
     for part in folder.glob(f".*.ckpt{_PART}"):
         with suppress(OSError):
-            if time.time() - part.stat().st_mtime > _OLD:
+            if time.time() - part.stat().st_mtime > ABANDONED:
                 part.unlink()

@@ -240,6 +240,18 @@ def test_replacing_goes_on_where_a_kill_left_it(place: Path) -> None:
     assert {name: text for name, text in content(place).items() if not name.startswith(".")} == NEW
 
 
+def test_what_killed_writes_have_left_goes_with_time(place: Path) -> None:
+    hidden = [place / f".place.0123456789a{which}.new" for which in "bcd"]
+    for path in hidden:
+        path.mkdir()
+        (path / "tensors").write_text("half")
+    long_ago = time.time() - 3601
+    for path in (hidden[0], hidden[0] / "tensors", hidden[1]):  # a file of the second is being written
+        os.utime(path, (long_ago, long_ago))
+    replace(place)
+    assert sorted(place.glob(".*")) == hidden[1:]
+
+
 def test_rest_of_a_write_that_was_killed_does_not_fill_a_place(tmp_path: Path) -> None:
     (tmp_path / ".place.0123456789ab.new").mkdir()
     check_directory(tmp_path, marker=MARKER, overwrite=False)
@@ -378,7 +390,8 @@ def test_reading_what_is_not_there_raises(place: Path, in_exchange: bool, monkey
     (place / MARKER).unlink()
     if in_exchange:  # which was killed
         (place / ".place.0123456789ab.old").mkdir()
-    with pytest.raises(FileNotFoundError, match=MARKER):
+    advice = r".* was killed. The files of before are in '.*/\.place\.0123456789ab\.old': move them back, or write"
+    with pytest.raises(FileNotFoundError, match=MARKER + advice if in_exchange else MARKER):
         read_directory_whole(place, MARKER, lambda: texts(place))
     assert bool(pauses) == in_exchange
 
