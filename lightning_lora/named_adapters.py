@@ -108,7 +108,7 @@ class Several:
         restore_in_recomputation(_states, first=True)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # of a copied or unpickled module
-        vars(self).update(state)
+        vars(self).update(state, blocks=0)
         self.__post_init__()
 
 

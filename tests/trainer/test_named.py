@@ -98,6 +98,19 @@ def test_a_trainer_evaluates_what_is_in_place_inside_using(name: str | None, ada
         assert run.callback_metrics == {"val_loss": module.loss(next(iter(loader())))}
 
 
+def test_a_module_that_was_copied_inside_using_is_evaluated_with_the_adapter_of_the_callback():
+    module = Toy()
+    for each in ("first", "second"):
+        fit(module, LoRACallback(adapter=each, **OPTIONS))
+    with using(module, "second"):
+        copied = copy.deepcopy(module)
+    for each in (module, copied):
+        run = trainer(LoRACallback(adapter="first", **OPTIONS), limit_val_batches=1)
+        run.validate(each, loader(), verbose=False)
+        with using(each, "first"), torch.no_grad():
+            assert run.callback_metrics == {"val_loss": each.loss(next(iter(loader())))}
+
+
 def test_a_sum_trains_on_with_its_own_options():
     module, options = Toy(), HEADLESS | {"target_modules": ["net.0"]}
     for name in ("first", "second"):
