@@ -84,8 +84,8 @@ def test_each_task_trains_as_it_does_alone(kind: type[Toy]):
 @pytest.mark.parametrize("name", [None, "first", "second"])
 def test_a_trainer_evaluates_what_is_in_place_inside_using(name: str | None, adapter: str | None):
     module = Toy()
-    for each in ("first", "second"):
-        fit(module, LoRACallback(adapter=each, **OPTIONS))
+    for steps, each in enumerate(("first", "second"), 1):
+        fit(module, LoRACallback(adapter=each, **OPTIONS), max_steps=steps)
     run = trainer(LoRACallback(adapter=adapter, **(OPTIONS if adapter else {})), limit_val_batches=1)
     with using(module, name):
         run.validate(module, loader(), verbose=False)
@@ -100,8 +100,8 @@ def test_a_trainer_evaluates_what_is_in_place_inside_using(name: str | None, ada
 
 def test_a_module_that_was_copied_inside_using_is_evaluated_with_the_adapter_of_the_callback():
     module = Toy()
-    for each in ("first", "second"):
-        fit(module, LoRACallback(adapter=each, **OPTIONS))
+    for steps, each in enumerate(("first", "second"), 1):
+        fit(module, LoRACallback(adapter=each, **OPTIONS), max_steps=steps)
     with using(module, "second"):
         copied = copy.deepcopy(module)
     for each in (module, copied):
