@@ -110,7 +110,9 @@ def _refuse_wrapped(kind: str, modules: Iterable[nn.Module]) -> None:
             raise RuntimeError(
                 f"{kind} is already wrapped for several processes (by {type(part).__name__}). Adapters attached now "
                 "would not be synchronized between them. Call attach first and wrap afterwards: in configure_model, "
-                "call lightning_lora.attach(self) before fully_shard; it uses the LoRACallback's options."
+                "call lightning_lora.attach(self) before fully_shard; it uses the LoRACallback's options. An adapter "
+                "that a later fit is to train must be there by then, too: call add_adapter(self, name, config) after "
+                "it, or build the module anew."
             )
 
 
