@@ -54,8 +54,8 @@ class LoRACallback(Callback):
             trained. Ranks may have grown, layers may have been added or removed; the log says what happened. If the
             module has an adapter that has learned something else, that is an error, unless ``fresh`` is set.
         fresh: Start every fit that resumes no checkpoint as on a new module, with adapters of the seed that
-            ``seed_everything`` has set. Without it, a second fit continues from the adapters of the first. Wrong options
-            are found before the adapters of the first are removed; an error in the module's own hooks is not.
+            ``seed_everything`` has set. Without it, a second fit continues from the adapters of the first. Wrong
+            options are found before the adapters of the first are removed; an error in the module's own hooks is not.
         check_base: Reject a base whose values differ from those the adapter was trained on; the same values in another
             precision are accepted.
         probe: Prove on the first training batch that every adapter changes what ``forward`` returns for it, in training
