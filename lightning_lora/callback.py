@@ -161,7 +161,7 @@ class LoRACallback(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before each training batch: at the first one, check that the adapters are as they were attached."""
-        self._run.begin_batch(batch)
+        self._run.begin_batch(batch, batch_idx)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -186,23 +186,41 @@ class LoRACallback(Callback):
             self._run.diagnostics.after_batch()
         if self._run.ranks is not None:
             self._run.ranks.after_batch()
-        self._run.gradients.after_batch(outputs)
+        self._run.end_batch(outputs)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation begins: outside of a fit, warn of untrained adapters."""
+        """Called when validation begins: outside of a fit, warn of untrained adapters; watch the first batch."""
         if trainer.state.fn != TrainerFn.FITTING:
             outcome.warn_if_untrained(self._run.layout, pl_module)
+        self._run.reads.begin()
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when testing begins."""
         outcome.warn_if_untrained(self._run.layout, pl_module)
+        self._run.reads.begin()
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when predicting begins."""
         outcome.warn_if_untrained(self._run.layout, pl_module)
+        self._run.reads.begin()
+
+    @override
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Called after each batch of a validation."""
+        self._run.reads.end()
+
+    @override
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Called after each batch of a test."""
+        self._run.reads.end()
+
+    @override
+    def on_predict_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Called after each batch of a prediction."""
+        self._run.reads.end()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

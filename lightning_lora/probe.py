@@ -43,7 +43,8 @@ def dead_adapters(module: nn.Module, batch: object) -> dict[str, str]:
 
     Args:
         module: An adapted module.
-        batch: A tensor, the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts.
+        batch: A tensor, the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts;
+            the dict itself if ``forward`` requires one argument, which is no entry of it.
 
     Raises:
         DeadAdapterError: All have an effect, but the module computes something else once they are merged.
@@ -317,14 +318,16 @@ def _why_without_gradients() -> str:
 def arguments_for(module: nn.Module, batch: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments with which ``forward`` takes a batch."""
     parameters = inspect.signature(module.forward).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
     if isinstance(batch, Mapping):
+        if len(required) == 1 and required[0].name not in batch:
+            return (batch,), {}
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
         accepted = {parameter.name for parameter in parameters}
         return (), {key: value for key, value in batch.items() if takes_all or key in accepted}
     if not isinstance(batch, (tuple, list)):
         return (batch,), {}
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return tuple(batch), {}
     return tuple(batch[: max(1, len(required))]), {}

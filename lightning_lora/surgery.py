@@ -65,8 +65,9 @@ def attach(module: nn.Module, config: LoRAConfig | None = None, *, seed: int = 0
             to those of the adapter that the module has, else to ``LoRAConfig()``.
         seed: Seed of the random starts. Each layer's ``A`` depends on it, on the layer's name and on its shape only.
         probe: A batch on which every adapter must change the module's output, in training and in evaluation: a tensor,
-            the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts. Costs a few
-            forward passes and leaves the module as it was.
+            the entries of a tuple or list that ``forward`` requires, or those of a dict that it accepts; the dict
+            itself if ``forward`` requires one argument, which is no entry of it. Costs a few forward passes and leaves
+            the module as it was.
 
     Returns:
         A report of what was adapted and left out; ``print`` it for a table.

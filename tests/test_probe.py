@@ -196,6 +196,21 @@ def test_probe_restores_other_generators(draw: Callable[[], float], seed: Callab
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("takes", ["dict", "entries"])
+def test_a_dict_is_given_as_forward_takes_it(takes: str):
+    class OfDict(Model):
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            return super().forward(batch["x"])
+
+    class OfEntries(Model):
+        def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+            return scale * super().forward(x)
+
+    model = OfDict() if takes == "dict" else OfEntries()
+    attach(model, CONFIG, probe={"x": X, "labels": torch.zeros(3)})
+    assert lora_layers(model)
+
+
 def test_error_in_forward_is_raised():
     class Fails(Model):
         def middle(self, x: Tensor) -> Tensor:

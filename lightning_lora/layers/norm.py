@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,19 @@ class FrozenNorm(Swapped):
 class FrozenStatistics(FrozenNorm):
     """A normalization layer that keeps its running statistics even where all others begin theirs anew."""
 
+    @override
+    def train(self, mode: bool = True) -> FrozenStatistics:
+        """Stay in eval mode; say so to whoever asks this very layer, and not one around it, for another."""
+        if mode and sys._getframe(1).f_code is not nn.Module.train.__code__:
+            warnings.warn(
+                "A frozen norm stays in eval mode, since its running statistics are those of the pretrained model. Set "
+                "its attribute training = True to normalize by the batch all the same, as in test-time adaptation; "
+                "frozen_norm='track' trains with the batch, and lets the statistics move.",
+                stacklevel=2,
+            )
+        super().train(mode)
+        return self
+
     def reset_running_stats(self) -> None:
         """Keep them, and say so: ``torch.optim.swa_utils.update_bn`` would compute new ones in train mode."""
         warnings.warn(
@@ -81,7 +95,7 @@ def hold_statistics(norm: nn.Module) -> None:
             vars(hook)[_ASKED_ITERATIONS], hook.n_power_iterations = hook.n_power_iterations, 0
     if not hooks and not isinstance(norm, FrozenNorm):
         swap_in(norm, FrozenStatistics if isinstance(norm, _NormBase) else FrozenNorm)
-        norm.train(norm.training)
+        vars(norm).update(asked_mode=norm.training, training=False)
 
 
 def release_statistics(part: nn.Module) -> None:

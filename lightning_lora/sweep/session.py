@@ -265,7 +265,7 @@ class SweepSession:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Before the first batch, check the adapters and choose how the step runs; later, look at losses."""
-        self.session.begin_batch(batch)
+        self.session.begin_batch(batch, batch_idx)
         assert self.training is not None
         if not self._has_begun:
             self._has_begun = True
@@ -295,7 +295,7 @@ class SweepSession:
 
     def after_batch(self, outputs: Any) -> None:
         """After a batch: check that learning rates are still the adapters' own."""
-        self.session.gradients.after_batch(outputs)
+        self.session.end_batch(outputs)
         if self.trainer.global_step in (1, 2):
             live = self.standings.live
             now = learning_rates(self.trainer.optimizers, self.owned)

@@ -24,10 +24,10 @@ from lightning_lora.config import FAMILIES
 from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import OTHERS, clean_name, is_below, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
-from lightning_lora.probe import Witness, blocking_weights
+from lightning_lora.probe import DeadAdapterError, Witness, blocking_weights, refuse_dead_adapters
 from lightning_lora.sharding import anywhere, is_fully_sharded, local
 from lightning_lora.trainer.diagnostics import norm_of_updates, to_floats
-from lightning_lora.trainer.lightning_patches import import_name, with_twins
+from lightning_lora.trainer.lightning_patches import import_name, overrides, with_twins
 from lightning_lora.trainer.strategies.base import Layout, original_param_groups
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 
@@ -188,6 +188,23 @@ def check_allowed(entries: Sequence[str], model: AdaptedModel) -> None:
         raise MisconfigurationException(f"allow_untrained={unknown!r} matched no adapter. {hint}")
 
 
+def probe_adapters(module: LightningModule, batch: Any) -> None:
+    """Prove on a batch that every adapter changes what ``forward`` returns.
+
+    Raises:
+        MisconfigurationException: Some do not, or ``forward`` cannot be called with the batch.
+    """
+    if not overrides(module, "forward"):
+        raise MisconfigurationException(
+            f"LoRACallback.probe=True calls {type(module).__name__}.forward with the first batch, but forward is not "
+            "defined. Define it, or set probe=False."
+        )
+    try:
+        refuse_dead_adapters(module, batch)
+    except DeadAdapterError as error:
+        raise MisconfigurationException(str(error)) from error
+
+
 # --- while training: gradients
 
 JUDGED_AT = 50  # steps: enough for weights that start at zero to let gradients through, and for rare branches to run
@@ -231,11 +248,14 @@ class GradientCheck:
 
     # --- gathering
 
-    def watch(self) -> None:
-        """Watch the first batch, which begins now: which layers are called, and what values train from here."""
-        self._began = self._values()
-        if self.silent:
-            self._witness = Witness(self.module)
+    def watch(self, witness: Witness) -> None:
+        """Begin with the first batch: training starts from the values of now, and the witness sees which layers run."""
+        self._began, self._witness = self._values(), witness
+
+    @property
+    def awaits_step(self) -> bool:
+        """Whether no optimizer has made the step yet at which the first batches are judged."""
+        return bool(self.silent) and not self._steps
 
     def has_moved(self) -> bool | None:
         """Return whether training has changed any value; None before the first batch. Every process must call this."""
@@ -247,11 +267,6 @@ class GradientCheck:
         with gathered_parameters(self.module):
             trained = AdaptedModel(self.module).trained.items()
             return {name: checksum(local(tensor)) for name, tensor in trained if tensor.requires_grad}
-
-    def close(self) -> None:
-        """Stop watching."""
-        if self._witness is not None:
-            self._witness.close()
 
     def after_backward(self) -> None:
         """Note gradients, if the optimizer may be stepped without Lightning."""
@@ -266,25 +281,11 @@ class GradientCheck:
             self._count(id(optimizer), lambda: self._held_by(optimizer))
 
     def after_batch(self, outputs: Any) -> None:
-        """Note whether the loss is finite; end the first batch, and count one that no known optimizer has stepped."""
+        """Note whether the loss is finite, and count a batch that no known optimizer has stepped."""
         self._note_loss(outputs)
         if self._has_backward and not self._steps.keys() - {_UNKNOWN}:
             self._has_backward = False
             self._count(_UNKNOWN, lambda: self._names)
-        if self._steps and self._witness is not None and self._witness.is_open:
-            self._warn_of_reads(self._witness)
-            self.close()
-
-    def _warn_of_reads(self, witness: Witness) -> None:
-        """Warn of layers with an update beside them that are called, and whose weight is used elsewhere without it."""
-        both = {name: where for name, where in witness.reads.items() if name in witness.calls}
-        for name, where in both.items():
-            rank_zero_warn(
-                f"{name} is called, and its weight is also read by {where}. The adapter adds its update to the layer's "
-                "output, so what is computed with the weight there lacks it, and would have it after a merge. Let the "
-                f"weight itself carry the update: target_parameters=[{join(name, 'weight')!r}], and leave the layer "
-                "out of target_modules. If the weight is only looked at there, all is well."
-            )
 
     def _note(self) -> None:
         gradients = {

@@ -20,7 +20,6 @@ from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import listed
 from lightning_lora.optimizers import repair_optimizers, unpack_configured
-from lightning_lora.probe import DeadAdapterError, refuse_dead_adapters
 from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.sharding import is_flattened, is_fully_sharded
 from lightning_lora.state import load_without_base
@@ -40,6 +39,7 @@ from lightning_lora.trainer.checks import (
     check_same_adapters,
     check_unchanged,
     goes_beside,
+    probe_adapters,
 )
 from lightning_lora.trainer.diagnostics import FitDiagnostics
 from lightning_lora.trainer.hyperparameters import log_options
@@ -53,6 +53,7 @@ from lightning_lora.trainer.lightning_patches import (
 from lightning_lora.trainer.outcome import check_finite, check_trained, tell_of_moved_buffers
 from lightning_lora.trainer.precision import convert_layers
 from lightning_lora.trainer.ranks import FitRanks, attaching, check_undecided, schedule_of, widened
+from lightning_lora.trainer.reads import ReadWatch
 from lightning_lora.trainer.strategies.deepspeed import gathered_parameters
 from lightning_lora.trainer.warm_start import begin_from, check_can_restart
 
@@ -84,6 +85,7 @@ class FitSession:
     Attributes:
         layout: How the strategy distributes what is trained.
         gradients: The check that gradients reach the adapters, made anew when a training begins.
+        reads: What warns of code that reads the weight of an adapted layer.
         diagnostics: What measures the adapters, once training has begun and if asked for.
         ranks: What lets the ranks follow their need, likewise.
 
@@ -104,7 +106,7 @@ class FitSession:
         self.options, self.trainer, self.module, self._is_fit = options, trainer, module, is_fit
         self._checkpoints = install_adapter_checkpoints(trainer.strategy)
         self.layout = self._checkpoints.layout
-        self.gradients = GradientCheck(module, self.layout)
+        self.gradients, self.reads = GradientCheck(module, self.layout), ReadWatch(module)
         self.diagnostics: FitDiagnostics | None = None
         self._export_dir = export.export_place(options.export_dir)
         self._seed = int(os.environ.get(_SEED, "0")) if seed is None else seed
@@ -393,7 +395,6 @@ class FitSession:
             )
         before, self._held = self._checkpoints.untrained, None
         reached = set() if before is None else AdaptedModel(self.module).adapters.keys() - before()
-        self.gradients.close()
         self.gradients = GradientCheck(self.module, self.layout, self.options.allow_untrained, reached)
         self._checkpoints.untrained = self.gradients.untrained
         self._others.enter_context(nullcontext() if together else others_frozen(self.module))  # of hooks, too
@@ -411,12 +412,14 @@ class FitSession:
         self.ranks = FitRanks(schedule, asked, self.trainer, self.module, self._checkpoints.loaded_ranks)
         self._checkpoints.ranks = self.ranks.state
 
-    def begin_batch(self, batch: Any) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Before each batch, check that the adapters are still there; before the first, probe them if asked to."""
         if self._held is not None:
             self._checkpoints.check_late()
             self._held.check(self.trainer.optimizers)
             self._ratio.check()
+            if batch_idx == 0:
+                self.reads.begin()
             return
         self._held = HeldAdapters(self.module, self.trainer.optimizers)
         ratio = 1.0 if callbacks_of(self.trainer, LearningRateFinder) else self.options.lr_ratio  # it sets one rate
@@ -426,19 +429,14 @@ class FitSession:
         check_unchanged(AdaptedModel(self.module), self.layout, self.trainer.optimizers)
         hints.warn_of_eval_mode(self.module)  # here, as hooks of the module may set modes until now
         if self.options.probe:
-            self._probe(batch)
-        self.gradients.watch()
+            probe_adapters(self.module, batch)
+        self.gradients.watch(self.reads.begin(is_first=True))
 
-    def _probe(self, batch: Any) -> None:
-        if not overrides(self.module, "forward"):
-            raise MisconfigurationException(
-                f"LoRACallback.probe=True calls {type(self.module).__name__}.forward with the first batch, but forward "
-                "is not defined. Define it, or set probe=False."
-            )
-        try:
-            refuse_dead_adapters(self.module, batch)
-        except DeadAdapterError as error:
-            raise MisconfigurationException(str(error)) from error
+    def end_batch(self, outputs: Any) -> None:
+        """After each batch, record its gradients and its loss."""
+        self.gradients.after_batch(outputs)
+        if not self.gradients.awaits_step:
+            self.reads.end()
 
     def succeed(self) -> None:
         """Record a successful fit; raise if it trained nothing, not all that was named, or to no number."""
@@ -466,7 +464,7 @@ class FitSession:
         self._bare.close()
         self._others.close()
         self._averages.close()
-        self.gradients.close()
+        self.reads.close()
         if self.ranks is not None:
             self.ranks.close()
         self._load_hooks.close()

@@ -250,6 +250,20 @@ def test_frozen_statistics_are_not_begun_anew_without_the_layer(norm, rng):
     assert_same_bits(model.norm.state_dict(), norm().state_dict())
 
 
+@each_norm
+def test_a_frozen_norm_that_is_put_in_train_mode_by_itself_says_that_it_stays(norm, rng):
+    model, x = Normed(norm()), torch.randn(5, 8, 6, generator=rng)
+    attach(model, LoRAConfig(rank=2, target_modules=["first"]))
+    model.train()  # as every loop does: not a word
+    with pytest.warns(UserWarning, match=r"stays in eval mode.*Set its attribute training = True.*frozen_norm='track'"):
+        model.norm.train()
+    assert not model.norm.training
+    model.norm.eval()
+    model.norm.training = True  # the way that the warning names
+    expected = norm().train()(x)
+    torch.testing.assert_close(model.norm(x), expected)
+
+
 SPECTRAL_NORMS = {"spectral_norm": nn.utils.parametrizations.spectral_norm, "older": nn.utils.spectral_norm}
 each_spectral_norm = pytest.mark.parametrize("spectral_norm", SPECTRAL_NORMS.values(), ids=SPECTRAL_NORMS)
 

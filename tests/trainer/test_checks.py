@@ -76,13 +76,6 @@ def weight_of(module: nn.Module) -> Tensor:
     return getattr(module, "mix" + "er").weight
 
 
-class CallsAndReads(ReadsWeight):
-    """Calls the layer, too, so that gradients reach its adapter."""
-
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        return super().loss(batch) + 0.1 * self.mixer(batch[0]).square().mean()
-
-
 class LooksAtWeight(Pooled):
     """Asks for the type and shape of a weight that it does not compute with."""
 
@@ -371,57 +364,6 @@ def test_weight_read_past_its_layer_is_named_with_the_place() -> None:
     assert 'return getattr(module, "mix" + "er").weight)' in message
     assert "target_parameters=['mixer.weight']" in message
     assert "checkpoint" not in message
-
-
-@pytest.mark.parametrize("read", [weight_of, lambda module: module.get_parameter("mixer.weight")], ids=["", "by name"])
-def test_a_layer_that_is_called_and_whose_weight_is_read_elsewhere_is_named(read: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("tests.trainer.test_checks.weight_of", read)
-    where = r"mixer is called, and its weight is also read by .*\(test_checks.py:.*target_parameters=\['mixer.weight'\]"
-    with pytest.warns(UserWarning, match=where):
-        trainer(LoRACallback(rank=2, target_modules=["net.*", "mixer"])).fit(CallsAndReads(), loader())
-
-
-def test_a_hook_of_a_layer_that_computes_with_its_weight_is_named() -> None:
-    module = Toy()
-    module.net[0].register_forward_hook(lambda layer, _, output: output / layer.weight.norm())
-    with pytest.warns(UserWarning, match=r"net\.0 is called, and its weight is also read by .*test_checks.py"):
-        trainer(LoRACallback(rank=2)).fit(module, loader())
-
-
-def test_remedy_for_a_layer_that_is_called_and_read_computes_with_the_update_in_both_places() -> None:
-    module = CallsAndReads()
-    options: dict[str, Any] = {"target_modules": ["net.*"], "target_parameters": ["mixer.weight"]}
-    trainer(LoRACallback(rank=2, **options)).fit(module, loader())  # any warning would be an error
-    batch = next(iter(loader()))
-    with torch.no_grad():
-        adapted = module.loss(batch)
-        merge(module)
-        torch.testing.assert_close(module.loss(batch), adapted)
-
-
-def test_a_hook_that_looks_at_weights_and_a_layer_that_reads_its_own_are_not_named() -> None:
-    class Scaled(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, weight_of_own(self), self.bias)
-
-    class Toy3(Pooled):
-        def build(self) -> None:
-            super().build()
-            self.pooler = Scaled(FEATURES, FEATURES)
-
-        def loss(self, batch: list[Tensor]) -> Tensor:
-            x, y = batch
-            return super().loss([self.pooler(x + self.pooler.weight.new_zeros(1)), y])
-
-        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-            assert self.pooler.weight.norm() > 0
-
-    trainer(LoRACallback(rank=2, target_modules=["net.*"], target_parameters=[])).fit(Toy3(), loader())
-    trainer(LoRACallback(rank=2, target_modules=["net.*", "pooler"])).fit(Toy3(), loader())
-
-
-def weight_of_own(layer: nn.Linear) -> Tensor:
-    return getattr(layer, "wei" + "ght")
 
 
 def test_remedy_for_a_weight_read_past_its_layer_trains_it() -> None:
