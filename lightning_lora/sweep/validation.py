@@ -77,16 +77,21 @@ class Validation:
             others: Every adapter that was validated, if it is the last one.
         """
         loop, connector = self.trainer.fit_loop.epoch_loop.val_loop, self.trainer._logger_connector
-        end, log_metrics = loop._on_evaluation_end, connector.log_metrics
+        end, log_metrics, store = loop._on_evaluation_end, connector.log_metrics, connector.update_eval_epoch_metrics
+        assert self.adapter is not None
+        self._latest[self.adapter] = latest = {table: dict[str, Any]() for table in _TABLES}
+
+        def keep() -> Any:  # after each loader, and at the end
+            metrics: Any = connector.metrics
+            for table, kind in _TABLES.items():
+                latest[table] |= _copied(metrics[kind])
+            return store()
 
         def renamed(metrics: Mapping[str, Any], step: int | None = None) -> None:
             ending = "" if self.adapter is None else f"/{self.adapter}"
             log_metrics({key if key == "step" else f"{key}{ending}": each for key, each in metrics.items()}, step)
 
         def finish(*args: Any, **kwargs: Any) -> None:
-            assert self.adapter is not None
-            metrics: Any = connector.metrics
-            self._latest[self.adapter] = {table: _copied(metrics[kind]) for table, kind in _TABLES.items()}
             if not others:
                 connector.reset_results()
                 return
@@ -100,6 +105,7 @@ class Validation:
         with ExitStack() as stack:
             stack.enter_context(_replaced(loop, "_on_evaluation_end", finish))
             stack.enter_context(_replaced(connector, "log_metrics", renamed))
+            stack.enter_context(_replaced(connector, "update_eval_epoch_metrics", keep))
             if not is_first:
                 stack.enter_context(_replaced(loop, "_on_evaluation_start", _nothing))
             yield

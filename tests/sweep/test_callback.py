@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -1086,6 +1087,38 @@ def test_manual_optimization_runs_one_adapter_after_the_other_or_is_refused():
 
 
 # --- validation and other callbacks
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_metrics_of_several_loaders_are_each_adapters_own(has_index: bool, tmp_path: Path):
+    data = [loader(8), loader(16)]
+
+    class TwoLoaders(Quiet):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            loss = self.loss(batch)
+            self.log("loss" if has_index else f"loss_{dataloader_idx}", loss, add_dataloader_idx=has_index)
+
+        def on_validation_epoch_end(self) -> None:
+            self.log("sum", sum(lora.B.square().sum() for lora in (layer.lora for layer in lora_layers(self).values())))
+
+    keys = [f"loss/dataloader_idx_{index}" if has_index else f"loss_{index}" for index in (0, 1)]
+    sweep = swept(adapters=FOUR, monitor=keys[1], direction="min", keep=1.0)
+    logger = CSVLogger(tmp_path)
+    run = trainer(sweep, limit_val_batches=1.0, max_steps=8, logger=logger)
+    run.fit(module := TwoLoaders(), loader(), data)
+    losses = dict[str, float]()
+    for name in FOUR:
+        with using(module, name), torch.no_grad():
+            expected = {
+                key: torch.stack([module.loss(each) for each in part]).mean()
+                for key, part in zip(keys, data, strict=True)
+            }
+            expected["sum"] = sum(layer.lora.B.square().sum() for layer in lora_layers(module).values())
+        losses[name] = float(expected[keys[1]])
+        for key, value in expected.items():
+            torch.testing.assert_close(run.callback_metrics[f"{key}/{name}"], value)
+            assert run.logged_metrics[f"{key}/{name}"] == run.callback_metrics[f"{key}/{name}"]
+    assert active_adapter(module) == min(losses, key=lambda name: losses[name])
 
 
 def test_validation_hooks_of_callbacks_run_once_and_metrics_are_each_adapters_own():
