@@ -6,9 +6,10 @@ The numeric primitives are in ``spectrum``, the pictures in ``plots``, the pages
 from __future__ import annotations
 
 from lightning_lora.analysis.adapters import AdapterMatrix, read_matrices
-from lightning_lora.analysis.budget import BudgetPlan, MemoryForecast, adapter_size, forecast_memory, plan_budget
+from lightning_lora.analysis.budget import BudgetPlan, adapter_size, plan_budget
 from lightning_lora.analysis.comparison import AdapterComparison, compare, layer_similarity
 from lightning_lora.analysis.components import Loadings, loadings
+from lightning_lora.analysis.memory import MemoryForecast, forecast_memory
 from lightning_lora.analysis.summary import AdapterAnalysis, analyze, findings, suggest_ranks
 
 __all__ = [

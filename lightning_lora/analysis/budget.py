@@ -1,4 +1,4 @@
-"""Plan an adapter before attaching it: which layers at which rank a budget allows, and the memory that a step takes.
+"""Plan an adapter before attaching it: which layers at which rank a budget allows.
 
 The LoRA paper's section 7.1 asks which weight matrices to adapt under one parameter budget. In its table 5, more kinds
 of matrices at a lower rank do better than one kind at a higher rank; the tables here are in that order.
@@ -7,31 +7,28 @@ of matrices at a lower rank do better than one kind at a higher rank; the tables
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import nn
 from typing_extensions import override
 
-from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.analysis.adapters import place
 from lightning_lora.attachment import table_lines
 from lightning_lora.config import LoRAConfig
+from lightning_lora.layers import LowRankAdapter
+from lightning_lora.layers.starts import DIFFERENCES
 from lightning_lora.names import listed
 from lightning_lora.planning.plan import PlannedLayer
 from lightning_lora.planning.planner import make_plan
-from lightning_lora.probe import RandomState, arguments_for, left_as_it_was, tensors_in
-from lightning_lora.surgery import attach, detach
 
 ADAM_BYTES = 8  # per trained parameter: two averages in float32
 _ALL_SUBSETS_UP_TO = 4
 _ALTERNATIVES_SHOWN = 2
-_MEGA = 1e6
+MEGA = 1e6
 
 
 @dataclass(frozen=True)
@@ -39,11 +36,13 @@ class Choice:
     """The cost of adapting some groups of layers at one rank.
 
     Attributes:
-        targets: The groups, as entries for ``LoRAConfig.target_modules``.
+        targets: The groups, as entries for ``LoRAConfig.target_modules``; the names of parameters among them, such as
+            ``"in_proj_weight"``, for ``target_parameters``.
         layers: Number of adapters; a stack of experts counts once.
         rank: The rank.
         parameters: Number of adapter parameters.
-        file_bytes: Bytes of the factors, in memory and in a file.
+        file_bytes: Bytes of the factors, in memory and in a file, with those that they start from where ``init`` keeps
+            these.
         optimizer_bytes: Bytes of the optimizer state.
         share: The adapter parameters over those of the base model.
         capped: The layer whose size, rather than the budget, limits the rank.
@@ -144,7 +143,7 @@ def plan_budget(
         known.setdefault(_group(layer), []).append(_cost(layer))
     prices = _Prices(config.adapter_dtype, bytes_per_state, plan.base_parameters)
     limit, words = prices.limit(*budget)
-    affordable = _Affordable(known, limit, rank)
+    affordable = _Affordable(known, limit, rank, counts_kept=budget[0] == "file_bytes")
     chosen, without = affordable.combinations() if groups is None else ([tuple(group) for group in groups], [])
     if unknown := sorted({name for group in chosen for name in group} - known.keys()):
         raise ValueError(f"groups: the model has no {listed(unknown)}; its groups are {listed(list(known))}.")
@@ -157,9 +156,10 @@ def plan_budget(
         smallest = min(costs, key=lambda cost: cost.full_rank)
         at = min(highest, smallest.full_rank)
         capped = (smallest.label,) if at < highest else ()
-        choices.append(
-            prices.choice(targets, len(costs), at, sum(cost.fixed + at * cost.per_rank for cost in costs), capped)
+        size, kept = (
+            sum(each) for each in zip(*((c.fixed + at * c.per_rank, at * c.kept_per_rank) for c in costs), strict=True)
         )
+        choices.append(prices.choice(targets, len(costs), at, size, kept, capped))
     ordered = sorted(choices, key=lambda choice: (-len(choice.targets), -choice.parameters))
     if rank is not None and config.families:
         default = adapter_size(module, replace(config, rank=rank), bytes_per_state=bytes_per_state)
@@ -181,8 +181,9 @@ def adapter_size(module: nn.Module, config: LoRAConfig | None = None, *, bytes_p
     plan = make_plan(module, config)
     names = dict.fromkeys(_group(layer) for layer in plan.layers)
     size, ranks = sum(layer.size for layer in plan.layers), [layer.spec.rank for layer in plan.layers]
+    kept = sum(layer.spec.rank * _per_rank(layer) for layer in plan.layers if _keeps_start(layer))
     prices = _Prices(config.adapter_dtype, bytes_per_state, plan.base_parameters)
-    return prices.choice(tuple(names), len(ranks), max(ranks), size)
+    return prices.choice(tuple(names), len(ranks), max(ranks), size, kept)
 
 
 # --- costs
@@ -201,28 +202,29 @@ class _Prices(NamedTuple):
         return dtype.itemsize
 
     def choice(
-        self, targets: tuple[str, ...], layers: int, rank: int, size: int, capped: tuple[str, ...] = ()
+        self, targets: tuple[str, ...], layers: int, rank: int, size: int, kept: int, capped: tuple[str, ...] = ()
     ) -> Choice:
-        share = size / self.base_parameters if self.base_parameters else math.nan
-        return Choice(targets, layers, rank, size, size * self.itemsize, size * self.bytes_per_state, share, capped)
+        share, stored = size / self.base_parameters if self.base_parameters else math.nan, (size + kept) * self.itemsize
+        return Choice(targets, layers, rank, size, stored, size * self.bytes_per_state, share, capped)
 
     def limit(self, name: str, budget: int) -> tuple[int, str]:
         """Return a budget in parameters, and in words; a rank allows any number of parameters."""
         if name == "parameters":
             return budget, f"{budget:,} parameters"
         if name == "file_bytes":
-            return budget // self.itemsize, f"{budget / _MEGA:,.1f} MB of factors in {self.adapter_dtype}"
+            return budget // self.itemsize, f"{budget / MEGA:,.1f} MB of factors in {self.adapter_dtype}"
         if name == "optimizer_bytes":
-            return budget // self.bytes_per_state, f"{budget / _MEGA:,.1f} MB of optimizer state"
+            return budget // self.bytes_per_state, f"{budget / MEGA:,.1f} MB of optimizer state"
         return 0, f"rank {budget}"
 
 
 class _Cost(NamedTuple):
-    """Parameters of one adapter, ``fixed + rank * per_rank``, and the full rank of its layer."""
+    """Parameters of one adapter, ``fixed + rank * per_rank``, numbers kept beside, and the full rank of its layer."""
 
     label: str
     fixed: int
     per_rank: int
+    kept_per_rank: int
     full_rank: int
 
 
@@ -238,10 +240,23 @@ def _only_budget(budgets: Mapping[str, int | None]) -> tuple[str, int]:
 
 def _cost(layer: PlannedLayer) -> _Cost:
     """Return the cost of a layer that was planned at rank 1."""
+    per_rank = _per_rank(layer)
+    kept = per_rank if _keeps_start(layer) else 0
+    return _Cost(layer.label, layer.size - per_rank, per_rank, kept, min(_shape(layer)))
+
+
+def _shape(layer: PlannedLayer) -> tuple[int, int]:
     rows, columns = layer.adapter.matrix_shape(layer.module, layer.parameter)
-    rows = sum(map(len, layer.spec.rows)) or rows
-    per_rank = layer.adapter.stack(layer.module, layer.parameter) * (rows + columns)
-    return _Cost(layer.label, layer.size - per_rank, per_rank, min(rows, columns))
+    return sum(map(len, layer.spec.rows)) or rows, columns
+
+
+def _per_rank(layer: PlannedLayer) -> int:
+    return layer.adapter.stack(layer.module, layer.parameter) * sum(_shape(layer))
+
+
+def _keeps_start(layer: PlannedLayer) -> bool:
+    """Return whether the update is a difference to factors that are kept, in memory and in checkpoints."""
+    return layer.spec.init in DIFFERENCES and issubclass(layer.adapter, LowRankAdapter) and layer.adapter.takes_starts
 
 
 def _group(layer: PlannedLayer) -> str:
@@ -256,6 +271,7 @@ class _Affordable(NamedTuple):
     known: Mapping[str, Sequence[_Cost]]
     limit: int
     rank: int | None
+    counts_kept: bool  # the limit is one of files
 
     def costs(self, targets: Sequence[str]) -> list[_Cost]:
         return [cost for target in targets for cost in self.known[target]]
@@ -265,7 +281,8 @@ class _Affordable(NamedTuple):
         if self.rank is not None:
             return self.rank
         costs = self.costs(targets)
-        return (self.limit - sum(cost.fixed for cost in costs)) // sum(cost.per_rank for cost in costs)
+        per_rank = sum(cost.per_rank + (cost.kept_per_rank if self.counts_kept else 0) for cost in costs)
+        return (self.limit - sum(cost.fixed for cost in costs)) // per_rank
 
     def combinations(self) -> tuple[list[tuple[str, ...]], list[str]]:
         """Return the combinations to consider, and the groups that are left out where they would limit the rank."""
@@ -311,190 +328,4 @@ def _alternatives(targets: Sequence[str]) -> str:
 
 
 def _megabytes(size: int) -> str:
-    return f"{size / _MEGA:,.1f}" if size >= _MEGA else f"{size / _MEGA:.3f}"
-
-
-# --- the memory of a training step
-
-_PARTS = ("weights", "gradients", "optimizer", "activations")
-_CURES = {
-    "weights": "a base in bfloat16 or quantized, or weights sharded over processes, would help most",
-    "gradients": "a lower rank or fewer targets would help most",
-    "optimizer": "a lower rank or an optimizer with less state would help most",
-    "activations": "activation checkpointing would help most, then a smaller batch",
-}
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """The bytes that one way of training takes.
-
-    Attributes:
-        weights: Parameters, including adapters, and buffers.
-        gradients: Gradients of the trained parameters, each in its parameter's precision.
-        optimizer: Optimizer state.
-        activations: What autograd saves of one batch for the backward pass, including the batch where needed; None
-            without a batch.
-    """
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int | None
-
-    @property
-    def total(self) -> int:
-        """Bytes of all parts. The peak of a step is slightly lower: activations are freed as gradients arrive."""
-        return self.weights + self.gradients + self.optimizer + (self.activations or 0)
-
-
-@dataclass(frozen=True)
-class MemoryForecast:
-    """The memory of a training step; ``print(forecast)`` shows a table.
-
-    Attributes:
-        lora: With the adapters.
-        full: With full fine-tuning of the same model on the same batch.
-    """
-
-    lora: MemoryUse
-    full: MemoryUse
-
-    @property
-    def verdict(self) -> str:
-        """One sentence: which part dominates with LoRA, and what would reduce it."""
-        use = self.lora
-        part = max(_PARTS, key=lambda part: getattr(use, part) or 0)
-        share = getattr(use, part) / use.total if use.total else 0.0
-        verb = "dominates" if part == "optimizer" else "dominate"
-        known = "" if use.activations is not None else " of what is known without a batch"
-        return f"{part} {verb} ({share:.0%}{known}): {_CURES[part]}."
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        uses = {"lora": self.lora, "full": self.full}
-        return {name: asdict(use) | {"total": use.total} for name, use in uses.items()} | {"verdict": self.verdict}
-
-    @override
-    def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("MB", "LoRA", "full fine-tuning")]
-        for part in (*_PARTS, "total"):
-            values = [getattr(use, part) for use in (self.lora, self.full)]
-            rows.append((part, *("-" if value is None else f"{value / _MEGA:,.1f}" for value in values)))
-        return "\n".join(["Memory of a training step:", *table_lines(rows), self.verdict])
-
-
-def forecast_memory(
-    module: nn.Module,
-    config: LoRAConfig | None = None,
-    batch: object = None,
-    *,
-    step: Callable[[nn.Module, Any], object] | None = None,
-    bytes_per_state: int = ADAM_BYTES,
-) -> MemoryForecast:
-    """Return the memory of a training step with LoRA and with full fine-tuning; activations are measured on a batch.
-
-    The model runs forward twice in training mode, without adapters and with them; they are removed again. Parameters,
-    buffers, gradients, modes and the random state stay as they were. Temporary memory of operators is not counted, nor
-    what a loss outside of ``step`` saves.
-
-    Args:
-        module: The model without adapters; it may be on the meta device, with a batch on it.
-        config: Which layers to adapt; ``LoRAConfig()`` by default.
-        batch: A batch of the size to train with: a tensor; a tuple or list, from which ``forward`` gets the arguments
-            it requires; or a dict, from which it gets those it accepts. Without it activations are unknown.
-        step: Called with the module and the batch in place of ``forward``, and returns a loss; for autocast or a
-            ``training_step``.
-        bytes_per_state: Bytes of optimizer state per trained parameter: 8 for Adam, 0 for SGD, 2 for 8-bit Adam.
-
-    Raises:
-        ValueError: The module is already adapted, the config does not fit it, or it has no forward.
-        TypeError: The forward pass or the step returned no tensor with a gradient.
-    """
-    if AdaptedModel(module).layers:
-        raise ValueError("forecast_memory needs the model without adapters: call it before attach, or detach first.")
-    run = None if batch is None else _runner(module, batch, step)
-    with _all_training(module):
-        full = _use(module, run, bytes_per_state)
-    attach(module, config or LoRAConfig())
-    try:
-        lora = _use(module, run, bytes_per_state)
-    finally:
-        detach(module)
-    return MemoryForecast(lora, full)
-
-
-@contextmanager
-def _all_training(module: nn.Module) -> Iterator[None]:
-    """Let every parameter require a gradient temporarily, as full fine-tuning does."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(parameter.is_floating_point())
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
-
-
-def _use(module: nn.Module, run: Callable[[], object] | None, bytes_per_state: int) -> MemoryUse:
-    weights = _storages([*module.parameters(), *module.buffers()])
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    activations = None
-    if run is not None:
-        with left_as_it_was(module), RandomState():
-            module.train()
-            activations = _saved_bytes(run, weights)
-    stored = sum(storage.nbytes() for storage in weights.values())
-    elements = sum(parameter.numel() for parameter in trained)
-    return MemoryUse(stored, sum(p.nbytes for p in trained), elements * bytes_per_state, activations)
-
-
-def _runner(module: nn.Module, batch: object, step: Callable[[nn.Module, Any], object] | None) -> Callable[[], object]:
-    if step is None and getattr(module.forward, "__name__", "") == "_forward_unimplemented":
-        raise ValueError(f"{type(module).__name__} has no forward to run a batch through. Pass step.")
-
-    def run() -> list[Tensor]:
-        args, kwargs = arguments_for(module, batch) if step is None else ((), {})
-        found = list(tensors_in(module(*args, **kwargs) if step is None else step(module, batch)))
-        if not any(tensor.requires_grad for tensor in found):
-            what = type(module).__name__ if step is None else "step"
-            raise TypeError(f"forecast_memory: {what} returned no tensor with a gradient, so nothing would train.")
-        return found
-
-    return run
-
-
-# --- counting memory
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """Return the memory that tensors occupy, by its address; views of one another share theirs, and it counts once."""
-    found = (inner.untyped_storage() for tensor in tensors for inner in _inner_tensors(tensor))
-    return {storage._cdata: storage for storage in found}
-
-
-def _saved_bytes(run: Callable[[], object], apart_from: Collection[int]) -> int:
-    """Return the bytes that autograd saves for the backward pass of a computation, which does not run.
-
-    Whatever checkpointing recomputes is not saved, and not counted; nor is the memory at the addresses ``apart_from``.
-    """
-    kept: dict[int, torch.UntypedStorage] = {}  # alive, so that no address is used again meanwhile
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.update(_storages([tensor]))
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in apart_from)
-
-
-def _inner_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that hold the values; a packed weight wraps several."""
-    wrapper = cast(Any, tensor)
-    if not is_traceable_wrapper_subclass(wrapper):
-        yield tensor
-        return
-    for name in wrapper.__tensor_flatten__()[0]:
-        yield from _inner_tensors(getattr(wrapper, name))
+    return f"{size / MEGA:,.1f}" if size >= MEGA else f"{size / MEGA:.3f}"

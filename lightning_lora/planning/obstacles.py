@@ -312,5 +312,7 @@ def _miss(plan: Plan, option: str, entry: str, pool: Sequence[Sequence[str]], la
     full = [name for name in parameters if f".{name}".endswith(f".{entry}")]
     if option == "modules_to_save" and full:
         hint = f" {full[0]!r} is a parameter, and modules_to_save takes modules: put it into one of its own."
+    if option == "target_modules" and full:
+        hint = f" {full[0]!r} is a parameter: name its layer, or name the parameter in target_parameters."
     what = {"rank_pattern": "adapted layer", "alpha_pattern": "adapted layer", "target_parameters": "parameter"}
     return f"{option}={entry!r} matched no {what.get(option, 'module')} of {plan.root}.{hint}"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lightning_lora import LoRACallback, LoRAConfig, attach
+from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers
 from lightning_lora.analysis import adapter_size, plan_budget
 from lightning_lora.disk.skeleton import model_of_shapes
 from lightning_lora.storage.safetensors import StoredTensor
@@ -81,6 +83,42 @@ def test_choice_matches_attach_and_is_maximal(options: dict[str, bool], budget: 
             if fits:
                 assert made.adapter_parameters == choice.parameters
                 assert len(made.layers) == choice.layers
+
+
+STARTS = [{}, {"init": "pissa"}, {"init": "pissa", "use_dora": True}, {"init": "lora_ga", "lora_bias": True}]
+
+
+@pytest.mark.parametrize("options", STARTS, ids=str)
+def test_bytes_are_those_of_memory_and_of_a_file(options: dict[str, Any]):
+    config = LoRAConfig(rank=3, **options)
+    attach(model := blocks(2, 64), config)
+    tensors = [t for layer in lora_layers(model).values() for t in (*layer.lora.parameters(), *layer.lora.buffers())]
+    assert adapter_size(blocks(2, 64), config).file_bytes == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("options", STARTS, ids=str)
+def test_a_budget_in_bytes_counts_the_starts_that_are_kept(options: dict[str, Any]):
+    config = LoRAConfig(**options)
+    for choice in plan_budget(blocks(2, 64), config, file_bytes=16000).choices:
+        targets = list(choice.targets)
+        here, more = (
+            adapter_size(blocks(2, 64), replace(config, rank=choice.rank + plus, target_modules=targets)).file_bytes
+            for plus in (0, 1)
+        )
+        assert here == choice.file_bytes <= 16000 < more
+
+
+def test_targets_that_are_parameters_are_entries_of_target_parameters():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(16, 2), "lstm": nn.LSTM(16, 16)})
+    keys = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    for targets in [c.targets for c in plan_budget(model, LoRAConfig(target_modules="all"), rank=2).choices[1:]]:
+        names = [name for name in targets if name in keys]
+        rest = [name for name in targets if name not in names]
+        assert attach(copy.deepcopy(model), LoRAConfig(rank=2, target_modules=rest, target_parameters=names)).layers
+    with pytest.raises(
+        ValueError, match=r"'attention.in_proj_weight' is a parameter: name its layer.*target_parameters"
+    ):
+        attach(model, LoRAConfig(rank=2, target_modules=["in_proj_weight"]))
 
 
 def test_experts_and_slices_are_counted():

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_lora import LoRAConfig, attach
-from lightning_lora.analysis.budget import MemoryForecast, MemoryUse, forecast_memory
+from lightning_lora.analysis.memory import MemoryForecast, MemoryUse, forecast_memory
 from tests.contract import assert_unchanged, snapshot
 from tests.test_quantized import eight_bit
 from tests.toys import FEATURES, Toy, loader
