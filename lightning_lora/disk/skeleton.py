@@ -46,6 +46,7 @@ _MOST_ORDERS = 24
 _EMBEDDINGS = ("wte", "wpe", "shared", "relative_attention_bias")
 _HEADS = ("lm_head", "embed_out")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_RECURRENT = ("weight_ih_l0", "weight_ih")  # of a layer, and of a cell
 _TORCH_ATTENTION = "attention"  # a kind of module rather than of weight
 # Models in transformers whose linear layers store their weights as (in, out).
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "trajectory_transformer")
@@ -325,7 +326,7 @@ def _kinds_of_peft(file: PeftFile, layouts: Layouts, config: Mapping[str, Any]) 
         place = without_wrappers(path, modules)
         assert place is not None, "find_names resolves every path"
         name, depth = place
-        _check_not_attention(name, layouts)
+        _check_one_weight(name, layouts)
         A, B = (file.tensors.get(f"{path}.lora_{letter}.weight") for letter in "AB")
         # Sizes of zero fit nothing; the import will report what is missing.
         sizes = (len(B) if B is not None and B.ndim else 0, A.shape[-1] if A is not None and A.ndim else 0)
@@ -351,7 +352,7 @@ def _kinds_of_checkpoint(file: CheckpointFile, layouts: Layouts) -> Kinds:
     kinds: Kinds = dict.fromkeys(file.tokens, "embedding")
     for layer in file.layers.values():
         name, _, inner = layer.keys[0].partition(".lora.")
-        _check_not_attention(name, layouts)
+        _check_one_weight(name, layouts)
         kind = layer.weight.kind or _unstated_kind(name, inner.rpartition(".")[0], layer, layouts)
         if kind != "parameter":
             kinds[name] = kind
@@ -422,10 +423,13 @@ def _weight_shape(name: str, layouts: Layouts) -> tuple[int, ...]:
     return layouts[f"{name}.weight"].shape
 
 
-def _check_not_attention(name: str, layouts: Layouts) -> None:
+def _check_one_weight(name: str, layouts: Layouts) -> None:
+    """Refuse layers of several weights, which a skeleton has no module for."""
     above = name.rpartition(".")[0]
     if any(join(path, key) in layouts for path in (name, above) for key in _ATTENTION):
         raise ValueError(f"{name}: torch's attention cannot be merged on disk; load the model and merge it in memory.")
+    if any(join(name, key) in layouts for key in _RECURRENT):
+        raise ValueError(f"{name}: recurrent layers cannot be merged on disk; load the model and merge it in memory.")
 
 
 def _targets(parameters: Collection[str], name: str, layouts: Layouts) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -293,6 +294,20 @@ def test_attention_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureF
     assert run("merge", tmp_path / "adapter", tmp_path / "model.safetensors", tmp_path / "out") == 1
     assert "merge it in memory" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 8, 2), nn.GRUCell(4, 8)], ids=["layer", "cell"])
+@pytest.mark.parametrize("targets", ["all", ["part", "out"]], ids=str)
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_recurrent_layers_are_refused_with_remedy(
+    command: str, targets: Any, layer: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nn.ModuleDict({"part": copy.deepcopy(layer), "out": nn.Linear(8, 4)})
+    save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
+    write_checkpoint(trained(model, target_modules=targets), tmp_path / "last.ckpt")
+    out = [tmp_path / "out"] if command == "merge" else []
+    assert run(command, tmp_path / "last.ckpt", tmp_path / "model.safetensors", *out) == 1
+    assert "part: recurrent layers cannot be merged on disk; load the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("layer", [nn.Linear, transformers.pytorch_utils.Conv1D], ids=["linear", "transposed"])
