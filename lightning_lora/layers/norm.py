@@ -98,6 +98,17 @@ def hold_statistics(norm: nn.Module) -> None:
         vars(norm).update(asked_mode=norm.training, training=False)
 
 
+@contextmanager
+def asked_modes_kept(module: nn.Module) -> Iterator[None]:
+    """Let a call of ``eval`` leave no trace in frozen norms: Lightning puts modes back without a call of ``train``."""
+    asked = [(norm, norm.asked_mode) for norm in module.modules() if isinstance(norm, FrozenNorm)]
+    try:
+        yield
+    finally:
+        for norm, mode in asked:
+            norm.asked_mode = mode
+
+
 def release_statistics(part: nn.Module) -> None:
     """Undo ``hold_statistics`` on any module; a norm gets the mode last set."""
     for hook in spectral_hooks(part):

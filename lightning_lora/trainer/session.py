@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning_lora.adapted_model import AdaptedModel, HeldAdapters
 from lightning_lora.attachment import Attachment, Stored, get_attachment, is_same_request, request, settled
 from lightning_lora.config import STARTS_FROM_DATA, STARTS_FROM_WEIGHTS, LoRAConfig
+from lightning_lora.layers.norm import asked_modes_kept
 from lightning_lora.modes import freeze_norms
 from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import listed
@@ -137,8 +138,7 @@ class FitSession:
         self._coverage: hints.Coverage | None = None  # from when the module was whole: FSDP hides sizes
         self._held: HeldAdapters | None = None  # from the first batch of a training on
         self._ratio: hints.RatioWatch
-        self._has_start = self._has_succeeded = False
-        self._wraps = MethodWraps()
+        self._has_start, self._has_succeeded, self._wraps = False, False, MethodWraps()
         self._load_hooks = load_without_base(module)
 
     def _to_train(self) -> tuple[str | None, Stored]:
@@ -170,6 +170,8 @@ class FitSession:
     def attach(self) -> None:
         """Attach, or arrange to attach once the layers exist; to train, also prepare ``configure_optimizers``."""
         module = self.module
+        for stage in ("validation", "test", "predict"):
+            self._wraps.around(module, f"on_{stage}_model_eval", self._evaluate)
         if self._is_fit:
             self._prepare_fit()
         model = AdaptedModel(module)
@@ -195,6 +197,10 @@ class FitSession:
             self._attach_now()
             if overrides(module, "setup"):
                 self._wraps.after(module, "setup", lambda _: self._buffers.note_set())
+
+    def _evaluate(self, hook: Callable[[], object]) -> None:
+        with asked_modes_kept(self.module):
+            hook()
 
     def _prepare_fit(self) -> None:
         diagnostics = bool(self.options.diagnostics_every_n_steps)

@@ -427,6 +427,30 @@ def test_frozen_layers_that_are_unfrozen_in_vain_while_a_fit_runs_are_named() ->
         run.fit(Toy(), loader())
 
 
+class HasNorm(Toy):
+    """Has a batch norm."""
+
+    def build(self) -> None:
+        self.net = nn.Sequential(*network()[:1], nn.BatchNorm1d(16), *network()[1:])
+
+    def predict_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0])
+
+
+@pytest.mark.parametrize("was", [True, False])
+@pytest.mark.parametrize("run", ["fit", "validate", "test", "predict"])
+def test_a_frozen_norm_is_in_its_own_mode_again_after_a_run_and_detach(run: str, was: bool) -> None:
+    module = HasNorm()
+    module.net[1].train(was)
+    each = trainer(LoRACallback(rank=2, target_modules=["net.0"]), limit_val_batches=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of evaluating what is untrained
+        each.fit(module, loader(), loader()) if run == "fit" else getattr(each, run)(module, loader())
+    detach(module)
+    assert module.net[1].training is was
+    assert module.net[0].training
+
+
 class UnfreezesInVain(Toy):
     """Calls ``freeze`` and ``unfreeze`` around validation, the sanity check included."""
 
