@@ -129,7 +129,12 @@ class SweepSession:
         self._checkpoints = install_adapter_checkpoints(trainer.strategy)
         self._checkpoints.sweep = None
         self._validation = Validation(
-            trainer, module, lambda: self.standings.live or [self.best], self._judge, is_mean=self._has_tasks
+            trainer,
+            module,
+            lambda: self.standings.live or [self.best],
+            self._judge,
+            lambda name: nullcontext() if self.training is None else self.training.own_values(name),
+            is_mean=self._has_tasks,
         )
 
     @property

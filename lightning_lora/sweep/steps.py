@@ -91,9 +91,15 @@ def recorded_logs(module: LightningModule) -> Iterator[list[tuple[str, Any, dict
 
 
 class OwnMetrics:
-    """Copies of a module's metrics for every adapter but the first, so that ``training_step`` updates no other's."""
+    """Copies of a module's metrics for every adapter but the first, so that a step updates no other's.
 
-    def __init__(self, module: LightningModule) -> None:
+    Args:
+        module: The module.
+        names: The adapters.
+    """
+
+    def __init__(self, module: LightningModule, names: Sequence[str]) -> None:
+        self._module, self._names = module, names
         self._places = [
             (part, key, metric, join(path, key))
             for path, part in module.named_modules()
@@ -104,20 +110,22 @@ class OwnMetrics:
         self._copies: dict[str, list[nn.Module]] = {}
 
     @contextmanager
-    def of(self, name: str, first: str) -> Iterator[None]:
+    def of(self, name: str) -> Iterator[None]:
         """Put an adapter's metrics in place inside the block."""
-        if not self._places or name == first:
+        for other in self._names[1:] if self._places and not self._copies else ():  # now, before the first changes its
+            self._copies[other] = [cast(Any, metric).clone() for _, _, metric, _ in self._places]
+        if name not in self._copies:
             yield
             return
-        if name not in self._copies:
-            self._copies[name] = [cast(Any, metric).clone() for _, _, metric, _ in self._places]
         for (part, key, _, _), own in zip(self._places, self._copies[name], strict=True):
             part._modules[key] = own
+        self._module._metric_attributes = None  # what Lightning remembers of the names of metrics
         try:
             yield
         finally:
             for part, key, metric, _ in self._places:
                 part._modules[key] = metric
+            self._module._metric_attributes = None
 
     @contextmanager
     def unchanged(self) -> Iterator[None]:

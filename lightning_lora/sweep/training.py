@@ -75,7 +75,7 @@ class Training:
         self.trainer, self.module, self.chosen, self.owned = trainer, module, chosen, owned
         self.standings, self.template, self.mode, self.is_single = standings, template, mode, is_single
         self.why: dict[str, str] = {}
-        self._metrics = OwnMetrics(module)
+        self._metrics = OwnMetrics(module, list(chosen))
         self._waiting: dict[Tensor, Tensor] = {}  # gradients from before Lightning clears them
         self._last = ExitStack()  # has the last adapter in place until its backward pass has ended
         self._broken: dict[str, Tensor] = {}  # whether a loss has not been finite since the last look
@@ -176,6 +176,8 @@ class Training:
 
     def training_step(self, step: Step, *args: Any, **kwargs: Any) -> Any:
         """Run the step for every adapter that trains; called in place of the module's own."""
+        if not self.trainer.training:  # called by a validation_step, for the adapter in place
+            return step(*args, **kwargs)
         calls = self._calls(args, kwargs)
         if not self.module.automatic_optimization:
             outcomes = self._manually(step, calls)
@@ -229,7 +231,7 @@ class Training:
         """Run a step that steps the optimizers itself with each adapter."""
         outcomes, turns = dict[str, Outcome](), Turns(self.trainer, self.owned)
         for name, call in calls.items():
-            with turns.of(name), self._own_values(name):
+            with turns.of(name), self.own_values(name):
                 outcomes[name] = run_one(self.module, step, call, name)
         return outcomes
 
@@ -244,7 +246,7 @@ class Training:
             if pending:
                 self._backward(pending, outcomes[pending])
                 pending = ""
-            with self._own_values(name):
+            with self.own_values(name):
                 outcomes[name] = outcome = run_one(self.module, step, call, name)
             if self.is_single and outcome.loss is not None:
                 if outcome.loss.requires_grad and (outcome.loss.device.type != "cpu" or outcome.loss.isfinite()):
@@ -256,9 +258,9 @@ class Training:
         return outcomes
 
     @contextmanager
-    def _own_values(self, name: str) -> Iterator[None]:
+    def own_values(self, name: str) -> Iterator[None]:
         """Have an adapter's metrics and plain attributes in place, as its own steps have left them."""
-        with self._metrics.of(name, next(iter(self.chosen))), self._attributes.of(name):
+        with self._metrics.of(name), self._attributes.of(name):
             yield
 
     def close(self) -> None:
@@ -300,7 +302,7 @@ class Training:
                 own.enter_context(using(self.module, name))
                 own.enter_context(others_hidden(self.module))
                 own.enter_context(only_gradients_of(self.owned, name))
-                own.enter_context(self._own_values(name))
+                own.enter_context(self.own_values(name))
                 logged = own.enter_context(recorded_logs(self.module))
                 hook(*args, **kwargs)
             outcomes[name] = Outcome(None, logged=logged)

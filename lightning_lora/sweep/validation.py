@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_lora.named_adapters import active_adapter
 from lightning_lora.probe import RandomState
 from lightning_lora.switching import set_adapter
+from lightning_lora.trainer.buffers import own_buffers
 
 _TABLES = {"_callback_metrics": "callback", "_logged_metrics": "log", "_progress_bar_metrics": "pbar"}
 Metrics = dict[str, dict[str, Any]]  # table of the logger connector -> name -> value
@@ -29,6 +30,7 @@ class Validation:
         module: Its module.
         live: Gives the adapters to validate.
         judge: Is given their metrics; returns the adapter to leave in place.
+        own_values: Has an adapter's metrics and plain attributes in place, as its own passes have left them.
         is_mean: Whether a metric without an ending is the mean of all adapters' instead of that adapter's.
 
     Attributes:
@@ -41,10 +43,12 @@ class Validation:
         module: LightningModule,
         live: Callable[[], Sequence[str]],
         judge: Callable[[Seen], str],
+        own_values: Callable[[str], AbstractContextManager[None]],
         *,
         is_mean: bool,
     ) -> None:
         self.trainer, self.module, self.live, self.judge, self.is_mean = trainer, module, live, judge, is_mean
+        self.own_values = own_values
         self.adapter: str | None = None
         self._latest: dict[str, Metrics] = {}
 
@@ -92,6 +96,7 @@ class Validation:
             log_metrics({key if key == "step" else f"{key}{ending}": each for key, each in metrics.items()}, step)
 
         def finish(*args: Any, **kwargs: Any) -> None:
+            own.close()
             if not others:
                 connector.reset_results()
                 return
@@ -102,7 +107,9 @@ class Validation:
             set_adapter(self.module, best)
             end(*args, **kwargs)
 
-        with ExitStack() as stack:
+        with ExitStack() as stack, ExitStack() as own:
+            own.enter_context(own_buffers(self.module, self.adapter))
+            own.enter_context(self.own_values(self.adapter))
             stack.enter_context(_replaced(loop, "_on_evaluation_end", finish))
             stack.enter_context(_replaced(connector, "log_metrics", renamed))
             stack.enter_context(_replaced(connector, "update_eval_epoch_metrics", keep))

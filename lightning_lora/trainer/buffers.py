@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
@@ -107,7 +107,8 @@ class BufferWatch:
         self.note_set()
         self._together = together
         if together:
-            self._of_those_in_training(watch)
+            set_by_hooks = {name for root in AdaptedModel(self.module).roots[:1] for name in root.attachment.moved}
+            self._of_those_in_training(lambda part: watch(part, set_by_hooks))
         else:
             watch(self.module)
             claim_buffers(self.module, buffer_places(AdaptedModel(self.module)))
@@ -147,12 +148,18 @@ def _version(tensor: Tensor) -> int | None:
     return None if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
-def watch(module: nn.Module) -> None:
-    """Keep the values that the base's buffers have now, to see what changes while the active adapter trains."""
+def watch(module: nn.Module, changed: Collection[str] = ()) -> None:
+    """Keep the values that the base's buffers have now, to see what changes while the active adapter trains.
+
+    Args:
+        module: The module.
+        changed: Buffers that count as changed already.
+    """
     model = AdaptedModel(module)
     moved_buffers(model)  # also what was set by hand since an earlier fit
     for root in model.roots[:1]:
         root.attachment.watched = values_now(model)
+        root.attachment.moved |= {*changed}
 
 
 def claim_buffers(module: nn.Module, names: Collection[str]) -> None:
@@ -164,6 +171,27 @@ def claim_buffers(module: nn.Module, names: Collection[str]) -> None:
     for name in names:
         if name in first:
             own_buffer(several, *places[name], first[name])
+
+
+@contextmanager
+def own_buffers(module: nn.Module, name: str) -> Iterator[None]:
+    """Let the buffers of the base that the block changes be those of an adapter alone; others keep what there was.
+
+    Args:
+        module: The module, with this adapter in place.
+        name: One of several adapters.
+    """
+    before = values_now(AdaptedModel(module))
+    yield
+    several, model = recorded(module), AdaptedModel(module)
+    if several is None or several.active != name:
+        return
+    mine, places = several.adapters[name].kept, buffer_places(model)
+    for path, now in base_buffers(model).items():
+        part, key = places[path]
+        is_own = part in mine and key in mine[part]._buffers
+        if path in before and not is_own and not is_same(before[path], now):
+            own_buffer(several, part, key, before[path])
 
 
 def divide_buffers(module: nn.Module) -> None:

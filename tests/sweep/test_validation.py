@@ -1,0 +1,112 @@
+"""The validation of a sweep: what it reports of each adapter, and leaves with it, is that of a fit of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torchmetrics import MinMetric
+
+from lightning_lora import LoRACallback, LoRASweep, active_adapter, load_adapter, using
+from tests.sweep.test_callback import Quiet
+from tests.toys import FEATURES, loader, trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+
+RATES = [1e-3, 3e-2, 1e-2]
+
+
+class CallsTraining(Quiet):
+    """Validates by its training step, as many modules do."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+class Remembers(Quiet):
+    """Keeps in a metric, an attribute and a buffer what its validations have found."""
+
+    best, seen = float("inf"), 0
+
+    def build(self) -> None:
+        super().build()
+        self.lowest = MinMetric()
+        self.register_buffer("threshold", torch.tensor(0.0))
+        self.register_buffer("offset", torch.zeros(FEATURES))
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.offset.fill_(0.25)  # as the mean of the data
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        x, y = batch
+        return ((self.net(x - self.offset) - y) ** 2).mean()
+
+    def on_validation_epoch_start(self) -> None:
+        self.losses_now: list[torch.Tensor] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.losses_now.append(self.loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        now = torch.stack(self.losses_now).mean()
+        self.lowest.update(now)
+        self.best, self.seen = min(self.best, float(now)), self.seen + 1
+        self.threshold.copy_(now)
+        found = {"val_loss": now, "lowest": self.lowest.compute(), "best": self.best, "seen": float(self.seen)}
+        self.log_dict(found | {"threshold": self.threshold.clone()})
+
+
+class LogsMetric(Remembers):
+    """Gives the logger the metric itself."""
+
+    def on_validation_epoch_end(self) -> None:
+        now = torch.stack(self.losses_now).mean()
+        self.lowest.update(now)
+        self.log("val_loss", now)
+        self.log("lowest", self.lowest)
+
+
+def with_rate(kind: type[Quiet], rate: float) -> Quiet:
+    module = kind()
+    module.configure_optimizers = lambda: torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.1)  # type: ignore[method-assign]
+    return module
+
+
+def fitted(module: LightningModule, callback: Any, **options: Any) -> Any:
+    run = trainer(callback, **({"max_epochs": 3, "max_steps": -1, "limit_val_batches": 1.0} | options))
+    run.fit(module, loader(), loader(8))
+    return run
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap", "auto"])
+@pytest.mark.parametrize("rates", [RATES, RATES[::-1]], ids=["up", "down"])
+@pytest.mark.parametrize("kind", [CallsTraining, Remembers, LogsMetric])
+def test_metrics_of_each_adapter_are_those_of_a_fit_of_its_own(kind: type[Quiet], rates: list[float], mode: Any):
+    sweep = LoRASweep(grid={"lr": rates}, rank=2, monitor="val_loss", keep=1.0, mode=mode)
+    run = fitted(kind(), sweep)
+    for name, candidate in sweep.candidates.items():
+        alone = fitted(with_rate(kind, candidate.lr or 0.0), LoRACallback(rank=2)).callback_metrics
+        for key in alone.keys() - {"train_loss"}:
+            torch.testing.assert_close(run.callback_metrics[f"{key}/{name}"], alone[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rates", [RATES, RATES[::-1]], ids=["up", "down"])
+def test_buffers_that_setup_and_validation_set_are_each_adapters_own(rates: list[float], tmp_path: Path):
+    sweep, module = LoRASweep(grid={"lr": rates}, rank=2, monitor="val_loss", keep=1.0), Remembers()
+    run = fitted(module, sweep)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    for name, candidate in sweep.candidates.items():
+        alone = with_rate(Remembers, candidate.lr or 0.0)
+        fitted(alone, LoRACallback(rank=2))
+        load_adapter(loaded := Remembers(), tmp_path / "last.ckpt", adapter=name)
+        for each in (module, loaded):
+            with using(each, name if each is module else active_adapter(each)):
+                torch.testing.assert_close(each.threshold, alone.threshold)
+                assert torch.equal(each.offset, alone.offset)
+    with using(module, None):
+        assert torch.equal(module.offset, torch.zeros(FEATURES))
+        assert module.threshold == 0.0
