@@ -1,18 +1,24 @@
-"""What a sweep cannot do, refused before anything has changed."""
+"""What a sweep cannot do: refused before anything has changed, or named where it happens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.precision import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from torch import nn
 
+from lightning_lora.named_adapters import active_adapter
 from lightning_lora.names import listed
 from lightning_lora.sweep.candidates import Candidate
+from lightning_lora.sweep.optimizers import Parameters, parameters_of_adapters
 from lightning_lora.trainer.checks import AVERAGING, callbacks_of
 from lightning_lora.trainer.lightning_patches import with_twins
 
@@ -89,4 +95,45 @@ def check_same_sweep(
         raise MisconfigurationException(
             f"LoRASweep: the checkpoint has compared other adapters; different are {listed(different)}. Give the same "
             "grid or adapters to resume it."
+        )
+
+
+_EACH = "Do it for each adapter: `for name in adapter_names(self):` and `with using(self, name):`"
+
+
+def check_alike(module: LightningModule, owned: Mapping[str, Parameters]) -> None:
+    """Refuse hooks on gradients, and tensors put in the place of others, that only some of the adapters have."""
+    now = parameters_of_adapters(module, list(owned))
+    hooked = {name: [key for key, p in own.items() if _has_hooks(p)] for name, own in now.items()}
+    replaced = {name: [key for key, p in own.items() if p is not owned[name].get(key)] for name, own in now.items()}
+    for what, found in {"have hooks on their gradients": hooked, "were replaced by others": replaced}.items():
+        for name, keys in found.items():
+            others = [repr(each) for each in now if any(key in now[each] and key not in found[each] for key in keys)]
+            if others:
+                raise MisconfigurationException(
+                    f"LoRASweep: {listed(keys)} of {name!r} {what}, and those of {listed(others)} do not, "
+                    f"so the adapters would not train alike. {_EACH}, in on_train_start."
+                )
+
+
+def _has_hooks(parameter: nn.Parameter) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+@contextmanager
+def one_sided_change_named(
+    module: LightningModule, hook: str, owned: Mapping[str, Parameters], live: Sequence[str]
+) -> Iterator[None]:
+    """Warn of a hook of the module, run once for all adapters, that changes the one in place and no other."""
+    before = {name: [parameter.detach().clone() for parameter in owned[name].values()] for name in live}
+    yield
+    changed = [
+        name
+        for name in live
+        if not all(torch.equal(p, was) for p, was in zip(owned[name].values(), before[name], strict=True))
+    ]
+    if len(live) > 1 and changed == [active_adapter(module)]:
+        rank_zero_warn(
+            f"LoRASweep: {hook} of {type(module).__name__} has changed {changed[0]!r} and no other adapter. This hook "
+            f"runs once for all of them. {_EACH}; or in on_before_optimizer_step, which runs for each."
         )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,13 @@ from lightning_lora.optimizers import unpack_configured
 from lightning_lora.ranks.schedule import RankSchedule
 from lightning_lora.storage.checkpoint import SWEEP_KEY, adapters_in
 from lightning_lora.sweep.candidates import Candidate
-from lightning_lora.sweep.checks import check_direction, check_possible, check_same_sweep
+from lightning_lora.sweep.checks import (
+    check_alike,
+    check_direction,
+    check_possible,
+    check_same_sweep,
+    one_sided_change_named,
+)
 from lightning_lora.sweep.optimizers import (
     Parameters,
     check_rates_differ,
@@ -263,6 +270,17 @@ class SweepSession:
             clips = hook == "configure_gradient_clipping" and bool(self.trainer.gradient_clip_val)
             if overrides(self.module, hook) or clips:
                 self._wraps.around(self.module, hook, self.training.look_at_gradients)
+        for hook in ("on_train_batch_start", "on_before_zero_grad", "on_train_batch_end"):
+            if overrides(self.module, hook):
+                self._wraps.around(self.module, hook, partial(self._run_once, hook))
+
+    def _run_once(self, name: str, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a hook that is for all adapters; ever more rarely, see whether it changes one of them alone."""
+        step = self.trainer.global_step
+        if step & (step - 1):
+            return hook(*args, **kwargs)
+        with one_sided_change_named(self.module, name, self.owned, self.standings.live):
+            return hook(*args, **kwargs)
 
     def _record(self) -> dict[str, Any]:
         assert self.training is not None
@@ -274,6 +292,7 @@ class SweepSession:
         assert self.training is not None
         if not self._has_begun:
             self._has_begun = True
+            check_alike(self.module, self.owned)
             step, arguments = self._own_step(batch, batch_idx)
             self.training.choose(step, arguments)
         elif self.training.is_time_to_look():
