@@ -11,7 +11,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import CodeType, FunctionType, ModuleType
 from typing import TypeAlias
 
@@ -29,7 +29,7 @@ METADATA |= {"is_floating_point", "is_meta", "ndim", "numel", "requires_grad", "
 METADATA |= {"new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"}  # of its type, on its device
 _QUESTIONS = frozenset({"hasattr", "id", "isinstance", "len", "print", "type"})
 _ITERATORS = frozenset({"enumerate", "iter", "list", "reversed", "tuple", "zip"})
-_VIEWS = frozenset({"items", "values"})
+_VIEWS = frozenset({"children", "items", "named_children", "values"})
 
 
 def weight_readers(modules: Collection[nn.Module]) -> dict[int, str]:
@@ -46,13 +46,22 @@ def weight_readers(modules: Collection[nn.Module]) -> dict[int, str]:
         for each in classes:
             handed = {path + rest for path in _paths_passed(each, entrances[each]) for rest in given}
             read[each] = read.get(each, frozenset()) | handed
-    found = dict[int, str]()
+    used, found = {each: _names_used(each, entrances[each]) for each in classes}, dict[int, str]()
+    own = {each for each in read if () in read[each] and _reads_for_others(each, used)}
     for parent in parents if read else ():
+        name = getattr(parent, "base_class", type(parent)).__name__
         for path in read.get(type(parent), ()):
             if path and path[0] != _ARGUMENT:
-                name = getattr(parent, "base_class", type(parent)).__name__
                 found |= {id(layer): name for layer in _at(parent, path)}
+        if type(parent) in own:
+            found[id(parent)] = name
     return found
+
+
+def _reads_for_others(module_class: type, used: Mapping[type, frozenset[str]]) -> bool:
+    """Return whether methods that other classes call, beside forward, compute with the module's own weight."""
+    names = frozenset[str]().union(*(theirs for other, theirs in used.items() if other is not module_class))
+    return () in paths_read(module_class, names & _methods(module_class) - {"forward"})
 
 
 def _is_of_torch(module: nn.Module) -> bool:
@@ -105,6 +114,9 @@ def _at(module: nn.Module, path: Path) -> Iterator[nn.Module]:
     for child in members if step == "*" else (getattr(module, step, None),):
         if isinstance(child, nn.Module):
             yield from _at(child, tuple(rest))
+        elif isinstance(child, (list, tuple)) and rest[:1] == ["*"]:  # a plain one, as beside a registered module
+            for each in child:
+                yield from _at(each, tuple(rest[1:])) if isinstance(each, nn.Module) else ()
 
 
 def _reachable(module_class: type, entrances: frozenset[str]) -> Iterator[tuple[FunctionType, bool]]:
@@ -197,7 +209,10 @@ class _Scan:
         for node in self.nodes:
             if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
                 for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-                    self._bind(target, self._paths(node.value))
+                    paths, several = self._paths(node.value), (ast.Tuple, ast.List)
+                    if isinstance(target, several) and not isinstance(node.value, several):
+                        paths = {(*path, "*") for path in paths}  # the members of a container
+                    self._bind(target, paths)
             elif isinstance(node, (ast.For, ast.comprehension)):
                 self._bind(node.target, {(*path, "*") for path in self._paths(node.iter)})
 
@@ -217,6 +232,8 @@ class _Scan:
             return paths if isinstance(value.slice, ast.Slice) else {(*path, "*") for path in paths}
         if isinstance(value, ast.Call):
             return self._paths_of_call(value)
+        if isinstance(value, ast.NamedExpr):
+            return self._paths(value.value)
         if isinstance(value, (ast.IfExp, ast.BoolOp, ast.BinOp)):
             return set().union(*(self._paths(part) for part in _parts(value)))
         if isinstance(value, (ast.Tuple, ast.List)):
@@ -226,7 +243,10 @@ class _Scan:
     def _paths_of_call(self, call: ast.Call) -> set[Path]:
         name = getattr(call.func, "id", getattr(call.func, "attr", ""))
         if isinstance(call.func, ast.Attribute):
-            return self._paths(call.func.value) if name in _VIEWS else set()
+            key = call.args[0] if name == "get_submodule" and call.args else None
+            steps = str(key.value).split(".") if isinstance(key, ast.Constant) else []
+            of = self._paths(call.func.value) if steps or name in _VIEWS else set[Path]()
+            return {(*path, *steps) for path in of}
         if name == "getattr" and len(call.args) > 1:
             key = call.args[1]
             step = str(key.value) if isinstance(key, ast.Constant) else "*"

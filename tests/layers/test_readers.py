@@ -179,7 +179,71 @@ class InTrainingOnly(Parent):
         return self.plain(x)
 
 
+class Unpacked(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.many
+        return self.plain(F.linear(F.linear(x, first.weight), rest[0].weight))
+
+
+class ByWalrus(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(F.linear(x, (layer := self.proj).weight, layer.bias))
+
+
+class OfChildren(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        for _, layer in self.many.named_children():
+            x = F.linear(x, layer.weight)
+        return self.plain(x)
+
+
+class BySubmodule(Parent):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(F.linear(x, self.get_submodule("inner.deep").weight))
+
+
+class OfPlainList(Parent):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tied = [self.proj]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(F.linear(x, self.tied[0].weight))
+
+
+class Invertible(nn.Linear):
+    """A layer with a method of its own, beside the forward that it inherits."""
+
+    def scale(self) -> Tensor:
+        return self.weight.square().sum()
+
+
+class InMethodOfTheLayer(Parent):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = Invertible(E, E)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.plain(self.proj(x)) * self.proj.scale()
+
+
+class Divided(nn.Linear):
+    """A layer whose own forward calls its methods, which no other class does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.halves(x)
+
+    def halves(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
 READERS = {
+    Unpacked: {"many.0", "many.1"},
+    ByWalrus: {"proj"},
+    OfChildren: {"many.0", "many.1"},
+    BySubmodule: {"inner.deep"},
+    OfPlainList: {"proj"},
+    InMethodOfTheLayer: {"proj"},
     Direct: {"proj"},
     InMethod: {"proj"},
     InProperty: {"proj"},
@@ -212,7 +276,7 @@ def _found(model: nn.Module) -> set[str]:
 def test_layer_whose_weight_the_parent_reads_is_found(reader: type[Parent]):
     model = reader()
     assert _found(model) == READERS[reader]
-    parent = "Mixer" if reader is InMethodOfOther else reader.__name__
+    parent = {InMethodOfOther: "Mixer", InMethodOfTheLayer: "Invertible"}.get(reader, reader.__name__)
     assert set(weight_readers(list(model.modules())).values()) == {parent}
 
 
@@ -231,6 +295,10 @@ def test_layer_whose_weight_the_parent_reads_trains_and_merges(reader: type[Pare
     assert torch.allclose(model.eval()(x), trained, atol=1e-6)
     merge(model)
     assert torch.allclose(model(x), trained, atol=1e-5)
+
+
+def test_a_layer_whose_own_forward_alone_reads_its_weight_is_left_as_it_is():
+    assert not _found(nn.ModuleDict({"layer": Divided(E, E)}))
 
 
 class Asks(Parent):
