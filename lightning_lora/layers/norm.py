@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import nn
@@ -95,7 +96,7 @@ def hold_statistics(norm: nn.Module) -> None:
             vars(hook)[_ASKED_ITERATIONS], hook.n_power_iterations = hook.n_power_iterations, 0
     if not hooks and not isinstance(norm, FrozenNorm):
         swap_in(norm, FrozenStatistics if isinstance(norm, _NormBase) else FrozenNorm)
-        vars(norm).update(asked_mode=norm.training, training=False)
+        FrozenNorm.train(cast(FrozenNorm, norm), norm.training)
 
 
 @contextmanager

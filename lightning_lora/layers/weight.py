@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_lora.layers.adapter import Adapter, base_parameter, computed_parameter, register_adapter
+from lightning_lora.layers.computed import closed
 from lightning_lora.layers.lora_layer import Behavior, LoRALayer, updated
 from lightning_lora.layers.low_rank import LowRankAdapter
 from lightning_lora.layers.starts import random_start, seeded, zeros
@@ -251,7 +252,9 @@ class WeightLoRALayer(LoRALayer):
         adapters = self.adapters_of(name)
         self._refuse_replaced(name, base, adapters)
         sources = [base, *(cast(Tensor, each) for adapter in adapters for each in adapter._parameters.values())]
-        return recomputed((id(self), name), sources, partial(_formed, base, adapters), partial(_still, base, adapters))
+        make = partial(_formed, base, adapters)
+        found = recomputed((id(self), name), sources, make, partial(_still, base, adapters))
+        return found if is_traced() else closed(found)
 
     def _refuse_replaced(self, name: str, base: Tensor, adapters: Sequence[Adapter]) -> None:
         """Refuse a weight that ``functional_call`` was given without the factors: it may hold the update already."""

@@ -133,7 +133,7 @@ class _Scope:
         return self.outer[1](packed)
 
     def _recipe_of(self, tensor: Tensor) -> _Recipe | None:
-        if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_nested:
+        if not _is_plain(tensor) or tensor.layout is not torch.strided or tensor.is_nested:
             return None
         made = self.by_memory.get(_memory(tensor))
         return made.recipe if made is not None and made.is_as_made() and made.tensor.dtype is tensor.dtype else None
@@ -229,6 +229,11 @@ def _can_be_sources(sources: Sequence[Tensor]) -> bool:
         and not hasattr(source, "ds_id")  # DeepSpeed takes its memory away between forward and backward
         for source in sources
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is one for torch's operations: one of torch's own class, or as inert as a Parameter."""
+    return type(tensor) is Tensor or type(tensor).__torch_function__ is torch._C._disabled_torch_function_impl
 
 
 def _memory(tensor: Tensor) -> int:

@@ -1,0 +1,124 @@
+"""A weight that carries its update reads like any other, and refuses to be written to."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_lora import LoRAConfig, attach, disabled, lora_layers, merged
+from tests.contract import train_all
+
+pytestmark = pytest.mark.filterwarnings("ignore:These adapters are not smaller")
+
+
+class Prototypes(nn.Module):
+    """Computes with the weight of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x), F.normalize(self.layer.weight))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "read by its parent": (Prototypes, "layer.weight"),
+    "recurrent": (lambda: nn.LSTM(6, 4), "weight_hh_l0"),
+    "attention": (lambda: nn.MultiheadAttention(6, 2), "in_proj_weight"),
+    "bilinear": (lambda: nn.Bilinear(6, 4, 4), "weight"),
+}
+
+
+def assign_data(weight: Tensor) -> None:
+    weight.data = torch.zeros_like(weight)
+
+
+def set_row(weight: Tensor) -> None:
+    weight[0] = 0.0
+
+
+def multiply(weight: Tensor) -> None:
+    weight *= 2.0
+
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "copy_": lambda weight: weight.copy_(torch.zeros_like(weight)),
+    "zero_": lambda weight: weight.zero_(),
+    "init": lambda weight: nn.init.zeros_(weight),
+    "data.copy_": lambda weight: weight.data.copy_(torch.zeros_like(weight)),
+    "data.clamp_": lambda weight: weight.data.clamp_(-0.1, 0.1),
+    "data of a row": lambda weight: weight.data[0].fill_(0.0),
+    "a row": lambda weight: weight[0].zero_(),
+    "data =": assign_data,
+    "[0] =": set_row,
+    "*=": multiply,
+}
+
+
+def adapted(model: str, rng: torch.Generator) -> tuple[nn.Module, Callable[[], Tensor]]:
+    build, path = MODELS[model]
+    module = build()
+    attach(module, LoRAConfig(rank=2, target_modules="all"))
+    train_all(module, rng)
+    owner, _, name = path.rpartition(".")
+    return module, lambda: getattr(module.get_submodule(owner), name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_that_would_be_lost_raises_and_changes_nothing(write: str, model: str, rng: torch.Generator) -> None:
+    _, weight = adapted(model, rng)
+    before = weight().clone()
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"written to.*would be lost.*modules_to_save.*exclude"):
+        WRITES[write](weight())
+    assert torch.equal(weight(), before)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("mode", [disabled, merged])
+def test_where_the_weight_is_the_bases_own_it_may_be_written_to(mode: Any, model: str, rng: torch.Generator) -> None:
+    module, weight = adapted(model, rng)
+    with mode(module), torch.no_grad():
+        weight().zero_()
+        assert not weight().any()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_whatever_is_computed_from_it_is_an_ordinary_tensor(model: str, rng: torch.Generator) -> None:
+    _, weight = adapted(model, rng)
+    for result in (weight() + 1, weight().clone(), weight().detach(), weight().mT, weight()[[0]], weight().double()):
+        assert type(result) is Tensor
+    changed = weight().clone()
+    changed.mul_(2.0)
+    torch.testing.assert_close(changed, 2.0 * weight())
+
+
+def test_it_can_be_saved_and_copied_and_comes_back_as_an_ordinary_tensor(rng: torch.Generator) -> None:
+    _, weight = adapted("read by its parent", rng)
+    torch.save({"weight": weight().data}, file := io.BytesIO())
+    file.seek(0)
+    read = torch.load(file, weights_only=True)["weight"]
+    assert type(read) is Tensor
+    assert torch.equal(read, weight())
+    assert torch.equal(copy.deepcopy(weight().data), weight())
+
+
+def test_gradients_are_those_of_the_sum(rng: torch.Generator) -> None:
+    module, _ = adapted("read by its parent", rng)
+    [layer] = lora_layers(module).values()
+    x = torch.randn(3, 6, generator=rng)
+    module(x).square().sum().backward()
+    factors = [layer.lora.A.detach().clone().requires_grad_(), layer.lora.B.detach().clone().requires_grad_()]
+    base = dict(layer.named_parameters())["weight"].detach()
+    total = F.normalize(base + layer.scaling * factors[1] @ factors[0])
+    F.linear(F.normalize(x), total).square().sum().backward()
+    torch.testing.assert_close(layer.lora.A.grad, factors[0].grad)
+    torch.testing.assert_close(layer.lora.B.grad, factors[1].grad)
