@@ -219,7 +219,7 @@ class _Planner:
             full, is_matrix = join(names[0], key), parameter.ndim > 1 and min(parameter.shape) > 1
             if full in plan.tied or selected(self.config.target_parameters, [full]):
                 continue
-            if is_matrix and self.wants_matrices:
+            if is_matrix and self.wants_matrices and names[0]:  # the model's own cannot be named
                 plan.left_out[full] = UNKNOWN_MATRIX
             elif is_own and parameter.requires_grad:
                 plan.left_out[full] = _OWN_PARAMETER

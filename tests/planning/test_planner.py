@@ -436,19 +436,20 @@ class Scaled(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
         self.temperature = nn.Parameter(torch.ones(()))
+        self.positions = nn.Parameter(torch.zeros(5, 8))
         self.still = nn.Parameter(torch.ones(3), requires_grad=False)
         self.shifts = nn.ParameterDict({"first": nn.Parameter(torch.zeros(8)), "second": nn.Parameter(torch.zeros(8))})
 
 
-@pytest.mark.parametrize("targets", ["all-linear", ["body.0"]])
+@pytest.mark.parametrize("targets", ["all", "all-linear", ["body.0"]])
 def test_parameters_of_the_module_itself_are_said_to_stay_frozen(targets: str | list[str]):
     report = attach(model := Scaled(), LoRAConfig(rank=2, target_modules=targets))
-    assert list(report.left_out) == ["temperature", "shifts.first", "shifts.second"]
+    assert list(report.left_out) == ["temperature", "positions", "shifts.first", "shifts.second"]
     assert not any(model.get_parameter(name).requires_grad for name in report.left_out)
-    assert "left out: temperature, shifts.first, shifts.second (held by no layer, so frozen" in str(report)
+    assert "left out: temperature, positions, shifts.first, shifts.second (held by no layer, so frozen" in str(report)
 
 
 def test_parameters_that_train_or_are_excluded_are_not_said_to_be_left_out():
     config = LoRAConfig(rank=2, modules_to_save=["shifts"])
-    assert list(attach(Scaled(), config).left_out) == ["temperature"]
-    assert list(attach(Scaled(), LoRAConfig(rank=2, exclude_modules=["shifts"])).left_out) == ["temperature"]
+    assert list(attach(Scaled(), config).left_out) == ["temperature", "positions"]
+    assert list(attach(Scaled(), LoRAConfig(rank=2, exclude_modules=["shifts"])).left_out) == ["temperature", "positions"]
