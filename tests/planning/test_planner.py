@@ -452,4 +452,7 @@ def test_parameters_of_the_module_itself_are_said_to_stay_frozen(targets: str | 
 def test_parameters_that_train_or_are_excluded_are_not_said_to_be_left_out():
     config = LoRAConfig(rank=2, modules_to_save=["shifts"])
     assert list(attach(Scaled(), config).left_out) == ["temperature", "positions"]
-    assert list(attach(Scaled(), LoRAConfig(rank=2, exclude_modules=["shifts"])).left_out) == ["temperature", "positions"]
+    assert list(attach(Scaled(), LoRAConfig(rank=2, exclude_modules=["shifts"])).left_out) == [
+        "temperature",
+        "positions",
+    ]
