@@ -29,7 +29,7 @@ class CallsTraining(Quiet):
 class Remembers(Quiet):
     """Keeps in a metric, an attribute and a buffer what its validations have found."""
 
-    best, seen = float("inf"), 0
+    best, seen, rounds = float("inf"), 0, 0
 
     def build(self) -> None:
         super().build()
@@ -57,7 +57,12 @@ class Remembers(Quiet):
         self.best, self.seen = min(self.best, float(now)), self.seen + 1
         self.threshold.copy_(now)
         found = {"val_loss": now, "lowest": self.lowest.compute(), "best": self.best, "seen": float(self.seen)}
-        self.log_dict(found | {"threshold": self.threshold.clone()})
+        self.log_dict(found | {"threshold": self.threshold.clone(), "rounds": float(self.rounds)})
+        with using(self, None):
+            self.log("base", self.threshold.clone())
+
+    def on_validation_end(self) -> None:
+        self.rounds += 1  # once for all
 
 
 class LogsMetric(Remembers):
