@@ -82,7 +82,8 @@ def with_rate(kind: type[Quiet], rate: float) -> Quiet:
 
 
 def fitted(module: LightningModule, callback: Any, **options: Any) -> Any:
-    run = trainer(callback, **({"max_epochs": 3, "max_steps": -1, "limit_val_batches": 1.0} | options))
+    defaults = {"max_epochs": 3, "max_steps": -1, "limit_val_batches": 1.0, "num_sanity_val_steps": 0}
+    run = trainer(callback, **(defaults | options))
     run.fit(module, loader(), loader(8))
     return run
 
@@ -99,14 +100,15 @@ def test_metrics_of_each_adapter_are_those_of_a_fit_of_its_own(kind: type[Quiet]
             torch.testing.assert_close(run.callback_metrics[f"{key}/{name}"], alone[key], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sanity", [0, 2])
 @pytest.mark.parametrize("rates", [RATES, RATES[::-1]], ids=["up", "down"])
-def test_buffers_that_setup_and_validation_set_are_each_adapters_own(rates: list[float], tmp_path: Path):
+def test_buffers_that_setup_and_validation_set_are_each_adapters_own(rates: list[float], sanity: int, tmp_path: Path):
     sweep, module = LoRASweep(grid={"lr": rates}, rank=2, monitor="val_loss", keep=1.0), Remembers()
-    run = fitted(module, sweep)
+    run = fitted(module, sweep, num_sanity_val_steps=sanity)
     run.save_checkpoint(tmp_path / "last.ckpt")
     for name, candidate in sweep.candidates.items():
         alone = with_rate(Remembers, candidate.lr or 0.0)
-        fitted(alone, LoRACallback(rank=2))
+        fitted(alone, LoRACallback(rank=2), num_sanity_val_steps=sanity)
         load_adapter(loaded := Remembers(), tmp_path / "last.ckpt", adapter=name)
         for each in (module, loaded):
             with using(each, name if each is module else active_adapter(each)):
