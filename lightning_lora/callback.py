@@ -190,61 +190,19 @@ class LoRACallback(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation begins: outside of a fit, warn of untrained adapters; watch the first batch."""
+        """Called when validation begins: outside of a fit, warn of untrained adapters."""
         if trainer.state.fn != TrainerFn.FITTING:
             outcome.warn_if_untrained(self._run.layout, pl_module)
-        self._run.reads.begin()
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when testing begins."""
         outcome.warn_if_untrained(self._run.layout, pl_module)
-        self._run.reads.begin()
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when predicting begins."""
         outcome.warn_if_untrained(self._run.layout, pl_module)
-        self._run.reads.begin()
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Called after each batch of a validation."""
-        self._run.reads.end()
-
-    @override
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Called after each batch of a test."""
-        self._run.reads.end()
-
-    @override
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Called after each batch of a prediction."""
-        self._run.reads.end()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -300,7 +300,7 @@ def fill_buffers(model: AdaptedModel, values: Mapping[str, Tensor]) -> None:
         if several is not None and several.active is not None:
             own_buffer(several, part, key, first.get(name))
         buffer = part._buffers[key]
-        if buffer is not None and buffer.shape == value.shape:
+        if buffer is not None and buffer.shape == value.shape and not buffer.is_inference():
             with torch.no_grad():
                 buffer.copy_(value)
         else:

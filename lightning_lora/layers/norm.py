@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
 
@@ -99,15 +99,12 @@ def hold_statistics(norm: nn.Module) -> None:
         FrozenNorm.train(cast(FrozenNorm, norm), norm.training)
 
 
-@contextmanager
-def asked_modes_kept(module: nn.Module) -> Iterator[None]:
+def asked_modes_kept(module: nn.Module, evaluate: Callable[[], object]) -> None:
     """Let a call of ``eval`` leave no trace in frozen norms: Lightning puts modes back without a call of ``train``."""
     asked = [(norm, norm.asked_mode) for norm in module.modules() if isinstance(norm, FrozenNorm)]
-    try:
-        yield
-    finally:
-        for norm, mode in asked:
-            norm.asked_mode = mode
+    evaluate()
+    for norm, mode in asked:
+        norm.asked_mode = mode
 
 
 def release_statistics(part: nn.Module) -> None:

@@ -53,6 +53,23 @@ class OwnAttributes:
             for place in self._left:
                 self._left[place] = self._own[name][place] = _read(place)
 
+    @contextmanager
+    def shown(self, name: str) -> Iterator[None]:
+        """Have an adapter's values in place inside the block, and leave no trace of it."""
+        before = plain_attributes(self._parts)
+        for place in self._left:
+            _write(place, self._own[name][place])
+        try:
+            yield
+        finally:
+            for place in {*changed_attributes(before, plain_attributes(self._parts)), *self._left}:
+                _write(place, before.get(place, _ABSENT))
+
+    @property
+    def places(self) -> int:
+        """How many attributes are each adapter's own."""
+        return len(self._left)
+
 
 def own_parts(module: nn.Module) -> list[nn.Module]:
     """Return a module and those of its parts that may have attributes that steps set."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -59,12 +59,18 @@ class Proof:
         step: Its ``training_step``.
         calls: The arguments of that for each adapter.
         owned: What each adapter trains.
+        own_values: Has an adapter's plain attributes in place.
     """
 
     def __init__(
-        self, module: LightningModule, step: Step, calls: Mapping[str, Call], owned: Mapping[str, Parameters]
+        self,
+        module: LightningModule,
+        step: Step,
+        calls: Mapping[str, Call],
+        owned: Mapping[str, Parameters],
+        own_values: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self.module, self.step, self.calls, self.owned = module, step, calls, owned
+        self.module, self.step, self.calls, self.owned, self.own_values = module, step, calls, owned, own_values
         self._is_random = False
         self._flops = self._flops_of_way = 0
 
@@ -130,7 +136,7 @@ class Proof:
     def _in_turn(self, shift: int = 0, most: int | None = None) -> Found:
         found: Found = {}
         for name, call in list(self.calls.items())[:most]:
-            with self._same_draws(shift):
+            with self._same_draws(shift), self.own_values(name):
                 found |= self._gradients({name: run_one(self.module, self.step, call, name)})
         return found
 

@@ -118,7 +118,7 @@ class SweepSession:
         self._wraps, self._rates = MethodWraps(), dict[str, float]()
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))  # where seed_everything leaves it
         self._watched: str | None = None  # the adapter that stands for all where gradients are checked
-        self._has_begun = self._has_succeeded = False
+        self._has_begun = self._has_validated = self._has_succeeded = False
         self._is_single = isinstance(trainer.strategy, with_twins(SingleDeviceStrategy))
         record = chosen_record(trainer)
         self._saved: Mapping[str, Any] | None = None if record is None else record.get(SWEEP_KEY)
@@ -295,6 +295,9 @@ class SweepSession:
             check_alike(self.module, self.owned)
             step, arguments = self._own_step(batch, batch_idx)
             self.training.choose(step, arguments)
+        elif self._has_validated:
+            self._has_validated = False
+            self.training.prove_again(*self._own_step(batch, batch_idx))
         elif self.training.is_time_to_look():
             self.training.look()
 
@@ -343,6 +346,7 @@ class SweepSession:
         """Record what the validation has found, and stop those that lose; returns the best."""
         assert self.training is not None
         self.training.look()
+        self._has_validated = True
         values = {name: self._monitored(metrics, name) for name, metrics in seen.items()}
         step = self.trainer.global_step
         self.standings.note(step, values)

@@ -93,6 +93,8 @@ def recorded_logs(module: LightningModule) -> Iterator[list[tuple[str, Any, dict
 class OwnMetrics:
     """Copies of a module's metrics for every adapter but the first, so that a step updates no other's.
 
+    A hook that runs once for all adapters, and resets a metric, resets it for all.
+
     Args:
         module: The module.
         names: The adapters.
@@ -108,10 +110,26 @@ class OwnMetrics:
             if isinstance(metric, (Metric, MetricCollection))
         ]
         self._copies: dict[str, list[nn.Module]] = {}
+        self._counts: list[int] = []  # of updates, as the last block has left them
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
         """Put an adapter's metrics in place inside the block."""
+        self._reset_like_the_first()
+        try:
+            with self._in_place(name):
+                yield
+        finally:
+            self._counts = [_updates(metric) for _, _, metric, _ in self._places]
+
+    def _reset_like_the_first(self) -> None:
+        for index, before in enumerate(self._counts):
+            if _updates(self._places[index][2]) < before:
+                for own in self._copies.values():
+                    cast(Any, own[index]).reset()
+
+    @contextmanager
+    def _in_place(self, name: str) -> Iterator[None]:
         for other in self._names[1:] if self._places and not self._copies else ():  # now, before the first changes its
             self._copies[other] = [cast(Any, metric).clone() for _, _, metric, _ in self._places]
         if name not in self._copies:
@@ -153,6 +171,10 @@ class OwnMetrics:
                         if inner is metric:
                             return f"{name}.{key}"
         return None
+
+
+def _updates(metric: nn.Module) -> int:
+    return sum(getattr(part, "_update_count", 0) for part in metric.modules())
 
 
 def run_one(module: LightningModule, step: Step, call: Call, name: str) -> Outcome:

@@ -35,7 +35,7 @@ from lightning_lora.sweep.steps import (
     run_one,
 )
 from lightning_lora.switching import others_hidden, using
-from lightning_lora.trainer.buffers import claim_buffers
+from lightning_lora.trainer.buffers import claim_buffers, own_buffer_count
 
 LOOP, VMAP, MEET = "loop", "vmap", "meet"
 _WORTHWHILE = 0.75  # of the FLOPs; stacked factors compute slower than single ones (docs/benchmarks.md)
@@ -82,6 +82,7 @@ class Training:
         self._mapped: Mapped | None = None
         self._attributes = OwnAttributes(module, list(chosen))
         self._sample = Sample()
+        self._own = 0  # attributes and buffers that are each adapter's own because of their steps
 
     # --- which way
 
@@ -92,7 +93,7 @@ class Training:
             self._divide([*buffer_places(AdaptedModel(self.module))])  # whichever its step may change
             rank_zero_info(f"LoRASweep: mode {LOOP!r}, since {type(self.module).__name__} optimizes manually.")
             return
-        proof = Proof(self.module, step, self._calls(args, {}), self.owned)
+        proof = self._proof(step, args)
         with self.trainer.precision_plugin.train_step_context():
             with suppress(Exception):  # of a module that cannot be measured, or that fails anyway
                 self._sample = proof.sample()
@@ -104,9 +105,30 @@ class Training:
             if self._sample.kept is not None:
                 flops = proof.flops if self.mode == VMAP else None
                 rank_zero_info(f"LoRASweep: {forecast(self.module, self.owned, self._sample.kept, flops)}")
-        self._mapped = None
+        self._mapped, self._own = None, self._attributes.places + own_buffer_count(self.module)
         if self.mode != LOOP:  # which alone promises equal bits
             step_together(self.trainer.optimizers)
+
+    def _proof(self, step: Step, args: tuple[Any, ...]) -> Proof:
+        return Proof(self.module, step, self._calls(args, {}), self.owned, self._attributes.shown)
+
+    def prove_again(self, step: Step, args: tuple[Any, ...]) -> None:
+        """After a validation, see whether the way still fits if validations give adapters values of their own."""
+        if self.mode == LOOP or self._attributes.places + own_buffer_count(self.module) == self._own:
+            return
+        why = ""
+        try:
+            with self.trainer.precision_plugin.train_step_context():
+                self._proof(step, args).check(self._way(self.mode))
+        except Exception as error:
+            why = failure(error)
+        if self._anywhere(bool(why)):
+            rank_zero_warn(
+                f"LoRASweep: training_step uses what hooks of the validation have set, of which each adapter has its "
+                f"own, and mode {self.mode!r} does not know that: {why or 'in another process'}. From here on it is "
+                f"mode {LOOP!r}."
+            )
+            self.mode, self._mapped = LOOP, None
 
     def _divide(self, shared: Sequence[str]) -> None:
         """Give each adapter buffers of its own in place of those that the step would change for all of them."""

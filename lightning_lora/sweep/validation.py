@@ -7,11 +7,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer import call
 from torch import Tensor
 
 from lightning_lora.named_adapters import active_adapter
 from lightning_lora.probe import RandomState
-from lightning_lora.switching import set_adapter
+from lightning_lora.switching import set_adapter, using
 from lightning_lora.trainer.buffers import own_buffers
 
 _TABLES = {"_callback_metrics": "callback", "_logged_metrics": "log", "_progress_bar_metrics": "pbar"}
@@ -22,8 +23,9 @@ Seen = Mapping[str, Mapping[str, Any]]  # adapter -> what callbacks see
 class Validation:
     """Runs the validation loop once for each adapter; each metric gets the adapter's name as its ending.
 
-    ``on_validation_start`` is called before the first pass, and ``on_validation_end`` after the last, when the results
-    of all are known.
+    The module's own hooks run for each adapter, with its values in place. Those of callbacks run once:
+    ``on_validation_start`` before the first pass, and ``on_validation_end`` after the last, when the results of all are
+    known.
 
     Args:
         trainer: The Trainer.
@@ -81,9 +83,10 @@ class Validation:
             others: Every adapter that was validated, if it is the last one.
         """
         loop, connector = self.trainer.fit_loop.epoch_loop.val_loop, self.trainer._logger_connector
-        end, log_metrics, store = loop._on_evaluation_end, connector.log_metrics, connector.update_eval_epoch_metrics
-        assert self.adapter is not None
-        self._latest[self.adapter] = latest = {table: dict[str, Any]() for table in _TABLES}
+        log_metrics, store = connector.log_metrics, connector.update_eval_epoch_metrics
+        name = self.adapter
+        assert name is not None
+        self._latest[name] = latest = {table: dict[str, Any]() for table in _TABLES}
 
         def keep() -> Any:  # after each loader, and at the end
             metrics: Any = connector.metrics
@@ -95,27 +98,47 @@ class Validation:
             ending = "" if self.adapter is None else f"/{self.adapter}"
             log_metrics({key if key == "step" else f"{key}{ending}": each for key, each in metrics.items()}, step)
 
-        def finish(*args: Any, **kwargs: Any) -> None:
+        def begin() -> None:
+            if is_first:
+                call._call_callback_hooks(self.trainer, "on_validation_start")
+                call._call_strategy_hook(self.trainer, "on_validation_start")
+            own.enter_context(self._own(name))
+            call._call_lightning_module_hook(self.trainer, "on_validation_start")
+
+        def finish() -> None:
             own.close()
-            if not others:
-                connector.reset_results()
-                return
-            self.adapter = None
-            connector.reset_results()  # or they would come up again beside what is published
-            best = self.judge({name: self._latest[name]["_callback_metrics"] for name in others})
-            self._publish(others, best)
-            set_adapter(self.module, best)
-            end(*args, **kwargs)
+            connector.reset_results()  # or they would come up again in the next pass, and beside what is published
+            if others:
+                self.adapter = None
+                self._finish(others)
 
         with ExitStack() as stack, ExitStack() as own:
-            own.enter_context(own_buffers(self.module, self.adapter))
-            own.enter_context(self.own_values(self.adapter))
+            stack.enter_context(_replaced(loop, "_on_evaluation_start", begin))
             stack.enter_context(_replaced(loop, "_on_evaluation_end", finish))
             stack.enter_context(_replaced(connector, "log_metrics", renamed))
             stack.enter_context(_replaced(connector, "update_eval_epoch_metrics", keep))
-            if not is_first:
-                stack.enter_context(_replaced(loop, "_on_evaluation_start", _nothing))
             yield
+
+    @contextmanager
+    def _own(self, name: str) -> Iterator[None]:
+        """Have what belongs to an adapter in place, and let what changes be its own."""
+        with own_buffers(self.module, name), self.own_values(name):
+            yield
+
+    def _finish(self, names: Sequence[str]) -> None:
+        """Judge all adapters, and run the hooks for the end of the validation, in Lightning's order."""
+        connector = self.trainer._logger_connector
+        best = self.judge({name: self._latest[name]["_callback_metrics"] for name in names})
+        self._publish(names, best)
+        set_adapter(self.module, best)
+        call._call_callback_hooks(self.trainer, "on_validation_end")
+        for name in names:
+            with using(self.module, name), self._own(name), ExitStack() as shown:
+                for table in _TABLES:
+                    shown.enter_context(_replaced(connector, table, self._latest[name][table]))
+                call._call_lightning_module_hook(self.trainer, "on_validation_end")
+        call._call_strategy_hook(self.trainer, "on_validation_end")
+        connector.reset_results()
 
     def _publish(self, names: Sequence[str], best: str) -> None:
         """Put the metrics of all where callbacks, loggers and the progress bar look for them."""
@@ -141,9 +164,6 @@ class Validation:
 
 def _copied(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {key: each.detach().clone() if isinstance(each, Tensor) else each for key, each in metrics.items()}
-
-
-def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 @contextmanager

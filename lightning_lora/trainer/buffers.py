@@ -194,6 +194,13 @@ def own_buffers(module: nn.Module, name: str) -> Iterator[None]:
             own_buffer(several, part, key, before[path])
 
 
+def own_buffer_count(module: nn.Module) -> int:
+    """Return how many buffers adapters have for themselves."""
+    several = recorded(module)
+    adapters = [] if several is None else several.adapters.values()
+    return sum(len(place._buffers) for adapter in adapters for place in adapter.kept.values())
+
+
 def divide_buffers(module: nn.Module) -> None:
     """After a training of several adapters, let each have for itself what hooks have changed for all of them."""
     moved = _of_all(module, lambda part: moved_values(AdaptedModel(part)))

@@ -172,6 +172,7 @@ class FitSession:
         module = self.module
         for stage in ("validation", "test", "predict"):
             self._wraps.around(module, f"on_{stage}_model_eval", self._evaluate)
+            self._wraps.after(self.trainer.strategy, f"{stage}_step", lambda _: self.reads.end())
         if self._is_fit:
             self._prepare_fit()
         model = AdaptedModel(module)
@@ -199,8 +200,8 @@ class FitSession:
                 self._wraps.after(module, "setup", lambda _: self._buffers.note_set())
 
     def _evaluate(self, hook: Callable[[], object]) -> None:
-        with asked_modes_kept(self.module):
-            hook()
+        asked_modes_kept(self.module, hook)
+        self.reads.begin()
 
     def _prepare_fit(self) -> None:
         diagnostics = bool(self.options.diagnostics_every_n_steps)
@@ -462,8 +463,7 @@ class FitSession:
 
     def close(self) -> None:
         """Remove every wrap, hook and request from the module."""
-        # Trained, or from a file:
-        self.has_values = self._held is not None or self._checkpoints.has_loaded or self._has_start
+        self.has_values = self._held is not None or self._checkpoints.has_loaded or self._has_start  # trained, or read
         self._checkpoints.end_run()
         self._buffers.close()
         self._wraps.remove()

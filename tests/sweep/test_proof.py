@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def test_wrong_gradient_of_either_part_of_a_complex_weight_is_seen(part: str):
         found.loss = found.loss + error * (extra - extra.detach())  # the loss stays as it is
         return {"a": found}
 
-    proof = Proof(module, module.training_step, calls, {"a": {"phase": module.phase}})
+    proof = Proof(module, module.training_step, calls, {"a": {"phase": module.phase}}, lambda _: nullcontext())
     proof.check(way)
     with pytest.raises(UnfitError, match="the gradients of 'a' are not those of its own loss"):
         proof.check(lambda step, calls: way(step, calls, error=0.5))

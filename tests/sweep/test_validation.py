@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class Remembers(Quiet):
             self.log("base", self.threshold.clone())
 
     def on_validation_end(self) -> None:
-        self.rounds += 1  # once for all
+        self.rounds += 1
 
 
 class LogsMetric(Remembers):
@@ -73,6 +74,69 @@ class LogsMetric(Remembers):
         self.lowest.update(now)
         self.log("val_loss", now)
         self.log("lowest", self.lowest)
+
+
+class WeighsByLastLoss(Quiet):
+    """Uses in training what the end of a validation has found, from the second on."""
+
+    found, weight = 0, 1.0
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("shift", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return (self.weight * super().training_step(batch, batch_idx) - self.shift).abs()
+
+    def on_validation_start(self) -> None:
+        self.sum = 0.0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.sum += float(self.loss(batch))
+        self.log("val_loss", self.loss(batch))
+
+    def on_validation_end(self) -> None:
+        self.found += 1
+        if self.found > 1:
+            self.weight, self.shift = self.sum, 0.1 * self.trainer.callback_metrics["val_loss"]
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap", "meet"])
+def test_what_validation_finds_may_be_used_in_training(mode: Any):
+    sweep, module = LoRASweep(grid={"lr": RATES}, rank=2, monitor="val_loss", keep=1.0, mode=mode), WeighsByLastLoss()
+    told = pytest.warns(UserWarning, match="From here on it is mode 'loop'") if mode != "loop" else nullcontext()
+    with told:
+        run = fitted(module, sweep, max_epochs=4)
+    for name, candidate in sweep.candidates.items():
+        alone = with_rate(WeighsByLastLoss, candidate.lr or 0.0)
+        expected = fitted(alone, LoRACallback(rank=2), max_epochs=4).callback_metrics["val_loss"]
+        torch.testing.assert_close(run.callback_metrics[f"val_loss/{name}"], expected, rtol=1e-5, atol=1e-6)
+
+
+class ResetsAtEpoch(Remembers):
+    """Begins its metric anew in a hook that runs once for all adapters."""
+
+    def on_train_epoch_start(self) -> None:
+        self.lowest.reset()
+
+
+def test_a_metric_that_a_hook_resets_for_all_begins_anew_for_each():
+    sweep = LoRASweep(grid={"lr": RATES}, rank=2, monitor="val_loss", keep=1.0)
+    run = fitted(ResetsAtEpoch(), sweep)
+    for name in sweep.candidates:
+        assert run.callback_metrics[f"lowest/{name}"] == run.callback_metrics[f"val_loss/{name}"]
+
+
+def test_the_trainer_of_a_sweep_validates_afterwards_also_where_buffers_are_replaced():
+    class Replaces(Remembers):
+        def on_validation_epoch_end(self) -> None:
+            super().on_validation_epoch_end()
+            self.threshold = self.threshold + 1.0
+
+    run = fitted(module := Replaces(), LoRASweep(grid={"lr": RATES}, rank=2, monitor="val_loss", keep=1.0))
+    before = run.callback_metrics["val_loss"]
+    run.validate(module, loader(8), verbose=False)
+    torch.testing.assert_close(run.callback_metrics["val_loss"], before)
 
 
 def with_rate(kind: type[Quiet], rate: float) -> Quiet:
