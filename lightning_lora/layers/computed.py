@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
 import torch
@@ -10,14 +12,18 @@ from torch import Tensor
 from typing_extensions import override
 
 _HARMLESS = frozenset({"requires_grad_", "detach_", "share_memory_"})
+_VIEWS = frozenset(
+    {"__getitem__", "chunk", "diagonal", "expand", "flatten", "movedim", "narrow", "permute", "reshape", "select"}
+)
+_VIEWS |= {"split", "squeeze", "t", "tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
 _OPERATORS = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv")
 
 
 class ComputedWeight(Tensor):
     """A weight that carries its adapter's update, so that it is computed anew at every read.
 
-    A write to it would be lost without a word, so it raises, also through ``data`` and parts of it. What operations
-    return is an ordinary tensor.
+    A write to it would be lost without a word, so it raises, also through ``data`` and through views that are taken by
+    methods. What operations compute from it is an ordinary tensor, and so is what ``detach`` returns.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # as of nn.Parameter
@@ -32,9 +38,8 @@ class ComputedWeight(Tensor):
         _refuse()
 
     @override
-    def __getitem__(self, index: Any) -> Tensor:
-        part = super().__getitem__(index)
-        return part.as_subclass(ComputedWeight) if part._is_view() else part
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.unbind(0))
 
     @override
     def __setitem__(self, index: Any, value: Any) -> NoReturn:
@@ -57,10 +62,35 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
     )
 
 
+def _closing(name: str) -> Callable[..., Any]:
+    """Return a method that closes what it returns of this weight's memory."""
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def view(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = method(self, *args, **kwargs)
+        return tuple(_part(self, each) for each in found) if isinstance(found, (tuple, list)) else _part(self, found)
+
+    return view
+
+
+def _part_of(attribute: Any, weight: Tensor) -> Any:
+    return _part(weight, attribute.__get__(weight))
+
+
+def _part(weight: Tensor, found: Any) -> Any:
+    is_part = cast(Any, found.untyped_storage())._cdata == cast(Any, weight.untyped_storage())._cdata
+    return found.as_subclass(ComputedWeight) if is_part else found
+
+
 for _name in (*dir(Tensor), *(f"__{each}__" for each in _OPERATORS)):
     _is_in_place = _name.endswith("_") and not _name.startswith("_") and _name not in _HARMLESS
     if _is_in_place or _name.strip("_") in _OPERATORS:
         setattr(ComputedWeight, _name, _refuse)
+for _name in _VIEWS:
+    setattr(ComputedWeight, _name, _closing(_name))
+for _name in ("T", "mT", "H", "mH"):
+    setattr(ComputedWeight, _name, property(functools.partial(_part_of, getattr(Tensor, _name))))
 
 
 def closed(weight: Any) -> Any:

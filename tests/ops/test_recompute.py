@@ -304,7 +304,7 @@ class Changes(Experts):
         first = x @ self.up[0].T
         read = self.up
         if read.grad_fn is not None:  # not the frozen one itself
-            read.view(-1).mul_(2.0)
+            torch.flatten(read).mul_(2.0)
         return first + x @ read[1].T + x @ self.up[2].T
 
 
