@@ -66,7 +66,6 @@ def _closing(name: str) -> Callable[..., Any]:
     """Return a method that closes what it returns of this weight's memory."""
     method = getattr(Tensor, name)
 
-    @functools.wraps(method)
     def view(self: Tensor, *args: Any, **kwargs: Any) -> Any:
         found = method(self, *args, **kwargs)
         return tuple(_part(self, each) for each in found) if isinstance(found, (tuple, list)) else _part(self, found)

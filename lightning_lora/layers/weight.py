@@ -269,6 +269,22 @@ class WeightLoRALayer(LoRALayer):
                 "as dict(module.named_parameters()) does."
             )
 
+    @property
+    def reset_parameters(self) -> Callable[[], None]:
+        """Gives the base new values, as after the meta device; there only if the layer's own class has it."""
+        reset: Callable[[], None] = super().reset_parameters  # type: ignore[misc]
+
+        def with_its_own_weights() -> None:
+            before = vars(self).get("lora_mode")
+            self.lora_mode = "disabled"
+            try:
+                reset()
+            finally:
+                vars(self).pop("lora_mode")
+                vars(self).update({} if before is None else {"lora_mode": before})
+
+        return with_its_own_weights
+
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for adapter in self.adapters().values():

@@ -116,6 +116,24 @@ def test_it_can_be_saved_and_copied_and_comes_back_as_an_ordinary_tensor(rng: to
     assert torch.equal(copy.deepcopy(weight().data), weight())
 
 
+@pytest.mark.parametrize("model", ["read by its parent", "recurrent", "bilinear"])
+def test_the_base_begins_with_new_values_as_after_the_meta_device(model: str, rng: torch.Generator) -> None:
+    module, _ = adapted(model, rng)
+    [layer] = lora_layers(module).values()
+    own = [parameter for parameter in layer._parameters.values() if parameter is not None]
+    with torch.no_grad():
+        for parameter in own:
+            parameter.fill_(99.0)
+    layer.reset_parameters()
+    assert all(parameter.abs().max() < 9 for parameter in own)
+    assert layer.lora_mode == "active"
+
+
+def test_a_layer_that_cannot_begin_anew_says_so(rng: torch.Generator) -> None:
+    module, _ = adapted("attention", rng)
+    assert not hasattr(module, "reset_parameters")
+
+
 def test_gradients_are_those_of_the_sum(rng: torch.Generator) -> None:
     module, _ = adapted("read by its parent", rng)
     [layer] = lora_layers(module).values()
