@@ -97,8 +97,8 @@ def scaled(module: nn.Module, factor: float) -> Iterator[None]:
 
     Modules trained in full are not affected; running statistics and buffers that training has moved have the base's
     values at 0 and the adapter's else. Inside the block, ``merge`` and ``merged`` fold the scaled update, and
-    ``save_adapter`` writes it; at 0, ``merge`` raises. A backward
-    pass after the block that computes layers again (activation checkpointing) does so with the same factor.
+    ``save_adapter`` writes it; at 0, ``merge`` raises. A backward pass after the block that computes layers again
+    (activation checkpointing) does so with the same factor.
 
     Args:
         module: An adapted module; of several adapters, the active one is scaled.

@@ -14,6 +14,7 @@ from lightning_lora.named_adapters import active_adapter
 from lightning_lora.probe import RandomState
 from lightning_lora.switching import set_adapter, using
 from lightning_lora.trainer.buffers import own_buffers
+from lightning_lora.trainer.lightning_patches import overrides
 
 _TABLES = {"_callback_metrics": "callback", "_logged_metrics": "log", "_progress_bar_metrics": "pbar"}
 Metrics = dict[str, dict[str, Any]]  # table of the logger connector -> name -> value
@@ -132,7 +133,7 @@ class Validation:
         self._publish(names, best)
         set_adapter(self.module, best)
         call._call_callback_hooks(self.trainer, "on_validation_end")
-        for name in names:
+        for name in names if overrides(self.module, "on_validation_end") else ():
             with using(self.module, name), self._own(name), ExitStack() as shown:
                 for table in _TABLES:
                     shown.enter_context(_replaced(connector, table, self._latest[name][table]))

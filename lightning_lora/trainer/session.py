@@ -176,8 +176,8 @@ class FitSession:
         if self._is_fit:
             self._prepare_fit()
         model = AdaptedModel(module)
-        is_chosen = self._name is None and chosen_checkpoint(self.trainer) is None and bool(adapter_names(module))
-        if not self._is_fit and not model.layers and (model.merges or is_chosen):
+        is_bare = self._name is None and chosen_checkpoint(self.trainer) is None and bool(adapter_names(module))
+        if not self._is_fit and not model.layers and (model.merges or is_bare):
             return  # evaluating a merged model, whose adapter is in its weights, or the base inside using(module, None)
         is_of_part = model.layers and self._before is None and self._name in (None, active_adapter(module))
         if is_of_part and self._takes_any and not self._is_fit and chosen_checkpoint(self.trainer) is None:

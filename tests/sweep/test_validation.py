@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from torchmetrics import MinMetric
+from torchmetrics import MaxMetric, MinMetric
 
 from lightning_lora import LoRACallback, LoRASweep, active_adapter, load_adapter, using
 from tests.sweep.test_callback import Quiet
@@ -113,18 +113,29 @@ def test_what_validation_finds_may_be_used_in_training(mode: Any):
         torch.testing.assert_close(run.callback_metrics[f"val_loss/{name}"], expected, rtol=1e-5, atol=1e-6)
 
 
-class ResetsAtEpoch(Remembers):
+class ResetsAtEpoch(Quiet):
     """Begins its metric anew in a hook that runs once for all adapters."""
 
+    def build(self) -> None:
+        super().build()
+        self.highest = MaxMetric()
+
     def on_train_epoch_start(self) -> None:
-        self.lowest.reset()
+        self.highest.reset()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.highest.update(self.loss(batch))
+        self.log("val_loss", self.loss(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("highest", self.highest.compute())
 
 
 def test_a_metric_that_a_hook_resets_for_all_begins_anew_for_each():
     sweep = LoRASweep(grid={"lr": RATES}, rank=2, monitor="val_loss", keep=1.0)
     run = fitted(ResetsAtEpoch(), sweep)
-    for name in sweep.candidates:
-        assert run.callback_metrics[f"lowest/{name}"] == run.callback_metrics[f"val_loss/{name}"]
+    for name in sweep.candidates:  # the losses fall, so the highest of all epochs is another
+        assert run.callback_metrics[f"highest/{name}"] == run.callback_metrics[f"val_loss/{name}"]
 
 
 def test_the_trainer_of_a_sweep_validates_afterwards_also_where_buffers_are_replaced():
