@@ -235,11 +235,6 @@ class Witness:
                     setattr(type(layer), adapter.parameter, _Watched(adapter.parameter, self._see_read))
                     self._classes.append((type(layer), adapter.parameter))
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it still watches."""
-        return bool(self._hooks)
-
     def close(self) -> None:
         """Stop watching; safe to repeat."""
         for hook in self._hooks:
