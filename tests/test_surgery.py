@@ -83,6 +83,16 @@ def test_attach_without_options_goes_on_with_those_that_the_module_has(tiny):
         attach(tiny, LoRAConfig())
 
 
+def test_names_may_come_in_another_order_when_attaching_again(tiny):
+    """As those of a directory do, which lists its targets in the order of the alphabet."""
+    attach(tiny, LoRAConfig(rank=3, target_modules=["v_proj", "q_proj"], exclude_modules=["blocks.1.*", "head"]))
+    before = snapshot(tiny)
+    attach(tiny, LoRAConfig(rank=3, target_modules=["q_proj", "v_proj"], exclude_modules=["head", "blocks.1.*"]))
+    assert_unchanged(tiny, before)
+    with pytest.raises(ValueError, match=r"other options.*target_modules: .* -> "):
+        attach(tiny, LoRAConfig(rank=3, target_modules=["q_proj"], exclude_modules=["head", "blocks.1.*"]))
+
+
 def test_attaching_again_changes_nothing(trained):
     before = snapshot(trained)
     attach(trained, CONFIG)

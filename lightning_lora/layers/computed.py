@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,14 +16,16 @@ _VIEWS = frozenset(
     {"__getitem__", "chunk", "diagonal", "expand", "flatten", "movedim", "narrow", "permute", "reshape", "select"}
 )
 _VIEWS |= {"split", "squeeze", "t", "tensor_split", "transpose", "unbind", "unflatten", "unsqueeze", "view", "view_as"}
-_OPERATORS = ("iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub", "itruediv")
+_WRITING = frozenset({"iadd", "iand", "ifloordiv", "ilshift", "imod", "imul", "ior", "ipow", "irshift", "isub"})
+_WRITING |= {"itruediv", "setitem"}
 
 
 class ComputedWeight(Tensor):
     """A weight that carries its adapter's update, so that it is computed anew at every read.
 
-    A write to it would be lost without a word, so it raises, also through ``data`` and through views that are taken by
-    methods. What operations compute from it is an ordinary tensor, and so is what ``detach`` returns.
+    A write to it would be lost without a word, so it raises unless it changes no value, also through ``data`` and
+    through views that are taken by methods. What operations compute from it is an ordinary tensor, and so is what
+    ``detach`` returns.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment] # as of nn.Parameter
@@ -34,16 +36,12 @@ class ComputedWeight(Tensor):
         return super().data.as_subclass(ComputedWeight)
 
     @data.setter
-    def data(self, _: Tensor) -> NoReturn:
-        _refuse()
+    def data(self, value: Tensor) -> None:
+        _refuse_change(self, value)
 
     @override
     def __iter__(self) -> Iterator[Any]:
         return iter(self.unbind(0))
-
-    @override
-    def __setitem__(self, index: Any, value: Any) -> NoReturn:
-        _refuse()
 
     @override
     def __deepcopy__(self, memo: Any) -> Tensor:
@@ -54,12 +52,31 @@ class ComputedWeight(Tensor):
         return cast(Any, self.as_subclass(Tensor)).__reduce_ex__(protocol)
 
 
-def _refuse(*_: Any, **__: Any) -> NoReturn:
-    raise RuntimeError(
-        "This weight is written to, but it carries the update of an adapter, so it is computed anew each time it is "
-        "read, and what is written would be lost. Train the layer in full with modules_to_save, which lets it hold "
-        "what is written, or leave it out with exclude_modules."
-    )
+def _refuse_change(weight: Tensor, written: Tensor) -> None:
+    before = weight.detach()
+    if written.requires_grad or written.shape != before.shape or not _same_values(written.to(before), before):
+        raise RuntimeError(
+            "This weight is written to, but it carries the update of an adapter, so it is computed anew each time it "
+            "is read, and what is written would be lost. Train the layer in full with modules_to_save, which lets it "
+            "hold what is written, or leave it out with exclude_modules."
+        )
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    return one.is_meta or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _checking(name: str) -> Callable[..., Any]:
+    """Return a method in place that writes to a copy, and raises if that differs from this weight afterwards."""
+    method = getattr(Tensor, name)
+
+    def write(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        copied = self.detach().clone()
+        method(copied, *args, **kwargs)
+        _refuse_change(self, copied)
+        return self
+
+    return write
 
 
 def _closing(name: str) -> Callable[..., Any]:
@@ -82,10 +99,10 @@ def _part(weight: Tensor, found: Any) -> Any:
     return found.as_subclass(ComputedWeight) if is_part else found
 
 
-for _name in (*dir(Tensor), *(f"__{each}__" for each in _OPERATORS)):
+for _name in (*dir(Tensor), *(f"__{each}__" for each in _WRITING)):
     _is_in_place = _name.endswith("_") and not _name.startswith("_") and _name not in _HARMLESS
-    if _is_in_place or _name.strip("_") in _OPERATORS:
-        setattr(ComputedWeight, _name, _refuse)
+    if _is_in_place or _name.strip("_") in _WRITING:
+        setattr(ComputedWeight, _name, _checking(_name))
 for _name in _VIEWS:
     setattr(ComputedWeight, _name, _closing(_name))
 for _name in ("T", "mT", "H", "mH"):

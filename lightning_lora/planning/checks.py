@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,20 +29,26 @@ def refuse_other_options(module: nn.Module, old: Attachment, config: LoRAConfig,
     Raises:
         ValueError: Its message names them.
     """
-    if (old.config, old.seed) != (config, seed):
-        before, after = old.config.to_dict() | {"seed": old.seed}, config.to_dict() | {"seed": seed}
-        changed = [
-            f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-            for key in {**before, **after}
-            if before.get(key) != after.get(key)
-        ]
+    before, after = old.config.to_dict() | {"seed": old.seed}, config.to_dict() | {"seed": seed}
+    changed = [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in {**before, **after}
+        if _without_order(before.get(key)) != _without_order(after.get(key))
+    ]
+    if changed:
         remedy = "Call detach(module) first, which removes what they have learned, or use the same config."
         if old.name is not None:  # detach would remove the others too
             remedy = f"Use the same config for {old.name!r}, or another name; remove_adapter(module, name) removes one."
         remedy += " LoRACallback(init_from=...) goes on from a saved adapter with other options."
+        remedy += " A Trainer without the callback evaluates what is attached."
         raise ValueError(
             f"{type(module).__name__} already carries adapters with other options ({'; '.join(changed)}). {remedy}"
         )
+
+
+def _without_order(option: Any) -> Any:
+    """Return an option with a list of names in the order of the alphabet: theirs has no meaning."""
+    return sorted(option, key=str) if isinstance(option, list) else option
 
 
 def check_plan(plan: Plan, new: list[PlannedLayer], old: Attachment | None) -> None:
@@ -88,8 +95,9 @@ def _refuse_adapters_of_others(plan: Plan) -> None:
         where = f"its {listed(owners)}, as load_adapter does with a directory" if owners else "a module above it"
         raise ValueError(
             f"{len(names)} layers of {plan.root} already carry adapters, such as {names[0]!r}, attached to {where}. To "
-            "go on from a saved adapter, let LoRACallback(init_from=...) load it instead. To start anew, call detach "
-            f"on that module first, which removes what it has learned. {_APART}"
+            "go on from a saved adapter, let LoRACallback(init_from=...) load it instead. To evaluate what is loaded, "
+            "use a Trainer without the callback. To start anew, call detach on that module first, which removes what "
+            f"it has learned. {_APART}"
         )
     for name, part in kept_aside().items():
         if {*part.modules()}.isdisjoint([*(layer.module for layer in plan.layers), *plan.saved.values()]):

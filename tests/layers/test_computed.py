@@ -87,6 +87,63 @@ def test_a_write_that_would_be_lost_raises_and_changes_nothing(write: str, model
     assert torch.equal(weight(), before)
 
 
+def clamp_data(weight: Tensor) -> None:
+    weight.data = weight.data.clamp(-100.0, 100.0)
+
+
+def multiply_data_by_one(weight: Tensor) -> None:
+    weight.data *= 1.0
+
+
+def set_row_to_itself(weight: Tensor) -> None:
+    weight[0] = weight[0].clone()
+
+
+IDLE: dict[str, Callable[[Tensor], object]] = {
+    "clamp_": lambda weight: weight.clamp_(-100.0, 100.0),
+    "data.clamp_": lambda weight: weight.data.clamp_(-100.0, 100.0),
+    "div_ by one": lambda weight: weight.div_(1),
+    "a row": lambda weight: weight[0].mul_(1.0),
+    "data =": clamp_data,
+    "data *=": multiply_data_by_one,
+    "[0] =": set_row_to_itself,
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("write", IDLE)
+def test_a_write_that_changes_no_value_is_accepted(write: str, model: str, rng: torch.Generator) -> None:
+    """As of a clamp in every step to bounds that no weight reaches (Gemma 3n's coefficients of AltUp)."""
+    _, weight = adapted(model, rng)
+    before = weight().clone()
+    with torch.no_grad():
+        IDLE[write](weight())
+    assert torch.equal(weight(), before)
+    assert weight().requires_grad
+
+
+def test_a_write_in_place_returns_the_weight_and_keeps_its_gradients(rng: torch.Generator) -> None:
+    module, weight = adapted("read by its parent", rng)
+    found = weight()
+    with torch.no_grad():
+        assert found.clamp_(-100.0, 100.0) is found
+    found.sum().backward()
+    assert all(factor.grad is not None for name, factor in module.named_parameters() if "lora" in name)
+
+
+def test_a_write_with_a_gradient_of_its_own_raises_even_where_no_value_changes(rng: torch.Generator) -> None:
+    _, weight = adapted("read by its parent", rng)
+    with pytest.raises(RuntimeError, match="written to"):
+        weight().mul_(torch.ones(1, requires_grad=True))
+
+
+def test_nan_that_is_written_over_nan_changes_nothing(rng: torch.Generator) -> None:
+    module, weight = adapted("read by its parent", rng)
+    with torch.no_grad():
+        next(p for name, p in module.named_parameters() if name.endswith("lora.B")).fill_(float("nan"))
+        weight().mul_(1.0)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("mode", [disabled, merged])
 def test_where_the_weight_is_the_bases_own_it_may_be_written_to(mode: Any, model: str, rng: torch.Generator) -> None:
