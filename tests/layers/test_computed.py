@@ -137,6 +137,25 @@ def test_a_write_with_a_gradient_of_its_own_raises_even_where_no_value_changes(r
         weight().mul_(torch.ones(1, requires_grad=True))
 
 
+def test_a_tensor_of_another_shape_is_another_value(rng: torch.Generator) -> None:
+    module, weight = adapted("read by its parent", rng)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.fill_(1.0)
+        value = weight()[:1].clone()
+        assert (weight() == value).all()
+        with pytest.raises(RuntimeError, match="written to"):
+            weight().data = value
+
+
+def test_on_the_meta_device_no_write_changes_anything() -> None:
+    with torch.device("meta"):
+        module = Prototypes()
+    attach(module, LoRAConfig(rank=2, target_modules="all"))
+    with torch.no_grad():
+        assert nn.init.zeros_(module.layer.weight).is_meta
+
+
 def test_nan_that_is_written_over_nan_changes_nothing(rng: torch.Generator) -> None:
     module, weight = adapted("read by its parent", rng)
     with torch.no_grad():
