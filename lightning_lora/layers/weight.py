@@ -318,8 +318,8 @@ class RecurrentLoRALayer(WeightLoRALayer):
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
-        if name != "_flat_weights":  # computed; torch renews its list whenever the module moves
-            super().__setattr__(name, value)
+        if name != "_flat_weights":  # computed; torch renews its list whenever the module moves or a weight is replaced
+            nn.Module.__setattr__(self, name, value)
 
     @override
     def restored(self) -> None:

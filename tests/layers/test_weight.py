@@ -200,6 +200,14 @@ def test_detach_restores_every_bit(case: str, rng):
 
 
 @each
+def test_a_state_can_be_assigned_to_an_adapted_layer_on_the_meta_device(case: str, rng):
+    model, run = build(case, rng)
+    output, state = run(), copy.deepcopy(model.state_dict())
+    model.to("meta").load_state_dict(state, assign=True)
+    torch.testing.assert_close(run(), output, rtol=0, atol=0)
+
+
+@each
 def test_copies_pickles_and_states_carry_adapters(case: str, rng):
     model, run = build(case, rng)
     output = run()
