@@ -20,7 +20,7 @@ def check_known(owner: str, names: Iterable[str], known: Collection[str]) -> Non
         if name not in known:
             near = [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in known else near_names(name, known, 1)
             if name in _NOT_HERE:
-                raise TypeError(f"{owner} has no option {name!r} of PEFT's. {_NOT_HERE[name]}")
+                raise TypeError(f"{owner} has no option {name!r}. {_NOT_HERE[name]}")
             hint = f"Did you mean {near[0]!r}?" if near else f"Options are {', '.join(sorted(known))}."
             raise TypeError(f"{owner} has no option {name!r}. {hint}")
 
@@ -35,6 +35,7 @@ _ELSEWHERE = {  # how PEFT and others call it
 }
 _NOT_HERE = {
     "task_type": "The adapters do not depend on it; to record it in the files, call save_adapter(..., task_type=...).",
+    "seed": "seed_everything decides on the start; attach(module, config, seed=...) takes a number of its own.",
     "layers_pattern": "The repeated blocks are found without it; layers=[0, 1] takes their numbers.",
 }
 

@@ -64,7 +64,11 @@ def test_unknown_option_suggests_closest(wrong: str, hint: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "advice"),
-    [("task_type", r"save_adapter\(\.\.\., task_type="), ("layers_pattern", r"blocks are found without it")],
+    [
+        ("task_type", r"save_adapter\(\.\.\., task_type="),
+        ("layers_pattern", r"blocks are found without it"),
+        ("seed", r"seed_everything decides.*attach\(module, config, seed="),
+    ],
 )
 def test_option_that_only_peft_has_gets_its_own_answer(name: str, advice: str) -> None:
     with pytest.raises(TypeError, match=f"no option '{name}'.*{advice}"):
