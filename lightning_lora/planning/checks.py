@@ -130,9 +130,16 @@ def _warn_of_thawed(plan: Plan) -> None:
         kept = [*(() if isinstance(excluded, str) else excluded), *thawed]
         named = [*((targets,) if isinstance(targets, str) else targets)]
         named += [f"{name}.*" if plan.modules[name]._modules else name for name in thawed]
+        copies = {name: original for name in thawed if (original := plan.original(name)) is not None}
+        advice = "".join(f" {name!r} is a copy of {original!r}." for name, original in copies.items())
+        if copies:
+            advice += (
+                " If it is to follow it, as a momentum teacher or a target network does, copy it in setup, after "
+                "lightning_lora.attach(self), so that both start with equal adapters."
+            )
         warnings.warn(
             f"These modules were frozen, and now train adapters because target_modules={targets!r} reaches them: "
             f"{listed(thawed)}. exclude_modules={kept} leaves them as they were; target_modules={named} adapts them "
-            "without this warning.",
+            f"without this warning.{advice}",
             stacklevel=4,
         )

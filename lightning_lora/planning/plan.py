@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from lightning_lora.config import FAMILIES, LoRAConfig
@@ -97,6 +98,21 @@ class Plan:
         reached = [layer.names[0] for layer in self.layers if layer.pattern in FAMILIES]
         outermost = (next((prefix for prefix in _prefixes(name) if prefix not in moving), None) for name in reached)
         return list(dict.fromkeys(name for name in outermost if name is not None))
+
+    def original(self, name: str) -> str | None:
+        """Return the name of the module that another one is a copy of so far, as a teacher is of its student."""
+        copied = self.modules[name]
+        return next((other for other, module in self.modules.items() if _is_copy(copied, module)), None)
+
+
+def _is_copy(one: nn.Module, other: nn.Module) -> bool:
+    """Return whether two modules of a class hold equal values, each its own."""
+    if type(one) is not type(other):
+        return False
+    mine, yours = dict(one.named_parameters()), dict(other.named_parameters())
+    pairs = [(mine[key], yours[key]) for key in mine.keys() & yours.keys()]
+    is_apart = all(a is not b and a.numel() and not a.is_meta and a.dtype == b.dtype for a, b in pairs)
+    return is_apart and mine.keys() == yours.keys() and all(torch.equal(a, b.to(a.device)) for a, b in pairs)
 
 
 def sizes_once(groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, int]:

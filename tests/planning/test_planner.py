@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -318,6 +320,44 @@ def test_frozen_modules_that_get_adapters_are_named_once_with_two_remedies():
         [(option, value)] = options.items()
         assert f"{option}={value}" in str(seen[0].message)
         assert len(reached(gan_with_frozen_critic(), **options)) == count
+
+
+class Follower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+
+
+def test_a_frozen_copy_is_named_with_the_way_to_have_it_follow():
+    with pytest.warns(
+        UserWarning, match=r"'teacher' is a copy of 'student'.*setup, after lightning_lora.attach"
+    ) as seen:
+        report(Follower())
+    assert len(seen) == 1
+
+
+def moved(model: Follower) -> None:
+    with torch.no_grad():
+        model.teacher[2].bias[0] += 1e-3
+
+
+OTHERS: dict[str, Callable[[Follower], object]] = {
+    "other values": moved,
+    "no values": lambda model: model.to("meta"),
+    "another precision": lambda model: model.teacher.double(),
+    "another layer": lambda model: model.teacher.append(nn.Linear(8, 8)),
+    "another class": lambda model: setattr(model, "teacher", nn.ModuleList(model.teacher)),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_frozen_module_with_something_else_is_no_copy(other: str):
+    model = Follower()
+    OTHERS[other](model)
+    model.teacher.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"without this warning\.$"):
+        report(model)
 
 
 def test_frozen_modules_are_no_surprise_if_all_are_frozen_named_or_left_alone():
