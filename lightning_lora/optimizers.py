@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ from lightning_lora.option_checks import check_positive
 
 RATES = ("lr", "initial_lr", "max_lr", "min_lr")  # of a parameter group
 RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")  # of a scheduler, one entry a group
+_OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")  # of torch's schedulers, likewise
 _USED = "_lora_used"  # the mark of an optimizer that has been part of a fit
 
 
@@ -72,7 +73,7 @@ def repair_optimizers(
     Args:
         module: The adapted module.
         optimizers: All its optimizers.
-        schedulers: The learning rate schedulers bound to them.
+        schedulers: The learning rate schedulers bound to them, beside those that attributes of the module hold.
         lr_ratio: Learning rate of ``B`` over that of ``A``; 1 leaves the groups alone.
         fresh: Whether the training is to begin anew.
 
@@ -91,9 +92,10 @@ def repair_optimizers(
     if not any(group["params"] for optimizer in optimizers for group in optimizer.param_groups):
         raise ValueError("No optimizer holds a trainable parameter; is everything frozen?")
     if lr_ratio != 1.0:
-        fast = fast_parameters(module)
+        fast, bound = fast_parameters(module), list(schedulers)
+        bound += kept_schedulers(module, optimizers, bound).values()
         for optimizer in optimizers:
-            _split_fast(optimizer, fast, lr_ratio, list(schedulers))
+            _split_fast(optimizer, fast, lr_ratio, bound)
 
 
 def _refuse_used(optimizers: Sequence[Optimizer], options: Mapping[str, bool]) -> None:
@@ -137,6 +139,21 @@ def unpack_configured(configured: Any) -> tuple[list[Optimizer], list[Any]]:
     else:
         optimizers, schedulers = list(configured), []
     return optimizers, [entry["scheduler"] if isinstance(entry, dict) else entry for entry in schedulers]
+
+
+def kept_schedulers(module: nn.Module, optimizers: Sequence[Optimizer], returned: Sequence[Any]) -> dict[str, Any]:
+    """Return the schedulers of these optimizers that a module's attributes hold and it has not returned."""
+    known = {id(each) for each in all_schedulers(returned)}
+    steps = {name: each for name, each in vars(module).items() if callable(getattr(type(each), "step", None))}
+    bound = {name: each for name, each in steps.items() if getattr(each, "optimizer", None) in optimizers}
+    return {name: each for name, each in bound.items() if id(each) not in known and not hasattr(each, "param_groups")}
+
+
+def all_schedulers(schedulers: Iterable[Any]) -> Iterator[Any]:
+    """Yield schedulers and those that they are made of."""
+    for scheduler in schedulers:
+        yield scheduler
+        yield from all_schedulers(getattr(scheduler, "_schedulers", ()))
 
 
 def group_names(module: nn.Module, groups: Iterable[Mapping[str, Any]]) -> list[list[str]]:
@@ -329,9 +346,11 @@ def _times(ratio: float) -> Callable[[Any], Any]:
 def relist(scheduler: Any, optimizer: Optimizer, places: Sequence[tuple[int, Callable[[Any], Any]]]) -> None:
     """Rebuild what a scheduler keeps for each of its optimizer's groups, after groups were split.
 
+    Besides the lists that torch's schedulers keep, these are lists of the groups' own learning rates.
+
     Args:
         scheduler: Changed in place.
-        optimizer: Its optimizer.
+        optimizer: Its optimizer, whose earlier groups still have their learning rates.
         places: For each group, the earlier group that it comes from, and what makes its learning rates from that one's.
     """
     count = 1 + max(index for index, _ in places)
@@ -340,6 +359,14 @@ def relist(scheduler: Any, optimizer: Optimizer, places: Sequence[tuple[int, Cal
     if getattr(scheduler, "optimizer", None) is not optimizer:
         return
     for key, values in vars(scheduler).items():
-        if isinstance(values, list) and len(values) == count and key not in ("_schedulers", "_milestones"):
-            scaled = key in RATE_LISTS
-            values[:] = [scale(values[i]) if scaled else copy.copy(values[i]) for i, scale in places]
+        if not isinstance(values, list) or len(values) != count:
+            continue
+        are_rates = key in RATE_LISTS or _are_rates(values, optimizer.param_groups[:count])
+        if are_rates or key in _OTHER_LISTS:
+            values[:] = [scale(values[i]) if are_rates else copy.copy(values[i]) for i, scale in places]
+
+
+def _are_rates(values: Sequence[Any], groups: Sequence[Mapping[str, Any]]) -> bool:
+    if any(isinstance(value, int) for value in values):  # such as milestones
+        return False
+    return any(values == [group[key] for group in groups if key in group] for key in RATES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     CyclicLR,
     LambdaLR,
+    LRScheduler,
     OneCycleLR,
     ReduceLROnPlateau,
     SequentialLR,
@@ -179,6 +181,31 @@ def test_unheld_parameters_are_found_by_identity() -> None:
 # --- LoRA+
 
 
+class WarmUpMultiStep(LRScheduler):
+    """A schedule of a user's own, with as many milestones as the optimizer has groups."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.milestones = [3, 6][: len(optimizer.param_groups)]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        factor = min(1.0, (self.last_epoch + 1) / 3) * 0.1 ** bisect_right(self.milestones, self.last_epoch)
+        return [base * factor for base in self.base_lrs]
+
+
+class WithoutTorch:
+    """A schedule of a user's own that keeps the groups' learning rates under a name of its own, as timm's do."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.count = optimizer, 0
+        self.base_values = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self) -> None:
+        self.count += 1
+        for group, base in zip(self.optimizer.param_groups, self.base_values, strict=True):
+            group["lr"] = base / (1 + self.count)
+
+
 def schedulers(optimizer: Optimizer) -> dict[str, Any]:
     groups = len(optimizer.param_groups)
     return {
@@ -192,12 +219,15 @@ def schedulers(optimizer: Optimizer) -> dict[str, Any]:
         ),
         "chained": lambda: ChainedScheduler([StepLR(optimizer, 1, 0.5), LambdaLR(optimizer, lambda e: 1 / (1 + e))]),
         "plateau": lambda: ReduceLROnPlateau(optimizer, factor=0.5, patience=0),
+        "milestones": lambda: WarmUpMultiStep(optimizer),
+        "without torch": lambda: WithoutTorch(optimizer),
     }
 
 
 @pytest.mark.parametrize("kind", list(schedulers(SGD([torch.zeros(1)], lr=1.0))))
 @pytest.mark.parametrize("groups", [1, 2])
-def test_lr_ratio_survives_every_scheduler(kind: str, groups: int) -> None:
+@pytest.mark.parametrize("place", ["returned", "attribute"])
+def test_lr_ratio_survives_every_scheduler(kind: str, groups: int, place: str) -> None:
     model = network()
     parts = [[*model[0].parameters()], [*model[2].parameters(), *model[4].parameters()]]
     parts = [parts[0] + parts[1]] if groups == 1 else parts
@@ -205,12 +235,14 @@ def test_lr_ratio_survives_every_scheduler(kind: str, groups: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         scheduler = schedulers(optimizer)[kind]()
-    alone = SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    alone = SGD([{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(groups)], lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         reference = schedulers(alone)[kind]()
     attach(model, LoRAConfig(rank=4))
-    repair_optimizers(model, [optimizer], [scheduler], lr_ratio=16.0)
+    if place == "attribute":
+        model.schedule = scheduler
+    repair_optimizers(model, [optimizer], [scheduler] if place == "returned" else [], lr_ratio=16.0)
     assert len(optimizer.param_groups) == 2 * groups
     for _ in range(8):
         step(model, optimizer)

@@ -17,7 +17,15 @@ from torch.optim.lr_scheduler import CyclicLR, ReduceLROnPlateau
 
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.names import listed
-from lightning_lora.optimizers import RATES, adopt, fast_parameters, names_of_parameters, relist
+from lightning_lora.optimizers import (
+    RATES,
+    adopt,
+    all_schedulers,
+    fast_parameters,
+    kept_schedulers,
+    names_of_parameters,
+    relist,
+)
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.switching import using
 from lightning_lora.trainer.lightning_patches import overrides
@@ -36,15 +44,20 @@ def parameters_of_adapters(module: nn.Module, names: Sequence[str]) -> dict[str,
     return found
 
 
-def refuse_coupling(optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> None:
+def refuse_coupling(module: nn.Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> None:
     """Refuse optimizers and schedulers in which one adapter would change what another one does."""
+    for name, kept in kept_schedulers(module, optimizers, schedulers).items():
+        raise MisconfigurationException(
+            f"LoRASweep does not see the steps of self.{name}, a {type(kept).__name__} that configure_optimizers does "
+            "not return, and they would count once for each adapter. Return it beside the optimizer."
+        )
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS):
             raise MisconfigurationException(
                 "LoRASweep cannot share LBFGS among adapters: it takes one step for all parameters together. Use an "
                 "optimizer that steps each parameter by itself, such as AdamW or SGD."
             )
-    for scheduler in _flat(schedulers):
+    for scheduler in all_schedulers(schedulers):
         if isinstance(scheduler, ReduceLROnPlateau):
             raise MisconfigurationException(
                 "LoRASweep cannot share ReduceLROnPlateau among adapters: one metric would lower the learning rates of "
@@ -66,12 +79,6 @@ def warn_of_coupling(module: LightningModule, optimizers: Sequence[Optimizer]) -
 
 def _is_known(kind: type[Optimizer]) -> bool:
     return kind.step.__module__.startswith(("torch.optim", "torchao.", "bitsandbytes."))
-
-
-def _flat(schedulers: Sequence[Any]) -> Iterator[Any]:
-    for scheduler in schedulers:
-        yield scheduler
-        yield from _flat(getattr(scheduler, "_schedulers", ()))
 
 
 def split_groups(
@@ -135,7 +142,7 @@ def split_groups(
 
 def _note_peaks(optimizer: Optimizer, schedulers: Sequence[Any]) -> None:
     """Write the peaks that a CyclicLR keeps for itself into the groups, where a OneCycleLR has them."""
-    for scheduler in _flat(schedulers):
+    for scheduler in all_schedulers(schedulers):
         if isinstance(scheduler, CyclicLR) and scheduler.optimizer is optimizer:
             for group, peak in zip(optimizer.param_groups, scheduler.max_lrs, strict=True):
                 group["max_lr"] = peak
@@ -232,6 +239,8 @@ def _finish(
     optimizer: Optimizer, places: list[tuple[int, Scale]], schedulers: Sequence[Any], owners: Mapping[int, str]
 ) -> None:
     """Set the learning rates of all groups, in the optimizer and its schedulers, and name the groups."""
+    for scheduler in schedulers:
+        relist(scheduler, optimizer, places)
     taken: dict[str, int] = {}
     for group, (index, scale) in zip(optimizer.param_groups, places, strict=True):
         for key in RATES:
@@ -242,8 +251,6 @@ def _finish(
         label = f"{before}.{owner}" if before else owner
         taken[label] = taken.get(label, 0) + 1
         group["name"] = label if taken[label] == 1 else f"{label}.{taken[label]}"
-    for scheduler in schedulers:
-        relist(scheduler, optimizer, places)
 
 
 @contextmanager

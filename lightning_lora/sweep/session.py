@@ -218,7 +218,7 @@ class SweepSession:
         with using(self.module, template), others_frozen(self.module):
             configured = configure()
         optimizers, schedulers = unpack_configured(configured)
-        refuse_coupling(optimizers, schedulers)
+        refuse_coupling(self.module, optimizers, schedulers)
         warn_of_coupling(self.module, optimizers)
         split_groups(self.module, optimizers, schedulers, self.chosen, template)
         self._rates = learning_rates(optimizers, self.owned)

@@ -16,6 +16,7 @@ from torchmetrics import Metric
 from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.base_buffers import buffer_places
 from lightning_lora.names import listed
+from lightning_lora.ops.eager import without_autocast
 from lightning_lora.sweep.attributes import OwnAttributes
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.sweep.forecast import forecast
@@ -298,7 +299,8 @@ class Training:
         for parameter in parameters:
             parameter.grad = None
         assert outcome.loss is not None
-        with using(self.module, name):  # of which a backward pass may compute parts anew
+        # A backward pass may compute parts of the module anew. Lightning's autocast ends with the step.
+        with using(self.module, name), without_autocast(outcome.loss.device.type):
             self.module.backward(outcome.loss / accumulated)
         for parameter, old in zip(parameters, before, strict=True):
             if parameter.grad is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -902,6 +903,50 @@ PEAKS: dict[str, Callable[[Any, float], Any]] = {
 }
 
 
+class WarmUpMultiStep(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule of a user's own, whose list is as long as that of the optimizer's groups."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.milestones = [8]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> Any:
+        passed = bisect_right(self.milestones, self.last_epoch)
+        return [base * min(1.0, (self.last_epoch + 1) / 4) * 0.1**passed for base in self.base_lrs]
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+def test_a_schedule_of_ones_own_acts_on_each_adapter_as_alone(mode: Any):
+    class Stepped(Quiet):
+        def __init__(self, lr: float = 1e-2) -> None:
+            super().__init__()
+            self.lr, self.rates = lr, list[list[float]]()
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr)
+            return [optimizer], [{"scheduler": WarmUpMultiStep(optimizer), "interval": "step"}]
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.rates.append([group["lr"] for group in self.optimizers().param_groups])
+
+    fit(together := Stepped(), swept(grid={"lr": [1e-3, 1e-2, 1e-1]}, mode=mode, keep=1.0))
+    for index, lr in enumerate((1e-3, 1e-2, 1e-1)):
+        fit(own := Stepped(lr), LoRACallback(rank=2))
+        assert [rates[index] for rates in together.rates] == pytest.approx([rate for (rate,) in own.rates], rel=1e-12)
+
+
+def test_one_cycle_of_several_groups_takes_ratios_to_its_last_step():
+    class Grouped(Quiet):
+        def configure_optimizers(self) -> Any:
+            parts = self.net[0].parameters(), self.net[2:].parameters()
+            optimizer = torch.optim.AdamW([{"params": list(part)} for part in parts])
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    sweep = swept(grid={"lr_ratio": [4.0, 16.0]}, keep=1.0)
+    assert fit(Grouped(), sweep).global_step == STEPS
+
+
 @pytest.mark.parametrize("kind", PEAKS)
 def test_a_learning_rate_is_the_peak_of_a_cycle(kind: str):
     rates: dict[str, list[float]] = {"a": [], "b": []}
@@ -974,7 +1019,14 @@ def test_what_couples_adapters_is_refused():
             for group in self.optimizers().param_groups:
                 group["lr"] = 0.5
 
+    class Kept(Manual):
+        def configure_optimizers(self) -> Any:
+            optimizers, schedulers = super().configure_optimizers()
+            self.returned, self.schedule = schedulers[0], schedulers[1]
+            return optimizers, schedulers[:1]
+
     refusals = {Plateau: "ReduceLROnPlateau", Whole: "LBFGS", Leveling: "own ones have no effect"}
+    refusals[Kept] = r"self\.schedule, a CosineAnnealingLR that configure_optimizers does not return"
     for kind, message in refusals.items():
         with pytest.raises(MisconfigurationException, match=message):
             fit(kind(), swept(grid={"lr": [1e-2, 1e-3]}))
@@ -988,13 +1040,23 @@ def test_what_couples_adapters_is_refused():
 # --- precision
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_in_bfloat16_autocast_each_adapter_trains_as_alone_within_rounding(mode: Any):
-    module, sweep = Quiet(), swept(adapters={name: FOUR[name] for name in "ab"}, keep=1, mode=mode)
+class FullHead(Quiet):
+    """Computes its last layer and the loss in float32."""
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        hidden = self.net[:4](x)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return ((self.net[4](hidden.float()) - y) ** 2).mean()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(Quiet, "vmap"), (Quiet, "meet"), (Quiet, "loop"), (FullHead, "loop")])
+def test_in_bfloat16_autocast_each_adapter_trains_as_alone_within_rounding(kind: type[Quiet], mode: Any):
+    module, sweep = kind(), swept(adapters={name: FOUR[name] for name in "ab"}, keep=1, mode=mode)
     fit(module, sweep, precision="bf16-mixed")
     for name, candidate in sweep.candidates.items():
-        own = alone(Quiet, candidate, precision="bf16-mixed")
-        moved = distance(own, alone(Quiet, candidate, precision="bf16-mixed", max_steps=1))
+        own = alone(kind, candidate, precision="bf16-mixed")
+        moved = distance(own, alone(kind, candidate, precision="bf16-mixed", max_steps=1))
         assert distance(state(module, name), own) <= (EXACT if mode == "loop" else 0.1 * moved), (name, moved)
 
 
