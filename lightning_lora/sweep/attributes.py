@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 Place = tuple[nn.Module, str]  # a module and the name of its attribute
 
-_PLAIN = (bool, int, float, complex, str, tuple, type(None), Tensor)
+_CONTAINERS = (list, dict, set, deque)
+_PLAIN = (bool, int, float, complex, str, tuple, type(None), Tensor, *_CONTAINERS)
 _OF_LIBRARIES = ("torch.", "torchmetrics.", "lightning_lora.")  # modules whose attributes no step sets
 _RESERVED = {*vars(nn.Module()), *vars(LightningModule())}
 _ABSENT = object()
@@ -20,8 +22,8 @@ _ABSENT = object()
 class OwnAttributes:
     """Gives each adapter the values that its own steps have set, as buffers that steps move are each adapter's own.
 
-    What hooks set that run once for all adapters is set for all. Lists and other containers are shared, and so are
-    tensors that a step changes in place without being buffers.
+    What hooks set that run once for all adapters is set for all. Containers that a step changes in place are shared,
+    and so are tensors that are no buffers; ``changed_in_place`` names them.
 
     Args:
         module: The module.
@@ -77,7 +79,7 @@ def own_parts(module: nn.Module) -> list[nn.Module]:
 
 
 def plain_attributes(parts: Iterable[nn.Module]) -> dict[Place, Any]:
-    """Return the attributes of modules that hold plain values or tensors of their own."""
+    """Return the attributes of modules that hold plain values, containers, or tensors of their own."""
     return {
         (part, key): value
         for part in parts
@@ -89,6 +91,29 @@ def plain_attributes(parts: Iterable[nn.Module]) -> dict[Place, Any]:
 def changed_attributes(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[Place]:
     """Return the places that have other values than before."""
     return [place for place, value in after.items() if before.get(place, _ABSENT) is not value]
+
+
+def holds_tensors(value: Any) -> bool:
+    """Return whether an attribute is a tensor, or a tuple or container of some."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, *_CONTAINERS)) else ()
+    return isinstance(value, Tensor) or any(isinstance(each, Tensor) for each in parts)
+
+
+def contents(attributes: Mapping[Place, Any]) -> dict[Place, Any]:
+    """Return what tells whether containers and tensors have been changed in place."""
+    return {place: _content(each) for place, each in attributes.items() if isinstance(each, (*_CONTAINERS, Tensor))}
+
+
+def changed_in_place(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[str]:
+    """Return the names of the attributes that hold the same container or tensor with another content."""
+    kept = {place: then for place, then in before.items() if place in after and after[place][0] == then[0]}
+    return [place[1] for place, then in kept.items() if after[place] != then]
+
+
+def _content(value: Any) -> tuple[int, Any]:
+    if isinstance(value, Tensor):
+        return id(value), value._version
+    return id(value), [id(each) for each in ([*value, *value.values()] if isinstance(value, dict) else value)]
 
 
 def _read(place: Place) -> Any:

@@ -17,7 +17,7 @@ from lightning_lora.layers import LowRankAdapter
 from lightning_lora.names import parameters_of
 from lightning_lora.probe import RandomState, left_as_it_was
 from lightning_lora.state import wide
-from lightning_lora.sweep.attributes import changed_attributes, own_parts, plain_attributes
+from lightning_lora.sweep.attributes import changed_attributes, holds_tensors, own_parts, plain_attributes
 from lightning_lora.sweep.forecast import bytes_kept
 from lightning_lora.sweep.optimizers import Parameters
 from lightning_lora.sweep.steps import Call, Outcome, Step, UnfitError, run_one
@@ -130,7 +130,7 @@ class Proof:
                 kept[0], [key for key in moved if key in trained], [key for key in moved if key not in trained]
             )
             for place in changed_attributes(attributes, after):
-                (found.tensors if isinstance(after[place], Tensor) else found.plain).append(place[1])
+                (found.tensors if holds_tensors(after[place]) else found.plain).append(place[1])
         return found
 
     def _in_turn(self, shift: int = 0, most: int | None = None) -> Found:

@@ -17,7 +17,7 @@ from lightning_lora.adapted_model import AdaptedModel
 from lightning_lora.base_buffers import buffer_places
 from lightning_lora.names import listed
 from lightning_lora.ops.eager import without_autocast
-from lightning_lora.sweep.attributes import OwnAttributes
+from lightning_lora.sweep.attributes import OwnAttributes, changed_in_place, contents, own_parts, plain_attributes
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.sweep.forecast import forecast
 from lightning_lora.sweep.meeting import Meeting
@@ -83,6 +83,7 @@ class Training:
         self._mapped: Mapped | None = None
         self._attributes = OwnAttributes(module, list(chosen))
         self._sample = Sample()
+        self._has_looked = False
         self._own = 0  # attributes and buffers that are each adapter's own because of their steps
 
     # --- which way
@@ -201,7 +202,10 @@ class Training:
         """Run the step for every adapter that trains; called in place of the module's own."""
         if not self.trainer.training:  # called by a validation_step, for the adapter in place
             return step(*args, **kwargs)
-        calls = self._calls(args, kwargs)
+        with self._naming_what_is_shared():
+            return self._training_step(step, self._calls(args, kwargs))
+
+    def _training_step(self, step: Step, calls: Mapping[str, Call]) -> Any:
         if not self.module.automatic_optimization:
             outcomes = self._manually(step, calls)
         elif self.mode == LOOP:
@@ -221,6 +225,22 @@ class Training:
         shown = next((name for name in self.standings.ranked(outcomes) if name in losses), next(iter(losses)))
         loss = self._total(losses) if self.module.automatic_optimization else losses[shown]
         return {"loss": loss, **outcomes[shown].extra} if outcomes[shown].extra else loss
+
+    @contextmanager
+    def _naming_what_is_shared(self) -> Iterator[None]:
+        """In the first batch, warn of what the steps of all adapters change together."""
+        if self._has_looked or len(self.chosen) == 1:
+            yield
+            return
+        self._has_looked, parts = True, own_parts(self.module)
+        before = contents(plain_attributes(parts))
+        yield
+        if changed := changed_in_place(before, contents(plain_attributes(parts))):
+            rank_zero_warn(
+                f"LoRASweep: training_step changes {listed(changed)} in place. All adapters share such attributes, so "
+                "what is computed from them mixes adapters. Log the values, or register tensors as buffers: both are "
+                "each adapter's own."
+            )
 
     def _calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Call]:
         """Return the arguments of the step for each adapter: its own part of the batch, if it has one."""

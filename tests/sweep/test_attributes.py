@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import deque
+from typing import Any
+
+import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
 from lightning_lora.sweep.attributes import OwnAttributes
+from tests.sweep.test_callback import EXACT, FOUR, Manual, Quiet, assert_each_is_alone, fit, swept
 
 
 class Counts(LightningModule):
@@ -40,3 +48,95 @@ def test_a_look_shows_the_adapters_values_and_leaves_no_trace():
     assert vars(module) == before
     with own.of("a"):
         assert module.count == 3
+
+
+# --- what the steps of a sweep keep in attributes
+
+
+class Gathers(Quiet):
+    """Keeps something of each step in an attribute."""
+
+    kept: Any
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.keep(loss.detach())
+        return loss
+
+    def keep(self, loss: Tensor) -> None:
+        raise NotImplementedError
+
+
+class Appends(Gathers):
+    def build(self) -> None:
+        super().build()
+        self.kept = deque([0], maxlen=1)
+
+    def keep(self, loss: Tensor) -> None:
+        self.kept.append(loss)
+
+
+class SetsKeys(Gathers):
+    def build(self) -> None:
+        super().build()
+        self.kept = {"last": None}
+
+    def keep(self, loss: Tensor) -> None:
+        self.kept["last"] = loss
+
+
+class Adds(Gathers):
+    def build(self) -> None:
+        super().build()
+        self.kept = torch.zeros(())
+
+    def keep(self, loss: Tensor) -> None:
+        self.kept += loss
+
+
+class AddsToBuffer(Adds):
+    def build(self) -> None:
+        super().build()
+        del self.kept
+        self.register_buffer("kept", torch.zeros(()))
+
+
+class Replaces(Gathers):
+    """Lets the step before decide on the loss, by a list that each step replaces."""
+
+    def build(self) -> None:
+        super().build()
+        self.kept = [torch.ones(())]
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        return super().loss(batch) * (1 + self.kept[0])
+
+    def keep(self, loss: Tensor) -> None:
+        self.kept = [loss]
+
+
+class AppendsByHand(Appends, Manual):
+    """The same with manual optimization."""
+
+
+@pytest.mark.parametrize("kind", [Appends, SetsKeys, Adds, AppendsByHand])
+def test_what_steps_change_in_place_and_share_is_named_once(kind: type[Gathers]):
+    with pytest.warns(UserWarning, match=r"training_step changes kept in place\. All adapters share") as seen:
+        fit(kind(), swept(grid={"lr": [1e-2, 1e-3]}, keep=1.0, mode="loop"), max_steps=4)
+    assert sum("in place" in str(each.message) for each in seen) == 1
+
+
+@pytest.mark.parametrize("kind", [Quiet, Manual, AddsToBuffer, Replaces])
+def test_what_each_adapter_has_for_itself_is_not_named(kind: type[Quiet]):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*in place")
+        fit(kind(), swept(grid={"lr": [1e-2, 1e-3]}, keep=1.0, mode="loop"), max_steps=4)
+
+
+def test_a_list_that_steps_replace_is_each_adapters_own():
+    module, sweep = Replaces(), swept(adapters={name: FOUR[name] for name in "ab"}, keep=1)
+    fit(module, sweep)
+    assert sweep.mode == "auto"
+    assert_each_is_alone(Replaces, sweep, module, EXACT)
+    with pytest.raises(MisconfigurationException, match=r"mode 'vmap' does not fit.*sets kept, of which each adapter"):
+        fit(Replaces(), swept(grid={"lr": [1e-2, 1e-3]}, mode="vmap"))

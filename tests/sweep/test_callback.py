@@ -745,7 +745,7 @@ def test_on_a_cpu_adapters_train_together_only_where_that_saves_arithmetic(
 def test_a_step_that_reads_a_value_falls_back_and_names_the_line(caplog: pytest.LogCaptureFixture):
     both = {"a": {"lr": 1e-2}, "b": {"lr": 1e-3}}
     module, sweep = Toy(), swept(adapters=both, keep=1.0)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO"), pytest.warns(UserWarning, match=r"training_step changes losses in place\. All"):
         fit(module, sweep, max_steps=8)
     said = said_mode(caplog)
     assert "toys.py" in said

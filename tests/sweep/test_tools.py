@@ -65,6 +65,7 @@ def test_a_record_gives_the_same_standings_back(file: Path):
     assert (again.results, again.best, again.live) == (standings.results, standings.best, standings.live)
 
 
+@pytest.mark.filterwarnings("ignore:LoRASweep. training_step changes losses in place")
 @pytest.mark.parametrize("as_yaml", [False, True])
 def test_lightning_cli_takes_a_grid(as_yaml: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
