@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import (
@@ -26,6 +27,7 @@ from torch.optim.lr_scheduler import (
 from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers, parameter_groups
 from lightning_lora.optimizers import (
     group_names,
+    kept_schedulers,
     repair_optimizers,
     unheld_parameters,
     unpack_configured,
@@ -222,6 +224,26 @@ def schedulers(optimizer: Optimizer) -> dict[str, Any]:
         "milestones": lambda: WarmUpMultiStep(optimizer),
         "without torch": lambda: WithoutTorch(optimizer),
     }
+
+
+def test_whole_numbers_are_no_learning_rates_even_if_one_equals_them() -> None:
+    model = network()
+    attach(model, LoRAConfig(rank=4))
+    optimizer = SGD(model.parameters(), lr=1)
+    scheduler = WarmUpMultiStep(optimizer)
+    scheduler.milestones = [1]
+    repair_optimizers(model, [optimizer], [scheduler], lr_ratio=16.0)
+    assert scheduler.milestones == [1]
+    assert scheduler.base_lrs == [1, 16.0]
+
+
+def test_what_wraps_an_optimizer_is_no_scheduler() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    model.wrapped, model.schedule, model.returned = LightningOptimizer(optimizer), StepLR(optimizer, 1), None
+    assert kept_schedulers(model, [optimizer], []) == {"schedule": model.schedule}
+    assert kept_schedulers(model, [optimizer], [model.schedule]) == {}
+    assert kept_schedulers(model, [SGD(model.parameters(), lr=0.1)], []) == {}
 
 
 @pytest.mark.parametrize("kind", list(schedulers(SGD([torch.zeros(1)], lr=1.0))))
