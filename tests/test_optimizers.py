@@ -200,7 +200,9 @@ class WithoutTorch:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer, self.count = optimizer, 0
-        self.base_values = [group["lr"] for group in optimizer.param_groups]
+        self.base_values = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.1  # a warm-up begins
 
     def step(self) -> None:
         self.count += 1
