@@ -124,9 +124,16 @@ def _has_hooks(parameter: nn.Parameter) -> bool:
 def one_sided_change_named(
     module: LightningModule, hook: str, owned: Mapping[str, Parameters], live: Sequence[str]
 ) -> Iterator[None]:
-    """Warn of a hook of the module, run once for all adapters, that changes the one in place and no other."""
+    """Warn of a hook of the module, run once for all adapters, that changes the one in place alone, or buffers."""
     before = {name: [parameter.detach().clone() for parameter in owned[name].values()] for name in live}
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     yield
+    moved = [name for name, now in module.named_buffers() if not torch.equal(now, buffers.get(name, now))]
+    if len(live) > 1 and moved:
+        rank_zero_warn(
+            f"LoRASweep: {hook} of {type(module).__name__} has changed the buffers {listed(moved)}, once for all "
+            "adapters. If they follow what an adapter computes, change them in training_step, which runs for each."
+        )
     changed = [
         name
         for name in live

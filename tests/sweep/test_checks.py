@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -94,3 +95,22 @@ def test_what_is_done_for_each_is_what_fits_of_their_own_do(kind: type[Quiet]) -
 def adapter_values(module: Toy, name: str) -> torch.Tensor:
     with using(module, name):
         return torch.cat([layer.lora.A.detach().flatten() for layer in lora_layers(module).values()])
+
+
+class MovesBuffer(Quiet):
+    """Moves a buffer after the step, as a running center does."""
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(()))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.center += 1.0
+
+
+def test_buffers_that_a_hook_moves_once_for_all_are_named() -> None:
+    with pytest.warns(UserWarning, match=r"on_train_batch_end of MovesBuffer has changed the buffers center, once for"):
+        fit(MovesBuffer(), sweep())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has changed the buffers")
+        fit(ConstrainsEach(), sweep())
