@@ -112,7 +112,7 @@ def changed_in_place(before: Mapping[Place, Any], after: Mapping[Place, Any]) ->
 
 def _content(value: Any) -> tuple[int, Any]:
     if isinstance(value, Tensor):
-        return id(value), value._version
+        return id(value), 0 if value.is_inference() else value._version  # the first cannot be changed in training
     return id(value), [id(each) for each in ([*value, *value.values()] if isinstance(value, dict) else value)]
 
 
