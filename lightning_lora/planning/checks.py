@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lightning_lora.attachment import Attachment, get_attachment, keeps_starts, 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
 from lightning_lora.names import OTHERS, listed
-from lightning_lora.planning.plan import Plan, PlannedLayer
+from lightning_lora.planning.plan import Plan, PlannedLayer, original_of
 from lightning_lora.sharding import is_fully_sharded
 
 _APART = (
@@ -130,16 +130,21 @@ def _warn_of_thawed(plan: Plan) -> None:
         kept = [*(() if isinstance(excluded, str) else excluded), *thawed]
         named = [*((targets,) if isinstance(targets, str) else targets)]
         named += [f"{name}.*" if plan.modules[name]._modules else name for name in thawed]
-        copies = {name: original for name in thawed if (original := plan.original(name)) is not None}
-        advice = "".join(f" {name!r} is a copy of {original!r}." for name, original in copies.items())
-        if copies:
-            advice += (
-                " If it is to follow it, as a momentum teacher or a target network does, copy it in setup, after "
-                "lightning_lora.attach(self), so that both start with equal adapters."
-            )
         warnings.warn(
             f"These modules were frozen, and now train adapters because target_modules={targets!r} reaches them: "
             f"{listed(thawed)}. exclude_modules={kept} leaves them as they were; target_modules={named} adapts them "
-            f"without this warning.{advice}",
+            f"without this warning.{copies_named(thawed, plan.modules)}",
             stacklevel=4,
         )
+
+
+def copies_named(names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+    """Return advice for modules that are copies of others and may have to follow these; empty if there are none."""
+    copies = {name: original for name in names if (original := original_of(name, modules)) is not None}
+    if not copies:
+        return ""
+    found = listed([f"{name} (of {original})" for name, original in copies.items()])
+    return (
+        f" These are copies: {found}. To follow, as a momentum teacher, an EMA or a target network does, copy in "
+        "setup, after lightning_lora.attach(self), so that both start with equal adapters."
+    )

@@ -99,20 +99,22 @@ class Plan:
         outermost = (next((prefix for prefix in _prefixes(name) if prefix not in moving), None) for name in reached)
         return list(dict.fromkeys(name for name in outermost if name is not None))
 
-    def original(self, name: str) -> str | None:
-        """Return the name of the module that another one is a copy of so far, as a teacher is of its student."""
-        copied = self.modules[name]
-        return next((other for other, module in self.modules.items() if _is_copy(copied, module)), None)
+
+def original_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """Return which module another one is a copy of so far, adapters aside, as a teacher is of its student."""
+    return next((other for other, module in modules.items() if _is_copy(modules[name], module)), None)
 
 
 def _is_copy(one: nn.Module, other: nn.Module) -> bool:
     """Return whether two modules of a class hold equal values, each its own."""
-    if type(one) is not type(other):
+    if one is other or type(one) is not type(other):
         return False
-    mine, yours = dict(one.named_parameters()), dict(other.named_parameters())
-    pairs = [(mine[key], yours[key]) for key in mine.keys() & yours.keys()]
-    is_apart = all(a is not b and a.numel() and not a.is_meta and a.dtype == b.dtype for a, b in pairs)
-    return is_apart and mine.keys() == yours.keys() and all(torch.equal(a, b.to(a.device)) for a, b in pairs)
+    mine, yours = ({key: p for key, p in each.named_parameters() if "lora" not in key} for each in (one, other))
+    if not mine or mine.keys() != yours.keys():
+        return False
+    pairs = [(mine[key], yours[key]) for key in mine]
+    is_apart = all(a is not b and type(a) is type(b) is nn.Parameter and a.numel() for a, b in pairs)
+    return is_apart and all(not a.is_meta and a.dtype == b.dtype and torch.equal(a, b.to(a.device)) for a, b in pairs)
 
 
 def sizes_once(groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, int]:

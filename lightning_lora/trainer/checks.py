@@ -24,6 +24,7 @@ from lightning_lora.config import FAMILIES
 from lightning_lora.named_adapters import active_adapter, adapter_names, recorded
 from lightning_lora.names import OTHERS, clean_name, is_below, is_glob, join, listed, near_names, selected, unmatched
 from lightning_lora.optimizers import unheld_parameters
+from lightning_lora.planning.checks import copies_named
 from lightning_lora.probe import DeadAdapterError, Witness, blocking_weights, refuse_dead_adapters
 from lightning_lora.sharding import anywhere, is_fully_sharded, local
 from lightning_lora.trainer.diagnostics import norm_of_updates, to_floats
@@ -424,7 +425,8 @@ class GradientCheck:
         causes = defaultdict[str, list[str]](list)
         for name in names:
             causes[self._cause(name, zeros)].append(name)
-        return "\n".join(f"  - {listed(some)}: {cause}" for cause, some in causes.items())
+        copies = copies_named({self._layers[name]: None for name in names}, AdaptedModel(self.module).layers)
+        return "\n".join(f"  - {listed(some)}: {cause}" for cause, some in causes.items()) + copies
 
     def _cause(self, name: str, zeros: list[str]) -> str:
         layer, witness = self._layers[name], self._witness
@@ -457,11 +459,8 @@ class GradientCheck:
         weights = dict(blocking_weights(self.module))
         moved = anywhere([bool(local(weight).any()) for weight in weights.values()], self.layout.strategy.root_device)
         adapted = {name for name in self._names if name not in self.silent} if is_late else set[str]()
-        return [
-            name
-            for name, has_moved in zip(weights, moved, strict=True)
-            if not has_moved and name.rpartition(".")[0] not in adapted
-        ]
+        still = [name for name, has_moved in zip(weights, moved, strict=True) if not has_moved]
+        return [name for name in still if name.rpartition(".")[0] not in adapted]
 
 
 def _named_adapters(model: AdaptedModel) -> set[str]:

@@ -331,7 +331,7 @@ class Follower(nn.Module):
 
 def test_a_frozen_copy_is_named_with_the_way_to_have_it_follow():
     with pytest.warns(
-        UserWarning, match=r"'teacher' is a copy of 'student'.*setup, after lightning_lora.attach"
+        UserWarning, match=r"copies: teacher \(of student\).*setup, after lightning_lora\.attach"
     ) as seen:
         report(Follower())
     assert len(seen) == 1

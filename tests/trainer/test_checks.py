@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from functools import partial
@@ -393,6 +394,27 @@ def test_cut_gradients_are_told_apart(kind: type[Cut], cause: str) -> None:
     message = refused(LoRACallback(rank=2, target_modules=["net.*"], modules_to_save=["head"]), kind())
     assert f"net.0, net.2, net.4: {cause}" in message
     assert ("checkpointing" in message) == (kind is Reentrant)
+
+
+class Averaged(Toy):
+    """Keeps a copy of its network, which averages it and is called nowhere in training."""
+
+    def build(self) -> None:
+        super().build()
+        self.average = copy.deepcopy(self.net)
+
+
+def test_a_copy_that_trains_nothing_is_named_with_the_way_to_have_it_follow() -> None:
+    warning, *_ = warned(LoRACallback(rank=2), Averaged())
+    assert "average.0, average.2, average.4: never called" in warning
+    assert (
+        "These are copies: average.0 (of net.0), average.2 (of net.2), average.4 (of net.4). To follow, as" in warning
+    )
+    other = Averaged()
+    with torch.no_grad():
+        other.average[0].weight += 1.0
+    warning, *_ = warned(LoRACallback(rank=2), other)
+    assert "These are copies: average.2 (of net.2), average.4 (of net.4)." in warning
 
 
 def test_adapters_that_an_earlier_freeze_has_frozen_are_told_apart() -> None:
