@@ -380,8 +380,14 @@ def _how_to_place(mine: Collection[str], theirs: Collection[str]) -> str:
             f". The checkpoint's module holds this one as {place!r}: `lightning-lora export` writes a directory that "
             "loads into either"
         )
-    place = _place_of(theirs, mine)
-    return "" if place is None else f". The checkpoint belongs to the part {place!r} of this module: load it there"
+    if (place := _place_of(theirs, mine)) is not None:
+        return f". The checkpoint belongs to the part {place!r} of this module: load it there"
+    if {*mine} > {*theirs}:  # the options take layers that the base has got since
+        return (
+            ". To leave these out, resume with the options of the file and exclude_modules; LoRACallback(init_from=...)"
+            " starts from the others, and what `lightning-lora export` writes loads by names"
+        )
+    return ""
 
 
 def _place_of(inner: Collection[str], outer: Collection[str]) -> str | None:

@@ -404,6 +404,19 @@ def test_unfitting_file_is_refused(damage, message: str, tiny, rng, tmp_path):
         load_adapter(tiny, path)
 
 
+def test_a_model_that_has_got_another_layer_can_leave_it_out(tmp_path):
+    model, wider = nn.Sequential(layer := nn.Linear(8, 8)), nn.Sequential(copy.deepcopy(layer), nn.Linear(8, 8))
+    attach(model, LoRAConfig(rank=2))
+    path = saved(checkpoint(model), tmp_path)
+    with raises_and_changes_nothing(
+        wider, ValueError, "only on one side: 1. To leave these out.*exclude_modules.*init_from"
+    ):
+        load_adapter(wider, path)
+    save_adapter(model, tmp_path / "exported")
+    load_adapter(wider, tmp_path / "exported")
+    assert list(lora_layers(wider)) == ["0"]
+
+
 def test_file_for_other_model_is_refused(tiny, rng, tmp_path):
     path = saved(checkpoint(trained_from(tiny, rng)), tmp_path)
     wider = type(tiny)()

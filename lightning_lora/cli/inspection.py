@@ -138,9 +138,13 @@ def _others(file: AdapterFile) -> dict[str, Tensor]:
 
 
 def differences(one: AdapterFile, other: AdapterFile, *, root: str | None = None) -> Iterator[str]:
-    """Yield the differences between two adapters, one line each; ``root`` as in ``analysis.compare``."""
-    mine, theirs = _everything(one), _everything(other)
-    both = with_equal_roots(mine, theirs, root, inner=(one.path.is_dir(), other.path.is_dir()))
+    """Yield the differences between two adapters, one line each; ``root`` as in ``analysis.compare``.
+
+    Names count where both are checkpoints or both are directories, since either loads by its names.
+    """
+    both, inner = (_everything(one), _everything(other)), (one.path.is_dir(), other.path.is_dir())
+    if root is not None or inner[0] != inner[1]:
+        both = with_equal_roots(*both, root, inner)
     first, second = ({name: v for name, v in each.items() if isinstance(v, StoredLayer)} for each in both)
     yield from _one_sided(first, second, "layer")
     for name in sorted(first.keys() & second.keys()):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from lightning_lora import LoRACallback, LoRAConfig, attach, lora_layers, save_adapter
 from lightning_lora.analysis import analyze
@@ -112,6 +113,18 @@ def test_an_adapter_does_not_differ_from_its_own_export(
     save_adapter(model, tmp_path / "adapter")
     code = run("diff", tmp_path / "adapter.ckpt", tmp_path / "adapter")
     assert (code, capsys.readouterr().out) == (0, "the adapters are equal\n")
+
+
+def test_checkpoints_that_load_into_different_modules_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = trained(nn.Sequential(nn.Linear(4, 6)), target_modules=["0"])
+    write_checkpoint(model, tmp_path / "one.ckpt")
+    save_adapter(model, tmp_path / "adapter")
+    assert run("import", tmp_path / "adapter", tmp_path / "other.ckpt", "--root", "net") == 0
+    capsys.readouterr()
+    assert run("diff", tmp_path / "one.ckpt", tmp_path / "other.ckpt") == 1
+    assert capsys.readouterr().out.splitlines() == ["0: layer only in the first", "net.0: layer only in the second"]
 
 
 def test_diff_sees_buffers_that_training_has_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

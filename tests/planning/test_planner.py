@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRALayer, attach, lora_layers
+from lightning_lora.planning.plan import original_of
 from tests.contract import raises_and_changes_nothing
 from tests.peft_format.kinds import Experts
 from tests.planning.models import reached, report
@@ -340,6 +341,13 @@ def test_a_frozen_copy_is_named_with_the_way_to_have_it_follow():
 def moved(model: Follower) -> None:
     with torch.no_grad():
         model.teacher[2].bias[0] += 1e-3
+
+
+def test_modules_without_values_are_no_copies():
+    """As before DeepSpeed ZeRO-3 gathers them."""
+    modules = {"one": nn.Linear(0, 4, bias=False), "other": nn.Linear(0, 4, bias=False)}
+    assert original_of("one", modules) is None
+    assert original_of("one", {name: nn.Identity() for name in modules}) is None
 
 
 OTHERS: dict[str, Callable[[Follower], object]] = {
