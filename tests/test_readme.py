@@ -106,6 +106,7 @@ def test_resume_evaluate_swap(names: dict[str, Any]) -> None:
     assert torch.equal(names["base_prediction"], LitModel()(names["x"]))
 
 
+@pytest.mark.filterwarnings("ignore:LoRASweep. training_step changes losses in place")
 def test_try_many_settings(names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     exec(code("Try many settings in one fit"), names)
     assert names["sweep"].best in capsys.readouterr().out
