@@ -74,6 +74,16 @@ def buffer_places(model: AdaptedModel) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
+def fleeting_buffers(model: AdaptedModel) -> dict[str, tuple[nn.Module, str]]:
+    """Return where the buffers are that no checkpoint holds: name -> module and key."""
+    return {
+        join(path, key): (part, key)
+        for path, part in model.parts
+        for key, buffer in part._buffers.items()
+        if key in part._non_persistent_buffers_set and buffer is not None
+    }
+
+
 # --- which ones training has changed
 
 

@@ -15,6 +15,7 @@ Place = tuple[nn.Module, str]  # a module and the name of its attribute
 _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (bool, int, float, complex, str, tuple, type(None), Tensor, *_CONTAINERS)
 _OF_LIBRARIES = ("torch.", "torchmetrics.", "lightning_lora.")  # modules whose attributes no step sets
+_LIBRARIES = (*_OF_LIBRARIES, "lightning", "pytorch_lightning", "transformers")
 _RESERVED = {*vars(nn.Module()), *vars(LightningModule())}
 _ABSENT = object()
 
@@ -34,6 +35,13 @@ class OwnAttributes:
         self._parts = own_parts(module)
         self._own: dict[str, dict[Place, Any]] = {name: {} for name in names}
         self._left: dict[Place, Any] = {}  # what the last step has left in place
+
+    def claim(self, places: Iterable[Place]) -> None:
+        """Give each adapter copies of buffers that no checkpoint holds, and that steps may change in place."""
+        for place in places:
+            self._left[place] = _read(place)
+            for own in self._own.values():
+                own[place] = self._left[place].clone()
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -58,9 +66,10 @@ class OwnAttributes:
     @contextmanager
     def shown(self, name: str) -> Iterator[None]:
         """Have an adapter's values in place inside the block, and leave no trace of it."""
-        before = plain_attributes(self._parts)
+        before = plain_attributes(self._parts) | {place: _read(place) for place in self._left}
         for place in self._left:
-            _write(place, self._own[name][place])
+            own = self._own[name][place]
+            _write(place, own.clone() if isinstance(own, Tensor) else own)  # which the block may change in place
         try:
             yield
         finally:
@@ -99,9 +108,15 @@ def holds_tensors(value: Any) -> bool:
     return isinstance(value, Tensor) or any(isinstance(each, Tensor) for each in parts)
 
 
-def contents(attributes: Mapping[Place, Any]) -> dict[Place, Any]:
-    """Return what tells whether containers and tensors have been changed in place."""
-    return {place: _content(each) for place, each in attributes.items() if isinstance(each, (*_CONTAINERS, Tensor))}
+def contents(parts: Iterable[nn.Module]) -> dict[Place, Any]:
+    """Return what tells whether containers, tensors and helper objects in attributes have been changed in place."""
+    every = ((part, key, value) for part in parts for key, value in vars(part).items() if key not in _RESERVED)
+    return {(part, key): _content(value) for part, key, value in every if _may_change(value)}
+
+
+def _may_change(value: Any) -> bool:
+    is_helper = hasattr(value, "__dict__") and not type(value).__module__.startswith(_LIBRARIES)
+    return isinstance(value, (*_CONTAINERS, Tensor)) or (is_helper and not hasattr(value, "step"))  # as optimizers have
 
 
 def changed_in_place(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[str]:
@@ -113,17 +128,23 @@ def changed_in_place(before: Mapping[Place, Any], after: Mapping[Place, Any]) ->
 def _content(value: Any) -> tuple[int, Any]:
     if isinstance(value, Tensor):
         return id(value), 0 if value.is_inference() else value._version  # the first cannot be changed in training
-    return id(value), [id(each) for each in ([*value, *value.values()] if isinstance(value, dict) else value)]
+    values = value if isinstance(value, _CONTAINERS) else vars(value)
+    return id(value), [id(each) for each in ([*values, *values.values()] if isinstance(values, Mapping) else values)]
 
 
 def _read(place: Place) -> Any:
-    part, key = place
-    return vars(part).get(key, _ABSENT)
+    values, key = _values(place)
+    return values.get(key, _ABSENT)
 
 
 def _write(place: Place, value: Any) -> None:
-    part, key = place
+    values, key = _values(place)
     if value is _ABSENT:
-        vars(part).pop(key, None)
+        values.pop(key, None)
     else:
-        vars(part)[key] = value
+        values[key] = value
+
+
+def _values(place: Place) -> tuple[dict[str, Any], str]:
+    part, key = place
+    return (part._buffers if key in part._buffers else vars(part)), key

@@ -267,6 +267,20 @@ def only_gradients_of(parameters: Mapping[str, Parameters], name: str) -> Iterat
             parameter.grad = gradient
 
 
+@contextmanager
+def own_groups(optimizers: Sequence[Optimizer], own: Parameters) -> Iterator[None]:
+    """Let optimizers show one adapter's groups alone inside the block, for steps and hooks that read or set rates."""
+    mine = {id(parameter) for parameter in own.values()}
+    every = [(optimizer, optimizer.param_groups) for optimizer in optimizers]
+    for optimizer, groups in every:
+        optimizer.param_groups = [group for group in groups if group["params"] and id(group["params"][0]) in mine]
+    try:
+        yield
+    finally:
+        for optimizer, groups in every:
+            optimizer.param_groups = groups
+
+
 class Turns:
     """What a step that steps the optimizers itself finds and leaves, when it runs once for each adapter of a batch.
 

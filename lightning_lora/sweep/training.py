@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,14 +14,21 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.base_buffers import buffer_places
+from lightning_lora.base_buffers import buffer_places, fleeting_buffers
 from lightning_lora.names import listed
 from lightning_lora.ops.eager import without_autocast
-from lightning_lora.sweep.attributes import OwnAttributes, changed_in_place, contents, own_parts, plain_attributes
+from lightning_lora.sweep.attributes import OwnAttributes, changed_in_place, contents, own_parts
 from lightning_lora.sweep.candidates import Candidate
 from lightning_lora.sweep.forecast import forecast
 from lightning_lora.sweep.meeting import Meeting
-from lightning_lora.sweep.optimizers import Parameters, Turns, drop_gradients, only_gradients_of, step_together
+from lightning_lora.sweep.optimizers import (
+    Parameters,
+    Turns,
+    drop_gradients,
+    only_gradients_of,
+    own_groups,
+    step_together,
+)
 from lightning_lora.sweep.proof import Proof, Sample, Way
 from lightning_lora.sweep.standings import DIVERGED, Standings
 from lightning_lora.sweep.steps import (
@@ -92,7 +99,8 @@ class Training:
         """Decide how the step runs, by the first batch, and say what it needs; every process must call this."""
         if not self.module.automatic_optimization:  # a trial would step the optimizers
             self.mode = LOOP
-            self._divide([*buffer_places(AdaptedModel(self.module))])  # whichever its step may change
+            model = AdaptedModel(self.module)
+            self._divide([*buffer_places(model), *fleeting_buffers(model)])  # whichever its step may change
             rank_zero_info(f"LoRASweep: mode {LOOP!r}, since {type(self.module).__name__} optimizes manually.")
             return
         proof = self._proof(step, args)
@@ -112,7 +120,7 @@ class Training:
             step_together(self.trainer.optimizers)
 
     def _proof(self, step: Step, args: tuple[Any, ...]) -> Proof:
-        return Proof(self.module, step, self._calls(args, {}), self.owned, self._attributes.shown)
+        return Proof(self.module, step, self._calls(args, {}), self.owned, self._shown)
 
     def prove_again(self, step: Step, args: tuple[Any, ...]) -> None:
         """After a validation, see whether the way still fits if validations give adapters values of their own."""
@@ -134,6 +142,8 @@ class Training:
 
     def _divide(self, shared: Sequence[str]) -> None:
         """Give each adapter buffers of its own in place of those that the step would change for all of them."""
+        fleeting = fleeting_buffers(AdaptedModel(self.module))
+        self._attributes.claim(fleeting[name] for name in shared if name in fleeting)
         for name in self.chosen if shared else ():
             with using(self.module, name):
                 claim_buffers(self.module, shared)
@@ -233,9 +243,9 @@ class Training:
             yield
             return
         self._has_looked, parts = True, own_parts(self.module)
-        before = contents(plain_attributes(parts))
+        before = contents(parts)
         yield
-        if changed := changed_in_place(before, contents(plain_attributes(parts))):
+        if changed := changed_in_place(before, contents(parts)):
             rank_zero_warn(
                 f"LoRASweep: training_step changes {listed(changed)} in place. All adapters share such attributes, so "
                 "what is computed from them mixes adapters. Log the values, or register tensors as buffers: both are "
@@ -302,9 +312,19 @@ class Training:
 
     @contextmanager
     def own_values(self, name: str) -> Iterator[None]:
-        """Have an adapter's metrics and plain attributes in place, as its own steps have left them."""
-        with self._metrics.of(name), self._attributes.of(name):
+        """Have an adapter's metrics, plain attributes and groups in place, as its own steps have left them."""
+        with self._metrics.of(name), self._attributes.of(name), self._groups_of(name):
             yield
+
+    @contextmanager
+    def _shown(self, name: str) -> Iterator[None]:
+        with self._attributes.shown(name), self._groups_of(name):
+            yield
+
+    def _groups_of(self, name: str) -> AbstractContextManager[None]:
+        if not self.module.automatic_optimization:  # whose steps step schedulers, which count the groups
+            return nullcontext()
+        return own_groups(self.trainer.optimizers, self.owned[name])
 
     def close(self) -> None:
         """Put back the adapter that was in place before the backward pass of the last one."""

@@ -13,7 +13,19 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_lora.sweep.attributes import OwnAttributes
-from tests.sweep.test_callback import EXACT, FOUR, Manual, Quiet, assert_each_is_alone, fit, swept
+from tests.sweep.test_callback import (
+    EXACT,
+    FOUR,
+    Manual,
+    Quiet,
+    alone_manually,
+    assert_each_is_alone,
+    distance,
+    fit,
+    state,
+    swept,
+)
+from tests.toys import FEATURES
 
 
 class Counts(LightningModule):
@@ -94,6 +106,22 @@ class Adds(Gathers):
         self.kept += loss
 
 
+class Meter:
+    """A helper object, as in many training scripts."""
+
+    def __init__(self) -> None:
+        self.sum = 0.0
+
+
+class Meters(Gathers):
+    def build(self) -> None:
+        super().build()
+        self.kept = Meter()
+
+    def keep(self, loss: Tensor) -> None:
+        self.kept.sum += float(loss)
+
+
 class AddsToBuffer(Adds):
     def build(self) -> None:
         super().build()
@@ -128,7 +156,7 @@ class AppendsByHand(Appends, Manual):
     """The same with manual optimization."""
 
 
-@pytest.mark.parametrize("kind", [Appends, SetsKeys, Adds, AppendsByHand])
+@pytest.mark.parametrize("kind", [Appends, SetsKeys, Adds, Meters, AppendsByHand])
 def test_what_steps_change_in_place_and_share_is_named_once(kind: type[Gathers]):
     with pytest.warns(UserWarning, match=r"training_step changes kept in place\. All adapters share") as seen:
         fit(kind(), swept(grid={"lr": [1e-2, 1e-3]}, keep=1.0, mode="loop"), max_steps=4)
@@ -149,3 +177,59 @@ def test_a_list_that_steps_replace_is_each_adapters_own():
     assert_each_is_alone(Replaces, sweep, module, EXACT)
     with pytest.raises(MisconfigurationException, match=r"mode 'vmap' does not fit.*sets kept, of which each adapter"):
         fit(Replaces(), swept(grid={"lr": [1e-2, 1e-3]}, mode="vmap"))
+
+
+class Fleeting(Quiet):
+    """Moves a buffer in place that no checkpoint holds, and subtracts it."""
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("center", torch.zeros(FEATURES), persistent=False)
+
+    def loss(self, batch: list[Tensor]) -> Tensor:
+        x, y = batch
+        output = self.net(x)
+        if self.training:
+            self.center.lerp_(output.detach().mean(0), 0.1)
+        return ((output - self.center - y) ** 2).mean()
+
+
+class FleetingByHand(Fleeting, Manual):
+    """The same with manual optimization."""
+
+
+def test_buffers_that_no_checkpoint_holds_are_each_adapters_own():
+    module, sweep = Fleeting(), swept(adapters={name: FOUR[name] for name in "ab"}, keep=1)
+    fit(module, sweep)
+    assert_each_is_alone(Fleeting, sweep, module, EXACT)
+    module, sweep = FleetingByHand(), swept(adapters={name: FOUR[name] for name in "ab"}, keep=1)
+    fit(module, sweep)
+    for name, candidate in sweep.candidates.items():
+        assert distance(state(module, name), alone_manually(candidate, FleetingByHand)) == EXACT
+
+
+class UsesRate(Quiet):
+    """Weighs its loss with the learning rate, and halves that where a validation is little better than the best."""
+
+    best, halved = float("inf"), 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        rate = self.optimizers().param_groups[0]["lr"]
+        self.log("rate", rate)
+        return super().training_step(batch, batch_idx) * (1 + 10 * rate)
+
+    def on_validation_epoch_end(self) -> None:
+        now = float(self.trainer.callback_metrics["val_loss"])
+        if now > 0.9 * self.best:
+            self.halved += 1
+            for group in self.optimizers().param_groups:
+                group["lr"] *= 0.5
+        self.best = min(self.best, now)
+
+
+def test_steps_and_hooks_of_a_validation_see_and_set_the_adapters_own_rates():
+    module, sweep = UsesRate(), swept(adapters={name: FOUR[name] for name in "abd"}, keep=1)
+    run, expected = fit(module, sweep), {"a": 1e-2, "b": 1e-3, "d": 2e-3}
+    assert_each_is_alone(UsesRate, sweep, module, EXACT)
+    halvings = {name: expected[name] / float(run.callback_metrics[f"rate/{name}"]) for name in expected}
+    assert len({round(each) for each in halvings.values()}) > 1  # each at its own time
