@@ -14,6 +14,7 @@ Place = tuple[nn.Module, str]  # a module and the name of its attribute
 
 _CONTAINERS = (list, dict, set, deque)
 _PLAIN = (bool, int, float, complex, str, tuple, type(None), Tensor, *_CONTAINERS)
+_BARE = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)  # which may carry a user's attributes
 _OF_LIBRARIES = ("torch.", "torchmetrics.", "lightning_lora.")  # modules whose attributes no step sets
 _LIBRARIES = (*_OF_LIBRARIES, "lightning", "pytorch_lightning", "transformers")
 _RESERVED = {*vars(nn.Module()), *vars(LightningModule())}
@@ -84,7 +85,8 @@ class OwnAttributes:
 
 def own_parts(module: nn.Module) -> list[nn.Module]:
     """Return a module and those of its parts that may have attributes that steps set."""
-    return [part for part in module.modules() if not type(part).__module__.startswith(_OF_LIBRARIES)]
+    parts = module.modules()
+    return [part for part in parts if type(part) in _BARE or not type(part).__module__.startswith(_OF_LIBRARIES)]
 
 
 def plain_attributes(parts: Iterable[nn.Module]) -> dict[Place, Any]:
@@ -119,10 +121,10 @@ def _may_change(value: Any) -> bool:
     return isinstance(value, (*_CONTAINERS, Tensor)) or (is_helper and not hasattr(value, "step"))  # as optimizers have
 
 
-def changed_in_place(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[str]:
-    """Return the names of the attributes that hold the same container or tensor with another content."""
+def changed_in_place(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[Place]:
+    """Return the attributes that hold the same container, tensor or object with another content."""
     kept = {place: then for place, then in before.items() if place in after and after[place][0] == then[0]}
-    return [place[1] for place, then in kept.items() if after[place] != then]
+    return [place for place, then in kept.items() if after[place] != then]
 
 
 def _content(value: Any) -> tuple[int, Any]:

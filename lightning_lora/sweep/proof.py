@@ -17,7 +17,14 @@ from lightning_lora.layers import LowRankAdapter
 from lightning_lora.names import parameters_of
 from lightning_lora.probe import RandomState, left_as_it_was
 from lightning_lora.state import wide
-from lightning_lora.sweep.attributes import changed_attributes, holds_tensors, own_parts, plain_attributes
+from lightning_lora.sweep.attributes import (
+    changed_attributes,
+    changed_in_place,
+    contents,
+    holds_tensors,
+    own_parts,
+    plain_attributes,
+)
 from lightning_lora.sweep.forecast import bytes_kept
 from lightning_lora.sweep.optimizers import Parameters
 from lightning_lora.sweep.steps import Call, Outcome, Step, UnfitError, run_one
@@ -40,6 +47,7 @@ class Sample:
         shared: Those that all adapters share.
         tensors: The attributes that it sets to tensors.
         plain: Those that it sets to plain values.
+        gathered: Those in which it puts tensors, such as lists.
     """
 
     kept: int | None = None
@@ -47,6 +55,7 @@ class Sample:
     shared: list[str] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
     plain: list[str] = field(default_factory=list)
+    gathered: list[str] = field(default_factory=list)
 
 
 class Proof:
@@ -120,7 +129,7 @@ class Proof:
         shared = [*parameters_of(self.module), *(p for own in self.owned.values() for p in own.values())]
         with using(self.module, name), self._effects(), self._same_draws():
             trained, parts = AdaptedModel(self.module).trained, own_parts(self.module)
-            attributes = plain_attributes(parts)
+            attributes, content = plain_attributes(parts), contents(parts)
             before = {key: buffer.clone() for key, buffer in self.module.named_buffers()}
             with bytes_kept(shared) as kept:
                 run_one(self.module, self.step, call, name)
@@ -129,6 +138,8 @@ class Proof:
             found = Sample(
                 kept[0], [key for key in moved if key in trained], [key for key in moved if key not in trained]
             )
+            filled = changed_in_place(content, contents(parts))
+            found.gathered += [key for part, key in filled if holds_tensors(vars(part)[key])]
             for place in changed_attributes(attributes, after):
                 (found.tensors if holds_tensors(after[place]) else found.plain).append(place[1])
         return found

@@ -91,6 +91,7 @@ class Training:
         self._attributes = OwnAttributes(module, list(chosen))
         self._sample = Sample()
         self._has_looked = False
+        self._with_loss = set[str]()  # adapters that had a loss in a batch of this optimizer step
         self._own = 0  # attributes and buffers that are each adapter's own because of their steps
 
     # --- which way
@@ -229,6 +230,9 @@ class Training:
                 raise self._unfit(error) from error
         self._log(outcomes, calls)
         losses = {name: each.loss for name, each in outcomes.items() if each.loss is not None}
+        if self._is_first_of_step():
+            self._with_loss.clear()
+        self._with_loss.update(losses)
         if not losses:
             return None
         self._note(losses)
@@ -247,9 +251,9 @@ class Training:
         yield
         if changed := changed_in_place(before, contents(parts)):
             rank_zero_warn(
-                f"LoRASweep: training_step changes {listed(changed)} in place. All adapters share such attributes, so "
-                "what is computed from them mixes adapters. Log the values, or register tensors as buffers: both are "
-                "each adapter's own."
+                f"LoRASweep: training_step changes {listed([key for _, key in changed])} in place. All adapters share "
+                "such attributes, so what is computed from them mixes adapters. Log the values, or register tensors as "
+                "buffers: both are each adapter's own."
             )
 
     def _calls(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Call]:
@@ -277,7 +281,7 @@ class Training:
         buffers = [*sample.own, *sample.shared] if mode == VMAP else sample.shared
         if buffers:
             raise UnfitError(f"training_step changes the buffers {listed(buffers)}, which stay the same in it")
-        if attributes := sample.tensors if mode == VMAP else [*sample.tensors, *sample.plain]:
+        if attributes := [*sample.tensors, *(sample.gathered if mode == VMAP else sample.plain)]:
             raise UnfitError(f"training_step sets {listed(attributes)}, of which each adapter needs its own")
 
     def _manually(self, step: Step, calls: Mapping[str, Call]) -> dict[str, Outcome]:
@@ -334,8 +338,7 @@ class Training:
         """Compute an adapter's gradients, and keep them until Lightning has cleared those of the step before."""
         parameters = list(self.owned[name].values())
         before = [parameter.grad for parameter in parameters]
-        accumulated = self.trainer.accumulate_grad_batches
-        is_first = self.trainer.fit_loop.epoch_loop.batch_idx % accumulated == 0
+        accumulated, is_first = self.trainer.accumulate_grad_batches, self._is_first_of_step()
         for parameter in parameters:
             parameter.grad = None
         assert outcome.loss is not None
@@ -347,6 +350,10 @@ class Training:
                 self._waiting[parameter] = parameter.grad
             parameter.grad = None if is_first else old
         outcome.loss = outcome.loss.detach()
+
+    def _is_first_of_step(self) -> bool:
+        """Return whether gradients begin anew with this batch."""
+        return self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches == 0
 
     def after_backward(self) -> None:
         """Add the gradients that have waited."""
@@ -444,10 +451,12 @@ class Training:
         self.drop_idle()
 
     def drop_idle(self) -> None:
-        """Leave adapters that have stopped out of the optimizer step, weight decay included."""
-        live = self.standings.live
+        """Leave adapters that have stopped, or had no loss, out of the optimizer step, weight decay included."""
+        steps = {*self.standings.live}
+        if self.module.automatic_optimization and self.mode != LOOP:  # where all that ran together have gradients
+            steps &= self._with_loss
         for name, own in self.owned.items():
-            if name not in live:
+            if name not in steps:
                 drop_gradients(own)
 
     # --- logs

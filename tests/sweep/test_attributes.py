@@ -10,10 +10,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lora.sweep.attributes import OwnAttributes
 from tests.sweep.test_callback import (
+    CLOSE,
     EXACT,
     FOUR,
     Manual,
@@ -233,3 +234,66 @@ def test_steps_and_hooks_of_a_validation_see_and_set_the_adapters_own_rates():
     assert_each_is_alone(UsesRate, sweep, module, EXACT)
     halvings = {name: expected[name] / float(run.callback_metrics[f"rate/{name}"]) for name in expected}
     assert len({round(each) for each in halvings.values()}) > 1  # each at its own time
+
+
+class Lists(Quiet):
+    """Gathers losses, as modules do that log their mean at the end of the epoch."""
+
+    def build(self) -> None:
+        super().build()
+        self.outputs: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.outputs.append(loss.detach())
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        self.log("mean", torch.stack(self.outputs).mean())
+        self.outputs.clear()
+
+
+@pytest.mark.filterwarnings("ignore:LoRASweep. training_step changes outputs in place")
+def test_a_step_that_puts_tensors_in_a_list_is_not_mapped():
+    with pytest.raises(
+        MisconfigurationException, match=r"mode 'vmap' does not fit.*sets outputs, of which each adapter"
+    ):
+        fit(Lists(), swept(grid={"lr": [1e-2, 1e-3]}, mode="vmap"))
+    fit(Lists(), swept(grid={"lr": [1e-2, 1e-3]}, mode="meet", keep=1.0))
+
+
+class CountsOnContainer(Quiet):
+    """Counts its steps on a part that is an instance of a class of torch."""
+
+    def build(self) -> None:
+        super().build()
+        self.box = nn.Module()
+        self.box.steps = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.box.steps += 1
+        return super().training_step(batch, batch_idx) / self.box.steps
+
+
+def test_attributes_of_bare_containers_are_each_adapters_own():
+    module, sweep = CountsOnContainer(), swept(adapters={name: FOUR[name] for name in "ab"}, keep=1)
+    fit(module, sweep)
+    assert_each_is_alone(CountsOnContainer, sweep, module, EXACT)
+
+
+class SkipsLarge(Quiet):
+    """Leaves out a batch whose loss is large, which depends on the adapter, once training is under way."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return None if self.global_step > 6 and loss.item() > 0.7 else loss
+
+
+@pytest.mark.filterwarnings("ignore:.*training_step.* returned .None")
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("mode", ["loop", "meet"])
+def test_an_adapter_without_a_loss_stays_as_it_is_in_that_step(mode: Any, accumulated: int):
+    options = {"accumulate_grad_batches": accumulated, "max_epochs": 5, "max_steps": -1}
+    module, sweep = SkipsLarge(), swept(adapters={name: FOUR[name] for name in "ab"}, keep=1, mode=mode)
+    fit(module, sweep, **options)
+    assert_each_is_alone(SkipsLarge, sweep, module, EXACT if mode == "loop" else CLOSE, **options)
