@@ -236,6 +236,12 @@ def test_steps_and_hooks_of_a_validation_see_and_set_the_adapters_own_rates():
     assert len({round(each) for each in halvings.values()}) > 1  # each at its own time
 
 
+@pytest.mark.parametrize("mode", ["vmap", "meet"])
+def test_ways_in_which_adapters_would_see_the_rate_of_the_first_are_refused(mode: Any):
+    with pytest.raises(MisconfigurationException, match=f"mode '{mode}' does not fit.*the loss of 'lr=1e-1' is"):
+        fit(UsesRate(), swept(grid={"lr": [1e-3, 1e-1]}, mode=mode))
+
+
 class Lists(Quiet):
     """Gathers losses, as modules do that log their mean at the end of the epoch."""
 
@@ -282,11 +288,11 @@ def test_attributes_of_bare_containers_are_each_adapters_own():
 
 
 class SkipsLarge(Quiet):
-    """Leaves out a batch whose loss is large, which depends on the adapter, once training is under way."""
+    """Leaves out every second batch if its loss is large, which depends on the adapter."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        return None if self.global_step > 6 and loss.item() > 0.7 else loss
+        return None if batch_idx % 2 and loss.item() > 0.7 else loss
 
 
 @pytest.mark.filterwarnings("ignore:.*training_step.* returned .None")
