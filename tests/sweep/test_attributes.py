@@ -229,7 +229,7 @@ class UsesRate(Quiet):
 
 
 def test_steps_and_hooks_of_a_validation_see_and_set_the_adapters_own_rates():
-    module, sweep = UsesRate(), swept(adapters={name: FOUR[name] for name in "abd"}, keep=1)
+    module, sweep = UsesRate(), swept(adapters={name: FOUR[name] for name in ("a", "b", "d")}, keep=1)
     run, expected = fit(module, sweep), {"a": 1e-2, "b": 1e-3, "d": 2e-3}
     assert_each_is_alone(UsesRate, sweep, module, EXACT)
     halvings = {name: expected[name] / float(run.callback_metrics[f"rate/{name}"]) for name in expected}
