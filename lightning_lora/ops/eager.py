@@ -60,8 +60,10 @@ def _references(tensor: Tensor, count: int) -> tuple[int, ...]:
 def _references_of_new() -> tuple[int, ...] | None:
     """Return the counts of a new tensor; measured, because they depend on the versions of Python and torch."""
     try:
-        # Multiplied, as layers do it: the result has a history, and memory that it shares with nothing.
-        output = torch.ones(1, 1, requires_grad=True) @ torch.ones(1, 1)
+        # Multiplied, as layers do it: the result has a history, and memory that it shares with nothing. The hooks hide
+        # what this saves from activation checkpointing, which would miss it when it computes the layer again.
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
+            output = torch.ones(1, 1, requires_grad=True) @ torch.ones(1, 1)
         return _count_as_unheld_does(output)
     except (AttributeError, RuntimeError):
         return None

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
+from torch.utils.checkpoint import checkpoint
 
+from lightning_lora import LoRAConfig, attach
+from lightning_lora.ops import eager
 from lightning_lora.ops.eager import add, is_unheld, shared_cast
 
 held: list[Any] = []
@@ -148,3 +151,11 @@ def test_cast_lives_as_long_as_autograd_holds_it():
     assert kept.data_ptr() == product.grad_fn._saved_self.data_ptr()
     (product + kept).sum().backward()
     torch.testing.assert_close(x.grad, (factor.detach() + 1.0).float())
+
+
+def test_the_first_forward_pass_of_a_process_may_lie_inside_activation_checkpointing():
+    layers = nn.ModuleList([nn.Conv2d(2, 8, 3)])
+    attach(layers, LoRAConfig(rank=2, target_modules=["0"]))
+    eager._references_of_new.cache_clear()  # as in a new process
+    checkpoint(layers[0], torch.randn(1, 2, 8, 8), use_reentrant=False).sum().backward()
+    assert layers[0].lora.B.grad is not None
