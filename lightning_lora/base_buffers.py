@@ -65,22 +65,13 @@ def grown_buffers(model: AdaptedModel, state: Mapping[str, object]) -> dict[str,
     }
 
 
-def buffer_places(model: AdaptedModel) -> dict[str, tuple[nn.Module, str]]:
-    """Return where the persistent buffers are: name -> module and key."""
+def buffer_places(model: AdaptedModel, *, are_saved: bool = True) -> dict[str, tuple[nn.Module, str]]:
+    """Return where the buffers are that are persistent, or those that no checkpoint holds: name -> module and key."""
     return {
         join(path, key): (part, key)
         for path, part in model.parts
-        for key in part._buffers.keys() - part._non_persistent_buffers_set
-    }
-
-
-def fleeting_buffers(model: AdaptedModel) -> dict[str, tuple[nn.Module, str]]:
-    """Return where the buffers are that no checkpoint holds: name -> module and key."""
-    return {
-        join(path, key): (part, key)
-        for path, part in model.parts
-        for key, buffer in part._buffers.items()
-        if key in part._non_persistent_buffers_set and buffer is not None
+        for key in part._buffers
+        if (key not in part._non_persistent_buffers_set) == are_saved
     }
 
 

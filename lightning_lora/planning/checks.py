@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from lightning_lora.attachment import Attachment, get_attachment, keeps_starts, 
 from lightning_lora.config import LoRAConfig
 from lightning_lora.layers import LoRALayer
 from lightning_lora.names import OTHERS, listed
-from lightning_lora.planning.plan import Plan, PlannedLayer, original_of
+from lightning_lora.planning.plan import Plan, PlannedLayer, originals
 from lightning_lora.sharding import is_fully_sharded
 
 _APART = (
@@ -138,12 +138,11 @@ def _warn_of_thawed(plan: Plan) -> None:
         )
 
 
-def copies_named(names: Iterable[str], modules: Mapping[str, nn.Module]) -> str:
+def copies_named(names: Collection[str], modules: Mapping[str, nn.Module]) -> str:
     """Return advice for modules that are copies of others and may have to follow these; empty if there are none."""
-    copies = {name: original for name in names if (original := original_of(name, modules)) is not None}
-    if not copies:
+    found = listed([f"{name} (of {original})" for name, original in originals(names, modules).items()])
+    if not found:
         return ""
-    found = listed([f"{name} (of {original})" for name, original in copies.items()])
     return (
         f" These are copies: {found}. To follow, as a momentum teacher, an EMA or a target network does, copy in "
         "setup, after lightning_lora.attach(self), so that both start with equal adapters."

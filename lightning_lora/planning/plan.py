@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -100,21 +102,37 @@ class Plan:
         return list(dict.fromkeys(name for name in outermost if name is not None))
 
 
-def original_of(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Return which module another one is a copy of so far, adapters aside, as a teacher is of its student."""
-    return next((other for other, module in modules.items() if _is_copy(modules[name], module)), None)
+def originals(names: Collection[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return which of the other modules some are copies of so far, adapters aside, as a teacher is of its student."""
+    marks, found = defaultdict[Any, list[str]](list), dict[str, str]()
+    for other in modules.keys() - names:
+        marks[_mark(modules[other])].append(other)
+    for name in names:
+        alike = (other for other in marks.get(_mark(modules[name]), ()) if _is_copy(modules[name], modules[other]))
+        if (original := min(alike, default=None)) is not None:
+            found[name] = original
+    return found
+
+
+def _base(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module that are no adapter's."""
+    return {key: parameter for key, parameter in module.named_parameters() if "lora" not in key.split(".")}
+
+
+def _mark(module: nn.Module) -> Any:
+    """Return what copies have in common and other modules rarely, so that few need to be compared as a whole."""
+    base = _base(module)
+    some = next(
+        (p.detach().flatten()[:2].tolist() for p in base.values() if type(p) is nn.Parameter and not p.is_meta), []
+    )
+    return type(module), *((key, parameter.shape, parameter.dtype) for key, parameter in base.items()), *some
 
 
 def _is_copy(one: nn.Module, other: nn.Module) -> bool:
-    """Return whether two modules of a class hold equal values, each its own."""
-    if type(one) is not type(other):
-        return False
-    mine, yours = ({key: p for key, p in each.named_parameters() if "lora" not in key} for each in (one, other))
-    if not mine or mine.keys() != yours.keys():
-        return False
-    pairs = [(mine[key], yours[key]) for key in mine]
+    """Return whether two modules with the same mark hold equal values, each its own."""
+    pairs = [*zip(_base(one).values(), _base(other).values(), strict=True)]
     is_apart = all(a is not b and type(a) is type(b) is nn.Parameter and a.numel() for a, b in pairs)
-    return is_apart and all(not a.is_meta and a.dtype == b.dtype and torch.equal(a, b.to(a.device)) for a, b in pairs)
+    return is_apart and bool(pairs) and all(not a.is_meta and torch.equal(a, b.to(a.device)) for a, b in pairs)
 
 
 def sizes_once(groups: Mapping[str, Iterable[nn.Parameter]]) -> dict[str, int]:

@@ -42,7 +42,7 @@ class OwnAttributes:
         for place in places:
             self._left[place] = _read(place)
             for own in self._own.values():
-                own[place] = self._left[place].clone()
+                own[place] = _copied(self._left[place])
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
@@ -69,8 +69,7 @@ class OwnAttributes:
         """Have an adapter's values in place inside the block, and leave no trace of it."""
         before = plain_attributes(self._parts) | {place: _read(place) for place in self._left}
         for place in self._left:
-            own = self._own[name][place]
-            _write(place, own.clone() if isinstance(own, Tensor) else own)  # which the block may change in place
+            _write(place, _copied(self._own[name][place]))  # the block may change it in place
         try:
             yield
         finally:
@@ -118,7 +117,9 @@ def contents(parts: Iterable[nn.Module]) -> dict[Place, Any]:
 
 def _may_change(value: Any) -> bool:
     is_helper = hasattr(value, "__dict__") and not type(value).__module__.startswith(_LIBRARIES)
-    return isinstance(value, (*_CONTAINERS, Tensor)) or (is_helper and not hasattr(value, "step"))  # as optimizers have
+    return isinstance(value, (*_CONTAINERS, Tensor)) or (
+        is_helper and not hasattr(type(value), "step")
+    )  # as optimizers do
 
 
 def changed_in_place(before: Mapping[Place, Any], after: Mapping[Place, Any]) -> list[Place]:
@@ -132,6 +133,10 @@ def _content(value: Any) -> tuple[int, Any]:
         return id(value), 0 if value.is_inference() else value._version  # the first cannot be changed in training
     values = value if isinstance(value, _CONTAINERS) else vars(value)
     return id(value), [id(each) for each in ([*values, *values.values()] if isinstance(values, Mapping) else values)]
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _read(place: Place) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_lora.adapted_model import AdaptedModel
-from lightning_lora.base_buffers import buffer_places, fleeting_buffers
+from lightning_lora.base_buffers import buffer_places
 from lightning_lora.names import listed
 from lightning_lora.ops.eager import without_autocast
 from lightning_lora.sweep.attributes import OwnAttributes, changed_in_place, contents, own_parts
@@ -101,7 +101,8 @@ class Training:
         if not self.module.automatic_optimization:  # a trial would step the optimizers
             self.mode = LOOP
             model = AdaptedModel(self.module)
-            self._divide([*buffer_places(model), *fleeting_buffers(model)])  # whichever its step may change
+            places = [*buffer_places(model), *buffer_places(model, are_saved=False)]
+            self._divide(places)  # whichever its step may change
             rank_zero_info(f"LoRASweep: mode {LOOP!r}, since {type(self.module).__name__} optimizes manually.")
             return
         proof = self._proof(step, args)
@@ -143,7 +144,7 @@ class Training:
 
     def _divide(self, shared: Sequence[str]) -> None:
         """Give each adapter buffers of its own in place of those that the step would change for all of them."""
-        fleeting = fleeting_buffers(AdaptedModel(self.module))
+        fleeting = buffer_places(AdaptedModel(self.module), are_saved=False)
         self._attributes.claim(fleeting[name] for name in shared if name in fleeting)
         for name in self.chosen if shared else ():
             with using(self.module, name):

@@ -425,7 +425,7 @@ class GradientCheck:
         causes = defaultdict[str, list[str]](list)
         for name in names:
             causes[self._cause(name, zeros)].append(name)
-        copies = copies_named({self._layers[name]: None for name in names}, AdaptedModel(self.module).layers)
+        copies = copies_named(dict.fromkeys(self._layers[name] for name in names), AdaptedModel(self.module).layers)
         return "\n".join(f"  - {listed(some)}: {cause}" for cause, some in causes.items()) + copies
 
     def _cause(self, name: str, zeros: list[str]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_lora import LoRAConfig, LoRALayer, attach, lora_layers
-from lightning_lora.planning.plan import original_of
+from lightning_lora.planning.plan import originals
 from tests.contract import raises_and_changes_nothing
 from tests.peft_format.kinds import Experts
 from tests.planning.models import reached, report
@@ -346,8 +346,8 @@ def moved(model: Follower) -> None:
 def test_modules_without_values_are_no_copies():
     """As before DeepSpeed ZeRO-3 gathers them."""
     modules = {name: nn.ParameterList([torch.empty(0)]) for name in ("one", "other")}
-    assert original_of("one", modules) is None
-    assert original_of("one", {name: nn.Identity() for name in modules}) is None
+    assert originals(["one"], modules) == {}
+    assert originals(["one"], {name: nn.Identity() for name in modules}) == {}
 
 
 OTHERS: dict[str, Callable[[Follower], object]] = {
