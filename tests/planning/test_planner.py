@@ -350,6 +350,22 @@ def test_modules_without_values_are_no_copies():
     assert originals(["one"], {name: nn.Identity() for name in modules}) == {}
 
 
+def test_copies_are_of_modules_beside_them():
+    layer = nn.Linear(4, 4)
+    modules = {name: copy.deepcopy(layer) for name in ("one", "other", "third")}
+    assert originals(["one", "other"], modules) == {"one": "third", "other": "third"}
+    del modules["third"]
+    assert originals(["one", "other"], modules) == {}
+
+
+def test_a_name_that_contains_lora_is_not_an_adapters():
+    modules = {
+        name: nn.ModuleDict({"first": nn.Linear(1, 1), "explorator": nn.Linear(4, 4)}) for name in ("one", "other")
+    }
+    modules["other"]["first"].load_state_dict(modules["one"]["first"].state_dict())
+    assert originals(["one"], modules) == {}
+
+
 OTHERS: dict[str, Callable[[Follower], object]] = {
     "other values": moved,
     "no values": lambda model: model.to("meta"),

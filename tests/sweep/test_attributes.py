@@ -139,6 +139,27 @@ class HasStatistics(Quiet):
             self.mean = torch.zeros(())
 
 
+class CountsSteps(torch.optim.SGD):
+    count = 0
+
+    def step(self, closure: Any = None) -> Any:
+        self.count += 1
+        return super().step(closure)
+
+
+class KeepsOptimizer(Manual):
+    """Holds its optimizer in an attribute, and steps it in every batch."""
+
+    def configure_optimizers(self) -> Any:
+        self.kept = CountsSteps(self.parameters(), lr=self.lr)
+        return self.kept
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.optimizers().zero_grad()
+        self.manual_backward(self.loss(batch))
+        self.optimizers().step()
+
+
 class Replaces(Gathers):
     """Lets the step before decide on the loss, by a list that each step replaces."""
 
@@ -164,7 +185,7 @@ def test_what_steps_change_in_place_and_share_is_named_once(kind: type[Gathers])
     assert sum("in place" in str(each.message) for each in seen) == 1
 
 
-@pytest.mark.parametrize("kind", [Quiet, Manual, AddsToBuffer, Replaces, HasStatistics])
+@pytest.mark.parametrize("kind", [Quiet, Manual, AddsToBuffer, Replaces, HasStatistics, KeepsOptimizer])
 def test_what_each_adapter_has_for_itself_is_not_named(kind: type[Quiet]):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*in place")

@@ -938,8 +938,8 @@ def test_a_schedule_of_ones_own_acts_on_each_adapter_as_alone(mode: Any):
 def test_one_cycle_of_several_groups_takes_ratios_to_its_last_step():
     class Grouped(Quiet):
         def configure_optimizers(self) -> Any:
-            parts = self.net[0].parameters(), self.net[2:].parameters()
-            optimizer = torch.optim.AdamW([{"params": list(part)} for part in parts])
+            matrices, vectors = ([p for p in self.parameters() if (p.ndim > 1) == is_matrix] for is_matrix in (1, 0))
+            optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}])
             scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=STEPS)
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
